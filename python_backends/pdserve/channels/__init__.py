@@ -1,0 +1,1 @@
+"""How an instance is reached. Both ways carry opaque bytes and look the same from above."""

@@ -1,0 +1,98 @@
+"""Reach an instance over gRPC: one long-lived stream, its calls told apart by request id.
+
+One stream for all calls, since setting one up costs as much as ten messages. A
+broken stream fails the calls that are open on it; the next call opens a new one,
+so that a restart on either side needs nobody's help.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from pdserve.channels.protocol import Replies
+from pdserve.errors import InstanceError
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+]
+
+
+class GrpcChannel:
+    """A channel to Triton model ``model`` of the server at ``address`` (host:port)."""
+
+    def __init__(self, address: str, model: str) -> None:
+        self._address = address
+        self._model = model
+        self._open: dict[str, Replies] = {}
+        self._outgoing: asyncio.Queue[service_pb2.ModelInferRequest] | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._connection: grpc.aio.Channel | None = None
+
+    def open(self, call: str, payload: bytes) -> Replies:
+        if self._reader is None or self._reader.done():
+            self._outgoing = asyncio.Queue()
+            self._reader = asyncio.create_task(self._read(self._outgoing))
+        assert self._outgoing is not None
+        replies = self._open[call] = Replies()
+        tensor = service_pb2.ModelInferRequest.InferInputTensor(
+            name="request", datatype="UINT8", shape=[len(payload)]
+        )
+        self._outgoing.put_nowait(
+            service_pb2.ModelInferRequest(
+                model_name=self._model, id=call, inputs=[tensor], raw_input_contents=[payload]
+            )
+        )
+        return replies
+
+    def forget(self, call: str) -> None:
+        self._open.pop(call, None)
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+        if self._connection is not None:
+            await self._connection.close()
+            self._connection = None
+
+    async def _read(self, outgoing: asyncio.Queue[service_pb2.ModelInferRequest]) -> None:
+        async def requests() -> AsyncIterator[service_pb2.ModelInferRequest]:
+            while True:
+                yield await outgoing.get()
+
+        if self._connection is None:
+            self._connection = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._connection)
+        reason = "the stream was closed"
+        try:
+            async for message in stub.ModelStreamInfer(requests()):
+                response = message.infer_response
+                if not message.error_message:
+                    replies = self._open.get(response.id)
+                    if replies is not None and response.raw_output_contents:
+                        replies.put(response.raw_output_contents[0])
+                elif response.id in self._open:
+                    self._open.pop(response.id).fail(self._error(message.error_message))
+                elif not response.id:
+                    # Triton does not say which call it means: none may wait in vain.
+                    reason = message.error_message
+                    break
+        except grpc.RpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+        except asyncio.CancelledError:
+            reason = "the channel was closed"
+            raise
+        finally:
+            failed, self._open = self._open, {}
+            self._reader = None
+            for replies in failed.values():
+                replies.fail(self._error(reason))
+
+    def _error(self, reason: str) -> InstanceError:
+        return InstanceError(f"{self._model} at {self._address}: {reason}")

@@ -1,0 +1,139 @@
+"""``deployment.yaml`` as types: what is served, by which instances, on which servers.
+
+A file is decoded and checked in one go; an error names the field, its value's
+type and what is allowed. Paths in the file are relative to the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pdserve.errors import DeploymentError
+
+Count = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Seconds = Annotated[float, Meta(gt=0)]
+Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+
+
+class Server(Struct, frozen=True, forbid_unknown_fields=True):
+    """One ``tritonserver`` process and the models in it."""
+
+    name: Name
+    host: str = "127.0.0.1"
+    http_port: Port = 8000
+    grpc_port: Port = 8001
+    metrics_port: Port = 8002
+    gateway: bool = True
+    """Holds pdserve, scheduler, tokenizer and detokenizer."""
+    prefill: tuple[Name, ...] = ()
+    decode: tuple[Name, ...] = ()
+
+
+class Engine(Struct, frozen=True, forbid_unknown_fields=True):
+    """How an instance computes."""
+
+    kind: Literal["torch", "emulated"] = "torch"
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: Annotated[int, Meta(ge=0)] = 0
+    """CPU threads of one instance; 0 means every core."""
+    profile: str | None = None
+    """Timing profile of the emulated engine (YAML)."""
+
+
+class Prefill(Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits of one prefill instance."""
+
+    slots: Count = 4
+    """Requests held at once, each from acceptance until its KV cache has been transferred."""
+    batch_tokens: Count = 512
+    """Prompts share a forward while their uncached tokens stay below this."""
+    arena_mib: Count = 512
+    lease_s: Seconds = 30.0
+    """How long a KV cache waits for its decode."""
+
+
+class Decode(Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits of one decode instance."""
+
+    slots: Count = 64
+    blocks: Count = 1024
+    block_size: Count = 16
+    """Tokens in a block."""
+    response_cost_ms: Annotated[float, Meta(ge=0)] = 0.6
+    """The interval between two responses of a stream grows by this with each open stream."""
+    max_interval_ms: Annotated[float, Meta(ge=0)] = 80.0
+
+
+class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
+    """How requests are admitted and forwarded."""
+
+    channel: Literal["grpc", "bls"] = "grpc"
+    ttft_limit_ms: Count = 60_000
+    max_prompt_tokens: Count | None = None
+    """None: the model's context length."""
+    max_prompt_bytes: Count = 1 << 20
+    max_stop_words: Count = 16
+    stall_s: Seconds = 30.0
+    """An instance that says nothing for so long has failed."""
+
+
+class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    model: str
+    servers: Annotated[tuple[Server, ...], Meta(min_length=1)]
+    engine: Engine = Engine()
+    prefill: Prefill = Prefill()
+    decode: Decode = Decode()
+    gateway: Gateway = Gateway()
+
+    def instances(self, role: Literal["prefill", "decode"]) -> dict[str, Server]:
+        """Every instance of a role, with the server that holds it."""
+        return {name: server for server in self.servers for name in getattr(server, role)}
+
+
+def load(path: Path) -> Deployment:
+    """Read and check a deployment; its paths come back absolute.
+
+    Raises:
+        DeploymentError: unreadable, not YAML, or a field is wrong; the message names it.
+    """
+    try:
+        deployment = msgspec.yaml.decode(path.read_bytes(), type=Deployment)
+    except OSError as error:
+        raise DeploymentError(f"{path}: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise DeploymentError(f"{path}: {error}") from error
+    names = [
+        name for server in deployment.servers for name in (*server.prefill, *server.decode)
+    ]
+    ports = [
+        (server.host, port)
+        for server in deployment.servers
+        for port in (server.http_port, server.grpc_port, server.metrics_port)
+    ]
+    for what, values in (
+        ("server", [server.name for server in deployment.servers]),
+        ("instance", names),
+        ("port", ports),
+    ):
+        for value in values:
+            if values.count(value) > 1:  # type: ignore[arg-type]
+                raise DeploymentError(f"{path}: {what} {value} is used more than once")
+    for role in ("prefill", "decode"):
+        if not deployment.instances(role):  # type: ignore[arg-type]
+            raise DeploymentError(f"{path}: no server has a {role} instance; at least 1 is needed")
+
+    def absolute(value: str) -> str:
+        return str((path.parent / Path(value).expanduser()).resolve())
+
+    engine = deployment.engine
+    if engine.profile is not None:
+        engine = msgspec.structs.replace(engine, profile=absolute(engine.profile))
+    return msgspec.structs.replace(deployment, model=absolute(deployment.model), engine=engine)

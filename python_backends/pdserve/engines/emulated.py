@@ -1,0 +1,151 @@
+"""The emulated engine: real admission, handles and KV bytes; compute replaced by waiting.
+
+How long it waits is read from a timing profile (YAML); ``speed: 0`` waits for
+nothing. Every row of a KV cache is filled with its token's id, and the decode
+checks it when it joins, so that a wrong hand-off is an error and not a silence.
+The tokens are a fixed function of the prompt and the position, so that an
+answer is known in advance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from pdserve import errors
+from pdserve.engines.protocol import DecodeSequence, KVRange, PrefillJob, Tokens
+from pdserve.kvcache.layout import KVLayout
+from pdserve.transfer.shm import scatter
+
+Milliseconds = Annotated[float, Meta(ge=0)]
+
+
+class PrefillTiming(Struct, frozen=True, forbid_unknown_fields=True):
+    """ms = base + per_token * n + per_token_squared * n^2, n the uncached tokens of a prompt."""
+
+    base_ms: Milliseconds = 0.0
+    per_token_ms: Milliseconds = 0.0
+    per_token_squared_ms: Milliseconds = 0.0
+
+
+class DecodeTiming(Struct, frozen=True, forbid_unknown_fields=True):
+    """ms of a step = base + per_sequence * batch + per_context_token * (tokens of the batch)."""
+
+    base_ms: Milliseconds = 0.0
+    per_sequence_ms: Milliseconds = 0.0
+    per_context_token_ms: Milliseconds = 0.0
+
+
+class Profile(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is emulated."""
+
+    speed: Annotated[float, Meta(ge=0)] = 1.0
+    """Divides every wait; 0 waits for nothing."""
+    layers: Annotated[int, Meta(ge=1)] = 1
+    kv_heads: Annotated[int, Meta(ge=1)] = 1
+    head_dim: Annotated[int, Meta(ge=2, multiple_of=2)] = 16
+    context_length: Annotated[int, Meta(ge=2)] = 8192
+    prefill: PrefillTiming = PrefillTiming()
+    decode: DecodeTiming = DecodeTiming()
+
+
+class EmulatedModel:
+    """A profile, with the vocabulary of the model directory whose tokenizer is used.
+
+    Raises:
+        DeploymentError: the profile or the model's config.json cannot be read.
+    """
+
+    def __init__(self, model: str, profile: str | None) -> None:
+        try:
+            self.profile = (
+                msgspec.yaml.decode(Path(profile).read_bytes(), type=Profile)
+                if profile
+                else Profile(speed=0)
+            )
+            names = json.loads((Path(model) / "config.json").read_bytes())
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            raise errors.DeploymentError(f"emulated engine: {profile or model}: {error}") from error
+        self.layout = KVLayout(
+            self.profile.layers, self.profile.kv_heads, self.profile.head_dim, "float32"
+        )
+        self.fingerprint = f"emulated-{zlib.crc32(msgspec.json.encode(self.profile)):08x}"
+        self.context_length = self.profile.context_length
+        eos = names.get("eos_token_id") or []
+        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos)
+        self._vocabulary = int(names["vocab_size"])
+
+    def token(self, prompt: Tokens, position: int) -> int:
+        """The token at ``position`` of the output that follows ``prompt``; never the end."""
+        token = (zlib.crc32(prompt.tobytes()) + 2654435761 * position) % self._vocabulary
+        while token in self.eos_ids:
+            token = (token + 1) % self._vocabulary
+        return token
+
+    async def wait(self, milliseconds: float) -> None:
+        speed = self.profile.speed
+        await asyncio.sleep(milliseconds / speed / 1e3 if speed else 0)
+
+
+class EmulatedPrefill:
+    """Implements ``PrefillEngine``."""
+
+    def __init__(self, model: EmulatedModel) -> None:
+        self._model = model
+
+    async def prefill(self, jobs: Sequence[PrefillJob]) -> list[int]:
+        timing = self._model.profile.prefill
+        milliseconds = timing.base_ms
+        for job in jobs:
+            job.copy_prefix()
+            rows = job.kv.view("<i4")
+            rows[:, job.cached :] = job.tokens[None, job.cached :, None]
+            computed = len(job.tokens) - job.cached
+            milliseconds += timing.per_token_ms * computed
+            milliseconds += timing.per_token_squared_ms * computed**2
+        await self._model.wait(milliseconds)
+        return [self._model.token(job.tokens, 0) for job in jobs]
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class EmulatedDecode:
+    """Implements ``DecodeEngine``, with a pool of uint8 [layers * 2, rows, row_bytes]."""
+
+    def __init__(self, model: EmulatedModel, blocks: int, block_size: int) -> None:
+        self._model = model
+        layout = model.layout
+        self._pool = np.zeros((layout.layers * 2, blocks * block_size, layout.row_bytes), np.uint8)
+
+    def join(self, sequence: DecodeSequence, source: KVRange) -> None:
+        """Raises: InstanceError: what arrived is not the KV cache of this prompt."""
+        runs = sequence.rows(len(sequence.prompt))
+        scatter(source, self._pool, runs)
+        start = 0
+        for first, rows in runs:
+            arrived = self._pool[:, first : first + rows].view("<i4")
+            if not (arrived == sequence.prompt[None, start : start + rows, None]).all():
+                raise errors.InstanceError("the KV cache that arrived is not this prompt's")
+            start += rows
+
+    async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
+        timing = self._model.profile.decode
+        context = sum(sequence.length for sequence in batch)
+        await self._model.wait(
+            timing.base_ms
+            + timing.per_sequence_ms * len(batch)
+            + timing.per_context_token_ms * context
+        )
+        return [self._model.token(one.prompt, len(one.tokens)) for one in batch]
+
+    def close(self) -> None:
+        """Nothing to give back."""

@@ -1,0 +1,309 @@
+"""A prefill instance: accepts or rejects at once, computes, and keeps the KV cache until taken.
+
+A request holds a *slot* from acceptance until its KV cache has been transferred,
+given up or left to expire, so that a slow decode shows as rejection here. There
+is no queue behind the slots: accepted prompts share the next forward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pdserve import config, errors
+from pdserve.engines.protocol import EngineModel, KVRange, PrefillEngine, PrefillJob
+from pdserve.kvcache.arena import Arena, Range, State
+from pdserve.kvcache.handle import KVHandle
+from pdserve.kvcache.prefix import PrefixIndex
+from pdserve.messages import Accepted, Busy, Failed, Prefilled, PrefillRequest, Released, Reply
+from pdserve.metrics import Registry
+from pdserve.transfer.shm import Leases, Pull, SharedRegion
+
+Send = Callable[[Reply, bool], None]
+"""Sends a reply; True with the last one."""
+
+TICK_S = 0.02
+# A result that comes sooner than this speaks for itself; else the acceptance is told first,
+# and told again while the computation lasts.
+ACCEPTED_AFTER_S = 0.005
+ACCEPTED_AGAIN_S = 5.0
+# Ranges whose lease ended while a decode was reading them; with more, nothing is accepted.
+MAX_QUARANTINED = 16
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """What a slot is taken by."""
+
+    request: PrefillRequest
+    send: Send
+    range: Range
+    job: PrefillJob
+    salt: str
+    arrived: float
+    lease: int | None = None
+    """Slot in the lease table; None while it is still being computed."""
+    cancelled: bool = False
+    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+class PrefillInstance:
+    """One engine in the prefill role. Everything but the forward runs in the event loop.
+
+    Args:
+        region_name: name of its shared memory; a new epoch begins with each instance.
+
+    Raises:
+        DeploymentError: the arena does not fit into shared memory.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: EngineModel,
+        engine: PrefillEngine,
+        limits: config.Prefill,
+        region_name: str,
+        metrics: Registry,
+    ) -> None:
+        self._name = name
+        self._model = model
+        self._engine = engine
+        self._limits = limits
+        self._metrics = metrics
+        self._epoch = secrets.token_bytes(8)
+        self._region = SharedRegion.create(
+            region_name, limits.arena_mib << 20, limits.slots + MAX_QUARANTINED, self._epoch
+        )
+        self._leases = Leases(self._region)
+        self._prefixes = PrefixIndex()
+        self._arena = Arena(limits.arena_mib << 20, max_ranges=4096, on_free=self._prefixes.remove)
+        self._held: dict[str, _Held] = {}
+        self._quarantined: list[tuple[Range, int]] = []
+        self._pending: list[_Held] = []
+        self._work = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to compute and to keep time; called once in the running loop."""
+        self._tasks = [asyncio.create_task(self._compute()), asyncio.create_task(self._keep_time())]
+
+    async def close(self) -> None:
+        """Stop and remove the shared memory: whoever still pulls notices, and discards."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._engine.close()
+        self._region.unlink()
+        self._region.close()
+
+    # ---------------------------------------------------------------- admission
+
+    def submit(self, request: PrefillRequest, send: Send) -> None:
+        """Accept or reject, at once; ``send`` gets the rejection or, later, the result."""
+        self._sweep()
+        tokens = np.frombuffer(request.prompt, "<i4")
+        nbytes = self._model.layout.nbytes(len(tokens))
+        if nbytes > self._arena.capacity:
+            message = (
+                f"the KV cache of {len(tokens)} prompt tokens takes {nbytes} bytes; "
+                f"{self._name}'s arena has {self._arena.capacity}"
+            )
+            send(Failed(errors.InvalidRequest.code, message), True)
+            return
+        if len(self._held) >= self._limits.slots or len(self._quarantined) >= MAX_QUARANTINED:
+            send(Busy("slots"), True)
+            return
+        range_ = self._arena.allocate(nbytes)
+        if range_ is None:
+            send(Busy("arena"), True)
+            return
+        kv = self._view(range_, len(tokens))
+        held = _Held(
+            request=request,
+            send=send,
+            range=range_,
+            job=PrefillJob(tokens, kv, request.sampling),
+            salt=request.tenant,
+            arrived=time.monotonic(),
+        )
+        self._held[request.id] = held
+        held.timer = asyncio.get_running_loop().call_later(
+            ACCEPTED_AFTER_S, self._say_accepted, held
+        )
+        self._pending.append(held)
+        self._work.set()
+
+    def _view(self, range_: Range, tokens: int) -> KVRange:
+        layout = self._model.layout
+        data = self._region.data[range_.offset : range_.offset + layout.nbytes(tokens)]
+        return data.reshape(layout.layers * 2, tokens, layout.row_bytes)
+
+    def _say_accepted(self, held: _Held) -> None:
+        held.send(Accepted(), False)
+        held.timer = asyncio.get_running_loop().call_later(
+            ACCEPTED_AGAIN_S, self._say_accepted, held
+        )
+
+    def release(self, id: str, send: Send) -> None:
+        """Whatever is held for the request is wanted no longer."""
+        held = self._held.get(id)
+        if held is not None:
+            if held.lease is None:
+                held.cancelled = True
+                if held in self._pending:
+                    self._pending.remove(held)
+                    self._end(held, Failed(errors.Cancelled.code, "released"))
+            else:
+                self._take_back(held)
+        send(Released(), True)
+
+    # ------------------------------------------------------------------ compute
+
+    async def _compute(self) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            while self._pending:
+                batch, sources = self._next_batch()
+                began = time.monotonic()
+                try:
+                    tokens = await self._engine.prefill([held.job for held in batch])
+                except Exception as error:  # one bad forward may not end the instance
+                    for held in batch:
+                        self._end(held, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
+                    continue
+                finally:
+                    for source in sources:
+                        self._arena.unpin(source)
+                ms = (time.monotonic() - began) * 1e3
+                for held, token in zip(batch, tokens, strict=True):
+                    self._hand_over(held, token, ms)
+
+    def _next_batch(self) -> tuple[list[_Held], list[Range]]:
+        """The prompts of the next forward, first come first, and the ranges their prefixes are in.
+
+        Prompts that begin alike are not computed side by side: the second waits for
+        the first, and reuses it.
+        """
+        batch: list[_Held] = []
+        sources: list[Range] = []
+        openings: set[tuple[str, bytes]] = set()
+        uncached = 0
+        for held in self._pending:
+            job = held.job
+            alone = job.sampling.reproducible
+            found = None if alone else self._prefixes.find(job.tokens, held.salt)
+            opening = held.salt, job.tokens[: self._prefixes.block_tokens].tobytes()
+            cached = found[1] if found else 0
+            cost = len(job.tokens) - cached
+            if batch and (
+                alone
+                or uncached + cost > self._limits.batch_tokens
+                or (found is None and opening in openings)
+            ):
+                continue
+            if found is not None:
+                source, job.cached = found
+                job.prefix = self._view(source, source.nbytes // self._model.layout.bytes_per_token)
+                self._arena.pin(source)
+                sources.append(source)
+            batch.append(held)
+            openings.add(opening)
+            uncached += cost
+            if alone:
+                break
+        chosen = set(map(id, batch))
+        self._pending = [held for held in self._pending if id(held) not in chosen]
+        return batch, sources
+
+    def _hand_over(self, held: _Held, token: int, compute_ms: float) -> None:
+        """The KV cache is there: lease it to the decode to come."""
+        if held.cancelled:
+            self._end(held, Failed(errors.Cancelled.code, "released"))
+            return
+        if held.timer is not None:
+            held.timer.cancel()
+        now = time.monotonic()
+        expires = now + self._limits.lease_s
+        slot, nonce = self._leases.grant(expires)
+        held.lease = slot
+        self._arena.lease(held.range, expires)
+        self._prefixes.add(held.range, held.job.tokens, held.salt)
+        handle = KVHandle(
+            fingerprint=self._model.fingerprint,
+            layout=self._model.layout,
+            tokens=len(held.job.tokens),
+            region=self._region.name,
+            offset=held.range.offset,
+            lease=slot,
+            nonce=nonce,
+            epoch=self._epoch,
+            expires=expires,
+        )
+        eos = token in self._model.eos_ids
+        held.send(Prefilled(token, eos, handle, held.job.cached, compute_ms), True)
+
+    def _end(self, held: _Held, reply: Reply) -> None:
+        """Before a lease: the request has failed or is unwanted, its range is free."""
+        if held.timer is not None:
+            held.timer.cancel()
+        del self._held[held.request.id]
+        self._arena.free(held.range)
+        held.send(reply, True)
+
+    # ------------------------------------------------------------------- leases
+
+    def _take_back(self, held: _Held) -> None:
+        """The lease has ended: by the decode, by the gateway or by time."""
+        assert held.lease is not None
+        del self._held[held.request.id]
+        if self._leases.revoke(held.lease) is Pull.PULLING:
+            self._arena.quarantine(held.range, until=time.monotonic() + self._limits.lease_s)
+            self._quarantined.append((held.range, held.lease))
+        else:
+            self._leases.free(held.lease)
+            self._arena.cache(held.range)
+
+    def _sweep(self) -> None:
+        """End the leases whose KV cache has been taken or whose time is over."""
+        now = time.monotonic()
+        for held in list(self._held.values()):
+            if held.lease is None:
+                continue
+            if self._leases.state(held.lease) is Pull.DONE or now >= held.range.until:
+                self._take_back(held)
+        for range_, slot in list(self._quarantined):
+            if self._leases.state(slot) is not Pull.PULLING or now >= range_.until:
+                self._quarantined.remove((range_, slot))
+                self._leases.free(slot)
+                self._arena.cache(range_)
+
+    async def _keep_time(self) -> None:
+        while True:
+            self._sweep()
+            self._publish()
+            await asyncio.sleep(TICK_S)
+
+    def _publish(self) -> None:
+        used = len(self._held)
+        gauge = self._metrics.set
+        gauge("pdserve_slots", used, instance=self._name, state="used")
+        gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
+        for state, (ranges, _) in self._arena.counts().items():
+            if state is not State.FREE:
+                gauge(
+                    "pdserve_kv_leases", ranges, instance=self._name, state=state.value
+                )
+
+
+def region_name(instance: str) -> str:
+    """A name for the instance's shared memory, under the launcher's prefix if there is one."""
+    prefix = os.environ.get("PDSERVE_SHM_PREFIX", "pdserve")
+    return f"{prefix}-{instance}-{secrets.token_hex(8)}".replace("_", "-")

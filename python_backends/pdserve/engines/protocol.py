@@ -1,0 +1,116 @@
+"""What an engine computes: the calls that every kind of engine answers.
+
+One call of ``prefill`` or ``step`` is made at a time; ``join`` blocks, and may run
+in another thread at the same time as ``step``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve.kvcache.layout import KVLayout
+from pdserve.messages import Sampling
+
+Tokens = NDArray[np.int32]
+"""Token ids: int32 [n]."""
+
+KVRange = NDArray[np.uint8]
+"""The KV cache of a prompt: uint8 [layers * 2, tokens, row_bytes]; K and V of a layer alternate."""
+
+
+@dataclass(slots=True, eq=False)
+class PrefillJob:
+    """A prompt whose KV cache is to be filled in: ``kv`` is its range of the arena."""
+
+    tokens: Tokens
+    kv: KVRange
+    sampling: Sampling
+    cached: int = 0
+    """Rows that another range holds already: less than the number of tokens, since at least
+    one is computed, for its logits."""
+    prefix: KVRange | None = None
+    """That range."""
+
+    def copy_prefix(self) -> None:
+        """Fill in the cached rows."""
+        if self.prefix is not None:
+            self.kv[:, : self.cached] = self.prefix[:, : self.cached]
+
+
+@dataclass(slots=True, eq=False)
+class DecodeSequence:
+    """A sequence that is being decoded.
+
+    Between two steps the pool holds the K and V of ``prompt`` and ``tokens[:-1]``;
+    a step computes those of the last token, and the token after it, which the
+    instance appends. Token ``i`` of the sequence lies in row ``i`` of the ``runs``
+    laid end to end.
+    """
+
+    prompt: Tokens
+    tokens: list[int]
+    """The output so far, the prefill's first token included."""
+    runs: list[tuple[int, int]]
+    """(first row in the pool, rows); together at least prompt + tokens - 1 at any step."""
+    sampling: Sampling
+    state: Any = field(default=None, repr=False)
+    """The engine's own, from ``join`` on."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.prompt) + len(self.tokens)
+
+    def rows(self, tokens: int) -> list[tuple[int, int]]:
+        """The runs cut to the first ``tokens`` tokens."""
+        cut = []
+        for first, rows in self.runs:
+            if tokens <= 0:
+                break
+            cut.append((first, min(rows, tokens)))
+            tokens -= rows
+        return cut
+
+
+class EngineModel(Protocol):
+    """What is known of the model that an engine computes."""
+
+    @property
+    def layout(self) -> KVLayout: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where KV caches cannot be exchanged."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and output together, at most."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+
+class PrefillEngine(Protocol):
+    """Prompts in, KV caches and first tokens out."""
+
+    async def prefill(self, jobs: Sequence[PrefillJob]) -> list[int]:
+        """Fill in every job's range, the cached rows included; the first token of each."""
+
+    def close(self) -> None: ...
+
+
+class DecodeEngine(Protocol):
+    """KV caches in, tokens out."""
+
+    def join(self, sequence: DecodeSequence, source: KVRange) -> None:
+        """Copy a prompt's KV cache [layers * 2, prompt tokens, row_bytes] into the pool."""
+
+    async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
+        """The next token of each sequence."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,50 @@
+"""The torch engine's asynchronous side: one thread per instance computes, the loop goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from pdserve.engines.protocol import DecodeSequence, KVRange, PrefillJob
+from pdserve.engines.torch_decode import TorchDecode
+from pdserve.engines.torch_model import TorchModel
+from pdserve.engines.torch_prefill import TorchPrefill
+
+
+class ThreadedPrefill:
+    """Implements ``PrefillEngine``."""
+
+    def __init__(self, model: TorchModel) -> None:
+        self._compute = TorchPrefill(model)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefill")
+
+    async def prefill(self, jobs: Sequence[PrefillJob]) -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._prefill, jobs)
+
+    def _prefill(self, jobs: Sequence[PrefillJob]) -> list[int]:
+        for job in jobs:
+            job.copy_prefix()
+        return self._compute.prefill(jobs)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+class ThreadedDecode:
+    """Implements ``DecodeEngine``."""
+
+    def __init__(self, model: TorchModel, blocks: int, block_size: int) -> None:
+        self._compute = TorchDecode(model, blocks, block_size)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+
+    def join(self, sequence: DecodeSequence, source: KVRange) -> None:
+        self._compute.join(sequence, source)
+
+    async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._compute.step, batch)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,175 @@
+"""Attention over KV memory that is ours, called by transformers' own model code.
+
+A model loaded with ``attn_implementation=NAME`` hands each layer's query, key and
+value, position-encoded, to the ``kv_memory`` of its forward call. Sequences are
+laid end to end in a batch of one, so nothing is padded and no mask is built:
+
+    query [heads, n, head_dim], key and value [kv_heads, n, head_dim]
+
+The query heads that share a KV head are folded into one matrix, [kv_heads, group,
+n, head_dim], so that K and V are read where they lie: neither repeated nor copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "pdserve"
+
+
+class KVMemory(Protocol):
+    """Where the K and V of one forward call go, and what its queries attend to."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any
+    ) -> Tensor:
+        """Attention of all sequences, [n, heads, head_dim]; ``options`` are the model's own."""
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    kv_memory: KVMemory,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx
+    return kv_memory.attend(layer, query[0], key[0], value[0], scale, **options)[None], None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+class PrefillMemory:
+    """Each prompt's K and V are written behind its cached prefix, in place.
+
+    Args:
+        kv: a prompt's range each, [layers, 2, tokens, kv_heads, head_dim].
+        cached: the rows of each that are there already; the others are in this forward.
+    """
+
+    def __init__(self, kv: Sequence[Tensor], cached: Sequence[int]) -> None:
+        self._kv = kv
+        self._cached = cached
+        ends = torch.tensor([k.shape[2] - c for k, c in zip(kv, cached)]).cumsum(0).tolist()
+        self._spans = [slice(*span) for span in pairwise([0, *ends])]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **_: Any
+    ) -> Tensor:
+        outputs = []
+        for kv, cached, span in zip(self._kv, self._cached, self._spans):
+            stored = kv[layer].transpose(1, 2)
+            new_key, new_value = key[:, span], value[:, span]
+            stored[0, :, cached:].copy_(new_key)
+            stored[1, :, cached:].copy_(new_value)
+            q = _folded(query[:, span], key.shape[0])
+            k, v = _shared(new_key, q), _shared(new_value, q)
+            if cached:
+                prefix = stored[:, :, :cached]
+                output = _merged(
+                    [
+                        _partial(q, _shared(prefix[0], q), _shared(prefix[1], q), scale),
+                        _partial(q, k, v, scale, causal=True),
+                    ]
+                )
+            else:
+                output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            outputs.append(output.flatten(0, 1).transpose(0, 1))
+        return torch.cat(outputs)
+
+
+class DecodeMemory:
+    """One new token for each sequence: written to its row of the pool, then attended from.
+
+    Args:
+        pool: [layers, 2, rows, kv_heads, head_dim].
+        rows: int64 [sequences], where each new token goes.
+        runs: each sequence's (first row, rows) in order, the new token's row included.
+        whole: for each sequence, whether its runs must give the very bits that one run would.
+        pad: rows of the forward without a sequence; they attend to nothing and get zeros.
+    """
+
+    def __init__(
+        self,
+        pool: Tensor,
+        rows: Tensor,
+        runs: Sequence[Sequence[tuple[int, int]]],
+        whole: Sequence[bool],
+        pad: int = 0,
+    ) -> None:
+        self._pool = pool
+        self._rows = rows
+        self._pad = pad
+        self._whole = whole
+        # All layers' views at once: making them one by one costs as much as the attention.
+        self._views = [
+            [
+                pool.narrow(2, first, rows).transpose(2, 3).unsqueeze(2).flatten(0, 1).unbind()
+                for first, rows in sequence
+            ]
+            for sequence in runs
+        ]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **_: Any
+    ) -> Tensor:
+        batch = len(self._views)
+        self._pool[layer, 0].index_copy_(0, self._rows, key[:, :batch].transpose(0, 1))
+        self._pool[layer, 1].index_copy_(0, self._rows, value[:, :batch].transpose(0, 1))
+        # [sequences, kv_heads, group, head_dim]: the group stands where a sequence's tokens would.
+        queries = query.unflatten(0, (key.shape[0], -1)).permute(2, 0, 1, 3).split(1)
+        outputs = []
+        for q, views, whole in zip(queries, self._views, self._whole):
+            parts = [(run[2 * layer], run[2 * layer + 1]) for run in views]
+            if len(parts) > 1 and not whole:
+                outputs.append(_merged([_partial(q, k, v, scale) for k, v in parts]))
+                continue
+            k, v = parts[0] if len(parts) == 1 else (torch.cat(each, 2) for each in zip(*parts))
+            outputs.append(scaled_dot_product_attention(q, k, v, scale=scale))
+        if self._pad:
+            outputs.append(query.new_zeros(self._pad, *outputs[0].shape[1:]))
+        return torch.cat(outputs).flatten(1, 2)
+
+
+def _folded(query: Tensor, kv_heads: int) -> Tensor:
+    return query.unflatten(0, (kv_heads, -1))
+
+
+def _shared(heads: Tensor, query: Tensor) -> Tensor:
+    """[kv_heads, n, head_dim] -> [kv_heads, group, n, head_dim], a view."""
+    return heads[:, None].expand(-1, query.shape[1], -1, -1)
+
+
+def _partial(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention to a part of a sequence, [b, h, n, head_dim], and its log-sum-exp, [b, h, n]."""
+    if query.device.type == "cpu":
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scale
+        )
+    else:
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scale
+        )
+    return output, lse[..., : query.shape[2]]
+
+
+def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The attention to the whole, from that to its parts."""
+    outputs, lses = zip(*parts)
+    weights = torch.stack(lses).softmax(0).unsqueeze(-1)
+    return (torch.stack(outputs) * weights).sum(0).to(outputs[0].dtype)

@@ -1,0 +1,86 @@
+"""Decode with torch: KV caches in, tokens out, in one running batch over a paged pool."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from pdserve.engines.protocol import DecodeSequence, KVRange
+from pdserve.engines.torch_attention import DecodeMemory
+from pdserve.engines.torch_model import TorchModel
+from pdserve.engines.torch_sampling import Choice, sample
+
+# Rows of a forward whose bits may not depend on the batch: always as many, so that every
+# operation has one shape. 16 cost hardly more than 4; see torch_linear.
+FIXED_ROWS = 16
+
+# The source of a join is mapped read-only, and only read.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+class TorchDecode:
+    """The decode role of a model.
+
+    ``step`` is called from one thread; ``join`` may be called from another meanwhile.
+
+    Args:
+        blocks, block_size: the pool's blocks, and the tokens in each.
+    """
+
+    def __init__(self, model: TorchModel, blocks: int, block_size: int) -> None:
+        layout = model.layout
+        self._model = model
+        self._pool = torch.zeros(
+            (layout.layers, 2, blocks * block_size, layout.kv_heads, layout.head_dim),
+            dtype=getattr(torch, layout.dtype),
+            device=model.device,
+        )
+        self._rows = self._pool.flatten(3).flatten(0, 1)
+
+    def join(self, sequence: DecodeSequence, source: KVRange) -> None:
+        """Copy a prompt's KV cache [layers * 2, prompt tokens, row_bytes] into the pool."""
+        staged = torch.from_numpy(source).view(self._rows.dtype).to(self._rows.device)
+        done = 0
+        for first, rows in sequence.rows(staged.shape[1]):
+            self._rows[:, first : first + rows].copy_(staged[:, done : done + rows])
+            done += rows
+
+    def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
+        """The next token of each sequence.
+
+        Reproducible sequences are computed FIXED_ROWS at a time, in forwards that
+        others fill up; whoever is left has an ordinary forward.
+        """
+        order = sorted(range(len(batch)), key=lambda i: not batch[i].sampling.reproducible)
+        reproducible = sum(sequence.sampling.reproducible for sequence in batch)
+        tokens = [0] * len(batch)
+        begin = 0
+        while begin < len(batch):
+            fixed = begin < reproducible
+            chunk = order[begin : begin + FIXED_ROWS] if fixed else order[begin:]
+            for i, token in zip(chunk, self._forward([batch[i] for i in chunk], fixed)):
+                tokens[i] = token
+            begin += len(chunk)
+        return tokens
+
+    def _forward(self, batch: Sequence[DecodeSequence], fixed: bool) -> list[int]:
+        pad = FIXED_ROWS - len(batch) if fixed else 0
+        runs = [sequence.rows(sequence.length) for sequence in batch]
+        written = [first + rows - 1 for first, rows in (cut[-1] for cut in runs)]
+        memory = DecodeMemory(
+            self._pool,
+            torch.tensor(written, device=self._pool.device),
+            runs,
+            [sequence.sampling.reproducible for sequence in batch],
+            pad,
+        )
+        logits = self._model.forward(
+            [sequence.tokens[-1] for sequence in batch] + [0] * pad,
+            [sequence.length - 1 for sequence in batch] + [0] * pad,
+            None,
+            memory,
+        )
+        choices = [Choice(s.sampling, s.prompt, s.tokens) for s in batch]
+        return sample(logits[: len(batch)], choices)

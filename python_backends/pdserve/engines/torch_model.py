@@ -1,0 +1,195 @@
+"""A causal language model as transformers has it, loaded once per process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+)
+
+from pdserve.engines import torch_linear
+from pdserve.engines.torch_attention import NAME, KVMemory
+from pdserve.errors import DeploymentError
+from pdserve.kvcache.layout import KVLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Options of an attention layer that change what it computes, and that are not served.
+REFUSED_OPTIONS = ("sliding_window", "softcap", "s_aux", "position_bias")
+# Their rotary frequencies change with the length of the sequence, after K has been stored.
+REFUSED_ROPES = ("dynamic", "longrope")
+SAMPLE_BYTES = 1 << 16
+
+
+class TorchModel:
+    """The weights, and what the instances need to know about the model.
+
+    Weights in safetensors files whose dtype is the engine's stay mapped on a CPU:
+    the processes of a host share them.
+
+    Args:
+        path: directory or GGUF file.
+        threads: CPU threads of this process; 0 leaves torch's default, every core.
+
+    Raises:
+        DeploymentError: the model cannot be loaded, or its attention is of a kind that
+            does not keep the K and V of every token, of one shape in every layer.
+    """
+
+    def __init__(self, path: str, device: str, dtype: str, threads: int) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.device = torch.device(device)
+        place = Path(path)
+        try:
+            self._model = _load(place, getattr(torch, dtype)).to(self.device).eval()
+            self.eos_ids = _eos_ids(place, self._model.config)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise DeploymentError(f"{path} cannot be loaded: {error}") from error
+        if self.device.type == "cpu":
+            torch_linear.adapt(self._model)
+        config = self._model.config.get_text_config(decoder=True)
+        self.context_length: int = config.max_position_embeddings
+        self.vocab_size: int = config.vocab_size
+        self.layout = self._probe(path, config, dtype)
+        self.fingerprint = _fingerprint(place, self.layout)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: Sequence[int] | np.ndarray[Any, Any],
+        positions: Sequence[int] | np.ndarray[Any, Any],
+        last: Sequence[int] | None,
+        memory: KVMemory,
+    ) -> Tensor:
+        """Logits [len(last), vocabulary] of sequences laid end to end; None is every token's.
+
+        Args:
+            tokens, positions: [n], of all the sequences.
+            last: indices of the tokens whose logits are wanted.
+        """
+        keep = 0 if last is None else torch.as_tensor(last, device=self.device)
+        output = self._model(
+            input_ids=torch.as_tensor(tokens, dtype=torch.long, device=self.device)[None],
+            position_ids=torch.as_tensor(positions, dtype=torch.long, device=self.device)[None],
+            use_cache=False,
+            logits_to_keep=keep,
+            kv_memory=memory,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _probe(self, path: str, config: PretrainedConfig, dtype: str) -> KVLayout:
+        """Ask the model code itself: run two tokens, and see what its layers hand over."""
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        if rope in REFUSED_ROPES:
+            raise DeploymentError(f"{path}: rotary embedding of type {rope} is not served")
+        probe = _Probe(self.context_length)
+        try:
+            self.forward([0, 0], [0, 1], None, probe)
+        except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+            raise DeploymentError(
+                f"{path}: {type(self._model).__name__} cannot be run over our KV memory: {error}"
+            ) from error
+        expected = list(range(config.num_hidden_layers))
+        if probe.layers != expected or len(probe.shapes) != 1 or probe.refused:
+            raise DeploymentError(
+                f"{path}: {type(self._model).__name__} needs a KV cache that is not served: "
+                f"{len(probe.layers)} of {len(expected)} layers keep K and V of every token, "
+                f"in shapes {sorted(probe.shapes)}, with options {sorted(probe.refused)}; "
+                "served are models with one shape in every layer and no such options"
+            )
+        kv_heads, head_dim, _ = probe.shapes.pop()
+        return KVLayout(len(expected), kv_heads, head_dim, dtype)  # type: ignore[arg-type]
+
+
+class _Probe:
+    """A KV memory that keeps nothing but notes what it is given."""
+
+    def __init__(self, context_length: int) -> None:
+        self._context_length = context_length
+        self.layers: list[int] = []
+        self.shapes: set[tuple[int, int, int]] = set()
+        self.refused: set[str] = set()
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any
+    ) -> Tensor:
+        self.layers.append(layer)
+        self.shapes.add((key.shape[0], key.shape[2], value.shape[2]))
+        if key.shape[2] != value.shape[2]:
+            self.refused.add("K and V of different sizes")
+        for name in REFUSED_OPTIONS:
+            setting = options.get(name)
+            harmless = name == "sliding_window" and (setting or 0) >= self._context_length
+            if setting is not None and not harmless:
+                self.refused.add(name)
+        return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
+
+
+def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": NAME}
+    if path.is_file():
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+    shards = _shards(path)
+    config = AutoConfig.from_pretrained(path)
+    if not shards or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    # Given a directory, from_pretrained reads private copies of the weights; given tensors
+    # that are already of the right dtype, it takes them as they are: mapped.
+    weights = {}
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class.from_pretrained(None, config=config, state_dict=weights, **options)
+
+
+def _shards(path: Path) -> list[Path]:
+    """The safetensors files of a directory, by its index if there is one."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        return [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    single = path / "model.safetensors"
+    return [single] if single.exists() else []
+
+
+def _eos_ids(path: Path, config: PretrainedConfig) -> frozenset[int]:
+    """What ends an answer: generation_config.json's word, else config.json's."""
+    ids = config.eos_token_id
+    if (path / "generation_config.json").exists():
+        ids = GenerationConfig.from_pretrained(path).eos_token_id or ids
+    return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def _fingerprint(path: Path, layout: KVLayout) -> str:
+    """Equal for two processes whose KV caches may be exchanged: same weights, same layout.
+
+    Of each file of weights it takes the name, the size and a sample of the bytes.
+    """
+    digest = hashlib.sha256(repr(layout).encode())
+    files = [path] if path.is_file() else sorted(
+        [path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]
+    )
+    for name in files:
+        size = name.stat().st_size
+        digest.update(f"{name.name} {size} ".encode())
+        with name.open("rb") as file:
+            for offset in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+                file.seek(offset)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

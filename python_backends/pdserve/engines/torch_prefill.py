@@ -1,0 +1,44 @@
+"""Prefill with torch: prompts in, KV caches and first tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pdserve.engines.protocol import PrefillJob
+from pdserve.engines.torch_attention import PrefillMemory
+from pdserve.engines.torch_model import TorchModel
+from pdserve.engines.torch_sampling import Choice, sample
+
+
+class TorchPrefill:
+    """The prefill role of a model. Calls block, and are made from one thread."""
+
+    def __init__(self, model: TorchModel) -> None:
+        self._model = model
+        layout = model.layout
+        self._dtype = getattr(torch, layout.dtype)
+        self._shape = (layout.layers, 2, -1, layout.kv_heads, layout.head_dim)
+
+    def prefill(self, jobs: Sequence[PrefillJob]) -> list[int]:
+        """Fill in every job's range; the first token of each.
+
+        The uncached tokens of all jobs go through one forward. A job whose sampling is
+        reproducible must come alone and without a cached prefix, so that its bits
+        depend on its prompt alone.
+        """
+        host = [torch.from_numpy(job.kv).view(self._dtype).view(self._shape) for job in jobs]
+        kv = [ranges.to(self._model.device) for ranges in host]
+        cached = [job.cached for job in jobs]
+        logits = self._model.forward(
+            np.concatenate([job.tokens[job.cached :] for job in jobs]),
+            np.concatenate([np.arange(job.cached, len(job.tokens)) for job in jobs]),
+            np.cumsum([len(job.tokens) - job.cached for job in jobs]) - 1,
+            PrefillMemory(kv, cached),
+        )
+        for into, computed, c in zip(host, kv, cached):
+            if computed is not into:
+                into[:, :, c:].copy_(computed[:, :, c:])
+        return sample(logits, [Choice(job.sampling, job.tokens, ()) for job in jobs])

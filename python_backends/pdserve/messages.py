@@ -1,0 +1,162 @@
+"""What the scheduler and the instances say to each other, version 1.
+
+A message is msgpack in one UINT8 tensor: ``request`` on the way in, ``reply`` on
+the way out. Nothing here is part of the public contract; both ends of a
+deployment run the same version, and a message of another version is refused.
+Token ids are little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pdserve.errors import InstanceError
+from pdserve.kvcache.handle import KVHandle
+
+VERSION = 1
+
+
+class Sampling(Struct, frozen=True, array_like=True):
+    """How the next token is chosen; the defaults are greedy.
+
+    Penalties as in OpenAI's API (presence, frequency: over the output) and in
+    transformers (repetition: over prompt and output).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def reproducible(self) -> bool:
+        """A seed was given: the tokens may not depend on what else is being computed."""
+        return not self.greedy and self.seed is not None
+
+    @property
+    def penalized(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+class PrefillRequest(Struct, frozen=True, tag="prefill"):
+    """Compute the KV cache of a prompt and its first token; refuse at once if busy."""
+
+    id: str
+    prompt: bytes
+    sampling: Sampling
+    tenant: str
+    deadline_ms: float
+    """Milliseconds from now after which the first token is worthless."""
+    version: int = VERSION
+
+
+class Release(Struct, frozen=True, tag="release"):
+    """Give up whatever the instance holds for a request: compute, lease, blocks."""
+
+    id: str
+    version: int = VERSION
+
+
+class DecodeRequest(Struct, frozen=True, tag="decode"):
+    """Pull a KV cache and go on from its first token; refuse at once if full."""
+
+    id: str
+    prompt: bytes
+    first_token: int
+    handle: KVHandle
+    sampling: Sampling
+    max_tokens: int
+    """Tokens in the answer, the first one included."""
+    ignore_eos: bool
+    min_interval_ms: float
+    """At least this long between two replies with tokens."""
+    version: int = VERSION
+
+
+class Busy(Struct, frozen=True, tag="busy"):
+    """Not accepted; nothing is held for the request."""
+
+    reason: str
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    """Accepted, but it ended in an error; nothing is held for the request any more."""
+
+    code: str
+    message: str
+
+
+class Accepted(Struct, frozen=True, tag="accepted"):
+    """A prefill has taken the request; sent only where the result takes longer than a moment."""
+
+
+class Prefilled(Struct, frozen=True, tag="prefilled"):
+    """The first token, and where the KV cache waits."""
+
+    token: int
+    eos: bool
+    handle: KVHandle
+    cached_tokens: int
+    compute_ms: float
+
+
+class Tokens(Struct, frozen=True, tag="tokens"):
+    """New tokens of a stream; the last reply carries the finish reason."""
+
+    ids: bytes
+    finish_reason: Annotated[str, Meta(pattern="^(stop|length|)$")] = ""
+    transfer_ms: float | None = None
+    """On the first reply: the time it took to pull the KV cache."""
+
+
+class Released(Struct, frozen=True, tag="released"):
+    """Nothing is held for the request."""
+
+
+Request = PrefillRequest | DecodeRequest | Release
+Reply = Busy | Accepted | Failed | Prefilled | Tokens | Released
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+T = TypeVar("T")
+
+
+def encode(message: Request | Reply) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_request(data: bytes | memoryview) -> Request:
+    """Raises: InstanceError: not a request of this version."""
+    return _decode(_requests, data)
+
+
+def decode_reply(data: bytes | memoryview) -> Reply:
+    """Raises: InstanceError: not a reply of this version."""
+    return _decode(_replies, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes | memoryview) -> T:
+    try:
+        message = decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise InstanceError(f"malformed message between scheduler and instance: {error}") from error
+    version = getattr(message, "version", VERSION)
+    if version != VERSION:
+        raise InstanceError(f"message version {version}; this instance speaks version {VERSION}")
+    return message

@@ -1,0 +1,87 @@
+"""Metrics, counted in process and handed to Triton's metric API in one go.
+
+Each call into that API is a round trip between processes, so nothing is sent
+when it happens: ``drain`` gives what changed since the last time. A histogram
+is kept as the three series that Prometheus stores of one (bucket, sum, count);
+the API would take one call per observation.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+Kind = Literal["counter", "gauge"]
+Labels = tuple[tuple[str, str], ...]
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+COUNTERS = {
+    "pdserve_requests_total": "Requests ended, by how",
+    "pdserve_forward_attempts": "Offers of a request to a prefill",
+    "pdserve_prefill_rejections_total": "Offers that a busy prefill refused",
+    "pdserve_retries_total": "Calls to an instance that failed and were tried elsewhere",
+    "pdserve_kv_transfer_bytes_total": "KV cache bytes moved from a prefill to a decode",
+}
+GAUGES = {
+    "pdserve_open_requests": "Requests in flight in this gateway",
+    "pdserve_slots": "Slots of an instance",
+    "pdserve_kv_leases": "Ranges of a prefill's arena, by state",
+    "pdserve_kv_blocks": "Blocks of a decode's pool",
+}
+HISTOGRAMS = {
+    "pdserve_ttft_seconds": "Arrival to first token",
+    "pdserve_tpot_seconds": "Time per output token after the first",
+    "pdserve_e2e_seconds": "Arrival to last token",
+    "pdserve_kv_transfer_seconds": "Pulling one KV cache",
+}
+
+
+class Change(NamedTuple):
+    """A series' step (counter) or new value (gauge)."""
+
+    kind: Kind
+    name: str
+    help: str
+    labels: Labels
+    value: float
+
+
+class Registry:
+    """What one process has counted since it last told Triton."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, Labels], float] = {}
+        self._levels: dict[tuple[str, Labels], float] = {}
+        self._published: dict[tuple[str, Labels], float] = {}
+
+    def add(self, name: str, value: float = 1, **labels: str) -> None:
+        """Count ``value`` more in a counter."""
+        key = (name, tuple(labels.items()))
+        self._counts[key] = self._counts.get(key, 0) + value
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """A gauge is ``value`` now."""
+        self._levels[name, tuple(labels.items())] = value
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """One more value in a histogram."""
+        for bound in (*SECONDS[bisect_left(SECONDS, value) :], "+Inf"):
+            self.add(f"{name}_bucket", **labels, le=str(bound))
+        self.add(f"{name}_sum", value, **labels)
+        self.add(f"{name}_count", **labels)
+
+    def drain(self) -> Iterator[Change]:
+        """What has changed since the last call."""
+        counts, self._counts = self._counts, {}
+        for (name, labels), value in counts.items():
+            yield Change("counter", name, _help(name), labels, value)
+        for key, value in self._levels.items():
+            if self._published.get(key) != value:
+                self._published[key] = value
+                yield Change("gauge", key[0], GAUGES[key[0]], key[1], value)
+
+
+def _help(name: str) -> str:
+    return COUNTERS.get(name) or HISTOGRAMS[name.rpartition("_")[0]]

@@ -1,0 +1,1 @@
+"""What Triton loads: tensors in, calls, tensors out. Only this package knows Triton's Python API."""

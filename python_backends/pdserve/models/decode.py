@@ -1,0 +1,17 @@
+"""Triton model ``decode*``: one engine in the decode role."""
+
+from __future__ import annotations
+
+from pdserve import config
+from pdserve.engines import build
+from pdserve.engines.decode import DecodeInstance
+from pdserve.metrics import Registry
+from pdserve.models.instance import InstanceModel
+
+
+class TritonPythonModel(InstanceModel):
+    def make(self, name: str, deployment: config.Deployment, metrics: Registry) -> DecodeInstance:
+        model = build.model(deployment)
+        engine = build.decode(model, deployment.decode)
+        peers = len(deployment.instances("decode"))
+        return DecodeInstance(name, model, engine, deployment.decode, peers, metrics)

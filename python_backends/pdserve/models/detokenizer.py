@@ -1,0 +1,31 @@
+"""Triton model ``detokenizer``: the token ids of a whole answer in, its text out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from pdserve import errors
+from pdserve.models import triton
+from pdserve.tokenizer import Tokenizer
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        self._tokenizer = Tokenizer(Path(triton.deployment(args).model))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        ids = triton.tensors(request)["output_ids"].reshape(-1)
+        size = self._tokenizer.vocabulary_size
+        wrong = ids[(ids < 0) | (ids >= size)]
+        if wrong.size:
+            return triton.error(
+                errors.InvalidRequest(f"output_ids: {wrong[0]}; allowed: 0 to {size - 1}")
+            )
+        text = self._tokenizer.decode(ids.tolist())
+        return pb_utils.InferenceResponse([triton.text("text_output", text)])

@@ -1,0 +1,208 @@
+"""What the pdserve and the scheduler model share: requests run, cancelled and answered once."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from pdserve import config, errors, parameters
+from pdserve.channels.bls import BlsChannel
+from pdserve.channels.grpc import GrpcChannel
+from pdserve.channels.protocol import Channel
+from pdserve.engines import build
+from pdserve.engines.protocol import Tokens
+from pdserve.metrics import Registry
+from pdserve.models import triton
+from pdserve.models.triton import LoopThread, Outbox, Publisher
+from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.request import Request
+from pdserve.scheduling.scheduler import Scheduler
+from pdserve.text import TextStream
+from pdserve.tokenizer import Tokenizer
+
+# A client that has gone is noticed within this time; each look is a round trip to the server.
+CANCEL_POLL_S = 0.08
+BLS_THREADS = 64
+
+
+class GatewayModel:
+    """A Triton model in front of a scheduler. Subclasses read prompts and write answers."""
+
+    answers_in_text: bool
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self.deployment = triton.deployment(args)
+        self.tokenizer = Tokenizer(Path(self.deployment.model))
+        self._context_length = build.context_length(self.deployment)
+        self._name = args["model_name"]
+        self._metrics = Registry()
+        self._outbox = Outbox()
+        self._ids = itertools.count()
+        self._serving: dict[asyncio.Task[None], Any] = {}
+        self._loop = LoopThread()
+        self._loop.run(self._start())
+
+    async def prompt(self, inputs: parameters.Tensors) -> tuple[Tokens, str]:
+        """The prompt's token ids, and what is echoed before the answer if that is asked for.
+
+        Raises:
+            InvalidRequest: there is no such prompt.
+        """
+        raise AssertionError("a subclass reads prompts")
+
+    def outputs(self, text: str, ids: list[int]) -> list[Any]:
+        """The tensors of one response."""
+        raise AssertionError("a subclass writes answers")
+
+    def execute(self, requests: list[Any]) -> None:
+        """Begin to serve each request; nothing here waits."""
+        self._loop.call(self._accept, requests)
+
+    def finalize(self) -> None:
+        self._loop.run(self._close())
+        self._outbox.close()
+        self._loop.close()
+
+    # ------------------------------------------------------------------ serving
+
+    def _accept(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            task = asyncio.create_task(self._serve(request, sender))
+            self._serving[task] = sender
+            task.add_done_callback(self._serving.pop)
+
+    async def _serve(self, request: Any, sender: Any) -> None:
+        """Whatever happens, exactly one response with the FINAL flag is sent."""
+        try:
+            response = await self._answer(request, sender)
+        except errors.PDServeError as error:
+            known = error.code != errors.PDServeError.code
+            response = triton.error(error if known else _logged(error))
+        except asyncio.CancelledError:
+            response = triton.error(errors.Cancelled("the client has gone"))
+        except Exception as error:  # nothing may escape: Triton would leave the client waiting
+            response = triton.error(_logged(error))
+        self._outbox.send(sender, response, last=True)
+
+    async def _answer(self, request: Any, sender: Any) -> Any:
+        """Send all responses but the last, which is returned."""
+        limits = self.deployment.gateway
+        inputs = triton.tensors(request)
+        for name, tensor in inputs.items():
+            if tensor.shape[0] != 1:
+                raise errors.InvalidRequest(
+                    f"{name}: a batch of {tensor.shape[0]}; one prompt in a request is allowed"
+                )
+        asked = parameters.parse(inputs, triton.parameters(request), limits.max_stop_words)
+        prompt, echo = await self.prompt(inputs)
+        job = self._request(asked, prompt)
+        text = TextStream(self.tokenizer, asked.stop)
+        reads_text = self.answers_in_text or bool(asked.stop)
+        piece, ids, told = echo, list[int](), 0
+        async with aclosing(self._scheduler.run(job)) as chunks:
+            async for chunk in chunks:
+                ids += chunk.ids
+                if reads_text:
+                    piece += text.push(chunk.ids)
+                    if text.stopped:
+                        job.end_answer(text.tokens_used)
+                last = chunk.finish_reason or job.answer_ended
+                if asked.stream and not last and (piece or not self.answers_in_text):
+                    outputs = [*self.outputs(piece, ids), triton.text("finish_reason", "")]
+                    self._outbox.send(sender, pb_utils.InferenceResponse(outputs), last=False)
+                    told += len(ids)
+                    piece, ids = "", []
+        if reads_text and not text.stopped:
+            piece += text.finish()
+        ending = [
+            *self.outputs(piece, ids[: job.output_tokens - told]),
+            triton.text("finish_reason", job.finish_reason),
+            triton.text("stats", json.dumps(job.stats())),
+        ]
+        return pb_utils.InferenceResponse(ending)
+
+    def _request(self, asked: parameters.Parameters, prompt: Tokens) -> Request:
+        limits = self.deployment.gateway
+        most = limits.max_prompt_tokens
+        if most is not None and len(prompt) > most:
+            raise errors.InvalidRequest(
+                f"the prompt has {len(prompt)} tokens; at most {most} are allowed"
+            )
+        return Request(
+            id=str(next(self._ids)),
+            prompt=prompt.astype("<i4").tobytes(),
+            max_tokens=parameters.answer_length(
+                asked.max_tokens, len(prompt), self._context_length
+            ),
+            sampling=asked.sampling,
+            stream=asked.stream or bool(asked.stop),
+            ignore_eos=asked.ignore_eos,
+            tenant=asked.tenant,
+            priority=asked.priority,
+            ttft_limit_s=(asked.ttft_limit_ms or limits.ttft_limit_ms) / 1e3,
+        )
+
+    async def _watch(self) -> None:
+        """Cancel the requests whose clients have gone."""
+        while True:
+            for task, sender in list(self._serving.items()):
+                if not task.done() and sender.is_cancelled():
+                    task.cancel()
+            self._metrics.set("pdserve_open_requests", len(self._serving), gateway=self._name)
+            await asyncio.sleep(CANCEL_POLL_S)
+
+    # -------------------------------------------------------- beginning and end
+
+    async def _start(self) -> None:
+        limits = self.deployment.gateway
+        loop = asyncio.get_running_loop()
+        if limits.channel == "bls":
+            # async_exec keeps a thread of the default pool until the first response.
+            loop.set_default_executor(ThreadPoolExecutor(BLS_THREADS))
+        prefills = self._reach(self.deployment.instances("prefill"))
+        decodes = self._reach(self.deployment.instances("decode"))
+        self._instances = [*prefills, *decodes]
+        self._scheduler = Scheduler(
+            prefills,
+            decodes,
+            self._metrics,
+            stall_s=limits.stall_s,
+            lease_s=self.deployment.prefill.lease_s,
+            rng=random.Random(secrets.randbits(128)),
+        )
+        self._background = [
+            loop.create_task(Publisher(self._metrics).run()),
+            loop.create_task(self._watch()),
+        ]
+
+    def _reach(self, instances: dict[str, config.Server]) -> list[Instance]:
+        return [Instance(name, self._channel(name, server)) for name, server in instances.items()]
+
+    def _channel(self, name: str, server: config.Server) -> Channel:
+        if self.deployment.gateway.channel == "bls":
+            return BlsChannel(pb_utils, name, BLS_THREADS)
+        return GrpcChannel(f"{server.host}:{server.grpc_port}", name)
+
+    async def _close(self) -> None:
+        for task in (*self._serving, *self._background):
+            task.cancel()
+        await asyncio.gather(*self._serving, *self._background, return_exceptions=True)
+        for instance in self._instances:
+            await instance.close()
+
+
+def _logged(error: Exception) -> errors.PDServeError:
+    """An internal error as the client sees it: with an id that is in the log."""
+    number = secrets.token_hex(4)
+    pb_utils.Logger.log_error(f"error {number}: {error!r}")
+    return errors.PDServeError(f"{error} (error {number} in the server's log)")

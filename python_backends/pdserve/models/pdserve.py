@@ -1,0 +1,47 @@
+"""Triton model ``pdserve``: text in, text out."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from pdserve.engines.protocol import Tokens
+from pdserve.errors import InvalidRequest
+from pdserve.models import triton
+from pdserve.models.gateway import GatewayModel
+from pdserve.parameters import Tensors, scalar
+from pdserve.tokenizer import parse_prompt
+
+# A longer text is tokenized in another thread, so that the streams of others go on.
+LONG_TEXT = 16 << 10
+
+
+class TritonPythonModel(GatewayModel):
+    answers_in_text = True
+
+    async def prompt(self, inputs: Tensors) -> tuple[Tokens, str]:
+        data: bytes = scalar(inputs, "text_input")
+        limit = self.deployment.gateway.max_prompt_bytes
+        if len(data) > limit:
+            raise InvalidRequest(
+                f"text_input: {len(data)} bytes; at most {limit} are allowed"
+            )
+        chat = bool(scalar(inputs, "chat"))
+        if len(data) > LONG_TEXT:
+            loop = asyncio.get_running_loop()
+            ids = await loop.run_in_executor(None, self._encode, data, chat)
+        else:
+            ids = self._encode(data, chat)
+        if not ids.size:
+            raise InvalidRequest("text_input: no tokens; at least 1 is needed")
+        echo = scalar(inputs, "exclude_input_in_output")
+        return ids, data.decode() if echo is not None and not echo else ""
+
+    def _encode(self, data: bytes, chat: bool) -> Tokens:
+        prompt = parse_prompt(data, chat)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_chat(prompt)
+
+    def outputs(self, text: str, ids: list[int]) -> list[Any]:
+        return [triton.text("text_output", text)]

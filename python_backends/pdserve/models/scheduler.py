@@ -1,0 +1,30 @@
+"""Triton model ``scheduler``: token ids in, token ids out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from pdserve.engines.protocol import Tokens
+from pdserve.errors import InvalidRequest
+from pdserve.models.gateway import GatewayModel
+from pdserve.parameters import Tensors
+
+
+class TritonPythonModel(GatewayModel):
+    answers_in_text = False
+
+    async def prompt(self, inputs: Tensors) -> tuple[Tokens, str]:
+        ids = inputs["input_ids"].reshape(-1)
+        if not ids.size:
+            raise InvalidRequest("input_ids: empty; at least 1 token is needed")
+        size = self.tokenizer.vocabulary_size
+        wrong = ids[(ids < 0) | (ids >= size)]
+        if wrong.size:
+            raise InvalidRequest(f"input_ids: {wrong[0]}; allowed: 0 to {size - 1}")
+        return ids, ""
+
+    def outputs(self, text: str, ids: list[int]) -> list[Any]:
+        return [pb_utils.Tensor("output_ids", np.array([ids], np.int32))]

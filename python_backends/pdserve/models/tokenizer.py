@@ -1,0 +1,34 @@
+"""Triton model ``tokenizer``: text or a conversation in, token ids out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from pdserve import errors
+from pdserve.models import triton
+from pdserve.parameters import scalar
+from pdserve.tokenizer import Tokenizer, parse_prompt
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        self._tokenizer = Tokenizer(Path(triton.deployment(args).model))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        inputs = triton.tensors(request)
+        try:
+            prompt = parse_prompt(scalar(inputs, "text_input"), bool(scalar(inputs, "chat")))
+        except errors.PDServeError as error:
+            return triton.error(error)
+        if isinstance(prompt, str):
+            ids = self._tokenizer.encode(prompt)
+        else:
+            ids = self._tokenizer.encode_chat(prompt)
+        return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids[np.newaxis])])

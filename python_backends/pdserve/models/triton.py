@@ -1,0 +1,140 @@
+"""What every model here needs of Triton's Python backend."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from pdserve import config, errors
+from pdserve.metrics import Registry
+
+PUBLISH_S = 0.25
+CLOSE_S = 5.0
+
+
+def deployment(args: dict[str, str]) -> config.Deployment:
+    """The deployment.yaml that lies beside the models of this repository."""
+    return config.load(Path(args["model_repository"]).parent / "deployment.yaml")
+
+
+def tensors(request: Any) -> dict[str, NDArray[Any]]:
+    """A request's inputs by name, with the batch dimension they came with."""
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def parameters(request: Any) -> dict[str, Any]:
+    """A request's parameters."""
+    return json.loads(request.parameters() or "{}")  # type: ignore[no-any-return]
+
+
+def error(failure: errors.PDServeError) -> Any:
+    """What a failure looks like to Triton."""
+    code = getattr(pb_utils.TritonError, failure.code)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(failure), code))
+
+
+def text(name: str, *values: str) -> Any:
+    """A BYTES tensor [1, n]."""
+    array = np.array([[value.encode() for value in values]], dtype=object)
+    return pb_utils.Tensor(name, array)
+
+
+class LoopThread:
+    """An event loop in a thread of its own, from a model's ``initialize`` to its ``finalize``.
+
+    Not the stub's own loop: that one only runs while requests do, and keeps every
+    ``execute`` that ends before it has been noted (seen in 24.10).
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="loop", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[..., None], *args: Any) -> None:
+        """Have ``function`` called in the loop, soon."""
+        self._loop.call_soon_threadsafe(function, *args)
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` in the loop and wait for it, CLOSE_S seconds at most."""
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(CLOSE_S)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_S)
+
+
+class Outbox:
+    """Sends responses from a thread of its own, in order.
+
+    Sending waits for the server to take the response over; the event loop goes on meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Any, Any, int] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread.start()
+
+    def send(self, sender: Any, response: Any, *, last: bool) -> None:
+        """Send ``response`` by a request's sender; nothing can follow the last one."""
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+        self._queue.put((sender, response, flags))
+
+    def close(self) -> None:
+        """Send what is there, then end."""
+        self._queue.put(None)
+        self._thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            sender, response, flags = item
+            try:
+                sender.send(response, flags=flags)
+            except Exception as failure:  # the thread serves every request: it may not end
+                pb_utils.Logger.log_error(f"a response could not be sent: {failure!r}")
+
+
+class Publisher:
+    """Hands a registry's changes to Triton's metric API, a few times a second."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._families: dict[str, Any] = {}
+        self._metrics: dict[tuple[str, Any], Any] = {}
+
+    async def run(self) -> None:
+        """Publish until cancelled, from another thread: each call waits for the server."""
+        loop = asyncio.get_running_loop()
+        while True:
+            changes = list(self._registry.drain())
+            if changes:
+                await loop.run_in_executor(None, self._publish, changes)
+            await asyncio.sleep(PUBLISH_S)
+
+    def _publish(self, changes: list[Any]) -> None:
+        for change in changes:
+            metric = self._metrics.get((change.name, change.labels))
+            if metric is None:
+                metric = self._metrics[change.name, change.labels] = self._metric(change)
+            if change.kind == "counter":
+                metric.increment(change.value)
+            else:
+                metric.set(change.value)
+
+    def _metric(self, change: Any) -> Any:
+        family = self._families.get(change.name)
+        if family is None:
+            kind = getattr(pb_utils.MetricFamily, change.kind.upper())
+            family = self._families[change.name] = pb_utils.MetricFamily(
+                name=change.name, description=change.help, kind=kind
+            )
+        return family.Metric(labels=dict(change.labels))

@@ -1,0 +1,165 @@
+"""What a client may ask for: names, types, ranges and defaults, checked before any work is done.
+
+Triton has checked names, types and dimensions of tensors against the model's
+configuration by the time they come here; this checks what they hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve.errors import InvalidRequest
+from pdserve.messages import Sampling
+
+DEFAULT_MAX_TOKENS = 128
+MAX_LABEL_BYTES = 64
+MAX_STOP_BYTES = 256
+# Also accepted as request parameters of the same names.
+ROUTING = ("scenario", "tenant", "priority")
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+@dataclass(slots=True, frozen=True)
+class Parameters:
+    """Everything of a request but its prompt."""
+
+    max_tokens: int | None
+    """None: not given."""
+    sampling: Sampling
+    stop: tuple[str, ...]
+    stream: bool
+    ignore_eos: bool
+    scenario: str
+    tenant: str
+    priority: int
+    ttft_limit_ms: int | None
+
+
+def scalar(tensors: Tensors, name: str) -> Any:
+    """The one value of tensor ``name``, or None where it is not given.
+
+    Raises:
+        InvalidRequest: more or fewer values than one.
+    """
+    tensor = tensors.get(name)
+    if tensor is None:
+        return None
+    if tensor.size != 1:
+        raise InvalidRequest(f"{name}: {tensor.size} values given; exactly 1 is allowed")
+    return tensor.reshape(-1)[0].item() if tensor.dtype != object else tensor.reshape(-1)[0]
+
+
+def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Parameters:
+    """Check everything that a request gives beside its prompt.
+
+    Args:
+        tensors: the request's inputs by name.
+        extra: its request parameters.
+
+    Raises:
+        InvalidRequest: names the value and what is allowed.
+    """
+    for name, value in extra.items():
+        # Clients of other backends send fields such as bad_words empty.
+        if name not in ROUTING and value not in ("", None):
+            raise InvalidRequest(
+                f"unknown field {name!r}; request parameters allowed: {', '.join(ROUTING)}"
+            )
+    routing = {name: extra[name] for name in ROUTING if name in extra}
+    routing |= {name: scalar(tensors, name) for name in ROUTING if name in tensors}
+    seed = scalar(tensors, "seed")
+    return Parameters(
+        max_tokens=_number(tensors, "max_tokens", None, 1, 1 << 24),
+        sampling=Sampling(
+            temperature=_number(tensors, "temperature", 0.0, 0.0, 100.0),
+            top_k=_number(tensors, "top_k", 0, 0, 1 << 24),
+            top_p=_number(tensors, "top_p", 1.0, 0.0, 1.0, above=True),
+            seed=seed,
+            repetition_penalty=_number(tensors, "repetition_penalty", 1.0, 0.0, 10.0, above=True),
+            presence_penalty=_number(tensors, "presence_penalty", 0.0, -2.0, 2.0),
+            frequency_penalty=_number(tensors, "frequency_penalty", 0.0, -2.0, 2.0),
+        ),
+        stop=_stop_words(tensors, max_stop_words),
+        stream=bool(scalar(tensors, "stream")),
+        ignore_eos=bool(scalar(tensors, "ignore_eos")),
+        scenario=_label("scenario", routing.get("scenario", "default")) or "default",
+        tenant=_label("tenant", routing.get("tenant", "")),
+        priority=_integer("priority", routing.get("priority", 0)),
+        ttft_limit_ms=_number(tensors, "ttft_limit_ms", None, 1, 1 << 31),
+    )
+
+
+def answer_length(asked: int | None, prompt_tokens: int, context_length: int) -> int:
+    """How many tokens the answer may have.
+
+    Raises:
+        InvalidRequest: the prompt leaves no room, or not as much as was asked for.
+    """
+    room = context_length - prompt_tokens
+    if room < 1:
+        raise InvalidRequest(
+            f"the prompt has {prompt_tokens} tokens; at most {context_length - 1} are allowed"
+        )
+    if asked is not None and asked > room:
+        raise InvalidRequest(
+            f"max_tokens: {asked}; allowed: 1 to {room} after a prompt of {prompt_tokens} tokens"
+        )
+    return asked or min(DEFAULT_MAX_TOKENS, room)
+
+
+def _number(
+    tensors: Tensors, name: str, default: Any, low: float, high: float, above: bool = False
+) -> Any:
+    value = scalar(tensors, name)
+    if value is None:
+        return default
+    if math.isfinite(value) and (low < value if above else low <= value) and value <= high:
+        return value
+    bounds = f"{'more than' if above else 'from'} {low:g} to {high:g}"
+    raise InvalidRequest(f"{name}: {value}; allowed: {bounds}")
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{name}: {value!r}; an integer is allowed")
+    return value
+
+
+def _label(name: str, value: bytes | str) -> str:
+    text = _utf8(name, value) if isinstance(value, bytes) else value
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name}: {value!r}; a string is allowed")
+    if len(text.encode()) > MAX_LABEL_BYTES or not all(map(str.isprintable, text)):
+        raise InvalidRequest(
+            f"{name}: {text[:MAX_LABEL_BYTES]!r}; allowed: printable, up to {MAX_LABEL_BYTES} bytes"
+        )
+    return text
+
+
+def _stop_words(tensors: Tensors, most: int) -> tuple[str, ...]:
+    given = tensors.get("stop_words", np.empty(0, object)).reshape(-1)
+    # An empty stop string is how clients of other backends say "none".
+    words = tuple(_utf8("stop_words", word) for word in given if word)
+    if len(words) > most:
+        raise InvalidRequest(f"stop_words: {len(words)} given; at most {most} are allowed")
+    for word in words:
+        if len(word.encode()) > MAX_STOP_BYTES:
+            raise InvalidRequest(
+                f"stop_words: {word[:32]!r}... has {len(word.encode())} bytes; "
+                f"at most {MAX_STOP_BYTES} are allowed"
+            )
+    return words
+
+
+def _utf8(name: str, value: bytes) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{name}: invalid UTF-8 at byte {error.start}") from error

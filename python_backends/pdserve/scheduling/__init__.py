@@ -1,0 +1,1 @@
+"""Which instance does what, when: pure asyncio, without Triton and without torch."""

@@ -1,0 +1,339 @@
+"""The life of a request: an idle prefill, its first token, an idle decode, the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+import numpy as np
+
+from pdserve import errors, messages
+from pdserve.messages import Accepted, Busy, Failed, Prefilled, Tokens
+from pdserve.metrics import Registry
+from pdserve.scheduling.instance import Call, Instance
+from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
+from pdserve.scheduling.waiting import WaitingLine
+
+# A prefill accepts or rejects at once: one that does neither for so long has failed.
+ANSWER_S = 2.0
+# Replies of an answer that nobody reads as it comes; often enough to show life.
+UNREAD_INTERVAL_MS = 1000.0
+MAX_WAITING = 4096
+# An instance that has just failed is asked only after the others.
+SUSPECT_S = 5.0
+PREFILL_ATTEMPTS = 2
+
+
+class Scheduler:
+    """Serves any number of requests at once over one set of prefills and decodes.
+
+    Args:
+        stall_s: an instance silent for so long has failed.
+        lease_s: how long a prefill keeps a KV cache that no decode has taken.
+        rng: source of jitter.
+    """
+
+    def __init__(
+        self,
+        prefills: Sequence[Instance],
+        decodes: Sequence[Instance],
+        metrics: Registry,
+        *,
+        stall_s: float,
+        lease_s: float,
+        rng: random.Random,
+    ) -> None:
+        self._prefills = prefills
+        self._decodes = decodes
+        self._metrics = metrics
+        self._stall_s = stall_s
+        self._lease_s = lease_s
+        self._for_prefill = WaitingLine(rng)
+        self._for_decode = WaitingLine(rng)
+        self._unique = uuid.UUID(int=rng.getrandbits(128)).hex
+        self._calls = 0
+
+    async def run(self, request: Request) -> AsyncIterator[Chunk]:
+        """The answer as it comes; closing the iterator early cancels the request.
+
+        Raises:
+            Unavailable: no prefill or no decode within the limit.
+            InstanceError: an instance failed and no other could go on.
+        """
+        loop = asyncio.get_running_loop()
+        request.arrived = loop.time()
+        try:
+            async for chunk in self._run(request):
+                yield chunk
+        except errors.Unavailable:
+            if request.state is State.WAITING:
+                request.to(State.REJECTED)
+            elif request.state in (State.PREFILLING, State.PREFILLED):
+                request.to(State.EXPIRED)
+            elif request.state not in FINAL:
+                request.to(State.FAILED)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            if request.state not in FINAL:
+                request.to(State.CANCELLED)
+            raise
+        except BaseException:
+            if request.state not in FINAL:
+                request.to(State.FAILED)
+            raise
+        finally:
+            request.ended = loop.time()
+            self._account(request)
+
+    async def _run(self, request: Request) -> AsyncIterator[Chunk]:
+        loop = asyncio.get_running_loop()
+        prefill, result = await self._prefill(request)
+        try:
+            request.to(State.PREFILLED)
+            now = loop.time()
+            if now > request.deadline:
+                raise errors.Unavailable(
+                    f"the first token took longer than the TTFT limit of "
+                    f"{request.ttft_limit_s * 1e3:g} ms"
+                )
+            request.first_token = now
+            request.cached_tokens = result.cached_tokens
+            request.prefill_ms = result.compute_ms
+            request.output_tokens = 1
+            reason: FinishReason = ""
+            if result.eos and not request.ignore_eos:
+                reason = "stop"
+            elif request.max_tokens == 1:
+                reason = "length"
+            yield Chunk([result.token], reason)
+            if reason or request.answer_ended:
+                request.finish(reason, loop.time())
+                return
+            async for chunk in self._decode(request, result, prefill):
+                yield chunk
+        finally:
+            prefill.close()
+            self._for_prefill.wake()
+
+    # ------------------------------------------------------------------ prefill
+
+    async def _prefill(self, request: Request) -> tuple[Call, Prefilled]:
+        """Offer the request to idle prefills until one takes it, and wait for its result."""
+        for attempt in range(1, PREFILL_ATTEMPTS + 1):
+            call, first = await self._forward(request)
+            request.attempts = attempt
+            try:
+                while isinstance(first, Accepted):
+                    first = await call.reply(self._stall_s)
+                if isinstance(first, Prefilled):
+                    return call, first
+                error = _error(first)
+            except errors.InstanceError as failure:
+                error = failure
+            except BaseException:
+                call.close()
+                raise
+            call.close()
+            if not isinstance(error, errors.InstanceError) or attempt == PREFILL_ATTEMPTS:
+                raise error
+            self._metrics.add("pdserve_retries_total", phase="prefill", reason="error")
+            request.to(State.WAITING)
+        raise AssertionError("unreachable")
+
+    async def _forward(self, request: Request) -> tuple[Call, messages.Reply]:
+        loop = asyncio.get_running_loop()
+        if not len(self._for_prefill):
+            # Nobody waits, so this request may try without standing in line.
+            taken = await self._offer_prefills(request)
+            if taken:
+                return taken
+        if len(self._for_prefill) >= MAX_WAITING:
+            raise errors.Unavailable(f"{MAX_WAITING} requests wait for a prefill already")
+        place = self._for_prefill.join(request.priority)
+        try:
+            while await place.turn(request.deadline):
+                taken = await self._offer_prefills(request)
+                if taken:
+                    return taken
+        finally:
+            place.leave()
+        request.to(State.EXPIRED)
+        raise errors.Unavailable(
+            f"no idle prefill within the TTFT limit of {request.ttft_limit_s * 1e3:g} ms "
+            f"({(loop.time() - request.arrived) * 1e3:.0f} ms waited)"
+        )
+
+    async def _offer_prefills(
+        self, request: Request
+    ) -> tuple[Call, messages.Reply] | None:
+        """One round over the prefills, fewest open calls first; None: all are busy.
+
+        Raises:
+            InstanceError: none is busy, but every one failed.
+        """
+        loop = asyncio.get_running_loop()
+        failure: errors.InstanceError | None = None
+        busy = False
+        for instance in _ranked(self._prefills):
+            offered = loop.time()
+            call = instance.call(
+                messages.PrefillRequest(
+                    id=self._call_id(),
+                    prompt=request.prompt,
+                    sampling=request.sampling,
+                    tenant=request.tenant,
+                    deadline_ms=(request.deadline - offered) * 1e3,
+                )
+            )
+            self._metrics.add("pdserve_forward_attempts")
+            try:
+                reply = await call.reply(ANSWER_S)
+            except errors.InstanceError as error:
+                failure = error
+                instance.suspect_until = loop.time() + SUSPECT_S
+                self._metrics.add("pdserve_retries_total", phase="offer", reason="error")
+                call.close()
+                continue
+            except BaseException:
+                call.close()
+                raise
+            if isinstance(reply, Busy):
+                busy = True
+                self._metrics.add("pdserve_prefill_rejections_total", instance=instance.name)
+                call.done = True
+                call.close()
+                continue
+            request.to(State.PREFILLING)
+            request.prefill = instance.name
+            request.forwarded = offered
+            return call, reply
+        if failure is not None and not busy:
+            raise failure
+        return None
+
+    # ------------------------------------------------------------------- decode
+
+    async def _decode(
+        self, request: Request, result: Prefilled, prefill: Call
+    ) -> AsyncIterator[Chunk]:
+        """Hand the KV cache to an idle decode and pass its tokens on."""
+        loop = asyncio.get_running_loop()
+        request.kv_bytes = result.handle.nbytes
+        call, reply = await self._reserve_decode(request, result)
+        try:
+            while True:
+                if not isinstance(reply, Tokens):
+                    raise _error(reply)
+                if reply.transfer_ms is not None:
+                    request.to(State.DECODING)
+                    request.transfer_ms = reply.transfer_ms
+                    # The KV cache has left the prefill: its slot is free.
+                    prefill.done = True
+                    prefill.close()
+                    self._for_prefill.wake()
+                ids: list[int] = np.frombuffer(reply.ids, "<i4").tolist()
+                request.output_tokens += len(ids)
+                reason: FinishReason = reply.finish_reason  # type: ignore[assignment]
+                call.done = bool(reason)
+                yield Chunk(ids, reason)
+                if reason or request.answer_ended:
+                    request.finish(reason, loop.time())
+                    return
+                reply = await call.reply(self._stall_s)
+        finally:
+            call.close()
+            self._for_decode.wake()
+
+    async def _reserve_decode(
+        self, request: Request, result: Prefilled
+    ) -> tuple[Call, messages.Reply]:
+        """Offer the KV cache to the decodes until one takes it; the prefill holds it meanwhile."""
+        loop = asyncio.get_running_loop()
+        limit = loop.time() + self._lease_s
+        taken = await self._offer_decodes(request, result)
+        if taken:
+            return taken
+        place = self._for_decode.join(request.priority)
+        try:
+            while await place.turn(limit):
+                taken = await self._offer_decodes(request, result)
+                if taken:
+                    return taken
+        finally:
+            place.leave()
+        raise errors.Unavailable(f"no idle decode within {self._lease_s:g} s")
+
+    async def _offer_decodes(
+        self, request: Request, result: Prefilled
+    ) -> tuple[Call, messages.Reply] | None:
+        request.to(State.TRANSFERRING)
+        failure: errors.InstanceError | None = None
+        for instance in _ranked(self._decodes):
+            call = instance.call(
+                messages.DecodeRequest(
+                    id=self._call_id(),
+                    prompt=request.prompt,
+                    first_token=result.token,
+                    handle=result.handle,
+                    sampling=request.sampling,
+                    max_tokens=request.max_tokens,
+                    ignore_eos=request.ignore_eos,
+                    min_interval_ms=0.0 if request.stream else UNREAD_INTERVAL_MS,
+                )
+            )
+            try:
+                reply = await call.reply(self._stall_s)
+            except errors.InstanceError as error:
+                failure = error
+                instance.suspect_until = loop.time() + SUSPECT_S
+                call.close()
+                break  # it may have begun to pull: the handle cannot be offered again
+            except BaseException:
+                call.close()
+                raise
+            if not isinstance(reply, Busy):
+                request.decode = instance.name
+                return call, reply
+            call.done = True
+            call.close()
+        if failure is not None:
+            raise failure
+        request.to(State.PREFILLED)
+        return None
+
+    # --------------------------------------------------------------------- both
+
+    def _call_id(self) -> str:
+        self._calls += 1
+        return f"{self._unique}-{self._calls}"
+
+    def _account(self, request: Request) -> None:
+        scenario = request.scenario
+        outcome = request.finish_reason or request.state.name.lower()
+        self._metrics.add("pdserve_requests_total", scenario=scenario, outcome=outcome)
+        if request.first_token:
+            ttft = request.first_token - request.arrived
+            self._metrics.observe("pdserve_ttft_seconds", ttft, scenario=scenario)
+        if request.state is State.FINISHED:
+            e2e = request.ended - request.arrived
+            self._metrics.observe("pdserve_e2e_seconds", e2e, scenario=scenario)
+            if request.output_tokens > 1:
+                tpot = (request.ended - request.first_token) / (request.output_tokens - 1)
+                self._metrics.observe("pdserve_tpot_seconds", tpot, scenario=scenario)
+
+
+def _ranked(instances: Sequence[Instance]) -> list[Instance]:
+    now = asyncio.get_running_loop().time()
+    return sorted(instances, key=lambda instance: instance.rank(now))
+
+
+def _error(reply: messages.Reply) -> errors.PDServeError:
+    """What an instance's refusal to go on becomes for the client."""
+    if isinstance(reply, Failed):
+        for kind in (errors.InvalidRequest, errors.Unavailable, errors.Cancelled):
+            if reply.code == kind.code:
+                return kind(reply.message)
+        return errors.InstanceError(reply.message)
+    return errors.InstanceError(f"unexpected {type(reply).__name__} from an instance")

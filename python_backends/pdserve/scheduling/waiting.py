@@ -1,0 +1,84 @@
+"""Who goes next: requests that found every instance busy, and how they are woken."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import random
+
+_FIRST_PAUSE = 0.001
+_LONGEST_PAUSE = 0.02
+
+
+class WaitingLine:
+    """A line of waiting requests: higher priority first, then first come.
+
+    Only the head of the line tries, so that what a busy deployment costs does not
+    grow with the number of those who wait. It tries when something became free
+    (``wake``) and, since another gateway's requests free things unseen, after a
+    pause that doubles up to 20 ms, with jitter.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._line: list[tuple[int, int, asyncio.Event]] = []
+        self._order = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def join(self, priority: int) -> Place:
+        entry = (-priority, next(self._order), asyncio.Event())
+        heapq.heappush(self._line, entry)
+        return Place(self, entry)
+
+    def wake(self) -> None:
+        """Something may be free now."""
+        if self._line:
+            self._line[0][2].set()
+
+    def leave(self, entry: tuple[int, int, asyncio.Event]) -> None:
+        self._line.remove(entry)
+        heapq.heapify(self._line)
+        self.wake()
+
+    def is_head(self, entry: tuple[int, int, asyncio.Event]) -> bool:
+        return self._line[0] is entry
+
+    def jitter(self, pause: float) -> float:
+        return pause * self._rng.uniform(0.5, 1.0)
+
+
+class Place:
+    """A request's place in the line, from joining until ``leave``."""
+
+    def __init__(self, line: WaitingLine, entry: tuple[int, int, asyncio.Event]) -> None:
+        self._line = line
+        self._entry = entry
+        self._pause = _FIRST_PAUSE
+
+    async def turn(self, deadline: float) -> bool:
+        """Wait until it is worth trying, as the head of the line; False: ``deadline`` passed."""
+        loop = asyncio.get_running_loop()
+        event = self._entry[2]
+        while True:
+            now = loop.time()
+            if now >= deadline:
+                return False
+            wait = deadline - now
+            if self._line.is_head(self._entry):
+                wait = min(wait, self._line.jitter(self._pause))
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            timer = loop.call_later(wait, event.set)
+            try:
+                await event.wait()
+            finally:
+                timer.cancel()
+            event.clear()
+            if self._line.is_head(self._entry):
+                return loop.time() < deadline
+
+    def leave(self) -> None:
+        """Go on, or give up; the next in line becomes the head."""
+        self._line.leave(self._entry)

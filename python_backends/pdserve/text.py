@@ -1,0 +1,159 @@
+"""From token ids to text while they come: one answer, cut at its stop strings."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from typing import TYPE_CHECKING
+
+from tokenizers.pre_tokenizers import ByteLevel
+
+from pdserve.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pdserve.tokenizer import Tokenizer
+
+
+class TextStream:
+    """The text of one answer, pushed as ids and taken as text that will not change any more.
+
+    What ``push`` and ``finish`` return adds up to ``tokenizer.decode`` of all ids, however they
+    were cut into pushes, or to its part before a stop string. The stop string that *ends* first
+    counts (no later token could change that, so the engine may stop at once), and the longest of
+    those that end there.
+
+    Not thread-safe. Raises InvalidRequest: a stop string is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if "" in stop:
+            at = list(stop).index("")
+            raise InvalidRequest(f"stop_words[{at}] is empty; at least 1 character is needed")
+        self.stopped = False
+        """A stop string was found: the answer has ended before it."""
+        self.tokens_used = 0
+        """Ids of the answer so far, the one that completed a stop string included, none after."""
+        self._decoder = _Bytes(tokenizer) if tokenizer.byte_level else _Pieces(tokenizer)
+        self._stop = tuple(stop)
+        self._first = re.compile("|".join(re.escape(c) for c in {word[0] for word in stop}))
+        self._held = ""
+        self._ended = False
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Text that has become final with these ids; often it is empty.
+
+        Held back are the bytes of an incomplete character and the longest end of the text that
+        a stop string begins with. Ids after a stop string are ignored.
+
+        Raises:
+            RuntimeError: the answer has ended, by a stop string or by ``finish``.
+        """
+        if self._ended:
+            raise RuntimeError("push after the end of the answer")
+        texts = []
+        for token_id in ids:
+            self.tokens_used += 1
+            texts.append(self._release(self._decoder.step(token_id)))
+            if self.stopped:
+                break
+        return "".join(texts)
+
+    def finish(self) -> str:
+        """What was held back: there are no more ids. Empty after a stop string."""
+        if self._ended:
+            return ""
+        text = self._release(self._decoder.finish()) + self._held
+        self._ended = True
+        return text
+
+    def _release(self, new: str) -> str:
+        """The part of the text so far that no stop string can reach."""
+        if not self._stop or not new:
+            return new
+        text = self._held + new
+        ends = [
+            (start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0
+        ]
+        if ends:
+            _, cut = min(ends)
+            self._held = ""
+            self.stopped = self._ended = True
+        else:
+            cut = self._open_end(text)
+            self._held = text[cut:]
+        return text[:cut]
+
+    def _open_end(self, text: str) -> int:
+        """Where the longest end of the text begins that a stop string may still go on from."""
+        for found in self._first.finditer(text):
+            tail = text[found.start() :]
+            if any(word.startswith(tail) for word in self._stop):
+                return found.start()
+        return len(text)
+
+
+# ``tokenizers.decoders.DecodeStream`` fails on a byte token that spoils the run before it, keeps
+# what is incomplete at the end to itself, and decodes all that it holds back at every step.
+
+
+class _Bytes:
+    """A byte-level vocabulary: every token is some bytes, the answer is all of them as UTF-8."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._token = tokenizer.token
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def step(self, token_id: int) -> str:
+        token = self._token(token_id)
+        if token is None:
+            return ""
+        try:
+            return self._utf8.decode(bytes([_BYTES[char] for char in token]))
+        except KeyError:  # an added token is text as it stands if it can be nothing else
+            return self._utf8.decode(token.encode())
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's: a printable Latin-1 character is its own byte, the rest follow from U+0100 on."""
+    printable = set(ByteLevel.alphabet())
+    rest = (byte for byte in range(256) if chr(byte) not in printable)
+    own = {chr(byte): byte for byte in range(256) if chr(byte) in printable}
+    return own | {chr(0x100 + n): byte for n, byte in enumerate(rest)}
+
+
+_BYTES = _byte_alphabet()
+
+
+class _Pieces:
+    """Any other vocabulary: a token is a piece of text that depends on the one before, at most.
+
+    The tokenizer decodes a run of byte tokens (``<0xE4>``) as a whole, and one bad byte spoils
+    all of it: such a run can only be shown once it has ended.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []
+        self._run: list[int] = []
+
+    def step(self, token_id: int) -> str:
+        token = self._tokenizer.token(token_id)
+        if token is None:
+            return ""
+        self._run.append(token_id)
+        if len(token) == 6 and token.startswith("<0x"):
+            return ""
+        return self.finish()
+
+    def finish(self) -> str:
+        if not self._run:
+            return ""
+        before = self._tokenizer.decode(self._before)
+        text = self._tokenizer.decode(self._before + self._run)
+        self._before, self._run = self._run[-1:], []
+        return text[len(before) :]
