@@ -7,7 +7,7 @@ type and what is allowed. Paths in the file are relative to the file.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -17,6 +17,8 @@ from pdserve.errors import DeploymentError
 Count = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
+Role = Literal["prefill", "decode"]
+ROLES: tuple[Role, ...] = get_args(Role)
 Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
@@ -32,6 +34,11 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
     """Holds pdserve, scheduler, tokenizer and detokenizer."""
     prefill: tuple[Name, ...] = ()
     decode: tuple[Name, ...] = ()
+
+    @property
+    def ports(self) -> tuple[int, int, int]:
+        """HTTP, gRPC, metrics."""
+        return self.http_port, self.grpc_port, self.metrics_port
 
 
 class Engine(Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,7 +100,7 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     decode: Decode = Decode()
     gateway: Gateway = Gateway()
 
-    def instances(self, role: Literal["prefill", "decode"]) -> dict[str, Server]:
+    def instances(self, role: Role) -> dict[str, Server]:
         """Every instance of a role, with the server that holds it."""
         return {name: server for server in self.servers for name in getattr(server, role)}
 
@@ -110,24 +117,17 @@ def load(path: Path) -> Deployment:
         raise DeploymentError(f"{path}: {error.strerror}") from error
     except msgspec.MsgspecError as error:
         raise DeploymentError(f"{path}: {error}") from error
-    names = [
-        name for server in deployment.servers for name in (*server.prefill, *server.decode)
-    ]
-    ports = [
-        (server.host, port)
-        for server in deployment.servers
-        for port in (server.http_port, server.grpc_port, server.metrics_port)
-    ]
+    servers = deployment.servers
     for what, values in (
-        ("server", [server.name for server in deployment.servers]),
-        ("instance", names),
-        ("port", ports),
+        ("server", [server.name for server in servers]),
+        ("instance", [name for server in servers for name in (*server.prefill, *server.decode)]),
+        ("address", [f"{s.host}:{port}" for s in servers for port in s.ports]),
     ):
         for value in values:
-            if values.count(value) > 1:  # type: ignore[arg-type]
+            if values.count(value) > 1:
                 raise DeploymentError(f"{path}: {what} {value} is used more than once")
-    for role in ("prefill", "decode"):
-        if not deployment.instances(role):  # type: ignore[arg-type]
+    for role in ROLES:
+        if not deployment.instances(role):
             raise DeploymentError(f"{path}: no server has a {role} instance; at least 1 is needed")
 
     def absolute(value: str) -> str:

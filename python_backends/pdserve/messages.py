@@ -154,7 +154,7 @@ def decode_reply(data: bytes | memoryview) -> Reply:
 def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes | memoryview) -> T:
     try:
         message = decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InstanceError(f"malformed message between scheduler and instance: {error}") from error
     version = getattr(message, "version", VERSION)
     if version != VERSION:

@@ -68,9 +68,9 @@ class Registry:
     def observe(self, name: str, value: float, **labels: str) -> None:
         """One more value in a histogram."""
         for bound in (*SECONDS[bisect_left(SECONDS, value) :], "+Inf"):
-            self.add(f"{name}_bucket", **labels, le=str(bound))
+            self.add(f"{name}_bucket", 1, **labels, le=str(bound))
         self.add(f"{name}_sum", value, **labels)
-        self.add(f"{name}_count", **labels)
+        self.add(f"{name}_count", 1, **labels)
 
     def drain(self) -> Iterator[Change]:
         """What has changed since the last call."""

@@ -31,7 +31,7 @@ class Parameters:
     """Everything of a request but its prompt."""
 
     max_tokens: int | None
-    """None: not given."""
+    """None: not given. ``answer_length`` checks it, since the prompt's length decides."""
     sampling: Sampling
     stop: tuple[str, ...]
     stream: bool
@@ -67,8 +67,9 @@ def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Pa
         InvalidRequest: names the value and what is allowed.
     """
     for name, value in extra.items():
-        # Clients of other backends send fields such as bad_words empty.
-        if name not in ROUTING and value not in ("", None):
+        # HTTP's generate leaves the request id among them, and clients of other backends send
+        # fields such as bad_words empty.
+        if name not in (*ROUTING, "id") and value not in ("", None):
             raise InvalidRequest(
                 f"unknown field {name!r}; request parameters allowed: {', '.join(ROUTING)}"
             )
@@ -76,7 +77,7 @@ def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Pa
     routing |= {name: scalar(tensors, name) for name in ROUTING if name in tensors}
     seed = scalar(tensors, "seed")
     return Parameters(
-        max_tokens=_number(tensors, "max_tokens", None, 1, 1 << 24),
+        max_tokens=scalar(tensors, "max_tokens"),
         sampling=Sampling(
             temperature=_number(tensors, "temperature", 0.0, 0.0, 100.0),
             top_k=_number(tensors, "top_k", 0, 0, 1 << 24),
@@ -92,7 +93,7 @@ def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Pa
         scenario=_label("scenario", routing.get("scenario", "default")) or "default",
         tenant=_label("tenant", routing.get("tenant", "")),
         priority=_integer("priority", routing.get("priority", 0)),
-        ttft_limit_ms=_number(tensors, "ttft_limit_ms", None, 1, 1 << 31),
+        ttft_limit_ms=_number(tensors, "ttft_limit_ms", None, 1, (1 << 31) - 1),
     )
 
 
@@ -100,14 +101,14 @@ def answer_length(asked: int | None, prompt_tokens: int, context_length: int) ->
     """How many tokens the answer may have.
 
     Raises:
-        InvalidRequest: the prompt leaves no room, or not as much as was asked for.
+        InvalidRequest: the prompt leaves no room, or ``asked`` is not within it.
     """
     room = context_length - prompt_tokens
     if room < 1:
         raise InvalidRequest(
             f"the prompt has {prompt_tokens} tokens; at most {context_length - 1} are allowed"
         )
-    if asked is not None and asked > room:
+    if asked is not None and not 1 <= asked <= room:
         raise InvalidRequest(
             f"max_tokens: {asked}; allowed: 1 to {room} after a prompt of {prompt_tokens} tokens"
         )
@@ -122,8 +123,9 @@ def _number(
         return default
     if math.isfinite(value) and (low < value if above else low <= value) and value <= high:
         return value
-    bounds = f"{'more than' if above else 'from'} {low:g} to {high:g}"
-    raise InvalidRequest(f"{name}: {value}; allowed: {bounds}")
+    shown = f"{value:.8g}" if isinstance(value, float) else value
+    bounds = f"{'more than' if above else 'from'} {low} to {high}"
+    raise InvalidRequest(f"{name}: {shown}; allowed: {bounds}")
 
 
 def _integer(name: str, value: Any) -> int:
@@ -136,7 +138,8 @@ def _label(name: str, value: bytes | str) -> str:
     text = _utf8(name, value) if isinstance(value, bytes) else value
     if not isinstance(text, str):
         raise InvalidRequest(f"{name}: {value!r}; a string is allowed")
-    if len(text.encode()) > MAX_LABEL_BYTES or not all(map(str.isprintable, text)):
+    # In this order: a lone surrogate, which JSON can carry, is not printable and has no bytes.
+    if not text.isprintable() or len(text.encode()) > MAX_LABEL_BYTES:
         raise InvalidRequest(
             f"{name}: {text[:MAX_LABEL_BYTES]!r}; allowed: printable, up to {MAX_LABEL_BYTES} bytes"
         )

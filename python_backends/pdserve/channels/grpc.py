@@ -72,27 +72,29 @@ class GrpcChannel:
         reason = "the stream was closed"
         try:
             async for message in stub.ModelStreamInfer(requests()):
-                response = message.infer_response
-                if not message.error_message:
-                    replies = self._open.get(response.id)
-                    if replies is not None and response.raw_output_contents:
-                        replies.put(response.raw_output_contents[0])
-                elif response.id in self._open:
-                    self._open.pop(response.id).fail(self._error(message.error_message))
-                elif not response.id:
-                    # Triton does not say which call it means: none may wait in vain.
-                    reason = message.error_message
-                    break
+                self._deliver(message)
         except grpc.RpcError as error:
             reason = f"{error.code().name}: {error.details()}"
-        except asyncio.CancelledError:
-            reason = "the channel was closed"
-            raise
+        except InstanceError as error:
+            reason = str(error)
         finally:
             failed, self._open = self._open, {}
             self._reader = None
             for replies in failed.values():
                 replies.fail(self._error(reason))
+
+    def _deliver(self, message: service_pb2.ModelStreamInferResponse) -> None:
+        """Raises: InstanceError: Triton does not say which call failed: none may wait in vain."""
+        response = message.infer_response
+        replies = self._open.get(response.id)
+        if not message.error_message:
+            if replies is not None and response.raw_output_contents:
+                replies.put(response.raw_output_contents[0])
+        elif replies is not None:
+            del self._open[response.id]
+            replies.fail(self._error(message.error_message))
+        elif not response.id:
+            raise InstanceError(message.error_message)
 
     def _error(self, reason: str) -> InstanceError:
         return InstanceError(f"{self._model} at {self._address}: {reason}")

@@ -8,7 +8,6 @@ batch between two steps.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import numpy as np
 from pdserve import config, errors
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
 from pdserve.kvcache.paged import BlockPool, BlockTable
-from pdserve.messages import Busy, DecodeRequest, Failed, Released, Reply, Tokens
+from pdserve.messages import Accepted, Busy, DecodeRequest, Failed, Released, Reply, Tokens
 from pdserve.metrics import Registry
 from pdserve.transfer.shm import ShmReceiver
 
@@ -26,6 +25,8 @@ Send = Callable[[Reply, bool], None]
 """Sends a reply; True with the last one."""
 
 TICK_S = 0.1
+# Tokens that come sooner than this speak for themselves; else the acceptance is told first.
+ACCEPTED_AFTER_S = 0.005
 # Below this many bytes a copy costs less than handing it to another thread.
 INLINE_PULL = 256 << 10
 
@@ -43,6 +44,13 @@ class _Open:
     transfer_ms: float | None = None
     """Until it has been told."""
     released: bool = False
+    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+    """Tells the acceptance, unless something else is told before."""
+
+    def tell(self, reply: Reply, last: bool) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.send(reply, last)
 
 
 class DecodeInstance:
@@ -78,6 +86,8 @@ class DecodeInstance:
 
     def start(self) -> None:
         """Begin to decode and to keep time; called once in the running loop."""
+        # An event loop's clock is CLOCK_MONOTONIC, which leases and handles count by.
+        self._loop = asyncio.get_running_loop()
         for work in (self._decode(), self._keep_time()):
             self._tasks.add(asyncio.create_task(work))
 
@@ -87,6 +97,9 @@ class DecodeInstance:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._puller.shutdown(wait=True, cancel_futures=True)
         self._engine.close()
+        for opened in list(self._open.values()):
+            failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
+            self._end(opened, failed)
         self._receiver.close()
 
     # ---------------------------------------------------------------- admission
@@ -116,6 +129,7 @@ class DecodeInstance:
             sampling=request.sampling,
         )
         opened = self._open[request.id] = _Open(request, send, table, sequence)
+        opened.timer = self._loop.call_later(ACCEPTED_AFTER_S, send, Accepted(), False)
         if request.handle.nbytes <= INLINE_PULL:
             self._join(opened, self._pull(opened))
         else:
@@ -123,9 +137,9 @@ class DecodeInstance:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def release(self, id: str, send: Send) -> None:
+    def release(self, request_id: str, send: Send) -> None:
         """Nobody wants the tokens any more; what a step or a pull still uses is freed after it."""
-        opened = self._open.get(id)
+        opened = self._open.get(request_id)
         if opened is not None:
             opened.released = True
             self._work.set()
@@ -134,18 +148,18 @@ class DecodeInstance:
     # ----------------------------------------------------------------- transfer
 
     def _pull(self, opened: _Open) -> Exception | None:
-        began = time.monotonic()
+        began = self._loop.time()
         try:
             with self._receiver.pull(opened.request.handle, began) as source:
                 self._engine.join(opened.sequence, source)
         except Exception as error:  # becomes this request's one error; the others go on
             return error
-        opened.transfer_ms = (time.monotonic() - began) * 1e3
+        opened.transfer_ms = (self._loop.time() - began) * 1e3
         return None
 
     async def _pull_aside(self, opened: _Open) -> None:
-        loop = asyncio.get_running_loop()
-        self._join(opened, await loop.run_in_executor(self._puller, self._pull, opened))
+        error = await self._loop.run_in_executor(self._puller, self._pull, opened)
+        self._join(opened, error)
 
     def _join(self, opened: _Open, error: Exception | None) -> None:
         if opened.released:
@@ -159,14 +173,13 @@ class DecodeInstance:
                 "pdserve_kv_transfer_bytes_total", opened.request.handle.nbytes, transport="shm"
             )
             if opened.request.min_interval_ms:
-                opened.sent_at = asyncio.get_running_loop().time()
+                opened.sent_at = self._loop.time()
             self._running[opened.request.id] = opened
             self._work.set()
 
     # ------------------------------------------------------------------- decode
 
     async def _decode(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
             self._work.clear()
@@ -175,10 +188,11 @@ class DecodeInstance:
                 try:
                     tokens = await self._engine.step(sequences)
                 except Exception as error:  # one bad step may not end the instance
+                    failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
                     for opened in batch:
-                        self._end(opened, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
+                        self._end(opened, failed)
                     continue
-                now = loop.time()
+                now = self._loop.time()
                 interval = self._interval()
                 for opened, token in zip(batch, tokens, strict=True):
                     self._append(opened, token, now, interval)
@@ -215,7 +229,7 @@ class DecodeInstance:
         if reason:
             self._end(opened, reply)
         else:
-            opened.send(reply, False)
+            opened.tell(reply, False)
             opened.unsent.clear()
             opened.transfer_ms = None
             opened.sent_at = now
@@ -225,7 +239,7 @@ class DecodeInstance:
         self._running.pop(opened.request.id, None)
         del self._open[opened.request.id]
         self._pool.free(opened.table)
-        opened.send(reply or Failed(errors.Cancelled.code, "released"), True)
+        opened.tell(reply or Failed(errors.Cancelled.code, "released"), True)
 
     # ------------------------------------------------------------------ metrics
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -46,7 +45,8 @@ class _Held:
     range: Range
     job: PrefillJob
     salt: str
-    arrived: float
+    deadline: float
+    """When its first token will be worthless."""
     lease: int | None = None
     """Slot in the lease table; None while it is still being computed."""
     cancelled: bool = False
@@ -92,14 +92,18 @@ class PrefillInstance:
 
     def start(self) -> None:
         """Begin to compute and to keep time; called once in the running loop."""
+        # An event loop's clock is CLOCK_MONOTONIC, which leases and handles count by.
+        self._loop = asyncio.get_running_loop()
         self._tasks = [asyncio.create_task(self._compute()), asyncio.create_task(self._keep_time())]
 
     async def close(self) -> None:
-        """Stop and remove the shared memory: whoever still pulls notices, and discards."""
+        """Stop and remove the shared memory: a pull in progress ends well, a new one is refused."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._engine.close()
+        for held in [held for held in self._held.values() if held.lease is None]:
+            self._end(held, Failed(errors.InstanceError.code, f"{self._name} is shutting down"))
         self._region.unlink()
         self._region.close()
 
@@ -131,12 +135,10 @@ class PrefillInstance:
             range=range_,
             job=PrefillJob(tokens, kv, request.sampling),
             salt=request.tenant,
-            arrived=time.monotonic(),
+            deadline=self._loop.time() + request.deadline_ms / 1e3,
         )
         self._held[request.id] = held
-        held.timer = asyncio.get_running_loop().call_later(
-            ACCEPTED_AFTER_S, self._say_accepted, held
-        )
+        held.timer = self._loop.call_later(ACCEPTED_AFTER_S, self._say_accepted, held)
         self._pending.append(held)
         self._work.set()
 
@@ -147,13 +149,11 @@ class PrefillInstance:
 
     def _say_accepted(self, held: _Held) -> None:
         held.send(Accepted(), False)
-        held.timer = asyncio.get_running_loop().call_later(
-            ACCEPTED_AGAIN_S, self._say_accepted, held
-        )
+        held.timer = self._loop.call_later(ACCEPTED_AGAIN_S, self._say_accepted, held)
 
-    def release(self, id: str, send: Send) -> None:
+    def release(self, request_id: str, send: Send) -> None:
         """Whatever is held for the request is wanted no longer."""
-        held = self._held.get(id)
+        held = self._held.get(request_id)
         if held is not None:
             if held.lease is None:
                 held.cancelled = True
@@ -170,21 +170,30 @@ class PrefillInstance:
         while True:
             await self._work.wait()
             self._work.clear()
-            while self._pending:
+            while self._worth_computing():
                 batch, sources = self._next_batch()
-                began = time.monotonic()
+                began = self._loop.time()
                 try:
                     tokens = await self._engine.prefill([held.job for held in batch])
                 except Exception as error:  # one bad forward may not end the instance
+                    failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
                     for held in batch:
-                        self._end(held, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
+                        self._end(held, failed)
                     continue
                 finally:
                     for source in sources:
                         self._arena.unpin(source)
-                ms = (time.monotonic() - began) * 1e3
+                ms = (self._loop.time() - began) * 1e3
                 for held, token in zip(batch, tokens, strict=True):
                     self._hand_over(held, token, ms)
+
+    def _worth_computing(self) -> bool:
+        """Whether any prompt waits, once those have been given up whose limit has passed."""
+        now = self._loop.time()
+        for held in [held for held in self._pending if now >= held.deadline]:
+            self._pending.remove(held)
+            self._end(held, Failed(errors.Unavailable.code, "too late to begin with it"))
+        return bool(self._pending)
 
     def _next_batch(self) -> tuple[list[_Held], list[Range]]:
         """The prompts of the next forward, first come first, and the ranges their prefixes are in.
@@ -196,17 +205,18 @@ class PrefillInstance:
         sources: list[Range] = []
         openings: set[tuple[str, bytes]] = set()
         uncached = 0
+        block = self._prefixes.block_tokens
         for held in self._pending:
             job = held.job
             alone = job.sampling.reproducible
             found = None if alone else self._prefixes.find(job.tokens, held.salt)
-            opening = held.salt, job.tokens[: self._prefixes.block_tokens].tobytes()
+            opening = held.salt, job.tokens[:block].tobytes()
             cached = found[1] if found else 0
             cost = len(job.tokens) - cached
             if batch and (
                 alone
                 or uncached + cost > self._limits.batch_tokens
-                or (found is None and opening in openings)
+                or (found is None and len(job.tokens) > block and opening in openings)
             ):
                 continue
             if found is not None:
@@ -230,7 +240,7 @@ class PrefillInstance:
             return
         if held.timer is not None:
             held.timer.cancel()
-        now = time.monotonic()
+        now = self._loop.time()
         expires = now + self._limits.lease_s
         slot, nonce = self._leases.grant(expires)
         held.lease = slot
@@ -265,7 +275,7 @@ class PrefillInstance:
         assert held.lease is not None
         del self._held[held.request.id]
         if self._leases.revoke(held.lease) is Pull.PULLING:
-            self._arena.quarantine(held.range, until=time.monotonic() + self._limits.lease_s)
+            self._arena.quarantine(held.range, until=self._loop.time() + self._limits.lease_s)
             self._quarantined.append((held.range, held.lease))
         else:
             self._leases.free(held.lease)
@@ -273,7 +283,7 @@ class PrefillInstance:
 
     def _sweep(self) -> None:
         """End the leases whose KV cache has been taken or whose time is over."""
-        now = time.monotonic()
+        now = self._loop.time()
         for held in list(self._held.values()):
             if held.lease is None:
                 continue
@@ -298,9 +308,7 @@ class PrefillInstance:
         gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
         for state, (ranges, _) in self._arena.counts().items():
             if state is not State.FREE:
-                gauge(
-                    "pdserve_kv_leases", ranges, instance=self._name, state=state.value
-                )
+                gauge("pdserve_kv_leases", ranges, instance=self._name, state=state.value)
 
 
 def region_name(instance: str) -> str:

@@ -35,7 +35,7 @@ class CPULinear(nn.Linear):
         if rows < 10 and self.out_features % SLICE == 0:
             output = self._sliced(x)
         else:
-            output = torch.mm(self.weight, x.t()).t()
+            output = torch.mm(self.weight, x.t()).t().contiguous()
         if self.bias is not None:
             output = output + self.bias
         return output.reshape(*input.shape[:-1], self.out_features)

@@ -163,7 +163,10 @@ def _shards(path: Path) -> list[Path]:
     """The safetensors files of a directory, by its index if there is one."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        return [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        return [
+            path / name
+            for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        ]
     single = path / "model.safetensors"
     return [single] if single.exists() else []
 
@@ -182,8 +185,10 @@ def _fingerprint(path: Path, layout: KVLayout) -> str:
     Of each file of weights it takes the name, the size and a sample of the bytes.
     """
     digest = hashlib.sha256(repr(layout).encode())
-    files = [path] if path.is_file() else sorted(
-        [path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]
+    files = (
+        [path]
+        if path.is_file()
+        else sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")])
     )
     for name in files:
         size = name.stat().st_size

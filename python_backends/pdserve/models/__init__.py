@@ -1,1 +1,4 @@
-"""What Triton loads: tensors in, calls, tensors out. Only this package knows Triton's Python API."""
+"""What Triton loads: tensors in, calls, tensors out.
+
+Only this package knows Triton's Python API.
+"""

@@ -20,12 +20,13 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        ids = triton.tensors(request)["output_ids"].reshape(-1)
-        size = self._tokenizer.vocabulary_size
-        wrong = ids[(ids < 0) | (ids >= size)]
-        if wrong.size:
-            return triton.error(
-                errors.InvalidRequest(f"output_ids: {wrong[0]}; allowed: 0 to {size - 1}")
-            )
+        try:
+            ids = triton.tensors(request)["output_ids"].reshape(-1)
+            size = self._tokenizer.vocabulary_size
+            wrong = ids[(ids < 0) | (ids >= size)]
+            if wrong.size:
+                raise errors.InvalidRequest(f"output_ids: {wrong[0]}; allowed: 0 to {size - 1}")
+        except errors.PDServeError as error:
+            return triton.error(error)
         text = self._tokenizer.decode(ids.tolist())
         return pb_utils.InferenceResponse([triton.text("text_output", text)])

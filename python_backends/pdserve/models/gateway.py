@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import secrets
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
@@ -34,9 +35,10 @@ CANCEL_POLL_S = 0.08
 BLS_THREADS = 64
 
 
-class GatewayModel:
+class GatewayModel(ABC):
     """A Triton model in front of a scheduler. Subclasses read prompts and write answers."""
 
+    prompt_input: str
     answers_in_text: bool
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -51,17 +53,17 @@ class GatewayModel:
         self._loop = LoopThread()
         self._loop.run(self._start())
 
+    @abstractmethod
     async def prompt(self, inputs: parameters.Tensors) -> tuple[Tokens, str]:
         """The prompt's token ids, and what is echoed before the answer if that is asked for.
 
         Raises:
             InvalidRequest: there is no such prompt.
         """
-        raise AssertionError("a subclass reads prompts")
 
+    @abstractmethod
     def outputs(self, text: str, ids: list[int]) -> list[Any]:
         """The tensors of one response."""
-        raise AssertionError("a subclass writes answers")
 
     def execute(self, requests: list[Any]) -> None:
         """Begin to serve each request; nothing here waits."""
@@ -98,11 +100,8 @@ class GatewayModel:
         """Send all responses but the last, which is returned."""
         limits = self.deployment.gateway
         inputs = triton.tensors(request)
-        for name, tensor in inputs.items():
-            if tensor.shape[0] != 1:
-                raise errors.InvalidRequest(
-                    f"{name}: a batch of {tensor.shape[0]}; one prompt in a request is allowed"
-                )
+        if self.prompt_input not in inputs:  # Triton counts the inputs, but does not look
+            raise errors.InvalidRequest(f"{self.prompt_input} is missing; every request needs it")
         asked = parameters.parse(inputs, triton.parameters(request), limits.max_stop_words)
         prompt, echo = await self.prompt(inputs)
         job = self._request(asked, prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -12,22 +13,29 @@ import triton_python_backend_utils as pb_utils
 from pdserve import config, errors, messages
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import PrefillInstance
-from pdserve.messages import Failed, Release, Reply, Request
+from pdserve.messages import (
+    DecodeRequest,
+    Failed,
+    PrefillRequest,
+    Release,
+    Reply,
+    Request,
+)
 from pdserve.metrics import Registry
 from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment
 
 
-class InstanceModel:
+class InstanceModel(ABC):
     """A Triton model around one instance, which a subclass makes.
 
     Input ``request`` and output ``reply`` are UINT8 [-1]; see ``pdserve.messages``.
     """
 
+    @abstractmethod
     def make(
         self, name: str, deployment: config.Deployment, metrics: Registry
     ) -> PrefillInstance | DecodeInstance:
         """The instance; its model is loaded here."""
-        raise AssertionError("a subclass makes the instance")
 
     def initialize(self, args: dict[str, str]) -> None:
         metrics = Registry()
@@ -67,20 +75,17 @@ class InstanceModel:
                 send(Failed(errors.InstanceError.code, repr(error)), True)
 
     def _submit(self, request: Request, send: Callable[[Reply, bool], None]) -> None:
-        if isinstance(request, Release):
-            self._instance.release(request.id, send)
-        elif isinstance(request, messages.PrefillRequest) and isinstance(
-            self._instance, PrefillInstance
-        ):
-            self._instance.submit(request, send)
-        elif isinstance(request, messages.DecodeRequest) and isinstance(
-            self._instance, DecodeInstance
-        ):
-            self._instance.submit(request, send)
-        else:
-            raise errors.InstanceError(
-                f"a {type(request).__name__} came to a {type(self._instance).__name__}"
-            )
+        match self._instance, request:
+            case _, Release(id=call):
+                self._instance.release(call, send)
+            case PrefillInstance() as prefill, PrefillRequest():
+                prefill.submit(request, send)
+            case DecodeInstance() as decode, DecodeRequest():
+                decode.submit(request, send)
+            case instance, _:
+                raise errors.InstanceError(
+                    f"a {type(request).__name__} came to a {type(instance).__name__}"
+                )
 
     def _sender(self, sender: Any) -> Callable[[Reply, bool], None]:
         def send(reply: Reply, last: bool) -> None:

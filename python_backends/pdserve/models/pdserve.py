@@ -17,15 +17,14 @@ LONG_TEXT = 16 << 10
 
 
 class TritonPythonModel(GatewayModel):
+    prompt_input = "text_input"
     answers_in_text = True
 
     async def prompt(self, inputs: Tensors) -> tuple[Tokens, str]:
         data: bytes = scalar(inputs, "text_input")
         limit = self.deployment.gateway.max_prompt_bytes
         if len(data) > limit:
-            raise InvalidRequest(
-                f"text_input: {len(data)} bytes; at most {limit} are allowed"
-            )
+            raise InvalidRequest(f"text_input: {len(data)} bytes; at most {limit} are allowed")
         chat = bool(scalar(inputs, "chat"))
         if len(data) > LONG_TEXT:
             loop = asyncio.get_running_loop()

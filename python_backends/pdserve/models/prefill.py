@@ -10,11 +10,7 @@ from pdserve.models.instance import InstanceModel
 
 
 class TritonPythonModel(InstanceModel):
-    def make(
-        self, name: str, deployment: config.Deployment, metrics: Registry
-    ) -> PrefillInstance:
+    def make(self, name: str, deployment: config.Deployment, metrics: Registry) -> PrefillInstance:
         model = build.model(deployment)
         engine = build.prefill(model)
-        return PrefillInstance(
-            name, model, engine, deployment.prefill, region_name(name), metrics
-        )
+        return PrefillInstance(name, model, engine, deployment.prefill, region_name(name), metrics)

@@ -14,10 +14,11 @@ from pdserve.parameters import Tensors
 
 
 class TritonPythonModel(GatewayModel):
+    prompt_input = "input_ids"
     answers_in_text = False
 
     async def prompt(self, inputs: Tensors) -> tuple[Tokens, str]:
-        ids = inputs["input_ids"].reshape(-1)
+        ids = inputs[self.prompt_input].reshape(-1)
         if not ids.size:
             raise InvalidRequest("input_ids: empty; at least 1 token is needed")
         size = self.tokenizer.vocabulary_size

@@ -22,8 +22,8 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        inputs = triton.tensors(request)
         try:
+            inputs = triton.tensors(request)
             prompt = parse_prompt(scalar(inputs, "text_input"), bool(scalar(inputs, "chat")))
         except errors.PDServeError as error:
             return triton.error(error)

@@ -27,8 +27,18 @@ def deployment(args: dict[str, str]) -> config.Deployment:
 
 
 def tensors(request: Any) -> dict[str, NDArray[Any]]:
-    """A request's inputs by name, with the batch dimension they came with."""
-    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+    """A request's inputs by name, each with a batch dimension of one.
+
+    Raises:
+        InvalidRequest: a batch of another size.
+    """
+    inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+    for name, tensor in inputs.items():
+        if len(tensor) != 1:
+            raise errors.InvalidRequest(
+                f"{name}: a batch of {len(tensor)}; one prompt in a request is allowed"
+            )
+    return inputs
 
 
 def parameters(request: Any) -> dict[str, Any]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 
-from pdserve import messages
+from pdserve import errors, messages
 from pdserve.channels.protocol import Channel, Replies
-from pdserve.messages import Reply, Request
+from pdserve.messages import Busy, Failed, Reply, Request, Tokens
+
+# An instance that has failed is left alone for so long, unless all have.
+SUSPECT_S = 5.0
 
 
 class Call:
     """One call to an instance, open until ``close``."""
 
-    def __init__(self, instance: Instance, id: str, replies: Replies) -> None:
+    def __init__(self, instance: Instance, call_id: str, replies: Replies) -> None:
         self._instance = instance
-        self._id = id
+        self._id = call_id
         self._replies = replies
         self.done = False
         """The instance holds nothing for this call any more."""
@@ -26,7 +29,19 @@ class Call:
         Raises:
             InstanceError: the instance failed, or said nothing for ``timeout`` seconds.
         """
-        return messages.decode_reply(await self._replies.get(timeout))
+        try:
+            reply = messages.decode_reply(await self._replies.get(timeout))
+        except errors.InstanceError:
+            self.suspect()
+            raise
+        self.done = isinstance(reply, Busy | Failed) or (
+            isinstance(reply, Tokens) and bool(reply.finish_reason)
+        )
+        return reply
+
+    def suspect(self) -> None:
+        """The instance has failed at this call, and may fail at the next."""
+        self._instance.suspect_until = asyncio.get_running_loop().time() + SUSPECT_S
 
     def close(self) -> None:
         """End the call, telling the instance to let go unless it has already; once is enough."""
@@ -43,25 +58,20 @@ class Instance:
         self.open = 0
         """Calls of this gateway that hold, or wait for, something there."""
         self.suspect_until = 0.0
-        """After a failure it is asked last for a while (``loop.time()`` seconds)."""
+        """It has failed, and is not asked before (``loop.time()`` seconds) unless all have."""
         self._channel = channel
-        self._releases = itertools.count()
-
-    def rank(self, now: float) -> tuple[bool, int]:
-        """Where it stands among the candidates; the least goes first."""
-        return (now < self.suspect_until, self.open)
 
     def call(self, request: Request) -> Call:
         self.open += 1
         return Call(self, request.id, self._channel.open(request.id, messages.encode(request)))
 
-    def close_call(self, id: str, release: bool) -> None:
+    def close_call(self, call_id: str, release: bool) -> None:
         self.open -= 1
-        self._channel.forget(id)
+        self._channel.forget(call_id)
         if release:
             # Nobody waits for the answer: if this message is lost, the lease ends it.
-            call = f"{id}/release{next(self._releases)}"
-            self._channel.open(call, messages.encode(messages.Release(id)))
+            call = f"{call_id}/release"
+            self._channel.open(call, messages.encode(messages.Release(call_id)))
             self._channel.forget(call)
 
     async def close(self) -> None:

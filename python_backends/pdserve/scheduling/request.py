@@ -12,8 +12,10 @@
        └─► FAILED    ◄─────────────────────┘ an instance failed and no other could go on
 
 A request that needs no decode (its first token ends it) goes from PREFILLED to
-FINISHED. EXPIRED is reached from PREFILLED too: the limit is checked before and
-after prefill, never during.
+FINISHED. A prefill that fails sends it back to WAITING, a busy decode back to
+PREFILLED. EXPIRED is reached from PREFILLING and PREFILLED too: the limit is
+checked before and after prefill, never during; and REJECTED from PREFILLING: a
+prefill may find that it can never hold the prompt.
 """
 
 from __future__ import annotations
@@ -39,14 +41,12 @@ class State(enum.Enum):
     FAILED = enum.auto()
 
 
-FINAL = frozenset(
-    {State.FINISHED, State.REJECTED, State.EXPIRED, State.CANCELLED, State.FAILED}
-)
+FINAL = frozenset({State.FINISHED, State.REJECTED, State.EXPIRED, State.CANCELLED, State.FAILED})
 _NEXT = {
     State.WAITING: {State.PREFILLING, State.REJECTED, State.EXPIRED},
-    State.PREFILLING: {State.PREFILLED, State.WAITING, State.EXPIRED},
+    State.PREFILLING: {State.PREFILLED, State.WAITING, State.REJECTED, State.EXPIRED},
     State.PREFILLED: {State.TRANSFERRING, State.FINISHED, State.EXPIRED},
-    State.TRANSFERRING: {State.DECODING, State.PREFILLED, State.FINISHED},
+    State.TRANSFERRING: {State.DECODING, State.PREFILLED},
     State.DECODING: {State.FINISHED},
 }
 
@@ -61,7 +61,7 @@ class Request:
     prompt: bytes
     """Token ids, little-endian int32."""
     max_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stream: bool = False
     ignore_eos: bool = False
     tenant: str = ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 import numpy as np
 
@@ -16,14 +17,22 @@ from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
 from pdserve.scheduling.waiting import WaitingLine
 
-# A prefill accepts or rejects at once: one that does neither for so long has failed.
+# An instance accepts or rejects at once: one that does neither for so long has failed.
 ANSWER_S = 2.0
 # Replies of an answer that nobody reads as it comes; often enough to show life.
 UNREAD_INTERVAL_MS = 1000.0
 MAX_WAITING = 4096
-# An instance that has just failed is asked only after the others.
-SUSPECT_S = 5.0
 PREFILL_ATTEMPTS = 2
+
+
+class _Late(errors.Unavailable):
+    """The request's TTFT limit has passed."""
+
+    def __init__(self, what: str, request: Request, now: float) -> None:
+        super().__init__(
+            f"{what} within the TTFT limit of {request.ttft_limit_s * 1e3:g} ms "
+            f"({(now - request.arrived) * 1e3:.0f} ms waited)"
+        )
 
 
 class Scheduler:
@@ -55,49 +64,36 @@ class Scheduler:
         self._unique = uuid.UUID(int=rng.getrandbits(128)).hex
         self._calls = 0
 
-    async def run(self, request: Request) -> AsyncIterator[Chunk]:
+    async def run(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """The answer as it comes; closing the iterator early cancels the request.
 
         Raises:
+            InvalidRequest: no instance can ever hold it.
             Unavailable: no prefill or no decode within the limit.
             InstanceError: an instance failed and no other could go on.
         """
         loop = asyncio.get_running_loop()
         request.arrived = loop.time()
         try:
-            async for chunk in self._run(request):
-                yield chunk
-        except errors.Unavailable:
-            if request.state is State.WAITING:
-                request.to(State.REJECTED)
-            elif request.state in (State.PREFILLING, State.PREFILLED):
-                request.to(State.EXPIRED)
-            elif request.state not in FINAL:
-                request.to(State.FAILED)
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
+            async with aclosing(self._run(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except BaseException as error:
             if request.state not in FINAL:
-                request.to(State.CANCELLED)
-            raise
-        except BaseException:
-            if request.state not in FINAL:
-                request.to(State.FAILED)
+                request.to(_end(request.state, error))
             raise
         finally:
             request.ended = loop.time()
             self._account(request)
 
-    async def _run(self, request: Request) -> AsyncIterator[Chunk]:
+    async def _run(self, request: Request) -> AsyncGenerator[Chunk, None]:
         loop = asyncio.get_running_loop()
         prefill, result = await self._prefill(request)
         try:
             request.to(State.PREFILLED)
             now = loop.time()
             if now > request.deadline:
-                raise errors.Unavailable(
-                    f"the first token took longer than the TTFT limit of "
-                    f"{request.ttft_limit_s * 1e3:g} ms"
-                )
+                raise _Late("no first token", request, now)
             request.first_token = now
             request.cached_tokens = result.cached_tokens
             request.prefill_ms = result.compute_ms
@@ -111,8 +107,9 @@ class Scheduler:
             if reason or request.answer_ended:
                 request.finish(reason, loop.time())
                 return
-            async for chunk in self._decode(request, result, prefill):
-                yield chunk
+            async with aclosing(self._decode(request, result, prefill)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         finally:
             prefill.close()
             self._for_prefill.wake()
@@ -121,6 +118,7 @@ class Scheduler:
 
     async def _prefill(self, request: Request) -> tuple[Call, Prefilled]:
         """Offer the request to idle prefills until one takes it, and wait for its result."""
+        loop = asyncio.get_running_loop()
         for attempt in range(1, PREFILL_ATTEMPTS + 1):
             call, first = await self._forward(request)
             request.attempts = attempt
@@ -130,6 +128,10 @@ class Scheduler:
                 if isinstance(first, Prefilled):
                     return call, first
                 error = _error(first)
+                if isinstance(error, errors.InstanceError):
+                    call.suspect()
+                elif isinstance(error, errors.Unavailable):
+                    error = _Late("no first token", request, loop.time())
             except errors.InstanceError as failure:
                 error = failure
             except BaseException:
@@ -144,14 +146,14 @@ class Scheduler:
 
     async def _forward(self, request: Request) -> tuple[Call, messages.Reply]:
         loop = asyncio.get_running_loop()
-        if not len(self._for_prefill):
+        if not len(self._for_prefill) and loop.time() < request.deadline:
             # Nobody waits, so this request may try without standing in line.
             taken = await self._offer_prefills(request)
             if taken:
                 return taken
         if len(self._for_prefill) >= MAX_WAITING:
             raise errors.Unavailable(f"{MAX_WAITING} requests wait for a prefill already")
-        place = self._for_prefill.join(request.priority)
+        place = self._for_prefill.join(request.priority, request.arrived)
         try:
             while await place.turn(request.deadline):
                 taken = await self._offer_prefills(request)
@@ -159,15 +161,9 @@ class Scheduler:
                     return taken
         finally:
             place.leave()
-        request.to(State.EXPIRED)
-        raise errors.Unavailable(
-            f"no idle prefill within the TTFT limit of {request.ttft_limit_s * 1e3:g} ms "
-            f"({(loop.time() - request.arrived) * 1e3:.0f} ms waited)"
-        )
+        raise _Late("no idle prefill", request, loop.time())
 
-    async def _offer_prefills(
-        self, request: Request
-    ) -> tuple[Call, messages.Reply] | None:
+    async def _offer_prefills(self, request: Request) -> tuple[Call, messages.Reply] | None:
         """One round over the prefills, fewest open calls first; None: all are busy.
 
         Raises:
@@ -192,7 +188,6 @@ class Scheduler:
                 reply = await call.reply(ANSWER_S)
             except errors.InstanceError as error:
                 failure = error
-                instance.suspect_until = loop.time() + SUSPECT_S
                 self._metrics.add("pdserve_retries_total", phase="offer", reason="error")
                 call.close()
                 continue
@@ -202,7 +197,6 @@ class Scheduler:
             if isinstance(reply, Busy):
                 busy = True
                 self._metrics.add("pdserve_prefill_rejections_total", instance=instance.name)
-                call.done = True
                 call.close()
                 continue
             request.to(State.PREFILLING)
@@ -217,13 +211,15 @@ class Scheduler:
 
     async def _decode(
         self, request: Request, result: Prefilled, prefill: Call
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Hand the KV cache to an idle decode and pass its tokens on."""
         loop = asyncio.get_running_loop()
         request.kv_bytes = result.handle.nbytes
         call, reply = await self._reserve_decode(request, result)
         try:
             while True:
+                while isinstance(reply, Accepted):
+                    reply = await call.reply(self._stall_s)
                 if not isinstance(reply, Tokens):
                     raise _error(reply)
                 if reply.transfer_ms is not None:
@@ -236,7 +232,6 @@ class Scheduler:
                 ids: list[int] = np.frombuffer(reply.ids, "<i4").tolist()
                 request.output_tokens += len(ids)
                 reason: FinishReason = reply.finish_reason  # type: ignore[assignment]
-                call.done = bool(reason)
                 yield Chunk(ids, reason)
                 if reason or request.answer_ended:
                     request.finish(reason, loop.time())
@@ -252,10 +247,11 @@ class Scheduler:
         """Offer the KV cache to the decodes until one takes it; the prefill holds it meanwhile."""
         loop = asyncio.get_running_loop()
         limit = loop.time() + self._lease_s
-        taken = await self._offer_decodes(request, result)
-        if taken:
-            return taken
-        place = self._for_decode.join(request.priority)
+        if not len(self._for_decode):
+            taken = await self._offer_decodes(request, result)
+            if taken:
+                return taken
+        place = self._for_decode.join(request.priority, request.arrived)
         try:
             while await place.turn(limit):
                 taken = await self._offer_decodes(request, result)
@@ -268,8 +264,12 @@ class Scheduler:
     async def _offer_decodes(
         self, request: Request, result: Prefilled
     ) -> tuple[Call, messages.Reply] | None:
+        """One round over the decodes, fewest open calls first; None: all are full.
+
+        Raises:
+            InstanceError: one failed; it may have begun to pull, so no other can be asked.
+        """
         request.to(State.TRANSFERRING)
-        failure: errors.InstanceError | None = None
         for instance in _ranked(self._decodes):
             call = instance.call(
                 messages.DecodeRequest(
@@ -284,22 +284,14 @@ class Scheduler:
                 )
             )
             try:
-                reply = await call.reply(self._stall_s)
-            except errors.InstanceError as error:
-                failure = error
-                instance.suspect_until = loop.time() + SUSPECT_S
-                call.close()
-                break  # it may have begun to pull: the handle cannot be offered again
+                reply = await call.reply(ANSWER_S)
             except BaseException:
                 call.close()
                 raise
             if not isinstance(reply, Busy):
                 request.decode = instance.name
                 return call, reply
-            call.done = True
             call.close()
-        if failure is not None:
-            raise failure
         request.to(State.PREFILLED)
         return None
 
@@ -325,8 +317,23 @@ class Scheduler:
 
 
 def _ranked(instances: Sequence[Instance]) -> list[Instance]:
+    """Whom to ask: fewest open calls first; those that have just failed only if all have."""
     now = asyncio.get_running_loop().time()
-    return sorted(instances, key=lambda instance: instance.rank(now))
+    sound = [instance for instance in instances if now >= instance.suspect_until]
+    return sorted(sound or instances, key=lambda instance: instance.open)
+
+
+def _end(state: State, error: BaseException) -> State:
+    """How a request ends that ``error`` stopped in ``state``."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return State.CANCELLED
+    if isinstance(error, _Late):
+        return State.EXPIRED
+    if state in (State.WAITING, State.PREFILLING) and isinstance(
+        error, errors.Unavailable | errors.InvalidRequest
+    ):
+        return State.REJECTED
+    return State.FAILED
 
 
 def _error(reply: messages.Reply) -> errors.PDServeError:

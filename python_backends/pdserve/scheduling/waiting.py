@@ -10,9 +10,12 @@ import random
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.02
 
+_Entry = tuple[int, float, int, asyncio.Event]
+"""-priority, arrival, order of joining, and the event that wakes it."""
+
 
 class WaitingLine:
-    """A line of waiting requests: higher priority first, then first come.
+    """A line of waiting requests: higher priority first, then the earlier arrival.
 
     Only the head of the line tries, so that what a busy deployment costs does not
     grow with the number of those who wait. It tries when something became free
@@ -22,28 +25,28 @@ class WaitingLine:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._line: list[tuple[int, int, asyncio.Event]] = []
+        self._line: list[_Entry] = []
         self._order = itertools.count()
 
     def __len__(self) -> int:
         return len(self._line)
 
-    def join(self, priority: int) -> Place:
-        entry = (-priority, next(self._order), asyncio.Event())
+    def join(self, priority: int, arrived: float) -> Place:
+        entry = (-priority, arrived, next(self._order), asyncio.Event())
         heapq.heappush(self._line, entry)
         return Place(self, entry)
 
     def wake(self) -> None:
         """Something may be free now."""
         if self._line:
-            self._line[0][2].set()
+            self._line[0][-1].set()
 
-    def leave(self, entry: tuple[int, int, asyncio.Event]) -> None:
+    def leave(self, entry: _Entry) -> None:
         self._line.remove(entry)
         heapq.heapify(self._line)
         self.wake()
 
-    def is_head(self, entry: tuple[int, int, asyncio.Event]) -> bool:
+    def is_head(self, entry: _Entry) -> bool:
         return self._line[0] is entry
 
     def jitter(self, pause: float) -> float:
@@ -53,7 +56,7 @@ class WaitingLine:
 class Place:
     """A request's place in the line, from joining until ``leave``."""
 
-    def __init__(self, line: WaitingLine, entry: tuple[int, int, asyncio.Event]) -> None:
+    def __init__(self, line: WaitingLine, entry: _Entry) -> None:
         self._line = line
         self._entry = entry
         self._pause = _FIRST_PAUSE
@@ -61,7 +64,7 @@ class Place:
     async def turn(self, deadline: float) -> bool:
         """Wait until it is worth trying, as the head of the line; False: ``deadline`` passed."""
         loop = asyncio.get_running_loop()
-        event = self._entry[2]
+        event = self._entry[-1]
         while True:
             now = loop.time()
             if now >= deadline:

@@ -1,0 +1,41 @@
+# Every target sets up what it needs first; once done, that takes a fraction of a second.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-full lint format bench clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Environment, Triton, perf_analyzer and model, as far as they are missing
+	@$(PYTHON) tools/bootstrap.py
+
+demo: setup ## Start the servers, stream one answer with its timeline, stop
+	@$(BIN)/pdctl demo $(ARGS)
+
+serve: setup ## Start the servers and stay until Ctrl-C
+	@$(BIN)/pdctl serve $(ARGS)
+
+test: setup ## Every test that is not marked full
+	@$(BIN)/pytest -m "not full" $(ARGS)
+
+test-full: setup ## Every test
+	@$(BIN)/pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup ## Let ruff rewrite what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup ## Load test with perf_analyzer, results in perf/results
+	@$(BIN)/python -m perf.bench $(ARGS)
+
+clean: ## Stop the servers, then remove all that was made here
+	@if [ -x $(BIN)/pdctl ]; then $(BIN)/pdctl down; fi
+	rm -rf .venv .cache .run .mypy_cache .ruff_cache .pytest_cache .hypothesis

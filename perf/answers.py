@@ -1,0 +1,93 @@
+"""What a client saw of each request, and the statistics of many.
+
+Per request: *TTFT* from sending it to its first response; *E2E* to its last; *ITL* the time
+between the two by the tokens that came after the first: (last - first) / (tokens - 1). It is per
+token, not per response: a response carries every token that is ready, and how many is not told,
+so that the first response of a loaded server may hold a second token and ITL be a little low.
+*gap* is between two responses, what a reader sees the text stand still. Answers of one response
+have neither ITL nor gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from msgspec import Struct
+
+
+@dataclass(slots=True)
+class Answer:
+    """One request's times, in seconds of any clock."""
+
+    sent: float
+    responses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    """As the server's stats say."""
+
+    @property
+    def ttft(self) -> float:
+        return self.responses[0] - self.sent
+
+    @property
+    def e2e(self) -> float:
+        return self.responses[-1] - self.sent
+
+    @property
+    def itl(self) -> list[float]:
+        """One value, or none."""
+        if len(self.responses) < 2 or self.tokens < 2:
+            return []
+        return [(self.responses[-1] - self.responses[0]) / (self.tokens - 1)]
+
+    @property
+    def gaps(self) -> list[float]:
+        return np.diff(self.responses).tolist()
+
+
+class Percentiles(Struct):
+    """Milliseconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+class Summary(Struct):
+    """Many answers."""
+
+    requests: int
+    requests_per_s: float
+    tokens_per_s: float
+    responses_per_s: float
+    ttft_ms: Percentiles
+    e2e_ms: Percentiles
+    itl_ms: Percentiles | None
+    gap_ms: Percentiles | None
+
+
+def summarize(answers: Sequence[Answer]) -> Summary:
+    """Rates are over the time from the first request to the last response."""
+    begin = min(answer.sent for answer in answers)
+    seconds = max(answer.responses[-1] for answer in answers) - begin
+    return Summary(
+        requests=len(answers),
+        requests_per_s=round(len(answers) / seconds, 2),
+        tokens_per_s=round(sum(answer.tokens for answer in answers) / seconds, 1),
+        responses_per_s=round(sum(len(answer.responses) for answer in answers) / seconds, 1),
+        ttft_ms=_some(answer.ttft for answer in answers),
+        e2e_ms=_some(answer.e2e for answer in answers),
+        itl_ms=_percentiles(itl for answer in answers for itl in answer.itl),
+        gap_ms=_percentiles(gap for answer in answers for gap in answer.gaps),
+    )
+
+
+def _percentiles(seconds: Iterable[float]) -> Percentiles | None:
+    values = list(seconds)
+    return _some(values) if values else None
+
+
+def _some(seconds: Iterable[float]) -> Percentiles:
+    p50, p90, p99 = np.percentile(list(seconds), (50, 90, 99)) * 1e3
+    return Percentiles(round(p50, 3), round(p90, 3), round(p99, 3))

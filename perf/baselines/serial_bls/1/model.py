@@ -1,0 +1,97 @@
+"""Baseline: one request at a time, a blocking BLS call to a prefill, then one to a decode."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from pdserve import messages, parameters
+from pdserve.errors import InstanceError
+from pdserve.models import triton
+from pdserve.text import TextStream
+from pdserve.tokenizer import Tokenizer
+
+WHOLE_ANSWER_MS = 1e9
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        deployment = triton.deployment(args)
+        self._tokenizer = Tokenizer(Path(deployment.model))
+        self._prefill = next(iter(deployment.instances("prefill")))
+        self._decode = next(iter(deployment.instances("decode")))
+        self._ids = itertools.count()
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                response = self._answer(request, sender)
+            except Exception as error:  # the client must hear of it
+                response = pb_utils.InferenceResponse(error=pb_utils.TritonError(repr(error)))
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _answer(self, request: Any, sender: Any) -> Any:
+        """Send all responses but the last, which is returned."""
+        inputs = triton.tensors(request)
+        asked = parameters.parse(inputs, {}, 0)
+        text = parameters.scalar(inputs, "text_input").decode()
+        prompt = self._tokenizer.encode(text).astype("<i4").tobytes()
+        max_tokens = asked.max_tokens or parameters.DEFAULT_MAX_TOKENS
+        id = f"serial-{next(self._ids)}"
+        prefill = messages.PrefillRequest(id, prompt, asked.sampling, asked.tenant, 60_000.0)
+        (result,) = (
+            reply
+            for reply in self._call(self._prefill, prefill)
+            if not isinstance(reply, messages.Accepted)
+        )
+        if not isinstance(result, messages.Prefilled):
+            raise InstanceError(f"{self._prefill}: {result}")
+        decode = messages.DecodeRequest(
+            id=id,
+            prompt=prompt,
+            first_token=result.token,
+            handle=result.handle,
+            sampling=asked.sampling,
+            max_tokens=max_tokens,
+            ignore_eos=asked.ignore_eos,
+            min_interval_ms=0.0 if asked.stream else WHOLE_ANSWER_MS,
+        )
+        stream, count = TextStream(self._tokenizer), 1
+        piece = stream.push([result.token])
+        for reply in self._call(self._decode, decode):
+            if not isinstance(reply, messages.Tokens):
+                raise InstanceError(f"{self._decode}: {reply}")
+            ids = np.frombuffer(reply.ids, "<i4").tolist()
+            count += len(ids)
+            piece += stream.push(ids)
+            if asked.stream and not reply.finish_reason:
+                outputs = [triton.text("text_output", piece), triton.text("finish_reason", "")]
+                sender.send(pb_utils.InferenceResponse(outputs))
+                piece = ""
+        stats = {"prompt_tokens": len(prompt) // 4, "output_tokens": count}
+        return pb_utils.InferenceResponse(
+            [
+                triton.text("text_output", piece + stream.finish()),
+                triton.text("finish_reason", reply.finish_reason),
+                triton.text("stats", json.dumps(stats)),
+            ]
+        )
+
+    def _call(self, model: str, message: messages.Request) -> Iterator[messages.Reply]:
+        data = np.frombuffer(messages.encode(message), np.uint8)
+        request = pb_utils.InferenceRequest(
+            model_name=model,
+            requested_output_names=["reply"],
+            inputs=[pb_utils.Tensor("request", data)],
+        )
+        for response in request.exec(decoupled=True):
+            if response.has_error():
+                raise InstanceError(f"{model}: {response.error().message()}")
+            for tensor in response.output_tensors():
+                yield messages.decode_reply(tensor.as_numpy().tobytes())

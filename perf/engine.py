@@ -1,0 +1,241 @@
+"""The torch engine against transformers' own forward and generate, side by side in one run.
+
+    python perf/engine.py [--model DIRECTORY] [--rounds 5]
+
+Ours and theirs take turns, and medians of the turns are compared, so that whatever
+else the machine does falls on both. Writes perf/results/engine.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# As an instance has it: see pdserve.engines.build. Read by OpenMP when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
+
+from pdserve.engines.protocol import DecodeSequence, PrefillJob
+from pdserve.engines.torch_decode import TorchDecode
+from pdserve.engines.torch_model import TorchModel
+from pdserve.engines.torch_prefill import TorchPrefill
+from pdserve.messages import Sampling
+
+HERE = Path(__file__).parent
+DEFAULT_MODEL = HERE.parent / ".cache/models/SmolLM2-135M-Instruct"
+PROMPTS = (128, 512, 2000)
+BATCHES = (1, 8, 16, 64)
+DECODE_PROMPT = 128
+DECODE_TOKENS = 17
+
+
+class Clock(StoppingCriteria):
+    """Notes when generate has each token."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.ticks.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def turns(rounds: int, **sides: Callable[[], float]) -> dict[str, float]:
+    """Median of each side's seconds, the sides taking turns; the first turn is thrown away."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, side in sides.items():
+            seconds[name].append(side())
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def empty_range(model: TorchModel, tokens: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    layout = model.layout
+    return np.zeros((layout.layers * 2, tokens, layout.row_bytes), np.uint8)
+
+
+def prefill(model: TorchModel, theirs: PreTrainedModel, tokens: int, rounds: int) -> dict[str, Any]:
+    prompt = np.random.default_rng(tokens).integers(3, model.vocab_size, tokens).astype(np.int32)
+    job = PrefillJob(prompt, empty_range(model, tokens), Sampling())
+    engine = TorchPrefill(model)
+    ids = torch.from_numpy(prompt).long()[None]
+
+    @torch.inference_mode()
+    def forward() -> None:
+        theirs(ids, logits_to_keep=1)
+
+    s = turns(rounds, ours=lambda: timed(lambda: engine.prefill([job])), theirs=lambda: timed(forward))
+    return {
+        "prompt_tokens": tokens,
+        "ours_ms": round(s["ours"] * 1e3, 1),
+        "transformers_ms": round(s["theirs"] * 1e3, 1),
+        "ratio": round(s["theirs"] / s["ours"], 3),
+    }
+
+
+def decode(model: TorchModel, theirs: PreTrainedModel, rounds: int) -> list[dict[str, Any]]:
+    """All batch sizes take turns too, so that ratios between them are of one time."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(3, model.vocab_size, (max(BATCHES), DECODE_PROMPT)).astype(np.int32)
+    room = DECODE_PROMPT + DECODE_TOKENS
+    engine = TorchDecode(model, max(BATCHES) * room, 1)
+    source = empty_range(model, DECODE_PROMPT)
+    TorchPrefill(model).prefill([PrefillJob(prompts[0], source, Sampling())])
+
+    def ours(batch: int) -> float:
+        sequences = [
+            DecodeSequence(prompts[i], [5], [(i * room, room)], Sampling()) for i in range(batch)
+        ]
+        for sequence in sequences:
+            engine.join(sequence, source)
+        ticks = []
+        for _ in range(DECODE_TOKENS):
+            for sequence, token in zip(sequences, engine.step(sequences), strict=True):
+                sequence.tokens.append(token)
+            ticks.append(time.perf_counter())
+        return statistics.median(np.diff(ticks))
+
+    def generate(batch: int) -> float:
+        clock = Clock()
+        ids = torch.from_numpy(prompts[:batch]).long()
+        theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=DECODE_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            stopping_criteria=[clock],
+        )
+        return statistics.median(np.diff(clock.ticks))
+
+    sides: dict[str, Callable[[], float]] = {}
+    for batch in BATCHES:
+        sides[f"ours {batch}"] = lambda batch=batch: ours(batch)
+        sides[f"theirs {batch}"] = lambda batch=batch: generate(batch)
+    s = turns(rounds, **sides)
+    return [
+        {
+            "batch": batch,
+            "ours_ms_per_step": round(s[f"ours {batch}"] * 1e3, 1),
+            "transformers_ms_per_step": round(s[f"theirs {batch}"] * 1e3, 1),
+            "ours_tokens_per_s": round(batch / s[f"ours {batch}"], 1),
+            "transformers_tokens_per_s": round(batch / s[f"theirs {batch}"], 1),
+            "ratio": round(s[f"theirs {batch}"] / s[f"ours {batch}"], 3),
+        }
+        for batch in BATCHES
+    ]
+
+
+def memory(model: str, processes: int) -> dict[str, Any]:
+    """PSS of each process, all of them having read every weight."""
+    command = [sys.executable, __file__, "--model", model, "--hold"]
+    children = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    for child in children:
+        assert child.stdout is not None
+        child.stdout.readline()
+    pss = []
+    for child in children:
+        rollup = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
+        pss.append(next(int(line.split()[1]) // 1024 for line in rollup if line.startswith("Pss:")))
+    for child in children:
+        child.communicate()
+    return {"processes": processes, "pss_mib": pss, "sum_mib": sum(pss)}
+
+
+def hold(model: str) -> None:
+    """Be one of the processes: load, compute once, wait for the end of stdin."""
+    TorchModel(model, "cpu", "float32", 0)
+    print("ready", flush=True)
+    sys.stdin.read()
+
+
+def machine() -> dict[str, Any]:
+    cpu = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu.split(":")[-1].strip(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "torch_threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(DEFAULT_MODEL))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hold", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    transformers.logging.disable_progress_bar()
+    if options.hold:
+        return hold(options.model)
+    pss = [memory(options.model, n) for n in (1, 2)]
+    for row in pss:
+        print(f"PSS of {row['processes']} processes: {row['pss_mib']} MiB")
+    model = TorchModel(options.model, "cpu", "float32", 0)
+    theirs = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    print(f"{'':16}{'ours':>10}{'theirs':>10}  ms")
+    prefills = [prefill(model, theirs, tokens, options.rounds) for tokens in PROMPTS]
+    for row in prefills:
+        name = f"prefill {row['prompt_tokens']}"
+        print(f"{name:16}{row['ours_ms']:10}{row['transformers_ms']:10}  x {row['ratio']}")
+    decodes = decode(model, theirs, options.rounds)
+    for row in decodes:
+        name = f"decode {row['batch']}"
+        print(f"{name:16}{row['ours_ms_per_step']:10}{row['transformers_ms_per_step']:10}  x {row['ratio']}")
+    by_batch = {row["batch"]: row for row in decodes}
+    gain = by_batch[8]["ours_tokens_per_s"] / by_batch[1]["ours_tokens_per_s"]
+    measured = {
+        "prefill against forward, worst": (min(row["ratio"] for row in prefills), 0.95),
+        "decode 8 against generate 8": (by_batch[8]["ratio"], 1.0),
+        "decode 8 against our decode 1": (round(gain, 3), 3.0),
+    }
+    budgets = [
+        {"what": what, "measured": value, "at_least": limit, "met": value >= limit}
+        for what, (value, limit) in measured.items()
+    ]
+    for row in budgets:
+        print(f"{row['what']}: {row['measured']} (at least {row['at_least']})")
+    results = {
+        "command": "python perf/engine.py",
+        "machine": machine(),
+        "memory": pss,
+        "prefill": prefills,
+        "decode": decodes,
+        "budgets": budgets,
+    }
+    path = HERE / "results/engine.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Load test with perf_analyzer: TTFT, ITL, E2E and throughput of models of a running server.
+
+    python -m perf.load --concurrency 1:16:5
+    python -m perf.load --rate 5:20:5 --output-tokens 64
+    python -m perf.load --baselines          # starts a server of its own, see below
+
+What ITL is: see ``perf.answers``. With ``--baselines`` the same load is put on pdserve and on the
+two baselines of ``perf/baselines``, one after the other in one server with emulated engines.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from msgspec import Struct
+from rich.console import Console
+from rich.table import Table
+
+from perf import perf_analyzer
+from perf.answers import Percentiles, Summary, summarize
+from perf.perf_analyzer import Workload
+from perf.record import Record
+from perf.serving import deployment, serving
+
+BASELINES = ("serial_bls", "aggregated")
+console = Console()
+
+
+class Level(Struct):
+    """One model under one level of load."""
+
+    model: str
+    level: str
+    summary: Summary
+
+
+def measure(
+    address: str, models: Sequence[str], workload: Workload, option: str, levels: str
+) -> list[Level]:
+    """Put the same load on each model; a progress line on a terminal."""
+    measured = []
+    for model in models:
+        with console.status(f"{model} {option} {levels}"):
+            answers = perf_analyzer.run(address, model, workload, f"--{option}-range", levels)
+        unit = "/s" if option == "request-rate" else ""
+        measured += [
+            Level(model, f"{value:g}{unit}", summarize(some)) for value, some in answers.items()
+        ]
+    return measured
+
+
+def show(levels: Sequence[Level]) -> None:
+    """Print p50 / p90 / p99."""
+    table = Table(title="milliseconds: p50 / p90 / p99")
+    for column in ("model", "load", "TTFT", "ITL", "gap", "E2E", "req/s", "tok/s", "resp/s"):
+        table.add_column(column, justify="right" if "/s" in column else "left")
+    for level in levels:
+        one = level.summary
+        table.add_row(
+            level.model,
+            level.level,
+            *map(_cell, (one.ttft_ms, one.itl_ms, one.gap_ms, one.e2e_ms)),
+            *(f"{rate:.1f}" for rate in (one.requests_per_s, one.tokens_per_s)),
+            f"{one.responses_per_s:.0f}",
+        )
+    console.print(table)
+
+
+def _cell(value: Percentiles | None) -> str:
+    return "-" if value is None else f"{value.p50:.1f} / {value.p90:.1f} / {value.p99:.1f}"
+
+
+def main(
+    address: Annotated[str, typer.Option(help="gRPC address of a running server")] = (
+        "127.0.0.1:8001"
+    ),
+    model: Annotated[list[str] | None, typer.Option(help="[default: pdserve]")] = None,
+    concurrency: Annotated[str, typer.Option(help="start:end:step")] = "1:9:4",
+    rate: Annotated[str, typer.Option(help="requests per second, instead: start:end:step")] = "",
+    requests: Annotated[int, typer.Option(help="at each level")] = 100,
+    prompt_tokens: int = 128,
+    output_tokens: int = 64,
+    stream: bool = True,
+    baselines: Annotated[bool, typer.Option("--baselines", help="compare, see above")] = False,
+    profile: Annotated[str, typer.Option(help="of perf/profiles, for --baselines")] = "token_10ms",
+) -> None:
+    record = Record("load")
+    workload = Workload(
+        requests, prompt_tokens, output_tokens, stream, seed=random.randrange(1 << 30)
+    )
+    option, levels = ("request-rate", rate) if rate else ("concurrency", concurrency)
+    if baselines:
+        with serving(deployment(profile), *BASELINES) as server:
+            measured = measure(server.grpc, ("pdserve", *BASELINES), workload, option, levels)
+    else:
+        measured = measure(address, model or ["pdserve"], workload, option, levels)
+    show(measured)
+    console.print(record.write({"workload": workload, "levels": measured}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,53 @@
+"""What the processes of a server use: CPU time, memory, file descriptors, shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import psutil
+from msgspec import Struct
+from pdctl import footprint
+from pdctl.server import Server
+
+
+class Usage(Struct):
+    """One process at one moment."""
+
+    rss_kib: int
+    pss_kib: int
+    descriptors: int
+
+
+def ids(server: Server) -> dict[str, int]:
+    """The processes of a running server: ``tritonserver``, and each model's stub by its name."""
+    assert server.token is not None
+    found = {}
+    for process in footprint.processes([server.token]):
+        if process.name() == "tritonserver":
+            found["tritonserver"] = process.pid
+        for part in process.cmdline():
+            if part.endswith("/1/model.py"):
+                found[part.split("/")[-3]] = process.pid
+    return dict(sorted(found.items()))
+
+
+def cpu_s(watched: Mapping[str, int]) -> dict[str, float]:
+    """CPU seconds, user and system, that each process has used so far."""
+    times = {name: psutil.Process(pid).cpu_times() for name, pid in watched.items()}
+    return {name: time.user + time.system for name, time in times.items()}
+
+
+def usage(server: Server) -> dict[str, Usage]:
+    """Memory and file descriptors of every process of a running server."""
+    used = {}
+    for name, pid in ids(server).items():
+        process = psutil.Process(pid)
+        memory = process.memory_full_info()
+        used[name] = Usage(memory.rss // 1024, memory.pss // 1024, process.num_fds())
+    return used
+
+
+def shared_memory_kib(server: Server) -> int:
+    """What the server takes of /dev/shm, as far as it has been touched."""
+    assert server.token is not None
+    return sum(region.stat().st_blocks // 2 for region in footprint.regions(server.token))

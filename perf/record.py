@@ -1,0 +1,77 @@
+"""Results as files: what was run, where, and what came of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+from pdctl.paths import ROOT
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("grpcio", "msgspec", "numpy", "tokenizers", "torch", "tritonclient")
+
+
+class Record:
+    """One run of one measurement; made when it begins."""
+
+    def __init__(self, name: str) -> None:
+        """Args: name: of the file in ``perf/results``."""
+        self._name = name
+        self._load = os.getloadavg()
+        self._began = time.time()
+
+    def write(self, results: Any) -> Path:
+        """Write the results, anything msgspec can encode, in the place of the run before."""
+        document = {
+            "command": f"python -m {_module()} {shlex.join(sys.argv[1:])}".strip(),
+            "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._began)),
+            "seconds": round(time.time() - self._began),
+            "load_average_before": [round(value, 2) for value in self._load],
+            "load_average_after": [round(value, 2) for value in os.getloadavg()],
+            "machine": _machine(),
+            "versions": _versions(),
+            "results": results,
+        }
+        path = RESULTS / f"{self._name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(document)) + b"\n")
+        return path
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else Path(sys.argv[0]).stem
+
+
+def _machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "kernel": platform.release(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "pdserve": commit.stdout.strip() or "not committed",
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }

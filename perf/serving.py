@@ -1,0 +1,92 @@
+"""A real server for a measurement: the deployment, the baselines beside it, its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pdctl.paths import MODEL_REPOSITORY, ROOT
+from pdctl.server import Server
+from pdserve import config
+
+HERE = Path(__file__).parent
+BASELINES = HERE / "baselines"
+PROFILES = HERE / "profiles"
+MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
+START_S = 120.0
+
+
+def deployment(
+    profile: str,
+    *,
+    channel: Literal["grpc", "bls"] = "grpc",
+    prefill_slots: int = 32,
+    decode_slots: int = 64,
+) -> config.Deployment:
+    """The default topology (two prefills, two decodes, one server) with emulated engines.
+
+    Args:
+        profile: name of a timing profile in ``perf/profiles``.
+        prefill_slots: many, so that no measurement here is one of waiting for a slot.
+    """
+    http, grpc, metrics = _free_ports(3)
+    server = config.Server(
+        name="perf",
+        http_port=http,
+        grpc_port=grpc,
+        metrics_port=metrics,
+        prefill=("prefill_0", "prefill_1"),
+        decode=("decode_0", "decode_1"),
+    )
+    return config.Deployment(
+        model=str(MODEL),
+        servers=(server,),
+        engine=config.Engine(kind="emulated", profile=str(PROFILES / f"{profile}.yaml")),
+        prefill=config.Prefill(slots=prefill_slots, arena_mib=64),
+        decode=config.Decode(slots=decode_slots),
+        gateway=config.Gateway(channel=channel),
+    )
+
+
+class MeasuredServer(Server):
+    """A server whose repository also holds baselines, with the very tensors of pdserve."""
+
+    def __init__(self, deployment: config.Deployment, run: Path, baselines: tuple[str, ...]) -> None:
+        super().__init__(deployment, deployment.servers[0], run)
+        self._baselines = baselines
+
+    def render(self) -> None:
+        super().render()
+        public = (MODEL_REPOSITORY / "pdserve" / "config.pbtxt").read_text()
+        for name in self._baselines:
+            shutil.copytree(BASELINES / name, self.repository / name)
+            text = re.sub(r'^name: ".*"', f'name: "{name}"', public, flags=re.MULTILINE)
+            (self.repository / name / "config.pbtxt").write_text(text)
+
+
+@contextlib.contextmanager
+def serving(deployment: config.Deployment, *baselines: str) -> Iterator[MeasuredServer]:
+    """A running server; it ends, and leaves nothing behind, with the ``with`` block."""
+    with tempfile.TemporaryDirectory(prefix="pdserve-perf-") as run:
+        server = MeasuredServer(deployment, Path(run), baselines)
+        try:
+            server.start(held=True)
+            server.wait_ready(START_S)
+            yield server
+        finally:
+            server.stop()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on just now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]

@@ -1,0 +1,39 @@
+"""Fixtures that give tests a real Triton server.
+
+``emulated_server`` and ``torch_server`` are started once per session and shared. A test that
+needs another deployment, or breaks its server, starts its own with ``servers.running``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import Running, default_deployment, running
+
+if TYPE_CHECKING:
+    from reference import Reference
+
+
+@pytest.fixture(scope="session")
+def emulated_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Two prefills and two decodes of the emulated engine behind one gateway, in one server."""
+    folder = tmp_path_factory.mktemp("emulated")
+    with running(default_deployment("emulated"), folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Two prefills and two decodes of the torch engine behind one gateway, in one server."""
+    with running(default_deployment("torch"), tmp_path_factory.mktemp("torch")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    """The default model as transformers runs it."""
+    from reference import Reference
+
+    return Reference(Path(default_deployment("torch").model))

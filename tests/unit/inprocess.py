@@ -1,0 +1,381 @@
+"""Prefills, decodes and a scheduler in one event loop, joined by messages encoded as on the wire.
+
+Everything is real but the compute (the emulated engine) and the wire (`Link`): shared memory,
+leases, arenas and block pools are those of a deployment. `virtual` runs a test under a clock that
+jumps, so that waiting costs nothing; `real` under the usual one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import random
+from collections import defaultdict
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import async_solipsism
+import msgspec
+import numpy as np
+
+from pdserve import config, messages
+from pdserve.channels.protocol import Replies
+from pdserve.engines.decode import DecodeInstance
+from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill, Profile
+from pdserve.engines.prefill import PrefillInstance, region_name
+from pdserve.errors import InstanceError, PDServeError
+from pdserve.kvcache.arena import State as RangeState
+from pdserve.messages import DecodeRequest, Failed, PrefillRequest, Release, Reply
+from pdserve.metrics import Registry
+from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.request import Chunk, Request
+from pdserve.scheduling.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from pathlib import Path
+
+    from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
+
+VOCABULARY, EOS = 997, 2
+# Nothing of a test takes longer than this; a virtual second costs about a millisecond.
+LIMIT_S = 1200.0
+# Within which a cancelled or failed request has let go of everything (design section 8).
+CLEAN_S = 0.2
+
+Message = messages.Request | Reply
+
+
+def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test in a loop whose time jumps to the next timer when nothing is ready."""
+    return _in_loop(test, async_solipsism.EventLoop)
+
+
+def real(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test in a usual loop."""
+    return _in_loop(test, asyncio.new_event_loop)
+
+
+def _in_loop(test: Callable[..., Any], make: Callable[[], Any]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        loop = make()
+        unheard: list[str] = []
+        loop.set_exception_handler(lambda _, context: unheard.append(repr(context)))
+        try:
+            loop.run_until_complete(asyncio.wait_for(test(*args, **kwargs), LIMIT_S))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
+            loop.close()
+        assert not unheard, unheard
+
+    return run
+
+
+class Link:
+    """A channel to an instance of the same loop; keeps what went over it, in both directions.
+
+    Each direction keeps its order. `delay` (least, most; seconds) and whatever `lose` draws come
+    from seeded generators.
+    """
+
+    def __init__(self, name: str, instance: PrefillInstance | DecodeInstance, seed: int) -> None:
+        self.requests: list[messages.Request] = []
+        self.replies: list[tuple[str, Reply]] = []
+        self.lose: Callable[[Message], bool] = lambda message: False
+        self.delay = (0.0, 0.0)
+        self.rng = random.Random(seed)
+        self.calls: dict[str, Replies] = {}
+        """Open ones."""
+        self.broken: str | None = None
+        self._name = name
+        self._instance = instance
+        self._last = {"in": 0.0, "out": 0.0}
+
+    def open(self, call: str, payload: bytes) -> Replies:
+        assert call not in self.calls
+        replies = self.calls[call] = Replies()
+        if self.broken:
+            replies.fail(InstanceError(f"{self._name}: {self.broken}"))
+        else:
+            self._after("in", self._arrive, call, payload)
+        return replies
+
+    def forget(self, call: str) -> None:
+        self.calls.pop(call, None)
+
+    async def close(self) -> None:
+        self.break_("the channel was closed")
+
+    def break_(self, reason: str) -> None:
+        """Fail the open calls and, until `broken` is None again, every call to come."""
+        self.broken = reason
+        for replies in self.calls.values():
+            replies.fail(InstanceError(f"{self._name}: {reason}"))
+
+    def _arrive(self, call: str, payload: bytes) -> None:
+        request = messages.decode_request(payload)
+        self.requests.append(request)
+        if self.broken or self.lose(request):
+            return
+        ended = False
+
+        def send(reply: Reply, last: bool) -> None:
+            nonlocal ended
+            assert not ended, f"{reply} after the last reply"
+            ended = last
+            self._after("out", self._answer, call, messages.encode(reply))
+
+        try:
+            submit(self._instance, request, send)
+        except PDServeError as error:
+            send(Failed(error.code, str(error)), True)
+
+    def _answer(self, call: str, payload: bytes) -> None:
+        reply = messages.decode_reply(payload)
+        self.replies.append((call, reply))
+        if call in self.calls and not self.broken and not self.lose(reply):
+            self.calls[call].put(payload)
+
+    def _after(self, way: str, function: Callable[..., None], *args: Any) -> None:
+        loop = asyncio.get_running_loop()
+        if self.delay == (0.0, 0.0):
+            loop.call_soon(function, *args)
+            return
+        when = loop.time() + self.rng.uniform(*self.delay)
+        # Timers of the same moment have no order.
+        self._last[way] = max(when, self._last[way] + 1e-9)
+        loop.call_at(self._last[way], function, *args)
+
+    def of(self, kind: type) -> list[Any]:
+        """The messages of a kind that have gone over it."""
+        return [
+            one for one in (*self.requests, *(r for _, r in self.replies)) if isinstance(one, kind)
+        ]
+
+
+def submit(
+    instance: PrefillInstance | DecodeInstance,
+    request: messages.Request,
+    send: Callable[[Reply, bool], None],
+) -> None:
+    """What the Triton model around an instance does."""
+    if isinstance(request, Release):
+        instance.release(request.id, send)
+    elif isinstance(request, PrefillRequest):
+        assert isinstance(instance, PrefillInstance)
+        instance.submit(request, send)
+    else:
+        assert isinstance(instance, DecodeInstance)
+        instance.submit(request, send)
+
+
+class Model(EmulatedModel):
+    """An emulated model whose tokens a test may write: `script` (prompt, position) -> token."""
+
+    script: Callable[[Tokens, int], int | None] = staticmethod(lambda prompt, position: None)
+
+    def token(self, prompt: Tokens, position: int) -> int:
+        token = self.script(prompt, position)
+        return super().token(prompt, position) if token is None else token
+
+
+class Prefill(EmulatedPrefill):
+    """Keeps what each forward was of; `failures` are raised one per forward."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self.forwards: list[list[PrefillJob]] = []
+        self.failures: list[Exception] = []
+
+    async def prefill(self, jobs: Sequence[PrefillJob]) -> list[int]:
+        self.forwards.append(list(jobs))
+        tokens = await super().prefill(jobs)
+        if self.failures:
+            raise self.failures.pop()
+        return tokens
+
+
+class Decode(EmulatedDecode):
+    """Keeps who was in each step; `failures` are raised one per step, `refusals` one per join."""
+
+    def __init__(self, model: Model, blocks: int, block_size: int) -> None:
+        super().__init__(model, blocks, block_size)
+        self.steps: list[list[DecodeSequence]] = []
+        self.failures: list[Exception] = []
+        self.refusals: list[Exception] = []
+
+    def join(self, sequence: DecodeSequence, source: np.ndarray[Any, Any]) -> None:
+        if self.refusals:
+            raise self.refusals.pop()
+        super().join(sequence, source)
+
+    async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
+        self.steps.append(list(batch))
+        tokens = await super().step(batch)
+        if self.failures:
+            raise self.failures.pop()
+        return tokens
+
+
+def model(folder: Path, **profile: Any) -> Model:
+    """An emulated model of a vocabulary of `VOCABULARY` tokens, `EOS` one of them."""
+    (folder / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY, "eos_token_id": EOS}))
+    path = folder / "profile.yaml"
+    path.write_bytes(msgspec.yaml.encode(msgspec.convert({"speed": 1.0, **profile}, Profile)))
+    return Model(str(folder), str(path))
+
+
+@dataclass
+class Site:
+    """A scheduler over `prefills` and `decodes` instances; `async with` starts and stops them."""
+
+    folder: Path
+    prefills: int = 1
+    decodes: int = 1
+    profile: dict[str, Any] = field(default_factory=dict)
+    prefill: dict[str, Any] = field(default_factory=dict)
+    decode: dict[str, Any] = field(default_factory=dict)
+    stall_s: float = 5.0
+    seed: int = 0
+
+    async def __aenter__(self) -> Site:
+        self.rng = random.Random(self.seed)
+        self.model = model(self.folder, **self.profile)
+        self.metrics = Registry()
+        self.totals: defaultdict[str, float] = defaultdict(float)
+        limits_p = config.Prefill(**{"arena_mib": 4, "lease_s": 2.0, **self.prefill})
+        limits_d = config.Decode(**{"blocks": 256, **self.decode})
+        self.p_engines = [Prefill(self.model) for _ in range(self.prefills)]
+        self.d_engines = [
+            Decode(self.model, limits_d.blocks, limits_d.block_size) for _ in range(self.decodes)
+        ]
+        self.p = [
+            PrefillInstance(
+                f"prefill_{i}",
+                self.model,
+                engine,
+                limits_p,
+                region_name(f"prefill_{i}"),
+                self.metrics,
+            )
+            for i, engine in enumerate(self.p_engines)
+        ]
+        self.d = [
+            DecodeInstance(f"decode_{i}", self.model, engine, limits_d, self.decodes, self.metrics)
+            for i, engine in enumerate(self.d_engines)
+        ]
+        for instance in (*self.p, *self.d):
+            instance.start()
+        self.p_links = [Link(f"prefill_{i}", p, self.seed + i) for i, p in enumerate(self.p)]
+        self.d_links = [Link(f"decode_{i}", d, self.seed - i) for i, d in enumerate(self.d)]
+        self.instances = [
+            [Instance(f"{role}_{i}", link) for i, link in enumerate(links)]
+            for role, links in (("prefill", self.p_links), ("decode", self.d_links))
+        ]
+        self.scheduler = Scheduler(
+            *self.instances,
+            self.metrics,
+            stall_s=self.stall_s,
+            lease_s=limits_p.lease_s,
+            rng=self.rng,
+        )
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for role in self.instances:
+            for instance in role:
+                await instance.close()
+        for instance in (*self.p, *self.d):
+            await instance.close()
+
+    def prompt(self, tokens: int, prefix: bytes = b"") -> bytes:
+        """`tokens` random ones after those of `prefix`, little-endian int32."""
+        ids = [self.rng.randrange(3, VOCABULARY) for _ in range(tokens)]
+        return prefix + np.array(ids, "<i4").tobytes()
+
+    def request(self, prompt: int | bytes = 20, **fields: Any) -> Request:
+        """One that has not been sent; ids count up."""
+        self._ids = getattr(self, "_ids", 0) + 1
+        data = self.prompt(prompt) if isinstance(prompt, int) else prompt
+        return Request(id=str(self._ids), prompt=data, **{"max_tokens": 8, "stream": True, **fields})
+
+    async def chunks(self, request: Request) -> list[Chunk]:
+        """Serve it to its end."""
+        async with aclosing(self.scheduler.run(request)) as chunks:
+            return [chunk async for chunk in chunks]
+
+    async def answer(self, request: Request) -> list[int]:
+        return [token for chunk in await self.chunks(request) for token in chunk.ids]
+
+    def start(self, request: Request) -> asyncio.Task[list[int]]:
+        return asyncio.create_task(self.answer(request))
+
+    def expected(self, request: Request) -> list[int]:
+        """What a whole answer is, unless a script says otherwise."""
+        prompt = np.frombuffer(request.prompt, "<i4")
+        return [self.model.token(prompt, i) for i in range(request.max_tokens)]
+
+    def total(self, name: str, **labels: str) -> float:
+        """A counter's total over all series that have these labels."""
+        for change in self.metrics.drain():
+            if change.kind == "counter":
+                self.totals[repr((change.name, sorted(change.labels)))] += change.value
+        wanted = [repr(pair) for pair in labels.items()]
+        return sum(
+            value
+            for key, value in self.totals.items()
+            if key.startswith(f"('{name}',") and all(pair in key for pair in wanted)
+        )
+
+    def level(self, name: str, **labels: str) -> float:
+        """A gauge's level, summed over all series that have these labels."""
+        return sum(
+            value
+            for (gauge, pairs), value in self.metrics._levels.items()
+            if gauge == name and labels.items() <= dict(pairs).items()
+        )
+
+    async def idle(self, within: float = CLEAN_S) -> None:
+        """Nothing is held anywhere any more, after `within` seconds and one tick of the gauges."""
+        await asyncio.sleep(within)
+        assert self.held() == {}, self.held()
+        await asyncio.sleep(0.11)
+        for name, labels in (
+            ("pdserve_slots", {"state": "used"}),
+            ("pdserve_kv_blocks", {"state": "used"}),
+            *(
+                ("pdserve_kv_leases", {"state": state.value})
+                for state in (RangeState.ALLOCATED, RangeState.LEASED, RangeState.QUARANTINED)
+            ),
+        ):
+            assert self.level(name, **labels) == 0, (name, labels)
+
+    def held(self) -> dict[str, int]:
+        """Everything that a request may hold, where it is not nothing."""
+        counts = {
+            "waiting for a prefill": len(self.scheduler._for_prefill),
+            "waiting for a decode": len(self.scheduler._for_decode),
+        }
+        for role, links in zip(self.instances, (self.p_links, self.d_links), strict=True):
+            for instance, link in zip(role, links, strict=True):
+                counts[f"{instance.name} open"] = instance.open
+                counts[f"{instance.name} calls"] = len(link.calls)
+        for prefill in self.p:
+            counts |= {
+                f"{prefill._name} slots": len(prefill._held),
+                f"{prefill._name} pending": len(prefill._pending),
+                f"{prefill._name} leases": len(prefill._leases),
+                f"{prefill._name} quarantined": len(prefill._quarantined),
+                f"{prefill._name} ranges": len(prefill._arena._held),
+            }
+        for decode in self.d:
+            counts |= {
+                f"{decode._name} open": len(decode._open),
+                f"{decode._name} running": len(decode._running),
+                f"{decode._name} blocks": decode._pool.used_blocks,
+                f"{decode._name} pulls": len(decode._tasks) - 2,
+            }
+        return {what: count for what, count in counts.items() if count}

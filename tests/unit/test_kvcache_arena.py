@@ -1,0 +1,248 @@
+"""Arena: no overlap, conservation, coalescing, eviction order, and the states of a range."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pdserve.kvcache.arena import ALIGNMENT, Arena, Range, State
+from pdserve.kvcache.holes import Holes
+
+PAGES = 24
+MAX_RANGES = 6
+
+
+def gaps(capacity: int, held: list[Range]) -> list[tuple[int, int]]:
+    """(size, offset) of what lies between ranges, by looking at all of them."""
+    found, end = [], 0
+    for one in sorted(held, key=lambda one: one.offset):
+        if one.offset > end:
+            found.append((one.offset - end, end))
+        end = one.offset + one.size
+    if capacity > end:
+        found.append((capacity - end, end))
+    return sorted(found)
+
+
+class ArenaMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.freed: list[Range] = []
+        self.arena = Arena(PAGES * ALIGNMENT + 17, MAX_RANGES, self.freed.append)
+        self.live: list[Range] = []
+        self.lru: list[Range] = []  # CACHED, least recently used first
+
+    def pick(self, data: st.DataObject, *states: State, pinned: bool | None = None) -> Range | None:
+        found = [
+            one
+            for one in self.live
+            if one.state in states and (pinned is None or bool(one.pins) == pinned)
+        ]
+        return data.draw(st.sampled_from(found)) if found else None
+
+    @rule(nbytes=st.integers(1, (PAGES + 1) * ALIGNMENT))
+    def allocate(self, nbytes: int) -> None:
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        live, victims = list(self.live), []
+        evictable = [one for one in self.lru if not one.pins]
+        while not any(gap >= size for gap, _ in gaps(self.arena.capacity, live)) or (
+            len(live) == MAX_RANGES
+        ):
+            if not evictable:
+                break
+            victims.append(evictable.pop(0))
+            live.remove(victims[-1])
+        holes = [hole for hole in gaps(self.arena.capacity, live) if hole[0] >= size]
+        self.freed.clear()
+        got = self.arena.allocate(nbytes)
+        if not holes or len(live) == MAX_RANGES:
+            assert got is None
+            assert self.freed == [], "evicted in vain"
+            return
+        assert got is not None
+        assert got.state is State.ALLOCATED
+        assert (got.nbytes, got.size) == (nbytes, size)
+        assert got.offset == min(holes)[1], "not the best fit"
+        assert self.freed == victims, "not the least recently used, or more than needed"
+        assert all(one.state is State.FREE for one in victims)
+        self.live = [*live, got]
+        self.lru = [one for one in self.lru if one not in victims]
+
+    @rule(data=st.data())
+    def lease(self, data: st.DataObject) -> None:
+        if one := self.pick(data, State.ALLOCATED):
+            self.arena.lease(one, 10.0)
+
+    @rule(data=st.data())
+    def quarantine(self, data: st.DataObject) -> None:
+        if one := self.pick(data, State.LEASED):
+            self.arena.quarantine(one, 20.0)
+
+    @rule(data=st.data())
+    def cache(self, data: st.DataObject) -> None:
+        if one := self.pick(data, State.LEASED, State.QUARANTINED):
+            self.arena.cache(one)
+            self.lru.append(one)
+
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        if one := self.pick(data, State.ALLOCATED, State.CACHED, pinned=False):
+            self.arena.free(one)
+            self.live.remove(one)
+            self.lru = [other for other in self.lru if other is not one]
+
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        if one := self.pick(data, State.LEASED, State.QUARANTINED, State.CACHED):
+            self.arena.pin(one)
+
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        if one := self.pick(data, *State, pinned=True):
+            self.arena.unpin(one)
+            if one in self.lru:
+                self.lru.remove(one)
+                self.lru.append(one)
+
+    @precondition(lambda self: self.live)
+    @rule()
+    def free_of_a_pinned_one_is_refused(self) -> None:
+        for one in self.live:
+            if one.pins:
+                with pytest.raises(ValueError, match="pinned"):
+                    self.arena.free(one)
+
+    @invariant()
+    def no_overlap(self) -> None:
+        end = 0
+        for one in sorted(self.live, key=lambda one: one.offset):
+            assert one.offset % ALIGNMENT == 0
+            assert one.offset >= end
+            end = one.offset + one.size
+        assert end <= self.arena.capacity
+
+    @invariant()
+    def nothing_is_lost_and_holes_are_coalesced(self) -> None:
+        counts = self.arena.counts()
+        assert sum(size for _, size in counts.values()) == self.arena.capacity
+        holes = gaps(self.arena.capacity, self.live)
+        assert counts[State.FREE] == (len(holes), sum(size for size, _ in holes))
+        for state in set(State) - {State.FREE}:
+            held = [one for one in self.live if one.state is state]
+            assert counts[state] == (len(held), sum(one.size for one in held))
+
+    @invariant()
+    def leases_are_due_in_time(self) -> None:
+        leased = {one for one in self.live if one.state is State.LEASED}
+        held = leased | {one for one in self.live if one.state is State.QUARANTINED}
+        assert self.arena.due(9.0) == []
+        assert set(self.arena.due(10.0)) == leased
+        assert set(self.arena.due(20.0)) == held
+
+
+TestArena = ArenaMachine.TestCase
+TestArena.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def at(state: State) -> tuple[Arena, Range]:
+    arena = Arena(1 << 20, 8)
+    held = arena.allocate(100)
+    assert held is not None
+    if state is State.FREE:
+        arena.free(held)
+    elif state is not State.ALLOCATED:
+        arena.lease(held, 1.0)
+        if state is State.QUARANTINED:
+            arena.quarantine(held, 2.0)
+        elif state is State.CACHED:
+            arena.cache(held)
+    assert held.state is state
+    return arena, held
+
+
+@pytest.mark.parametrize(
+    ("state", "legal"),
+    [
+        (State.FREE, set()),
+        (State.ALLOCATED, {"lease", "free"}),
+        (State.LEASED, {"cache", "quarantine", "pin"}),
+        (State.QUARANTINED, {"cache", "pin"}),
+        (State.CACHED, {"free", "pin"}),
+    ],
+)
+def test_only_the_drawn_transitions_are_allowed(state: State, legal: set[str]) -> None:
+    for verb in ("lease", "quarantine", "cache", "free", "pin", "unpin"):
+        arena, held = at(state)
+        before = arena.counts()
+        arguments = (held, 3.0) if verb in ("lease", "quarantine") else (held,)
+        if verb in legal:
+            getattr(arena, verb)(*arguments)
+        else:
+            with pytest.raises(ValueError, match=f"range at {held.offset} is "):
+                getattr(arena, verb)(*arguments)
+            assert held.state is state
+            assert arena.counts() == before
+
+
+def test_a_pinned_range_survives_its_lease_and_every_eviction() -> None:
+    """TensorRT-LLM#12542: a block was evicted before its reader had read it."""
+    arena = Arena(4 * ALIGNMENT, 8)
+    source = arena.allocate(2 * ALIGNMENT)
+    assert source is not None
+    arena.lease(source, 1.0)
+    arena.pin(source)
+    arena.cache(source)
+    assert arena.allocate(3 * ALIGNMENT) is None
+    assert source.state is State.CACHED
+    arena.unpin(source)
+    assert arena.allocate(3 * ALIGNMENT) is not None
+    assert source.state is State.FREE
+
+
+def test_leases_end_although_nothing_new_is_scheduled() -> None:
+    """TensorRT-LLM#12313: clean-up ran only when new work came, which could not be admitted."""
+    arena = Arena(4 * ALIGNMENT, 4)
+    held = [arena.allocate(ALIGNMENT) for _ in range(4)]
+    for one in held:
+        assert one is not None
+        arena.lease(one, 5.0)
+    assert arena.allocate(1) is None
+    for one in arena.due(5.0):
+        arena.cache(one)
+    assert arena.counts()[State.LEASED] == (0, 0)
+    assert arena.allocate(4 * ALIGNMENT) is not None
+
+
+@pytest.mark.parametrize("nbytes", [0, -1])
+def test_a_range_has_bytes(nbytes: int) -> None:
+    with pytest.raises(ValueError, match=f"not {nbytes}"):
+        Arena(1 << 20, 8).allocate(nbytes)
+
+
+def test_more_than_the_capacity_is_none() -> None:
+    assert Arena(1 << 20, 8).allocate((1 << 20) + 1) is None
+
+
+def test_holes_of_nothing() -> None:
+    assert Holes(0).take(1) is None
+    assert Holes(0).largest == 0
+
+
+def test_ten_thousand_operations_take_well_under_a_second() -> None:
+    draw = random.Random(1)
+    arena = Arena(1 << 30, 512)
+    leased: list[Range] = []
+    began = time.process_time()
+    for _ in range(10_000):
+        held = arena.allocate(draw.randrange(1, 8 << 20))
+        if held is not None:
+            arena.lease(held, 1.0)
+            leased.append(held)
+        if held is None or len(leased) > 64:
+            arena.cache(leased.pop(draw.randrange(len(leased))))
+    assert time.process_time() - began < 1.0

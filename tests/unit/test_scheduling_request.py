@@ -1,0 +1,84 @@
+"""The state machine of a request, and what it tells of itself at the end."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from pdserve.scheduling.request import FINAL, Request, State
+
+ALLOWED = {
+    State.WAITING: {State.PREFILLING, State.REJECTED, State.EXPIRED},
+    State.PREFILLING: {State.PREFILLED, State.WAITING, State.REJECTED, State.EXPIRED},
+    State.PREFILLED: {State.TRANSFERRING, State.FINISHED, State.EXPIRED},
+    State.TRANSFERRING: {State.DECODING, State.PREFILLED},
+    State.DECODING: {State.FINISHED},
+}
+
+
+def request(state: State = State.WAITING) -> Request:
+    made = Request(id="7", prompt=bytes(12), max_tokens=4)
+    made.state = state
+    return made
+
+
+@pytest.mark.parametrize(("old", "new"), list(itertools.product(State, State)))
+def test_transitions(old: State, new: State) -> None:
+    moved = request(old)
+    allowed = ALLOWED.get(old, set())
+    if old not in FINAL:
+        allowed = allowed | {State.CANCELLED, State.FAILED}
+    if new in allowed:
+        moved.to(new)
+        assert moved.state is new
+    else:
+        with pytest.raises(AssertionError, match=f"request 7: {old.name} -> {new.name}"):
+            moved.to(new)
+        assert moved.state is old
+
+
+def test_finish_keeps_the_reason() -> None:
+    done = request(State.DECODING)
+    done.output_tokens = 4
+    done.finish("length", now=3.0)
+    assert (done.state, done.finish_reason, done.output_tokens) == (State.FINISHED, "length", 4)
+    with pytest.raises(AssertionError):
+        done.finish("length", now=3.0)
+
+
+def test_finish_after_a_stop_string() -> None:
+    """Whatever the engine says, the answer ended where its reader found the stop string."""
+    done = request(State.DECODING)
+    done.output_tokens = 9
+    done.end_answer(6)
+    assert done.answer_ended
+    done.finish("length", now=3.0)
+    assert (done.finish_reason, done.output_tokens) == ("stop", 6)
+
+
+def test_stats() -> None:
+    done = request(State.DECODING)
+    done.arrived, done.forwarded, done.first_token = 10.0, 10.001, 10.0205
+    done.prefill, done.decode, done.kv_bytes = "prefill_0", "decode_1", 384
+    done.prefill_ms, done.transfer_ms, done.cached_tokens = 18.00049, 1.5, 32
+    done.attempts, done.output_tokens = 1, 4
+    done.finish("stop", now=10.1)
+    assert done.stats() == {
+        "prompt_tokens": 3,
+        "cached_tokens": 32,
+        "output_tokens": 4,
+        "attempts": 1,
+        "group": "default",
+        "prefill": "prefill_0",
+        "decode": "decode_1",
+        "ms": {"forward": 1.0, "prefill": 18.0, "transfer": 1.5, "ttft": 20.5, "e2e": 100.0},
+        "kv": {"bytes": 384, "transport": "shm", "strategy": "whole"},
+    }
+
+
+def test_stats_without_a_decode() -> None:
+    done = request(State.PREFILLED)
+    done.finish("stop", now=1.0)
+    assert done.stats()["decode"] == ""
+    assert done.stats()["kv"] == {"bytes": 0, "transport": "", "strategy": ""}

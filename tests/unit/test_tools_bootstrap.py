@@ -1,0 +1,130 @@
+"""The set-up's steps, with steps that cost nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import bootstrap
+from bootstrap import SetupError, Step, run_steps
+
+
+class Maker:
+    """Steps of which one can be told to be interrupted half-way."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: list[str] = []
+        self.interrupt: str | None = None
+        self.inputs = {"one": "1", "two": "2"}
+
+    def make(self, name: str) -> None:
+        bootstrap.fresh(self.folder / name)
+        (self.folder / name / "half").touch()
+        if name == self.interrupt:
+            raise KeyboardInterrupt
+        (self.folder / name / "whole").touch()
+        self.made.append(name)
+
+    def run(self) -> list[str]:
+        """What this run made."""
+        self.made = []
+        run_steps(
+            [
+                Step(name, self.folder / name, [text], lambda name=name: self.make(name))
+                for name, text in self.inputs.items()
+            ]
+        )
+        return self.made
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> Maker:
+    return Maker(tmp_path)
+
+
+def test_second_run_makes_nothing(maker: Maker) -> None:
+    assert maker.run() == ["one", "two"]
+    assert maker.run() == []
+
+
+def test_interrupted_step_is_made_again(maker: Maker) -> None:
+    maker.interrupt = "two"
+    with pytest.raises(KeyboardInterrupt):
+        maker.run()
+    assert (maker.folder / "two" / "half").exists()
+    maker.interrupt = None
+    assert maker.run() == ["two"]
+    assert (maker.folder / "two" / "whole").exists()
+
+
+def test_a_changed_input_makes_that_step_again(maker: Maker) -> None:
+    maker.run()
+    maker.inputs["one"] = "changed"
+    assert maker.run() == ["one"]
+
+
+def test_interrupted_renewal_is_not_taken_for_complete(maker: Maker) -> None:
+    maker.run()
+    before, maker.inputs["two"], maker.interrupt = maker.inputs["two"], "changed", "two"
+    with pytest.raises(KeyboardInterrupt):
+        maker.run()
+    maker.inputs["two"], maker.interrupt = before, None
+    assert maker.run() == ["two"]
+
+
+def test_a_removed_folder_is_made_again(maker: Maker) -> None:
+    maker.run()
+    bootstrap.shutil.rmtree(maker.folder / "one")
+    assert maker.run() == ["one"]
+
+
+def test_failed_command_shows_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "LOG", tmp_path / "log")
+    with pytest.raises(SetupError, match=r"(?s)failed: .*no space left.*All of its output: "):
+        bootstrap.command(sys.executable, "-c", "raise SystemExit('no space left')")
+    assert "no space left" in (tmp_path / "log").read_text()
+
+
+def test_unsupported_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "SUPPORTED", ((3, 9),))
+    with pytest.raises(SetupError, match="make PYTHON="):
+        bootstrap.check_python()
+
+
+def test_missing_packages_are_named_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "has_libpython", lambda: False)
+    monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: None)
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    expected = f"apt-get install python{version}-venv libpython{version}"
+    with pytest.raises(SetupError, match=expected):
+        bootstrap.check_python()
+
+
+def test_one_set_up_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entered = threading.Event()
+
+    def second() -> None:
+        with bootstrap.exclusive(tmp_path / "lock"):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with bootstrap.exclusive(tmp_path / "lock"):
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(5)
+    thread.join()
+    assert "another set-up is at work" in capsys.readouterr().out
+
+
+def test_orphan_of_a_killed_set_up_is_waited_for(tmp_path: Path) -> None:
+    with bootstrap.exclusive(tmp_path / "lock"):
+        orphan = subprocess.Popen(["sleep", "0.5"], close_fds=False)
+    with bootstrap.exclusive(tmp_path / "lock"):
+        assert orphan.poll() is not None or orphan.wait(0.1) == 0

@@ -1,0 +1,255 @@
+"""pdctl without a server."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from pdctl import cli, footprint, log, ports
+from pdctl.errors import PortTaken, ServerError
+from pdctl.repository import models, render
+from pdctl.server import Server
+from pdctl.status import summary, values
+from pdctl.timeline import phases, timeline
+from pdserve import config
+from pdserve.config import Deployment
+from pdserve.config import Server as Spec
+from pdserve.errors import DeploymentError
+from tests.servers import free_ports
+
+SPEC = Spec(name="local", prefill=("prefill_0", "prefill_1"), decode=("decode_0",))
+DEPLOYMENT = Deployment(model="/models/m", servers=(SPEC,))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "model_repository"
+    for name in ("pdserve", "scheduler", "tokenizer", "detokenizer", "prefill", "decode"):
+        (folder / name / "1" / "__pycache__").mkdir(parents=True)
+        (folder / name / "1" / "model.py").write_text(f"# {name}")
+        (folder / name / "config.pbtxt").write_text(
+            f'# A model.\nname: "{name}"\ninput [{{ name: "x" dims: [1] }}]\n'
+        )
+    return folder
+
+
+class TestRender:
+    def test_every_model_of_a_server(self, source: Path, tmp_path: Path) -> None:
+        target = tmp_path / "run" / "local" / "models"
+        render(DEPLOYMENT, SPEC, source, target)
+        assert sorted(entry.name for entry in target.iterdir()) == sorted(
+            [*(name for name, _ in models(SPEC)), "deployment.yaml"]
+        )
+        text = (target / "prefill_1" / "config.pbtxt").read_text()
+        assert text == '# A model.\nname: "prefill_1"\ninput [{ name: "x" dims: [1] }]\n'
+        assert (target / "decode_0" / "1" / "model.py").read_text() == "# decode"
+        assert not list(target.rglob("__pycache__"))
+
+    def test_a_worker_has_no_gateway(self) -> None:
+        worker = Spec(name="worker", gateway=False, decode=("decode_0",))
+        assert list(models(worker)) == [("decode_0", "decode")]
+
+    def test_deployment_beside_the_models(self, source: Path, tmp_path: Path) -> None:
+        render(DEPLOYMENT, SPEC, source, tmp_path / "models")
+        assert config.load(tmp_path / "models" / "deployment.yaml") == DEPLOYMENT
+
+    def test_replaces_what_was_there(self, source: Path, tmp_path: Path) -> None:
+        render(DEPLOYMENT, SPEC, source, tmp_path / "models")
+        fewer = msgspec.structs.replace(SPEC, prefill=("prefill_0",))
+        render(DEPLOYMENT, fewer, source, tmp_path / "models")
+        assert not (tmp_path / "models" / "prefill_1").exists()
+
+    def test_missing_model(self, source: Path, tmp_path: Path) -> None:
+        (source / "decode" / "config.pbtxt").unlink()
+        with pytest.raises(DeploymentError, match=r"no config\.pbtxt for the model decode_0"):
+            render(DEPLOYMENT, SPEC, source, tmp_path / "models")
+
+
+class TestDeployment:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "Expected `object`, got `null`"),
+            ("model: m\nservers: []", "servers"),
+            ("model: m\nservers: [{name: a}]", "no server has a prefill instance"),
+            ("model: m\nservers: [{name: A-B}]", r"servers\[0\]\.name"),
+            ("model: m\nservers: [{name: a, http_port: 0}]", r"servers\[0\]\.http_port"),
+            ("model: m\nservers: [{name: a, colour: red}]", "colour"),
+            ("model: m\nservers: [{name: a, http_port: 8001}]", "8001.* more than once"),
+            ("model: m\nservers: [{name: a, prefill: [x], decode: [x]}]", "instance x is used"),
+            ("model: [", "while parsing"),
+        ],
+    )
+    def test_an_error_names_the_field(self, tmp_path: Path, text: str, message: str) -> None:
+        file = tmp_path / "deployment.yaml"
+        file.write_text(text)
+        with pytest.raises(DeploymentError, match=f"(?s){re.escape(str(file))}.*{message}"):
+            config.load(file)
+
+    def test_the_command_line_says_it_in_one_line(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        missing = tmp_path / "deployment.yaml"
+        monkeypatch.setattr(sys, "argv", ["pdctl", "status", "--file", str(missing)])
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+        assert raised.value.code == 1
+        assert capsys.readouterr().err == f"pdctl: {missing}: No such file or directory\n"
+
+
+class TestPorts:
+    def test_names_port_use_and_process(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            http, grpc = free_ports(2)
+            spec = msgspec.structs.replace(
+                SPEC, http_port=http, grpc_port=grpc, metrics_port=taken.getsockname()[1]
+            )
+            message = rf"server local: metrics_port {spec.metrics_port}.*\(process {os.getpid()}\)"
+            with pytest.raises(PortTaken, match=message):
+                ports.check(spec)
+        ports.check(spec)
+
+    def test_an_address_of_another_machine(self) -> None:
+        spec = msgspec.structs.replace(SPEC, host="192.0.2.1")
+        with pytest.raises(PortTaken, match=r"on 192\.0\.2\.1 cannot be used: Cannot assign"):
+            ports.check(spec)
+
+
+class TestFootprint:
+    def test_token_of_any_server_name(self) -> None:
+        token = footprint.new_token("worker_0")
+        assert footprint.is_token(token)
+        assert "_" not in token  # POSIX shared memory names of the engines have none
+
+    @pytest.mark.parametrize(
+        "text", ["", "pdserve-", "*", "pdserve-a-*", "pdserve-a-0123456789ab/"]
+    )
+    def test_nothing_else_is_erased(self, text: str) -> None:
+        assert not footprint.is_token(text)
+        with pytest.raises(AssertionError):
+            footprint.erase([text])
+
+    def test_stale_token_of_a_dead_server(self, tmp_path: Path) -> None:
+        server = Server(DEPLOYMENT, SPEC, tmp_path)
+        server.folder.mkdir()
+        token = footprint.new_token("local")
+        (server.folder / "token").write_text(token)
+        region = footprint.SHM / f"{token}-prefill-0"
+        region.write_bytes(b"arena")
+        assert server.pid is None
+        server.clean()
+        assert not region.exists()
+        assert server.token is None
+
+    def test_only_processes_of_the_token_end(self) -> None:
+        ours, theirs = footprint.new_token("local"), footprint.new_token("local")
+        sleeping = {
+            token: subprocess.Popen(["sleep", "30"], env={footprint.VARIABLE: token})
+            for token in (ours, theirs)
+        }
+        assert [process.pid for process in footprint.processes([ours])] == [sleeping[ours].pid]
+        footprint.erase([ours])
+        assert footprint.processes([ours]) == []
+        assert psutil.pid_exists(sleeping[theirs].pid)
+        sleeping[theirs].kill()
+        for process in sleeping.values():
+            process.wait()
+
+
+class TestLog:
+    def test_a_failed_model(self) -> None:
+        text = (
+            'E1122 15:37:06.12793 561 server.cc:24] "CudaDriverHelper has not been initialized."\n'
+            "I1122 15:37:06.336612 5618 model_lifecycle.cc:839] \"successfully loaded 'good'\"\n"
+            "E1122 15:37:06.497164 5618 model_lifecycle.cc:642] \"failed to load 'bad' version 1: "
+            'Internal: ValueError: no weights\\n\\nAt:\\n  /m/1/model.py(4): initialize\\n"\n'
+            "error: creating server: Internal - failed to load all models\n"
+        )
+        assert log.loaded(text) == {"good"}
+        assert log.relevant(text) == [
+            "model bad: Internal: ValueError: no weights",
+            "At:",
+            "  /m/1/model.py(4): initialize",
+        ]
+
+    def test_another_error(self) -> None:
+        text = "I1122 15:37:06.1 5618 x.cc:1] hello\nerror: creating server: no such option\n"
+        assert log.relevant(text) == ["creating server: no such option"]
+
+    def test_no_error_at_all(self) -> None:
+        lines = [f"line {number}" for number in range(50)]
+        assert log.relevant("\n".join(lines)) == lines[-log.LINES :]
+
+
+STATS = {
+    "prompt_tokens": 41,
+    "cached_tokens": 31,
+    "output_tokens": 11,
+    "attempts": 2,
+    "group": "default",
+    "prefill": "prefill_1",
+    "decode": "decode_0",
+    "ms": {"forward": 2.0, "prefill": 20.0, "transfer": 3.0, "ttft": 25.0, "e2e": 125.0},
+    "kv": {"bytes": 3 << 20, "transport": "shm", "strategy": "whole"},
+}
+
+
+class TestTimeline:
+    def test_phases(self) -> None:
+        found = {phase.name: phase for phase in phases(STATS)}
+        assert found["forward"].note == "2 offers, prefill_1"
+        assert found["prefill"].note == "41 tokens, 31 cached"
+        assert found["KV transfer"].note == "3.0 MiB, shm, whole"
+        assert found["decode"].note == "100.0 tokens/s, decode_0"
+        assert (found["decode"].begin, found["decode"].end) == (28.0, 125.0)
+
+    def test_an_answer_of_one_token_has_no_decode(self) -> None:
+        stats = STATS | {"decode": "", "output_tokens": 1}
+        assert [phase.name for phase in phases(stats)] == [
+            *("forward", "prefill", "first token", "whole answer")
+        ]
+        assert timeline(stats).row_count == 4
+
+
+def test_values_leave_out_buckets() -> None:
+    page = (
+        "# HELP pdserve_slots Slots\n# TYPE pdserve_slots gauge\n"
+        'pdserve_slots{instance="prefill_0",state="used"} 2.000000\n'
+        'pdserve_ttft_seconds_bucket{le="0.1"} 7\n'
+        "pdserve_ttft_seconds_count 7\nnv_cpu_utilization 0.5\n"
+    )
+    assert values(page) == {
+        'pdserve_slots{instance="prefill_0",state="used"}': 2.0,
+        "pdserve_ttft_seconds_count": 7.0,
+    }
+
+
+def test_summary_of_values() -> None:
+    assert summary(
+        {
+            'pdserve_slots{instance="prefill_0",state="used"}': 2.0,
+            'pdserve_slots{instance="prefill_0",state="free"}': 0.0,
+            'pdserve_ttft_seconds_sum{scenario="default"}': 0.5,
+            'pdserve_ttft_seconds_count{scenario="default"}': 4.0,
+        }
+    ) == {"slots": "prefill_0 used 2", "ttft_seconds": "default mean 125.0 ms of 4"}
+
+
+def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    server = Server(DEPLOYMENT, msgspec.structs.replace(SPEC, http_port=port), tmp_path)
+    server.folder.mkdir()
+    (server.folder / "key").write_text("key")
+    assert not server.ready()
+    with pytest.raises(ServerError, match="server local does not answer"):
+        server.index()

@@ -1,0 +1,326 @@
+"""The torch engine against transformers' generate, on tiny random models in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pdserve.engines.protocol import DecodeSequence, KVRange, PrefillJob, Tokens
+from pdserve.engines.torch_decode import TorchDecode
+from pdserve.engines.torch_model import TorchModel
+from pdserve.engines.torch_prefill import TorchPrefill
+from pdserve.errors import DeploymentError
+from pdserve.messages import Sampling
+
+SMALL = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama, grouped": LlamaConfig(**SMALL, num_key_value_heads=2),
+    "llama, untied, multi-head": LlamaConfig(
+        **SMALL, num_key_value_heads=4, tie_word_embeddings=False
+    ),
+    "qwen2, with biases": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "qwen3, wide heads": Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=32),
+    "gpt2": GPT2Config(
+        vocab_size=331,
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        n_positions=256,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+}
+GREEDY = Sampling()
+SEEDED = Sampling(temperature=1.1, top_p=0.95, seed=7)
+FREE = Sampling(temperature=0.9)
+
+
+def save(config: PretrainedConfig, path: Path) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    return model
+
+
+@dataclass
+class Pair:
+    """An engine in both roles, and transformers' model of the same weights."""
+
+    model: TorchModel
+    reference: PreTrainedModel
+
+    def __post_init__(self) -> None:
+        self.prefill = TorchPrefill(self.model)
+        self.decode = TorchDecode(self.model, 128, 16)
+
+    def job(self, tokens: Tokens, sampling: Sampling = GREEDY) -> PrefillJob:
+        return PrefillJob(tokens, self.range(len(tokens)), sampling)
+
+    def range(self, tokens: int) -> KVRange:
+        layout = self.model.layout
+        return np.full((layout.layers * 2, tokens, layout.row_bytes), 255, np.uint8)  # NaN
+
+    def start(self, tokens: Tokens, runs: list[tuple[int, int]], sampling: Sampling) -> DecodeSequence:
+        job = self.job(tokens, sampling)
+        sequence = DecodeSequence(tokens, self.prefill.prefill([job]), runs, sampling)
+        self.decode.join(sequence, job.kv)
+        return sequence
+
+    def step(self, *batch: DecodeSequence) -> None:
+        for sequence, token in zip(batch, self.decode.step(batch), strict=True):
+            sequence.tokens.append(token)
+
+    def expected(self, tokens: Tokens, new: int) -> list[int]:
+        ids = torch.from_numpy(tokens).long()[None]
+        output = self.reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        answer: list[int] = output[0, len(tokens) :].tolist()
+        return answer
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def any_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    path = tmp_path_factory.mktemp("model")
+    reference = save(CONFIGS[request.param], path)
+    return Pair(TorchModel(str(path), "cpu", "float32", 0), reference)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    path = tmp_path_factory.mktemp("model")
+    reference = save(CONFIGS["llama, grouped"], path)
+    return Pair(TorchModel(str(path), "cpu", "float32", 0), reference)
+
+
+def prompt(tokens: int, seed: int = 0) -> Tokens:
+    return np.random.default_rng([tokens, seed]).integers(3, 331, tokens).astype(np.int32)
+
+
+def test_what_is_known_of_a_model(pair: Pair) -> None:
+    layout = pair.model.layout
+    assert (layout.layers, layout.kv_heads, layout.head_dim, layout.dtype) == (3, 2, 16, "float32")
+    assert pair.model.context_length == 256
+    assert pair.model.vocab_size == 331
+    assert pair.model.eos_ids == {2}
+
+
+def test_several_prompts_in_one_forward(any_pair: Pair) -> None:
+    prompts = [prompt(n) for n in (1, 17, 90, 2)]
+    jobs = [any_pair.job(tokens) for tokens in prompts]
+    assert any_pair.prefill.prefill(jobs) == [any_pair.expected(p, 1)[0] for p in prompts]
+
+
+def test_kv_is_transformers_own(any_pair: Pair) -> None:
+    tokens = prompt(33)
+    job = any_pair.job(tokens)
+    any_pair.prefill.prefill([job])
+    cache = any_pair.reference(torch.from_numpy(tokens).long()[None]).past_key_values
+    layout = any_pair.model.layout
+    ours = torch.from_numpy(job.kv).view(torch.float32)
+    ours = ours.view(layout.layers, 2, len(tokens), layout.kv_heads, layout.head_dim)
+    for layer, stored in enumerate(ours):
+        torch.testing.assert_close(stored[0].transpose(0, 1), cache.layers[layer].keys[0])
+        torch.testing.assert_close(stored[1].transpose(0, 1), cache.layers[layer].values[0])
+
+
+@pytest.mark.parametrize("cached", [1, 16, 59])
+def test_cached_prefix(any_pair: Pair, cached: int) -> None:
+    tokens = prompt(60)
+    whole, rest, other = any_pair.job(tokens), any_pair.job(tokens), any_pair.job(prompt(9))
+    first = any_pair.prefill.prefill([whole])
+    rest.kv[:, :cached] = whole.kv[:, :cached]
+    rest.cached = cached
+    assert any_pair.prefill.prefill([other, rest])[1:] == first
+    torch.testing.assert_close(
+        torch.from_numpy(rest.kv).view(torch.float32),
+        torch.from_numpy(whole.kv).view(torch.float32),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_batch_that_sequences_join_and_leave(any_pair: Pair) -> None:
+    """Lengths, runs and moments of joining differ; every answer is generate's."""
+    prompts = [prompt(n) for n in (5, 40, 1, 100, 33)]
+    runs = [
+        [(0, 64)],
+        [(64, 16), (96, 16), (80, 16), (200, 32)],
+        [(300, 1), (302, 1), (304, 40)],
+        [(600, 160)],
+        [(500, 32), (450, 16), (900, 16)],
+    ]
+    running: list[DecodeSequence] = []
+    ended: list[DecodeSequence] = []
+    for tokens, where in zip(prompts, runs, strict=True):
+        running.append(any_pair.start(tokens, where, GREEDY))
+        for _ in range(3):
+            any_pair.step(*running)
+        if len(running) == 3:
+            ended.append(running.pop(0))
+    for sequence in running + ended:
+        new = len(sequence.tokens)
+        assert sequence.tokens == any_pair.expected(sequence.prompt, new)
+
+
+def test_large_batches(pair: Pair) -> None:
+    """Through every kind of matrix product that the number of rows selects, runs cut or whole."""
+    sequences = [
+        pair.start(prompt(4 + i % 7, i), [(24 * i, 3 + i % 4), (24 * i + 8, 16)], GREEDY)
+        for i in range(60)
+    ]
+    expected = [pair.expected(sequence.prompt, 6) for sequence in sequences]
+    for batch in (60, 48, 12, 9, 4):
+        pair.step(*sequences[:batch])
+    for i, sequence in enumerate(sequences):
+        assert sequence.tokens == expected[i][: len(sequence.tokens)]
+
+
+@pytest.mark.parametrize("company", [0, 1, 15, 16, 40])
+def test_seeded_tokens_do_not_depend_on_the_batch(pair: Pair, company: int) -> None:
+    """Nor on where in the batch, nor on where in the pool."""
+    alone = pair.start(prompt(20), [(0, 64)], SEEDED)
+    for _ in range(12):
+        pair.step(alone)
+    others = [
+        pair.start(prompt(3 + i, i), [(128 + 48 * i, 48)], (FREE, GREEDY, SEEDED)[i % 3])
+        for i in range(company)
+    ]
+    fragmented = [(127, 1), (64, 13), (80, 40)]
+    among = pair.start(prompt(20), fragmented, SEEDED)
+    for step in range(12):
+        batch = [*others]
+        batch.insert(step % (company + 1), among)
+        pair.step(*batch)
+        others = others[:-1] if step % 2 else others
+        company = len(others)
+    assert among.tokens == alone.tokens
+
+
+def test_seeded_bits_do_not_depend_on_the_batch(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits themselves, bit for bit."""
+    seen: list[torch.Tensor] = []
+    forward = pair.model.forward
+
+    def spy(*args: object) -> torch.Tensor:
+        logits: torch.Tensor = forward(*args)  # type: ignore[arg-type]
+        seen.append(logits)
+        return logits
+
+    monkeypatch.setattr(pair.model, "forward", spy)
+    first, second = (pair.start(prompt(20), [(64 * i, 64)], SEEDED) for i in range(2))
+    others = [pair.start(prompt(30 + i), [(128 + 64 * i, 64)], SEEDED) for i in range(9)]
+    seen.clear()
+    pair.step(first)
+    pair.step(*others, second)
+    assert torch.equal(seen[0][0], seen[1][9])
+
+
+def test_penalties_reach_both_roles(pair: Pair) -> None:
+    """Greedy with a repetition penalty, as generate does it."""
+    tokens = prompt(12)
+    sequence = pair.start(tokens, [(0, 64)], Sampling(repetition_penalty=1.7))
+    for _ in range(15):
+        pair.step(sequence)
+    ids = torch.from_numpy(tokens).long()[None]
+    expected = pair.reference.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+        repetition_penalty=1.7,
+    )
+    assert sequence.tokens == expected[0, len(tokens) :].tolist()
+
+
+def test_weights_stay_mapped(pair: Pair) -> None:
+    """Processes share them: the parameters lie in the mapped file, not in memory of our own."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    files = [
+        range(*(int(end, 16) for end in line.split()[0].split("-")))
+        for line in maps
+        if line.endswith(".safetensors")
+    ]
+    parameters = [p.data_ptr() for p in pair.model._model.parameters()]
+    assert all(any(address in file for file in files) for address in parameters)
+
+
+def test_fingerprint_tells_models_and_layouts_apart(pair: Pair, tmp_path: Path) -> None:
+    config = CONFIGS["llama, grouped"]
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "a")
+    save(config, tmp_path / "b")
+    other = TorchModel(str(tmp_path / "a"), "cpu", "float32", 0)
+    same = TorchModel(str(tmp_path / "b"), "cpu", "float32", 0)
+    half = TorchModel(str(tmp_path / "b"), "cpu", "bfloat16", 0)
+    prints = [m.fingerprint for m in (pair.model, other, half)]
+    assert same.fingerprint == pair.model.fingerprint
+    assert len(set(prints)) == 3
+
+
+def test_bfloat16_runs(tmp_path: Path) -> None:
+    reference = save(CONFIGS["llama, grouped"], tmp_path)
+    half = Pair(TorchModel(str(tmp_path), "cpu", "bfloat16", 0), reference)
+    sequence = half.start(prompt(20), [(0, 16), (32, 32)], GREEDY)
+    half.step(sequence)
+    assert len(sequence.tokens) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=32), "sliding_window"),
+        (
+            LlamaConfig(
+                **SMALL,
+                rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            ),
+            "dynamic",
+        ),
+    ],
+)
+def test_refused(config: PretrainedConfig, said: str, tmp_path: Path) -> None:
+    save(config, tmp_path)
+    with pytest.raises(DeploymentError, match=said):
+        TorchModel(str(tmp_path), "cpu", "float32", 0)
+
+
+def test_no_model(tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match="cannot be loaded"):
+        TorchModel(str(tmp_path), "cpu", "float32", 0)

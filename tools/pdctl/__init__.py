@@ -1,0 +1,1 @@
+"""Starts, stops and inspects the servers of a deployment."""

@@ -1,0 +1,241 @@
+"""The command line: ``pdctl up | down | serve | status | chat | demo | render``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pdctl import fleet, paths
+from pdctl.chat import Question, ask
+from pdctl.errors import ServerError
+from pdctl.repository import models
+from pdctl.server import Server
+from pdctl.signals import Interrupted, interruptible
+from pdctl.status import status as status_of
+from pdctl.status import summary
+from pdctl.timeline import timeline
+from pdserve import config
+from pdserve.errors import DeploymentError
+
+DEMO_PROMPT = "Why is the sky blue? Answer in three sentences."
+NOT_READY = 3
+"""Exit status of ``pdctl status`` when not every server is ready."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+File = Annotated[Path, typer.Option("--file", "-f", help="The deployment.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Timeout = Annotated[float, typer.Option(help="Seconds until every model must be ready.", min=1)]
+MaxTokens = Annotated[int, typer.Option(help="Tokens of the answer at most.")]
+
+
+@app.callback()
+def pdctl() -> None:
+    """Servers of a deployment: start, stop, look at, talk to."""
+
+
+@app.command()
+def up(file: File = paths.DEPLOYMENT, timeout: Timeout = 300) -> None:
+    """Start the servers and leave them running."""
+    servers = _servers(file)
+    running = [server for server in servers if server.pid is not None]
+    for server in running:
+        out.print(f"{server.spec.name} runs already (process {server.pid})")
+    _start([server for server in servers if server not in running], held=False, timeout=timeout)
+
+
+@app.command()
+def serve(file: File = paths.DEPLOYMENT, timeout: Timeout = 300) -> None:
+    """Start the servers and stay until Ctrl-C; they end when this command ends."""
+    with _held(_servers(file), timeout) as servers:
+        out.print("Ctrl-C ends it.")
+        try:
+            while True:
+                for server in servers:
+                    server.check_alive()
+                time.sleep(0.5)
+        except Interrupted:
+            return
+
+
+@app.command()
+def down(file: File = paths.DEPLOYMENT) -> None:
+    """Stop the servers and remove what is left of them."""
+    servers = _servers(file)
+    pids = {server.spec.name: server.pid for server in servers}
+    fleet.stop(servers)
+    for name, pid in pids.items():
+        out.print(f"{name} " + (f"stopped (process {pid})" if pid else "was not running"))
+
+
+@app.command()
+def status(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
+    """Servers, models, ports and counters; exit status 3 unless all are ready."""
+    found = [status_of(server) for server in _servers(file)]
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for entry in found:
+            _print_status(entry)
+    if any(entry["state"] != "ready" for entry in found):
+        raise typer.Exit(NOT_READY)
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
+    file: File = paths.DEPLOYMENT,
+    max_tokens: MaxTokens = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 or absent: greedy.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.", min=0)] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    no_chat: Annotated[bool, typer.Option("--no-chat", help="Continue the text as it is.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask a running deployment; the answer streams, its timeline follows."""
+    options: dict[str, tuple[str, Any]] = {
+        "max_tokens": ("INT32", max_tokens),
+        "temperature": ("FP32", temperature),
+        "seed": ("UINT64", seed),
+    }
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if no_chat and system is not None:
+        raise typer.BadParameter("--system needs chat; drop --no-chat")
+    _converse(_gateway(_servers(file)), Question(text, not no_chat, system, options), as_json)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Argument(help="What to say.")] = DEMO_PROMPT,
+    file: File = paths.DEPLOYMENT,
+    timeout: Timeout = 300,
+    max_tokens: MaxTokens = 96,
+) -> None:
+    """Start the servers, stream one answer with its timeline, stop."""
+    with _held(_servers(file), timeout) as servers:
+        out.print(f"\n[bold]> {prompt}[/bold]")
+        question = Question(prompt, options={"max_tokens": ("INT32", max_tokens)})
+        _converse(_gateway(servers), question, as_json=False)
+    out.print("\nservers stopped")
+
+
+@app.command("render")
+def render_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
+    """Write each server's model repository, without starting anything."""
+    servers = _servers(file)
+    for server in servers:
+        server.render()
+    if as_json:
+        print(json.dumps({server.spec.name: str(server.repository) for server in servers}))
+    else:
+        for server in servers:
+            names = ", ".join(name for name, _ in models(server.spec))
+            out.print(f"{server.spec.name}: {server.repository} ({names})")
+
+
+def _servers(file: Path) -> list[Server]:
+    deployment = config.load(file)
+    return [Server(deployment, spec) for spec in deployment.servers]
+
+
+def _gateway(servers: list[Server]) -> Server:
+    for server in servers:
+        if server.spec.gateway:
+            return server
+    raise DeploymentError("no server has gateway: true; at least 1 is needed to be asked")
+
+
+@contextmanager
+def _held(servers: list[Server], timeout: float) -> Iterator[list[Server]]:
+    """The servers, for as long as the block lasts."""
+    try:
+        _start(servers, held=True, timeout=timeout)
+        yield servers
+    finally:
+        fleet.stop([server for server in servers if server.held])
+
+
+def _start(servers: list[Server], *, held: bool, timeout: float) -> None:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        TextColumn("{task.completed}/{task.total} models  {task.fields[loading]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=out, disable=not out.is_terminal, transient=True) as bar:
+        total = sum(len(list(models(server.spec))) for server in servers)
+        task = bar.add_task("starting", total=total, loading="")
+        ready: dict[str, set[str]] = {}
+
+        def progress(server: Server, loaded: set[str], loading: set[str]) -> None:
+            if not out.is_terminal:
+                for name in sorted(loaded - ready.get(server.spec.name, set())):
+                    out.print(f"{server.spec.name}: {name} loaded")
+            ready[server.spec.name] = loaded
+            bar.update(
+                task,
+                completed=sum(map(len, ready.values())),
+                loading=", ".join(sorted(loading)[:3]),
+            )
+
+        begin = time.monotonic()
+        fleet.start(servers, held=held, timeout_s=timeout, progress=progress)
+    for server in servers:
+        out.print(
+            f"{server.spec.name} is ready after {time.monotonic() - begin:.1f} s: "
+            f"HTTP {server.http}, gRPC {server.grpc}, metrics {server.metrics}"
+        )
+
+
+def _converse(server: Server, question: Question, as_json: bool) -> None:
+    text, finish_reason, stats = "", "", None
+    for part in ask(server.grpc, question):
+        if not as_json:
+            sys.stdout.write(part.text)
+            sys.stdout.flush()
+        text += part.text
+        finish_reason = part.finish_reason or finish_reason
+        stats = part.stats or stats
+    if as_json:
+        print(json.dumps({"text": text, "finish_reason": finish_reason, "stats": stats}))
+    else:
+        out.print(f"\n[dim]({finish_reason})[/dim]\n")
+        if stats is not None:
+            out.print(timeline(stats))
+
+
+def _print_status(entry: dict[str, Any]) -> None:
+    process = f", process {entry['pid']}" if entry["pid"] else ""
+    out.print(f"[bold]{entry['server']}[/bold] {entry['state']}{process}")
+    out.print(f"  HTTP {entry['http']}, gRPC {entry['grpc']}, metrics {entry['metrics']}")
+    for rows in (entry["models"], summary(entry["values"])):
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        for row in rows.items():
+            table.add_row(*row)
+        out.print(table)
+
+
+def main() -> None:
+    try:
+        with interruptible():
+            app()
+    except (ServerError, DeploymentError) as error:
+        err.print("[red]pdctl:[/red] ", end="")
+        err.print(str(error), markup=False)
+        sys.exit(1)
+    except Interrupted as interrupted:
+        err.print("interrupted")
+        sys.exit(interrupted.status)

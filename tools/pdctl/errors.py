@@ -1,0 +1,15 @@
+"""What goes wrong with servers; each message is meant for the person at the terminal."""
+
+from __future__ import annotations
+
+
+class ServerError(Exception):
+    """A server cannot be started, reached or stopped."""
+
+
+class PortTaken(ServerError):
+    """Another process listens on a port that the deployment names."""
+
+
+class AlreadyRunning(ServerError):
+    """The server runs already; nothing was changed."""

@@ -1,0 +1,87 @@
+"""What a server has on this machine: processes and shared memory, both marked with its token.
+
+The token is random for each start and handed down in the environment, so that it tells the
+processes of one server from everything else, whatever their ids are or have been.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import signal
+from collections.abc import Collection
+from pathlib import Path
+
+import psutil
+
+from pdctl.triton import EXIT_TIMEOUT_S
+
+VARIABLE = "PDSERVE_SHM_PREFIX"
+SHM = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies
+_TOKEN = re.compile(r"pdserve-[a-z][a-z0-9-]{0,63}-[0-9a-f]{12}")
+
+
+def new_token(server: str) -> str:
+    return f"pdserve-{server.replace('_', '-')}-{secrets.token_hex(6)}"
+
+
+def is_token(text: str) -> bool:
+    return _TOKEN.fullmatch(text) is not None
+
+
+def processes(tokens: Collection[str]) -> list[psutil.Process]:
+    """Every process that carries one of the tokens, zombies left out."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(VARIABLE) in tokens:
+                found.append(process)
+        except psutil.Error:  # gone, a zombie, or somebody else's
+            continue
+    return found
+
+
+def server_process(token: str) -> psutil.Process | None:
+    """The ``tritonserver`` of a token; None: it does not run."""
+    for process in processes([token]):
+        try:
+            if process.name() == "tritonserver":
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+def regions(token: str) -> list[Path]:
+    """The shared memory of a server, Triton's own and that of its models."""
+    return sorted(SHM.glob(f"{token}-*"))
+
+
+def erase(tokens: Collection[str], grace_s: float = EXIT_TIMEOUT_S + 3) -> None:
+    """End the servers of the tokens and remove what they left; bounded by ``grace_s`` + 5 s.
+
+    Triton is asked first and waited for; after that whatever still lives is killed.
+    """
+    assert all(map(is_token, tokens))
+    leaders = [leader for leader in map(server_process, tokens) if leader is not None]
+    _signal(leaders, signal.SIGINT)
+    if leaders:
+        psutil.wait_procs(leaders, timeout=grace_s)
+        psutil.wait_procs(processes(tokens), timeout=0.5)  # stubs see the end by themselves
+    for _ in range(5):
+        remaining = processes(tokens)
+        if not remaining:
+            break
+        _signal(remaining, signal.SIGKILL)
+        psutil.wait_procs(remaining, timeout=1)
+    for token in tokens:
+        for region in regions(token):
+            region.unlink(missing_ok=True)
+
+
+def _signal(targets: list[psutil.Process], number: signal.Signals) -> None:
+    for process in targets:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue

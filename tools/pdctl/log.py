@@ -1,0 +1,29 @@
+"""What a server's log says about its start."""
+
+from __future__ import annotations
+
+import re
+
+_LOADED = re.compile(r"successfully loaded '([^']+)'")
+_FAILED = re.compile(r"failed to load '([^']+)' version \d+: (.*)\"$", re.MULTILINE)
+_ERROR = re.compile(r"^(?:E\d{4} \S+ \d+ \S+ |error: )(.*)$", re.MULTILINE)
+_NOISE = ("CudaDriverHelper",)
+LINES = 15
+
+
+def loaded(text: str) -> set[str]:
+    """The models that are loaded."""
+    return set(_LOADED.findall(text))
+
+
+def relevant(text: str) -> list[str]:
+    """The lines that tell why a server did not start: failed models, else errors, else the end."""
+    failed = dict(_FAILED.findall(text))
+    if failed:
+        lines = []
+        for model, reason in failed.items():
+            first, *rest = reason.replace("\\n", "\n").strip().splitlines()
+            lines += [f"model {model}: {first}", *(line for line in rest if line.strip())]
+        return lines
+    errors = [line for line in _ERROR.findall(text) if not any(word in line for word in _NOISE)]
+    return (errors or text.rstrip().splitlines())[-LINES:]

@@ -1,0 +1,48 @@
+"""Each server's model repository, made from ``model_repository/`` and a deployment."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from pdserve.config import Deployment, Server
+from pdserve.errors import DeploymentError
+
+GATEWAY_MODELS = ("pdserve", "scheduler", "tokenizer", "detokenizer")
+_NAME = re.compile(r'^name:\s*"[^"]*"', re.MULTILINE)
+
+
+def models(server: Server) -> Iterator[tuple[str, str]]:
+    """Every model of a server: its name, and the folder of ``model_repository/`` it is made of."""
+    if server.gateway:
+        yield from ((name, name) for name in GATEWAY_MODELS)
+    yield from ((name, "prefill") for name in server.prefill)
+    yield from ((name, "decode") for name in server.decode)
+
+
+def render(deployment: Deployment, server: Server, source: Path, target: Path) -> None:
+    """Write a server's repository to ``target``, in the place of whatever was there.
+
+    The deployment lies beside the models as ``deployment.yaml``; every model reads it.
+
+    Raises:
+        DeploymentError: ``source`` lacks a model that the server needs.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name, template in models(server):
+        if not (source / template / "config.pbtxt").is_file():
+            raise DeploymentError(f"{source / template}: no config.pbtxt for the model {name}")
+        shutil.copytree(
+            source / template, target / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+        config = target / name / "config.pbtxt"
+        text, found = _NAME.subn(f'name: "{name}"', config.read_text())
+        if found != 1:
+            raise DeploymentError(f"{source / template / 'config.pbtxt'}: needs one line name")
+        config.write_text(text)
+    (target / "deployment.yaml").write_bytes(msgspec.yaml.encode(deployment))

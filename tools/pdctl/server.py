@@ -1,0 +1,211 @@
+"""One server of a deployment: start it, wait for it, stop it.
+
+What it needs and leaves lies in its folder ``<run>/<name>/``: ``models/`` (its repository),
+``log`` (and ``log.old``, of the start before), ``token`` (marks its processes and shared
+memory, see footprint.py), ``key`` (for the calls that change what it runs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import secrets
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pdctl import footprint, log, ports, triton
+from pdctl.errors import AlreadyRunning, ServerError
+from pdctl.guard import Guard
+from pdctl.paths import MODEL_REPOSITORY, RUN
+from pdctl.repository import models, render
+from pdserve.config import Deployment
+from pdserve.config import Server as Spec
+
+
+class Server:
+    """One ``tritonserver``, running or not."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        spec: Spec,
+        run: Path = RUN,
+        source: Path = MODEL_REPOSITORY,
+    ) -> None:
+        self.spec = spec
+        self.deployment = deployment
+        self.folder = run.resolve() / spec.name
+        self.repository = self.folder / "models"
+        self.log = self.folder / "log"
+        self._source = source
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: Guard | None = None
+
+    @property
+    def held(self) -> bool:
+        """Started by this process, to end with it."""
+        return self._guard is not None
+
+    @property
+    def http(self) -> str:
+        return f"http://{self.spec.host}:{self.spec.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"{self.spec.host}:{self.spec.grpc_port}"
+
+    @property
+    def metrics(self) -> str:
+        return f"http://{self.spec.host}:{self.spec.metrics_port}/metrics"
+
+    @property
+    def token(self) -> str | None:
+        """The mark of the latest start; None: never started, or stopped in good order."""
+        with contextlib.suppress(OSError):
+            text = (self.folder / "token").read_text()
+            if footprint.is_token(text):
+                return text
+        return None
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the running ``tritonserver``."""
+        if self.token is None:
+            return None
+        process = footprint.server_process(self.token)
+        return process.pid if process else None
+
+    def render(self) -> None:
+        """Write the repository. Raises: DeploymentError, as repository.render."""
+        render(self.deployment, self.spec, self._source, self.repository)
+
+    def start(self, *, held: bool) -> None:
+        """Clean up after a crash, render the repository and start the process; see wait_ready.
+
+        Args:
+            held: the server ends with this process, however that ends.
+
+        Raises:
+            AlreadyRunning, PortTaken, ServerError, DeploymentError.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._starting():
+            pid = self.pid
+            if pid is not None:
+                raise AlreadyRunning(f"server {self.spec.name} runs already (process {pid})")
+            self.clean()
+            ports.check(self.spec)
+            found = triton.locate()
+            self.render()
+            token = footprint.new_token(self.spec.name)
+            key = secrets.token_hex(16)
+            (self.folder / "key").touch(mode=0o600)
+            (self.folder / "key").write_text(key)
+            (self.folder / "token").write_text(token)
+            if self.log.exists():
+                self.log.replace(self.folder / "log.old")
+            if held:
+                self._guard = Guard(token)
+            with self.log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    triton.command(found, self.spec, self.repository, token, key),
+                    env=triton.environment(found, token),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is for pdctl, which then stops the server
+                )
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[None]:
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def wait_ready(self, timeout_s: float, progress: Progress = lambda *_: None) -> None:
+        """Wait until every model of a server that this process started can be used.
+
+        Args:
+            progress: called often with this server, the models that are loaded, and the others.
+
+        Raises:
+            ServerError: it died, or was not ready in time; the message has the log's words.
+        """
+        expected = {name for name, _ in models(self.spec)}
+        deadline = time.monotonic() + timeout_s
+        while not self.ready():
+            self.check_alive()
+            loaded = log.loaded(self.read_log()) & expected
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"server {self.spec.name} is not ready after {timeout_s:.0f} s; still loading: "
+                    f"{', '.join(sorted(expected - loaded)) or 'nothing'}\n{self._excerpt()}"
+                )
+            progress(self, loaded, expected - loaded)
+            time.sleep(0.1)
+        progress(self, expected, set())
+
+    def check_alive(self) -> None:
+        """Raises: ServerError: the server that this process started is dead; says why."""
+        assert self._process is not None
+        status = self._process.poll()
+        if status is not None:
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with {status}"
+            raise ServerError(f"server {self.spec.name} {how}\n{self._excerpt()}")
+
+    def ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.http}/v2/health/ready", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def index(self) -> dict[str, str]:
+        """State of each model of a running server: READY, UNAVAILABLE, ...
+
+        Raises:
+            ServerError: the server does not answer.
+        """
+        request = urllib.request.Request(
+            f"{self.http}/v2/repository/index",
+            method="POST",
+            headers={triton.KEY_HEADER: (self.folder / "key").read_text()},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return {entry["name"]: entry.get("state", "") for entry in json.load(answer)}
+        except OSError as error:
+            raise ServerError(f"server {self.spec.name} does not answer: {error}") from error
+
+    def stop(self) -> None:
+        """End the server, wait for its end and remove what it left; nothing to do if it is not up.
+
+        Takes at most EXIT_TIMEOUT_S and a few seconds more.
+        """
+        self.clean()
+        if self._process is not None:
+            self._process.wait()
+        if self._guard is not None:
+            self._guard.dismiss()
+            self._guard = None
+
+    def clean(self) -> None:
+        """Make sure that nothing of the latest start is left on this machine."""
+        if self.token is not None:
+            footprint.erase([self.token])
+            (self.folder / "token").unlink()
+
+    def read_log(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def _excerpt(self) -> str:
+        lines = "\n".join(f"  {line}" for line in log.relevant(self.read_log()))
+        return f"{lines}\nits whole log: {self.log}"
+
+
+Progress = Callable[[Server, set[str], set[str]], None]

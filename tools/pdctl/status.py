@@ -1,0 +1,72 @@
+"""What a deployment is doing, as plain data."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from typing import Any
+
+from pdctl.errors import ServerError
+from pdctl.repository import models
+from pdctl.server import Server
+
+_SAMPLE = re.compile(r"^(pdserve_\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'="([^"]*)"')
+
+
+def status(server: Server) -> dict[str, Any]:
+    """A server's state: stopped, starting, ready, or unhealthy (some of its models are not ready).
+
+    Keys: server, state, pid, http, grpc, metrics, models (name to state), values (the
+    pdserve_* series without the buckets of histograms).
+    """
+    pid = server.pid
+    found: dict[str, Any] = {
+        "server": server.spec.name,
+        "state": "stopped",
+        "pid": pid,
+        "http": server.http,
+        "grpc": server.grpc,
+        "metrics": server.metrics,
+        "models": {name: "-" for name, _ in models(server.spec)},
+        "values": {},
+    }
+    if pid is None:
+        return found
+    if not server.ready():
+        return found | {"state": "starting"}
+    try:
+        found["models"] |= server.index()
+        with urllib.request.urlopen(server.metrics, timeout=5) as answer:
+            found["values"] = values(answer.read().decode())
+    except (ServerError, OSError):
+        return found | {"state": "unhealthy"}
+    healthy = all(state == "READY" for state in found["models"].values())
+    return found | {"state": "ready" if healthy else "unhealthy"}
+
+
+def summary(values: dict[str, float]) -> dict[str, str]:
+    """A few words for each metric: totals by label, means of histograms."""
+    found: dict[str, list[str]] = {}
+    for series, value in values.items():
+        name, _, labels = series.partition("{")
+        words = " ".join(_LABEL.findall(labels))
+        if name.endswith("_count") and value:
+            mean = values[series.replace("_count", "_sum", 1)] / value
+            text = f"{words} mean {mean * 1e3:.1f} ms of {value:.0f}"
+            found.setdefault(name.removesuffix("_count"), []).append(text)
+        elif value and not name.endswith(("_sum", "_count")):
+            found.setdefault(name, []).append(f"{words} {value:.0f}")
+    return {
+        name.removeprefix("pdserve_"): ", ".join(text.strip() for text in sorted(texts))
+        for name, texts in sorted(found.items())
+    }
+
+
+def values(text: str) -> dict[str, float]:
+    """The ``pdserve_*`` series of a metrics page, buckets left out."""
+    return {
+        name + labels: float(value)
+        for name, labels, value in _SAMPLE.findall(text)
+        if not name.endswith("_bucket")
+    }
