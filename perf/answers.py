@@ -10,6 +10,7 @@ have neither ITL nor gap.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -43,7 +44,8 @@ class Answer:
 
     @property
     def gaps(self) -> list[float]:
-        return np.diff(self.responses).tolist()
+        times = self.responses
+        return [after - before for before, after in itertools.pairwise(times)]
 
 
 class Percentiles(Struct):
@@ -89,5 +91,5 @@ def _percentiles(seconds: Iterable[float]) -> Percentiles | None:
 
 
 def _some(seconds: Iterable[float]) -> Percentiles:
-    p50, p90, p99 = np.percentile(list(seconds), (50, 90, 99)) * 1e3
-    return Percentiles(round(p50, 3), round(p90, 3), round(p99, 3))
+    values = np.percentile(list(seconds), (50, 90, 99)) * 1e3
+    return Percentiles(*values.round(3).tolist())

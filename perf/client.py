@@ -67,7 +67,7 @@ def run(load: Load) -> Measured:
 
 
 def message(
-    model: str, id: str, text: str, output_tokens: int, stream: bool
+    model: str, name: str, text: str, output_tokens: int, stream: bool
 ) -> service_pb2.ModelInferRequest:
     """A request to pdserve or a model with its tensors."""
     data = text.encode()
@@ -80,7 +80,7 @@ def message(
     tensor = service_pb2.ModelInferRequest.InferInputTensor
     return service_pb2.ModelInferRequest(
         model_name=model,
-        id=id,
+        id=name,
         inputs=[tensor(name=name, datatype=kind, shape=[1, 1]) for name, kind, _ in inputs],
         raw_input_contents=[raw for _, _, raw in inputs],
     )

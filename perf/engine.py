@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
+from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.engines.torch_decode import TorchDecode
@@ -73,7 +74,7 @@ def empty_range(model: TorchModel, tokens: int) -> np.ndarray[Any, np.dtype[np.u
     return np.zeros((layout.layers * 2, tokens, layout.row_bytes), np.uint8)
 
 
-def prefill(model: TorchModel, theirs: PreTrainedModel, tokens: int, rounds: int) -> dict[str, Any]:
+def prefill(model: TorchModel, theirs: Any, tokens: int, rounds: int) -> dict[str, Any]:
     prompt = np.random.default_rng(tokens).integers(3, model.vocab_size, tokens).astype(np.int32)
     job = PrefillJob(prompt, empty_range(model, tokens), Sampling())
     engine = TorchPrefill(model)
@@ -83,7 +84,9 @@ def prefill(model: TorchModel, theirs: PreTrainedModel, tokens: int, rounds: int
     def forward() -> None:
         theirs(ids, logits_to_keep=1)
 
-    s = turns(rounds, ours=lambda: timed(lambda: engine.prefill([job])), theirs=lambda: timed(forward))
+    s = turns(
+        rounds, ours=lambda: timed(lambda: engine.prefill([job])), theirs=lambda: timed(forward)
+    )
     return {
         "prompt_tokens": tokens,
         "ours_ms": round(s["ours"] * 1e3, 1),
@@ -92,7 +95,7 @@ def prefill(model: TorchModel, theirs: PreTrainedModel, tokens: int, rounds: int
     }
 
 
-def decode(model: TorchModel, theirs: PreTrainedModel, rounds: int) -> list[dict[str, Any]]:
+def decode(model: TorchModel, theirs: Any, rounds: int) -> list[dict[str, Any]]:
     """All batch sizes take turns too, so that ratios between them are of one time."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.vocab_size, (max(BATCHES), DECODE_PROMPT)).astype(np.int32)
@@ -112,7 +115,7 @@ def decode(model: TorchModel, theirs: PreTrainedModel, rounds: int) -> list[dict
             for sequence, token in zip(sequences, engine.step(sequences), strict=True):
                 sequence.tokens.append(token)
             ticks.append(time.perf_counter())
-        return statistics.median(np.diff(ticks))
+        return float(np.median(np.diff(ticks)))
 
     def generate(batch: int) -> float:
         clock = Clock()
@@ -125,12 +128,12 @@ def decode(model: TorchModel, theirs: PreTrainedModel, rounds: int) -> list[dict
             eos_token_id=None,
             stopping_criteria=[clock],
         )
-        return statistics.median(np.diff(clock.ticks))
+        return float(np.median(np.diff(clock.ticks)))
 
     sides: dict[str, Callable[[], float]] = {}
     for batch in BATCHES:
-        sides[f"ours {batch}"] = lambda batch=batch: ours(batch)
-        sides[f"theirs {batch}"] = lambda batch=batch: generate(batch)
+        sides[f"ours {batch}"] = partial(ours, batch)
+        sides[f"theirs {batch}"] = partial(generate, batch)
     s = turns(rounds, **sides)
     return [
         {
@@ -196,7 +199,8 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.disable_progress_bar()
     if options.hold:
-        return hold(options.model)
+        hold(options.model)
+        return
     pss = [memory(options.model, n) for n in (1, 2)]
     for row in pss:
         print(f"PSS of {row['processes']} processes: {row['pss_mib']} MiB")
@@ -210,7 +214,8 @@ def main() -> None:
     decodes = decode(model, theirs, options.rounds)
     for row in decodes:
         name = f"decode {row['batch']}"
-        print(f"{name:16}{row['ours_ms_per_step']:10}{row['transformers_ms_per_step']:10}  x {row['ratio']}")
+        ours, theirs_ms = row["ours_ms_per_step"], row["transformers_ms_per_step"]
+        print(f"{name:16}{ours:10}{theirs_ms:10}  x {row['ratio']}")
     by_batch = {row["batch"]: row for row in decodes}
     gain = by_batch[8]["ours_tokens_per_s"] / by_batch[1]["ours_tokens_per_s"]
     measured = {

@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from perf import perf_analyzer
-from perf.answers import Percentiles, Summary, summarize
+from perf.answers import Summary, summarize
 from perf.perf_analyzer import Workload
 from perf.record import Record
 from perf.serving import deployment, serving
 
 BASELINES = ("serial_bls", "aggregated")
+PERCENTILES = ("p50", "p90", "p99")
 console = Console()
 
 
@@ -53,24 +54,22 @@ def measure(
 
 
 def show(levels: Sequence[Level]) -> None:
-    """Print p50 / p90 / p99."""
-    table = Table(title="milliseconds: p50 / p90 / p99")
-    for column in ("model", "load", "TTFT", "ITL", "gap", "E2E", "req/s", "tok/s", "resp/s"):
-        table.add_column(column, justify="right" if "/s" in column else "left")
+    """Print four lines for each level."""
+    table = Table("model", "load", "per second", "ms", *PERCENTILES)
     for level in levels:
         one = level.summary
-        table.add_row(
-            level.model,
-            level.level,
-            *map(_cell, (one.ttft_ms, one.itl_ms, one.gap_ms, one.e2e_ms)),
-            *(f"{rate:.1f}" for rate in (one.requests_per_s, one.tokens_per_s)),
-            f"{one.responses_per_s:.0f}",
+        rates = (
+            f"{one.requests_per_s:.1f} requests",
+            f"{one.tokens_per_s:.0f} tokens",
+            f"{one.responses_per_s:.0f} responses",
+            "",
         )
+        times = {"TTFT": one.ttft_ms, "ITL": one.itl_ms, "gap": one.gap_ms, "E2E": one.e2e_ms}
+        for number, (name, value) in enumerate(times.items()):
+            names = (level.model, level.level) if number == 0 else ("", "")
+            cells = [f"{getattr(value, p):.1f}" if value else "-" for p in PERCENTILES]
+            table.add_row(*names, rates[number], name, *cells, end_section=name == "E2E")
     console.print(table)
-
-
-def _cell(value: Percentiles | None) -> str:
-    return "-" if value is None else f"{value.p50:.1f} / {value.p90:.1f} / {value.p99:.1f}"
 
 
 def main(
@@ -78,15 +77,20 @@ def main(
         "127.0.0.1:8001"
     ),
     model: Annotated[list[str] | None, typer.Option(help="[default: pdserve]")] = None,
-    concurrency: Annotated[str, typer.Option(help="start:end:step")] = "1:9:4",
-    rate: Annotated[str, typer.Option(help="requests per second, instead: start:end:step")] = "",
+    concurrency: Annotated[str, typer.Option(help="from:to:step")] = "1:9:4",
+    rate: Annotated[str, typer.Option(help="requests per second, instead: from:to:step")] = "",
     requests: Annotated[int, typer.Option(help="at each level")] = 100,
     prompt_tokens: int = 128,
     output_tokens: int = 64,
     stream: bool = True,
-    baselines: Annotated[bool, typer.Option("--baselines", help="compare, see above")] = False,
+    baselines: Annotated[bool, typer.Option("--baselines", help="compare with them")] = False,
     profile: Annotated[str, typer.Option(help="of perf/profiles, for --baselines")] = "token_10ms",
 ) -> None:
+    """Load test with perf_analyzer: TTFT, ITL, E2E and throughput of models of a running server.
+
+    With --baselines the same load is put on pdserve and on the two baselines of perf/baselines,
+    one after the other, in a server of their own with emulated engines.
+    """
     record = Record("load")
     workload = Workload(
         requests, prompt_tokens, output_tokens, stream, seed=random.randrange(1 << 30)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 from msgspec import Struct
-from pdctl.paths import ROOT
 
+from pdctl.paths import ROOT
 from perf.answers import Answer
 from perf.prompts import prompts
 
@@ -62,7 +62,7 @@ def run(address: str, model: str, workload: Workload, *level: str) -> dict[float
 
     Args:
         address: host and gRPC port.
-        level: ``--concurrency-range start:end:step`` or ``--request-rate-range ...``.
+        level: ``--concurrency-range from:to:step`` or ``--request-rate-range ...``.
 
     Raises:
         Failed: it ended with an error, or a request did.

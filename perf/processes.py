@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import psutil
 from msgspec import Struct
+
 from pdctl import footprint
 from pdctl.server import Server
 

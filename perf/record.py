@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import psutil
+
 from pdctl.paths import ROOT
 
 RESULTS = Path(__file__).parent / "results"

@@ -23,17 +23,18 @@ START_S = 120.0
 
 
 def deployment(
-    profile: str,
+    profile: str | None,
     *,
     channel: Literal["grpc", "bls"] = "grpc",
-    prefill_slots: int = 32,
-    decode_slots: int = 64,
+    each: int = 2,
+    arena_mib: int = 64,
 ) -> config.Deployment:
-    """The default topology (two prefills, two decodes, one server) with emulated engines.
+    """The default topology: one server with the gateway, ``each`` prefills and as many decodes.
+
+    Slots are so many that no measurement here is one of waiting for a slot.
 
     Args:
-        profile: name of a timing profile in ``perf/profiles``.
-        prefill_slots: many, so that no measurement here is one of waiting for a slot.
+        profile: name of a timing profile in ``perf/profiles``; None: the torch engine.
     """
     http, grpc, metrics = _free_ports(3)
     server = config.Server(
@@ -41,15 +42,17 @@ def deployment(
         http_port=http,
         grpc_port=grpc,
         metrics_port=metrics,
-        prefill=("prefill_0", "prefill_1"),
-        decode=("decode_0", "decode_1"),
+        prefill=tuple(f"prefill_{n}" for n in range(each)),
+        decode=tuple(f"decode_{n}" for n in range(each)),
     )
+    engine = config.Engine()
+    if profile is not None:
+        engine = config.Engine(kind="emulated", profile=str(PROFILES / f"{profile}.yaml"))
     return config.Deployment(
         model=str(MODEL),
         servers=(server,),
-        engine=config.Engine(kind="emulated", profile=str(PROFILES / f"{profile}.yaml")),
-        prefill=config.Prefill(slots=prefill_slots, arena_mib=64),
-        decode=config.Decode(slots=decode_slots),
+        engine=engine,
+        prefill=config.Prefill(slots=32, arena_mib=arena_mib),
         gateway=config.Gateway(channel=channel),
     )
 
@@ -57,7 +60,9 @@ def deployment(
 class MeasuredServer(Server):
     """A server whose repository also holds baselines, with the very tensors of pdserve."""
 
-    def __init__(self, deployment: config.Deployment, run: Path, baselines: tuple[str, ...]) -> None:
+    def __init__(
+        self, deployment: config.Deployment, run: Path, baselines: tuple[str, ...]
+    ) -> None:
         super().__init__(deployment, deployment.servers[0], run)
         self._baselines = baselines
 

@@ -9,6 +9,7 @@ import time
 import urllib.request
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from pdctl import footprint
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from servers import Running
+    import psutil
+
+    from tests.servers import Running
 
 TIMEOUT_S = 120.0
 DTYPES = {
@@ -202,8 +205,6 @@ async def stream(
                 raise Refused(error.message())
             if result.get_response().outputs:
                 yield grpc_part(result)
-            if result.get_response().parameters["triton_final_response"].bool_param:
-                return
     finally:
         responses.cancel()
 
@@ -302,8 +303,26 @@ def files(server: Running) -> dict[str, int]:
     """Open file descriptors of each process of the server, and its shared memory regions."""
     tokens = [one.token for one in server.servers if one.token is not None]
     found = {
-        f"file descriptors of process {process.pid}": process.num_fds()
+        f"file descriptors of {_model(process)}": process.num_fds()
         for process in footprint.processes(tokens)
     }
     regions = sum(len(footprint.regions(token)) for token in tokens)
     return {**found, "regions in /dev/shm": regions}
+
+
+def _model(process: psutil.Process) -> str:
+    """The Triton model whose stub a process is, or the process's own name."""
+    path = next((word for word in process.cmdline() if word.endswith("/model.py")), None)
+    return Path(path).parts[-3] if path else process.name()
+
+
+def wait_same_files(server: Running, before: dict[str, int], within: float) -> None:
+    """Wait until nothing has a file more than ``before``; fails, naming what has."""
+
+    def more() -> dict[str, tuple[int, int]]:
+        now = files(server)
+        return {
+            name: (before.get(name, 0), n) for name, n in now.items() if n > before.get(name, 0)
+        }
+
+    wait_until(lambda: not more(), within, lambda: f"before and now: {more()}")

@@ -7,13 +7,15 @@ needs another deployment, or breaks its server, starts its own with ``servers.ru
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.servers import Running, default_deployment, running
 
 if TYPE_CHECKING:
-    from reference import Reference
+    from tests.reference import Reference
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +36,6 @@ def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def reference() -> Reference:
     """The default model as transformers runs it."""
-    from reference import Reference
+    from tests.reference import Reference
 
     return Reference(Path(default_deployment("torch").model))

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_WORDS = (
-    "the of and to in is that it was for on as with be by at from this are or an which river "
-    "mountain engine question answer because slowly never seventeen colour light machine memory "
-    "children language water history number system between without music window paper garden"
-).split()
-_NAMES = "count total items node value result left right cache index user path buffer".split()
+_WORDS = """
+    the of and to in is that it was for on as with be by at from this are or an which river
+    mountain engine question answer because slowly never seventeen colour light machine memory
+    children language water history number system between without music window paper garden
+""".split()  # noqa: SIM905
+_NAMES = "count total items node value result left right cache index user path buffer".split()  # noqa: SIM905
 _CODE = (
     "def {a}({b}, {c}=None):\n    return {b}[{n}:] + {c}\n",
     "for {a} in range({n}):\n    if {a} % {m} == 0:\n        {b}.append({a} ** 2)\n",
@@ -28,12 +28,12 @@ _CODE = (
 )
 _CJK = (
     "今天天气很好。",
-    "人工智能正在改变世界，",
+    "人工智能正在改变世界，",  # noqa: RUF001
     "東京の桜は美しいです。",
     "カタカナとひらがな",
     "안녕하세요, 오늘은 ",
     "서울의 날씨가 ",
-    "請問這個多少錢？",
+    "請問這個多少錢？",  # noqa: RUF001
 )
 _EMOJI = ("😀", "🎉", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇯🇵", "❤️", "🧑‍🚀", "🫠", "1️⃣", " ok ", " and ")
 _SPACE = (" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u200b", "\u3000", " a ", "\n- ")

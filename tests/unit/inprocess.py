@@ -27,7 +27,7 @@ from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPref
 from pdserve.engines.prefill import PrefillInstance, region_name
 from pdserve.errors import InstanceError, PDServeError
 from pdserve.kvcache.arena import State as RangeState
-from pdserve.messages import DecodeRequest, Failed, PrefillRequest, Release, Reply
+from pdserve.messages import Failed, PrefillRequest, Release, Reply
 from pdserve.metrics import Registry
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.request import Chunk, Request
@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
     from pathlib import Path
 
+    from typing_extensions import Self
+
     from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
 
 VOCABULARY, EOS = 997, 2
 # Nothing of a test takes longer than this; a virtual second costs about a millisecond.
-LIMIT_S = 1200.0
+LIMIT_S = 120.0
 # Within which a cancelled or failed request has let go of everything (design section 8).
 CLEAN_S = 0.2
 
@@ -241,7 +243,7 @@ class Site:
     stall_s: float = 5.0
     seed: int = 0
 
-    async def __aenter__(self) -> Site:
+    async def __aenter__(self) -> Self:
         self.rng = random.Random(self.seed)
         self.model = model(self.folder, **self.profile)
         self.metrics = Registry()
@@ -267,16 +269,18 @@ class Site:
             DecodeInstance(f"decode_{i}", self.model, engine, limits_d, self.decodes, self.metrics)
             for i, engine in enumerate(self.d_engines)
         ]
-        for instance in (*self.p, *self.d):
-            instance.start()
+        for engine_instance in self._engine_instances():
+            engine_instance.start()
         self.p_links = [Link(f"prefill_{i}", p, self.seed + i) for i, p in enumerate(self.p)]
         self.d_links = [Link(f"decode_{i}", d, self.seed - i) for i, d in enumerate(self.d)]
         self.instances = [
             [Instance(f"{role}_{i}", link) for i, link in enumerate(links)]
             for role, links in (("prefill", self.p_links), ("decode", self.d_links))
         ]
+        prefills, decodes = self.instances
         self.scheduler = Scheduler(
-            *self.instances,
+            prefills,
+            decodes,
             self.metrics,
             stall_s=self.stall_s,
             lease_s=limits_p.lease_s,
@@ -288,8 +292,11 @@ class Site:
         for role in self.instances:
             for instance in role:
                 await instance.close()
-        for instance in (*self.p, *self.d):
-            await instance.close()
+        for engine_instance in self._engine_instances():
+            await engine_instance.close()
+
+    def _engine_instances(self) -> list[PrefillInstance | DecodeInstance]:
+        return [*self.p, *self.d]
 
     def prompt(self, tokens: int, prefix: bytes = b"") -> bytes:
         """`tokens` random ones after those of `prefix`, little-endian int32."""
@@ -300,7 +307,9 @@ class Site:
         """One that has not been sent; ids count up."""
         self._ids = getattr(self, "_ids", 0) + 1
         data = self.prompt(prompt) if isinstance(prompt, int) else prompt
-        return Request(id=str(self._ids), prompt=data, **{"max_tokens": 8, "stream": True, **fields})
+        return Request(
+            id=str(self._ids), prompt=data, **{"max_tokens": 8, "stream": True, **fields}
+        )
 
     async def chunks(self, request: Request) -> list[Chunk]:
         """Serve it to its end."""

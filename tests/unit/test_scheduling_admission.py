@@ -6,12 +6,12 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.unit.inprocess import Site, virtual
 
 from pdserve import errors, messages
 from pdserve.messages import Busy, DecodeRequest, PrefillRequest, Sampling
 from pdserve.scheduling import scheduler
 from pdserve.scheduling.request import Request, State
+from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -167,9 +167,7 @@ async def test_ttft_limit_that_has_passed_is_not_forwarded_again(tmp_path: Path)
 
 
 @virtual
-async def test_no_more_than_so_many_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_more_than_so_many_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vllm#49445: the line is bounded."""
     monkeypatch.setattr(scheduler, "MAX_WAITING", 3)
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}) as site:
@@ -244,9 +242,7 @@ async def test_decodes_that_become_free_together_are_taken_together(tmp_path: Pa
 
 @virtual
 async def test_decode_line_is_in_order_of_priority_then_arrival(tmp_path: Path) -> None:
-    async with Site(
-        tmp_path, profile=TIMES, prefill={"slots": 8}, decode={"slots": 1}
-    ) as site:
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 8}, decode={"slots": 1}) as site:
         blocker = site.start(site.request(max_tokens=60))
         await at(0.1)
         requests = [site.request(priority=p, max_tokens=3) for p in (0, 0, 4, -1)]
@@ -264,9 +260,7 @@ async def test_decode_line_is_in_order_of_priority_then_arrival(tmp_path: Path) 
 @virtual
 async def test_no_idle_decode_within_the_lease(tmp_path: Path) -> None:
     """vllm#41269: the prefill does not hold a KV cache longer than its lease."""
-    async with Site(
-        tmp_path, profile=TIMES, prefill={"lease_s": 0.5}, decode={"slots": 1}
-    ) as site:
+    async with Site(tmp_path, profile=TIMES, prefill={"lease_s": 0.5}, decode={"slots": 1}) as site:
         running = site.start(site.request(max_tokens=100))
         await at(0.1)
         refused = site.request()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from tests.unit.inprocess import EOS, Site, virtual
 
 from pdserve.messages import DecodeRequest, PrefillRequest, Release, Tokens
 from pdserve.scheduling.request import State
+from tests.unit.inprocess import EOS, Site, virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -173,7 +173,7 @@ async def test_every_request_is_counted_once_under_its_scenario(tmp_path: Path) 
 
 @virtual
 async def test_reader_who_leaves_cancels(tmp_path: Path) -> None:
-    """Everything has been let go of by the time that the iterator is closed, not some time after."""
+    """Everything has been let go of when the iterator is closed, not some time after."""
     async with Site(tmp_path, profile=TIMES) as site:
         for chunks_wanted in (1, 2):
             request = site.request(max_tokens=100)
@@ -221,7 +221,9 @@ async def test_answers_that_nobody_reads_as_they_come_are_few_messages(tmp_path:
         request = site.request(max_tokens=400, stream=False)  # 4 s
         assert await site.answer(request) == site.expected(request)
         assert len(site.d_links[0].of(Tokens)) == 4
-        assert len(site.p_links[0].of(PrefillRequest)) == len(site.d_links[0].of(DecodeRequest)) == 1
+        assert (
+            len(site.p_links[0].of(PrefillRequest)) == len(site.d_links[0].of(DecodeRequest)) == 1
+        )
         await site.idle()
 
 
@@ -231,9 +233,7 @@ async def test_offers_do_not_multiply_with_those_who_wait(tmp_path: Path) -> Non
     rejections = []
     for waiting in (50, 200):
         async with Site(tmp_path, prefills=2, profile=TIMES, prefill={"slots": 1}) as site:
-            await asyncio.gather(
-                *(site.answer(site.request(max_tokens=2)) for _ in range(waiting))
-            )
+            await asyncio.gather(*(site.answer(site.request(max_tokens=2)) for _ in range(waiting)))
             rejections.append(site.total("pdserve_prefill_rejections_total") / waiting)
             await site.idle()
     # The head alone asks: as often as its pauses allow while a forward lasts.

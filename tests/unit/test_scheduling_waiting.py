@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 
-from tests.unit.inprocess import virtual
-
 from pdserve.scheduling.waiting import Place, WaitingLine
+from tests.unit.inprocess import virtual
 
 
 def line() -> WaitingLine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from pdserve.engines.torch_prefill import TorchPrefill
 from pdserve.errors import DeploymentError
 from pdserve.messages import Sampling
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 331,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -63,7 +64,7 @@ FREE = Sampling(temperature=0.9)
 
 def save(config: PretrainedConfig, path: Path) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -76,7 +77,7 @@ class Pair:
     """An engine in both roles, and transformers' model of the same weights."""
 
     model: TorchModel
-    reference: PreTrainedModel
+    reference: Any
 
     def __post_init__(self) -> None:
         self.prefill = TorchPrefill(self.model)
@@ -89,7 +90,9 @@ class Pair:
         layout = self.model.layout
         return np.full((layout.layers * 2, tokens, layout.row_bytes), 255, np.uint8)  # NaN
 
-    def start(self, tokens: Tokens, runs: list[tuple[int, int]], sampling: Sampling) -> DecodeSequence:
+    def start(
+        self, tokens: Tokens, runs: list[tuple[int, int]], sampling: Sampling
+    ) -> DecodeSequence:
         job = self.job(tokens, sampling)
         sequence = DecodeSequence(tokens, self.prefill.prefill([job]), runs, sampling)
         self.decode.join(sequence, job.kv)
@@ -99,31 +102,36 @@ class Pair:
         for sequence, token in zip(batch, self.decode.step(batch), strict=True):
             sequence.tokens.append(token)
 
-    def expected(self, tokens: Tokens, new: int) -> list[int]:
-        ids = torch.from_numpy(tokens).long()[None]
+    def expected(self, tokens: Tokens, new: int, **options: float) -> list[int]:
+        return self.all_expected([tokens], new, **options)[0]
+
+    def all_expected(self, prompts: list[Tokens], new: int, **options: float) -> list[list[int]]:
+        """What generate answers to prompts of one length."""
+        ids = torch.from_numpy(np.stack(prompts)).long()
         output = self.reference.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
             do_sample=False,
             eos_token_id=None,
+            **options,
         )
-        answer: list[int] = output[0, len(tokens) :].tolist()
-        return answer
+        answers: list[list[int]] = output[:, ids.shape[1] :].tolist()
+        return answers
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def any_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     path = tmp_path_factory.mktemp("model")
     reference = save(CONFIGS[request.param], path)
-    return Pair(TorchModel(str(path), "cpu", "float32", 0), reference)
+    return Pair(TorchModel(str(path), "cpu", "float32", 1), reference)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     path = tmp_path_factory.mktemp("model")
     reference = save(CONFIGS["llama, grouped"], path)
-    return Pair(TorchModel(str(path), "cpu", "float32", 0), reference)
+    return Pair(TorchModel(str(path), "cpu", "float32", 1), reference)
 
 
 def prompt(tokens: int, seed: int = 0) -> Tokens:
@@ -199,10 +207,9 @@ def test_batch_that_sequences_join_and_leave(any_pair: Pair) -> None:
 def test_large_batches(pair: Pair) -> None:
     """Through every kind of matrix product that the number of rows selects, runs cut or whole."""
     sequences = [
-        pair.start(prompt(4 + i % 7, i), [(24 * i, 3 + i % 4), (24 * i + 8, 16)], GREEDY)
-        for i in range(60)
+        pair.start(prompt(9, i), [(24 * i, 3 + i % 4), (24 * i + 8, 16)], GREEDY) for i in range(60)
     ]
-    expected = [pair.expected(sequence.prompt, 6) for sequence in sequences]
+    expected = pair.all_expected([sequence.prompt for sequence in sequences], 6)
     for batch in (60, 48, 12, 9, 4):
         pair.step(*sequences[:batch])
     for i, sequence in enumerate(sequences):
@@ -257,16 +264,7 @@ def test_penalties_reach_both_roles(pair: Pair) -> None:
     sequence = pair.start(tokens, [(0, 64)], Sampling(repetition_penalty=1.7))
     for _ in range(15):
         pair.step(sequence)
-    ids = torch.from_numpy(tokens).long()[None]
-    expected = pair.reference.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=16,
-        do_sample=False,
-        eos_token_id=None,
-        repetition_penalty=1.7,
-    )
-    assert sequence.tokens == expected[0, len(tokens) :].tolist()
+    assert sequence.tokens == pair.expected(tokens, 16, repetition_penalty=1.7)
 
 
 def test_weights_stay_mapped(pair: Pair) -> None:
@@ -286,9 +284,9 @@ def test_fingerprint_tells_models_and_layouts_apart(pair: Pair, tmp_path: Path) 
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "a")
     save(config, tmp_path / "b")
-    other = TorchModel(str(tmp_path / "a"), "cpu", "float32", 0)
-    same = TorchModel(str(tmp_path / "b"), "cpu", "float32", 0)
-    half = TorchModel(str(tmp_path / "b"), "cpu", "bfloat16", 0)
+    other = TorchModel(str(tmp_path / "a"), "cpu", "float32", 1)
+    same = TorchModel(str(tmp_path / "b"), "cpu", "float32", 1)
+    half = TorchModel(str(tmp_path / "b"), "cpu", "bfloat16", 1)
     prints = [m.fingerprint for m in (pair.model, other, half)]
     assert same.fingerprint == pair.model.fingerprint
     assert len(set(prints)) == 3
@@ -296,7 +294,7 @@ def test_fingerprint_tells_models_and_layouts_apart(pair: Pair, tmp_path: Path) 
 
 def test_bfloat16_runs(tmp_path: Path) -> None:
     reference = save(CONFIGS["llama, grouped"], tmp_path)
-    half = Pair(TorchModel(str(tmp_path), "cpu", "bfloat16", 0), reference)
+    half = Pair(TorchModel(str(tmp_path), "cpu", "bfloat16", 1), reference)
     sequence = half.start(prompt(20), [(0, 16), (32, 32)], GREEDY)
     half.step(sequence)
     assert len(sequence.tokens) == 2
@@ -318,9 +316,9 @@ def test_bfloat16_runs(tmp_path: Path) -> None:
 def test_refused(config: PretrainedConfig, said: str, tmp_path: Path) -> None:
     save(config, tmp_path)
     with pytest.raises(DeploymentError, match=said):
-        TorchModel(str(tmp_path), "cpu", "float32", 0)
+        TorchModel(str(tmp_path), "cpu", "float32", 1)
 
 
 def test_no_model(tmp_path: Path) -> None:
     with pytest.raises(DeploymentError, match="cannot be loaded"):
-        TorchModel(str(tmp_path), "cpu", "float32", 0)
+        TorchModel(str(tmp_path), "cpu", "float32", 1)

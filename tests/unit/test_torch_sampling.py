@@ -23,7 +23,9 @@ def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 4
 
 
-def choice(sampling: Sampling, prompt: list[int] | None = None, output: tuple[int, ...] = ()) -> Choice:
+def choice(
+    sampling: Sampling, prompt: list[int] | None = None, output: tuple[int, ...] = ()
+) -> Choice:
     return Choice(sampling, np.array(prompt or [3, 4], np.int32), output)
 
 

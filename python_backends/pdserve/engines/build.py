@@ -1,4 +1,5 @@
 """The engine that a deployment asks for. What it does not ask for is not imported."""
+# ruff: noqa: PLC0415 - torch and transformers take seconds to import
 
 from __future__ import annotations
 
@@ -55,8 +56,14 @@ def context_length(deployment: config.Deployment) -> int:
     """Tokens of prompt and answer together, at most; without loading the model."""
     if deployment.engine.kind == "emulated":
         return EmulatedModel(deployment.model, deployment.engine.profile).context_length
-    names = json.loads((Path(deployment.model) / "config.json").read_bytes())
+    path = Path(deployment.model)
+    if path.is_file():
+        from transformers import AutoConfig
+
+        names = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+    else:
+        names = json.loads((path / "config.json").read_bytes())
     for name in ("max_position_embeddings", "n_positions"):
         if name in names:
             return int(names[name])
-    raise DeploymentError(f"{deployment.model}/config.json names no context length")
+    raise DeploymentError(f"{path}: its configuration names no context length")

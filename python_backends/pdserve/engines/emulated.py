@@ -72,7 +72,8 @@ class EmulatedModel:
                 else Profile(speed=0)
             )
             names = json.loads((Path(model) / "config.json").read_bytes())
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            self._vocabulary = int(names["vocab_size"])
+        except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
             raise errors.DeploymentError(f"emulated engine: {profile or model}: {error}") from error
         self.layout = KVLayout(
             self.profile.layers, self.profile.kv_heads, self.profile.head_dim, "float32"
@@ -81,7 +82,6 @@ class EmulatedModel:
         self.context_length = self.profile.context_length
         eos = names.get("eos_token_id") or []
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos)
-        self._vocabulary = int(names["vocab_size"])
 
     def token(self, prompt: Tokens, position: int) -> int:
         """The token at ``position`` of the output that follows ``prompt``; never the end."""

@@ -38,7 +38,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: None,
+    _mask: None,
     *,
     kv_memory: KVMemory,
     scaling: float | None = None,
@@ -63,26 +63,28 @@ class PrefillMemory:
     def __init__(self, kv: Sequence[Tensor], cached: Sequence[int]) -> None:
         self._kv = kv
         self._cached = cached
-        ends = torch.tensor([k.shape[2] - c for k, c in zip(kv, cached)]).cumsum(0).tolist()
+        ends = (
+            torch.tensor([k.shape[2] - c for k, c in zip(kv, cached, strict=True)])
+            .cumsum(0)
+            .tolist()
+        )
         self._spans = [slice(*span) for span in pairwise([0, *ends])]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **_: Any
     ) -> Tensor:
         outputs = []
-        for kv, cached, span in zip(self._kv, self._cached, self._spans):
+        for kv, cached, span in zip(self._kv, self._cached, self._spans, strict=True):
             stored = kv[layer].transpose(1, 2)
-            new_key, new_value = key[:, span], value[:, span]
-            stored[0, :, cached:].copy_(new_key)
-            stored[1, :, cached:].copy_(new_value)
-            q = _folded(query[:, span], key.shape[0])
-            k, v = _shared(new_key, q), _shared(new_value, q)
+            stored[0, :, cached:].copy_(key[:, span])
+            stored[1, :, cached:].copy_(value[:, span])
+            q = _folded(_dense(query[:, span]), key.shape[0])
+            k, v = (_shared(heads, q) for heads in stored)
             if cached:
-                prefix = stored[:, :, :cached]
                 output = _merged(
                     [
-                        _partial(q, _shared(prefix[0], q), _shared(prefix[1], q), scale),
-                        _partial(q, k, v, scale, causal=True),
+                        _partial(q, k[:, :, :cached], v[:, :, :cached], scale),
+                        _partial(q, k[:, :, cached:], v[:, :, cached:], scale, causal=True),
                     ]
                 )
             else:
@@ -130,22 +132,32 @@ class DecodeMemory:
         self._pool[layer, 0].index_copy_(0, self._rows, key[:, :batch].transpose(0, 1))
         self._pool[layer, 1].index_copy_(0, self._rows, value[:, :batch].transpose(0, 1))
         # [sequences, kv_heads, group, head_dim]: the group stands where a sequence's tokens would.
-        queries = query.unflatten(0, (key.shape[0], -1)).permute(2, 0, 1, 3).split(1)
-        outputs = []
-        for q, views, whole in zip(queries, self._views, self._whole):
+        queries = _dense(_folded(query, key.shape[0]).permute(2, 0, 1, 3)).split(1)
+        outputs: list[Tensor] = []
+        # The queries of the padding come after those of the sequences.
+        for q, views, whole in zip(queries, self._views, self._whole, strict=False):
             parts = [(run[2 * layer], run[2 * layer + 1]) for run in views]
             if len(parts) > 1 and not whole:
                 outputs.append(_merged([_partial(q, k, v, scale) for k, v in parts]))
                 continue
-            k, v = parts[0] if len(parts) == 1 else (torch.cat(each, 2) for each in zip(*parts))
+            k, v = parts[0]
+            if len(parts) > 1:
+                k, v = (torch.cat(each, 2) for each in zip(*parts, strict=True))
             outputs.append(scaled_dot_product_attention(q, k, v, scale=scale))
         if self._pad:
             outputs.append(query.new_zeros(self._pad, *outputs[0].shape[1:]))
         return torch.cat(outputs).flatten(1, 2)
 
 
+def _dense(query: Tensor) -> Tensor:
+    """As the kernels want it: see CPULinear for a model whose activations are laid out otherwise."""
+    return query if query.stride(-1) == 1 else query.contiguous()
+
+
 def _folded(query: Tensor, kv_heads: int) -> Tensor:
-    return query.unflatten(0, (kv_heads, -1))
+    """[heads, n, head_dim] -> [kv_heads, group, n, head_dim], a view."""
+    heads, *rest = query.shape
+    return query.view(kv_heads, heads // kv_heads, *rest)
 
 
 def _shared(heads: Tensor, query: Tensor) -> Tensor:
@@ -170,6 +182,6 @@ def _partial(
 
 def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The attention to the whole, from that to its parts."""
-    outputs, lses = zip(*parts)
+    outputs, lses = zip(*parts, strict=True)
     weights = torch.stack(lses).softmax(0).unsqueeze(-1)
     return (torch.stack(outputs) * weights).sum(0).to(outputs[0].dtype)

@@ -60,7 +60,8 @@ class TorchDecode:
         while begin < len(batch):
             fixed = begin < reproducible
             chunk = order[begin : begin + FIXED_ROWS] if fixed else order[begin:]
-            for i, token in zip(chunk, self._forward([batch[i] for i in chunk], fixed)):
+            chosen = self._forward([batch[i] for i in chunk], fixed)
+            for i, token in zip(chunk, chosen, strict=True):
                 tokens[i] = token
             begin += len(chunk)
         return tokens

@@ -27,18 +27,18 @@ class CPULinear(nn.Linear):
     prepacked forms (mkldnn, oneDNN) are faster still but are a private copy.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        rows = input.numel() // self.in_features
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // self.in_features
         if rows <= 3 or rows > 48:
-            return linear(input, self.weight, self.bias)
-        x = input.reshape(rows, self.in_features)
+            return linear(x, self.weight, self.bias)
+        flat = x.reshape(rows, self.in_features)
         if rows < 10 and self.out_features % SLICE == 0:
-            output = self._sliced(x)
+            output = self._sliced(flat)
         else:
-            output = torch.mm(self.weight, x.t()).t().contiguous()
+            output = torch.mm(self.weight, flat.t()).t()
         if self.bias is not None:
             output = output + self.bias
-        return output.reshape(*input.shape[:-1], self.out_features)
+        return output.view(*x.shape[:-1], self.out_features)
 
     def _sliced(self, x: Tensor) -> Tensor:
         """Slices of the weight small enough that MKL does not repack them, as one batch."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -56,7 +57,7 @@ class TorchModel:
         self.device = torch.device(device)
         place = Path(path)
         try:
-            self._model = _load(place, getattr(torch, dtype)).to(self.device).eval()
+            self._model = _load(place, getattr(torch, dtype)).to(self.device).eval()  # type: ignore[arg-type]
             self.eos_ids = _eos_ids(place, self._model.config)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise DeploymentError(f"{path} cannot be loaded: {error}") from error
@@ -71,9 +72,9 @@ class TorchModel:
     @torch.inference_mode()
     def forward(
         self,
-        tokens: Sequence[int] | np.ndarray[Any, Any],
-        positions: Sequence[int] | np.ndarray[Any, Any],
-        last: Sequence[int] | None,
+        tokens: Sequence[int] | NDArray[np.integer[Any]],
+        positions: Sequence[int] | NDArray[np.integer[Any]],
+        last: Sequence[int] | NDArray[np.integer[Any]] | None,
         memory: KVMemory,
     ) -> Tensor:
         """Logits [len(last), vocabulary] of sequences laid end to end; None is every token's.
@@ -155,8 +156,11 @@ def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     for shard in shards:
         with safe_open(shard, "pt") as file:
             weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return model_class.from_pretrained(None, config=config, state_dict=weights, **options)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model: PreTrainedModel = model_class.from_pretrained(
+        None, config=config, state_dict=weights, **options
+    )
+    return model
 
 
 def _shards(path: Path) -> list[Path]:

@@ -38,7 +38,7 @@ class TorchPrefill:
             np.cumsum([len(job.tokens) - job.cached for job in jobs]) - 1,
             PrefillMemory(kv, cached),
         )
-        for into, computed, c in zip(host, kv, cached):
+        for into, computed, c in zip(host, kv, cached, strict=True):
             if computed is not into:
                 into[:, :, c:].copy_(computed[:, :, c:])
         return sample(logits, [Choice(job.sampling, job.tokens, ()) for job in jobs])

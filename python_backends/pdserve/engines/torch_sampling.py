@@ -39,10 +39,10 @@ def sample(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
         return _ids(logits.float().argmax(-1))
     tokens = [0] * len(choices)
     if greedy:
-        for i, token in zip(greedy, _ids(logits[greedy].float().argmax(-1))):
+        for i, token in zip(greedy, _ids(logits[greedy].float().argmax(-1)), strict=True):
             tokens[i] = token
     others = sorted(set(range(len(choices))) - set(greedy))
-    for i, row in zip(others, logits[others].float().cpu().numpy()):
+    for i, row in zip(others, logits[others].float().cpu().numpy(), strict=True):
         tokens[i] = _sample(row, choices[i])
     return tokens
 

@@ -9,6 +9,8 @@ import random
 
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.02
+# Below the resolution of a loop's clock, a wait would let no time pass: 1e-6 in virtual time.
+_SHORTEST_WAIT = 1e-5
 
 _Entry = tuple[int, float, int, asyncio.Event]
 """-priority, arrival, order of joining, and the event that wakes it."""
@@ -69,7 +71,7 @@ class Place:
             now = loop.time()
             if now >= deadline:
                 return False
-            wait = deadline - now
+            wait = max(deadline - now, _SHORTEST_WAIT)
             if self._line.is_head(self._entry):
                 wait = min(wait, self._line.jitter(self._pause))
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE)

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from pdserve import config
 from pdserve.engines import build
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.kvcache.paged import BlockPool, BlockTable
 from pdserve.models import pdserve
-from pdserve.scheduling.request import Request, State
-from pdserve.scheduling.scheduler import Chunk
+from pdserve.scheduling.request import Chunk, Request, State
 
 
 class TritonPythonModel(pdserve.TritonPythonModel):
@@ -21,8 +21,9 @@ class TritonPythonModel(pdserve.TritonPythonModel):
 
     async def _start(self) -> None:
         await super()._start()
-        self._scheduler = Aggregated(self.deployment)  # type: ignore[assignment]
-        self._background.append(asyncio.create_task(self._scheduler.compute()))
+        scheduler = Aggregated(self.deployment)
+        self._scheduler = scheduler  # type: ignore[assignment]
+        self._background.append(asyncio.create_task(scheduler.compute()))
 
 
 @dataclass(slots=True, eq=False)

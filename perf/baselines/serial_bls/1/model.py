@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
 from pdserve import messages, parameters
 from pdserve.errors import InstanceError
 from pdserve.models import triton
@@ -43,17 +44,13 @@ class TritonPythonModel:
         text = parameters.scalar(inputs, "text_input").decode()
         prompt = self._tokenizer.encode(text).astype("<i4").tobytes()
         max_tokens = asked.max_tokens or parameters.DEFAULT_MAX_TOKENS
-        id = f"serial-{next(self._ids)}"
-        prefill = messages.PrefillRequest(id, prompt, asked.sampling, asked.tenant, 60_000.0)
-        (result,) = (
-            reply
-            for reply in self._call(self._prefill, prefill)
-            if not isinstance(reply, messages.Accepted)
-        )
+        name = f"serial-{next(self._ids)}"
+        prefill = messages.PrefillRequest(name, prompt, asked.sampling, asked.tenant, 60_000.0)
+        (result,) = self._call(self._prefill, prefill)
         if not isinstance(result, messages.Prefilled):
             raise InstanceError(f"{self._prefill}: {result}")
         decode = messages.DecodeRequest(
-            id=id,
+            id=name,
             prompt=prompt,
             first_token=result.token,
             handle=result.handle,
@@ -62,7 +59,7 @@ class TritonPythonModel:
             ignore_eos=asked.ignore_eos,
             min_interval_ms=0.0 if asked.stream else WHOLE_ANSWER_MS,
         )
-        stream, count = TextStream(self._tokenizer), 1
+        stream, count, reason = TextStream(self._tokenizer), 1, ""
         piece = stream.push([result.token])
         for reply in self._call(self._decode, decode):
             if not isinstance(reply, messages.Tokens):
@@ -70,7 +67,8 @@ class TritonPythonModel:
             ids = np.frombuffer(reply.ids, "<i4").tolist()
             count += len(ids)
             piece += stream.push(ids)
-            if asked.stream and not reply.finish_reason:
+            reason = reply.finish_reason
+            if asked.stream and not reason:
                 outputs = [triton.text("text_output", piece), triton.text("finish_reason", "")]
                 sender.send(pb_utils.InferenceResponse(outputs))
                 piece = ""
@@ -78,7 +76,7 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(
             [
                 triton.text("text_output", piece + stream.finish()),
-                triton.text("finish_reason", reply.finish_reason),
+                triton.text("finish_reason", reason),
                 triton.text("stats", json.dumps(stats)),
             ]
         )
@@ -94,4 +92,6 @@ class TritonPythonModel:
             if response.has_error():
                 raise InstanceError(f"{model}: {response.error().message()}")
             for tensor in response.output_tensors():
-                yield messages.decode_reply(tensor.as_numpy().tobytes())
+                reply = messages.decode_reply(tensor.as_numpy().tobytes())
+                if not isinstance(reply, messages.Accepted):
+                    yield reply

@@ -1,0 +1,189 @@
+"""Many short requests, and what they leave behind in the server's processes.
+
+    python -m perf.soak [--requests 20000]
+
+Prompts and answers of 1 to 4 tokens from the emulated engine, streams and single responses mixed,
+one in a hundred cancelled at a random moment. After the warm-up and at the end, with nothing in
+flight, memory, file descriptors and shared memory are compared.
+
+The prefills' arenas are small, so that the warm-up goes through all of them: a page of an arena
+counts for every process that has touched it, and would pass for growth until the last one has been.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Annotated
+
+import grpc.aio
+import typer
+from msgspec import Struct
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from perf import budgets, client, processes
+from perf.budgets import Budget
+from perf.processes import Usage
+from perf.prompts import prompts
+from perf.record import Record
+from perf.serving import MeasuredServer, deployment, serving
+
+WARM_UP = 2_000
+ARENA_MIB = 2
+WORKERS = 16
+MAX_TOKENS = 4
+CANCELLED = 0.01
+CANCEL_WITHIN_S = 0.05
+SETTLE_S = 5.0
+GROWTH = 5.0
+console = Console()
+
+
+class Snapshot(Struct):
+    """What the server holds while it has nothing to do."""
+
+    requests: int
+    processes: dict[str, Usage]
+    shared_memory_kib: int
+
+
+def snapshot(server: MeasuredServer, requests: int) -> Snapshot:
+    time.sleep(SETTLE_S)
+    return Snapshot(requests, processes.usage(server), processes.shared_memory_kib(server))
+
+
+async def put_load(address: str, requests: int, seed: int, progress: Progress) -> int:
+    """Make the requests; how many were cancelled.
+
+    Raises:
+        RuntimeError: the server answered with an error.
+    """
+    rng = random.Random(seed)
+    task = progress.add_task(f"{requests} requests", total=requests)
+    connection = grpc.aio.insecure_channel(address)
+    numbers = iter(range(requests))
+    cancelled = await asyncio.gather(
+        *(_work(connection, numbers, rng, lambda: progress.advance(task)) for _ in range(WORKERS))
+    )
+    await connection.close()
+    return sum(cancelled)
+
+
+async def _work(
+    connection: grpc.aio.Channel,
+    numbers: Iterator[int],
+    rng: random.Random,
+    done: Callable[[], None],
+) -> int:
+    """Take numbers until there are none: one stream for many requests, one for each cancelled."""
+    cancelled = 0
+    call: _Call | None = None
+    for number in numbers:
+        (text,) = prompts(1, rng.randint(1, MAX_TOKENS), rng.getrandbits(32))
+        request = client.message(
+            "pdserve", str(number), text, rng.randint(1, MAX_TOKENS), rng.random() < 0.5
+        )
+        call = call or _Call(connection)
+        call.send(request)
+        if rng.random() < CANCELLED:
+            await asyncio.sleep(rng.uniform(0, CANCEL_WITHIN_S))
+            call.cancel()
+            call = None
+            cancelled += 1
+        else:
+            await call.answered()
+        done()
+    if call:
+        call.cancel()
+    return cancelled
+
+
+class _Call:
+    """An open gRPC stream."""
+
+    def __init__(self, connection: grpc.aio.Channel) -> None:
+        self._outgoing: asyncio.Queue[service_pb2.ModelInferRequest] = asyncio.Queue()
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
+        self._call = stub.ModelStreamInfer(self._requests())
+
+    async def _requests(self) -> AsyncIterator[service_pb2.ModelInferRequest]:
+        while True:
+            yield await self._outgoing.get()
+
+    def send(self, request: service_pb2.ModelInferRequest) -> None:
+        self._outgoing.put_nowait(request)
+
+    async def answered(self) -> None:
+        """Read up to the last response of the request that was sent."""
+        async for reply in self._call:
+            if reply.error_message:
+                raise RuntimeError(reply.error_message)
+            if client.output_tokens(reply.infer_response) is not None:
+                return
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+def growth(before: Snapshot, after: Snapshot) -> list[Budget]:
+    """Percent of growth, the worst process first."""
+
+    def budget(what: str, old: int, new: int) -> Budget:
+        percent = round((new / old - 1) * 100, 2) if old else 100.0 * new
+        return Budget(f"{what}: {old} to {new}", percent, "%", "at most", GROWTH)
+
+    grown = [budget("/dev/shm KiB", before.shared_memory_kib, after.shared_memory_kib)]
+    for name, old in before.processes.items():
+        new = after.processes[name]
+        grown.append(budget(f"{name} RSS KiB", old.rss_kib, new.rss_kib))
+        grown.append(budget(f"{name} PSS KiB", old.pss_kib, new.pss_kib))
+        grown.append(budget(f"{name} descriptors", old.descriptors, new.descriptors))
+    return sorted(grown, key=lambda one: -one.measured)
+
+
+def show(snapshots: list[Snapshot]) -> None:
+    """Print how each process went: RSS in MiB, and descriptors."""
+    table = Table("after requests", *(f"{one.requests}" for one in snapshots))
+    for name in snapshots[0].processes:
+        cells = [one.processes[name] for one in snapshots]
+        table.add_row(name, *(f"{one.rss_kib / 1024:.1f} / {one.descriptors}" for one in cells))
+    table.add_row("/dev/shm MiB", *(f"{one.shared_memory_kib / 1024:.1f}" for one in snapshots))
+    console.print("RSS MiB / file descriptors")
+    console.print(table)
+
+
+def run(requests: int) -> list[Budget]:
+    """Soak, show, write ``perf/results/soak.json``."""
+    record = Record("soak")
+    step = max((requests - WARM_UP) // 4, 1)
+    with (
+        serving(deployment("instant", arena_mib=ARENA_MIB)) as server,
+        Progress(console=console) as progress,
+    ):
+        snapshots, made, cancelled = [], 0, 0
+        while made < requests:
+            count = WARM_UP if made == 0 else min(step, requests - made)
+            cancelled += asyncio.run(put_load(server.grpc, count, made, progress))
+            made += count
+            snapshots.append(snapshot(server, made))
+    grown = growth(snapshots[0], snapshots[-1])
+    show(snapshots)
+    console.print(budgets.table(grown[:10]))
+    console.print(record.write({"cancelled": cancelled, "budgets": grown, "snapshots": snapshots}))
+    return grown
+
+
+def main(
+    requests: Annotated[int, typer.Option(help=f"{WARM_UP} of them are the warm-up")] = 20_000,
+) -> None:
+    """Many short requests, and what they leave behind in the server's processes."""
+    run(requests)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,100 @@
+"""Replies to one call: in order, bounded in time, and a failure after what came before it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pdserve.channels.protocol import Replies
+from pdserve.errors import InstanceError
+from tests.unit.inprocess import virtual
+
+
+@virtual
+async def test_in_order() -> None:
+    replies = Replies()
+    for number in range(3):
+        replies.put(b"%d" % number)
+    assert [await replies.get(1) for _ in range(3)] == [b"0", b"1", b"2"]
+
+
+@virtual
+async def test_a_reader_is_woken_at_once() -> None:
+    replies, loop = Replies(), asyncio.get_running_loop()
+    loop.call_later(0.5, replies.put, b"a")
+    loop.call_later(0.5, replies.put, b"b")
+    assert await replies.get(1) == b"a"
+    assert loop.time() == pytest.approx(0.5)
+    assert await replies.get(1) == b"b"
+    assert loop.time() == pytest.approx(0.5)
+
+
+@virtual
+async def test_nothing_comes() -> None:
+    replies, loop = Replies(), asyncio.get_running_loop()
+    with pytest.raises(InstanceError, match=r"no answer within 1\.5 s"):
+        await replies.get(1.5)
+    assert loop.time() == pytest.approx(1.5)
+    replies.put(b"late")
+    assert await replies.get(1) == b"late"
+
+
+@virtual
+async def test_an_earlier_timer_does_not_end_a_later_wait() -> None:
+    replies, loop = Replies(), asyncio.get_running_loop()
+    loop.call_later(0.9, replies.put, b"a")
+    assert await replies.get(1) == b"a"
+    loop.call_later(0.9, replies.put, b"b")
+    assert await replies.get(1) == b"b"
+
+
+@virtual
+async def test_failure_comes_after_the_replies_before_it() -> None:
+    replies = Replies()
+    replies.put(b"a")
+    replies.fail(InstanceError("connection reset"))
+    assert await replies.get(1) == b"a"
+    for _ in range(2):
+        with pytest.raises(InstanceError, match="connection reset"):
+            await replies.get(1)
+
+
+@virtual
+async def test_failure_wakes_the_reader() -> None:
+    replies, loop = Replies(), asyncio.get_running_loop()
+    loop.call_later(0.5, replies.fail, InstanceError("connection reset"))
+    with pytest.raises(InstanceError, match="connection reset"):
+        await replies.get(1)
+    assert loop.time() == pytest.approx(0.5)
+
+
+@virtual
+async def test_reply_and_timeout_in_one_moment() -> None:
+    replies, loop = Replies(), asyncio.get_running_loop()
+    loop.call_later(1, replies.put, b"a")
+    assert await replies.get(1) == b"a"
+
+
+@virtual
+async def test_a_cancelled_reader_leaves_the_reply_to_the_next() -> None:
+    replies = Replies()
+    reader = asyncio.create_task(replies.get(1))
+    await asyncio.sleep(0.1)
+    reader.cancel()
+    replies.put(b"a")
+    await asyncio.wait([reader])
+    assert reader.cancelled()
+    assert await replies.get(1) == b"a"
+
+
+@virtual
+async def test_a_reader_cancelled_as_its_reply_comes_does_not_lose_it() -> None:
+    replies = Replies()
+    reader = asyncio.create_task(replies.get(1))
+    await asyncio.sleep(0.1)
+    replies.put(b"a")
+    reader.cancel()
+    await asyncio.wait([reader])
+    assert reader.cancelled()
+    assert await replies.get(1) == b"a"

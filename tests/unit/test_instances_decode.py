@@ -1,0 +1,426 @@
+"""A decode instance: who is in a step, what is reserved, and how often it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pdserve.messages import (
+    Accepted,
+    Busy,
+    DecodeRequest,
+    Failed,
+    Prefilled,
+    PrefillRequest,
+    Released,
+    Reply,
+    Sampling,
+    Tokens,
+)
+from tests.unit.inprocess import EOS, Site, real, virtual
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pdserve.kvcache.handle import KVHandle
+
+TIMES = {"prefill": {"base_ms": 0.0}, "decode": {"base_ms": 10.0}}
+
+
+class Client:
+    """Hands KV caches from the first prefill of a site to its first decode."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.replies: list[tuple[str, Reply, bool]] = []
+
+    async def prefilled(self, name: str, prompt: bytes) -> Prefilled:
+        got: asyncio.Future[Prefilled] = asyncio.get_running_loop().create_future()
+        self.site.p[0].submit(
+            PrefillRequest(name, prompt, Sampling(), "", 60_000.0),
+            lambda reply, last: got.set_result(reply) if last else None,  # type: ignore[arg-type]
+        )
+        return await got
+
+    async def submit(
+        self,
+        name: str,
+        prompt: int | bytes = 20,
+        max_tokens: int = 8,
+        handle: KVHandle | None = None,
+        min_interval_ms: float = 0.0,
+        **fields: Any,
+    ) -> None:
+        data = self.site.prompt(prompt) if isinstance(prompt, int) else prompt
+        result = await self.prefilled(name, data)
+        request = DecodeRequest(
+            id=name,
+            prompt=data,
+            first_token=result.token,
+            handle=handle or result.handle,
+            sampling=Sampling(),
+            max_tokens=max_tokens,
+            ignore_eos=fields.get("ignore_eos", False),
+            min_interval_ms=min_interval_ms,
+        )
+        self.site.d[0].submit(request, lambda reply, last: self.replies.append((name, reply, last)))
+
+    def release(self, name: str) -> None:
+        self.site.d[0].release(name, lambda reply, last: self.replies.append(("", reply, last)))
+
+    def of(self, name: str) -> list[Reply]:
+        return [reply for who, reply, _ in self.replies if who == name]
+
+    def tokens(self, name: str) -> list[int]:
+        replies = [reply for reply in self.of(name) if isinstance(reply, Tokens)]
+        return [int(token) for reply in replies for token in np.frombuffer(reply.ids, "<i4")]
+
+
+def batches(site: Site) -> list[int]:
+    return [len(step) for step in site.d_engines[0].steps]
+
+
+# ------------------------------------------------------------------------ steps
+
+
+@virtual
+async def test_requests_join_and_leave_between_steps(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        client = Client(site)
+        prompts = {name: site.prompt(20) for name in "abc"}
+        await client.submit("a", prompts["a"], max_tokens=11)
+        await asyncio.sleep(0.035)
+        await client.submit("b", prompts["b"], max_tokens=4)
+        await asyncio.sleep(0.03)
+        await client.submit("c", prompts["c"], max_tokens=6)
+        await asyncio.sleep(0.5)
+        assert batches(site) == [1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 1, 1]
+        for name, count in (("a", 11), ("b", 4), ("c", 6)):
+            ids = np.frombuffer(prompts[name], "<i4")
+            assert client.tokens(name) == [site.model.token(ids, i) for i in range(1, count)]
+            assert [last for who, _, last in client.replies if who == name].count(True) == 1
+        await site.idle(0.0)
+
+
+@virtual
+async def test_first_reply_tells_the_transfer(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, decode={"response_cost_ms": 0.0}) as site:
+        client = Client(site)
+        await client.submit("a", max_tokens=4)
+        await asyncio.sleep(0.1)
+        accepted, *tokens = client.of("a")
+        assert accepted == Accepted(), "a step takes longer than a moment"
+        told = [reply.transfer_ms for reply in tokens if isinstance(reply, Tokens)]
+        assert len(told) == 3
+        assert told[0] is not None
+        assert told[1:] == [None, None]
+        assert site.total("pdserve_kv_transfer_bytes_total", transport="shm") == 20 * 128
+        await site.idle(0.0)
+
+
+@virtual
+async def test_quick_tokens_speak_for_themselves(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0}) as site:
+        client = Client(site)
+        await client.submit("a", max_tokens=4)
+        await asyncio.sleep(1.0)
+        assert Accepted() not in client.of("a")
+        assert client.tokens("a")
+        await site.idle(0.0)
+
+
+@virtual
+async def test_end_of_sequence(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        site.model.script = lambda prompt, position: EOS if position == 2 else 5
+        client = Client(site)
+        await client.submit("a", max_tokens=5)
+        await client.submit("b", max_tokens=5, ignore_eos=True)
+        await asyncio.sleep(0.2)
+        assert client.tokens("a") == [5, EOS]
+        assert client.tokens("b") == [5, EOS, 5, 5]
+        ends = [client.of(name)[-1] for name in "ab"]
+        assert [end.finish_reason for end in ends if isinstance(end, Tokens)] == ["stop", "length"]
+        await site.idle(0.0)
+
+
+# ----------------------------------------------------------------- reservations
+
+
+@virtual
+async def test_blocks_are_reserved_for_prompt_and_answer(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, decode={"blocks": 10, "block_size": 16}) as site:
+        client = Client(site)
+        await client.submit("a", 60, max_tokens=20)
+        assert site.d[0]._pool.used_blocks == 5
+        await client.submit("b", 60, max_tokens=21)
+        assert client.of("b") == [Busy("blocks")]
+        assert site.d[0]._pool.used_blocks == 5
+        await client.submit("c", 60, max_tokens=20)
+        await client.submit("d", 1, max_tokens=2)
+        assert client.of("d") == [Busy("blocks")]
+        await asyncio.sleep(0.5)
+        assert len(client.tokens("a")) == len(client.tokens("c")) == 19
+        for name in "bd":
+            site.p[0].release(name, lambda reply, last: None)
+        await site.idle(0.03)
+
+
+@virtual
+async def test_slots_are_bounded(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, decode={"slots": 2}) as site:
+        client = Client(site)
+        for name in "abc":
+            await client.submit(name)
+        assert client.of("c") == [Busy("slots")]
+        site.p[0].release("c", lambda reply, last: None)
+        await site.idle(0.3)
+
+
+@virtual
+async def test_what_can_never_fit_is_refused(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, decode={"blocks": 2}) as site:
+        client = Client(site)
+        await client.submit("a", 20, max_tokens=13)
+        assert client.of("a") == [
+            Failed(
+                "INVALID_ARG",
+                "20 prompt tokens and max_tokens 13 need more than the 32 tokens "
+                "that decode_0's blocks hold",
+            )
+        ]
+        await client.submit("b", 20, max_tokens=12)
+        await asyncio.sleep(0.3)
+        assert len(client.tokens("b")) == 11
+        site.p[0].release("a", lambda reply, last: None)
+        await site.idle(0.0)
+
+
+@virtual
+async def test_scattered_blocks_hold_a_sequence(tmp_path: Path) -> None:
+    """The emulated engine finds every row in its place, though the blocks are not in a row."""
+    async with Site(
+        tmp_path, profile=TIMES, prefill={"slots": 8}, decode={"blocks": 12, "block_size": 4}
+    ) as site:
+        client = Client(site)
+        for number in range(6):  # 2 blocks each
+            await client.submit(str(number), 4, max_tokens=4 if number % 2 else 3)
+        await asyncio.sleep(0.035)  # those of 3 tokens have ended
+        await client.submit("long", 18, max_tokens=6)
+        assert len(site.d[0]._open["long"].table.runs) == 3
+        await asyncio.sleep(0.2)
+        assert len(client.tokens("long")) == 5
+        await site.idle(0.0)
+
+
+# -------------------------------------------------------------------- intervals
+
+
+async def interval(site: Site, streams: int) -> tuple[float, float]:
+    """Least and most seconds between two chunks of a stream while so many are open."""
+    loop = asyncio.get_running_loop()
+    requests = [site.request(max_tokens=300) for _ in range(streams)]
+    times: list[float] = []
+
+    async def read() -> None:
+        times.extend([loop.time() async for _ in site.scheduler.run(requests[0])])
+
+    await asyncio.gather(read(), *map(site.answer, requests[1:]))
+    third = len(times) // 3  # not while others join, nor at the end, which is told at once
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    return min(gaps[third:-third]), max(gaps[third:-third])
+
+
+@virtual
+async def test_response_interval_grows_with_the_streams_and_is_bounded(tmp_path: Path) -> None:
+    """Of the design, section 7: fewer, larger responses under load."""
+    async with Site(
+        tmp_path,
+        profile={"decode": {"base_ms": 1.0}},
+        prefill={"slots": 64},
+        decode={"slots": 64, "blocks": 2000, "response_cost_ms": 0.5, "max_interval_ms": 20.0},
+    ) as site:
+        for streams, wanted in ((1, 0.001), (8, 0.004), (20, 0.010), (60, 0.020)):
+            least, most = await interval(site, streams)
+            assert wanted - 1e-6 <= least <= most <= wanted + 0.001 + 1e-6  # a step is 1 ms
+        await site.idle()
+
+
+@virtual
+async def test_decodes_count_as_many_streams_as_all_of_them_have(tmp_path: Path) -> None:
+    async with Site(
+        tmp_path,
+        decodes=2,
+        profile={"decode": {"base_ms": 1.0}},
+        decode={"response_cost_ms": 0.5, "blocks": 2000},
+        prefill={"slots": 16},
+    ) as site:
+        least, most = await interval(site, 16)
+        assert 0.008 - 1e-6 <= least <= most <= 0.009 + 1e-6
+        await site.idle()
+
+
+@virtual
+async def test_tokens_that_nobody_reads_as_they_come(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        client = Client(site)
+        await client.submit("a", max_tokens=251, min_interval_ms=1000.0)
+        await asyncio.sleep(3)
+        sizes = [len(reply.ids) // 4 for reply in client.of("a") if isinstance(reply, Tokens)]
+        assert sizes == [100, 100, 50]
+        await site.idle(0.0)
+
+
+# --------------------------------------------------------------------- releases
+
+
+@virtual
+async def test_release_during_a_step(tmp_path: Path) -> None:
+    """TensorRT-LLM#12540: the blocks go back when the step that uses them has ended."""
+    async with Site(tmp_path, profile=TIMES) as site:
+        client = Client(site)
+        await client.submit("a", max_tokens=100)
+        await client.submit("b", max_tokens=10)
+        await asyncio.sleep(0.035)
+        used = site.d[0]._pool.used_blocks
+        client.release("a")
+        assert client.replies[-1] == ("", Released(), True)
+        assert site.d[0]._pool.used_blocks == used
+        await asyncio.sleep(0.006)
+        assert site.d[0]._pool.used_blocks < used
+        assert client.of("a")[-1] == Failed("CANCELLED", "released")
+        count = len(client.of("a"))
+        await asyncio.sleep(0.2)
+        assert len(client.of("a")) == count
+        assert len(client.tokens("b")) == 9
+        client.release("a")
+        client.release("nobody")
+        await site.idle(0.0)
+
+
+@real
+async def test_release_during_a_pull(tmp_path: Path) -> None:
+    """TensorRT-LLM#12540: nor before the copy has ended; the others' steps go on meanwhile."""
+    async with Site(tmp_path, profile={"decode": {"base_ms": 1.0}}) as site:
+        client, engine = Client(site), site.d_engines[0]
+        going, join = threading.Event(), engine.join
+
+        def slow(sequence: Any, source: Any) -> None:
+            if len(sequence.prompt) > 2048:
+                assert going.wait(5)
+            join(sequence, source)
+
+        engine.join = slow  # type: ignore[method-assign]
+        await client.submit("other", max_tokens=40)
+        await client.submit("a", 2100, max_tokens=10)
+        used = site.d[0]._pool.used_blocks
+        await asyncio.sleep(0.02)
+        client.release("a")
+        await asyncio.sleep(0.15)
+        assert len(client.tokens("other")) == 39
+        assert site.held()["decode_0 pulls"] == 1
+        assert 0 < site.d[0]._pool.used_blocks < used
+        going.set()
+        await asyncio.sleep(0.05)
+        assert client.of("a") == [Accepted(), Failed("CANCELLED", "released")]
+        await site.idle(0.05)
+
+
+@real
+async def test_large_prompts_are_pulled_beside_the_steps(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0, "layers": 4}, decode={"blocks": 512}) as site:
+        requests = [site.request(1500 + i, max_tokens=30) for i in range(4)]
+        requests += [site.request(20, max_tokens=100) for _ in range(2)]
+        answers = await asyncio.gather(*map(site.answer, requests))
+        assert answers == [site.expected(request) for request in requests]
+        await site.idle()
+
+
+# ---------------------------------------------------------------------- handles
+
+
+@virtual
+async def test_used_handle_is_refused(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        client, prompt = Client(site), site.prompt(20)
+        result = await client.prefilled("first", prompt)
+        await client.submit("a", prompt, handle=result.handle)
+        await client.submit("b", prompt, handle=result.handle)
+        [failed] = client.of("b")
+        assert isinstance(failed, Failed)
+        assert failed.code == "INTERNAL"
+        assert "decode_0: lease 0 of pdserve-prefill-0-" in failed.message
+        await asyncio.sleep(0.2)
+        assert len(client.tokens("a")) == 7
+        for name in "ab":
+            site.p[0].release(name, lambda reply, last: None)
+        await site.idle(0.03)
+
+
+@virtual
+async def test_kv_cache_of_another_prompt_is_noticed(tmp_path: Path) -> None:
+    """vllm#21570: the emulated engine checks every row, so that these tests would see it."""
+    async with Site(tmp_path, profile=TIMES) as site:
+        client = Client(site)
+        result = await client.prefilled("other", site.prompt(20))
+        await client.submit("a", 20, handle=result.handle)
+        [failed] = client.of("a")
+        assert isinstance(failed, Failed)
+        assert "the KV cache that arrived is not this prompt's" in failed.message
+        site.p[0].release("a", lambda reply, last: None)
+        await site.idle(0.03)
+
+
+@virtual
+async def test_handle_of_another_model_is_refused(tmp_path: Path) -> None:
+    """sglang#15674: instances that do not match say so, to the client."""
+    (tmp_path / "other").mkdir()
+    async with (
+        Site(tmp_path, profile=TIMES) as site,
+        Site(tmp_path / "other", profile={"layers": 2}) as other,
+    ):
+        foreign = await Client(other).prefilled("x", other.prompt(20))
+        client = Client(site)
+        await client.submit("a", 20, handle=foreign.handle)
+        [failed] = client.of("a")
+        assert isinstance(failed, Failed)
+        assert "KV handle is of model 'emulated-" in failed.message
+        for name, where in (("a", site), ("x", other)):
+            where.p[0].release(name, lambda reply, last: None)
+        await site.idle(0.03)
+
+
+@virtual
+async def test_handle_of_a_holder_that_has_ended(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, profile=TIMES) as site:
+        client = Client(site)
+        result = await client.prefilled("x", site.prompt(20))
+        await site.p[0].close()
+        site.p[0].close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+        site.p[0] = site.p[1]
+        await client.submit("a", 20, handle=result.handle)
+        [failed] = client.of("a")
+        assert isinstance(failed, Failed)
+        assert "has its holder ended?" in failed.message
+
+
+# -------------------------------------------------------------------------- end
+
+
+@virtual
+async def test_close_ends_every_answer(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        client = Client(site)
+        await client.submit("a", max_tokens=100)
+        await client.submit("b", 3000, max_tokens=100)
+        await site.d[0].close()
+        await asyncio.sleep(1)
+        for name in "ab":
+            assert client.of(name)[-1] == Failed("INTERNAL", "decode_0 is shutting down")
+            assert [last for who, _, last in client.replies if who == name][-1]
+        assert site.d[0]._pool.used_blocks == 0
+        site.d[0].close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]

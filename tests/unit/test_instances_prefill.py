@@ -1,0 +1,490 @@
+"""A prefill instance: what shares a forward, what is reused, and when a slot comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from pdserve import config, errors
+from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance, region_name
+from pdserve.kvcache.arena import State as RangeState
+from pdserve.messages import (
+    Accepted,
+    Busy,
+    Failed,
+    Prefilled,
+    PrefillRequest,
+    Released,
+    Reply,
+    Sampling,
+)
+from pdserve.metrics import Registry
+from pdserve.transfer.shm import ShmReceiver
+from tests.unit.inprocess import EOS, Prefill, Site, model, virtual
+
+if TYPE_CHECKING:
+    from pdserve.scheduling.request import Request
+
+TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
+BLOCK = 32  # tokens in a block of the prefix index
+
+
+class Client:
+    """Talks to the first prefill of a site without a scheduler."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.replies: list[tuple[str, Reply, bool]] = []
+
+    def submit(self, name: str, prompt: int | bytes = 20, **fields: object) -> None:
+        data = self.site.prompt(prompt) if isinstance(prompt, int) else prompt
+        request = {"sampling": Sampling(), "tenant": "", "deadline_ms": 60_000.0, **fields}
+        self.site.p[0].submit(
+            PrefillRequest(id=name, prompt=data, **request),  # type: ignore[arg-type]
+            lambda reply, last: self.replies.append((name, reply, last)),
+        )
+
+    def release(self, name: str) -> None:
+        self.site.p[0].release(name, lambda reply, last: self.replies.append(("", reply, last)))
+
+    def of(self, name: str) -> list[Reply]:
+        return [reply for who, reply, _ in self.replies if who == name]
+
+
+def forwards(site: Site) -> list[list[int]]:
+    """Prompt lengths in each forward."""
+    return [[len(job.tokens) for job in jobs] for jobs in site.p_engines[0].forwards]
+
+
+# ---------------------------------------------------------------------- answers
+
+
+@virtual
+async def test_quick_result_is_the_only_reply(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0}) as site:
+        client = Client(site)
+        client.submit("a")
+        await asyncio.sleep(1)
+        [(_, reply, last)] = client.replies
+        assert isinstance(reply, Prefilled)
+        assert last
+        assert (reply.eos, reply.cached_tokens) == (False, 0)
+        client.release("a")
+        assert client.replies[-1][1:] == (Released(), True)
+        await site.idle(0.0)
+
+
+@virtual
+async def test_acceptance_is_told_where_the_result_takes_longer(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"prefill": {"base_ms": 12_000.0}}) as site:
+        client, loop = Client(site), asyncio.get_running_loop()
+        began = loop.time()
+        client.submit("a")
+        await asyncio.sleep(0.006)
+        assert client.replies == [("a", Accepted(), False)]
+        await asyncio.sleep(12)
+        assert [type(reply) for reply in client.of("a")] == [Accepted] * 3 + [Prefilled]
+        result = client.of("a")[-1]
+        assert isinstance(result, Prefilled)
+        assert result.compute_ms == pytest.approx(12_000, abs=0.1)
+        assert result.handle.expires == pytest.approx(began + 12 + 2, abs=0.01)
+        await asyncio.sleep(20)
+        assert len(client.replies) == 4, "nothing follows the last reply"
+        await site.idle(0.0)
+
+
+@virtual
+async def test_handle_leads_to_the_kv_cache(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0, "layers": 3}) as site:
+        client, prompt = Client(site), site.prompt(50)
+        client.submit("a", prompt)
+        await asyncio.sleep(0.001)
+        [result] = client.of("a")
+        assert isinstance(result, Prefilled)
+        receiver = ShmReceiver(site.model.fingerprint, site.model.layout)
+        now = asyncio.get_running_loop().time()
+        with receiver.pull(result.handle, now) as source:
+            tokens = np.frombuffer(prompt, "<i4")
+            assert source.shape == (6, 50, site.model.layout.row_bytes)
+            assert (source.view("<i4") == tokens[None, :, None]).all()
+        receiver.close()
+        await site.idle(0.021)  # the holder looks every 20 ms
+
+
+@virtual
+async def test_end_of_sequence_is_told(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0}) as site:
+        site.model.script = lambda prompt, position: EOS
+        client = Client(site)
+        client.submit("a")
+        await asyncio.sleep(0.001)
+        [result] = client.of("a")
+        assert isinstance(result, Prefilled)
+        assert (result.token, result.eos) == (EOS, True)
+        client.release("a")
+        await site.idle(0.0)
+
+
+# ------------------------------------------------------------------ one forward
+
+
+@virtual
+async def test_prompts_share_a_forward_up_to_its_tokens(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 16, "batch_tokens": 100}) as site:
+        client = Client(site)
+        for number, tokens in enumerate((40, 40, 40, 20, 300, 10, 90)):
+            client.submit(str(number), tokens)
+        await asyncio.sleep(0.5)
+        # In order of arrival, filled up with later ones; the first goes whatever its length.
+        assert forwards(site) == [[40, 40, 20], [40, 10], [300], [90]]
+        for number in range(7):
+            client.release(str(number))
+        await site.idle(0.0)
+
+
+@virtual
+async def test_short_prompts_that_are_alike_share_a_forward(tmp_path: Path) -> None:
+    """Shorter than a block, they have nothing to reuse of each other."""
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 8}) as site:
+        prompt = site.prompt(BLOCK)
+        requests = [site.request(prompt) for _ in range(6)]
+        answers = await asyncio.gather(*map(site.answer, requests))
+        assert answers == [site.expected(requests[0])] * 6
+        assert forwards(site) == [[BLOCK] * 6]
+        await site.idle()
+
+
+@virtual
+async def test_reproducible_sampling_is_alone_in_its_forward(tmp_path: Path) -> None:
+    """Must show of the issue: a seed gives the same tokens whatever else is being computed."""
+    seeded = Sampling(temperature=0.8, seed=7)
+    unseeded = Sampling(temperature=0.8)
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 16}) as site:
+        client, shared = Client(site), site.prompt(3 * BLOCK)
+        samplings = [Sampling(), seeded, unseeded, seeded, Sampling(seed=7)]
+        for number, sampling in enumerate(samplings):
+            client.submit(str(number), site.prompt(number + 1), sampling=sampling)
+        client.submit("warm", shared)
+        await asyncio.sleep(0.5)
+        assert forwards(site) == [[1, 3, 5, 96], [2], [4]], "greedy needs no randomness"
+        client.submit("again", shared, sampling=seeded)
+        client.submit("greedy", shared)
+        await asyncio.sleep(0.5)
+        cached = {name: reply.cached_tokens for name, reply, _ in client.replies
+                  if isinstance(reply, Prefilled)}  # fmt: skip
+        assert cached["again"] == 0, "nor does it depend on what was computed before"
+        assert cached["greedy"] == 2 * BLOCK
+        for name in (*map(str, range(5)), "warm", "again", "greedy"):
+            client.release(name)
+        await site.idle(0.0)
+
+
+@virtual
+async def test_prompts_beyond_the_batch_are_not_starved(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 4, "batch_tokens": 64}) as site:
+        big = site.request(200, max_tokens=1)
+        small = [site.request(8, max_tokens=1) for _ in range(60)]
+        tasks = [site.start(one) for one in (*small[:6], big, *small[6:])]
+        await asyncio.gather(*tasks)
+        assert [200] in forwards(site)
+        assert big.first_token <= sorted(one.first_token for one in small)[16]
+        await site.idle()
+
+
+# ---------------------------------------------------------------- prefix reuse
+
+
+@virtual
+async def test_second_request_reuses_the_prefix(tmp_path: Path) -> None:
+    profile = {"prefill": {"base_ms": 5.0, "per_token_ms": 1.0}}
+    async with Site(tmp_path, profile=profile) as site:
+        system = site.prompt(3 * BLOCK + 5)
+        first, second = (site.request(site.prompt(20, system)) for _ in range(2))
+        answers = [await site.answer(first), await site.answer(second)]
+        assert answers == [site.expected(first), site.expected(second)]
+        assert (first.cached_tokens, second.cached_tokens) == (0, 3 * BLOCK)
+        assert first.stats()["ms"]["prefill"] == pytest.approx(5 + 121, abs=0.1)
+        assert second.stats()["ms"]["prefill"] == pytest.approx(5 + 121 - 96, abs=0.1)
+        await site.idle()
+
+
+@virtual
+async def test_whole_prompt_again(tmp_path: Path) -> None:
+    """Its last token is computed all the same, for its logits."""
+    async with Site(tmp_path, profile=TIMES) as site:
+        prompt = site.prompt(2 * BLOCK)
+        requests = [site.request(prompt) for _ in range(3)]
+        answers = [await site.answer(one) for one in requests]
+        assert answers == [site.expected(requests[0])] * 3
+        assert [one.cached_tokens for one in requests] == [0, BLOCK, BLOCK]
+        await site.idle()
+
+
+@virtual
+async def test_reuse_of_what_is_still_leased(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 2}) as site:
+        client, prompt = Client(site), site.prompt(100)
+        client.submit("a", prompt)
+        await asyncio.sleep(0.05)
+        client.submit("b", prompt)
+        await asyncio.sleep(0.05)
+        [*_, result] = client.of("b")
+        assert isinstance(result, Prefilled)
+        assert result.cached_tokens == 96
+        client.release("a")
+        client.release("b")
+        await site.idle(0.0)
+
+
+@virtual
+async def test_tenants_do_not_share(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 8}) as site:
+        prompt = site.prompt(100)
+        cached = {}
+        for tenant in ("", "acme", "umbrella", "acme", ""):
+            request = site.request(prompt, tenant=tenant)
+            assert await site.answer(request) == site.expected(request)
+            cached.setdefault(tenant, []).append(request.cached_tokens)
+        assert cached == {"": [0, 96], "acme": [0, 96], "umbrella": [0]}
+        burst = [site.request(site.prompt(50), tenant=t) for t in ("x", "y")]
+        burst[1].prompt = burst[0].prompt
+        await asyncio.gather(*map(site.answer, burst))
+        assert [one.cached_tokens for one in burst] == [0, 0]
+        assert forwards(site)[-1] == [50, 50], "nor do they wait for one another"
+        await site.idle()
+
+
+@virtual
+async def test_burst_with_one_opening_computes_it_once(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 8, "batch_tokens": 4096}) as site:
+        system = site.prompt(4 * BLOCK)
+        requests = [site.request(site.prompt(10 + i, system)) for i in range(8)]
+        answers = await asyncio.gather(*map(site.answer, requests))
+        assert answers == [site.expected(one) for one in requests]
+        assert [one.cached_tokens for one in requests] == [0] + [128] * 7
+        assert [len(jobs) for jobs in forwards(site)] == [1, 7]
+        await site.idle()
+
+
+@virtual
+async def test_opening_of_a_cancelled_prompt_is_computed_by_the_next(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 8}) as site:
+        client, prompt = Client(site), site.prompt(100)
+        client.submit("a", prompt)
+        client.submit("b", prompt)
+        await asyncio.sleep(0.01)
+        client.release("a")
+        await asyncio.sleep(0.05)
+        assert client.of("a")[-1] == Failed("CANCELLED", "released")
+        [*_, result] = client.of("b")
+        assert isinstance(result, Prefilled)
+        assert result.cached_tokens == 0, "a released range is not one to copy from"
+        client.release("b")
+        await site.idle(0.0)
+
+
+@virtual
+async def test_eviction_under_pressure_never_breaks_an_answer(tmp_path: Path) -> None:
+    """TensorRT-LLM#12542: what is copied from is pinned; what was evicted is not found."""
+    async with Site(
+        tmp_path,
+        prefills=2,
+        profile={"prefill": {"base_ms": 4.0}, "decode": {"base_ms": 1.0}},
+        prefill={"arena_mib": 1, "slots": 6},
+        decode={"blocks": 2000},
+        seed=9,
+    ) as site:
+        rng = random.Random(9)
+        systems = [site.prompt(rng.randrange(32, 1500)) for _ in range(6)]
+        requests: list[Request] = []
+        for _ in range(250):
+            system = rng.choice(systems)
+            cut = rng.randrange(len(system) // 4 + 1) * 4
+            prompt = site.prompt(rng.randrange(1, 200), system[:cut])
+            requests.append(site.request(prompt, max_tokens=rng.randrange(1, 6)))
+        answers = await asyncio.gather(*map(site.answer, requests))
+        assert answers == [site.expected(one) for one in requests]
+        assert sum(one.cached_tokens > 0 for one in requests) > 50
+        for prefill in site.p:
+            assert 0 < len(prefill._prefixes) < 125, "some were evicted"
+        await site.idle()
+
+
+@virtual
+async def test_failed_forward_unpins_and_is_not_found(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        prompt = site.prompt(100)
+        await site.answer(site.request(prompt))
+        client = Client(site)
+        site.p_engines[0].failures = [RuntimeError("broken kernel")]
+        longer = site.prompt(100, prompt)
+        client.submit("a", longer)
+        await asyncio.sleep(0.1)
+        assert client.of("a")[-1] == Failed("INTERNAL", "prefill_0: RuntimeError('broken kernel')")
+        await site.idle(0.0)
+        request = site.request(site.prompt(10, longer))
+        assert await site.answer(request) == site.expected(request)
+        assert request.cached_tokens == 96
+        await site.idle()
+
+
+# --------------------------------------------------------------- giving it back
+
+
+@virtual
+async def test_release_before_during_and_after_the_forward(tmp_path: Path) -> None:
+    """TensorRT-LLM#12540: a range goes back only when nobody writes to or reads from it."""
+    async with Site(tmp_path, profile=TIMES, prefill={"batch_tokens": 1}) as site:
+        client = Client(site)
+        for name in "abc":
+            client.submit(name)
+        await asyncio.sleep(0.01)
+        client.release("c")
+        assert client.of("c")[-1] == Failed("CANCELLED", "released")
+        client.release("a")
+        assert client.of("a") == [Accepted()], "its forward goes on"
+        assert len(site.p[0]._held) == 2
+        await asyncio.sleep(0.02)
+        assert client.of("a")[-1] == Failed("CANCELLED", "released")
+        await asyncio.sleep(0.04)
+        assert isinstance(client.of("b")[-1], Prefilled)
+        assert site.level("pdserve_kv_leases", state="leased") == 1
+        client.release("b")
+        await site.idle(0.0)
+        assert len(site.p_engines[0].forwards) == 2
+        client.release("b")
+        client.release("nobody")
+        assert client.replies[-2:] == [("", Released(), True)] * 2
+
+
+@virtual
+async def test_lease_expires_without_any_work(tmp_path: Path) -> None:
+    """TensorRT-LLM#12313: the sweep runs every tick, independent of load."""
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 1, "lease_s": 1.0}) as site:
+        client = Client(site)
+        client.submit("a")
+        await asyncio.sleep(0.03)
+        client.submit("b")
+        assert client.of("b") == [Busy("slots")]
+        await asyncio.sleep(1.02)
+        await site.idle(0.0)
+        client.submit("c")
+        await asyncio.sleep(0.03)
+        assert isinstance(client.of("c")[-1], Prefilled)
+        client.release("c")
+
+
+@virtual
+async def test_range_that_is_being_read_is_quarantined(tmp_path: Path) -> None:
+    """TensorRT-LLM#14565, vllm#21570: kept from others, for so long; the reader is told."""
+    async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 1, "lease_s": 1.0}) as site:
+        client, loop = Client(site), asyncio.get_running_loop()
+        client.submit("a")
+        await asyncio.sleep(0.001)
+        [result] = client.of("a")
+        assert isinstance(result, Prefilled)
+        receiver = ShmReceiver(site.model.fingerprint, site.model.layout)
+        pull = receiver.pull(result.handle, loop.time())
+        pull.__enter__()
+        client.release("a")
+        assert site.p[0]._arena.counts()[RangeState.QUARANTINED][0] == 1
+        await asyncio.sleep(0.9)
+        assert site.held()["prefill_0 quarantined"] == 1
+        client.submit("b")
+        await asyncio.sleep(0.001)
+        assert isinstance(client.of("b")[-1], Prefilled), "the slot is free meanwhile"
+        client.release("b")
+        with pytest.raises(errors.HandleError, match="lease ended during the transfer"):
+            pull.__exit__(None, None, None)
+        await site.idle(0.021)
+        receiver.close()
+
+
+@virtual
+async def test_reader_that_has_died_is_waited_for_so_long(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 4, "lease_s": 1.0}) as site:
+        client = Client(site)
+        receiver = ShmReceiver(site.model.fingerprint, site.model.layout)
+        pulls = []
+        for number in range(MAX_QUARANTINED):
+            client.submit(str(number))
+            await asyncio.sleep(0.001)
+            [result] = client.of(str(number))
+            assert isinstance(result, Prefilled)
+            pulls.append(receiver.pull(result.handle, asyncio.get_running_loop().time()))
+            pulls[-1].__enter__()
+            client.release(str(number))
+        client.submit("one more")
+        assert client.of("one more") == [Busy("slots")], "no memory is promised that may be read"
+        await site.idle(1.03)
+        client.submit("after")
+        await asyncio.sleep(0.001)
+        assert isinstance(client.of("after")[-1], Prefilled)
+        client.release("after")
+        for pull in pulls:
+            with pytest.raises(errors.HandleError, match="lease ended"):
+                pull.__exit__(None, None, None)
+        receiver.close()
+
+
+@virtual
+async def test_reader_after_expiry_is_refused(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0}, prefill={"lease_s": 1.0}) as site:
+        client, loop = Client(site), asyncio.get_running_loop()
+        client.submit("a")
+        await asyncio.sleep(1.1)
+        [result] = client.of("a")
+        assert isinstance(result, Prefilled)
+        receiver = ShmReceiver(site.model.fingerprint, site.model.layout)
+        for now, match in ((loop.time(), "expired"), (loop.time() - 1, "has ended")):
+            with pytest.raises(errors.HandleError, match=match):
+                receiver.pull(result.handle, now).__enter__()
+        receiver.close()
+        await site.idle(0.0)
+
+
+# ------------------------------------------------------------ beginning and end
+
+
+@virtual
+async def test_close_ends_what_is_computed_and_removes_the_memory(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        client, region = Client(site), Path("/dev/shm") / site.p[0]._region.name
+        client.submit("a")
+        await asyncio.sleep(0.05)
+        client.submit("b")
+        await asyncio.sleep(0.001)
+        assert region.exists()
+        await site.p[0].close()
+        assert not region.exists()
+        assert client.of("b") == [Failed("INTERNAL", "prefill_0 is shutting down")]
+        assert len(client.of("a")) == 2
+        await asyncio.sleep(10)
+        assert len(client.replies) == 3, "no timer is left"
+        site.p[0].close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+
+
+def test_arena_larger_than_shared_memory(tmp_path: Path) -> None:
+    made = model(tmp_path)
+    with pytest.raises(errors.DeploymentError, match=r"lower prefill\.arena_mib"):
+        PrefillInstance(
+            "prefill_0",
+            made,
+            Prefill(made),
+            config.Prefill(arena_mib=1 << 22),
+            region_name("prefill_0"),
+            Registry(),
+        )
+
+
+def test_region_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PDSERVE_SHM_PREFIX", raising=False)
+    assert region_name("prefill_0").startswith("pdserve-prefill-0-")
+    assert region_name("prefill_0") != region_name("prefill_0")
+    monkeypatch.setenv("PDSERVE_SHM_PREFIX", "pdserve-4711")
+    assert region_name("prefill_0").startswith("pdserve-4711-prefill-0-")

@@ -1,0 +1,325 @@
+"""What a client may ask for: each field at, below and above its bounds, and what the error says."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pdserve.errors import InvalidRequest
+from pdserve.messages import Sampling
+from pdserve.parameters import (
+    DEFAULT_MAX_TOKENS,
+    MAX_LABEL_BYTES,
+    MAX_STOP_BYTES,
+    Parameters,
+    answer_length,
+    parse,
+    scalar,
+)
+
+DTYPES: dict[str, Any] = {
+    "max_tokens": np.int32,
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "seed": np.uint64,
+    "repetition_penalty": np.float32,
+    "presence_penalty": np.float32,
+    "frequency_penalty": np.float32,
+    "stop_words": object,
+    "stream": bool,
+    "ignore_eos": bool,
+    "scenario": object,
+    "tenant": object,
+    "priority": np.int32,
+    "ttft_limit_ms": np.int32,
+}
+INT32 = 2**31 - 1
+TINY = float(np.finfo(np.float32).smallest_subnormal)
+BELOW_1 = float(np.nextafter(np.float32(1), np.float32(0)))
+ABOVE_1 = float(np.nextafter(np.float32(1), np.float32(2)))
+
+
+def tensor(name: str, *values: Any) -> np.ndarray[Any, Any]:
+    """As Triton gives it: with a batch dimension."""
+    return np.array([values], dtype=DTYPES[name])
+
+
+def parsed(extra: dict[str, Any] | None = None, **fields: Any) -> Parameters:
+    tensors = {name: tensor(name, value) for name, value in fields.items()}
+    return parse(tensors, extra or {}, max_stop_words=4)
+
+
+def field(parameters: Parameters, name: str) -> Any:
+    return getattr(parameters if hasattr(parameters, name) else parameters.sampling, name)
+
+
+def test_defaults() -> None:
+    assert parsed() == Parameters(
+        max_tokens=None,
+        sampling=Sampling(),
+        stop=(),
+        stream=False,
+        ignore_eos=False,
+        scenario="default",
+        tenant="",
+        priority=0,
+        ttft_limit_ms=None,
+    )
+    assert parsed().sampling.greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 1),
+        ("temperature", 0.0),
+        ("temperature", -0.0),
+        ("temperature", TINY),
+        ("temperature", 100.0),
+        ("top_k", 0),
+        ("top_k", 1 << 24),
+        ("top_p", TINY),
+        ("top_p", 1.0),
+        ("seed", 0),
+        ("seed", 2**64 - 1),
+        ("repetition_penalty", TINY),
+        ("repetition_penalty", 10.0),
+        ("presence_penalty", -2.0),
+        ("presence_penalty", 2.0),
+        ("frequency_penalty", -2.0),
+        ("frequency_penalty", 2.0),
+        ("stream", True),
+        ("ignore_eos", True),
+        ("priority", -(2**31)),
+        ("priority", INT32),
+        ("ttft_limit_ms", 1),
+        ("ttft_limit_ms", INT32),
+    ],
+)
+def test_allowed(name: str, value: Any) -> None:
+    got = field(parsed(**{name: value}), name)
+    assert got == value
+    assert type(got) is type(value), "a Python value, not numpy's"
+
+
+NOT_FINITE = [
+    (name, value, shown)
+    for name in (
+        "temperature",
+        "top_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    )
+    for value, shown in ((math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"))
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("temperature", -TINY, "-1.4012985e-45"),
+        ("temperature", -0.1, "-0.1"),
+        ("temperature", 100.00001, "100.00001"),
+        ("temperature", 3e38, "3e+38"),
+        ("top_k", -1, "-1"),
+        ("top_k", (1 << 24) + 1, "16777217"),
+        ("top_k", INT32, "2147483647"),
+        ("top_p", 0.0, "0"),
+        ("top_p", -0.5, "-0.5"),
+        ("top_p", ABOVE_1, "1.0000001"),
+        ("repetition_penalty", 0.0, "0"),
+        ("repetition_penalty", -1.0, "-1"),
+        ("repetition_penalty", 10.000001, "10.000001"),
+        ("presence_penalty", -2.0000002, "-2.0000002"),
+        ("presence_penalty", 2.0000002, "2.0000002"),
+        ("frequency_penalty", -3.0, "-3"),
+        ("frequency_penalty", 1e30, "1e+30"),
+        ("ttft_limit_ms", 0, "0"),
+        ("ttft_limit_ms", -(2**31), "-2147483648"),
+        *NOT_FINITE,
+    ],
+)
+def test_not_allowed(name: str, value: Any, shown: str) -> None:
+    """The error names the field, its value and what is allowed."""
+    allowed = {
+        "temperature": "from 0.0 to 100.0",
+        "top_k": "from 0 to 16777216",
+        "top_p": "more than 0.0 to 1.0",
+        "repetition_penalty": "more than 0.0 to 10.0",
+        "presence_penalty": "from -2.0 to 2.0",
+        "frequency_penalty": "from -2.0 to 2.0",
+        "ttft_limit_ms": "from 1 to 2147483647",
+    }[name]
+    with pytest.raises(InvalidRequest) as caught:
+        parsed(**{name: value})
+    assert str(caught.value) == f"{name}: {shown}; allowed: {allowed}"
+    assert caught.value.code == "INVALID_ARG"
+
+
+@pytest.mark.parametrize("name", [name for name in DTYPES if name != "stop_words"])
+@pytest.mark.parametrize("count", [0, 2])
+def test_one_value_exactly(name: str, count: int) -> None:
+    values = [b"a" if DTYPES[name] is object else 1] * count
+    with pytest.raises(InvalidRequest, match=rf"^{name}: {count} values given; exactly 1 is"):
+        parse({name: tensor(name, *values)}, {}, 4)
+
+
+def test_scalar() -> None:
+    assert scalar({}, "top_k") is None
+    assert scalar({"top_k": np.array(3)}, "top_k") == 3
+    assert scalar({"x": np.array([[b"a"]], object)}, "x") == b"a"
+
+
+# ---------------------------------------------------------------------- routing
+
+
+def test_routing_by_tensor_or_by_parameter() -> None:
+    by_tensor = parsed(scenario=b"chat", tenant="Zürich".encode(), priority=-3)
+    assert (by_tensor.scenario, by_tensor.tenant, by_tensor.priority) == ("chat", "Zürich", -3)
+    by_parameter = parsed({"scenario": "chat", "tenant": "Zürich", "priority": -3})
+    assert by_parameter == by_tensor
+    both = parsed({"tenant": "other", "priority": 9}, tenant=b"acme")
+    assert (both.tenant, both.priority) == ("acme", 9), "a tensor counts for more"
+
+
+def test_empty_scenario_is_the_default() -> None:
+    assert parsed(scenario=b"").scenario == parsed({"scenario": ""}).scenario == "default"
+
+
+@pytest.mark.parametrize("name", ["scenario", "tenant"])
+@pytest.mark.parametrize(
+    "value",
+    ["a" * (MAX_LABEL_BYTES + 1), "é" * 33, "a\nb", "a\0", "\x7f", "\u200b", "a\ud800"],
+)
+def test_labels_are_short_and_printable(name: str, value: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parsed({name: value})
+    assert str(caught.value) == f"{name}: {value[:64]!r}; allowed: printable, up to 64 bytes"
+    str(caught.value).encode()  # it goes to the client
+    assert field(parsed({name: "é" * 32}), name) == "é" * 32
+
+
+@pytest.mark.parametrize("name", ["scenario", "tenant"])
+@pytest.mark.parametrize(
+    ("value", "at"), [(b"\xff", 0), (b"ab\xc3", 2), (b"\xed\xa0\x80", 0), (b"a\xc0\xaf", 1)]
+)
+def test_labels_are_utf8(name: str, value: bytes, at: int) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{name}: invalid UTF-8 at byte {at}$"):
+        parsed(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["scenario", "tenant"])
+@pytest.mark.parametrize("value", [7, 1.5, True, None, ["a"]])
+def test_labels_are_strings(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{name}: .*; a string is allowed$"):
+        parsed({name: value})
+
+
+@pytest.mark.parametrize("value", ["7", 1.5, True, None, "", math.nan])
+def test_priority_is_an_integer(value: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parsed({"priority": value})
+    assert str(caught.value) == f"priority: {value!r}; an integer is allowed"
+
+
+def test_huge_priority_is_only_a_number() -> None:
+    assert parsed({"priority": 10**30}).priority == 10**30
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lora", 3),
+        ("Stream", True),
+        ("max_tokens", 5),
+        ("bad_words", "no"),
+        ("min_length", 0),
+        ("return_log_probs", False),
+    ],
+)
+def test_unknown_parameters_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parsed({name: value})
+    assert str(caught.value) == (
+        f"unknown field {name!r}; request parameters allowed: scenario, tenant, priority"
+    )
+
+
+def test_empty_parameters_of_other_backends_clients_are_none() -> None:
+    assert parsed({"bad_words": "", "stop_words": "", "embedding_bias": None}) == parsed()
+    assert parsed({"id": "42"}) == parsed(), "HTTP's generate leaves it there"
+
+
+# ------------------------------------------------------------------- stop words
+
+
+def stops(*words: bytes) -> tuple[str, ...]:
+    return parse({"stop_words": tensor("stop_words", *words)}, {}, max_stop_words=4).stop
+
+
+def test_stop_words() -> None:
+    assert stops(b"END", "終".encode(), b"\n\n", b" ") == ("END", "終", "\n\n", " ")
+
+
+def test_empty_stop_words_are_none() -> None:
+    assert stops() == stops(b"") == stops(b"", b"") == ()
+    assert stops(b"", b"a", b"", b"b", b"c", b"d", b"") == ("a", "b", "c", "d")
+
+
+def test_too_many_stop_words() -> None:
+    with pytest.raises(InvalidRequest, match=r"^stop_words: 5 given; at most 4 are allowed$"):
+        stops(b"a", b"b", b"c", b"d", b"e")
+
+
+def test_long_stop_words() -> None:
+    assert stops("é".encode() * (MAX_STOP_BYTES // 2))
+    with pytest.raises(InvalidRequest) as caught:
+        stops(b"x" * (MAX_STOP_BYTES + 1))
+    assert str(caught.value) == (
+        f"stop_words: {'x' * 32!r}... has 257 bytes; at most 256 are allowed"
+    )
+
+
+@pytest.mark.parametrize("word", [b"\xff", b"\x80abc", "終".encode()[:2]])
+def test_stop_words_are_utf8(word: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=r"^stop_words: invalid UTF-8 at byte 0$"):
+        stops(b"fine", word)
+
+
+# ---------------------------------------------------------------- answer length
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompt", "length"),
+    [
+        (None, 10, DEFAULT_MAX_TOKENS),
+        (None, 900, 100),
+        (None, 999, 1),
+        (1, 10, 1),
+        (990, 10, 990),
+        (1, 999, 1),
+    ],
+)
+def test_answer_length(asked: int | None, prompt: int, length: int) -> None:
+    assert answer_length(asked, prompt, context_length=1000) == length
+
+
+@pytest.mark.parametrize("asked", [0, -1, -(2**31), 991, INT32])
+def test_answer_length_not_allowed(asked: int) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        answer_length(parsed(max_tokens=asked).max_tokens, 10, context_length=1000)
+    assert str(caught.value) == (
+        f"max_tokens: {asked}; allowed: 1 to 990 after a prompt of 10 tokens"
+    )
+
+
+@pytest.mark.parametrize("prompt", [1000, 1001, 10**6])
+def test_prompt_that_leaves_no_room(prompt: int) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        answer_length(None, prompt, context_length=1000)
+    assert str(caught.value) == f"the prompt has {prompt} tokens; at most 999 are allowed"
