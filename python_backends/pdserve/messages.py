@@ -101,7 +101,7 @@ class Failed(Struct, frozen=True, tag="failed"):
 
 
 class Accepted(Struct, frozen=True, tag="accepted"):
-    """A prefill has taken the request; sent only where the result takes longer than a moment."""
+    """An instance has taken the request; sent only where the result takes longer than a moment."""
 
 
 class Prefilled(Struct, frozen=True, tag="prefilled"):
@@ -117,6 +117,8 @@ class Prefilled(Struct, frozen=True, tag="prefilled"):
 class Tokens(Struct, frozen=True, tag="tokens"):
     """New tokens of a stream; the last reply carries the finish reason."""
 
+    start: int
+    """Index of the first of them in the answer: a reply that was lost on the way is noticed."""
     ids: bytes
     finish_reason: Annotated[str, Meta(pattern="^(stop|length|)$")] = ""
     transfer_ms: float | None = None

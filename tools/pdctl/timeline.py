@@ -26,7 +26,9 @@ def phases(stats: dict[str, Any]) -> list[Phase]:
     forwarded, first, end = ms["forward"], ms["ttft"], ms["e2e"]
     tokens = stats["output_tokens"]
     found = [
-        Phase("forward", 0, forwarded, f"{_count(stats['attempts'], 'offer')}, {stats['prefill']}"),
+        Phase(
+            "forward", 0, forwarded, f"{_count(stats['attempts'], 'attempt')}, {stats['prefill']}"
+        ),
         Phase(
             "prefill",
             forwarded,

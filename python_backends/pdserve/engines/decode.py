@@ -225,7 +225,8 @@ class DecodeInstance:
         elif now - opened.sent_at < max(interval, request.min_interval_ms / 1e3):
             return
         ids = np.array(opened.unsent, "<i4").tobytes()
-        reply = Tokens(ids, reason, opened.transfer_ms)
+        start = len(sequence.tokens) - len(opened.unsent)
+        reply = Tokens(start, ids, reason, opened.transfer_ms)
         if reason:
             self._end(opened, reply)
         else:

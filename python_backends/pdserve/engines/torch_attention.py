@@ -78,7 +78,7 @@ class PrefillMemory:
             stored = kv[layer].transpose(1, 2)
             stored[0, :, cached:].copy_(key[:, span])
             stored[1, :, cached:].copy_(value[:, span])
-            q = _folded(_dense(query[:, span]), key.shape[0])
+            q = _folded(query[:, span], key.shape[0])
             k, v = (_shared(heads, q) for heads in stored)
             if cached:
                 output = _merged(
@@ -132,7 +132,7 @@ class DecodeMemory:
         self._pool[layer, 0].index_copy_(0, self._rows, key[:, :batch].transpose(0, 1))
         self._pool[layer, 1].index_copy_(0, self._rows, value[:, :batch].transpose(0, 1))
         # [sequences, kv_heads, group, head_dim]: the group stands where a sequence's tokens would.
-        queries = _dense(_folded(query, key.shape[0]).permute(2, 0, 1, 3)).split(1)
+        queries = _folded(query, key.shape[0]).permute(2, 0, 1, 3).split(1)
         outputs: list[Tensor] = []
         # The queries of the padding come after those of the sequences.
         for q, views, whole in zip(queries, self._views, self._whole, strict=False):
@@ -147,11 +147,6 @@ class DecodeMemory:
         if self._pad:
             outputs.append(query.new_zeros(self._pad, *outputs[0].shape[1:]))
         return torch.cat(outputs).flatten(1, 2)
-
-
-def _dense(query: Tensor) -> Tensor:
-    """As the kernels want it: see CPULinear for a model whose activations are laid out otherwise."""
-    return query if query.stride(-1) == 1 else query.contiguous()
 
 
 def _folded(query: Tensor, kv_heads: int) -> Tensor:

@@ -32,10 +32,10 @@ class CPULinear(nn.Linear):
         if rows <= 3 or rows > 48:
             return linear(x, self.weight, self.bias)
         flat = x.reshape(rows, self.in_features)
-        if rows < 10 and self.out_features % SLICE == 0:
+        if rows <= 12 and self.out_features % SLICE == 0:
             output = self._sliced(flat)
         else:
-            output = torch.mm(self.weight, flat.t()).t()
+            output = torch.mm(self.weight, flat.t()).t().contiguous()
         if self.bias is not None:
             output = output + self.bias
         return output.view(*x.shape[:-1], self.out_features)

@@ -33,6 +33,7 @@ from pdserve.tokenizer import Tokenizer
 # A client that has gone is noticed within this time; each look is a round trip to the server.
 CANCEL_POLL_S = 0.08
 BLS_THREADS = 64
+_GONE = errors.Cancelled("the client has gone")
 
 
 class GatewayModel(ABC):
@@ -44,7 +45,11 @@ class GatewayModel(ABC):
     def initialize(self, args: dict[str, str]) -> None:
         self.deployment = triton.deployment(args)
         self.tokenizer = Tokenizer(Path(self.deployment.model))
-        self._context_length = build.context_length(self.deployment)
+        decode = self.deployment.decode
+        self._longest = min(
+            build.context_length(self.deployment), decode.blocks * decode.block_size
+        )
+        """Tokens of prompt and answer together, at most."""
         self._name = args["model_name"]
         self._metrics = Registry()
         self._outbox = Outbox()
@@ -81,7 +86,12 @@ class GatewayModel(ABC):
             sender = request.get_response_sender()
             task = asyncio.create_task(self._serve(request, sender))
             self._serving[task] = sender
-            task.add_done_callback(self._serving.pop)
+            task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        sender = self._serving.pop(task)
+        if task.cancelled():  # before its first step, where it could not answer by itself
+            self._outbox.send(sender, triton.error(_GONE), last=True)
 
     async def _serve(self, request: Any, sender: Any) -> None:
         """Whatever happens, exactly one response with the FINAL flag is sent."""
@@ -91,23 +101,21 @@ class GatewayModel(ABC):
             known = error.code != errors.PDServeError.code
             response = triton.error(error if known else _logged(error))
         except asyncio.CancelledError:
-            response = triton.error(errors.Cancelled("the client has gone"))
+            response = triton.error(_GONE)
         except Exception as error:  # nothing may escape: Triton would leave the client waiting
             response = triton.error(_logged(error))
         self._outbox.send(sender, response, last=True)
 
     async def _answer(self, request: Any, sender: Any) -> Any:
         """Send all responses but the last, which is returned."""
-        limits = self.deployment.gateway
-        inputs = triton.tensors(request)
-        if self.prompt_input not in inputs:  # Triton counts the inputs, but does not look
-            raise errors.InvalidRequest(f"{self.prompt_input} is missing; every request needs it")
-        asked = parameters.parse(inputs, triton.parameters(request), limits.max_stop_words)
-        prompt, echo = await self.prompt(inputs)
-        job = self._request(asked, prompt)
+        try:
+            job, asked, piece = await self._read(request)
+        except errors.InvalidRequest:
+            self._metrics.add("pdserve_requests_total", scenario="default", outcome="rejected")
+            raise
         text = TextStream(self.tokenizer, asked.stop)
         reads_text = self.answers_in_text or bool(asked.stop)
-        piece, ids, told = echo, list[int](), 0
+        ids, told = list[int](), 0
         async with aclosing(self._scheduler.run(job)) as chunks:
             async for chunk in chunks:
                 ids += chunk.ids
@@ -130,6 +138,20 @@ class GatewayModel(ABC):
         ]
         return pb_utils.InferenceResponse(ending)
 
+    async def _read(self, request: Any) -> tuple[Request, parameters.Parameters, str]:
+        """What is asked for, checked, and the text to echo before the answer.
+
+        Raises:
+            InvalidRequest: it can never be served.
+        """
+        inputs = triton.tensors(request)
+        if self.prompt_input not in inputs:  # Triton counts the inputs, but does not look
+            raise errors.InvalidRequest(f"{self.prompt_input} is missing; every request needs it")
+        most = self.deployment.gateway.max_stop_words
+        asked = parameters.parse(inputs, triton.parameters(request), most)
+        prompt, echo = await self.prompt(inputs)
+        return self._request(asked, prompt), asked, echo
+
     def _request(self, asked: parameters.Parameters, prompt: Tokens) -> Request:
         limits = self.deployment.gateway
         most = limits.max_prompt_tokens
@@ -140,9 +162,7 @@ class GatewayModel(ABC):
         return Request(
             id=str(next(self._ids)),
             prompt=prompt.astype("<i4").tobytes(),
-            max_tokens=parameters.answer_length(
-                asked.max_tokens, len(prompt), self._context_length
-            ),
+            max_tokens=parameters.answer_length(asked.max_tokens, len(prompt), self._longest),
             sampling=asked.sampling,
             stream=asked.stream or bool(asked.stop),
             ignore_eos=asked.ignore_eos,
@@ -153,11 +173,14 @@ class GatewayModel(ABC):
 
     async def _watch(self) -> None:
         """Cancel the requests whose clients have gone."""
+        loop = asyncio.get_running_loop()
         while True:
-            for task, sender in list(self._serving.items()):
-                if not task.done() and sender.is_cancelled():
-                    task.cancel()
             self._metrics.set("pdserve_open_requests", len(self._serving), gateway=self._name)
+            if self._serving:
+                for task in await loop.run_in_executor(
+                    None, _abandoned, list(self._serving.items())
+                ):
+                    task.cancel()
             await asyncio.sleep(CANCEL_POLL_S)
 
     # -------------------------------------------------------- beginning and end
@@ -198,6 +221,11 @@ class GatewayModel(ABC):
         await asyncio.gather(*self._serving, *self._background, return_exceptions=True)
         for instance in self._instances:
             await instance.close()
+
+
+def _abandoned(serving: list[tuple[asyncio.Task[None], Any]]) -> list[asyncio.Task[None]]:
+    """Those whose clients have gone; asking waits for the server, so not in the event loop."""
+    return [task for task, sender in serving if not task.done() and sender.is_cancelled()]
 
 
 def _logged(error: Exception) -> errors.PDServeError:

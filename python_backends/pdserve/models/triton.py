@@ -47,9 +47,14 @@ def parameters(request: Any) -> dict[str, Any]:
 
 
 def error(failure: errors.PDServeError) -> Any:
-    """What a failure looks like to Triton."""
+    """What a failure looks like to Triton.
+
+    The code stands in the message too: a gRPC stream passes on the text alone, and
+    HTTP's generate answers every error of a decoupled model with 400.
+    """
     code = getattr(pb_utils.TritonError, failure.code)
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(failure), code))
+    message = f"{failure.code}: {failure}"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
 def text(name: str, *values: str) -> Any:

@@ -69,7 +69,8 @@ class Instance:
         self.open -= 1
         self._channel.forget(call_id)
         if release:
-            # Nobody waits for the answer: if this message is lost, the lease ends it.
+            # Nobody waits for the answer. If this message is lost, a prefill's lease ends
+            # it, and a decode's request runs to its end.
             call = f"{call_id}/release"
             self._channel.open(call, messages.encode(messages.Release(call_id)))
             self._channel.forget(call)

@@ -222,6 +222,10 @@ class Scheduler:
                     reply = await call.reply(self._stall_s)
                 if not isinstance(reply, Tokens):
                     raise _error(reply)
+                if reply.start != request.output_tokens:
+                    raise errors.InstanceError(
+                        f"{request.decode} sent token {reply.start} after {request.output_tokens}"
+                    )
                 if reply.transfer_ms is not None:
                     request.to(State.DECODING)
                     request.transfer_ms = reply.transfer_ms

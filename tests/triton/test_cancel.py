@@ -1,0 +1,386 @@
+"""Clients that go away: whatever they held is free at once, whatever they were waiting for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import random
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+import tritonclient.grpc as grpc
+from grpc.aio import AioRpcError
+
+from pdserve.config import Decode, Gateway, Prefill
+from tests.clients import (
+    Part,
+    Refused,
+    connect,
+    connected,
+    files,
+    generate,
+    held,
+    metrics,
+    stream,
+    tensor,
+    wait_idle,
+    wait_same_files,
+    wait_until,
+)
+from tests.servers import Running, emulated_deployment, running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    import tritonclient.grpc.aio as aio
+
+pytestmark = pytest.mark.triton
+
+FREED_S = 0.2
+"""The promise."""
+SHOWN_S = 0.25 + 0.1
+"""Metrics are published four times a second, gauges of a decode set ten times."""
+STEP_S = 0.02
+PREFILL_TOKEN_S = 0.01
+LONG = 160
+"""Tokens of a prompt that takes a while."""
+
+
+class Client(Protocol):
+    """One streaming request of the scheduler, which can be left."""
+
+    def __init__(self, server: Running, **inputs: Any) -> None: ...
+
+    def token(self) -> float:
+        """Wait for the next response; when it came."""
+
+    def leave(self) -> float:
+        """Go without a word; when that was."""
+
+
+class GrpcCancel:
+    """Cancels its stream."""
+
+    timeout: float | None = None
+
+    def __init__(self, server: Running, **inputs: Any) -> None:
+        self._arrived: queue.Queue[tuple[float, Any]] = queue.Queue()
+        self._client = grpc.InferenceServerClient(server.grpc)
+        self._client.start_stream(
+            lambda result, error: self._arrived.put((time.monotonic(), error)),
+            stream_timeout=self.timeout,
+        )
+        tensors = [tensor(name, value) for name, value in _streamed(inputs).items()]
+        self._client.async_stream_infer("scheduler", tensors)
+
+    def token(self) -> float:
+        at, error = self._arrived.get(timeout=30)
+        assert error is None, error
+        return at
+
+    def leave(self) -> float:
+        at = time.monotonic()
+        self._client.stop_stream(cancel_requests=True)
+        self._client.close()
+        return at
+
+
+class GrpcTimeout(GrpcCancel):
+    """Goes when its own time-out ends."""
+
+    timeout = 1.0
+
+    def leave(self) -> float:
+        while True:
+            at, error = self._arrived.get(timeout=30)
+            if error is not None:
+                assert "Deadline Exceeded" in str(error)
+                super().leave()
+                return at
+
+
+class HttpClose:
+    """Closes its socket in the middle of ``generate_stream``."""
+
+    def __init__(self, server: Running, **inputs: Any) -> None:
+        self._connection = connect(server)
+        self._connection.request(
+            "POST", "/v2/models/scheduler/generate_stream", json.dumps(_streamed(inputs))
+        )
+        self._response: Any = None
+
+    def token(self) -> float:
+        self._response = self._response or self._connection.getresponse()
+        line = self._response.readline()
+        assert line.startswith(b"data: {"), line
+        assert not self._response.readline().strip()
+        return time.monotonic()
+
+    def leave(self) -> float:
+        if self._response is not None:
+            self._response.close()
+        self._connection.close()
+        return time.monotonic()
+
+
+def _streamed(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"stream": True, "max_tokens": 500, **inputs}
+
+
+WAYS = pytest.mark.parametrize("way", [GrpcCancel, HttpClose, GrpcTimeout])
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One prefill and one decode with one slot each; 10 ms a prompt token, 20 ms a step."""
+    folder = tmp_path_factory.mktemp("narrow")
+    deployment = emulated_deployment(
+        folder,
+        {
+            "prefill": {"per_token_ms": PREFILL_TOKEN_S * 1e3},
+            "decode": {"base_ms": STEP_S * 1e3},
+        },
+        prefill=Prefill(slots=1, arena_mib=16),
+        decode=Decode(slots=1, blocks=64),
+        gateway=Gateway(ttft_limit_ms=20_000),
+    )
+    with running(deployment, folder) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def idle_at_the_end(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "narrow" in request.fixturenames:
+        wait_idle(request.getfixturevalue("narrow"), 2)
+
+
+def prompt(tokens: int, first: int = 0) -> list[int]:
+    """Ids that begin like no other test's, so that none of them is cached."""
+    prompt.count += 1  # type: ignore[attr-defined]
+    return [100 + first, prompt.count % 1000, *range(200, 200 + tokens - 2)]  # type: ignore[attr-defined]
+
+
+prompt.count = 0  # type: ignore[attr-defined]
+
+
+def shows(server: Running, name: str, **labels: str) -> bool:
+    """Whether the metrics show something of this in use."""
+    wanted = str(labels)[1:-1]
+    return any(key.startswith(name) and wanted in key for key in held(server))
+
+
+# ------------------------------------------------------- one client that leaves
+
+
+@WAYS
+def test_in_decode(narrow: Running, way: type[Client]) -> None:
+    leaving = way(narrow, input_ids=prompt(5))
+    leaving.token()
+    leaving.token()
+    staying = GrpcCancel(narrow, input_ids=prompt(5))
+    staying.token()
+    wait_until(lambda: shows(narrow, "pdserve_kv_blocks"), 1)
+
+    left = leaving.leave()
+    # The one slot of the decode goes to who waits for it: that is when it was free.
+    freed = staying.token() - left - STEP_S
+    staying.leave()
+
+    assert freed < FREED_S
+    wait_idle(narrow, FREED_S + SHOWN_S)
+
+
+@WAYS
+def test_while_its_kv_cache_waits_for_a_decode(narrow: Running, way: type[Client]) -> None:
+    decoding = GrpcCancel(narrow, input_ids=prompt(5))
+    decoding.token()
+    decoding.token()
+    leaving = way(narrow, input_ids=prompt(5))
+    leaving.token()
+    staying = GrpcCancel(narrow, input_ids=prompt(5))
+    wait_until(lambda: shows(narrow, "pdserve_kv_leases", state="leased"), 1)
+
+    left = leaving.leave()
+    # Likewise the one slot of the prefill, which an untransferred KV cache keeps.
+    freed = staying.token() - left - 5 * PREFILL_TOKEN_S
+    decoding.leave()
+    staying.leave()
+
+    assert freed < FREED_S
+
+
+@WAYS
+def test_in_prefill(narrow: Running, way: type[Client]) -> None:
+    """A forward is never interrupted: the slot is free when it ends."""
+    began = time.monotonic()
+    leaving = way(narrow, input_ids=prompt(LONG))
+    wait_until(lambda: shows(narrow, "pdserve_kv_leases", state="allocated"), 1.5)
+    staying = GrpcCancel(narrow, input_ids=prompt(5))
+
+    left = leaving.leave()
+    forward_ends = began + LONG * PREFILL_TOKEN_S
+    assert left < forward_ends
+    freed = staying.token() - forward_ends - 5 * PREFILL_TOKEN_S
+    staying.leave()
+
+    assert freed < FREED_S
+
+
+@pytest.mark.parametrize("way", [GrpcCancel, GrpcTimeout])
+def test_while_waiting_for_a_prefill(narrow: Running, way: type[Client]) -> None:
+    busy = GrpcCancel(narrow, input_ids=prompt(LONG))
+    leaving = way(narrow, input_ids=prompt(5))
+    wait_until(lambda: open_requests(narrow) == 2, 1)
+
+    left = leaving.leave()
+    wait_until(lambda: open_requests(narrow) == 1, 1)
+    noticed = time.monotonic() - left
+    busy.token()
+    busy.leave()
+
+    assert noticed < FREED_S + SHOWN_S
+
+
+def test_over_http_with_its_first_response_at_the_latest(narrow: Running) -> None:
+    """Triton does not look at the socket of a request that has had no response."""
+    busy = GrpcCancel(narrow, input_ids=prompt(LONG))
+    leaving = HttpClose(narrow, input_ids=prompt(5))
+    wait_until(lambda: open_requests(narrow) == 2, 1)
+
+    leaving.leave()
+    busy.token()
+    busy.leave()
+
+    wait_idle(narrow, 5 * PREFILL_TOKEN_S + FREED_S + SHOWN_S)
+
+
+def open_requests(server: Running) -> float:
+    return sum(s.value for s in metrics(server) if s.name == "pdserve_open_requests")
+
+
+def test_a_request_whose_limit_passes_while_it_waits_is_told_so(narrow: Running) -> None:
+    busy = GrpcCancel(narrow, input_ids=prompt(LONG))
+    wait_until(lambda: shows(narrow, "pdserve_slots", state="used"), 1)
+    began = time.monotonic()
+    with pytest.raises(Refused, match=r"no idle prefill within the TTFT limit of 300 ms") as late:
+        generate(narrow, "scheduler", input_ids=prompt(5), max_tokens=2, ttft_limit_ms=300)
+    waited = time.monotonic() - began
+    busy.leave()
+
+    assert 0.3 <= waited < 0.5
+    # UNAVAILABLE; Triton's generate says 400 whatever the code of a model's error is.
+    assert late.value.status == 400
+
+
+def test_a_request_of_higher_priority_goes_first(narrow: Running) -> None:
+    busy = GrpcCancel(narrow, input_ids=prompt(LONG))
+    low = GrpcCancel(narrow, input_ids=prompt(5), max_tokens=2)
+    wait_until(lambda: open_requests(narrow) == 2, 1)
+    high = GrpcCancel(narrow, input_ids=prompt(5), max_tokens=2, priority=1)
+    wait_until(lambda: open_requests(narrow) == 3, 1)
+    busy.token()
+    busy.leave()
+
+    assert high.token() < low.token()
+    for client in (high, low):
+        client.token()
+        client.leave()
+
+
+# ------------------------------------------------- many that leave at any moment
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Two prefills and two decodes, too few for those who come: some always wait."""
+    folder = tmp_path_factory.mktemp("wide")
+    deployment = emulated_deployment(
+        folder,
+        {"prefill": {"base_ms": 2, "per_token_ms": 0.2}, "decode": {"base_ms": 5}},
+        instances=2,
+        prefill=Prefill(slots=3, arena_mib=16),
+        decode=Decode(slots=12, blocks=256),
+    )
+    with running(deployment, folder) as server:
+        yield server
+
+
+@pytest.mark.parametrize("requests", [500])
+def test_random_cancels_leave_nothing(wide: Running, requests: int) -> None:
+    asyncio.run(crowd(wide, 64, random.Random(0)))
+    wait_idle(wide, 2)
+    before = files(wide)
+
+    ends = asyncio.run(crowd(wide, requests, random.Random(1)))
+
+    wait_idle(wide, FREED_S + SHOWN_S)
+    wait_same_files(wide, before, 2)
+    counted = {end: ends.count(end) for end in sorted(set(ends))}
+    print(counted)
+    assert counted.keys() == {"complete", "grpc cancel", "grpc timeout", "http close"}
+    assert min(counted.values()) > 50
+    answer = generate(wide, "scheduler", input_ids=[1, 2, 3], max_tokens=4)
+    assert len(answer.ids) == 4
+
+
+async def crowd(server: Running, requests: int, rng: random.Random) -> list[str]:
+    """How each of the requests ended; 64 at a time."""
+    places = asyncio.Semaphore(64)
+    async with connected(server) as client:
+
+        async def one(seed: float) -> str:
+            async with places:
+                return await visit(server, client, random.Random(seed))
+
+        return await asyncio.gather(*(one(rng.random()) for _ in range(requests)))
+
+
+async def visit(server: Running, client: aio.InferenceServerClient, rng: random.Random) -> str:
+    """One request, which its client leaves at a random moment unless it is complete by then."""
+    asked = {
+        "input_ids": [rng.randrange(49152) for _ in range(rng.randint(1, 200))],
+        "max_tokens": rng.randint(1, 100),
+        "stream": rng.random() < 0.7,
+    }
+    patience = rng.uniform(0.0, 0.7)
+    way = rng.choice(["complete", "grpc cancel", "grpc timeout", "http close"])
+    if way == "http close":
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(over_http(server, asked), patience)
+        return way
+    timeout = max(patience, 0.01) if way == "grpc timeout" else 60.0
+    answer = collect(stream(client, "scheduler", timeout=timeout, **asked))
+    if way == "grpc timeout":
+        with contextlib.suppress(AioRpcError):
+            await answer
+    elif way == "grpc cancel":
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(answer, patience)
+    else:
+        parts = await answer
+        assert sum(len(part.ids) for part in parts) == asked["max_tokens"]
+        assert parts[-1].finish_reason == "length"
+    return way
+
+
+async def collect(parts: AsyncIterator[Part]) -> list[Part]:
+    async with contextlib.aclosing(parts) as open_parts:  # type: ignore[type-var]
+        return [part async for part in open_parts]
+
+
+async def over_http(server: Running, asked: dict[str, Any]) -> None:
+    """Read the answer as it comes; the socket is closed when this is cancelled."""
+    host, _, port = server.http.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        body = json.dumps(asked)
+        head = "POST /v2/models/scheduler/generate_stream HTTP/1.1\r\nHost: localhost\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        while b'"finish_reason":"length"' not in await reader.readline():
+            pass
+    finally:
+        writer.close()
