@@ -190,6 +190,7 @@ def test_in_decode(narrow: Running, way: type[Client]) -> None:
     freed = staying.token() - left - STEP_S
     staying.leave()
 
+    print(f"free after {freed * 1e3:.0f} ms")
     assert freed < FREED_S
     wait_idle(narrow, FREED_S + SHOWN_S)
 
@@ -210,6 +211,7 @@ def test_while_its_kv_cache_waits_for_a_decode(narrow: Running, way: type[Client
     decoding.leave()
     staying.leave()
 
+    print(f"free after {freed * 1e3:.0f} ms")
     assert freed < FREED_S
 
 
@@ -227,6 +229,7 @@ def test_in_prefill(narrow: Running, way: type[Client]) -> None:
     freed = staying.token() - forward_ends - 5 * PREFILL_TOKEN_S
     staying.leave()
 
+    print(f"free after {freed * 1e3:.0f} ms")
     assert freed < FREED_S
 
 
@@ -242,6 +245,7 @@ def test_while_waiting_for_a_prefill(narrow: Running, way: type[Client]) -> None
     busy.token()
     busy.leave()
 
+    print(f"shown after {noticed * 1e3:.0f} ms")
     assert noticed < FREED_S + SHOWN_S
 
 

@@ -115,6 +115,9 @@ class DecodeInstance:
             )
             send(Failed(errors.InvalidRequest.code, message), True)
             return
+        if request.id in self._open:
+            send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
+            return
         if len(self._open) >= self._limits.slots:
             send(Busy("slots"), True)
             return

@@ -28,6 +28,7 @@ Send = Callable[[Reply, bool], None]
 """Sends a reply; True with the last one."""
 
 TICK_S = 0.02
+PUBLISH_S = 0.1
 # A result that comes sooner than this speaks for itself; else the acceptance is told first,
 # and told again while the computation lasts.
 ACCEPTED_AFTER_S = 0.005
@@ -120,6 +121,9 @@ class PrefillInstance:
                 f"{self._name}'s arena has {self._arena.capacity}"
             )
             send(Failed(errors.InvalidRequest.code, message), True)
+            return
+        if request.id in self._held:
+            send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
             return
         if len(self._held) >= self._limits.slots or len(self._quarantined) >= MAX_QUARANTINED:
             send(Busy("slots"), True)
@@ -296,9 +300,13 @@ class PrefillInstance:
                 self._arena.cache(range_)
 
     async def _keep_time(self) -> None:
+        published = -PUBLISH_S
         while True:
             self._sweep()
-            self._publish()
+            now = self._loop.time()
+            if now - published >= PUBLISH_S:
+                self._publish()
+                published = now
             await asyncio.sleep(TICK_S)
 
     def _publish(self) -> None:

@@ -13,7 +13,7 @@ n, head_dim], so that K and V are read where they lie: neither repeated nor copi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -63,12 +63,8 @@ class PrefillMemory:
     def __init__(self, kv: Sequence[Tensor], cached: Sequence[int]) -> None:
         self._kv = kv
         self._cached = cached
-        ends = (
-            torch.tensor([k.shape[2] - c for k, c in zip(kv, cached, strict=True)])
-            .cumsum(0)
-            .tolist()
-        )
-        self._spans = [slice(*span) for span in pairwise([0, *ends])]
+        new = (each.shape[2] - rows for each, rows in zip(kv, cached, strict=True))
+        self._spans = [slice(*span) for span in pairwise(accumulate(new, initial=0))]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **_: Any

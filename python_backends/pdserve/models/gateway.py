@@ -10,6 +10,7 @@ import secrets
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from pdserve.scheduling.scheduler import Scheduler
 from pdserve.text import TextStream
 from pdserve.tokenizer import Tokenizer
 
-# A client that has gone is noticed within this time; each look is a round trip to the server.
-CANCEL_POLL_S = 0.08
+# A client that has gone is noticed within this time.
+CANCEL_LOOK_S = 0.08
 BLS_THREADS = 64
 _GONE = errors.Cancelled("the client has gone")
 
@@ -52,9 +53,9 @@ class GatewayModel(ABC):
         """Tokens of prompt and answer together, at most."""
         self._name = args["model_name"]
         self._metrics = Registry()
-        self._outbox = Outbox()
+        self._outbox = Outbox(CANCEL_LOOK_S, self._client_gone)
         self._ids = itertools.count()
-        self._serving: dict[asyncio.Task[None], Any] = {}
+        self._serving: dict[str, asyncio.Task[Any]] = {}
         self._loop = LoopThread()
         self._loop.run(self._start())
 
@@ -83,33 +84,42 @@ class GatewayModel(ABC):
 
     def _accept(self, requests: list[Any]) -> None:
         for request in requests:
-            sender = request.get_response_sender()
-            task = asyncio.create_task(self._serve(request, sender))
-            self._serving[task] = sender
-            task.add_done_callback(self._end)
+            key = str(next(self._ids))
+            self._outbox.open(key, request.get_response_sender())
+            task = self._serving[key] = asyncio.create_task(self._serve(key, request))
+            task.add_done_callback(partial(self._end, key))
+        self._count_open()
 
-    def _end(self, task: asyncio.Task[None]) -> None:
-        sender = self._serving.pop(task)
-        if task.cancelled():  # before its first step, where it could not answer by itself
-            self._outbox.send(sender, triton.error(_GONE), last=True)
-
-    async def _serve(self, request: Any, sender: Any) -> None:
-        """Whatever happens, exactly one response with the FINAL flag is sent."""
+    async def _serve(self, key: str, request: Any) -> Any:
+        """The last response, whatever happens: without it Triton would leave the client waiting."""
         try:
-            response = await self._answer(request, sender)
+            return await self._answer(key, request)
         except errors.PDServeError as error:
             known = error.code != errors.PDServeError.code
-            response = triton.error(error if known else _logged(error))
-        except asyncio.CancelledError:
-            response = triton.error(_GONE)
-        except Exception as error:  # nothing may escape: Triton would leave the client waiting
-            response = triton.error(_logged(error))
-        self._outbox.send(sender, response, last=True)
+            return triton.error(error if known else _logged(error))
+        except Exception as error:
+            return triton.error(_logged(error))
 
-    async def _answer(self, request: Any, sender: Any) -> Any:
+    def _end(self, key: str, task: asyncio.Task[Any]) -> None:
+        del self._serving[key]
+        response = triton.error(_GONE) if task.cancelled() else task.result()
+        self._outbox.send(key, response, last=True)
+        self._count_open()
+
+    def _count_open(self) -> None:
+        self._metrics.set("pdserve_open_requests", len(self._serving), gateway=self._name)
+
+    def _client_gone(self, key: str) -> None:
+        self._loop.call(self._abandon, key)
+
+    def _abandon(self, key: str) -> None:
+        if task := self._serving.get(key):
+            task.cancel()
+
+    async def _answer(self, key: str, request: Any) -> Any:
         """Send all responses but the last, which is returned."""
         try:
-            job, asked, piece = await self._read(request)
+            job, asked, piece = await self._read(key, request)
         except errors.InvalidRequest:
             self._metrics.add("pdserve_requests_total", scenario="default", outcome="rejected")
             raise
@@ -126,7 +136,7 @@ class GatewayModel(ABC):
                 last = chunk.finish_reason or job.answer_ended
                 if asked.stream and not last and (piece or not self.answers_in_text):
                     outputs = [*self.outputs(piece, ids), triton.text("finish_reason", "")]
-                    self._outbox.send(sender, pb_utils.InferenceResponse(outputs), last=False)
+                    self._outbox.send(key, pb_utils.InferenceResponse(outputs), last=False)
                     told += len(ids)
                     piece, ids = "", []
         if reads_text and not text.stopped:
@@ -138,7 +148,7 @@ class GatewayModel(ABC):
         ]
         return pb_utils.InferenceResponse(ending)
 
-    async def _read(self, request: Any) -> tuple[Request, parameters.Parameters, str]:
+    async def _read(self, key: str, request: Any) -> tuple[Request, parameters.Parameters, str]:
         """What is asked for, checked, and the text to echo before the answer.
 
         Raises:
@@ -150,9 +160,9 @@ class GatewayModel(ABC):
         most = self.deployment.gateway.max_stop_words
         asked = parameters.parse(inputs, triton.parameters(request), most)
         prompt, echo = await self.prompt(inputs)
-        return self._request(asked, prompt), asked, echo
+        return self._request(key, asked, prompt), asked, echo
 
-    def _request(self, asked: parameters.Parameters, prompt: Tokens) -> Request:
+    def _request(self, key: str, asked: parameters.Parameters, prompt: Tokens) -> Request:
         limits = self.deployment.gateway
         most = limits.max_prompt_tokens
         if most is not None and len(prompt) > most:
@@ -160,7 +170,7 @@ class GatewayModel(ABC):
                 f"the prompt has {len(prompt)} tokens; at most {most} are allowed"
             )
         return Request(
-            id=str(next(self._ids)),
+            id=key,
             prompt=prompt.astype("<i4").tobytes(),
             max_tokens=parameters.answer_length(asked.max_tokens, len(prompt), self._longest),
             sampling=asked.sampling,
@@ -170,18 +180,6 @@ class GatewayModel(ABC):
             priority=asked.priority,
             ttft_limit_s=(asked.ttft_limit_ms or limits.ttft_limit_ms) / 1e3,
         )
-
-    async def _watch(self) -> None:
-        """Cancel the requests whose clients have gone."""
-        loop = asyncio.get_running_loop()
-        while True:
-            self._metrics.set("pdserve_open_requests", len(self._serving), gateway=self._name)
-            if self._serving:
-                for task in await loop.run_in_executor(
-                    None, _abandoned, list(self._serving.items())
-                ):
-                    task.cancel()
-            await asyncio.sleep(CANCEL_POLL_S)
 
     # -------------------------------------------------------- beginning and end
 
@@ -202,10 +200,7 @@ class GatewayModel(ABC):
             lease_s=self.deployment.prefill.lease_s,
             rng=random.Random(secrets.randbits(128)),
         )
-        self._background = [
-            loop.create_task(Publisher(self._metrics).run()),
-            loop.create_task(self._watch()),
-        ]
+        self._publishing = loop.create_task(Publisher(self._metrics).run())
 
     def _reach(self, instances: dict[str, config.Server]) -> list[Instance]:
         return [Instance(name, self._channel(name, server)) for name, server in instances.items()]
@@ -216,16 +211,12 @@ class GatewayModel(ABC):
         return GrpcChannel(f"{server.host}:{server.grpc_port}", name)
 
     async def _close(self) -> None:
-        for task in (*self._serving, *self._background):
+        tasks = (*self._serving.values(), self._publishing)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._serving, *self._background, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for instance in self._instances:
             await instance.close()
-
-
-def _abandoned(serving: list[tuple[asyncio.Task[None], Any]]) -> list[asyncio.Task[None]]:
-    """Those whose clients have gone; asking waits for the server, so not in the event loop."""
-    return [task for task, sender in serving if not task.done() and sender.is_cancelled()]
 
 
 def _logged(error: Exception) -> errors.PDServeError:

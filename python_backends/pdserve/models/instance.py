@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,8 @@ from pdserve.messages import (
 from pdserve.metrics import Registry
 from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment
 
-# Each look at a request is a round trip to the server.
-ORPHAN_POLL_S = 1.0
+# What a gateway held that has died is let go of within this time.
+ORPHAN_LOOK_S = 1.0
 
 
 class InstanceModel(ABC):
@@ -44,9 +45,8 @@ class InstanceModel(ABC):
         metrics = Registry()
         self._instance = self.make(args["model_name"], deployment(args), metrics)
         self._publisher = Publisher(metrics)
-        self._outbox = Outbox()
-        self._waiting: dict[str, Any] = {}
-        """Senders of the requests whose last reply has not been sent, by request id."""
+        self._keys = itertools.count()
+        self._outbox = Outbox(ORPHAN_LOOK_S, self._orphaned)
         self._loop = LoopThread()
         self._loop.run(self._start())
 
@@ -61,19 +61,17 @@ class InstanceModel(ABC):
 
     async def _start(self) -> None:
         self._instance.start()
-        self._background = [
-            asyncio.create_task(self._publisher.run()),
-            asyncio.create_task(self._watch()),
-        ]
+        self._publishing = asyncio.create_task(self._publisher.run())
 
     async def _close(self) -> None:
-        for task in self._background:
-            task.cancel()
+        self._publishing.cancel()
         await self._instance.close()
 
     def _accept(self, requests: list[Any]) -> None:
         for request in requests:
-            send = self._sender(request.request_id(), request.get_response_sender())
+            # Whoever calls this model past a gateway may give any id, or none.
+            key = f"{next(self._keys)}/{request.request_id()}"
+            send = self._sender(key, request.get_response_sender())
             try:
                 data = request.inputs()[0].as_numpy().tobytes()
                 self._submit(messages.decode_request(data), send)
@@ -96,29 +94,17 @@ class InstanceModel(ABC):
                     f"a {type(request).__name__} came to a {type(instance).__name__}"
                 )
 
-    def _sender(self, call: str, sender: Any) -> Callable[[Reply, bool], None]:
-        self._waiting[call] = sender
+    def _sender(self, key: str, sender: Any) -> Callable[[Reply, bool], None]:
+        self._outbox.open(key, sender)
 
         def send(reply: Reply, last: bool) -> None:
             data = np.frombuffer(messages.encode(reply), np.uint8)
             response = pb_utils.InferenceResponse([pb_utils.Tensor("reply", data)])
-            self._outbox.send(sender, response, last=last)
-            if last:
-                self._waiting.pop(call, None)
+            self._outbox.send(key, response, last=last)
 
         return send
 
-    async def _watch(self) -> None:
-        """Let go of what a gateway held that has died: its stream is cancelled with it.
-
-        A gateway that lives says so by a Release, at once.
-        """
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(ORPHAN_POLL_S)
-            for call in await loop.run_in_executor(None, _cancelled, list(self._waiting.items())):
-                self._instance.release(call, lambda _reply, _last: None)
-
-
-def _cancelled(waiting: list[tuple[str, Any]]) -> list[str]:
-    return [call for call, sender in waiting if sender.is_cancelled()]
+    def _orphaned(self, key: str) -> None:
+        """The gateway has died: one that lives says so by a Release."""
+        call = key.partition("/")[2]
+        self._loop.call(self._instance.release, call, lambda _reply, _last: None)

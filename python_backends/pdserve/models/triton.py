@@ -6,7 +6,10 @@ import asyncio
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +92,35 @@ class LoopThread:
 
 
 class Outbox:
-    """Sends responses from a thread of its own, in order.
+    """All that is done with requests' response senders, by one thread and in order.
 
-    Sending waits for the server to take the response over; the event loop goes on meanwhile.
+    Sending and asking wait for the server, and the event loop must go on meanwhile. One
+    thread, since Triton frees what a sender stands for with its last response, and crashes
+    when it is asked about it afterwards.
+
+    Args:
+        look_s: how often it is asked whether a client has gone; each look at each request
+            is a round trip to the server.
+        gone: called once, in the outbox's thread, with the key of a request whose client has.
     """
 
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Any, Any, int] | None] = queue.SimpleQueue()
+    def __init__(self, look_s: float, gone: Callable[[str], None]) -> None:
+        self._look_s = look_s
+        self._gone = gone
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Both belong to the thread.
+        self._senders: dict[str, Any] = {}
+        self._watched: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
-    def send(self, sender: Any, response: Any, *, last: bool) -> None:
-        """Send ``response`` by a request's sender; nothing can follow the last one."""
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-        self._queue.put((sender, response, flags))
+    def open(self, key: str, sender: Any) -> None:
+        """Responses to a request may follow; ``key`` is unique among those that are open."""
+        self._queue.put(partial(self._open, key, sender))
+
+    def send(self, key: str, response: Any, *, last: bool) -> None:
+        """Send a response to an open request; with the last one it is closed."""
+        self._queue.put(partial(self._send, key, response, last))
 
     def close(self) -> None:
         """Send what is there, then end."""
@@ -110,12 +128,40 @@ class Outbox:
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            sender, response, flags = item
-            try:
-                sender.send(response, flags=flags)
-            except Exception as failure:  # the thread serves every request: it may not end
-                pb_utils.Logger.log_error(f"a response could not be sent: {failure!r}")
+        next_look = 0.0
+        while True:
+            wait = max(0.0, next_look - time.monotonic()) if self._watched else None
+            with suppress(queue.Empty):
+                work = self._queue.get(timeout=wait)
+                if work is None:
+                    return
+                self._do(work)
+            if time.monotonic() >= next_look:
+                self._do(self._look)
+                next_look = time.monotonic() + self._look_s
+
+    def _do(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as failure:  # the thread serves every request: it may not end
+            pb_utils.Logger.log_error(f"a response could not be sent: {failure!r}")
+
+    def _open(self, key: str, sender: Any) -> None:
+        self._senders[key] = sender
+        self._watched.add(key)
+
+    def _send(self, key: str, response: Any, last: bool) -> None:
+        if not last:
+            self._senders[key].send(response)
+            return
+        self._watched.discard(key)
+        sender = self._senders.pop(key)
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _look(self) -> None:
+        for key in [key for key in self._watched if self._senders[key].is_cancelled()]:
+            self._watched.remove(key)
+            self._gone(key)
 
 
 class Publisher:

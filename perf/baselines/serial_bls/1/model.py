@@ -85,6 +85,7 @@ class TritonPythonModel:
         data = np.frombuffer(messages.encode(message), np.uint8)
         request = pb_utils.InferenceRequest(
             model_name=model,
+            request_id=message.id,
             requested_output_names=["reply"],
             inputs=[pb_utils.Tensor("request", data)],
         )

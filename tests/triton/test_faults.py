@@ -1,0 +1,237 @@
+"""What users of disaggregated serving report, as far as a deployment of one server can meet it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from pdctl import footprint
+from pdctl.errors import ServerError
+from pdserve.config import Decode, Gateway, Prefill
+from tests.clients import (
+    Answer,
+    Part,
+    Refused,
+    ask,
+    connected,
+    generate,
+    held,
+    stream,
+    wait_idle,
+    wait_until,
+)
+from tests.servers import Running, emulated_deployment, running
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.triton
+
+STALL_S = 3.0
+"""An instance that says nothing for so long has failed."""
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Running]:
+    """Two prefills and two decodes; 2 ms a prompt token, 20 ms a step."""
+    deployment = emulated_deployment(
+        tmp_path,
+        {"prefill": {"per_token_ms": 2}, "decode": {"base_ms": 20}},
+        instances=2,
+        prefill=Prefill(arena_mib=16, lease_s=4.0),
+        gateway=Gateway(stall_s=STALL_S, ttft_limit_ms=10_000),
+    )
+    with running(deployment, tmp_path) as server:
+        yield server
+
+
+def stub(server: Running, model: str) -> psutil.Process:
+    """The process that runs a model."""
+    token = server.servers[0].token
+    assert token is not None
+    (found,) = (
+        process
+        for process in footprint.processes([token])
+        if any(f"/{model}/1/model.py" in word for word in process.cmdline())
+    )
+    return found
+
+
+def test_a_killed_prefill_costs_no_request(pair: Running) -> None:
+    """vllm#29906, TensorRT-LLM#15363: nothing waits for the dead without a bound."""
+    stub(pair, "prefill_0").kill()
+
+    def one(number: int) -> tuple[float, Answer]:
+        began = time.monotonic()
+        answer = generate(pair, text_input=f"question {number}", max_tokens=4)
+        return time.monotonic() - began, answer
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(one, range(24)))
+
+    assert {answer.stats["prefill"] for _, answer in answers} == {"prefill_1"}
+    assert max(seconds for seconds, _ in answers) < 6
+    last, _ = one(99)
+    assert last < 1
+    wait_until(lambda: not _of_the_living(pair, "prefill_0"), 3, lambda: f"{held(pair)}")
+
+
+def test_a_prefill_killed_at_work_costs_no_request(pair: Running) -> None:
+    """Nothing of the answer is out yet: another prefill computes it."""
+    asked = {"input_ids": [7] * 500, "max_tokens": 4}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(generate, pair, "scheduler", **asked)
+        time.sleep(0.4)
+        stub(pair, "prefill_0").kill()
+        stats = answer.result(timeout=15).stats
+
+    assert stats["prefill"] == "prefill_1"
+    assert stats["attempts"] == 2
+    assert stats["ms"]["e2e"] / 1e3 < STALL_S + 4
+
+
+def test_a_decode_killed_in_mid_stream_is_one_clear_error(pair: Running) -> None:
+    """TensorRT-LLM#14565, vllm#46283: a terminal error for each request, and nothing kept."""
+
+    async def run() -> list[tuple[list[Part], BaseException | None, float]]:
+        async with connected(pair) as client:
+
+            async def one(number: int) -> tuple[list[Part], BaseException | None, float]:
+                parts: list[Part] = []
+                try:
+                    async for part in stream(
+                        client, text_input=f"question {number}", max_tokens=400, stream=True
+                    ):
+                        parts.append(part)
+                except Refused as error:
+                    return parts, error, time.monotonic()
+                return parts, None, time.monotonic()
+
+            streams = [asyncio.create_task(one(number)) for number in range(8)]
+            await asyncio.sleep(1.5)
+            stub(pair, "decode_0").kill()
+            killed = time.monotonic()
+            ends = await asyncio.gather(*streams)
+            return [(parts, error, at - killed) for parts, error, at in ends]
+
+    ends = asyncio.run(run())
+    failed = [(parts, str(error), after) for parts, error, after in ends if error is not None]
+
+    assert len(failed) == 4
+    for parts, message, after in failed:
+        assert parts
+        assert "decode_0" in message
+        assert after < STALL_S + 2
+    for parts, error, _ in ends:
+        if error is None:
+            assert parts[-1].finish_reason == "length"
+            assert parts[-1].stats is not None
+            assert parts[-1].stats["decode"] == "decode_1"
+    # The gauges of the dead stay as they were; everybody else holds nothing.
+    wait_until(lambda: not _of_the_living(pair, "decode_0"), 6, lambda: f"{held(pair)}")
+    for number in range(6):
+        answer = generate(pair, text_input=f"afterwards {number}", max_tokens=4)
+        assert answer.stats["decode"] == "decode_1"
+
+
+def _of_the_living(server: Running, dead: str) -> dict[str, float]:
+    return {key: value for key, value in held(server).items() if f"'{dead}'" not in key}
+
+
+def test_with_every_prefill_dead_the_error_comes_within_the_limit(pair: Running) -> None:
+    for name in ("prefill_0", "prefill_1"):
+        stub(pair, name).kill()
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(Refused, match=r"prefill_[01]"):
+            generate(pair, text_input="anybody there?", max_tokens=4)
+        assert time.monotonic() - began < 10
+    wait_until(lambda: not open_requests(pair), 2)
+
+
+def open_requests(server: Running) -> dict[str, float]:
+    return {key: value for key, value in held(server).items() if "open_requests" in key}
+
+
+def test_a_stopping_server_ends_every_request(pair: Running) -> None:
+    """dynamo#13559: who is served gets an end, who comes too late is told at once."""
+    process = footprint.server_process(pair.servers[0].token or "")
+    assert process is not None
+    ends: list[Any] = []
+
+    async def run() -> None:
+        async with connected(pair) as client:
+
+            async def one(tokens: int) -> Answer:
+                return await ask(client, text_input="a", max_tokens=tokens, stream=True, timeout=30)
+
+            short = asyncio.create_task(one(60))
+            endless = asyncio.create_task(one(3000))
+            await asyncio.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            await asyncio.sleep(0.3)
+            began = time.monotonic()
+            late = await asyncio.gather(one(2), return_exceptions=True)
+            ends.append((late[0], time.monotonic() - began))
+            for task in (short, endless):
+                (end,) = await asyncio.gather(task, return_exceptions=True)
+                ends.append((end, time.monotonic() - began))
+
+    asyncio.run(run())
+    (late, at_once), (short, _), (endless, after) = ends
+
+    assert isinstance(late, Exception)
+    assert at_once < 2
+    assert isinstance(short, Answer)
+    assert short.stats["output_tokens"] == 60
+    assert isinstance(endless, Exception)
+    assert after < 12
+    process.wait(15)
+
+
+def test_an_arena_that_does_not_fit_is_said_so_at_the_start(tmp_path: Path) -> None:
+    """The default /dev/shm of a container has 64 MiB."""
+    size = psutil.disk_usage("/dev/shm").total
+    mib = (size >> 20) + 1024
+    deployment = emulated_deployment(tmp_path, {"speed": 0}, prefill=Prefill(arena_mib=mib))
+    with pytest.raises(ServerError, match=r"/dev/shm") as refused, running(deployment, tmp_path):
+        pytest.fail("started")
+
+    message = str(refused.value)
+    assert "model prefill_0" in message
+    assert str(mib << 20)[:4] in message or str(mib) in message
+    assert "Traceback" not in message.splitlines()[1]
+
+
+def test_more_than_the_decodes_hold_waits_and_is_served(tmp_path: Path) -> None:
+    """vllm#41269, TensorRT-LLM#12313: a full decode costs time, not requests."""
+    deployment = emulated_deployment(
+        tmp_path,
+        {"decode": {"base_ms": 2}},
+        prefill=Prefill(slots=2, arena_mib=16),
+        decode=Decode(slots=3, blocks=12),
+    )
+    with running(deployment, tmp_path) as server:
+        done = threading.Semaphore(0)
+
+        def one(number: int) -> Answer:
+            answer = generate(server, text_input=f"question {number}", max_tokens=20 + number)
+            done.release()
+            return answer
+
+        with ThreadPoolExecutor(24) as pool:
+            answers = list(pool.map(one, range(72)))
+
+        assert [answer.stats["output_tokens"] for answer in answers] == list(range(20, 92))
+        with pytest.raises(Refused, match=r"192 tokens") as refused:
+            generate(server, text_input="a", max_tokens=500)
+        assert "max_tokens 500" in str(refused.value)
+        wait_idle(server, 2)
