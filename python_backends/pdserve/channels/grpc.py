@@ -97,4 +97,4 @@ class GrpcChannel:
             raise InstanceError(message.error_message)
 
     def _error(self, reason: str) -> InstanceError:
-        return InstanceError(f"{self._model} at {self._address}: {reason}")
+        return InstanceError(f"{self._address}: {reason}")

@@ -28,7 +28,6 @@ Send = Callable[[Reply, bool], None]
 """Sends a reply; True with the last one."""
 
 TICK_S = 0.02
-PUBLISH_S = 0.1
 # A result that comes sooner than this speaks for itself; else the acceptance is told first,
 # and told again while the computation lasts.
 ACCEPTED_AFTER_S = 0.005
@@ -300,13 +299,9 @@ class PrefillInstance:
                 self._arena.cache(range_)
 
     async def _keep_time(self) -> None:
-        published = -PUBLISH_S
         while True:
             self._sweep()
-            now = self._loop.time()
-            if now - published >= PUBLISH_S:
-                self._publish()
-                published = now
+            self._publish()
             await asyncio.sleep(TICK_S)
 
     def _publish(self) -> None:

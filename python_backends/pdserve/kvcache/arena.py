@@ -94,6 +94,8 @@ class Arena:
         self._on_free = on_free
         self._holes = Holes(self.capacity)
         self._held: dict[int, Range] = {}
+        # Kept, not counted anew: asked for on every tick, of thousands of ranges.
+        self._counts = dict.fromkeys(State, (0, 0))
         # CACHED and not pinned, least recently used first.
         self._evictable: OrderedDict[int, Range] = OrderedDict()
 
@@ -113,6 +115,7 @@ class Arena:
         assert offset is not None
         taken = Range(offset, size, nbytes)
         self._held[offset] = taken
+        self._tally(taken, 1)
         return taken
 
     def lease(self, held: Range, until: float) -> None:
@@ -166,12 +169,7 @@ class Arena:
 
     def counts(self) -> dict[State, tuple[int, int]]:
         """Ranges and bytes per state; FREE counts holes. The bytes add up to the capacity."""
-        counts = dict.fromkeys(State, (0, 0))
-        for held in (*self._held.values(), *self._evictable.values()):
-            ranges, size = counts[held.state]
-            counts[held.state] = ranges + 1, size + held.size
-        counts[State.FREE] = len(self._holes), self._holes.free
-        return counts
+        return self._counts | {State.FREE: (len(self._holes), self._holes.free)}
 
     def _count(self) -> int:
         return len(self._held) + len(self._evictable)
@@ -196,7 +194,13 @@ class Arena:
                 f"range at {held.offset} is {held.state.value} and cannot become {state.value}; "
                 f"only {allowed}"
             )
+        self._tally(held, -1)
         held.state = state
+        self._tally(held, 1)
+
+    def _tally(self, held: Range, step: int) -> None:
+        ranges, size = self._counts[held.state]
+        self._counts[held.state] = ranges + step, size + step * held.size
 
     def _park(self, held: Range) -> None:
         """Make a CACHED range evictable, as the most recently used, unless it is pinned."""

@@ -31,9 +31,9 @@ class Call:
         """
         try:
             reply = messages.decode_reply(await self._replies.get(timeout))
-        except errors.InstanceError:
+        except errors.InstanceError as error:
             self.suspect()
-            raise
+            raise errors.InstanceError(f"{self._instance.name}: {error}") from error
         self.done = isinstance(reply, Busy | Failed) or (
             isinstance(reply, Tokens) and bool(reply.finish_reason)
         )
