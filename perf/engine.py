@@ -13,9 +13,11 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -188,7 +190,17 @@ def decode(model: TorchModel, theirs: Any, turns: Turns) -> list[dict[str, Any]]
 
 
 def memory(model: str, processes: int) -> dict[str, Any]:
-    """PSS of each process, all of them having read every weight."""
+    """PSS of each process, all of them having read every weight.
+
+    Of a copy of the model: a server that has it mapped would bear a part of it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(model, f"{folder}/model")
+        pss = pss_of(processes, f"{folder}/model")
+    return {"processes": processes, "pss_mib": pss, "sum_mib": sum(pss)}
+
+
+def pss_of(processes: int, model: str) -> list[int]:
     command = [sys.executable, __file__, "--model", model, "--hold"]
     children = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -203,13 +215,13 @@ def memory(model: str, processes: int) -> dict[str, Any]:
         pss.append(next(int(line.split()[1]) // 1024 for line in rollup if line.startswith("Pss:")))
     for child in children:
         child.communicate()
-    return {"processes": processes, "pss_mib": pss, "sum_mib": sum(pss)}
+    return pss
 
 
 def hold(model: str) -> None:
     """Be one of the processes: load, compute once, wait for the end of stdin."""
-    TorchModel(model, "cpu", "float32", 0)
-    print("ready", flush=True)
+    held = TorchModel(model, "cpu", "float32", 0)
+    print(held.fingerprint, flush=True)
     sys.stdin.read()
 
 

@@ -335,7 +335,9 @@ def test_http(emulated_server: Running, bad: Bad) -> None:
     with pytest.raises(Refused) as refused:
         generate(emulated_server, bad.model, **whole(bad))
 
-    assert refused.value.status == (404 if bad.model == "nope" else 400)
+    known = bad.model != "nope"
+    assert refused.value.status == (400 if known else 404)
+    assert str(refused.value).startswith("INVALID_ARG: ") is known
     check(str(refused.value), bad.says)
 
 

@@ -270,13 +270,15 @@ def test_a_request_whose_limit_passes_while_it_waits_is_told_so(narrow: Running)
     busy = GrpcCancel(narrow, input_ids=prompt(LONG))
     wait_until(lambda: shows(narrow, "pdserve_slots", state="used"), 1)
     began = time.monotonic()
-    with pytest.raises(Refused, match=r"no idle prefill within the TTFT limit of 300 ms") as late:
+    with pytest.raises(
+        Refused, match=r"^UNAVAILABLE: no idle prefill within the TTFT limit of 300 ms"
+    ) as late:
         generate(narrow, "scheduler", input_ids=prompt(5), max_tokens=2, ttft_limit_ms=300)
     waited = time.monotonic() - began
     busy.leave()
 
     assert 0.3 <= waited < 0.5
-    # UNAVAILABLE; Triton's generate says 400 whatever the code of a model's error is.
+    # Triton's generate says 400 whatever the code of a model's error is.
     assert late.value.status == 400
 
 
@@ -298,8 +300,10 @@ def test_a_request_of_higher_priority_goes_first(narrow: Running) -> None:
 # ------------------------------------------------- many that leave at any moment
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=["grpc", pytest.param("bls", marks=pytest.mark.full)])
+def wide(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     """Two prefills and two decodes, too few for those who come: some always wait."""
     folder = tmp_path_factory.mktemp("wide")
     deployment = emulated_deployment(
@@ -308,6 +312,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         instances=2,
         prefill=Prefill(slots=3, arena_mib=16),
         decode=Decode(slots=12, blocks=256),
+        gateway=Gateway(channel=request.param),
     )
     with running(deployment, folder) as server:
         yield server

@@ -56,11 +56,11 @@ class BlsChannel:
                 if response is None:
                     break
                 if response.has_error():
-                    raise InstanceError(f"{self._model}: {response.error().message()}")
+                    raise InstanceError(response.error().message())
                 for tensor in response.output_tensors():
                     replies.put(tensor.as_numpy().tobytes())
         except self._pb.TritonModelException as error:
-            replies.fail(InstanceError(f"{self._model}: {error}"))
+            replies.fail(InstanceError(str(error)))
         except InstanceError as error:
             replies.fail(error)
         finally:

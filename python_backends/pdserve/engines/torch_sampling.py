@@ -67,8 +67,12 @@ def distribution(
     if 0 < sampling.top_k < len(scores):
         kth = torch.from_numpy(scores).topk(sampling.top_k).values[-1].item()
         ids = np.flatnonzero(scores >= kth)
+        scores = scores[ids]
     # The largest is subtracted before the division: a tiny temperature must not overflow.
-    weights = np.exp((scores[ids].astype(np.float64) - scores.max()) / sampling.temperature)
+    weights = scores.astype(np.float64)
+    weights -= scores.max()
+    weights /= sampling.temperature
+    np.exp(weights, out=weights)
     if sampling.top_p < 1.0:
         total = weights.sum()
         # Whatever is below this adds up to less than the tail: it need not be sorted.
