@@ -75,7 +75,7 @@ def ten_ms(server: MeasuredServer, tokens: int, seed: int) -> dict[str, float]:
     """Engines that take 10 ms for a token."""
     values: dict[str, float] = {}
     for streams in (8, 64):
-        measured = _load(server, streams, 1, tokens, seed)
+        measured = _load(server, streams, 2, tokens, seed)
         summary = summarize(measured.answers)
         assert summary.itl_ms is not None
         assert summary.gap_ms is not None

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ from pdserve.messages import Sampling
 HERE = Path(__file__).parent
 DEFAULT_MODEL = HERE.parent / ".cache/models/SmolLM2-135M-Instruct"
 PROMPTS = (128, 512, 2000)
-BATCHES = (1, 8, 16, 64)
+# Those of a tuple take turns with each other, so that their ratio is of one time.
+BATCHES = ((1, 8), (16,), (64,))
+MAX_BATCH = 64
 DECODE_PROMPT = 128
-DECODE_TOKENS = 17
+DECODE_TOKENS = 9
 CALM = 0.1
 
 
@@ -137,11 +140,10 @@ def prefill(model: TorchModel, theirs: Any, tokens: int, turns: Turns) -> dict[s
 
 
 def decode(model: TorchModel, theirs: Any, turns: Turns) -> list[dict[str, Any]]:
-    """All batch sizes take turns too, so that ratios between them are of one time."""
     rng = np.random.default_rng(0)
-    prompts = rng.integers(3, model.vocab_size, (max(BATCHES), DECODE_PROMPT)).astype(np.int32)
+    prompts = rng.integers(3, model.vocab_size, (MAX_BATCH, DECODE_PROMPT)).astype(np.int32)
     room = DECODE_PROMPT + DECODE_TOKENS
-    engine = TorchDecode(model, max(BATCHES) * room, 1)
+    engine = TorchDecode(model, MAX_BATCH * room, 1)
     source = empty_range(model, DECODE_PROMPT)
     TorchPrefill(model).prefill([PrefillJob(prompts[0], source, Sampling())])
 
@@ -171,11 +173,12 @@ def decode(model: TorchModel, theirs: Any, turns: Turns) -> list[dict[str, Any]]
         )
         return float(np.median(np.diff(clock.ticks)))
 
-    sides: dict[str, Callable[[], float]] = {}
-    for batch in BATCHES:
-        sides[f"ours {batch}"] = partial(ours, batch)
-        sides[f"theirs {batch}"] = partial(generate, batch)
-    s = turns.take(**sides)
+    s: dict[str, float] = {}
+    for batches in BATCHES:
+        s |= turns.take(
+            **{f"ours {batch}": partial(ours, batch) for batch in batches},
+            **{f"theirs {batch}": partial(generate, batch) for batch in batches},
+        )
     return [
         {
             "batch": batch,
@@ -185,7 +188,7 @@ def decode(model: TorchModel, theirs: Any, turns: Turns) -> list[dict[str, Any]]
             "transformers_tokens_per_s": round(batch / s[f"theirs {batch}"], 1),
             "ratio": round(s[f"theirs {batch}"] / s[f"ours {batch}"], 3),
         }
-        for batch in BATCHES
+        for batch in chain(*BATCHES)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import queue
 import random
@@ -158,13 +159,12 @@ def idle_at_the_end(request: pytest.FixtureRequest) -> Iterator[None]:
         wait_idle(request.getfixturevalue("narrow"), 2)
 
 
-def prompt(tokens: int, first: int = 0) -> list[int]:
-    """Ids that begin like no other test's, so that none of them is cached."""
-    prompt.count += 1  # type: ignore[attr-defined]
-    return [100 + first, prompt.count % 1000, *range(200, 200 + tokens - 2)]  # type: ignore[attr-defined]
+_numbers = itertools.count()
 
 
-prompt.count = 0  # type: ignore[attr-defined]
+def prompt(tokens: int) -> list[int]:
+    """Ids that begin like no other prompt's here, so that none of them is cached."""
+    return [100, next(_numbers), *range(200, 200 + tokens - 2)]
 
 
 def shows(server: Running, name: str, **labels: str) -> bool:
@@ -300,10 +300,8 @@ def test_a_request_of_higher_priority_goes_first(narrow: Running) -> None:
 # ------------------------------------------------- many that leave at any moment
 
 
-@pytest.fixture(scope="module", params=["grpc", pytest.param("bls", marks=pytest.mark.full)])
-def wide(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Two prefills and two decodes, too few for those who come: some always wait."""
     folder = tmp_path_factory.mktemp("wide")
     deployment = emulated_deployment(
@@ -312,7 +310,6 @@ def wide(
         instances=2,
         prefill=Prefill(slots=3, arena_mib=16),
         decode=Decode(slots=12, blocks=256),
-        gateway=Gateway(channel=request.param),
     )
     with running(deployment, folder) as server:
         yield server

@@ -15,6 +15,7 @@ import tritonclient.grpc as grpc
 import tritonclient.http as http
 
 from pdctl import footprint
+from pdserve.config import Gateway
 from tests.clients import (
     Answer,
     Part,
@@ -398,6 +399,26 @@ def test_the_first_token_comes_before_decode_begins(slow_decode: Running, protoc
     assert parts[1].at - parts[0].at > 0.5
     assert parts[-1].stats is not None
     assert parts[-1].stats["ms"]["ttft"] < 400
+
+
+@pytest.mark.full
+def test_the_other_channel_answers_the_same(
+    emulated_server: Running, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Cancelled in dozens at once, decoupled BLS can deadlock inside Triton's stub (24.10)."""
+
+    async def run(server: Running) -> list[list[int]]:
+        async with connected(server) as client:
+            asked = (
+                ask(client, "scheduler", input_ids=[3, number], max_tokens=20, stream=True)
+                for number in range(40)
+            )
+            return [answer.ids for answer in await asyncio.gather(*asked)]
+
+    folder = tmp_path_factory.mktemp("bls")
+    deployment = emulated_deployment(folder, {"speed": 0}, gateway=Gateway(channel="bls"))
+    with running(deployment, folder) as server:
+        assert asyncio.run(run(server)) == asyncio.run(run(emulated_server))
 
 
 # ---------------------------------------------------------------------- metrics

@@ -15,16 +15,16 @@ class CPULinear(nn.Linear):
     For float32 on x86, ``linear`` is a matrix-vector product up to 3 rows and a good
     matrix product from some 50 rows on; between, MKL repacks the weight in every call
     and then multiplies it slowly. Milliseconds for all linear layers of SmolLM2-135M
-    (538 MB of weights, 2 cores of an Ice Lake Xeon, other work on them; medians vary
-    by 10 %):
+    (538 MB of weights, float32, 2 cores of an Ice Lake Xeon with other work on them,
+    best of 5, good to 10 %):
 
         rows         1    3    4    8   12   16   32   48   64  128
         linear      27   30   52   73   76  122  144  138  125  173
         sliced      31   31   34   44   49  114  147  150  200  299
         transposed  27   55   50   49   46   52   68   68  144  184
 
-    The weight stays as it is, mapped from its file and shared with other processes:
-    prepacked forms (mkldnn, oneDNN) are faster still but are a private copy.
+    The weight stays as it is, mapped from its file and shared with other processes; a
+    prepacked one would be a private copy.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class CPULinear(nn.Linear):
         if rows <= 3 or rows > 48:
             return linear(x, self.weight, self.bias)
         flat = x.reshape(rows, self.in_features)
-        if rows <= 12 and self.out_features % SLICE == 0:
+        if rows < 12 and self.out_features % SLICE == 0:
             output = self._sliced(flat)
         else:
             output = torch.mm(self.weight, flat.t()).t().contiguous()
