@@ -23,7 +23,7 @@ class TritonPythonModel(pdserve.TritonPythonModel):
         await super()._start()
         scheduler = Aggregated(self.deployment)
         self._scheduler = scheduler  # type: ignore[assignment]
-        self._background.append(asyncio.create_task(scheduler.compute()))
+        self._computing = asyncio.create_task(scheduler.compute())
 
 
 @dataclass(slots=True, eq=False)
