@@ -31,7 +31,7 @@ def deployment(
 ) -> config.Deployment:
     """The default topology: one server with the gateway, ``each`` prefills and as many decodes.
 
-    Slots are so many that no measurement here is one of waiting for a slot.
+    Slots and blocks are so many that no measurement here is one of waiting for them.
 
     Args:
         profile: name of a timing profile in ``perf/profiles``; None: the torch engine.
@@ -45,14 +45,16 @@ def deployment(
         prefill=tuple(f"prefill_{n}" for n in range(each)),
         decode=tuple(f"decode_{n}" for n in range(each)),
     )
-    engine = config.Engine()
+    engine, decode = config.Engine(), config.Decode()
     if profile is not None:
         engine = config.Engine(kind="emulated", profile=str(PROFILES / f"{profile}.yaml"))
+        decode = config.Decode(blocks=4096)
     return config.Deployment(
         model=str(MODEL),
         servers=(server,),
         engine=engine,
         prefill=config.Prefill(slots=32, arena_mib=arena_mib),
+        decode=decode,
         gateway=config.Gateway(channel=channel),
     )
 
