@@ -207,7 +207,7 @@ STATS = {
 class TestTimeline:
     def test_phases(self) -> None:
         found = {phase.name: phase for phase in phases(STATS)}
-        assert found["forward"].note == "2 offers, prefill_1"
+        assert found["forward"].note == "2 attempts, prefill_1"
         assert found["prefill"].note == "41 tokens, 31 cached"
         assert found["KV transfer"].note == "3.0 MiB, shm, whole"
         assert found["decode"].note == "100.0 tokens/s, decode_0"
