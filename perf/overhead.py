@@ -45,12 +45,14 @@ class Cost(Struct):
 
 
 class Streams(Struct):
-    """Many streams that all run from the beginning to the end."""
+    """Many streams that begin together, one request after the other in each."""
 
     streams: int
     offered_tokens_per_s: float
     delivered: float
-    """Part of the offered tokens."""
+    """Part of the offered tokens that a stream gets from its first response to its last."""
+    delivered_overall: float
+    """The same from sending the first request to the last response of all: prefill included."""
     client_cpu: float
     """Cores."""
     server_cpu: float
@@ -144,11 +146,13 @@ def streams(server: MeasuredServer, output_tokens: int, seed: int) -> Streams:
     )
     summary = summarize(measured.answers)
     offered = STREAMS * 1e3 / TOKEN_MS
+    itl_s = statistics.fmean(itl for answer in measured.answers for itl in answer.itl)
     seconds = summary.requests / summary.requests_per_s
     return Streams(
         streams=STREAMS,
         offered_tokens_per_s=offered,
-        delivered=round(summary.tokens_per_s / offered, 4),
+        delivered=round(TOKEN_MS / 1e3 / itl_s, 4),
+        delivered_overall=round(summary.tokens_per_s / offered, 4),
         client_cpu=round(measured.client_cpu_s / seconds, 3),
         server_cpu=round(sum(measured.server_cpu_s.values()) / seconds, 3),
         summary=summary,
