@@ -20,8 +20,8 @@ console = Console()
 
 def engine(*, quick: bool) -> list[Budget]:
     """The torch engine against transformers, in a process of its own, as torch wants the cores."""
-    rounds = "1" if quick else "5"
-    subprocess.run([sys.executable, "-m", "perf.engine", "--rounds", rounds], check=True)
+    effort = ("--rounds", "1", "--patience", "15") if quick else ()
+    subprocess.run([sys.executable, "-m", "perf.engine", *effort], check=True)
     rows = json.loads(Path(RESULTS / "engine.json").read_text())["budgets"]
     return [
         Budget(f"torch: {row['what']}", row["measured"], "x", "at least", row["at_least"])
