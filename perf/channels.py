@@ -121,7 +121,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="fewer requests, one repeat")] = False,
 ) -> None:
     """The two ways to an instance, BLS and gRPC, side by side."""
-    record = Record("channels")
+    record = Record("channels-quick" if quick else "channels")
     rows = measure(1 if quick else 5, quick=quick)
     table = Table("", *CHANNELS)
     for row in rows:

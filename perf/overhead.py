@@ -198,7 +198,7 @@ def show(results: Results) -> None:
 
 def run(*, quick: bool) -> list[Budget]:
     """Measure, show, write ``perf/results/overhead.json``."""
-    record = Record("overhead")
+    record = Record("overhead-quick" if quick else "overhead")
     results = measure(1 if quick else 5, quick=quick)
     show(results)
     console.print(record.write({"budgets": results.budgets, "measured": results}))

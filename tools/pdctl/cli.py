@@ -60,8 +60,8 @@ def up(file: File = paths.DEPLOYMENT, timeout: Timeout = 300) -> None:
 def serve(file: File = paths.DEPLOYMENT, timeout: Timeout = 300) -> None:
     """Start the servers and stay until Ctrl-C; they end when this command ends."""
     with _held(_servers(file), timeout) as servers:
-        out.print("Ctrl-C ends it.")
         try:
+            out.print("Ctrl-C ends it.")
             while True:
                 for server in servers:
                     server.check_alive()
