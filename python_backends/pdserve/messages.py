@@ -1,13 +1,15 @@
 """What the scheduler and the instances say to each other, version 1.
 
-A message is msgpack in one UINT8 tensor: ``request`` on the way in, ``reply`` on
-the way out. Nothing here is part of the public contract; both ends of a
-deployment run the same version, and a message of another version is refused.
+A message is msgpack in one UINT8 tensor: ``request`` on the way in; on the way out
+``reply``, any number of replies with the ids of the calls that they belong to.
+Nothing here is part of the public contract; both ends of a deployment run the
+same version, and a message of another version is refused.
 Token ids are little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -134,31 +136,39 @@ Reply = Busy | Accepted | Failed | Prefilled | Tokens | Released
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_replies: msgspec.msgpack.Decoder[list[tuple[str, Reply]]] = msgspec.msgpack.Decoder(
+    list[tuple[str, Reply]]
+)
 
 T = TypeVar("T")
 
 
-def encode(message: Request | Reply) -> bytes:
+def encode(message: Request) -> bytes:
     return _encoder.encode(message)
+
+
+def encode_replies(replies: Sequence[tuple[str, Reply]]) -> bytes:
+    """Call ids and a reply to each."""
+    return _encoder.encode(replies)
 
 
 def decode_request(data: bytes | memoryview) -> Request:
     """Raises: InstanceError: not a request of this version."""
-    return _decode(_requests, data)
+    message = _decode(_requests, data)
+    if message.version != VERSION:
+        raise InstanceError(
+            f"message version {message.version}; this instance speaks version {VERSION}"
+        )
+    return message
 
 
-def decode_reply(data: bytes | memoryview) -> Reply:
-    """Raises: InstanceError: not a reply of this version."""
+def decode_replies(data: bytes | memoryview) -> list[tuple[str, Reply]]:
+    """Raises: InstanceError: these are no replies."""
     return _decode(_replies, data)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes | memoryview) -> T:
     try:
-        message = decoder.decode(data)
+        return decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InstanceError(f"malformed message between scheduler and instance: {error}") from error
-    version = getattr(message, "version", VERSION)
-    if version != VERSION:
-        raise InstanceError(f"message version {version}; this instance speaks version {VERSION}")
-    return message

@@ -9,6 +9,7 @@ the API would take one call per observation.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ Kind = Literal["counter", "gauge"]
 Labels = tuple[tuple[str, str], ...]
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+BOUNDS = (*map(str, SECONDS), "+Inf")
 
 COUNTERS = {
     "pdserve_requests_total": "Requests ended, by how",
@@ -48,11 +50,20 @@ class Change(NamedTuple):
     value: float
 
 
+class _Histogram:
+    """Values counted since the last time: by the least of the BOUNDS that they are under."""
+
+    def __init__(self) -> None:
+        self.values = [0] * len(BOUNDS)
+        self.sum = 0.0
+
+
 class Registry:
     """What one process has counted since it last told Triton."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, Labels], float] = {}
+        self._histograms = defaultdict[tuple[str, Labels], _Histogram](_Histogram)
         self._levels: dict[tuple[str, Labels], float] = {}
         self._published: dict[tuple[str, Labels], float] = {}
 
@@ -67,14 +78,22 @@ class Registry:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """One more value in a histogram."""
-        for bound in (*SECONDS[bisect_left(SECONDS, value) :], "+Inf"):
-            self.add(f"{name}_bucket", 1, **labels, le=str(bound))
-        self.add(f"{name}_sum", value, **labels)
-        self.add(f"{name}_count", 1, **labels)
+        histogram = self._histograms[name, tuple(labels.items())]
+        histogram.values[bisect_left(SECONDS, value)] += 1
+        histogram.sum += value
 
     def drain(self) -> Iterator[Change]:
         """What has changed since the last call."""
         counts, self._counts = self._counts, {}
+        histograms, self._histograms = self._histograms, defaultdict(_Histogram)
+        for (name, labels), histogram in histograms.items():
+            count = 0
+            for bound, values in zip(BOUNDS, histogram.values, strict=True):
+                count += values
+                if count:
+                    counts[f"{name}_bucket", (*labels, ("le", bound))] = count
+            counts[f"{name}_sum", labels] = histogram.sum
+            counts[f"{name}_count", labels] = count
         for (name, labels), value in counts.items():
             yield Change("counter", name, _help(name), labels, value)
         for key, value in self._levels.items():

@@ -21,7 +21,8 @@ import msgspec
 import numpy as np
 
 from pdserve import config, messages
-from pdserve.channels.protocol import Replies
+from pdserve.channels.answers import Answers, Call
+from pdserve.channels.protocol import Calls, Replies
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill, Profile
 from pdserve.engines.prefill import PrefillInstance, region_name
@@ -79,34 +80,36 @@ def _in_loop(test: Callable[..., Any], make: Callable[[], Any]) -> Callable[...,
 class Link:
     """A channel to an instance of the same loop; keeps what went over it, in both directions.
 
-    Each direction keeps its order. `delay` (least, most; seconds) and whatever `lose` draws come
-    from seeded generators.
+    Its two ends are the real ones. Each direction keeps its order. `delay` (least, most; seconds)
+    and whatever `lose` draws come from seeded generators.
     """
 
     def __init__(self, name: str, instance: PrefillInstance | DecodeInstance, seed: int) -> None:
         self.requests: list[messages.Request] = []
         self.replies: list[tuple[str, Reply]] = []
+        self.responses = 0
+        """What carried the replies."""
         self.lose: Callable[[Message], bool] = lambda message: False
         self.delay = (0.0, 0.0)
         self.rng = random.Random(seed)
-        self.calls: dict[str, Replies] = {}
-        """Open ones."""
+        self.calls = Calls()
         self.broken: str | None = None
         self._name = name
         self._instance = instance
+        self._answers = Answers(self._send)
+        self._unanswered: set[str] = set()
         self._last = {"in": 0.0, "out": 0.0}
 
-    def open(self, call: str, payload: bytes) -> Replies:
-        assert call not in self.calls
-        replies = self.calls[call] = Replies()
+    def open(self, call: str, request: messages.Request) -> Replies:
+        replies = self.calls.open(call)
         if self.broken:
             replies.fail(InstanceError(f"{self._name}: {self.broken}"))
         else:
-            self._after("in", self._arrive, call, payload)
+            self._after("in", self._arrive, call, messages.encode(request))
         return replies
 
     def forget(self, call: str) -> None:
-        self.calls.pop(call, None)
+        self.calls.forget(call)
 
     async def close(self) -> None:
         self.break_("the channel was closed")
@@ -114,32 +117,39 @@ class Link:
     def break_(self, reason: str) -> None:
         """Fail the open calls and, until `broken` is None again, every call to come."""
         self.broken = reason
-        for replies in self.calls.values():
-            replies.fail(InstanceError(f"{self._name}: {reason}"))
+        self.calls.fail_all(InstanceError(f"{self._name}: {reason}"))
 
     def _arrive(self, call: str, payload: bytes) -> None:
         request = messages.decode_request(payload)
         self.requests.append(request)
         if self.broken or self.lose(request):
             return
-        ended = False
-
-        def send(reply: Reply, last: bool) -> None:
-            nonlocal ended
-            assert not ended, f"{reply} after the last reply"
-            ended = last
-            self._after("out", self._answer, call, messages.encode(reply))
-
+        ours = Call(call, f"stream/{call}")
+        self._unanswered.add(call)
+        self._answers.open(ours)
+        reply = functools.partial(self._answers.reply, ours)
         try:
-            submit(self._instance, request, send)
+            submit(self._instance, request, reply)
         except PDServeError as error:
-            send(Failed(error.code, str(error)), True)
+            reply(Failed(error.code, str(error)), True)
 
-    def _answer(self, call: str, payload: bytes) -> None:
-        reply = messages.decode_reply(payload)
-        self.replies.append((call, reply))
-        if call in self.calls and not self.broken and not self.lose(reply):
-            self.calls[call].put(payload)
+    def _send(self, key: str, data: bytes | None, last: bool) -> None:
+        assert key in self._unanswered, "a response after the last one"
+        if last:
+            self._unanswered.remove(key)
+        if data is not None:
+            self.responses += 1
+            self._after("out", self.arrive_back, key, data)
+
+    def arrive_back(self, key: str, data: bytes) -> None:
+        try:
+            replies = messages.decode_replies(data)
+            self.replies += replies
+            if not self.broken:
+                heard = [(call, reply) for call, reply in replies if not self.lose(reply)]
+                self.calls.deliver(key, messages.encode_replies(heard))
+        except InstanceError as error:
+            self.calls.fail_all(error)
 
     def _after(self, way: str, function: Callable[..., None], *args: Any) -> None:
         loop = asyncio.get_running_loop()

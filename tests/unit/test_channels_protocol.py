@@ -8,25 +8,29 @@ import pytest
 
 from pdserve.channels.protocol import Replies
 from pdserve.errors import InstanceError
+from pdserve.messages import Accepted, Busy, Released
 from tests.unit.inprocess import virtual
+
+A, B = Accepted(), Released()
 
 
 @virtual
 async def test_in_order() -> None:
     replies = Replies()
-    for number in range(3):
-        replies.put(b"%d" % number)
-    assert [await replies.get(1) for _ in range(3)] == [b"0", b"1", b"2"]
+    three = [Busy(str(number)) for number in range(3)]
+    for reply in three:
+        replies.put(reply)
+    assert [await replies.get(1) for _ in range(3)] == three
 
 
 @virtual
 async def test_a_reader_is_woken_at_once() -> None:
     replies, loop = Replies(), asyncio.get_running_loop()
-    loop.call_later(0.5, replies.put, b"a")
-    loop.call_later(0.5, replies.put, b"b")
-    assert await replies.get(1) == b"a"
+    loop.call_later(0.5, replies.put, A)
+    loop.call_later(0.5, replies.put, B)
+    assert await replies.get(1) == A
     assert loop.time() == pytest.approx(0.5)
-    assert await replies.get(1) == b"b"
+    assert await replies.get(1) == B
     assert loop.time() == pytest.approx(0.5)
 
 
@@ -43,18 +47,18 @@ async def test_nothing_comes() -> None:
 @virtual
 async def test_an_earlier_timer_does_not_end_a_later_wait() -> None:
     replies, loop = Replies(), asyncio.get_running_loop()
-    loop.call_later(0.9, replies.put, b"a")
-    assert await replies.get(1) == b"a"
-    loop.call_later(0.9, replies.put, b"b")
-    assert await replies.get(1) == b"b"
+    loop.call_later(0.9, replies.put, A)
+    assert await replies.get(1) == A
+    loop.call_later(0.9, replies.put, B)
+    assert await replies.get(1) == B
 
 
 @virtual
 async def test_failure_comes_after_the_replies_before_it() -> None:
     replies = Replies()
-    replies.put(b"a")
+    replies.put(A)
     replies.fail(InstanceError("connection reset"))
-    assert await replies.get(1) == b"a"
+    assert await replies.get(1) == A
     for _ in range(2):
         with pytest.raises(InstanceError, match="connection reset"):
             await replies.get(1)
@@ -72,8 +76,8 @@ async def test_failure_wakes_the_reader() -> None:
 @virtual
 async def test_reply_and_timeout_in_one_moment() -> None:
     replies, loop = Replies(), asyncio.get_running_loop()
-    loop.call_later(1, replies.put, b"a")
-    assert await replies.get(1) == b"a"
+    loop.call_later(1, replies.put, A)
+    assert await replies.get(1) == A
 
 
 @virtual
@@ -82,10 +86,10 @@ async def test_a_cancelled_reader_leaves_the_reply_to_the_next() -> None:
     reader = asyncio.create_task(replies.get(1))
     await asyncio.sleep(0.1)
     reader.cancel()
-    replies.put(b"a")
+    replies.put(A)
     await asyncio.wait([reader])
     assert reader.cancelled()
-    assert await replies.get(1) == b"a"
+    assert await replies.get(1) == A
 
 
 @virtual
@@ -93,8 +97,8 @@ async def test_a_reader_cancelled_as_its_reply_comes_does_not_lose_it() -> None:
     replies = Replies()
     reader = asyncio.create_task(replies.get(1))
     await asyncio.sleep(0.1)
-    replies.put(b"a")
+    replies.put(A)
     reader.cancel()
     await asyncio.wait([reader])
     assert reader.cancelled()
-    assert await replies.get(1) == b"a"
+    assert await replies.get(1) == A

@@ -76,7 +76,7 @@ async def test_at_any_time(tmp_path: Path, stream: bool) -> None:
             link.delay = (0.0005, 0.003)
         loop = asyncio.get_running_loop()
         states = set()
-        for moment in range(0, 600, 11):
+        for moment in range(0, 600, 7):
             others = [site.request(max_tokens=12) for _ in range(3)]
             tasks = [site.start(other) for other in others]
             victim = site.request(max_tokens=12, stream=stream)

@@ -231,11 +231,9 @@ async def test_prefill_that_shuts_down_says_so(tmp_path: Path) -> None:
 async def test_message_of_another_version_is_refused(tmp_path: Path) -> None:
     """tensorrtllm_backend#653: a mismatch is one clear error, not a hang."""
     async with Site(tmp_path, profile=TIMES) as site:
-        answer = site.p_links[0]._answer
-        site.p_links[0]._answer = lambda call, payload: (  # type: ignore[method-assign]
-            site.p_links[0].calls[call].put(b"\x81\xa4type\xa5later")
-            if call in site.p_links[0].calls
-            else answer(call, payload)
+        arrive = site.p_links[0].arrive_back
+        site.p_links[0].arrive_back = (  # type: ignore[method-assign]
+            lambda key, _: arrive(key, b"\x91\x92\xa1a\x81\xa4type\xa5later")
         )
         await fails(site, site.request(), "malformed message between scheduler and instance")
         await site.idle(2.1)

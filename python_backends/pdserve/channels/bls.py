@@ -1,19 +1,23 @@
 """Reach an instance in the same server by Triton's business logic scripting (BLS).
 
 ``async_exec`` on a decoupled model gives an iterator whose ``next`` blocks, so
-every open call keeps one thread; calls beyond ``threads`` wait for one.
+every response that is waited for keeps one thread; calls beyond ``threads`` wait
+for one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
 
-from pdserve.channels.protocol import Replies
+from pdserve import messages
+from pdserve.channels.protocol import Calls, Replies
 from pdserve.errors import InstanceError
+from pdserve.messages import Request
 
 
 class BlsChannel:
@@ -23,30 +27,32 @@ class BlsChannel:
         self._pb = pb_utils
         self._model = model
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"bls-{model}")
-        self._open: dict[str, tuple[Replies, asyncio.Task[None]]] = {}
+        self._stream = uuid.uuid4().hex
+        self._calls = Calls()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def open(self, call: str, payload: bytes) -> Replies:
-        replies = Replies()
-        self._open[call] = (replies, asyncio.create_task(self._run(call, payload, replies)))
-        return replies
+    def open(self, call: str, request: Request) -> Replies:
+        task = asyncio.create_task(self._run(call, messages.encode(request)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return self._calls.open(call)
 
     def forget(self, call: str) -> None:
         # The task itself goes on: a BLS call cannot be abandoned, only drained.
-        self._open.pop(call, None)
+        self._calls.forget(call)
 
     async def close(self) -> None:
-        tasks = [task for _, task in self._open.values()]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, call: str, payload: bytes, replies: Replies) -> None:
+    async def _run(self, call: str, payload: bytes) -> None:
         loop = asyncio.get_running_loop()
         try:
             request = self._pb.InferenceRequest(
                 model_name=self._model,
-                request_id=call,
+                request_id=f"{self._stream}/{call}",
                 requested_output_names=["reply"],
                 inputs=[self._pb.Tensor("request", np.frombuffer(payload, np.uint8))],
             )
@@ -58,10 +64,6 @@ class BlsChannel:
                 if response.has_error():
                     raise InstanceError(response.error().message())
                 for tensor in response.output_tensors():
-                    replies.put(tensor.as_numpy().tobytes())
-        except self._pb.TritonModelException as error:
-            replies.fail(InstanceError(str(error)))
-        except InstanceError as error:
-            replies.fail(error)
-        finally:
-            self._open.pop(call, None)
+                    self._calls.deliver(call, tensor.as_numpy().tobytes())
+        except (self._pb.TritonModelException, InstanceError) as error:
+            self._calls.fail(call, InstanceError(str(error)))

@@ -8,14 +8,17 @@ so that a restart on either side needs nobody's help.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from pdserve.channels.protocol import Replies
+from pdserve import messages
+from pdserve.channels.protocol import Calls, Replies
 from pdserve.errors import InstanceError
+from pdserve.messages import Request
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
@@ -29,29 +32,34 @@ class GrpcChannel:
     def __init__(self, address: str, model: str) -> None:
         self._address = address
         self._model = model
-        self._open: dict[str, Replies] = {}
+        self._calls = Calls()
+        self._stream = ""
         self._outgoing: asyncio.Queue[service_pb2.ModelInferRequest] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._connection: grpc.aio.Channel | None = None
 
-    def open(self, call: str, payload: bytes) -> Replies:
+    def open(self, call: str, request: Request) -> Replies:
         if self._reader is None or self._reader.done():
+            self._stream = uuid.uuid4().hex
             self._outgoing = asyncio.Queue()
             self._reader = asyncio.create_task(self._read(self._outgoing))
         assert self._outgoing is not None
-        replies = self._open[call] = Replies()
+        payload = messages.encode(request)
         tensor = service_pb2.ModelInferRequest.InferInputTensor(
             name="request", datatype="UINT8", shape=[len(payload)]
         )
         self._outgoing.put_nowait(
             service_pb2.ModelInferRequest(
-                model_name=self._model, id=call, inputs=[tensor], raw_input_contents=[payload]
+                model_name=self._model,
+                id=f"{self._stream}/{call}",
+                inputs=[tensor],
+                raw_input_contents=[payload],
             )
         )
-        return replies
+        return self._calls.open(call)
 
     def forget(self, call: str) -> None:
-        self._open.pop(call, None)
+        self._calls.forget(call)
 
     async def close(self) -> None:
         if self._reader is not None:
@@ -78,22 +86,19 @@ class GrpcChannel:
         except InstanceError as error:
             reason = str(error)
         finally:
-            failed, self._open = self._open, {}
             self._reader = None
-            for replies in failed.values():
-                replies.fail(self._error(reason))
+            self._calls.fail_all(self._error(reason))
 
     def _deliver(self, message: service_pb2.ModelStreamInferResponse) -> None:
         """Raises: InstanceError: Triton does not say which call failed: none may wait in vain."""
         response = message.infer_response
-        replies = self._open.get(response.id)
+        call = response.id.rpartition("/")[2]
         if not message.error_message:
-            if replies is not None and response.raw_output_contents:
-                replies.put(response.raw_output_contents[0])
-        elif replies is not None:
-            del self._open[response.id]
-            replies.fail(self._error(message.error_message))
-        elif not response.id:
+            for data in response.raw_output_contents:
+                self._calls.deliver(call, data)
+        elif call:
+            self._calls.fail(call, self._error(message.error_message))
+        else:
             raise InstanceError(message.error_message)
 
     def _error(self, reason: str) -> InstanceError:

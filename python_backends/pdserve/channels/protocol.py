@@ -6,7 +6,9 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
+from pdserve import messages
 from pdserve.errors import InstanceError
+from pdserve.messages import Reply, Request
 
 
 class Replies:
@@ -16,14 +18,16 @@ class Replies:
     that came before it have been read.
     """
 
-    __slots__ = ("_error", "_items", "_waiter")
+    __slots__ = ("_error", "_items", "_waiter", "carrier")
 
-    def __init__(self) -> None:
-        self._items: deque[bytes] = deque()
+    def __init__(self, carrier: str = "") -> None:
+        self.carrier = carrier
+        """The call whose responses bring these replies; see ``pdserve.channels.answers``."""
+        self._items: deque[Reply] = deque()
         self._error: InstanceError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, reply: bytes) -> None:
+    def put(self, reply: Reply) -> None:
         self._items.append(reply)
         self._wake()
 
@@ -35,7 +39,7 @@ class Replies:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def get(self, timeout: float) -> bytes:
+    async def get(self, timeout: float) -> Reply:
         """The next reply.
 
         Raises:
@@ -55,10 +59,47 @@ class Replies:
         raise self._error or InstanceError(f"no answer within {timeout:g} s")
 
 
+class Calls:
+    """The open calls of one channel, by id."""
+
+    def __init__(self) -> None:
+        self._replies: dict[str, Replies] = {}
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def open(self, call: str) -> Replies:
+        replies = self._replies[call] = Replies(call)
+        return replies
+
+    def forget(self, call: str) -> None:
+        self._replies.pop(call, None)
+
+    def deliver(self, carrier: str, data: bytes) -> None:
+        """A response to the call ``carrier`` has come, with replies to any.
+
+        Raises:
+            InstanceError: it is malformed.
+        """
+        for call, reply in messages.decode_replies(data):
+            if replies := self._replies.get(call):
+                replies.carrier = carrier
+                replies.put(reply)
+
+    def fail(self, carrier: str, error: InstanceError) -> None:
+        """No response to ``carrier`` will come any more, nor what it brought to others."""
+        for call in [call for call, one in self._replies.items() if one.carrier == carrier]:
+            self._replies.pop(call).fail(error)
+
+    def fail_all(self, error: InstanceError) -> None:
+        while self._replies:
+            self._replies.popitem()[1].fail(error)
+
+
 class Channel(Protocol):
     """Reaches one instance."""
 
-    def open(self, call: str, payload: bytes) -> Replies:
+    def open(self, call: str, request: Request) -> Replies:
         """Send one request; ``call`` is unique among the open calls of this channel."""
 
     def forget(self, call: str) -> None:

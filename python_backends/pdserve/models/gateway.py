@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
 import secrets
 from abc import ABC, abstractmethod
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors, parameters
@@ -34,6 +34,8 @@ from pdserve.tokenizer import Tokenizer
 # A client that has gone is noticed within this time.
 CANCEL_LOOK_S = 0.08
 BLS_THREADS = 64
+# Each waits for the server most of the time.
+OUTBOXES = 4
 _GONE = errors.Cancelled("the client has gone")
 
 
@@ -52,8 +54,9 @@ class GatewayModel(ABC):
         )
         """Tokens of prompt and answer together, at most."""
         self._name = args["model_name"]
+        self._unfinished = triton.text("finish_reason", "")
         self._metrics = Registry()
-        self._outbox = Outbox(CANCEL_LOOK_S, self._client_gone)
+        self._outboxes = [Outbox(CANCEL_LOOK_S, self._client_gone) for _ in range(OUTBOXES)]
         self._ids = itertools.count()
         self._serving: dict[str, asyncio.Task[Any]] = {}
         self._loop = LoopThread()
@@ -77,7 +80,8 @@ class GatewayModel(ABC):
 
     def finalize(self) -> None:
         self._loop.run(self._close())
-        self._outbox.close()
+        for outbox in self._outboxes:
+            outbox.close()
         self._loop.close()
 
     # ------------------------------------------------------------------ serving
@@ -85,7 +89,7 @@ class GatewayModel(ABC):
     def _accept(self, requests: list[Any]) -> None:
         for request in requests:
             key = str(next(self._ids))
-            self._outbox.open(key, request.get_response_sender())
+            self._outbox(key).open(key, request.get_response_sender())
             task = self._serving[key] = asyncio.create_task(self._serve(key, request))
             task.add_done_callback(partial(self._end, key))
         self._count_open()
@@ -103,8 +107,11 @@ class GatewayModel(ABC):
     def _end(self, key: str, task: asyncio.Task[Any]) -> None:
         del self._serving[key]
         response = triton.error(_GONE) if task.cancelled() else task.result()
-        self._outbox.send(key, response, last=True)
+        self._outbox(key).send(key, response, last=True)
         self._count_open()
+
+    def _outbox(self, key: str) -> Outbox:
+        return self._outboxes[int(key) % OUTBOXES]
 
     def _count_open(self) -> None:
         self._metrics.set("pdserve_open_requests", len(self._serving), gateway=self._name)
@@ -135,8 +142,8 @@ class GatewayModel(ABC):
                         job.end_answer(text.tokens_used)
                 last = chunk.finish_reason or job.answer_ended
                 if asked.stream and not last and (piece or not self.answers_in_text):
-                    outputs = [*self.outputs(piece, ids), triton.text("finish_reason", "")]
-                    self._outbox.send(key, pb_utils.InferenceResponse(outputs), last=False)
+                    outputs = [*self.outputs(piece, ids), self._unfinished]
+                    self._outbox(key).send(key, pb_utils.InferenceResponse(outputs), last=False)
                     told += len(ids)
                     piece, ids = "", []
         if reads_text and not text.stopped:
@@ -144,7 +151,7 @@ class GatewayModel(ABC):
         ending = [
             *self.outputs(piece, ids[: job.output_tokens - told]),
             triton.text("finish_reason", job.finish_reason),
-            triton.text("stats", json.dumps(job.stats())),
+            triton.text("stats", msgspec.json.encode(job.stats()).decode()),
         ]
         return pb_utils.InferenceResponse(ending)
 

@@ -5,23 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors, messages
+from pdserve.channels.answers import Answers, Call
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import PrefillInstance
-from pdserve.messages import (
-    DecodeRequest,
-    Failed,
-    PrefillRequest,
-    Release,
-    Reply,
-    Request,
-)
+from pdserve.messages import DecodeRequest, Failed, PrefillRequest, Release
 from pdserve.metrics import Registry
 from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment
 
@@ -46,7 +40,8 @@ class InstanceModel(ABC):
         self._instance = self.make(args["model_name"], deployment(args), metrics)
         self._publisher = Publisher(metrics)
         self._keys = itertools.count()
-        self._outbox = Outbox(ORPHAN_LOOK_S, self._orphaned)
+        self._outbox = Outbox(ORPHAN_LOOK_S, self._sender_dead)
+        self._answers = Answers(self._send)
         self._loop = LoopThread()
         self._loop.run(self._start())
 
@@ -66,45 +61,48 @@ class InstanceModel(ABC):
     async def _close(self) -> None:
         self._publishing.cancel()
         await self._instance.close()
+        await asyncio.sleep(0)  # what it has said last is sent in the next turn of the loop
 
     def _accept(self, requests: list[Any]) -> None:
         for request in requests:
             # Whoever calls this model past a gateway may give any id, or none.
-            key = f"{next(self._keys)}/{request.request_id()}"
-            send = self._sender(key, request.get_response_sender())
+            call = Call(f"{next(self._keys)}", request.request_id())
+            self._outbox.open(call.key, request.get_response_sender())
+            self._answers.open(call)
             try:
-                data = request.inputs()[0].as_numpy().tobytes()
-                self._submit(messages.decode_request(data), send)
+                self._submit(call, request.inputs()[0].as_numpy().tobytes())
             except errors.PDServeError as error:
-                send(Failed(error.code, str(error)), True)
+                self._answers.reply(call, Failed(error.code, str(error)), True)
             except Exception as error:  # an exception here would leave the caller without an answer
                 pb_utils.Logger.log_error(f"request not accepted: {error!r}")
-                send(Failed(errors.InstanceError.code, repr(error)), True)
+                failed = Failed(errors.InstanceError.code, repr(error))
+                self._answers.reply(call, failed, True)
 
-    def _submit(self, request: Request, send: Callable[[Reply, bool], None]) -> None:
-        match self._instance, request:
-            case _, Release(id=call):
-                self._instance.release(call, send)
-            case PrefillInstance() as prefill, PrefillRequest():
+    def _submit(self, call: Call, data: bytes) -> None:
+        send = partial(self._answers.reply, call)
+        match self._instance, messages.decode_request(data):
+            case _, Release(id=released):
+                self._instance.release(released, send)
+            case PrefillInstance() as prefill, PrefillRequest() as request:
                 prefill.submit(request, send)
-            case DecodeInstance() as decode, DecodeRequest():
+            case DecodeInstance() as decode, DecodeRequest() as request:
                 decode.submit(request, send)
-            case instance, _:
+            case instance, request:
                 raise errors.InstanceError(
                     f"a {type(request).__name__} came to a {type(instance).__name__}"
                 )
 
-    def _sender(self, key: str, sender: Any) -> Callable[[Reply, bool], None]:
-        self._outbox.open(key, sender)
+    def _send(self, key: str, data: bytes | None, last: bool) -> None:
+        response = None
+        if data is not None:
+            reply = pb_utils.Tensor("reply", np.frombuffer(data, np.uint8))
+            response = pb_utils.InferenceResponse([reply])
+        self._outbox.send(key, response, last=last)
 
-        def send(reply: Reply, last: bool) -> None:
-            data = np.frombuffer(messages.encode(reply), np.uint8)
-            response = pb_utils.InferenceResponse([pb_utils.Tensor("reply", data)])
-            self._outbox.send(key, response, last=last)
-
-        return send
+    def _sender_dead(self, key: str) -> None:
+        self._loop.call(self._orphaned, key)
 
     def _orphaned(self, key: str) -> None:
         """The gateway has died: one that lives says so by a Release."""
-        call = key.partition("/")[2]
-        self._loop.call(self._instance.release, call, lambda _reply, _last: None)
+        for call in self._answers.unheard(key):
+            self._instance.release(call, lambda _reply, _last: None)

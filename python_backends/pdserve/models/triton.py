@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+import uvloop
 from numpy.typing import NDArray
 
 from pdserve import config, errors
@@ -66,6 +67,13 @@ def text(name: str, *values: str) -> Any:
     return pb_utils.Tensor(name, array)
 
 
+class _Loop(uvloop.Loop):
+    """uvloop's own clock counts whole milliseconds."""
+
+    def time(self) -> float:
+        return time.monotonic()
+
+
 class LoopThread:
     """An event loop in a thread of its own, from a model's ``initialize`` to its ``finalize``.
 
@@ -74,7 +82,7 @@ class LoopThread:
     """
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = _Loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="loop", daemon=True)
         self._thread.start()
 
@@ -92,11 +100,11 @@ class LoopThread:
 
 
 class Outbox:
-    """All that is done with requests' response senders, by one thread and in order.
+    """All that is done with some requests' response senders, by one thread and in order.
 
     Sending and asking wait for the server, and the event loop must go on meanwhile. One
-    thread, since Triton frees what a sender stands for with its last response, and crashes
-    when it is asked about it afterwards.
+    thread to a request, since Triton frees what a sender stands for with its last response,
+    and crashes when it is asked about it afterwards.
 
     Args:
         look_s: how often it is asked whether a client has gone; each look at each request
@@ -118,8 +126,8 @@ class Outbox:
         """Responses to a request may follow; ``key`` is unique among those that are open."""
         self._queue.put(partial(self._open, key, sender))
 
-    def send(self, key: str, response: Any, *, last: bool) -> None:
-        """Send a response to an open request; with the last one it is closed."""
+    def send(self, key: str, response: Any | None, *, last: bool) -> None:
+        """Send a response to an open request; with the last one, or its absence, it is closed."""
         self._queue.put(partial(self._send, key, response, last))
 
     def close(self) -> None:
@@ -150,13 +158,14 @@ class Outbox:
         self._senders[key] = sender
         self._watched.add(key)
 
-    def _send(self, key: str, response: Any, last: bool) -> None:
+    def _send(self, key: str, response: Any | None, last: bool) -> None:
         if not last:
             self._senders[key].send(response)
             return
         self._watched.discard(key)
         sender = self._senders.pop(key)
-        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        answer = () if response is None else (response,)
+        sender.send(*answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _look(self) -> None:
         for key in [key for key in self._watched if self._senders[key].is_cancelled()]:

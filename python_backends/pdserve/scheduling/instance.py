@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from pdserve import errors, messages
+from pdserve import errors
 from pdserve.channels.protocol import Channel, Replies
-from pdserve.messages import Busy, Failed, Reply, Request, Tokens
+from pdserve.messages import Busy, Failed, Release, Reply, Request, Tokens
 
 # An instance that has failed is left alone for so long, unless all have.
 SUSPECT_S = 5.0
@@ -30,7 +30,7 @@ class Call:
             InstanceError: the instance failed, or said nothing for ``timeout`` seconds.
         """
         try:
-            reply = messages.decode_reply(await self._replies.get(timeout))
+            reply = await self._replies.get(timeout)
         except errors.InstanceError as error:
             self.suspect()
             raise errors.InstanceError(f"{self._instance.name}: {error}") from error
@@ -63,7 +63,7 @@ class Instance:
 
     def call(self, request: Request) -> Call:
         self.open += 1
-        return Call(self, request.id, self._channel.open(request.id, messages.encode(request)))
+        return Call(self, request.id, self._channel.open(request.id, request))
 
     def close_call(self, call_id: str, release: bool) -> None:
         self.open -= 1
@@ -71,8 +71,8 @@ class Instance:
         if release:
             # Nobody waits for the answer. If this message is lost, a prefill's lease ends
             # it, and a decode's request runs to its end.
-            call = f"{call_id}/release"
-            self._channel.open(call, messages.encode(messages.Release(call_id)))
+            call = f"{call_id}-release"
+            self._channel.open(call, Release(call_id))
             self._channel.forget(call)
 
     async def close(self) -> None:

@@ -93,6 +93,6 @@ class TritonPythonModel:
             if response.has_error():
                 raise InstanceError(f"{model}: {response.error().message()}")
             for tensor in response.output_tensors():
-                reply = messages.decode_reply(tensor.as_numpy().tobytes())
-                if not isinstance(reply, messages.Accepted):
-                    yield reply
+                for _, reply in messages.decode_replies(tensor.as_numpy().tobytes()):
+                    if not isinstance(reply, messages.Accepted):
+                        yield reply
