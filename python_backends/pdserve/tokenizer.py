@@ -67,12 +67,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Ids of a plain prompt, int32 ``[tokens]``, with the special tokens the model adds."""
-        return np.array(self._backend.encode(text).ids, np.int32)
+        return self._ids(text, special=True)
 
     def encode_chat(self, conversation: Conversation) -> NDArray[np.int32]:
         """Ids of a conversation, int32 ``[tokens]``; raises as ``render``."""
-        text = self.render(conversation)
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+        return self._ids(self.render(conversation), special=False)
+
+    def _ids(self, text: str, *, special: bool) -> NDArray[np.int32]:
+        # The one call that leaves out the offsets, a tenth of the time; it takes lists only.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
+        return np.array(encoding.ids, np.int32)
 
     def render(self, conversation: Conversation) -> str:
         """The conversation as the model's chat template writes it, up to the answer's beginning.

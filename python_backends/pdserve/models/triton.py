@@ -116,7 +116,7 @@ class Outbox:
         self._look_s = look_s
         self._gone = gone
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Both belong to the thread.
+        # Filled by ``open``, from then on the thread's.
         self._senders: dict[str, Any] = {}
         self._watched: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
@@ -124,7 +124,8 @@ class Outbox:
 
     def open(self, key: str, sender: Any) -> None:
         """Responses to a request may follow; ``key`` is unique among those that are open."""
-        self._queue.put(partial(self._open, key, sender))
+        self._senders[key] = sender
+        self._watched.add(key)
 
     def send(self, key: str, response: Any | None, *, last: bool) -> None:
         """Send a response to an open request; with the last one, or its absence, it is closed."""
@@ -138,9 +139,8 @@ class Outbox:
     def _run(self) -> None:
         next_look = 0.0
         while True:
-            wait = max(0.0, next_look - time.monotonic()) if self._watched else None
             with suppress(queue.Empty):
-                work = self._queue.get(timeout=wait)
+                work = self._queue.get(timeout=max(0.0, next_look - time.monotonic()))
                 if work is None:
                     return
                 self._do(work)
@@ -154,10 +154,6 @@ class Outbox:
         except Exception as failure:  # the thread serves every request: it may not end
             pb_utils.Logger.log_error(f"a response could not be sent: {failure!r}")
 
-    def _open(self, key: str, sender: Any) -> None:
-        self._senders[key] = sender
-        self._watched.add(key)
-
     def _send(self, key: str, response: Any | None, last: bool) -> None:
         if not last:
             self._senders[key].send(response)
@@ -168,9 +164,10 @@ class Outbox:
         sender.send(*answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _look(self) -> None:
-        for key in [key for key in self._watched if self._senders[key].is_cancelled()]:
-            self._watched.remove(key)
-            self._gone(key)
+        for key in list(self._watched):
+            if self._senders[key].is_cancelled():
+                self._watched.remove(key)
+                self._gone(key)
 
 
 class Publisher:
