@@ -49,6 +49,8 @@ MAX_BATCH = 64
 DECODE_PROMPT = 128
 DECODE_TOKENS = 9
 CALM = 0.1
+# Short turns are taken more often, until each side has had about so long.
+LEAST_S = 10.0
 
 
 class Clock(StoppingCriteria):
@@ -100,19 +102,25 @@ class Turns:
         seen: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for side in sides.values():
             side()
-        end = time.perf_counter() + self.patience_s
+        began = time.perf_counter()
         while True:
             for name, side in sides.items():
                 others = Others()
                 seconds = side()
                 seen[name].append((others.share, seconds))
-            calm = min(sum(share < CALM for share, _ in turns) for turns in seen.values())
-            taken = len(next(iter(seen.values())))
-            if calm >= self.rounds or (taken >= self.rounds and time.perf_counter() > end):
+            calm = min(self._calm(turns) for turns in seen.values())
+            taken_s = time.perf_counter() - began
+            enough = calm >= self.rounds and taken_s > LEAST_S * len(sides)
+            if enough or taken_s > self.patience_s:
                 break
-        counted = {name: sorted(turns)[: self.rounds] for name, turns in seen.items()}
+        count = max(calm, self.rounds)
+        counted = {name: sorted(turns)[:count] for name, turns in seen.items()}
         self.shares += [share for turns in counted.values() for share, _ in turns]
         return {name: statistics.median(s for _, s in turns) for name, turns in counted.items()}
+
+    @staticmethod
+    def _calm(turns: list[tuple[float, float]]) -> int:
+        return sum(share < CALM for share, _ in turns)
 
 
 def empty_range(model: TorchModel, tokens: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

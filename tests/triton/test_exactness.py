@@ -30,7 +30,7 @@ class Asked(NamedTuple):
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((24, 300, 12), id="24-prompts"),
+        pytest.param((16, 300, 12), id="16-prompts"),
         pytest.param((200, 2000, 32), id="200-prompts", marks=pytest.mark.full),
     ],
 )

@@ -57,7 +57,7 @@ def test_of_random_tokens(emulated_server: Running, reference: Reference) -> Non
 @pytest.mark.parametrize(
     ("count", "longest", "tokens"),
     [
-        pytest.param(24, 200, 16, id="24-prompts"),
+        pytest.param(16, 200, 16, id="16-prompts"),
         pytest.param(200, 2000, 32, id="200-prompts", marks=pytest.mark.full),
     ],
 )

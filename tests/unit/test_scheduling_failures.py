@@ -325,6 +325,28 @@ async def test_decode_that_falls_silent_in_mid_stream(tmp_path: Path) -> None:
 
 
 @virtual
+async def test_a_lost_reply_is_noticed_by_the_next(tmp_path: Path) -> None:
+    """A stream with tokens missing is an error, never an answer that lacks them."""
+    async with Site(tmp_path, profile=TIMES) as site:
+        request = site.request(max_tokens=200)
+        task = site.start(request)
+        await asyncio.sleep(0.5)
+        lost: list[Message] = []
+
+        def lose_one(message: Message) -> bool:
+            if lost or not isinstance(message, Tokens):
+                return False
+            lost.append(message)
+            return True
+
+        site.d_links[0].lose = lose_one
+        with pytest.raises(errors.InstanceError, match=r"decode_0 sent token \d+ after \d+"):
+            await task
+        assert request.ended < 0.6
+        await site.idle()
+
+
+@virtual
 async def test_decode_that_shuts_down_says_so(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
         request = site.request(max_tokens=500)
