@@ -4,10 +4,10 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-full lint format bench clean
+.PHONY: help setup demo serve test test-full lint format bench bench-transfer clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Environment, Triton, perf_analyzer and model, as far as they are missing
 	@$(PYTHON) tools/bootstrap.py
@@ -35,6 +35,9 @@ format: setup ## Let ruff rewrite what it can
 
 bench: setup ## Load test with perf_analyzer, results in perf/results
 	@$(BIN)/python -m perf.bench $(ARGS)
+
+bench-transfer: setup ## KV caches from process to process, against memcpy
+	@$(BIN)/python -m perf.transfer $(ARGS)
 
 clean: ## Stop the servers, then remove all that was made here
 	@if [ -x $(BIN)/pdctl ]; then $(BIN)/pdctl down; fi

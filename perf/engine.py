@@ -1,30 +1,23 @@
 """The torch engine against transformers' own forward and generate, side by side in one run.
 
-    python perf/engine.py [--model DIRECTORY] [--rounds 5] [--patience 120]
+    python -m perf.engine [--model DIRECTORY] [--rounds 5] [--patience 120]
 
 Ours and theirs take turns, and medians of the turns are compared. Turns during which
 other processes took more than a tenth of the machine do not count, and are repeated
-as long as patience lasts. Writes perf/results/engine.json.
+as long as patience lasts.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 # As an instance has it: see pdserve.engines.build. Read by OpenMP when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -32,6 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import transformers
+import typer
+from msgspec import Struct
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
@@ -39,9 +36,11 @@ from pdserve.engines.torch_decode import TorchDecode
 from pdserve.engines.torch_model import TorchModel
 from pdserve.engines.torch_prefill import TorchPrefill
 from pdserve.messages import Sampling
+from perf import budgets
+from perf.budgets import Budget
+from perf.record import Record
+from perf.serving import MODEL
 
-HERE = Path(__file__).parent
-DEFAULT_MODEL = HERE.parent / ".cache/models/SmolLM2-135M-Instruct"
 PROMPTS = (128, 512, 2000)
 # Those of a tuple take turns with each other, so that their ratio is of one time.
 BATCHES = ((1, 8), (16,), (64,))
@@ -51,6 +50,24 @@ DECODE_TOKENS = 9
 CALM = 0.1
 # Short turns are taken more often, until each side has had about so long.
 LEAST_S = 10.0
+console = Console()
+
+
+class Row(Struct):
+    """Ours beside theirs, medians."""
+
+    size: int
+    """Prompt tokens, or sequences in a step."""
+    ours_ms: float
+    theirs_ms: float
+    ratio: float
+    """Theirs by ours: how many times as fast ours is."""
+
+    @classmethod
+    def of(cls, size: int, ours_s: float, theirs_s: float) -> Row:
+        return cls(
+            size, round(ours_s * 1e3, 1), round(theirs_s * 1e3, 1), round(theirs_s / ours_s, 3)
+        )
 
 
 class Clock(StoppingCriteria):
@@ -95,6 +112,8 @@ class Turns:
 
     rounds: int
     patience_s: float
+    least_s: float
+    """For each side of a measurement, about."""
     shares: list[float] = field(default_factory=list)
 
     def take(self, **sides: Callable[[], float]) -> dict[str, float]:
@@ -110,7 +129,7 @@ class Turns:
                 seen[name].append((others.share, seconds))
             calm = min(self._calm(turns) for turns in seen.values())
             taken_s = time.perf_counter() - began
-            enough = calm >= self.rounds and taken_s > LEAST_S * len(sides)
+            enough = calm >= self.rounds and taken_s > self.least_s * len(sides)
             if enough or taken_s > self.patience_s:
                 break
         count = max(calm, self.rounds)
@@ -128,7 +147,7 @@ def empty_range(model: TorchModel, tokens: int) -> np.ndarray[Any, np.dtype[np.u
     return np.zeros((layout.layers * 2, tokens, layout.row_bytes), np.uint8)
 
 
-def prefill(model: TorchModel, theirs: Any, tokens: int, turns: Turns) -> dict[str, Any]:
+def prefill(model: TorchModel, theirs: Any, tokens: int, turns: Turns) -> Row:
     prompt = np.random.default_rng(tokens).integers(3, model.vocab_size, tokens).astype(np.int32)
     job = PrefillJob(prompt, empty_range(model, tokens), Sampling())
     engine = TorchPrefill(model)
@@ -139,15 +158,10 @@ def prefill(model: TorchModel, theirs: Any, tokens: int, turns: Turns) -> dict[s
         theirs(ids, logits_to_keep=1)
 
     s = turns.take(ours=lambda: timed(lambda: engine.prefill([job])), theirs=lambda: timed(forward))
-    return {
-        "prompt_tokens": tokens,
-        "ours_ms": round(s["ours"] * 1e3, 1),
-        "transformers_ms": round(s["theirs"] * 1e3, 1),
-        "ratio": round(s["theirs"] / s["ours"], 3),
-    }
+    return Row.of(tokens, s["ours"], s["theirs"])
 
 
-def decode(model: TorchModel, theirs: Any, turns: Turns) -> list[dict[str, Any]]:
+def decode(model: TorchModel, theirs: Any, turns: Turns) -> list[Row]:
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.vocab_size, (MAX_BATCH, DECODE_PROMPT)).astype(np.int32)
     room = DECODE_PROMPT + DECODE_TOKENS
@@ -187,125 +201,57 @@ def decode(model: TorchModel, theirs: Any, turns: Turns) -> list[dict[str, Any]]
             **{f"ours {batch}": partial(ours, batch) for batch in batches},
             **{f"theirs {batch}": partial(generate, batch) for batch in batches},
         )
-    return [
-        {
-            "batch": batch,
-            "ours_ms_per_step": round(s[f"ours {batch}"] * 1e3, 1),
-            "transformers_ms_per_step": round(s[f"theirs {batch}"] * 1e3, 1),
-            "ours_tokens_per_s": round(batch / s[f"ours {batch}"], 1),
-            "transformers_tokens_per_s": round(batch / s[f"theirs {batch}"], 1),
-            "ratio": round(s[f"theirs {batch}"] / s[f"ours {batch}"], 3),
-        }
-        for batch in chain(*BATCHES)
+    return [Row.of(n, s[f"ours {n}"], s[f"theirs {n}"]) for n in chain(*BATCHES)]
+
+
+def run(model: str, rounds: int, patience_s: float, *, quick: bool) -> list[Budget]:
+    """Measure, show, write ``perf/results/engine.json``."""
+    record = Record("engine-quick" if quick else "engine")
+    transformers.logging.disable_progress_bar()
+    turns = Turns(rounds, patience_s, 0.0 if quick else LEAST_S)
+    ours = TorchModel(model, "cpu", "float32", 0)
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prefills = [prefill(ours, theirs, tokens, turns) for tokens in PROMPTS]
+    decodes = decode(ours, theirs, turns)
+    table = Table("", "ours, ms", "theirs, ms", "as fast")
+    for name, some in (("prefill", prefills), ("decode step, batch", decodes)):
+        for row in some:
+            times = f"{row.ours_ms:.1f}", f"{row.theirs_ms:.1f}"
+            table.add_row(f"{name} {row.size}", *times, f"{row.ratio:.3f} x")
+    by_batch = {row.size: row for row in decodes}
+    gain = 8 * by_batch[1].ours_ms / by_batch[8].ours_ms
+    worst = min(row.ratio for row in prefills)
+    measured = [
+        Budget("torch: prefill against forward, worst", worst, "x", "at least", 0.95),
+        Budget("torch: decode 8 against generate 8", by_batch[8].ratio, "x", "at least", 1.0),
+        Budget("torch: decode 8 against our decode 1", round(gain, 3), "x", "at least", 3.0),
     ]
-
-
-def memory(model: str, processes: int) -> dict[str, Any]:
-    """PSS of each process, all of them having read every weight.
-
-    Of a copy of the model: a server that has it mapped would bear a part of it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(model, f"{folder}/model")
-        pss = pss_of(processes, f"{folder}/model")
-    return {"processes": processes, "pss_mib": pss, "sum_mib": sum(pss)}
-
-
-def pss_of(processes: int, model: str) -> list[int]:
-    command = [sys.executable, __file__, "--model", model, "--hold"]
-    children = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(processes)
-    ]
-    for child in children:
-        assert child.stdout is not None
-        child.stdout.readline()
-    pss = []
-    for child in children:
-        rollup = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
-        pss.append(next(int(line.split()[1]) // 1024 for line in rollup if line.startswith("Pss:")))
-    for child in children:
-        child.communicate()
-    return pss
-
-
-def hold(model: str) -> None:
-    """Be one of the processes: load, compute once, wait for the end of stdin."""
-    held = TorchModel(model, "cpu", "float32", 0)
-    print(held.fingerprint, flush=True)
-    sys.stdin.read()
-
-
-def machine() -> dict[str, Any]:
-    cpu = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu.split(":")[-1].strip(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
+    console.print(table)
+    console.print(budgets.table(measured))
+    conditions = {
         "torch_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "taken_by_others_median": round(statistics.median(turns.shares), 3),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEFAULT_MODEL))
-    parser.add_argument("--rounds", type=int, default=5, help="turns that count")
-    parser.add_argument("--patience", type=float, default=120, help="seconds for a measurement")
-    parser.add_argument("--hold", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    transformers.logging.disable_progress_bar()
-    if options.hold:
-        hold(options.model)
-        return
-    turns = Turns(options.rounds, options.patience)
-    pss = [memory(options.model, n) for n in (1, 2)]
-    for row in pss:
-        print(f"PSS of {row['processes']} processes: {row['pss_mib']} MiB")
-    model = TorchModel(options.model, "cpu", "float32", 0)
-    theirs = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    print(f"{'':16}{'ours':>10}{'theirs':>10}  ms")
-    prefills = [prefill(model, theirs, tokens, turns) for tokens in PROMPTS]
-    for row in prefills:
-        name = f"prefill {row['prompt_tokens']}"
-        print(f"{name:16}{row['ours_ms']:10}{row['transformers_ms']:10}  x {row['ratio']}")
-    decodes = decode(model, theirs, turns)
-    for row in decodes:
-        name = f"decode {row['batch']}"
-        ours, theirs_ms = row["ours_ms_per_step"], row["transformers_ms_per_step"]
-        print(f"{name:16}{ours:10}{theirs_ms:10}  x {row['ratio']}")
-    by_batch = {row["batch"]: row for row in decodes}
-    gain = by_batch[8]["ours_tokens_per_s"] / by_batch[1]["ours_tokens_per_s"]
-    measured = {
-        "prefill against forward, worst": (min(row["ratio"] for row in prefills), 0.95),
-        "decode 8 against generate 8": (by_batch[8]["ratio"], 1.0),
-        "decode 8 against our decode 1": (round(gain, 3), 3.0),
-    }
-    budgets = [
-        {"what": what, "measured": value, "at_least": limit, "met": value >= limit}
-        for what, (value, limit) in measured.items()
-    ]
-    for row in budgets:
-        print(f"{row['what']}: {row['measured']} (at least {row['at_least']})")
     results = {
-        "command": "python perf/engine.py",
-        "machine": machine()
-        | {"taken_by_others_median": round(statistics.median(turns.shares), 3)},
-        "memory": pss,
+        "budgets": measured,
+        "conditions": conditions,
         "prefill": prefills,
-        "decode": decodes,
-        "budgets": budgets,
+        "decode_step": decodes,
     }
-    path = HERE / "results/engine.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    console.print(record.write(results))
+    return measured
+
+
+def main(
+    model: Annotated[str, typer.Option(help="directory of a causal LM")] = str(MODEL),
+    rounds: Annotated[int, typer.Option(help="turns that count")] = 5,
+    patience: Annotated[float, typer.Option(help="seconds for a measurement at most")] = 120.0,
+    quick: Annotated[bool, typer.Option("--quick", help="one turn each")] = False,
+) -> None:
+    """The torch engine against transformers' own forward and generate, side by side in one run."""
+    run(model, 1 if quick else rounds, patience, quick=quick)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
