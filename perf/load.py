@@ -10,6 +10,7 @@ two baselines of ``perf/baselines``, one after the other in one server with emul
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Annotated
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from perf import perf_analyzer
 from perf.answers import Summary, summarize
-from perf.perf_analyzer import Workload
+from perf.perf_analyzer import Kind, Workload
 from perf.record import Record
 from perf.serving import deployment, serving
 
@@ -39,18 +40,33 @@ class Level(Struct):
 
 
 def measure(
-    address: str, models: Sequence[str], workload: Workload, option: str, levels: str
+    address: str, models: Sequence[str], workload: Workload, kind: Kind, levels: Sequence[float]
 ) -> list[Level]:
     """Put the same load on each model; a progress line on a terminal."""
     measured = []
-    for model in models:
-        with console.status(f"{model} {option} {levels}"):
-            answers = perf_analyzer.run(address, model, workload, f"--{option}-range", levels)
-        unit = "/s" if option == "request-rate" else ""
-        measured += [
-            Level(model, f"{value:g}{unit}", summarize(some)) for value, some in answers.items()
-        ]
+    for model, level in itertools.product(models, levels):
+        with console.status(f"{model}, {kind} {level:g}"):
+            answers = perf_analyzer.run(address, model, workload, kind, level)
+        unit = "/s" if kind == "request-rate" else ""
+        measured.append(Level(model, f"{level:g}{unit}", summarize(answers)))
     return measured
+
+
+def levels(text: str) -> list[float]:
+    """``from:to:step`` as perf_analyzer has it, both ends included; ``from`` alone is one level.
+
+    Raises:
+        typer.BadParameter: it is not that.
+    """
+    try:
+        first, *rest = map(float, text.split(":"))
+        last, step = rest or (first, 1.0)
+        count = int((last - first) / step + 1e-9) + 1
+    except (ValueError, ZeroDivisionError):
+        first = count = 0
+    if first <= 0 or count < 1:
+        raise typer.BadParameter(f"{text!r}; from:to:step is allowed, all above 0, as in 1:9:4")
+    return [first + n * step for n in range(count)]
 
 
 def show(levels: Sequence[Level]) -> None:
@@ -95,12 +111,13 @@ def main(
     workload = Workload(
         requests, prompt_tokens, output_tokens, stream, seed=random.randrange(1 << 30)
     )
-    option, levels = ("request-rate", rate) if rate else ("concurrency", concurrency)
+    kind: Kind = "request-rate" if rate else "concurrency"
+    asked = levels(rate or concurrency)
     if baselines:
         with serving(deployment(profile), *BASELINES) as server:
-            measured = measure(server.grpc, ("pdserve", *BASELINES), workload, option, levels)
+            measured = measure(server.grpc, ("pdserve", *BASELINES), workload, kind, asked)
     else:
-        measured = measure(address, model or ["pdserve"], workload, option, levels)
+        measured = measure(address, model or ["pdserve"], workload, kind, asked)
     show(measured)
     console.print(record.write({"workload": workload, "levels": measured}))
 

@@ -97,10 +97,7 @@ def median(values: Iterable[float]) -> float:
 def ttft(server: MeasuredServer, requests: int, seed: int) -> Summary:
     """One stream, one request after the other."""
     workload = Workload(requests, PROMPT_TOKENS, OUTPUT_TOKENS, seed=seed)
-    (answers,) = perf_analyzer.run(
-        server.grpc, "pdserve", workload, "--concurrency-range", "1:1:1"
-    ).values()
-    return summarize(answers)
+    return summarize(perf_analyzer.run(server.grpc, "pdserve", workload, "concurrency", 1))
 
 
 def cost(server: MeasuredServer, requests: int, stream: bool, seed: int) -> Cost:
@@ -175,9 +172,7 @@ def measure(repeats: int, *, quick: bool) -> Results:
             with console.status(f"{STREAMS} streams: {repeat + 1} of {repeats}"):
                 runs.append(streams(server, 128 if quick else 512, repeat))
         workload = Workload(16 if quick else 48, PROMPT_TOKENS, 64)
-        baselines = load.measure(
-            server.grpc, ("pdserve", *BASELINES), workload, "concurrency", "8:8:1"
-        )
+        baselines = load.measure(server.grpc, ("pdserve", *BASELINES), workload, "concurrency", [8])
     return Results(ttfts, costs, runs, baselines)
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -17,6 +18,8 @@ from perf.prompts import prompts
 
 BUNDLED = ROOT / ".cache" / "perf_analyzer" / "perf_analyzer"
 MAX_PROMPTS = 1000
+
+Kind = Literal["concurrency", "request-rate"]
 
 
 class Failed(Exception):
@@ -33,13 +36,7 @@ class _Request(Struct):
     response_outputs: list[_Output]
 
 
-class _Level(Struct):
-    mode: str
-    value: float
-
-
 class _Experiment(Struct):
-    experiment: _Level
     requests: list[_Request]
 
 
@@ -57,12 +54,13 @@ class Workload(Struct, frozen=True):
     seed: int = 0
 
 
-def run(address: str, model: str, workload: Workload, *level: str) -> dict[float, list[Answer]]:
-    """Measure a model; the answers at each level of load.
+def run(address: str, model: str, workload: Workload, kind: Kind, level: float) -> list[Answer]:
+    """Measure a model under one level of load.
 
     Args:
         address: host and gRPC port.
-        level: ``--concurrency-range from:to:step`` or ``--request-rate-range ...``.
+        level: so many requests at once, or in a second. One at a time, since perf_analyzer
+            counts requests (``--request-count``) at a single level only.
 
     Raises:
         Failed: it ended with an error, or a request did.
@@ -74,17 +72,16 @@ def run(address: str, model: str, workload: Workload, *level: str) -> dict[float
             *(shutil.which("perf_analyzer") or str(BUNDLED), "-m", model, "-u", address),
             *("-i", "grpc", "--streaming", "--async", "--input-data", str(data)),
             *("--request-count", str(workload.requests), "--profile-export-file", str(profile)),
-            *level,
+            *(f"--{kind}-range", f"{level:g}"),
         ]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode or not profile.exists():
-            words = (done.stdout + done.stderr).strip().splitlines()[-10:]
-            raise Failed("\n".join([f"{' '.join(line)} ended with {done.returncode}", *words]))
+            words = (done.stdout + done.stderr).partition("Usage:")[0].strip().splitlines()
+            raise Failed(
+                "\n".join([f"{' '.join(line)} ended with {done.returncode}", *words[-10:]])
+            )
         exported = msgspec.json.decode(profile.read_bytes(), type=_Profile)
-    return {
-        experiment.experiment.value: [_answer(request) for request in experiment.requests]
-        for experiment in exported.experiments
-    }
+    return [_answer(request) for one in exported.experiments for request in one.requests]
 
 
 def _input(workload: Workload) -> list[dict[str, object]]:
