@@ -52,8 +52,9 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule()
     def leases_end(self) -> None:
-        for held in self.arena.due(1.0):
-            self.arena.cache(held)
+        for held in self.content:
+            if held.state is State.LEASED:
+                self.arena.cache(held)
 
     @rule(tokens=prompts, salt=salts)
     def find(self, tokens: list[int], salt: str) -> None:

@@ -159,14 +159,6 @@ class Arena:
         if held.state is State.CACHED:
             self._park(held)
 
-    def due(self, now: float) -> list[Range]:
-        """LEASED and QUARANTINED ranges whose time is over: the caller ends each of them."""
-        return [
-            held
-            for held in self._held.values()
-            if held.state in (State.LEASED, State.QUARANTINED) and held.until <= now
-        ]
-
     def counts(self) -> dict[State, tuple[int, int]]:
         """Ranges and bytes per state; FREE counts holes. The bytes add up to the capacity."""
         return self._counts | {State.FREE: (len(self._holes), self._holes.free)}

@@ -7,7 +7,7 @@
 A slot has words of two writers, each of which writes only its own:
 
     holder      nonce (zero: no lease), expires
-    receiver    state, time it began, and the nonce of the lease that these are about
+    receiver    state, and the nonce of the lease that it is about
 
 The receiver's words count only while their nonce is the holder's: so a slot becomes idle again
 with its next nonce, and what a late receiver says about an earlier lease is ignored. Every word
@@ -46,10 +46,9 @@ _NO_NONCE = bytes(NONCE_BYTES)
 _NONCE = Struct(f"{NONCE_BYTES}s")
 _EXPIRES = Struct("<d")
 _STATE = Struct("<I")
-_BEGAN = Struct("<d")
 # Offsets in a slot.
 _HOLDER_NONCE, _HOLDER_EXPIRES = 0, 16
-_RECEIVER_NONCE, _RECEIVER_BEGAN, _RECEIVER_STATE = 32, 48, 56
+_RECEIVER_NONCE, _RECEIVER_STATE = 32, 48
 
 
 class Pull(IntEnum):
@@ -194,10 +193,9 @@ class SharedRegion:
 
     # The receiver's words.
 
-    def begin(self, slot: int, nonce: bytes, now: float) -> None:
+    def begin(self, slot: int, nonce: bytes) -> None:
         """Say that the KV cache of a lease is being read."""
         self._write(_STATE, slot, _RECEIVER_STATE, Pull.PULLING)
-        self._write(_BEGAN, slot, _RECEIVER_BEGAN, now)
         self._write(_NONCE, slot, _RECEIVER_NONCE, nonce)
 
     def finish(self, slot: int, nonce: bytes) -> None:
@@ -210,11 +208,6 @@ class SharedRegion:
         if self._read(_NONCE, slot, _RECEIVER_NONCE) != nonce:
             return Pull.IDLE
         return Pull.DONE if self._read(_STATE, slot, _RECEIVER_STATE) == Pull.DONE else Pull.PULLING
-
-    def began(self, slot: int) -> float:
-        """When the last pull of the slot began, in seconds on CLOCK_MONOTONIC."""
-        began: float = self._read(_BEGAN, slot, _RECEIVER_BEGAN)
-        return began
 
     def _read(self, word: Struct, slot: int, offset: int) -> Any:
         return word.unpack_from(self._words, _PAGE + slot * _SLOT_BYTES + offset)[0]

@@ -76,10 +76,6 @@ class Leases:
         """What the receiver of a granted or revoked lease is doing."""
         return self._region.pull(slot, self._nonces[slot])
 
-    def began(self, slot: int) -> float:
-        """When a pull that is not IDLE began, in seconds on CLOCK_MONOTONIC."""
-        return self._region.began(slot)
-
     def free(self, slot: int) -> None:
         """Make a slot available to the next lease."""
         self.revoke(slot)
@@ -111,7 +107,7 @@ class ShmReceiver:
         handle.check(self._fingerprint, self._layout, now)
         region = self._region(handle.region)
         _check(region, handle, now)
-        region.begin(handle.lease, handle.nonce, now)
+        region.begin(handle.lease, handle.nonce)
         try:
             source = region.data[handle.offset : handle.offset + handle.nbytes]
             yield source.reshape(handle.layout.shape(handle.tokens))
