@@ -33,7 +33,7 @@ format: setup ## Let ruff rewrite what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: setup ## Load test with perf_analyzer, results in perf/results
+bench: setup ## Every budget measured, results in perf/results
 	@$(BIN)/python -m perf.bench $(ARGS)
 
 bench-transfer: setup ## KV caches from process to process, against memcpy

@@ -10,7 +10,7 @@ from pdserve import messages
 from pdserve.channels.answers import Answers, Call
 from pdserve.channels.protocol import Calls
 from pdserve.errors import InstanceError
-from pdserve.messages import Accepted, Released, Reply, Tokens
+from pdserve.messages import Accepted, Failed, Released, Reply, Tokens
 from tests.unit.inprocess import virtual
 
 Sent = tuple[str, list[tuple[str, Reply]] | None, bool]
@@ -48,7 +48,7 @@ async def test_one_reply_is_a_response_of_its_own() -> None:
     wire.answers.reply(other, Released(), True)
     wire.answers.reply(one, Released(), True)
     assert wire.sent == [("2", [("id-2", Released())], True), ("1", [("id-1", Released())], True)]
-    assert not wire.answers.unheard("1")
+    assert not wire.answers.abandon("1")
 
 
 @virtual
@@ -75,7 +75,6 @@ async def test_a_carrier_lasts_as_long_as_any_answer_of_its_stream() -> None:
     await wire.flushed()
     wire.answers.reply(first, tokens(2, "stop"), True)
     assert await wire.flushed() == [("1", [("id-1", tokens(2, "stop"))], False)]
-    assert wire.answers.unheard("1") == ["id-2"]
     wire.answers.reply(second, tokens(2, "stop"), True)
     assert await wire.flushed() == [("1", [("id-2", tokens(2, "stop"))], True)]
     third = wire.call("3")
@@ -92,15 +91,34 @@ async def test_streams_share_nothing() -> None:
     for call in (mine, theirs, nobody):
         wire.answers.reply(call, tokens(1), False)
     assert [key for key, _, _ in await wire.flushed()] == ["1", "2", "3"]
-    assert [wire.answers.unheard(key) for key in "123"] == [["id-1"], ["id-2"], ["id-3"]]
+    assert [wire.answers.abandon(key) for key in "123"] == [["id-1"], ["id-2"], ["id-3"]]
 
 
 @virtual
-async def test_unheard_before_the_first_reply() -> None:
+async def test_a_caller_that_goes_before_the_first_reply() -> None:
     wire = Wire()
     wire.call("1")
-    assert wire.answers.unheard("1") == ["id-1"]
-    assert not wire.answers.unheard("2")
+    assert wire.answers.abandon("1") == ["id-1"]
+    assert not wire.answers.abandon("2")
+
+
+@virtual
+async def test_a_caller_that_goes_takes_along_what_its_carrier_brought() -> None:
+    wire = Wire()
+    first, second = wire.call("1"), wire.call("2")
+    for call in (first, second):
+        wire.answers.reply(call, tokens(1), False)
+    wire.answers.reply(first, tokens(2, "stop"), True)
+    await wire.flushed()
+    assert wire.answers.abandon("1") == ["id-2"], "the first has had its last reply"
+    late = wire.call("3")
+    wire.answers.reply(late, tokens(1), False)
+    wire.answers.reply(second, Failed("CANCELLED", "released"), True)
+    assert await wire.flushed() == [
+        ("3", [("id-3", tokens(1))], False),
+        ("1", [("id-2", Failed("CANCELLED", "released"))], True),
+    ]
+    assert wire.answers.abandon("3") == ["id-3"], "one that came late is noticed for itself"
 
 
 @virtual

@@ -71,11 +71,15 @@ class Answers:
         if last:
             del carrier.calls[call.key]
 
-    def unheard(self, key: str) -> list[str]:
-        """The ids of the calls that are answered by call ``key``: for when its caller has gone."""
-        carried = [carrier for carrier in self._carriers.values() if carrier.key == key]
-        if carried:
-            return [call.id for call in carried[0].calls.values()]
+    def abandon(self, key: str) -> list[str]:
+        """The caller of ``key`` has gone: the ids of the calls that it would have heard of.
+
+        No further call is carried by it: one that comes late would never be noticed as unheard.
+        """
+        for stream, carrier in self._carriers.items():
+            if carrier.key == key:
+                del self._carriers[stream]
+                return [call.id for call in carrier.calls.values()]
         return [self._calls[key].id] if key in self._calls else []
 
     def _carry(self, call: Call) -> _Carrier:
@@ -90,7 +94,7 @@ class Answers:
 
     def _flush(self, stream: str, carrier: _Carrier) -> None:
         over = not carrier.calls
-        if over:
+        if over and self._carriers.get(stream) is carrier:
             del self._carriers[stream]
         self._send(carrier.key, messages.encode_replies(carrier.batch), over)
         carrier.batch = []

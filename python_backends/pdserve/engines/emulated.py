@@ -154,11 +154,10 @@ class EmulatedDecode:
             + timing.per_context_token_ms * context
         )
         now = asyncio.get_running_loop().time()
-        overlapped = now < self._free_at + seconds and any(one.state for one in batch)
+        goes_on = any(len(one.tokens) > 1 for one in batch)
+        overlapped = goes_on and now < self._free_at + seconds
         self._free_at = (self._free_at if overlapped else now) + seconds
         await asyncio.sleep(self._free_at - now)
-        for one in batch:
-            one.state = self
         return [self._model.token(one.prompt, len(one.tokens)) for one in batch]
 
     def close(self) -> None:

@@ -104,5 +104,5 @@ class InstanceModel(ABC):
 
     def _orphaned(self, key: str) -> None:
         """The gateway has died: one that lives says so by a Release."""
-        for call in self._answers.unheard(key):
+        for call in self._answers.abandon(key):
             self._instance.release(call, lambda _reply, _last: None)

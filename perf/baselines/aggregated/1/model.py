@@ -25,6 +25,10 @@ class TritonPythonModel(pdserve.TritonPythonModel):
         self._scheduler = scheduler  # type: ignore[assignment]
         self._computing = asyncio.create_task(scheduler.compute())
 
+    async def _close(self) -> None:
+        self._computing.cancel()
+        await super()._close()
+
 
 @dataclass(slots=True, eq=False)
 class _Open:
