@@ -36,8 +36,10 @@ format: setup ## Let ruff rewrite what it can
 bench: setup ## Every budget measured, results in perf/results
 	@$(BIN)/python -m perf.bench $(ARGS)
 
-bench-transfer: setup ## KV caches from process to process, against memcpy
+bench-transfer: setup ## KV caches from process to process, every way, against memcpy and NIXL
 	@$(BIN)/python -m perf.transfer $(ARGS)
+	@$(BIN)/python -m perf.exposure
+	@$(BIN)/python -m perf.arrivals
 
 clean: ## Stop the servers, then remove all that was made here
 	@if [ -x $(BIN)/pdctl ]; then $(BIN)/pdctl down; fi

@@ -113,7 +113,7 @@ async def _run_all(load: Load) -> Measured:
     ]
     before, cpu = processes.cpu_s(load.watch), time.process_time()
     answers = await asyncio.gather(
-        *(_stream(connections[i % len(connections)], some) for i, some in enumerate(work))
+        *(one_stream(connections[i % len(connections)], some) for i, some in enumerate(work))
     )
     cpu, after = time.process_time() - cpu, processes.cpu_s(load.watch)
     for connection in connections:
@@ -125,7 +125,7 @@ async def _run_all(load: Load) -> Measured:
     )
 
 
-async def _stream(
+async def one_stream(
     connection: grpc.aio.Channel, requests: Sequence[service_pb2.ModelInferRequest]
 ) -> list[Answer]:
     """Make each request when the one before has been answered."""

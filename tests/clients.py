@@ -274,9 +274,26 @@ def held(server: Running) -> dict[str, float]:
 
 _STATES = {
     "pdserve_slots": ("used",),
-    "pdserve_kv_leases": ("allocated", "leased", "quarantined"),
+    "pdserve_kv_leases": ("allocated", "leased", "in_transfer", "quarantined"),
     "pdserve_kv_blocks": ("used",),
 }
+
+
+def wait_met(server: Running, within: float = 10.0) -> None:
+    """Until every gateway of a server has brought every prefill and decode together."""
+
+    def unmet() -> dict[str, float]:
+        return {
+            f"{sample.labels}": sample.value
+            for sample in metrics(server)
+            if sample.name == "pdserve_kv_pairs"
+            if sample.labels["state"] == "unknown"
+        }
+
+    gateways = 2  # pdserve and scheduler
+    wait_until(
+        lambda: len(unmet()) == gateways and not any(unmet().values()), within, lambda: f"{unmet()}"
+    )
 
 
 def wait_idle(server: Running, within: float) -> float:

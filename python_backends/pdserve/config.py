@@ -19,6 +19,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = get_args(Role)
+TransportName = Literal["cuda_ipc", "shm", "nixl"]
 Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
@@ -45,12 +46,19 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     """How an instance computes."""
 
     kind: Literal["torch", "emulated"] = "torch"
-    device: str = "cpu"
+    device: Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: Annotated[int, Meta(ge=0)] = 0
     """CPU threads of one instance; 0 means every core."""
     profile: str | None = None
     """Timing profile of the emulated engine (YAML)."""
+
+    @property
+    def gpu(self) -> int | None:
+        """Number of the CUDA device that computes; None: the CPU does."""
+        if self.kind == "emulated" or self.device == "cpu":
+            return None
+        return int(self.device.partition(":")[2] or 0)
 
 
 class Prefill(Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,6 +71,8 @@ class Prefill(Struct, frozen=True, forbid_unknown_fields=True):
     arena_mib: Count = 512
     lease_s: Seconds = 30.0
     """How long a KV cache waits for its decode."""
+    tensor_parallel: Count = 1
+    """Ranks that share out the KV heads; each keeps its own in a range of its own."""
 
 
 class Decode(Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,6 +85,28 @@ class Decode(Struct, frozen=True, forbid_unknown_fields=True):
     response_cost_ms: Annotated[float, Meta(ge=0)] = 0.6
     """The interval between two responses of a stream grows by this with each open stream."""
     max_interval_ms: Annotated[float, Meta(ge=0)] = 80.0
+    tensor_parallel: Count = 1
+    """Ranks that share out the KV heads: a multiple or a divisor of the prefill's."""
+
+
+class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
+    """How KV caches move."""
+
+    transports: tuple[TransportName, ...] | None = None
+    """Best first. None: ``cuda_ipc`` where the engine is on a GPU, ``shm``, and ``nixl`` where
+    there is more than one host."""
+    require: Literal["any", "rdma"] = "any"
+    """``rdma``: a pair of instances that has no RDMA between them is refused."""
+    strategy: Literal["auto", "whole", "direct", "layered"] = "auto"
+    """``auto``: by what each link has been seen to take."""
+    key_file: str = "kv.key"
+    """Holds the secret that handles are sealed with; made where it does not exist."""
+    pulls: Count = 4
+    """At once, in one decode."""
+    staging_mib: Count = 16
+    """Arrival space of one decode, for transports that do not map the prefill's memory."""
+    timeout_s: Seconds = 30.0
+    """Of one pull, the wait for layers that are still being computed included."""
 
 
 class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,6 +131,18 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     prefill: Prefill = Prefill()
     decode: Decode = Decode()
     gateway: Gateway = Gateway()
+    transfer: Transfer = Transfer()
+
+    @property
+    def transports(self) -> tuple[TransportName, ...]:
+        """Those that instances are to use, best first."""
+        if self.transfer.transports is not None:
+            return self.transfer.transports
+        gpu: tuple[TransportName, ...] = ("cuda_ipc",) if self.engine.gpu is not None else ()
+        far: tuple[TransportName, ...] = (
+            ("nixl",) if len({s.host for s in self.servers}) > 1 else ()
+        )
+        return (*gpu, "shm", *far)
 
     def instances(self, role: Role) -> dict[str, Server]:
         """Every instance of a role, with the server that holds it."""
@@ -136,4 +180,8 @@ def load(path: Path) -> Deployment:
     engine = deployment.engine
     if engine.profile is not None:
         engine = msgspec.structs.replace(engine, profile=absolute(engine.profile))
-    return msgspec.structs.replace(deployment, model=absolute(deployment.model), engine=engine)
+    transfer = deployment.transfer
+    transfer = msgspec.structs.replace(transfer, key_file=absolute(transfer.key_file))
+    return msgspec.structs.replace(
+        deployment, model=absolute(deployment.model), engine=engine, transfer=transfer
+    )

@@ -1,4 +1,4 @@
-"""What the scheduler and the instances say to each other, version 1.
+"""What the scheduler and the instances say to each other, version 2.
 
 A message is msgpack in one UINT8 tensor: ``request`` on the way in; on the way out
 ``reply``, any number of replies with the ids of the calls that they belong to.
@@ -16,9 +16,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pdserve.errors import InstanceError
-from pdserve.kvcache.handle import KVHandle
+from pdserve.transfer.reports import Met, Pulled
 
-VERSION = 1
+VERSION = 2
 
 
 class Sampling(Struct, frozen=True, array_like=True):
@@ -63,6 +63,8 @@ class PrefillRequest(Struct, frozen=True, tag="prefill"):
     tenant: str
     deadline_ms: float
     """Milliseconds from now after which the first token is worthless."""
+    layered: bool = False
+    """Tell the handle with the acceptance, for a decode that pulls layer by layer meanwhile."""
     version: int = VERSION
 
 
@@ -78,14 +80,33 @@ class DecodeRequest(Struct, frozen=True, tag="decode"):
 
     id: str
     prompt: bytes
-    first_token: int
-    handle: KVHandle
+    first_token: int | None
+    """None: it is not computed yet, and will stand in the lease."""
+    handle: bytes
+    """A sealed ``KVHandle``."""
     sampling: Sampling
+    tenant: str
     max_tokens: int
     """Tokens in the answer, the first one included."""
     ignore_eos: bool
     min_interval_ms: float
     """At least this long between two replies with tokens."""
+    version: int = VERSION
+
+
+class Describe(Struct, frozen=True, tag="describe"):
+    """A prefill says how its memory is reached."""
+
+    id: str
+    version: int = VERSION
+
+
+class Join(Struct, frozen=True, tag="join"):
+    """A decode meets a prefill: connects, probes, warms. For one that it knows, nothing is done."""
+
+    id: str
+    description: bytes
+    """A sealed ``Description``, as a prefill has told it."""
     version: int = VERSION
 
 
@@ -105,13 +126,17 @@ class Failed(Struct, frozen=True, tag="failed"):
 class Accepted(Struct, frozen=True, tag="accepted"):
     """An instance has taken the request; sent only where the result takes longer than a moment."""
 
+    handle: bytes | None = None
+    """A prefill's, where the request is ``layered``: the KV cache may be followed from now on."""
+
 
 class Prefilled(Struct, frozen=True, tag="prefilled"):
     """The first token, and where the KV cache waits."""
 
     token: int
     eos: bool
-    handle: KVHandle
+    handle: bytes
+    """A sealed ``KVHandle``."""
     cached_tokens: int
     compute_ms: float
 
@@ -123,16 +148,35 @@ class Tokens(Struct, frozen=True, tag="tokens"):
     """Index of the first of them in the answer: a reply that was lost on the way is noticed."""
     ids: bytes
     finish_reason: Annotated[str, Meta(pattern="^(stop|length|)$")] = ""
-    transfer_ms: float | None = None
-    """On the first reply: the time it took to pull the KV cache."""
+    pulled: Pulled | None = None
+    """On the first reply: how the KV cache came."""
+
+
+class Stranger(Struct, frozen=True, tag="stranger"):
+    """A decode does not know the holder of the KV cache; nothing is held. Join, then ask again."""
+
+
+class Described(Struct, frozen=True, tag="described"):
+    """How a prefill's memory is reached; the same bytes for as long as it lives."""
+
+    description: bytes
+
+
+class Joined(Struct, frozen=True, tag="joined"):
+    """How the decode reaches the prefill."""
+
+    prefill: str
+    met: Met
+    bytes_per_token: int
+    """Of a KV cache."""
 
 
 class Released(Struct, frozen=True, tag="released"):
     """Nothing is held for the request."""
 
 
-Request = PrefillRequest | DecodeRequest | Release
-Reply = Busy | Accepted | Failed | Prefilled | Tokens | Released
+Request = PrefillRequest | DecodeRequest | Release | Describe | Join
+Reply = Busy | Accepted | Failed | Prefilled | Tokens | Released | Stranger | Described | Joined
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

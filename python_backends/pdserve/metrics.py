@@ -24,6 +24,7 @@ COUNTERS = {
     "pdserve_forward_attempts": "Offers of a request to a prefill",
     "pdserve_prefill_rejections_total": "Offers that a busy prefill refused",
     "pdserve_retries_total": "Calls to an instance that failed and were tried elsewhere",
+    "pdserve_kv_transfers_total": "KV caches moved from a prefill to a decode",
     "pdserve_kv_transfer_bytes_total": "KV cache bytes moved from a prefill to a decode",
 }
 GAUGES = {
@@ -31,12 +32,17 @@ GAUGES = {
     "pdserve_slots": "Slots of an instance",
     "pdserve_kv_leases": "Ranges of a prefill's arena, by state",
     "pdserve_kv_blocks": "Blocks of a decode's pool",
+    "pdserve_kv_pairs": "Pairs of a prefill and a decode, by whether they have met",
+    "pdserve_kv_link_bytes_per_second": "Rate of a decode's pulls from a prefill, as probed",
+    "pdserve_kv_link_fallback": "1 where a decode reaches a prefill by a network without RDMA",
+    "pdserve_kv_link_latency_seconds": "Time in which a decode reads a word of a prefill's memory",
 }
 HISTOGRAMS = {
     "pdserve_ttft_seconds": "Arrival to first token",
     "pdserve_tpot_seconds": "Time per output token after the first",
     "pdserve_e2e_seconds": "Arrival to last token",
     "pdserve_kv_transfer_seconds": "Pulling one KV cache",
+    "pdserve_kv_transfer_exposed_seconds": "Of that, what came after the last layer was computed",
 }
 
 

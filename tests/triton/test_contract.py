@@ -49,8 +49,8 @@ STATS = {
     "group": str,
     "prefill": str,
     "decode": str,
-    "ms": {"forward": float, "prefill": float, "transfer": float, "ttft": float, "e2e": float},
-    "kv": {"bytes": int, "transport": str, "strategy": str},
+    "ms": dict.fromkeys(("forward", "prefill", "transfer", "exposed", "ttft", "e2e"), float),
+    "kv": {"bytes": int, "transport": str, "strategy": str, "expected_ms": float},
 }
 
 
@@ -436,6 +436,8 @@ def test_the_metrics_of_the_contract_are_there(emulated_server: Running) -> None
     before = counted("length")
     generate(emulated_server, text_input=PROMPT, max_tokens=TOKENS)
     wait_until(lambda: counted("length") == before + 1, 1.0)
+    pulls = "pdserve_kv_transfer_seconds_count"  # the decode tells in its own time
+    wait_until(lambda: any(sample.name == pulls for sample in metrics(emulated_server)), 1.0)
 
     found: dict[str, set[tuple[str, ...]]] = {}
     for sample in metrics(emulated_server):

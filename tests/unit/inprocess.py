@@ -25,14 +25,21 @@ from pdserve.channels.answers import Answers, Call
 from pdserve.channels.protocol import Calls, Replies
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill, Profile
-from pdserve.engines.prefill import PrefillInstance, region_name
+from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.errors import InstanceError, PDServeError
 from pdserve.kvcache.arena import State as RangeState
-from pdserve.messages import Failed, PrefillRequest, Release, Reply
+from pdserve.kvcache.cut import cut_for
+from pdserve.messages import Describe, Failed, Join, PrefillRequest, Release, Reply
 from pdserve.metrics import Registry
 from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.request import Chunk, Request
 from pdserve.scheduling.scheduler import Scheduler
+from pdserve.transfer.description import Terms
+from pdserve.transfer.holder import Holder, region_name
+from pdserve.transfer.receiver import Receiver
+from pdserve.transfer.staging import Staging
+from tests.unit.transfers import transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
+    from pdserve.transfer.tuner import Strategy
 
 VOCABULARY, EOS = 997, 2
 # Nothing of a test takes longer than this; a virtual second costs about a millisecond.
@@ -179,6 +187,12 @@ def submit(
     elif isinstance(request, PrefillRequest):
         assert isinstance(instance, PrefillInstance)
         instance.submit(request, send)
+    elif isinstance(request, Describe):
+        assert isinstance(instance, PrefillInstance)
+        instance.describe(send)
+    elif isinstance(request, Join):
+        assert isinstance(instance, DecodeInstance)
+        instance.join(request, send)
     else:
         assert isinstance(instance, DecodeInstance)
         instance.submit(request, send)
@@ -219,10 +233,10 @@ class Decode(EmulatedDecode):
         self.failures: list[Exception] = []
         self.refusals: list[Exception] = []
 
-    def join(self, sequence: DecodeSequence, source: np.ndarray[Any, Any]) -> None:
+    def joined(self, sequence: DecodeSequence) -> None:
         if self.refusals:
             raise self.refusals.pop()
-        super().join(sequence, source)
+        super().joined(sequence)
 
     async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
         self.steps.append(list(batch))
@@ -252,6 +266,12 @@ class Site:
     decode: dict[str, Any] = field(default_factory=dict)
     stall_s: float = 5.0
     seed: int = 0
+    pulls: int = 4
+    met: bool = True
+    """Every decode knows every prefill from the beginning; the meetings themselves do not run."""
+    layered: bool | None = None
+    transport: str = "shm"
+    strategy: Strategy | None = None
 
     async def __aenter__(self) -> Self:
         self.rng = random.Random(self.seed)
@@ -264,21 +284,54 @@ class Site:
         self.d_engines = [
             Decode(self.model, limits_d.blocks, limits_d.block_size) for _ in range(self.decodes)
         ]
-        self.p = [
-            PrefillInstance(
+        prefill_ranks, decode_ranks = limits_p.tensor_parallel, limits_d.tensor_parallel
+        cut = cut_for(prefill_ranks, decode_ranks, self.model.layout.kv_heads)
+        terms = Terms(self.model.fingerprint, self.model.layout, b"k" * 32, cut)
+        slots = limits_p.slots + MAX_QUARANTINED
+        self.holders = [
+            Holder(
                 f"prefill_{i}",
-                self.model,
-                engine,
-                limits_p,
                 region_name(f"prefill_{i}"),
-                self.metrics,
+                limits_p.arena_mib << 20,
+                slots,
+                terms,
+                [transport(self.transport)],
             )
-            for i, engine in enumerate(self.p_engines)
+            for i in range(self.prefills)
+        ]
+        self.p = [
+            PrefillInstance(f"prefill_{i}", self.model, engine, limits_p, holder, cut, self.metrics)
+            for i, (engine, holder) in enumerate(zip(self.p_engines, self.holders, strict=True))
+        ]
+        self.receivers = [
+            Receiver(
+                terms,
+                [transport(self.transport)],
+                engine.pool,
+                Staging(np.ones((2, 1 << 16), np.uint8)),
+                ranks=decode_ranks,
+                strategy=self.strategy,
+                clock=asyncio.get_running_loop().time,
+            )
+            for engine in self.d_engines
         ]
         self.d = [
-            DecodeInstance(f"decode_{i}", self.model, engine, limits_d, self.decodes, self.metrics)
-            for i, engine in enumerate(self.d_engines)
+            DecodeInstance(
+                f"decode_{i}",
+                self.model,
+                engine,
+                limits_d,
+                receiver,
+                self.pulls,
+                self.decodes,
+                self.metrics,
+            )
+            for i, (engine, receiver) in enumerate(zip(self.d_engines, self.receivers, strict=True))
         ]
+        if self.met:
+            for receiver in self.receivers:
+                for holder in self.holders:
+                    receiver.join(holder.description)
         for engine_instance in self._engine_instances():
             engine_instance.start()
         self.p_links = [Link(f"prefill_{i}", p, self.seed + i) for i, p in enumerate(self.p)]
@@ -288,9 +341,11 @@ class Site:
             for role, links in (("prefill", self.p_links), ("decode", self.d_links))
         ]
         prefills, decodes = self.instances
+        self.meetings = Meetings(prefills, decodes, self.layered, "gateway", self.metrics)
         self.scheduler = Scheduler(
             prefills,
             decodes,
+            self.meetings,
             self.metrics,
             stall_s=self.stall_s,
             lease_s=limits_p.lease_s,
@@ -367,7 +422,12 @@ class Site:
             ("pdserve_kv_blocks", {"state": "used"}),
             *(
                 ("pdserve_kv_leases", {"state": state.value})
-                for state in (RangeState.ALLOCATED, RangeState.LEASED, RangeState.QUARANTINED)
+                for state in (
+                    RangeState.ALLOCATED,
+                    RangeState.LEASED,
+                    RangeState.IN_TRANSFER,
+                    RangeState.QUARANTINED,
+                )
             ),
         ):
             assert self.level(name, **labels) == 0, (name, labels)
@@ -386,15 +446,15 @@ class Site:
             counts |= {
                 f"{prefill._name} slots": len(prefill._held),
                 f"{prefill._name} pending": len(prefill._pending),
-                f"{prefill._name} leases": len(prefill._leases),
-                f"{prefill._name} quarantined": len(prefill._quarantined),
-                f"{prefill._name} ranges": len(prefill._arena._held),
+                f"{prefill._name} leases": len(prefill._holder.leases),
+                f"{prefill._name} quarantined": len(prefill._lending.quarantined),
+                f"{prefill._name} ranges": len(prefill._lending.arena._cache.kept),
             }
         for decode in self.d:
             counts |= {
                 f"{decode._name} open": len(decode._open),
                 f"{decode._name} running": len(decode._running),
-                f"{decode._name} blocks": decode._pool.used_blocks,
-                f"{decode._name} pulls": len(decode._tasks) - 2,
+                f"{decode._name} blocks": decode._blocks.pool.used_blocks,
+                f"{decode._name} pulls": len(decode._arrivals),
             }
         return {what: count for what, count in counts.items() if count}

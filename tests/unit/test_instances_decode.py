@@ -14,19 +14,21 @@ from pdserve.messages import (
     Busy,
     DecodeRequest,
     Failed,
+    Join,
+    Joined,
     Prefilled,
     PrefillRequest,
     Released,
     Reply,
     Sampling,
+    Stranger,
     Tokens,
 )
+from pdserve.transfer.reports import Met
 from tests.unit.inprocess import EOS, Site, real, virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from pdserve.kvcache.handle import KVHandle
 
 TIMES = {"prefill": {"base_ms": 0.0}, "decode": {"base_ms": 10.0}}
 
@@ -51,18 +53,19 @@ class Client:
         name: str,
         prompt: int | bytes = 20,
         max_tokens: int = 8,
-        handle: KVHandle | None = None,
+        result: Prefilled | None = None,
         min_interval_ms: float = 0.0,
         **fields: Any,
     ) -> None:
         data = self.site.prompt(prompt) if isinstance(prompt, int) else prompt
-        result = await self.prefilled(name, data)
+        result = result or await self.prefilled(name, data)
         request = DecodeRequest(
             id=name,
             prompt=data,
             first_token=result.token,
-            handle=handle or result.handle,
+            handle=result.handle,
             sampling=Sampling(),
+            tenant="",
             max_tokens=max_tokens,
             ignore_eos=fields.get("ignore_eos", False),
             min_interval_ms=min_interval_ms,
@@ -114,9 +117,11 @@ async def test_first_reply_tells_the_transfer(tmp_path: Path) -> None:
         await asyncio.sleep(0.1)
         accepted, *tokens = client.of("a")
         assert accepted == Accepted(), "a step takes longer than a moment"
-        told = [reply.transfer_ms for reply in tokens if isinstance(reply, Tokens)]
+        told = [reply.pulled for reply in tokens if isinstance(reply, Tokens)]
         assert len(told) == 3
         assert told[0] is not None
+        assert (told[0].nbytes, told[0].transport, told[0].strategy) == (20 * 128, "shm", "whole")
+        assert 0 < told[0].exposed_ms == told[0].ms
         assert told[1:] == [None, None]
         assert site.total("pdserve_kv_transfer_bytes_total", transport="shm") == 20 * 128
         await site.idle(0.0)
@@ -156,10 +161,10 @@ async def test_blocks_are_reserved_for_prompt_and_answer(tmp_path: Path) -> None
     async with Site(tmp_path, profile=TIMES, decode={"blocks": 10, "block_size": 16}) as site:
         client = Client(site)
         await client.submit("a", 60, max_tokens=20)
-        assert site.d[0]._pool.used_blocks == 5
+        assert site.d[0]._blocks.pool.used_blocks == 5
         await client.submit("b", 60, max_tokens=21)
         assert client.of("b") == [Busy("blocks")]
-        assert site.d[0]._pool.used_blocks == 5
+        assert site.d[0]._blocks.pool.used_blocks == 5
         await client.submit("c", 60, max_tokens=20)
         await client.submit("d", 1, max_tokens=2)
         assert client.of("d") == [Busy("blocks")]
@@ -211,7 +216,7 @@ async def test_scattered_blocks_hold_a_sequence(tmp_path: Path) -> None:
             await client.submit(str(number), 4, max_tokens=4 if number % 2 else 3)
         await asyncio.sleep(0.035)  # those of 3 tokens have ended
         await client.submit("long", 18, max_tokens=6)
-        assert len(site.d[0]._open["long"].table.runs) == 3
+        assert len(site.d[0]._open["long"].reserved.table.runs) == 3
         await asyncio.sleep(0.2)
         assert len(client.tokens("long")) == 5
         await site.idle(0.0)
@@ -286,12 +291,12 @@ async def test_release_during_a_step(tmp_path: Path) -> None:
         await client.submit("a", max_tokens=100)
         await client.submit("b", max_tokens=10)
         await asyncio.sleep(0.035)
-        used = site.d[0]._pool.used_blocks
+        used = site.d[0]._blocks.pool.used_blocks
         client.release("a")
         assert client.replies[-1] == ("", Released(), True)
-        assert site.d[0]._pool.used_blocks == used
+        assert site.d[0]._blocks.pool.used_blocks == used
         await asyncio.sleep(0.006)
-        assert site.d[0]._pool.used_blocks < used
+        assert site.d[0]._blocks.pool.used_blocks < used
         assert client.of("a")[-1] == Failed("CANCELLED", "released")
         count = len(client.of("a"))
         await asyncio.sleep(0.2)
@@ -307,23 +312,23 @@ async def test_release_during_a_pull(tmp_path: Path) -> None:
     """TensorRT-LLM#12540: nor before the copy has ended; the others' steps go on meanwhile."""
     async with Site(tmp_path, profile={"decode": {"base_ms": 1.0}}) as site:
         client, engine = Client(site), site.d_engines[0]
-        going, join = threading.Event(), engine.join
+        going, joined = threading.Event(), engine.joined
 
-        def slow(sequence: Any, source: Any) -> None:
+        def slow(sequence: Any) -> None:
             if len(sequence.prompt) > 2048:
                 assert going.wait(5)
-            join(sequence, source)
+            joined(sequence)
 
-        engine.join = slow  # type: ignore[method-assign]
+        engine.joined = slow  # type: ignore[method-assign]
         await client.submit("other", max_tokens=40)
         await client.submit("a", 2100, max_tokens=10)
-        used = site.d[0]._pool.used_blocks
+        used = site.d[0]._blocks.pool.used_blocks
         await asyncio.sleep(0.02)
         client.release("a")
         await asyncio.sleep(0.15)
         assert len(client.tokens("other")) == 39
         assert site.held()["decode_0 pulls"] == 1
-        assert 0 < site.d[0]._pool.used_blocks < used
+        assert 0 < site.d[0]._blocks.pool.used_blocks < used
         going.set()
         await asyncio.sleep(0.05)
         assert client.of("a") == [Accepted(), Failed("CANCELLED", "released")]
@@ -348,17 +353,17 @@ async def test_used_handle_is_refused(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
         client, prompt = Client(site), site.prompt(20)
         result = await client.prefilled("first", prompt)
-        await client.submit("a", prompt, handle=result.handle)
-        await client.submit("b", prompt, handle=result.handle)
-        [failed] = client.of("b")
-        assert isinstance(failed, Failed)
-        assert failed.code == "INTERNAL"
-        assert "decode_0: lease 0 of pdserve-prefill-0-" in failed.message
+        await client.submit("a", prompt, result=result)
+        await client.submit("b", prompt, result=result)
+        await asyncio.sleep(0.021)  # the holder looks every 20 ms
+        await client.submit("c", prompt, result=result)
+        assert [client.of(name) for name in "bc"] == [
+            [Failed("INTERNAL", "decode_0: KV handle was used before: lease 0")],
+            [Failed("INTERNAL", "decode_0: lease 0 has ended, or is another's")],
+        ]
         await asyncio.sleep(0.2)
         assert len(client.tokens("a")) == 7
-        for name in "ab":
-            site.p[0].release(name, lambda reply, last: None)
-        await site.idle(0.03)
+        await site.idle(0.0)
 
 
 @virtual
@@ -367,11 +372,10 @@ async def test_kv_cache_of_another_prompt_is_noticed(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
         client = Client(site)
         result = await client.prefilled("other", site.prompt(20))
-        await client.submit("a", 20, handle=result.handle)
+        await client.submit("a", 20, result=result)
         [failed] = client.of("a")
         assert isinstance(failed, Failed)
         assert "the KV cache that arrived is not this prompt's" in failed.message
-        site.p[0].release("a", lambda reply, last: None)
         await site.idle(0.03)
 
 
@@ -385,27 +389,64 @@ async def test_handle_of_another_model_is_refused(tmp_path: Path) -> None:
     ):
         foreign = await Client(other).prefilled("x", other.prompt(20))
         client = Client(site)
-        await client.submit("a", 20, handle=foreign.handle)
+        await client.submit("a", 20, result=foreign)
         [failed] = client.of("a")
         assert isinstance(failed, Failed)
         assert "KV handle is of model 'emulated-" in failed.message
-        for name, where in (("a", site), ("x", other)):
-            where.p[0].release(name, lambda reply, last: None)
+        other.p[0].release("x", lambda reply, last: None)
         await site.idle(0.03)
 
 
 @virtual
 async def test_handle_of_a_holder_that_has_ended(tmp_path: Path) -> None:
-    async with Site(tmp_path, prefills=2, profile=TIMES) as site:
-        client = Client(site)
-        result = await client.prefilled("x", site.prompt(20))
+    """Who has met it may still take what is leased to them; whoever has not, never can."""
+    async with Site(tmp_path, decodes=2, profile=TIMES) as site:
+        client, prompts = Client(site), [site.prompt(20) for _ in range(2)]
+        results = [await client.prefilled(name, p) for name, p in zip("xy", prompts, strict=True)]
+        stranger = site.receivers[1]
+        stranger.peers.leave(stranger.peers.find(site.holders[0].epoch))
+        description = site.holders[0].description
         await site.p[0].close()
         site.p[0].close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
-        site.p[0] = site.p[1]
-        await client.submit("a", 20, handle=result.handle)
-        [failed] = client.of("a")
+        await client.submit("a", prompts[0], result=results[0])
+        await asyncio.sleep(0.2)
+        assert len(client.tokens("a")) == 7
+        site.d[0] = site.d[1]
+        await client.submit("b", prompts[1], result=results[1])
+        assert client.of("b") == [Stranger()]
+        told: list[Reply] = []
+        site.d[1].join(Join("c", description), lambda reply, last: told.append(reply))
+        await asyncio.sleep(0.1)
+        [failed] = told
         assert isinstance(failed, Failed)
+        assert "decode_1: prefill_0 cannot be reached; shm: " in failed.message
         assert "has its holder ended?" in failed.message
+        assert not [what for what in site.held() if what.startswith("decode")]
+
+
+# ------------------------------------------------------------------------ links
+
+
+@virtual
+async def test_link_is_shown_as_it_is(tmp_path: Path) -> None:
+    """A gauge of what was before goes to zero: who looks at all of them sees one link."""
+    links = [
+        Met("nixl", "rc_mlx5/mlx5_0:1", 3e-6, 2e10, {"shm": "another host"}, fallback=False),
+        Met("nixl", "tcp/eth0", 1e-4, 1e8, {}, fallback=True),
+    ]
+    async with Site(tmp_path, profile=TIMES) as site:
+        told: list[Reply] = []
+        for met in (links[0], links[0], links[1]):
+            site.receivers[0].join = lambda _, met=met: ("prefill_0", met)  # type: ignore[method-assign,misc]
+            site.d[0].join(Join("j", b""), lambda reply, last: told.append(reply))
+            await asyncio.sleep(0.001)
+        per_token = site.model.layout.bytes_per_token
+        assert told == [Joined("prefill_0", met, per_token) for met in (links[0], *links)]
+        for gauge, wanted in (("bytes_per_second", 1e8), ("latency_seconds", 1e-4)):
+            for detail, value in (("rc_mlx5/mlx5_0:1", 0.0), ("tcp/eth0", wanted)):
+                labels = {"prefill": "prefill_0", "decode": "decode_0", "detail": detail}
+                assert site.level(f"pdserve_kv_link_{gauge}", **labels) == value
+        assert site.level("pdserve_kv_link_fallback") == 1
 
 
 # -------------------------------------------------------------------------- end
@@ -422,5 +463,5 @@ async def test_close_ends_every_answer(tmp_path: Path) -> None:
         for name in "ab":
             assert client.of(name)[-1] == Failed("INTERNAL", "decode_0 is shutting down")
             assert [last for who, _, last in client.replies if who == name][-1]
-        assert site.d[0]._pool.used_blocks == 0
+        assert site.d[0]._blocks.pool.used_blocks == 0
         site.d[0].close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]

@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 from pdserve import config, errors
-from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance, region_name
-from pdserve.kvcache.arena import State as RangeState
+from pdserve.kvcache.cut import Cut
 from pdserve.messages import (
     Accepted,
-    Busy,
     Failed,
     Prefilled,
     PrefillRequest,
@@ -23,9 +21,10 @@ from pdserve.messages import (
     Reply,
     Sampling,
 )
-from pdserve.metrics import Registry
-from pdserve.transfer.shm import ShmReceiver
-from tests.unit.inprocess import EOS, Prefill, Site, model, virtual
+from pdserve.transfer import plane
+from pdserve.transfer.description import Terms
+from pdserve.transfer.holder import region_name
+from tests.unit.inprocess import EOS, Site, model, virtual
 
 if TYPE_CHECKING:
     from pdserve.scheduling.request import Request
@@ -92,7 +91,8 @@ async def test_acceptance_is_told_where_the_result_takes_longer(tmp_path: Path) 
         result = client.of("a")[-1]
         assert isinstance(result, Prefilled)
         assert result.compute_ms == pytest.approx(12_000, abs=0.1)
-        assert result.handle.expires == pytest.approx(began + 12 + 2, abs=0.01)
+        handle = site.receivers[0].open(result.handle)
+        assert handle.expires == pytest.approx(began + 12 + 2, abs=0.01)
         await asyncio.sleep(20)
         assert len(client.replies) == 4, "nothing follows the last reply"
         await site.idle(0.0)
@@ -106,13 +106,13 @@ async def test_handle_leads_to_the_kv_cache(tmp_path: Path) -> None:
         await asyncio.sleep(0.001)
         [result] = client.of("a")
         assert isinstance(result, Prefilled)
-        receiver = ShmReceiver(site.model.fingerprint, site.model.layout)
-        now = asyncio.get_running_loop().time()
-        with receiver.pull(result.handle, now) as source:
-            tokens = np.frombuffer(prompt, "<i4")
-            assert source.shape == (6, 50, site.model.layout.row_bytes)
-            assert (source.view("<i4") == tokens[None, :, None]).all()
-        receiver.close()
+        receiver, pool = site.receivers[0], site.d_engines[0].pool
+        pulled = receiver.pull(receiver.open(result.handle), [(100, 20), (7, 30)])
+        assert (pulled.nbytes, pulled.token) == (6 * 50 * 64, result.token)
+        assert pool.shape == (6, 256 * 16, site.model.layout.row_bytes)
+        source = np.concatenate([pool[:, 100:120], pool[:, 7:37]], axis=1)
+        tokens = np.frombuffer(prompt, "<i4")
+        assert (source.view("<i4") == tokens[None, :, None]).all()
         await site.idle(0.021)  # the holder looks every 20 ms
 
 
@@ -333,128 +333,13 @@ async def test_failed_forward_unpins_and_is_not_found(tmp_path: Path) -> None:
         await site.idle()
 
 
-# --------------------------------------------------------------- giving it back
-
-
-@virtual
-async def test_release_before_during_and_after_the_forward(tmp_path: Path) -> None:
-    """TensorRT-LLM#12540: a range goes back only when nobody writes to or reads from it."""
-    async with Site(tmp_path, profile=TIMES, prefill={"batch_tokens": 1}) as site:
-        client = Client(site)
-        for name in "abc":
-            client.submit(name)
-        await asyncio.sleep(0.01)
-        client.release("c")
-        assert client.of("c")[-1] == Failed("CANCELLED", "released")
-        client.release("a")
-        assert client.of("a") == [Accepted()], "its forward goes on"
-        assert len(site.p[0]._held) == 2
-        await asyncio.sleep(0.02)
-        assert client.of("a")[-1] == Failed("CANCELLED", "released")
-        await asyncio.sleep(0.04)
-        assert isinstance(client.of("b")[-1], Prefilled)
-        assert site.level("pdserve_kv_leases", state="leased") == 1
-        client.release("b")
-        await site.idle(0.0)
-        assert len(site.p_engines[0].forwards) == 2
-        client.release("b")
-        client.release("nobody")
-        assert client.replies[-2:] == [("", Released(), True)] * 2
-
-
-@virtual
-async def test_lease_expires_without_any_work(tmp_path: Path) -> None:
-    """TensorRT-LLM#12313: the sweep runs every tick, independent of load."""
-    async with Site(tmp_path, profile=TIMES, prefill={"slots": 1, "lease_s": 1.0}) as site:
-        client = Client(site)
-        client.submit("a")
-        await asyncio.sleep(0.03)
-        client.submit("b")
-        assert client.of("b") == [Busy("slots")]
-        await asyncio.sleep(1.02)
-        await site.idle(0.0)
-        client.submit("c")
-        await asyncio.sleep(0.03)
-        assert isinstance(client.of("c")[-1], Prefilled)
-        client.release("c")
-
-
-@virtual
-async def test_range_that_is_being_read_is_quarantined(tmp_path: Path) -> None:
-    """TensorRT-LLM#14565, vllm#21570: kept from others, for so long; the reader is told."""
-    async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 1, "lease_s": 1.0}) as site:
-        client, loop = Client(site), asyncio.get_running_loop()
-        client.submit("a")
-        await asyncio.sleep(0.001)
-        [result] = client.of("a")
-        assert isinstance(result, Prefilled)
-        receiver = ShmReceiver(site.model.fingerprint, site.model.layout)
-        pull = receiver.pull(result.handle, loop.time())
-        pull.__enter__()
-        client.release("a")
-        assert site.p[0]._arena.counts()[RangeState.QUARANTINED][0] == 1
-        await asyncio.sleep(0.9)
-        assert site.held()["prefill_0 quarantined"] == 1
-        client.submit("b")
-        await asyncio.sleep(0.001)
-        assert isinstance(client.of("b")[-1], Prefilled), "the slot is free meanwhile"
-        client.release("b")
-        with pytest.raises(errors.HandleError, match="lease ended during the transfer"):
-            pull.__exit__(None, None, None)
-        await site.idle(0.021)
-        receiver.close()
-
-
-@virtual
-async def test_reader_that_has_died_is_waited_for_so_long(tmp_path: Path) -> None:
-    async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 4, "lease_s": 1.0}) as site:
-        client = Client(site)
-        receiver = ShmReceiver(site.model.fingerprint, site.model.layout)
-        pulls = []
-        for number in range(MAX_QUARANTINED):
-            client.submit(str(number))
-            await asyncio.sleep(0.001)
-            [result] = client.of(str(number))
-            assert isinstance(result, Prefilled)
-            pulls.append(receiver.pull(result.handle, asyncio.get_running_loop().time()))
-            pulls[-1].__enter__()
-            client.release(str(number))
-        client.submit("one more")
-        assert client.of("one more") == [Busy("slots")], "no memory is promised that may be read"
-        await site.idle(1.03)
-        client.submit("after")
-        await asyncio.sleep(0.001)
-        assert isinstance(client.of("after")[-1], Prefilled)
-        client.release("after")
-        for pull in pulls:
-            with pytest.raises(errors.HandleError, match="lease ended"):
-                pull.__exit__(None, None, None)
-        receiver.close()
-
-
-@virtual
-async def test_reader_after_expiry_is_refused(tmp_path: Path) -> None:
-    async with Site(tmp_path, profile={"speed": 0}, prefill={"lease_s": 1.0}) as site:
-        client, loop = Client(site), asyncio.get_running_loop()
-        client.submit("a")
-        await asyncio.sleep(1.1)
-        [result] = client.of("a")
-        assert isinstance(result, Prefilled)
-        receiver = ShmReceiver(site.model.fingerprint, site.model.layout)
-        for now, match in ((loop.time(), "expired"), (loop.time() - 1, "has ended")):
-            with pytest.raises(errors.HandleError, match=match):
-                receiver.pull(result.handle, now).__enter__()
-        receiver.close()
-        await site.idle(0.0)
-
-
 # ------------------------------------------------------------ beginning and end
 
 
 @virtual
 async def test_close_ends_what_is_computed_and_removes_the_memory(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
-        client, region = Client(site), Path("/dev/shm") / site.p[0]._region.name
+        client, region = Client(site), Path("/dev/shm") / site.holders[0].region.name
         client.submit("a")
         await asyncio.sleep(0.05)
         client.submit("b")
@@ -471,15 +356,15 @@ async def test_close_ends_what_is_computed_and_removes_the_memory(tmp_path: Path
 
 def test_arena_larger_than_shared_memory(tmp_path: Path) -> None:
     made = model(tmp_path)
+    wanted = config.Deployment(
+        model="m",
+        servers=(config.Server(name="local"),),
+        prefill=config.Prefill(arena_mib=1 << 22),
+    )
+    terms = Terms(made.fingerprint, made.layout, b"k" * 32, Cut())
     with pytest.raises(errors.DeploymentError, match=r"lower prefill\.arena_mib"):
-        PrefillInstance(
-            "prefill_0",
-            made,
-            Prefill(made),
-            config.Prefill(arena_mib=1 << 22),
-            region_name("prefill_0"),
-            Registry(),
-        )
+        plane.holder(wanted, "prefill_0", terms, 4)
+    assert not list(Path("/dev/shm").glob("pdserve-prefill-0-*"))
 
 
 def test_region_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from pdserve.kvcache.holes import Holes
 
 PAGES = 24
 MAX_RANGES = 6
+READABLE = (State.LEASED, State.IN_TRANSFER, State.QUARANTINED)
+"""A receiver may be reading."""
 
 
 def gaps(capacity: int, held: list[Range]) -> list[tuple[int, int]]:
@@ -36,6 +38,8 @@ class ArenaMachine(RuleBasedStateMachine):
         self.arena = Arena(PAGES * ALIGNMENT + 17, MAX_RANGES, self.freed.append)
         self.live: list[Range] = []
         self.lru: list[Range] = []  # CACHED, least recently used first
+        self.filled: set[Range] = set()
+        self.now = 0.0
 
     def pick(self, data: st.DataObject, *states: State, pinned: bool | None = None) -> Range | None:
         found = [
@@ -50,6 +54,7 @@ class ArenaMachine(RuleBasedStateMachine):
         size = -(-nbytes // ALIGNMENT) * ALIGNMENT
         live, victims = list(self.live), []
         evictable = [one for one in self.lru if not one.pins]
+        safe = [one for one in live if one not in evictable]
         while not any(gap >= size for gap, _ in gaps(self.arena.capacity, live)) or (
             len(live) == MAX_RANGES
         ):
@@ -69,37 +74,68 @@ class ArenaMachine(RuleBasedStateMachine):
         assert (got.nbytes, got.size) == (nbytes, size)
         assert got.offset == min(holes)[1], "not the best fit"
         assert self.freed == victims, "not the least recently used, or more than needed"
+        assert all(
+            got.offset >= one.offset + one.size or one.offset >= got.offset + size for one in safe
+        )
         assert all(one.state is State.FREE for one in victims)
         self.live = [*live, got]
         self.lru = [one for one in self.lru if one not in victims]
 
+    def later(self) -> float:
+        self.now += 1.0
+        return self.now
+
     @rule(data=st.data())
     def lease(self, data: st.DataObject) -> None:
         if one := self.pick(data, State.ALLOCATED):
-            self.arena.lease(one, 10.0)
+            self.arena.lease(one, self.later())
+            assert (one.state, one.until) == (State.LEASED, self.now)
+            self.filled.add(one)
+
+    @rule(data=st.data())
+    def transfer(self, data: st.DataObject) -> None:
+        if one := self.pick(data, State.ALLOCATED, State.LEASED, State.IN_TRANSFER):
+            self.arena.transfer(one, self.later())
+            assert (one.state, one.until) == (State.IN_TRANSFER, self.now)
+            self.filled.add(one)
 
     @rule(data=st.data())
     def quarantine(self, data: st.DataObject) -> None:
-        if one := self.pick(data, State.LEASED):
-            self.arena.quarantine(one, 20.0)
+        if one := self.pick(data, State.ALLOCATED, *READABLE):
+            self.arena.quarantine(one, self.later())
+            assert (one.state, one.until) == (State.QUARANTINED, self.now)
 
     @rule(data=st.data())
-    def cache(self, data: st.DataObject) -> None:
-        if one := self.pick(data, State.LEASED, State.QUARANTINED):
-            self.arena.cache(one)
-            self.lru.append(one)
+    def release(self, data: st.DataObject) -> None:
+        if one := self.pick(data, State.ALLOCATED, *READABLE):
+            self.freed.clear()
+            self.arena.release(one)
+            if one in self.filled:
+                assert one.state is State.CACHED
+                assert self.freed == []
+                self.lru.append(one)
+            else:
+                assert one.state is State.FREE
+                assert self.freed == [one]
+                self.live.remove(one)
 
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
-        if one := self.pick(data, State.ALLOCATED, State.CACHED, pinned=False):
+        states = State.ALLOCATED, State.QUARANTINED, State.CACHED
+        if one := self.pick(data, *states, pinned=False):
             self.arena.free(one)
+            assert not one.filled
             self.live.remove(one)
             self.lru = [other for other in self.lru if other is not one]
 
     @rule(data=st.data())
     def pin(self, data: st.DataObject) -> None:
-        if one := self.pick(data, State.LEASED, State.QUARANTINED, State.CACHED):
-            self.arena.pin(one)
+        if one := self.pick(data, *READABLE, State.CACHED):
+            if one in self.filled:
+                self.arena.pin(one)
+            else:
+                with pytest.raises(ValueError, match="nothing to copy from"):
+                    self.arena.pin(one)
 
     @rule(data=st.data())
     def unpin(self, data: st.DataObject) -> None:
@@ -127,6 +163,14 @@ class ArenaMachine(RuleBasedStateMachine):
         assert end <= self.arena.capacity
 
     @invariant()
+    def bytes_are_whole_from_the_lease_on(self) -> None:
+        assert {one for one in self.live if one.filled} == self.filled & set(self.live)
+
+    @invariant()
+    def nobody_loses_a_range_but_by_eviction(self) -> None:
+        assert all(one.state is not State.FREE for one in self.live)
+
+    @invariant()
     def nothing_is_lost_and_holes_are_coalesced(self) -> None:
         counts = self.arena.counts()
         assert sum(size for _, size in counts.values()) == self.arena.capacity
@@ -141,37 +185,49 @@ TestArena = ArenaMachine.TestCase
 TestArena.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def at(state: State) -> tuple[Arena, Range]:
-    arena = Arena(1 << 20, 8)
+WAYS = {
+    "allocated": (),
+    "leased": ("lease",),
+    "in_transfer": ("lease", "transfer"),
+    "in_transfer, followed": ("transfer",),
+    "quarantined": ("lease", "quarantine"),
+    "quarantined, unfilled": ("quarantine",),
+    "cached": ("lease", "release"),
+    "free": ("free",),
+    "free, once filled": ("lease", "release", "free"),
+}
+TIMED = ("lease", "transfer", "quarantine")
+
+
+def at(way: str) -> tuple[Arena, Range]:
+    arena = Arena(4 * ALIGNMENT, 8)
     held = arena.allocate(100)
     assert held is not None
-    if state is State.FREE:
-        arena.free(held)
-    elif state is not State.ALLOCATED:
-        arena.lease(held, 1.0)
-        if state is State.QUARANTINED:
-            arena.quarantine(held, 2.0)
-        elif state is State.CACHED:
-            arena.cache(held)
-    assert held.state is state
+    for verb in WAYS[way]:
+        getattr(arena, verb)(*((held, 1.0) if verb in TIMED else (held,)))
+    assert held.state.value == way.partition(",")[0]
     return arena, held
 
 
 @pytest.mark.parametrize(
-    ("state", "legal"),
+    ("way", "legal"),
     [
-        (State.FREE, set()),
-        (State.ALLOCATED, {"lease", "free"}),
-        (State.LEASED, {"cache", "quarantine", "pin"}),
-        (State.QUARANTINED, {"cache", "pin"}),
-        (State.CACHED, {"free", "pin"}),
+        ("allocated", {"lease", "transfer", "quarantine", "free", "release"}),
+        ("leased", {"transfer", "quarantine", "release", "pin"}),
+        ("in_transfer", {"transfer", "quarantine", "release", "pin"}),
+        ("in_transfer, followed", {"transfer", "quarantine", "release", "pin"}),
+        ("quarantined", {"quarantine", "release", "free", "pin"}),
+        ("quarantined, unfilled", {"quarantine", "release", "free"}),
+        ("cached", {"free", "pin"}),
+        ("free", set()),
+        ("free, once filled", set()),
     ],
 )
-def test_only_the_drawn_transitions_are_allowed(state: State, legal: set[str]) -> None:
-    for verb in ("lease", "quarantine", "cache", "free", "pin", "unpin"):
-        arena, held = at(state)
-        before = arena.counts()
-        arguments = (held, 3.0) if verb in ("lease", "quarantine") else (held,)
+def test_only_the_drawn_transitions_are_allowed(way: str, legal: set[str]) -> None:
+    for verb in (*TIMED, "release", "free", "pin", "unpin"):
+        arena, held = at(way)
+        state, before = held.state, arena.counts()
+        arguments = (held, 3.0) if verb in TIMED else (held,)
         if verb in legal:
             getattr(arena, verb)(*arguments)
         else:
@@ -181,6 +237,47 @@ def test_only_the_drawn_transitions_are_allowed(state: State, legal: set[str]) -
             assert arena.counts() == before
 
 
+@pytest.mark.parametrize(
+    ("way", "end"),
+    [
+        ("leased", State.CACHED),
+        ("in_transfer", State.CACHED),
+        ("in_transfer, followed", State.CACHED),
+        ("quarantined", State.CACHED),
+        ("quarantined, unfilled", State.FREE),
+        ("allocated", State.FREE),
+    ],
+)
+def test_what_was_filled_ends_as_a_source_and_the_rest_is_free(way: str, end: State) -> None:
+    arena, held = at(way)
+    arena.release(held)
+    assert held.state is end
+    assert held.filled == (end is State.CACHED)
+
+
+@pytest.mark.parametrize("verb", ["transfer", "quarantine"])
+def test_a_receiver_at_work_moves_the_end(verb: str) -> None:
+    arena, held = at("leased")
+    for until in (2.0, 3.0, 4.0):
+        getattr(arena, verb)(held, until)
+        assert held.until == until
+
+
+@pytest.mark.parametrize("way", ["leased", "in_transfer", "quarantined", "quarantined, unfilled"])
+def test_a_range_that_may_be_read_is_never_room(way: str) -> None:
+    arena, held = at(way)
+    assert arena.allocate(arena.capacity) is None
+    for _ in range(3):
+        other = arena.allocate(ALIGNMENT)
+        assert other is not None
+        assert other.offset != held.offset
+    assert arena.allocate(ALIGNMENT) is None
+    arena.release(held)
+    other = arena.allocate(ALIGNMENT)
+    assert other is not None
+    assert other.offset == held.offset
+
+
 def test_a_pinned_range_survives_its_lease_and_every_eviction() -> None:
     """TensorRT-LLM#12542: a block was evicted before its reader had read it."""
     arena = Arena(4 * ALIGNMENT, 8)
@@ -188,7 +285,7 @@ def test_a_pinned_range_survives_its_lease_and_every_eviction() -> None:
     assert source is not None
     arena.lease(source, 1.0)
     arena.pin(source)
-    arena.cache(source)
+    arena.release(source)
     assert arena.allocate(3 * ALIGNMENT) is None
     assert source.state is State.CACHED
     arena.unpin(source)
@@ -222,5 +319,5 @@ def test_ten_thousand_operations_take_well_under_a_second() -> None:
             arena.lease(held, 1.0)
             leased.append(held)
         if held is None or len(leased) > 64:
-            arena.cache(leased.pop(draw.randrange(len(leased))))
+            arena.release(leased.pop(draw.randrange(len(leased))))
     assert time.process_time() - began < 1.0

@@ -1,4 +1,4 @@
-"""KVHandle: round trip, size, and what is refused when it is decoded or checked."""
+"""KVHandle: round trip, size, its seal, and what is refused when it is opened or checked."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.errors import HandleError
-from pdserve.kvcache.handle import KVHandle
+from pdserve.kvcache.cut import Cut
+from pdserve.kvcache.handle import KEY_BYTES, KVHandle, seal, unseal
 from pdserve.kvcache.layout import KVLayout
+from pdserve.transfer.description import Description
 
-# msgspec lets the one of invalid UTF-8 through as it is.
-REFUSED = (msgspec.MsgspecError, UnicodeDecodeError)
+KEY = bytes(range(KEY_BYTES))
 LAYOUT = KVLayout(30, 3, 64, "float32")
 GOOD = KVHandle(
     fingerprint="smollm2",
     layout=LAYOUT,
     tokens=7,
-    region="pdserve-prefill-0",
+    epoch=bytes(range(8)),
     offset=4096,
     lease=3,
     nonce=bytes(range(16)),
-    epoch=bytes(range(8)),
     expires=100.0,
 )
 
@@ -36,60 +36,93 @@ handles = st.builds(
     KVHandle,
     fingerprint=st.from_regex(r"[!-~]{1,128}", fullmatch=True),
     layout=layouts,
+    cut=st.builds(Cut, counts, counts),
     tokens=st.integers(1, 1 << 24),
-    region=st.from_regex(r"pdserve-[a-z0-9-]{1,56}", fullmatch=True),
+    epoch=st.binary(min_size=8, max_size=8),
     offset=st.integers(0, (1 << 63) - 1),
     lease=st.integers(0, (1 << 31) - 1),
     nonce=st.binary(min_size=16, max_size=16),
-    epoch=st.binary(min_size=8, max_size=8),
     expires=st.floats(0, 1e12),
 )
-
-
-def decode(data: bytes) -> KVHandle:
-    return msgspec.msgpack.decode(data, type=KVHandle)
+keys = st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES)
 
 
 @settings(deadline=None)
-@given(handles)
-def test_round_trip_in_less_than_a_kibibyte(handle: KVHandle) -> None:
-    data = msgspec.msgpack.encode(handle)
-    assert len(data) < 512
-    assert decode(data) == handle
+@given(handles, keys)
+def test_round_trip_in_less_than_a_kibibyte(handle: KVHandle, key: bytes) -> None:
+    data = seal(handle, key)
+    assert len(data) < 400
+    assert unseal(data, KVHandle, key) == handle
+
+
+def test_one_of_a_usual_model_is_small() -> None:
+    assert len(seal(GOOD, KEY)) < 200
 
 
 @settings(deadline=None)
 @given(handles, st.data())
 def test_truncated_is_refused(handle: KVHandle, data: st.DataObject) -> None:
-    encoded = msgspec.msgpack.encode(handle)
-    with pytest.raises(REFUSED):
-        decode(encoded[: data.draw(st.integers(0, len(encoded) - 1))])
+    sealed = seal(handle, KEY)
+    with pytest.raises(HandleError, match="its MAC is wrong"):
+        unseal(sealed[: data.draw(st.integers(0, len(sealed) - 1))], KVHandle, KEY)
+
+
+@settings(deadline=None)
+@given(handles, st.binary(min_size=1, max_size=64))
+def test_longer_is_refused(handle: KVHandle, more: bytes) -> None:
+    with pytest.raises(HandleError, match="its MAC is wrong"):
+        unseal(seal(handle, KEY) + more, KVHandle, KEY)
 
 
 @settings(deadline=None)
 @given(handles, st.data())
-def test_bit_flips_never_crash(handle: KVHandle, data: st.DataObject) -> None:
-    encoded = bytearray(msgspec.msgpack.encode(handle))
-    for bit in data.draw(st.lists(st.integers(0, len(encoded) * 8 - 1), min_size=1, max_size=4)):
-        encoded[bit // 8] ^= 1 << bit % 8
-    try:
-        decode(bytes(encoded)).check(handle.fingerprint, handle.layout, 0.0)
-    except (*REFUSED, HandleError):
-        pass
+def test_flipped_bits_are_refused(handle: KVHandle, data: st.DataObject) -> None:
+    sealed = bytearray(seal(handle, KEY))
+    bits = st.sets(st.integers(0, len(sealed) * 8 - 1), min_size=1, max_size=4)
+    for bit in data.draw(bits):
+        sealed[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(HandleError, match="its MAC is wrong"):
+        unseal(bytes(sealed), KVHandle, KEY)
+
+
+@settings(deadline=None)
+@given(handles, keys, keys)
+def test_another_key_is_refused(handle: KVHandle, key: bytes, other: bytes) -> None:
+    if key != other:
+        with pytest.raises(HandleError, match="is not of this deployment"):
+            unseal(seal(handle, key), KVHandle, other)
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_random_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(REFUSED):
-        decode(data)
+    for kind in (KVHandle, Description):
+        with pytest.raises(HandleError, match=f"{kind.__name__} of {len(data)} bytes is not of"):
+            unseal(data, kind, KEY)
+
+
+def test_one_message_does_not_pass_for_another() -> None:
+    """Under the same key, whatever its bytes say."""
+
+    class Other(msgspec.Struct):
+        version: int
+
+    class KVHandleX(KVHandle):
+        """Of the same fields."""
+
+    assert unseal(seal(Other(2), KEY), Other, KEY) == Other(2)
+    other = KVHandleX(**msgspec.structs.asdict(GOOD))
+    for sealed in (seal(Other(2), KEY), seal(other, KEY)):
+        with pytest.raises(HandleError, match=r"KVHandle of .* its MAC is wrong"):
+            unseal(sealed, KVHandle, KEY)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("version", 0),
-        ("version", 2),
+        ("version", 1),
+        ("version", 3),
         ("fingerprint", ""),
         ("fingerprint", "x" * 129),
         ("fingerprint", "a\nb"),
@@ -97,13 +130,6 @@ def test_random_bytes_are_refused(data: bytes) -> None:
         ("tokens", -1),
         ("tokens", 1 << 25),
         ("tokens", 1.5),
-        ("region", "pdserve-"),
-        ("region", "pdserve-a\n"),
-        ("region", "pdserve-A"),
-        ("region", "pdserve-a/../../etc/passwd"),
-        ("region", "/dev/shm/pdserve-a"),
-        ("region", "other"),
-        ("region", "pdserve-" + "a" * 57),
         ("offset", -1),
         ("offset", 1 << 63),
         ("lease", -1),
@@ -119,35 +145,47 @@ def test_random_bytes_are_refused(data: bytes) -> None:
         ("layout", [0, 3, 64, "float32"]),
         ("layout", [30, 3, 64, "float64"]),
         ("layout", [30, 3, 64]),
+        ("cut", [0, 1]),
+        ("cut", [1, -1]),
+        ("cut", {}),
+        ("region", "pdserve-a"),
         ("unknown", 1),
     ],
 )
 def test_a_malformed_field_is_refused_by_name(field: str, value: object) -> None:
+    """Even of one who has the key."""
     fields = msgspec.to_builtins(GOOD, builtin_types=(bytes,)) | {field: value}
-    with pytest.raises(msgspec.ValidationError, match=field):
-        decode(msgspec.msgpack.encode(fields))
+    made = msgspec.defstruct("KVHandle", [(name, object) for name in fields])(**fields)
+    with pytest.raises(HandleError, match=f"is malformed: .*{field}"):
+        unseal(seal(made, KEY), KVHandle, KEY)
 
 
 @pytest.mark.parametrize(
-    ("fingerprint", "layout", "now", "message"),
+    ("fingerprint", "layout", "cut", "message"),
     [
-        ("llama", LAYOUT, 0.0, "of model 'smollm2'; this instance has 'llama'"),
-        ("smollm2", KVLayout(30, 3, 64, "bfloat16"), 0.0, "float32.*this instance has.*bfloat16"),
-        ("smollm2", LAYOUT, 100.0, "expired 0.000 s ago"),
-        ("smollm2", LAYOUT, math.nan, "expired"),
+        ("llama", LAYOUT, Cut(), "of model 'smollm2'; this instance has 'llama'"),
+        (
+            "smollm2",
+            KVLayout(30, 3, 64, "bfloat16"),
+            Cut(),
+            "float32.*this instance has.*bfloat16",
+        ),
+        ("smollm2", KVLayout(30, 1, 64, "float32"), Cut(), "kv_heads=3.*has.*kv_heads=1"),
+        ("smollm2", LAYOUT, Cut(3, 1), "cut into .*ranks=1.*; this instance expects .*ranks=3"),
     ],
 )
 def test_check_names_the_mismatch(
-    fingerprint: str, layout: KVLayout, now: float, message: str
+    fingerprint: str, layout: KVLayout, cut: Cut, message: str
 ) -> None:
-    GOOD.check("smollm2", LAYOUT, 99.9)
+    GOOD.check("smollm2", LAYOUT, Cut())
     with pytest.raises(HandleError, match=message):
-        GOOD.check(fingerprint, layout, now)
+        GOOD.check(fingerprint, layout, cut)
 
 
 def test_layout_counts_bytes() -> None:
     layout = KVLayout(2, 3, 64, "bfloat16")
     assert layout.row_bytes == 3 * 64 * 2
     assert layout.bytes_per_token == 2 * 2 * layout.row_bytes
+    assert layout.planes == 4
     assert layout.nbytes(5) == 5 * layout.bytes_per_token
     assert layout.shape(5) == (4, 5, layout.row_bytes)

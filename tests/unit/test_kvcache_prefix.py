@@ -1,14 +1,17 @@
-"""PrefixIndex against a naive model, wired to an arena that evicts."""
+"""PrefixIndex against a naive model, wired to an arena and to a pool that evict."""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+
 import numpy as np
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pdserve.kvcache.arena import ALIGNMENT, Arena, Range, State
+from pdserve.kvcache.paged import BlockPool, BlockTable, copies
 from pdserve.kvcache.prefix import PrefixIndex
 
 BLOCK = 2
@@ -33,7 +36,7 @@ def shared(tokens: list[int], others: list[int]) -> int:
 class PrefixMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.index = PrefixIndex(BLOCK)
+        self.index: PrefixIndex[Range] = PrefixIndex(BLOCK)
         self.arena = Arena(6 * ALIGNMENT, 6, self.index.remove)
         self.content: dict[Range, tuple[list[int], str]] = {}
 
@@ -42,19 +45,27 @@ class PrefixMachine(RuleBasedStateMachine):
         held = self.arena.allocate(size * ALIGNMENT)
         if held is None:
             return
-        with pytest.raises(ValueError, match="allocated; only a filled one"):
-            self.index.add(held, array(tokens), salt)
         self.arena.lease(held, 1.0)
         self.index.add(held, array(tokens), salt)
         if not keep:
-            self.arena.cache(held)
+            self.arena.release(held)
         self.content[held] = tokens, salt
+
+    @rule(data=st.data(), more=prompts)
+    def goes_on(self, data: st.DataObject, more: list[int]) -> None:
+        """As a conversation does: what is added last takes the place of what was there."""
+        live = [held for held in self.content if held.state is not State.FREE]
+        if live:
+            held = data.draw(st.sampled_from(live))
+            tokens, salt = self.content[held]
+            self.content[held] = tokens + more, salt
+            self.index.add(held, array(tokens + more), salt)
 
     @rule()
     def leases_end(self) -> None:
         for held in self.content:
             if held.state is State.LEASED:
-                self.arena.cache(held)
+                self.arena.release(held)
 
     @rule(tokens=prompts, salt=salts)
     def find(self, tokens: list[int], salt: str) -> None:
@@ -83,11 +94,132 @@ class PrefixMachine(RuleBasedStateMachine):
         live = [held for held in self.content if held.state is not State.FREE]
         assert len(self.index) == len(live)
         assert set(self.index._digests) == set(live)
-        assert {held for found in self.index._ranges.values() for held in found} <= set(live)
+        assert {held for found in self.index._holding.values() for held in found} <= set(live)
 
 
 TestPrefixIndex = PrefixMachine.TestCase
 TestPrefixIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def kv(tokens: list[int], salt: str) -> np.ndarray:
+    """Stands for the K and V of every token: int64 [n], each of all tokens up to it."""
+    digest, rows = hashlib.sha256(salt.encode()), []
+    for token in tokens:
+        digest.update(bytes([token]))
+        rows.append(int.from_bytes(digest.digest()[:7], "big"))
+    return np.array(rows, np.int64)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """In a decode: `rows` of its tokens are in the pool."""
+
+    table: BlockTable
+    tokens: list[int]
+    salt: str
+    most: int
+    rows: int = 0
+    source: tuple[BlockTable, int] | None = None
+
+
+class DecodeMachine(RuleBasedStateMachine):
+    """What a decode does: copy a prefix, take the tail, generate, and leave it all to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index: PrefixIndex[BlockTable] = PrefixIndex(BLOCK)
+        self.pool = BlockPool(6, 4, self.freed)
+        self.memory = np.zeros(24, np.int64)
+        self.arriving: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.parked: dict[BlockTable, tuple[list[int], str]] = {}
+
+    def freed(self, table: BlockTable) -> None:
+        self.index.remove(table)
+        self.parked.pop(table, None)
+
+    def write(self, one: Sequence, end: int) -> None:
+        rows = [row for first, n in one.table.rows(end) for row in range(first, first + n)]
+        self.memory[rows[one.rows :]] = kv(one.tokens, one.salt)[one.rows : end]
+        one.rows = end
+
+    def check(self, table: BlockTable, tokens: list[int], salt: str) -> None:
+        rows = [row for first, n in table.rows(len(tokens)) for row in range(first, first + n)]
+        assert np.array_equal(self.memory[rows], kv(tokens, salt))
+
+    @rule(prompt=prompts, salt=salts, more=st.integers(1, 6))
+    def arrive(self, prompt: list[int], salt: str, more: int) -> None:
+        found = self.index.find(array(prompt), salt)
+        if found is not None:
+            self.pool.pin(found[0])
+        table = self.pool.allocate(len(prompt) + more)
+        if table is not None:
+            self.arriving.append(Sequence(table, prompt, salt, len(prompt) + more, source=found))
+        elif found is not None:
+            self.pool.unpin(found[0])
+
+    @rule(data=st.data())
+    def pulled(self, data: st.DataObject) -> None:
+        if self.arriving:
+            one = self.arriving.pop(data.draw(st.integers(0, len(self.arriving) - 1)))
+            if one.source is not None:
+                source, one.rows = one.source
+                for here, there, rows in copies(source, one.table, one.rows):
+                    self.memory[there : there + rows] = self.memory[here : here + rows]
+                self.pool.unpin(source)
+            self.write(one, len(one.tokens))
+            self.index.add(one.table, array(one.tokens), one.salt)
+            self.running.append(one)
+
+    @rule(data=st.data())
+    def failed(self, data: st.DataObject) -> None:
+        if self.arriving:
+            one = self.arriving.pop(data.draw(st.integers(0, len(self.arriving) - 1)))
+            if one.source is not None:
+                self.pool.unpin(one.source[0])
+            self.pool.free(one.table)
+
+    @rule(token=st.integers(0, 1))
+    def step(self, token: int) -> None:
+        for one in self.running:
+            if len(one.tokens) < one.most:
+                self.write(one, len(one.tokens))
+                one.tokens = [*one.tokens, token]
+
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        if self.running:
+            one = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
+            self.index.add(one.table, array(one.tokens[: one.rows]), one.salt)
+            self.pool.park(one.table, one.rows)
+            self.parked[one.table] = one.tokens[: one.rows], one.salt
+
+    @invariant()
+    def every_row_is_what_its_owner_takes_it_for(self) -> None:
+        for one in self.running:
+            self.check(one.table, one.tokens[: one.rows], one.salt)
+        for table, (tokens, salt) in self.parked.items():
+            self.check(table, tokens, salt)
+
+    @invariant()
+    def what_is_found_is_there(self) -> None:
+        assert set(self.index._digests) == {one.table for one in self.running} | set(self.parked)
+
+    def teardown(self) -> None:
+        while self.arriving:
+            one = self.arriving.pop()
+            if one.source is not None:
+                self.pool.unpin(one.source[0])
+            self.pool.free(one.table)
+        for one in self.running:
+            self.pool.free(one.table)
+        assert self.pool.used_blocks == 0
+        assert self.pool.allocate(24) is not None
+        assert len(self.index) == 0
+
+
+TestDecode = DecodeMachine.TestCase
+TestDecode.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def filled(arena: Arena) -> Range:
@@ -113,12 +245,13 @@ def test_tenants_never_share() -> None:
     assert index.find(array([1, 2, 3]), "b") is None
 
 
-def test_a_range_is_added_once() -> None:
-    index, arena = PrefixIndex(BLOCK), Arena(1 << 20, 4)
-    held = filled(arena)
-    index.add(held, array([1, 2, 3]), "")
-    with pytest.raises(ValueError, match="already in the index"):
-        index.add(held, array([1, 2, 3]), "")
+def test_what_is_added_last_takes_the_place_of_what_was_there() -> None:
+    index: PrefixIndex[str] = PrefixIndex(BLOCK)
+    index.add("one", array([1, 2, 3]), "")
+    index.add("one", array([4, 5, 6, 7]), "")
+    assert index.find(array([1, 2, 3]), "") is None
+    assert index.find(array([4, 5, 6, 7, 8]), "") == ("one", 4)
+    assert len(index) == 1
 
 
 def test_a_used_prefix_outlives_one_that_is_not() -> None:
@@ -127,7 +260,7 @@ def test_a_used_prefix_outlives_one_that_is_not() -> None:
     for first in (1, 2):
         held = filled(arena)
         index.add(held, array([first, 0, 0]), "")
-        arena.cache(held)
+        arena.release(held)
     used = index.find(array([1, 0, 0]), "")
     assert used is not None
     arena.pin(used[0])

@@ -42,19 +42,23 @@ async def steps(count: int) -> None:
 async def test_after_any_number_of_loop_steps(tmp_path: Path, stream: bool, prompt: int) -> None:
     """vllm#29906, TensorRT-LLM#12313: through its whole life; the engine waits for nothing."""
     async with Site(tmp_path, profile={"speed": 0}) as site:
-        states = set()
+        states, held = set(), set()
         for count in range(1, 1000):  # before its first step it is no request yet
             request = site.request(prompt, stream=stream, max_tokens=5)
             task = site.start(request)
             await steps(count)
             states.add(request.state)
+            held.update(site.held())
             came_first = await cancelled(task)
             assert request.state is (State.CANCELLED if came_first else State.FINISHED)
             await asyncio.sleep(0.03)  # one look at the leases
             assert site.held() == {}, f"after {count} steps, in {request.state}"
             if not came_first:
                 break
-        assert {State.WAITING, State.TRANSFERRING, State.FINISHED} <= states
+        # The engine's first token comes with the acceptance: TRANSFERRING takes no step of its own.
+        assert {State.WAITING, State.PREFILLED, State.FINISHED} <= states
+        assert {"prefill_0 slots", "prefill_0 leases", "decode_0 open", "decode_0 blocks"} <= held
+        assert ("decode_0 pulls" in held) == (prompt == 3000)
         # Nobody reads along: the only reply with tokens is the last.
         assert (State.DECODING in states) == stream
         ended = site.total("pdserve_requests_total")
@@ -76,7 +80,7 @@ async def test_at_any_time(tmp_path: Path, stream: bool) -> None:
             link.delay = (0.0005, 0.003)
         loop = asyncio.get_running_loop()
         states = set()
-        for moment in range(0, 600, 7):
+        for moment in range(0, 600, 5):
             others = [site.request(max_tokens=12) for _ in range(3)]
             tasks = [site.start(other) for other in others]
             victim = site.request(max_tokens=12, stream=stream)

@@ -7,12 +7,13 @@ import itertools
 import pytest
 
 from pdserve.scheduling.request import FINAL, Request, State
+from pdserve.transfer.reports import Pulled
 
 ALLOWED = {
     State.WAITING: {State.PREFILLING, State.REJECTED, State.EXPIRED},
     State.PREFILLING: {State.PREFILLED, State.WAITING, State.REJECTED, State.EXPIRED},
     State.PREFILLED: {State.TRANSFERRING, State.FINISHED, State.EXPIRED},
-    State.TRANSFERRING: {State.DECODING, State.PREFILLED},
+    State.TRANSFERRING: {State.DECODING},
     State.DECODING: {State.FINISHED},
 }
 
@@ -60,8 +61,9 @@ def test_finish_after_a_stop_string() -> None:
 def test_stats() -> None:
     done = request(State.DECODING)
     done.arrived, done.forwarded, done.first_token = 10.0, 10.001, 10.0205
-    done.prefill, done.decode, done.kv_bytes = "prefill_0", "decode_1", 384
-    done.prefill_ms, done.transfer_ms, done.cached_tokens = 18.00049, 1.5, 32
+    done.prefill, done.decode = "prefill_0", "decode_1"
+    done.pulled = Pulled(384, "nixl", "direct", 1.5, 1.25, 0.7504, token=7)
+    done.prefill_ms, done.cached_tokens = 18.00049, 32
     done.attempts, done.output_tokens = 1, 4
     done.finish("stop", now=10.1)
     assert done.stats() == {
@@ -72,8 +74,15 @@ def test_stats() -> None:
         "group": "default",
         "prefill": "prefill_0",
         "decode": "decode_1",
-        "ms": {"forward": 1.0, "prefill": 18.0, "transfer": 1.5, "ttft": 20.5, "e2e": 100.0},
-        "kv": {"bytes": 384, "transport": "shm", "strategy": "whole"},
+        "ms": {
+            "forward": 1.0,
+            "prefill": 18.0,
+            "transfer": 1.5,
+            "exposed": 1.25,
+            "ttft": 20.5,
+            "e2e": 100.0,
+        },
+        "kv": {"bytes": 384, "transport": "nixl", "strategy": "direct", "expected_ms": 0.75},
     }
 
 
@@ -81,4 +90,4 @@ def test_stats_without_a_decode() -> None:
     done = request(State.PREFILLED)
     done.finish("stop", now=1.0)
     assert done.stats()["decode"] == ""
-    assert done.stats()["kv"] == {"bytes": 0, "transport": "", "strategy": ""}
+    assert done.stats()["kv"] == {"bytes": 0, "transport": "", "strategy": "", "expected_ms": 0.0}

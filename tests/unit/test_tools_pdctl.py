@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -13,20 +14,22 @@ import msgspec
 import psutil
 import pytest
 
-from pdctl import cli, footprint, log, ports
+from pdctl import cli, footprint, links, log, ports
 from pdctl.errors import PortTaken, ServerError
 from pdctl.repository import models, render
 from pdctl.server import Server
 from pdctl.status import summary, values
 from pdctl.timeline import phases, timeline
 from pdserve import config
-from pdserve.config import Deployment
+from pdserve.config import Deployment, Transfer
 from pdserve.config import Server as Spec
 from pdserve.errors import DeploymentError
 from tests.servers import free_ports
 
 SPEC = Spec(name="local", prefill=("prefill_0", "prefill_1"), decode=("decode_0",))
-DEPLOYMENT = Deployment(model="/models/m", servers=(SPEC,))
+DEPLOYMENT = Deployment(
+    model="/models/m", servers=(SPEC,), transfer=Transfer(key_file="/keys/kv.key")
+)
 
 
 @pytest.fixture
@@ -83,6 +86,15 @@ class TestDeployment:
             ("model: m\nservers: [{name: A-B}]", r"servers\[0\]\.name"),
             ("model: m\nservers: [{name: a, http_port: 0}]", r"servers\[0\]\.http_port"),
             ("model: m\nservers: [{name: a, colour: red}]", "colour"),
+            (
+                "model: m\nservers: [{name: a}]\ntransfer: {require: tcp}",
+                r"'tcp'.*transfer\.require",
+            ),
+            (
+                "model: m\nservers: [{name: a}]\ntransfer: {transports: [shm, ucx]}",
+                r"'ucx'.*transfer\.transports\[1\]",
+            ),
+            ("model: m\nservers: [{name: a}]\ntransfer: {pulls: 0}", r"transfer\.pulls"),
             ("model: m\nservers: [{name: a, http_port: 8001}]", "8001.* more than once"),
             ("model: m\nservers: [{name: a, prefill: [x], decode: [x]}]", "instance x is used"),
             ("model: [", "while parsing"),
@@ -94,6 +106,25 @@ class TestDeployment:
         with pytest.raises(DeploymentError, match=f"(?s){re.escape(str(file))}.*{message}"):
             config.load(file)
 
+    @pytest.mark.parametrize(
+        ("device", "hosts", "wanted"),
+        [
+            ("cpu", ["127.0.0.1"], ("shm",)),
+            ("cpu", ["10.0.0.1", "10.0.0.1"], ("shm",)),
+            ("cpu", ["10.0.0.1", "10.0.0.2"], ("shm", "nixl")),
+            ("cuda:0", ["127.0.0.1"], ("cuda_ipc", "shm")),
+            ("cuda", ["10.0.0.1", "10.0.0.2"], ("cuda_ipc", "shm", "nixl")),
+        ],
+    )
+    def test_transports_are_those_that_can_be_of_use(
+        self, device: str, hosts: list[str], wanted: tuple[str, ...]
+    ) -> None:
+        servers = tuple(Spec(name=f"s{i}", host=host) for i, host in enumerate(hosts))
+        made = Deployment(model="m", servers=servers, engine=config.Engine(device=device))
+        assert made.transports == wanted
+        told = msgspec.structs.replace(made, transfer=Transfer(transports=("nixl",)))
+        assert told.transports == ("nixl",)
+
     def test_the_command_line_says_it_in_one_line(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -103,6 +134,58 @@ class TestDeployment:
             cli.main()
         assert raised.value.code == 1
         assert capsys.readouterr().err == f"pdctl: {missing}: No such file or directory\n"
+
+
+class TestOneServer:
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        """A deployment of two servers that nobody runs."""
+        file = tmp_path / "deployment.yaml"
+        file.write_text(
+            "model: m\n"
+            "servers:\n"
+            "  - {name: front, prefill: [a], http_port: 71, grpc_port: 72, metrics_port: 73}\n"
+            "  - {name: back, decode: [b], http_port: 81, grpc_port: 82, metrics_port: 83}\n"
+        )
+        return file
+
+    def pdctl(self, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["pdctl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+        assert isinstance(raised.value.code, int)
+        return raised.value.code
+
+    @pytest.mark.parametrize(
+        ("options", "names"),
+        [([], ["front", "back"]), (["--server", "back"], ["back"])],
+    )
+    def test_status(
+        self,
+        file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        options: list[str],
+        names: list[str],
+    ) -> None:
+        code = self.pdctl(monkeypatch, "status", "--json", "--file", file, *options)
+        assert code == cli.NOT_READY
+        found = json.loads(capsys.readouterr().out)
+        assert [entry["server"] for entry in found] == names
+
+    @pytest.mark.parametrize("command", ["up", "serve", "down", "status"])
+    def test_one_that_there_is_not(
+        self,
+        file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        command: str,
+    ) -> None:
+        code = self.pdctl(monkeypatch, command, "--file", file, "--server", "middle")
+        assert code == 1
+        assert capsys.readouterr().err == (
+            f"pdctl: {file}: no server is named middle; there are: front, back\n"
+        )
 
 
 class TestPorts:
@@ -199,7 +282,14 @@ STATS = {
     "group": "default",
     "prefill": "prefill_1",
     "decode": "decode_0",
-    "ms": {"forward": 2.0, "prefill": 20.0, "transfer": 3.0, "ttft": 25.0, "e2e": 125.0},
+    "ms": {
+        "forward": 2.0,
+        "prefill": 20.0,
+        "transfer": 3.0,
+        "exposed": 3.0,
+        "ttft": 25.0,
+        "e2e": 125.0,
+    },
     "kv": {"bytes": 3 << 20, "transport": "shm", "strategy": "whole"},
 }
 
@@ -211,7 +301,14 @@ class TestTimeline:
         assert found["prefill"].note == "41 tokens, 31 cached"
         assert found["KV transfer"].note == "3.0 MiB, shm, whole"
         assert found["decode"].note == "100.0 tokens/s, decode_0"
+        assert (found["KV transfer"].begin, found["KV transfer"].end) == (25.0, 28.0)
         assert (found["decode"].begin, found["decode"].end) == (28.0, 125.0)
+
+    def test_a_layered_transfer_began_before_the_first_token(self) -> None:
+        ms = STATS["ms"] | {"transfer": 19.0, "exposed": 2.0}  # type: ignore[operator]
+        found = {phase.name: phase for phase in phases(STATS | {"ms": ms})}
+        assert (found["KV transfer"].begin, found["KV transfer"].end) == (8.0, 27.0)
+        assert found["decode"].begin == 27.0
 
     def test_an_answer_of_one_token_has_no_decode(self) -> None:
         stats = STATS | {"decode": "", "output_tokens": 1}
@@ -219,6 +316,52 @@ class TestTimeline:
             *("forward", "prefill", "first token", "whole answer")
         ]
         assert timeline(stats).row_count == 4
+
+
+def page(*series: tuple[str, str, str, float]) -> dict[str, float]:
+    """A server's series of links to prefill_0 and prefill_1."""
+    labels = 'prefill="{}",decode="decode_0",transport="{}",detail="{}"'
+    return {
+        f"pdserve_kv_link_{name}{{{labels.format(prefill, *over.split())}}}": value
+        for name, prefill, over, value in series
+    }
+
+
+class TestLinks:
+    def test_every_pair(self) -> None:
+        found = links.links(
+            DEPLOYMENT,
+            [
+                page(
+                    ("bytes_per_second", "prefill_0", "shm mapped", 2.5 * 2**30),
+                    ("latency_seconds", "prefill_0", "shm mapped", 2e-6),
+                    ("fallback", "prefill_0", "shm mapped", 0.0),
+                    ("bytes_per_second", "prefill_2", "shm mapped", 1.0),
+                ),
+                {'pdserve_slots{instance="decode_0"}': 1.0},
+            ],
+        )
+        assert [(link.prefill, link.decode) for link in found] == [
+            ("prefill_0", "decode_0"),
+            ("prefill_1", "decode_0"),
+        ]
+        assert str(found[0]) == "shm (mapped)\n2.5 GiB/s, 2 us"
+        assert str(found[1]) == "-", "they have not met"
+        assert links.table(found).row_count == 2
+        assert links.rows(found)[0]["bytes_per_second"] == 2.5 * 2**30
+
+    def test_a_link_that_has_changed_shows_as_it_is_now(self) -> None:
+        """What was before stays in a server's metrics, as zero."""
+        series = page(
+            ("bytes_per_second", "prefill_0", "nixl rc_mlx5/mlx5_0:1", 0.0),
+            ("latency_seconds", "prefill_0", "nixl rc_mlx5/mlx5_0:1", 0.0),
+            ("bytes_per_second", "prefill_0", "nixl tcp/eth0", 2**28),
+            ("latency_seconds", "prefill_0", "nixl tcp/eth0", 100e-6),
+            ("fallback", "prefill_0", "nixl tcp/eth0", 1.0),
+            ("bytes_per_second", "prefill_0", "shm mapped", 0.0),
+        )
+        [link, _] = links.links(DEPLOYMENT, [series])
+        assert str(link) == "nixl (tcp/eth0)\n0.25 GiB/s, 100 us, no RDMA"
 
 
 def test_values_leave_out_buckets() -> None:

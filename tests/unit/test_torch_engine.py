@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -20,12 +21,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from pdserve.engines.protocol import DecodeSequence, KVRange, PrefillJob, Tokens
+from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
 from pdserve.engines.torch_decode import TorchDecode
 from pdserve.engines.torch_model import TorchModel
 from pdserve.engines.torch_prefill import TorchPrefill
 from pdserve.errors import DeploymentError
 from pdserve.messages import Sampling
+from pdserve.transfer.scatter import scatter
 
 SMALL: dict[str, Any] = {
     "vocab_size": 331,
@@ -86,7 +88,7 @@ class Pair:
     def job(self, tokens: Tokens, sampling: Sampling = GREEDY) -> PrefillJob:
         return PrefillJob(tokens, self.range(len(tokens)), sampling)
 
-    def range(self, tokens: int) -> KVRange:
+    def range(self, tokens: int) -> NDArray[np.uint8]:
         layout = self.model.layout
         return np.full((layout.layers * 2, tokens, layout.row_bytes), 255, np.uint8)  # NaN
 
@@ -95,7 +97,7 @@ class Pair:
     ) -> DecodeSequence:
         job = self.job(tokens, sampling)
         sequence = DecodeSequence(tokens, self.prefill.prefill([job]), runs, sampling)
-        self.decode.join(sequence, job.kv)
+        scatter(job.kv, self.decode.pool, sequence.rows(len(tokens)))
         return sequence
 
     def step(self, *batch: DecodeSequence) -> None:
@@ -163,6 +165,18 @@ def test_kv_is_transformers_own(any_pair: Pair) -> None:
     for layer, stored in enumerate(ours):
         torch.testing.assert_close(stored[0].transpose(0, 1), cache.layers[layer].keys[0])
         torch.testing.assert_close(stored[1].transpose(0, 1), cache.layers[layer].values[0])
+
+
+def test_planes_are_whole_when_they_are_told_to_be(any_pair: Pair) -> None:
+    """A decode may pull them while the layers above are still being computed."""
+    told: list[tuple[int, bytes]] = []
+    jobs = [any_pair.job(prompt(n)) for n in (33, 1)]
+    job = jobs[0]
+    job.filled = lambda planes: told.append((planes, job.kv[:planes].tobytes()))
+    any_pair.prefill.prefill(jobs)
+    assert [planes for planes, _ in told] == [2, 4, 6]
+    for planes, seen in told:
+        assert seen == job.kv[:planes].tobytes()
 
 
 @pytest.mark.parametrize("cached", [1, 16, 59])

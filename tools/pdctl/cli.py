@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pdctl import fleet, paths
+from pdctl import fleet, links, paths
 from pdctl.chat import Question, ask
 from pdctl.errors import ServerError
 from pdctl.repository import models
 from pdctl.server import Server
 from pdctl.signals import Interrupted, interruptible
+from pdctl.status import scrape, summary
 from pdctl.status import status as status_of
-from pdctl.status import summary
 from pdctl.timeline import timeline
 from pdserve import config
 from pdserve.errors import DeploymentError
@@ -36,6 +36,10 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 File = Annotated[Path, typer.Option("--file", "-f", help="The deployment.", show_default=False)]
+Only = Annotated[
+    str | None,
+    typer.Option("--server", help="Only this server of the deployment.", show_default="all"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Timeout = Annotated[float, typer.Option(help="Seconds until every model must be ready.", min=1)]
 MaxTokens = Annotated[int, typer.Option(help="Tokens of the answer at most.")]
@@ -47,9 +51,9 @@ def pdctl() -> None:
 
 
 @app.command()
-def up(file: File = paths.DEPLOYMENT, timeout: Timeout = 300) -> None:
+def up(file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = 300) -> None:
     """Start the servers and leave them running."""
-    servers = _servers(file)
+    servers = _servers(file, only)
     running = [server for server in servers if server.pid is not None]
     for server in running:
         out.print(f"{server.spec.name} runs already (process {server.pid})")
@@ -57,9 +61,9 @@ def up(file: File = paths.DEPLOYMENT, timeout: Timeout = 300) -> None:
 
 
 @app.command()
-def serve(file: File = paths.DEPLOYMENT, timeout: Timeout = 300) -> None:
+def serve(file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = 300) -> None:
     """Start the servers and stay until Ctrl-C; they end when this command ends."""
-    with _held(_servers(file), timeout) as servers:
+    with _held(_servers(file, only), timeout) as servers:
         try:
             out.print("Ctrl-C ends it.")
             while True:
@@ -71,9 +75,9 @@ def serve(file: File = paths.DEPLOYMENT, timeout: Timeout = 300) -> None:
 
 
 @app.command()
-def down(file: File = paths.DEPLOYMENT) -> None:
+def down(file: File = paths.DEPLOYMENT, only: Only = None) -> None:
     """Stop the servers and remove what is left of them."""
-    servers = _servers(file)
+    servers = _servers(file, only)
     pids = {server.spec.name: server.pid for server in servers}
     fleet.stop(servers)
     for name, pid in pids.items():
@@ -81,15 +85,34 @@ def down(file: File = paths.DEPLOYMENT) -> None:
 
 
 @app.command()
-def status(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
+def status(file: File = paths.DEPLOYMENT, only: Only = None, as_json: Json = False) -> None:
     """Servers, models, ports and counters; exit status 3 unless all are ready."""
-    found = [status_of(server) for server in _servers(file)]
+    found = [status_of(server) for server in _servers(file, only)]
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         for entry in found:
             _print_status(entry)
     if any(entry["state"] != "ready" for entry in found):
+        raise typer.Exit(NOT_READY)
+
+
+@app.command("links")
+def links_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
+    """Over what each decode pulls KV caches from each prefill; exit status 3 if any pair cannot."""
+    pages = []
+    for server in _servers(file):
+        if server.spec.decode:
+            try:
+                pages.append(scrape(server))
+            except OSError as error:
+                err.print(f"{server.spec.name} does not answer: {error}")
+    found = links.links(config.load(file), pages)
+    if as_json:
+        print(json.dumps(links.rows(found), indent=2))
+    else:
+        out.print(links.table(found))
+    if not all(link.transport for link in found):
         raise typer.Exit(NOT_READY)
 
 
@@ -145,9 +168,14 @@ def render_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None
             out.print(f"{server.spec.name}: {server.repository} ({names})")
 
 
-def _servers(file: Path) -> list[Server]:
+def _servers(file: Path, only: str | None = None) -> list[Server]:
     deployment = config.load(file)
-    return [Server(deployment, spec) for spec in deployment.servers]
+    servers = [Server(deployment, spec) for spec in deployment.servers]
+    found = [server for server in servers if only in (None, server.spec.name)]
+    if not found:
+        names = ", ".join(server.spec.name for server in servers)
+        raise DeploymentError(f"{file}: no server is named {only}; there are: {names}")
+    return found
 
 
 def _gateway(servers: list[Server]) -> Server:

@@ -37,12 +37,17 @@ def status(server: Server) -> dict[str, Any]:
         return found | {"state": "starting"}
     try:
         found["models"] |= server.index()
-        with urllib.request.urlopen(server.metrics, timeout=5) as answer:
-            found["values"] = values(answer.read().decode())
+        found["values"] = scrape(server)
     except (ServerError, OSError):
         return found | {"state": "unhealthy"}
     healthy = all(state == "READY" for state in found["models"].values())
     return found | {"state": "ready" if healthy else "unhealthy"}
+
+
+def scrape(server: Server) -> dict[str, float]:
+    """`values` of a running server, on this host or another. Raises: OSError."""
+    with urllib.request.urlopen(server.metrics, timeout=5) as answer:
+        return values(answer.read().decode())
 
 
 def summary(values: dict[str, float]) -> dict[str, str]:

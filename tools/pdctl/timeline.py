@@ -38,11 +38,16 @@ def phases(stats: dict[str, Any]) -> list[Phase]:
         Phase("first token", 0, first, "TTFT"),
     ]
     if stats["decode"]:
-        pulled = min(first + ms["transfer"], end)
+        pulled = min(first + ms["exposed"], end)
         rate = (tokens - 1) / (end - first) * 1e3 if end > first else 0.0
         size = f"{kv['bytes'] / 2**20:.1f} MiB"
         found += [
-            Phase("KV transfer", first, pulled, f"{size}, {kv['transport']}, {kv['strategy']}"),
+            Phase(
+                "KV transfer",
+                pulled - ms["transfer"],
+                pulled,
+                f"{size}, {kv['transport']}, {kv['strategy']}",
+            ),
             Phase("decode", pulled, end, f"{rate:.1f} tokens/s, {stats['decode']}"),
         ]
     return [*found, Phase("whole answer", 0, end, f"{_count(tokens, 'token')}")]

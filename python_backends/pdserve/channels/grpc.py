@@ -23,6 +23,9 @@ from pdserve.messages import Request
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # A connection that has failed is made anew by the next call, and at once: shared ones would
+    # keep the pause, up to two minutes, that grpc makes between two tries.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 
 
@@ -36,7 +39,6 @@ class GrpcChannel:
         self._stream = ""
         self._outgoing: asyncio.Queue[service_pb2.ModelInferRequest] | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._connection: grpc.aio.Channel | None = None
 
     def open(self, call: str, request: Request) -> Replies:
         if self._reader is None or self._reader.done():
@@ -65,18 +67,14 @@ class GrpcChannel:
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
-        if self._connection is not None:
-            await self._connection.close()
-            self._connection = None
 
     async def _read(self, outgoing: asyncio.Queue[service_pb2.ModelInferRequest]) -> None:
         async def requests() -> AsyncIterator[service_pb2.ModelInferRequest]:
             while True:
                 yield await outgoing.get()
 
-        if self._connection is None:
-            self._connection = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._connection)
+        connection = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         reason = "the stream was closed"
         try:
             async for message in stub.ModelStreamInfer(requests()):
@@ -88,6 +86,7 @@ class GrpcChannel:
         finally:
             self._reader = None
             self._calls.fail_all(self._error(reason))
+            await connection.close()
 
     def _deliver(self, message: service_pb2.ModelStreamInferResponse) -> None:
         """Raises: InstanceError: Triton does not say which call failed: none may wait in vain."""

@@ -2,24 +2,40 @@
 
 Blocks for the prompt and the longest answer are reserved on acceptance, so that
 an accepted request never waits for memory again. Requests join and leave the
-batch between two steps.
+batch between two steps. What they leave behind stays until its blocks are needed:
+a prompt that begins alike has only its tail pulled.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from pdserve import config, errors
+from pdserve.engines.arrivals import Arrivals
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
-from pdserve.kvcache.paged import BlockPool, BlockTable
-from pdserve.messages import Accepted, Busy, DecodeRequest, Failed, Released, Reply, Tokens
+from pdserve.kvcache.blocks import Blocks, Reserved
+from pdserve.messages import (
+    Accepted,
+    Busy,
+    DecodeRequest,
+    Failed,
+    Join,
+    Joined,
+    Released,
+    Reply,
+    Stranger,
+    Tokens,
+)
 from pdserve.metrics import Registry
-from pdserve.transfer.shm import ShmReceiver
+from pdserve.transfer import peers
+from pdserve.transfer.protocol import Stuck
+from pdserve.transfer.receiver import Receiver
+from pdserve.transfer.reports import Met, Pulled
 
 Send = Callable[[Reply, bool], None]
 """Sends a reply; True with the last one."""
@@ -27,8 +43,6 @@ Send = Callable[[Reply, bool], None]
 TICK_S = 0.1
 # Tokens that come sooner than this speak for themselves; else the acceptance is told first.
 ACCEPTED_AFTER_S = 0.005
-# Below this many bytes a copy costs less than handing it to another thread.
-INLINE_PULL = 256 << 10
 
 
 @dataclass(slots=True, eq=False)
@@ -37,12 +51,16 @@ class _Open:
 
     request: DecodeRequest
     send: Send
-    table: BlockTable
+    reserved: Reserved
     sequence: DecodeSequence
+    arrived: bool = False
+    """The prompt's K and V are in its blocks."""
+    lost: bool = False
+    """Something may still be written to its blocks: they are given to nobody."""
     unsent: list[int] = field(default_factory=list)
     sent_at: float = 0.0
-    transfer_ms: float | None = None
-    """Until it has been told."""
+    pulled: Pulled | None = None
+    """How the KV cache came, until it has been told."""
     released: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
     """Tells the acceptance, unless something else is told before."""
@@ -57,6 +75,8 @@ class DecodeInstance:
     """One engine in the decode role. Only larger pulls run outside the event loop.
 
     Args:
+        receiver: pulls into the engine's pool; closed with the instance.
+        pulls: how many run at once.
         peers: decodes that a gateway spreads its streams over; see ``_interval``.
     """
 
@@ -66,6 +86,8 @@ class DecodeInstance:
         model: EngineModel,
         engine: DecodeEngine,
         limits: config.Decode,
+        receiver: Receiver,
+        pulls: int,
         peers: int,
         metrics: Registry,
     ) -> None:
@@ -75,32 +97,29 @@ class DecodeInstance:
         self._limits = limits
         self._peers = peers
         self._metrics = metrics
-        self._pool = BlockPool(limits.blocks, limits.block_size)
+        self._blocks = Blocks(limits.blocks, limits.block_size)
         self._capacity = limits.blocks * limits.block_size
-        self._receiver = ShmReceiver(model.fingerprint, model.layout)
+        self._arrivals = Arrivals(name, engine, receiver, pulls, metrics)
         self._open: dict[str, _Open] = {}
         self._running: dict[str, _Open] = {}
         self._work = asyncio.Event()
-        self._puller = ThreadPoolExecutor(1, thread_name_prefix="pull")
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin to decode and to keep time; called once in the running loop."""
         # An event loop's clock is CLOCK_MONOTONIC, which leases and handles count by.
         self._loop = asyncio.get_running_loop()
-        for work in (self._decode(), self._keep_time()):
-            self._tasks.add(asyncio.create_task(work))
+        self._tasks = [asyncio.create_task(self._decode()), asyncio.create_task(self._keep_time())]
 
     async def close(self) -> None:
-        for task in list(self._tasks):
+        for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._puller.shutdown(wait=True, cancel_futures=True)
+        await self._arrivals.close()
         self._engine.close()
         for opened in list(self._open.values()):
             failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
             self._end(opened, failed)
-        self._receiver.close()
 
     # ---------------------------------------------------------------- admission
 
@@ -121,24 +140,29 @@ class DecodeInstance:
         if len(self._open) >= self._limits.slots:
             send(Busy("slots"), True)
             return
-        table = self._pool.allocate(length)
-        if table is None:
+        try:
+            handle = self._arrivals.open(request.handle, len(prompt))
+        except peers.Stranger:
+            send(Stranger(), True)
+            return
+        except errors.HandleError as error:
+            send(Failed(error.code, f"{self._name}: {error}"), True)
+            return
+        # What was computed in other company has other bits.
+        salt = None if request.sampling.reproducible else request.tenant
+        reserved = self._blocks.reserve(prompt, length, salt)
+        if reserved is None:
             send(Busy("blocks"), True)
             return
         sequence = DecodeSequence(
             prompt=prompt,
-            tokens=[request.first_token],
-            runs=list(table.runs),
+            tokens=[] if request.first_token is None else [request.first_token],
+            runs=list(reserved.table.runs),
             sampling=request.sampling,
         )
-        opened = self._open[request.id] = _Open(request, send, table, sequence)
+        opened = self._open[request.id] = _Open(request, send, reserved, sequence)
         opened.timer = self._loop.call_later(ACCEPTED_AFTER_S, send, Accepted(), False)
-        if request.handle.nbytes <= INLINE_PULL:
-            self._join(opened, self._pull(opened))
-        else:
-            task = asyncio.create_task(self._pull_aside(opened))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        self._arrivals.pull(handle, reserved, sequence, partial(self._arrived, opened))
 
     def release(self, request_id: str, send: Send) -> None:
         """Nobody wants the tokens any more; what a step or a pull still uses is freed after it."""
@@ -150,31 +174,30 @@ class DecodeInstance:
 
     # ----------------------------------------------------------------- transfer
 
-    def _pull(self, opened: _Open) -> Exception | None:
-        began = self._loop.time()
-        try:
-            with self._receiver.pull(opened.request.handle, began) as source:
-                self._engine.join(opened.sequence, source)
-        except Exception as error:  # becomes this request's one error; the others go on
-            return error
-        opened.transfer_ms = (self._loop.time() - began) * 1e3
-        return None
+    def join(self, request: Join, send: Send) -> None:
+        """Meet a prefill; ``send`` gets how it is reached, or why it is not."""
 
-    async def _pull_aside(self, opened: _Open) -> None:
-        error = await self._loop.run_in_executor(self._puller, self._pull, opened)
-        self._join(opened, error)
+        def done(result: tuple[str, Met] | errors.PDServeError) -> None:
+            if isinstance(result, errors.PDServeError):
+                send(Failed(result.code, f"{self._name}: {result}"), True)
+            else:
+                send(Joined(*result, self._model.layout.bytes_per_token), True)
 
-    def _join(self, opened: _Open, error: Exception | None) -> None:
+        self._arrivals.join(request.description, done)
+
+    def _arrived(self, opened: _Open, pulled: Pulled | Exception) -> None:
+        if not isinstance(pulled, Exception):
+            opened.arrived = True
+            self._blocks.arrived(opened.reserved, opened.sequence.prompt)
+            if not opened.sequence.tokens:
+                opened.sequence.tokens.append(pulled.token)
+        opened.lost = isinstance(pulled, Stuck)
         if opened.released:
             self._end(opened, None)
-        elif error is not None:
-            self._end(opened, Failed(errors.HandleError.code, f"{self._name}: {error}"))
+        elif isinstance(pulled, Exception):
+            self._end(opened, Failed(errors.HandleError.code, f"{self._name}: {pulled}"))
         else:
-            assert opened.transfer_ms is not None
-            self._metrics.observe("pdserve_kv_transfer_seconds", opened.transfer_ms / 1e3)
-            self._metrics.add(
-                "pdserve_kv_transfer_bytes_total", opened.request.handle.nbytes, transport="shm"
-            )
+            opened.pulled = pulled
             if opened.request.min_interval_ms:
                 opened.sent_at = self._loop.time()
             self._running[opened.request.id] = opened
@@ -229,20 +252,26 @@ class DecodeInstance:
             return
         ids = np.array(opened.unsent, "<i4").tobytes()
         start = len(sequence.tokens) - len(opened.unsent)
-        reply = Tokens(start, ids, reason, opened.transfer_ms)
+        reply = Tokens(start, ids, reason, opened.pulled)
         if reason:
             self._end(opened, reply)
         else:
             opened.tell(reply, False)
             opened.unsent.clear()
-            opened.transfer_ms = None
+            opened.pulled = None
             opened.sent_at = now
 
     def _end(self, opened: _Open, reply: Reply | None) -> None:
         """The request is over; nothing is held for it from here on."""
         self._running.pop(opened.request.id, None)
         del self._open[opened.request.id]
-        self._pool.free(opened.table)
+        if opened.arrived:
+            sequence = opened.sequence
+            # The last token has no K and V yet.
+            known = np.append(sequence.prompt, np.array(sequence.tokens[:-1], np.int32))
+            self._blocks.park(opened.reserved, known)
+        elif not opened.lost:
+            self._blocks.free(opened.reserved)
         opened.tell(reply or Failed(errors.Cancelled.code, "released"), True)
 
     # ------------------------------------------------------------------ metrics
@@ -253,6 +282,11 @@ class DecodeInstance:
             used = len(self._open)
             gauge("pdserve_slots", used, instance=self._name, state="used")
             gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
-            gauge("pdserve_kv_blocks", self._pool.used_blocks, instance=self._name, state="used")
-            gauge("pdserve_kv_blocks", self._pool.free_blocks, instance=self._name, state="free")
+            pool = self._blocks.pool
+            for state, blocks in (
+                ("used", pool.used_blocks),
+                ("cached", pool.cached_blocks),
+                ("free", pool.free_blocks),
+            ):
+                gauge("pdserve_kv_blocks", blocks, instance=self._name, state=state)
             await asyncio.sleep(TICK_S)

@@ -1,8 +1,9 @@
 """The emulated engine: real admission, handles and KV bytes; compute replaced by waiting.
 
 How long it waits is read from a timing profile (YAML); ``speed: 0`` waits for
-nothing. Every row of a KV cache is filled with its token's id, and the decode
-checks it when it joins, so that a wrong hand-off is an error and not a silence.
+nothing. Every row of a KV cache is filled with its token's id, layer by layer over
+the time of a prefill, and the decode checks it on arrival, so that a wrong hand-off
+is an error and not a silence.
 The tokens are a fixed function of the prompt and the position, so that an
 answer is known in advance.
 """
@@ -21,9 +22,9 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from pdserve import errors
-from pdserve.engines.protocol import DecodeSequence, KVRange, PrefillJob, Tokens
+from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
 from pdserve.kvcache.layout import KVLayout
-from pdserve.transfer.shm import scatter
+from pdserve.transfer.arrays import aligned
 
 Milliseconds = Annotated[float, Meta(ge=0)]
 
@@ -107,12 +108,24 @@ class EmulatedPrefill:
         milliseconds = timing.base_ms
         for job in jobs:
             job.copy_prefix()
-            rows = job.kv.view("<i4")
-            rows[:, job.cached :] = job.tokens[None, job.cached :, None]
             computed = len(job.tokens) - job.cached
             milliseconds += timing.per_token_ms * computed
             milliseconds += timing.per_token_squared_ms * computed**2
-        await asyncio.sleep(self._model.seconds(milliseconds))
+        loop = asyncio.get_running_loop()
+        layers, began, seconds = (
+            self._model.layout.layers,
+            loop.time(),
+            self._model.seconds(milliseconds),
+        )
+        for layer in range(layers):
+            for job in jobs:
+                assert isinstance(job.kv, np.ndarray)
+                rows = job.kv[2 * layer : 2 * layer + 2].view("<i4")
+                rows[:, job.cached :] = job.tokens[None, job.cached :, None]
+            if seconds or layer == layers - 1:
+                await asyncio.sleep(began + seconds * (layer + 1) / layers - loop.time())
+            for job in jobs:
+                job.filled(2 * layer + 2)
         return [self._model.token(job.tokens, 0) for job in jobs]
 
     def close(self) -> None:
@@ -125,17 +138,16 @@ class EmulatedDecode:
     def __init__(self, model: EmulatedModel, blocks: int, block_size: int) -> None:
         self._model = model
         layout = model.layout
-        self._pool = np.zeros((layout.layers * 2, blocks * block_size, layout.row_bytes), np.uint8)
+        shape = (layout.planes, blocks * block_size, layout.row_bytes)
+        self.pool = aligned(shape)
         self._free_at = 0.0
         """``loop.time()`` seconds."""
 
-    def join(self, sequence: DecodeSequence, source: KVRange) -> None:
+    def joined(self, sequence: DecodeSequence) -> None:
         """Raises: InstanceError: what arrived is not the KV cache of this prompt."""
-        runs = sequence.rows(len(sequence.prompt))
-        scatter(source, self._pool, runs)
         start = 0
-        for first, rows in runs:
-            arrived = self._pool[:, first : first + rows].view("<i4")
+        for first, rows in sequence.rows(len(sequence.prompt)):
+            arrived = self.pool[:, first : first + rows].view("<i4")
             if not (arrived == sequence.prompt[None, start : start + rows, None]).all():
                 raise errors.InstanceError("the KV cache that arrived is not this prompt's")
             start += rows
@@ -146,6 +158,8 @@ class EmulatedDecode:
         So it is with an engine that launches the next step before it looks at the tokens of the
         last one (overlapped scheduling): the host's work shows only where it takes longer.
         """
+        rows = [one.row(one.length - 1) for one in batch]
+        self.pool.view("<i4")[:, rows] = np.array([one.tokens[-1] for one in batch])[:, None]
         timing = self._model.profile.decode
         context = sum(sequence.length for sequence in batch)
         seconds = self._model.seconds(

@@ -8,21 +8,30 @@ is no queue behind the slots: accepted prompts share the next forward.
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pdserve import config, errors
-from pdserve.engines.protocol import EngineModel, KVRange, PrefillEngine, PrefillJob
-from pdserve.kvcache.arena import Arena, Range, State
-from pdserve.kvcache.handle import KVHandle
+from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
+from pdserve.kvcache.arena import Range, State
+from pdserve.kvcache.cut import Cut
 from pdserve.kvcache.prefix import PrefixIndex
-from pdserve.messages import Accepted, Busy, Failed, Prefilled, PrefillRequest, Released, Reply
+from pdserve.kvcache.ranges import KVRange
+from pdserve.messages import (
+    Accepted,
+    Busy,
+    Described,
+    Failed,
+    Prefilled,
+    PrefillRequest,
+    Released,
+    Reply,
+)
 from pdserve.metrics import Registry
-from pdserve.transfer.shm import Leases, Pull, SharedRegion
+from pdserve.transfer.holder import Holder
+from pdserve.transfer.lending import Lending, Loan
 
 Send = Callable[[Reply, bool], None]
 """Sends a reply; True with the last one."""
@@ -42,13 +51,14 @@ class _Held:
 
     request: PrefillRequest
     send: Send
-    range: Range
+    loan: Loan
+    kv: KVRange
     job: PrefillJob
     salt: str
     deadline: float
     """When its first token will be worthless."""
-    lease: int | None = None
-    """Slot in the lease table; None while it is still being computed."""
+    computing: bool = True
+    """The first token is not known yet."""
     cancelled: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
@@ -57,10 +67,8 @@ class PrefillInstance:
     """One engine in the prefill role. Everything but the forward runs in the event loop.
 
     Args:
-        region_name: name of its shared memory; a new epoch begins with each instance.
-
-    Raises:
-        DeploymentError: the arena does not fit into shared memory.
+        holder: of its memory; its data is the arena. Closed with the instance.
+        cut: how a KV cache lies in its range.
     """
 
     def __init__(
@@ -69,7 +77,8 @@ class PrefillInstance:
         model: EngineModel,
         engine: PrefillEngine,
         limits: config.Prefill,
-        region_name: str,
+        holder: Holder,
+        cut: Cut,
         metrics: Registry,
     ) -> None:
         self._name = name
@@ -77,15 +86,11 @@ class PrefillInstance:
         self._engine = engine
         self._limits = limits
         self._metrics = metrics
-        self._epoch = secrets.token_bytes(8)
-        self._region = SharedRegion.create(
-            region_name, limits.arena_mib << 20, limits.slots + MAX_QUARANTINED, self._epoch
-        )
-        self._leases = Leases(self._region)
-        self._prefixes = PrefixIndex()
-        self._arena = Arena(limits.arena_mib << 20, max_ranges=4096, on_free=self._prefixes.remove)
+        self._holder = holder
+        self._cut = cut
+        self._prefixes = PrefixIndex[Range]()
+        self._lending = Lending(holder, self._prefixes.remove)
         self._held: dict[str, _Held] = {}
-        self._quarantined: list[tuple[Range, int]] = []
         self._pending: list[_Held] = []
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -102,10 +107,13 @@ class PrefillInstance:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._engine.close()
-        for held in [held for held in self._held.values() if held.lease is None]:
+        for held in [held for held in self._held.values() if held.computing]:
             self._end(held, Failed(errors.InstanceError.code, f"{self._name} is shutting down"))
-        self._region.unlink()
-        self._region.close()
+        self._holder.close()
+
+    def describe(self, send: Send) -> None:
+        """How its memory is reached."""
+        send(Described(self._holder.description), True)
 
     # ---------------------------------------------------------------- admission
 
@@ -113,42 +121,63 @@ class PrefillInstance:
         """Accept or reject, at once; ``send`` gets the rejection or, later, the result."""
         self._sweep()
         tokens = np.frombuffer(request.prompt, "<i4")
-        nbytes = self._model.layout.nbytes(len(tokens))
-        if nbytes > self._arena.capacity:
+        nbytes = self._cut.nbytes(self._model.layout, len(tokens))
+        if nbytes > self._lending.arena.capacity:
             message = (
                 f"the KV cache of {len(tokens)} prompt tokens takes {nbytes} bytes; "
-                f"{self._name}'s arena has {self._arena.capacity}"
+                f"{self._name}'s arena has {self._lending.arena.capacity}"
             )
             send(Failed(errors.InvalidRequest.code, message), True)
             return
         if request.id in self._held:
             send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
             return
-        if len(self._held) >= self._limits.slots or len(self._quarantined) >= MAX_QUARANTINED:
+        if (
+            len(self._held) >= self._limits.slots
+            or len(self._lending.quarantined) >= MAX_QUARANTINED
+        ):
             send(Busy("slots"), True)
             return
-        range_ = self._arena.allocate(nbytes)
-        if range_ is None:
+        loan = self._lending.allocate(nbytes)
+        if loan is None:
             send(Busy("arena"), True)
             return
-        kv = self._view(range_, len(tokens))
+        kv = self._kv(loan.range)
         held = _Held(
             request=request,
             send=send,
-            range=range_,
-            job=PrefillJob(tokens, kv, request.sampling),
+            loan=loan,
+            kv=kv,
+            job=PrefillJob(tokens, kv.whole, request.sampling, kv.publish),
             salt=request.tenant,
             deadline=self._loop.time() + request.deadline_ms / 1e3,
         )
         self._held[request.id] = held
-        held.timer = self._loop.call_later(ACCEPTED_AFTER_S, self._say_accepted, held)
+        if request.layered:
+            self._open_early(held)
+        else:
+            held.timer = self._loop.call_later(ACCEPTED_AFTER_S, self._say_accepted, held)
         self._pending.append(held)
         self._work.set()
 
-    def _view(self, range_: Range, tokens: int) -> KVRange:
+    def _kv(self, range_: Range) -> KVRange:
         layout = self._model.layout
-        data = self._region.data[range_.offset : range_.offset + layout.nbytes(tokens)]
-        return data.reshape(layout.layers * 2, tokens, layout.row_bytes)
+        tokens = range_.nbytes // self._cut.nbytes(layout, 1)
+        data = self._holder.data[range_.offset : range_.offset + range_.nbytes]
+        return KVRange(data, layout, self._cut, tokens)
+
+    def _open_early(self, held: _Held) -> None:
+        """Let a decode follow the computation."""
+        tokens = len(held.job.tokens)
+        handle = self._lending.lend(held.loan, tokens, held.deadline + self._limits.lease_s)
+
+        def filled(planes: int) -> None:
+            held.kv.publish(planes)
+            self._lending.fill(held.loan, planes)
+
+        held.job.filled = filled
+        held.send(Accepted(handle), False)
+        held.timer = self._loop.call_later(ACCEPTED_AGAIN_S, self._say_accepted, held)
 
     def _say_accepted(self, held: _Held) -> None:
         held.send(Accepted(), False)
@@ -158,7 +187,7 @@ class PrefillInstance:
         """Whatever is held for the request is wanted no longer."""
         held = self._held.get(request_id)
         if held is not None:
-            if held.lease is None:
+            if held.computing:
                 held.cancelled = True
                 if held in self._pending:
                     self._pending.remove(held)
@@ -185,7 +214,7 @@ class PrefillInstance:
                     continue
                 finally:
                     for source in sources:
-                        self._arena.unpin(source)
+                        self._lending.arena.unpin(source)
                 ms = (self._loop.time() - began) * 1e3
                 for held, token in zip(batch, tokens, strict=True):
                     self._hand_over(held, token, ms)
@@ -224,8 +253,8 @@ class PrefillInstance:
                 continue
             if found is not None:
                 source, job.cached = found
-                job.prefix = self._view(source, source.nbytes // self._model.layout.bytes_per_token)
-                self._arena.pin(source)
+                job.prefix = self._kv(source)
+                self._lending.arena.pin(source)
                 sources.append(source)
             batch.append(held)
             openings.add(opening)
@@ -237,66 +266,44 @@ class PrefillInstance:
         return batch, sources
 
     def _hand_over(self, held: _Held, token: int, compute_ms: float) -> None:
-        """The KV cache is there: lease it to the decode to come."""
+        """The KV cache is there: lease it to the decode to come, or that follows already."""
         if held.cancelled:
             self._end(held, Failed(errors.Cancelled.code, "released"))
             return
         if held.timer is not None:
             held.timer.cancel()
-        now = self._loop.time()
-        expires = now + self._limits.lease_s
-        slot, nonce = self._leases.grant(expires)
-        held.lease = slot
-        self._arena.lease(held.range, expires)
-        self._prefixes.add(held.range, held.job.tokens, held.salt)
-        handle = KVHandle(
-            fingerprint=self._model.fingerprint,
-            layout=self._model.layout,
-            tokens=len(held.job.tokens),
-            region=self._region.name,
-            offset=held.range.offset,
-            lease=slot,
-            nonce=nonce,
-            epoch=self._epoch,
-            expires=expires,
-        )
+        held.computing = False
+        planes = self._model.layout.planes
+        held.kv.publish(planes)
+        until = self._loop.time() + self._limits.lease_s
+        handle = b""  # told before, if a decode follows
+        if held.loan.slot is None:
+            handle = self._lending.lend(held.loan, len(held.job.tokens), until)
+        self._lending.complete(held.loan, planes, token, until)
+        self._prefixes.add(held.loan.range, held.job.tokens, held.salt)
         eos = token in self._model.eos_ids
         held.send(Prefilled(token, eos, handle, held.job.cached, compute_ms), True)
 
     def _end(self, held: _Held, reply: Reply) -> None:
-        """Before a lease: the request has failed or is unwanted, its range is free."""
+        """Before its first token the request has failed or is unwanted."""
         if held.timer is not None:
             held.timer.cancel()
-        del self._held[held.request.id]
-        self._arena.free(held.range)
+        self._take_back(held)
         held.send(reply, True)
 
     # ------------------------------------------------------------------- leases
 
     def _take_back(self, held: _Held) -> None:
-        """The lease has ended: by the decode, by the gateway or by time."""
-        assert held.lease is not None
+        """What is held for a request ends: taken, unwanted, failed, or over."""
         del self._held[held.request.id]
-        if self._leases.revoke(held.lease) is Pull.PULLING:
-            self._arena.quarantine(held.range, until=self._loop.time() + self._limits.lease_s)
-            self._quarantined.append((held.range, held.lease))
-        else:
-            self._leases.free(held.lease)
-            self._arena.cache(held.range)
+        self._lending.give_back(held.loan, self._loop.time())
 
     def _sweep(self) -> None:
-        """End the leases whose KV cache has been taken or whose time is over."""
         now = self._loop.time()
         for held in list(self._held.values()):
-            if held.lease is None:
-                continue
-            if self._leases.state(held.lease) is Pull.DONE or now >= held.range.until:
+            if not held.computing and self._lending.over(held.loan, now):
                 self._take_back(held)
-        for range_, slot in list(self._quarantined):
-            if self._leases.state(slot) is not Pull.PULLING or now >= range_.until:
-                self._quarantined.remove((range_, slot))
-                self._leases.free(slot)
-                self._arena.cache(range_)
+        self._lending.sweep(now)
 
     async def _keep_time(self) -> None:
         while True:
@@ -309,12 +316,6 @@ class PrefillInstance:
         gauge = self._metrics.set
         gauge("pdserve_slots", used, instance=self._name, state="used")
         gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
-        for state, (ranges, _) in self._arena.counts().items():
+        for state, (ranges, _) in self._lending.counts().items():
             if state is not State.FREE:
                 gauge("pdserve_kv_leases", ranges, instance=self._name, state=state.value)
-
-
-def region_name(instance: str) -> str:
-    """A name for the instance's shared memory, under the launcher's prefix if there is one."""
-    prefix = os.environ.get("PDSERVE_SHM_PREFIX", "pdserve")
-    return f"{prefix}-{instance}-{secrets.token_hex(8)}".replace("_", "-")

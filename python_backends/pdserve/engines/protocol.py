@@ -1,12 +1,12 @@
 """What an engine computes: the calls that every kind of engine answers.
 
-One call of ``prefill`` or ``step`` is made at a time; ``join`` blocks, and may run
+One call of ``prefill`` or ``step`` is made at a time; ``joined`` blocks, and may run
 in another thread at the same time as ``step``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,22 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.kvcache.layout import KVLayout
+from pdserve.kvcache.ranges import KVRange
 from pdserve.messages import Sampling
+from pdserve.transfer.arrays import Array
 
 Tokens = NDArray[np.int32]
 """Token ids: int32 [n]."""
 
-KVRange = NDArray[np.uint8]
-"""The KV cache of a prompt: uint8 [layers * 2, tokens, row_bytes]; K and V of a layer alternate."""
-
 
 @dataclass(slots=True, eq=False)
 class PrefillJob:
-    """A prompt whose KV cache is to be filled in: ``kv`` is its range of the arena."""
+    """A prompt whose KV cache is to be filled in."""
 
     tokens: Tokens
-    kv: KVRange
+    kv: Array
+    """[planes, tokens, row_bytes]; K and V of a layer alternate."""
     sampling: Sampling
+    filled: Callable[[int], None] = lambda _: None
+    """To be called with the number of planes that are complete, as they become so."""
     cached: int = 0
     """Rows that another range holds already: less than the number of tokens, since at least
     one is computed, for its logits."""
@@ -39,7 +41,7 @@ class PrefillJob:
     def copy_prefix(self) -> None:
         """Fill in the cached rows."""
         if self.prefix is not None:
-            self.kv[:, : self.cached] = self.prefix[:, : self.cached]
+            self.prefix.read(self.cached, self.kv)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,12 +61,20 @@ class DecodeSequence:
     """(first row in the pool, rows); together at least prompt + tokens - 1 at any step."""
     sampling: Sampling
     state: Any = field(default=None, repr=False)
-    """The engine's own, from ``join`` on."""
+    """The engine's own, from ``joined`` on."""
 
     @property
     def length(self) -> int:
         """Tokens of prompt and output."""
         return len(self.prompt) + len(self.tokens)
+
+    def row(self, token: int) -> int:
+        """Where a token of the sequence lies in the pool."""
+        for first, rows in self.runs:
+            if token < rows:
+                return first + token
+            token -= rows
+        raise IndexError("the sequence's runs are not so long")
 
     def rows(self, tokens: int) -> list[tuple[int, int]]:
         """The runs cut to the first ``tokens`` tokens."""
@@ -107,8 +117,12 @@ class PrefillEngine(Protocol):
 class DecodeEngine(Protocol):
     """KV caches in, tokens out."""
 
-    def join(self, sequence: DecodeSequence, source: KVRange) -> None:
-        """Copy a prompt's KV cache [layers * 2, prompt tokens, row_bytes] into the pool."""
+    @property
+    def pool(self) -> Array:
+        """Where KV caches arrive, [planes, rows, row_bytes]; written to in other threads."""
+
+    def joined(self, sequence: DecodeSequence) -> None:
+        """The K and V of the sequence's prompt are in the pool."""
 
     async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
         """The next token of each sequence."""

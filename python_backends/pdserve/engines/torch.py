@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pdserve.engines.protocol import DecodeSequence, KVRange, PrefillJob
+from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.engines.torch_decode import TorchDecode
 from pdserve.engines.torch_model import TorchModel
 from pdserve.engines.torch_prefill import TorchPrefill
+from pdserve.transfer.arrays import Array
 
 
 class ThreadedPrefill:
@@ -39,8 +40,12 @@ class ThreadedDecode:
         self._compute = TorchDecode(model, blocks, block_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
-    def join(self, sequence: DecodeSequence, source: KVRange) -> None:
-        self._compute.join(sequence, source)
+    @property
+    def pool(self) -> Array:
+        return self._compute.pool
+
+    def joined(self, sequence: DecodeSequence) -> None:
+        """Nothing to do: a step reads the pool."""
 
     async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
         loop = asyncio.get_running_loop()

@@ -12,7 +12,7 @@ n, head_dim], so that K and V are read where they lie: neither repeated nor copi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -58,10 +58,14 @@ class PrefillMemory:
     Args:
         kv: a prompt's range each, [layers, 2, tokens, kv_heads, head_dim].
         cached: the rows of each that are there already; the others are in this forward.
+        filled: called with the number of layers that are complete.
     """
 
-    def __init__(self, kv: Sequence[Tensor], cached: Sequence[int]) -> None:
+    def __init__(
+        self, kv: Sequence[Tensor], cached: Sequence[int], filled: Callable[[int], None]
+    ) -> None:
         self._kv = kv
+        self._filled = filled
         self._cached = cached
         new = (each.shape[2] - rows for each, rows in zip(kv, cached, strict=True))
         self._spans = [slice(*span) for span in pairwise(accumulate(new, initial=0))]
@@ -86,6 +90,7 @@ class PrefillMemory:
             else:
                 output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
             outputs.append(output.flatten(0, 1).transpose(0, 1))
+        self._filled(layer + 1)
         return torch.cat(outputs)
 
 

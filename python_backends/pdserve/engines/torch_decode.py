@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 
-from pdserve.engines.protocol import DecodeSequence, KVRange
+from pdserve.engines.protocol import DecodeSequence
 from pdserve.engines.torch_attention import DecodeMemory
 from pdserve.engines.torch_model import TorchModel
 from pdserve.engines.torch_sampling import Choice, sample
+from pdserve.transfer.arrays import Array
 
 # Rows of a forward whose bits may not depend on the batch: always as many, so that every
 # operation has one shape. 16 cost hardly more than 4; see torch_linear.
 FIXED_ROWS = 16
 
-# The source of a join is mapped read-only, and only read.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
 
 class TorchDecode:
     """The decode role of a model.
 
-    ``step`` is called from one thread; ``join`` may be called from another meanwhile.
+    ``step`` is called from one thread; others may write to unused rows of ``pool`` meanwhile.
 
     Args:
         blocks, block_size: the pool's blocks, and the tokens in each.
@@ -37,15 +34,13 @@ class TorchDecode:
             dtype=getattr(torch, layout.dtype),
             device=model.device,
         )
-        self._rows = self._pool.flatten(3).flatten(0, 1)
 
-    def join(self, sequence: DecodeSequence, source: KVRange) -> None:
-        """Copy a prompt's KV cache [layers * 2, prompt tokens, row_bytes] into the pool."""
-        staged = torch.from_numpy(source).view(self._rows.dtype).to(self._rows.device)
-        done = 0
-        for first, rows in sequence.rows(staged.shape[1]):
-            self._rows[:, first : first + rows].copy_(staged[:, done : done + rows])
-            done += rows
+    @property
+    def pool(self) -> Array:
+        """The pool as bytes, [planes, rows, row_bytes]."""
+        rows = self._pool.flatten(3).flatten(0, 1)
+        seen = rows.view(torch.uint8)
+        return seen if seen.is_cuda else seen.numpy()
 
     def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
         """The next token of each sequence.

@@ -29,16 +29,17 @@ class TorchPrefill:
         reproducible must come alone and without a cached prefix, so that its bits
         depend on its prompt alone.
         """
-        host = [torch.from_numpy(job.kv).view(self._dtype).view(self._shape) for job in jobs]
-        kv = [ranges.to(self._model.device) for ranges in host]
+        kv = [torch.as_tensor(job.kv).view(self._dtype).view(self._shape) for job in jobs]
         cached = [job.cached for job in jobs]
+
+        def filled(layers: int) -> None:
+            for job in jobs:
+                job.filled(2 * layers)
+
         logits = self._model.forward(
             np.concatenate([job.tokens[job.cached :] for job in jobs]),
             np.concatenate([np.arange(job.cached, len(job.tokens)) for job in jobs]),
             np.cumsum([len(job.tokens) - job.cached for job in jobs]) - 1,
-            PrefillMemory(kv, cached),
+            PrefillMemory(kv, cached, filled),
         )
-        for into, computed, c in zip(host, kv, cached, strict=True):
-            if computed is not into:
-                into[:, :, c:].copy_(computed[:, :, c:])
         return sample(logits, [Choice(job.sampling, job.tokens, ()) for job in jobs])

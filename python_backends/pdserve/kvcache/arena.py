@@ -2,32 +2,46 @@
 
 The life of a range:
 
-    FREE --allocate--> ALLOCATED --lease--> LEASED --cache--> CACHED --free, evicted--> FREE
-                           |                   |                 ^
-                           | free: cancelled,  | quarantine      | cache: the receiver is done,
-                           v failed            v                 | or its own bound has passed
-                         FREE              QUARANTINED ----------'
+    FREE --allocate--> ALLOCATED --free, release--> FREE
+                         | | |
+           .--transfer---' | '--------quarantine--------.
+           |             lease                          |
+           |               v                            v
+           |             LEASED ------quarantine--> QUARANTINED --release, not filled; free--> FREE
+           |               | |                       ^     |
+           |        transfer '--release--.           |  release, filled
+           |               v             v           |     |
+           '-------> IN_TRANSFER ----> CACHED <------+-----'
+                           |    release  |           |
+                           |             '-- free ---+---> FREE (evicted)
+                           '-------quarantine--------'
 
-ALLOCATED    being filled by the engine
-LEASED       filled; a receiver may read it until `until`
-QUARANTINED  the lease ended (cancelled, expired) while a receiver was reading: kept until the
-             receiver is done, or until `until`, whichever comes first
-CACHED       filled, nobody waits for it: a source for prefix reuse, evicted when room is needed
+ALLOCATED    being filled by the engine; a receiver may follow it layer by layer
+LEASED       filled; a receiver may take it until `until`
+IN_TRANSFER  filled; its receiver says that it is reading. `transfer` again moves `until`, as
+             long as the receiver shows that it is at work
+QUARANTINED  wanted no longer (cancelled, failed, expired) while a receiver was reading, or may
+             be: kept until the receiver is done, or has been silent until `until`; `quarantine`
+             again moves that
+CACHED       filled and released, nobody waits for it: a source for prefix reuse, evicted when
+             room is needed
 
-However a lease ends, by transfer, cancel or expiry, the range becomes CACHED and not FREE: its
-bytes are whole, a retry of the same prompt finds them, and eviction gives them up at once to
-anybody who needs the room.
+A range is *filled* when it leaves ALLOCATED for LEASED, or, if a receiver follows already, for
+IN_TRANSFER. However its lease ends, by transfer, cancel or expiry, a filled range becomes CACHED
+and not FREE: its bytes are whole, a retry of the same prompt finds them, and eviction gives them
+up at once to anybody who needs the room. One given up in mid-compute is never filled, and ends as
+FREE.
 
-Nothing here reads a clock or waits; call `due` on every tick, whatever the load.
+Nothing here reads a clock or waits: the caller sweeps on every tick, whatever the load.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from pdserve.kvcache.cache import Cache
 from pdserve.kvcache.holes import Holes
 
 if TYPE_CHECKING:
@@ -42,15 +56,17 @@ class State(Enum):
     FREE = "free"
     ALLOCATED = "allocated"
     LEASED = "leased"
+    IN_TRANSFER = "in_transfer"
     QUARANTINED = "quarantined"
     CACHED = "cached"
 
 
 _NEXT = {
     State.FREE: (),
-    State.ALLOCATED: (State.LEASED, State.FREE),
-    State.LEASED: (State.CACHED, State.QUARANTINED),
-    State.QUARANTINED: (State.CACHED,),
+    State.ALLOCATED: (State.LEASED, State.IN_TRANSFER, State.QUARANTINED, State.FREE),
+    State.LEASED: (State.IN_TRANSFER, State.QUARANTINED, State.CACHED),
+    State.IN_TRANSFER: (State.IN_TRANSFER, State.QUARANTINED, State.CACHED),
+    State.QUARANTINED: (State.QUARANTINED, State.CACHED, State.FREE),
     State.CACHED: (State.FREE,),
 }
 
@@ -66,14 +82,14 @@ class Range:
     size: int
     nbytes: int
     state: State = State.ALLOCATED
+    filled: bool = False
+    """The bytes are whole and may be copied from."""
     until: float = 0.0
-    """When LEASED or QUARANTINED ends by itself, in seconds on the caller's clock."""
+    """When LEASED, IN_TRANSFER or QUARANTINED ends by itself, in seconds on the caller's clock."""
     pins: int = 0
 
-    @property
-    def filled(self) -> bool:
-        """The bytes are whole and may be copied from."""
-        return self.state in (State.LEASED, State.QUARANTINED, State.CACHED)
+    def __str__(self) -> str:
+        return f"range at {self.offset}"
 
 
 class Arena:
@@ -93,11 +109,9 @@ class Arena:
         self.max_ranges = max_ranges
         self._on_free = on_free
         self._holes = Holes(self.capacity)
-        self._held: dict[int, Range] = {}
+        self._cache: Cache[Range] = Cache()
         # Kept, not counted anew: asked for on every tick, of thousands of ranges.
         self._counts = dict.fromkeys(State, (0, 0))
-        # CACHED and not pinned, least recently used first.
-        self._evictable: OrderedDict[int, Range] = OrderedDict()
 
     def allocate(self, nbytes: int) -> Range | None:
         """An ALLOCATED range, evicting what is needed for it; None if there is no room now.
@@ -109,93 +123,84 @@ class Arena:
         size = -(-nbytes // ALIGNMENT) * ALIGNMENT
         if not self._can_make_room(size):
             return None
-        while self._holes.largest < size or self._count() == self.max_ranges:
-            self.free(next(iter(self._evictable.values())))
+        while self._holes.largest < size or len(self._cache) == self.max_ranges:
+            self.free(next(iter(self._cache.evictable)))
         offset = self._holes.take(size)
         assert offset is not None
         taken = Range(offset, size, nbytes)
-        self._held[offset] = taken
+        self._cache.add(taken)
         self._tally(taken, 1)
         return taken
 
     def lease(self, held: Range, until: float) -> None:
-        """ALLOCATED -> LEASED: the range is filled and may be read until `until`."""
-        self._move(held, State.LEASED)
-        held.until = until
+        """ALLOCATED -> LEASED: the range is filled, and may be taken until `until`."""
+        self._move(held, State.LEASED, until)
+        held.filled = True
+
+    def transfer(self, held: Range, until: float) -> None:
+        """-> IN_TRANSFER: the range is filled, and its receiver reads it; again moves `until`."""
+        self._move(held, State.IN_TRANSFER, until)
+        held.filled = True
 
     def quarantine(self, held: Range, until: float) -> None:
-        """LEASED -> QUARANTINED: the lease has ended, but a receiver may read until `until`."""
-        self._move(held, State.QUARANTINED)
-        held.until = until
+        """-> QUARANTINED: not wanted, but a receiver may read until `until`; again moves that."""
+        self._move(held, State.QUARANTINED, until)
 
-    def cache(self, held: Range) -> None:
-        """LEASED or QUARANTINED -> CACHED: no receiver reads it, or will."""
-        self._move(held, State.CACHED)
-        self._park(held)
+    def release(self, held: Range) -> None:
+        """-> CACHED, or FREE if it was never filled: nobody writes or reads the range, or will."""
+        if held.filled:
+            self._move(held, State.CACHED)
+            self._cache.park(held)
+        else:
+            self.free(held)
 
     def free(self, held: Range) -> None:
-        """ALLOCATED or CACHED -> FREE. Nothing may be writing to or copying from the range."""
+        """-> FREE, as it is: nobody writes or reads the range, or copies from it."""
         if held.pins:
-            raise ValueError(f"range at {held.offset} is pinned by {held.pins} and cannot be freed")
+            raise ValueError(f"{held} is pinned by {held.pins} and cannot be freed")
         self._move(held, State.FREE)
-        self._held.pop(held.offset, None)
-        self._evictable.pop(held.offset, None)
+        held.filled = False
+        self._cache.remove(held)
         self._on_free(held)
         self._holes.give(held.offset, held.size)
 
     def pin(self, held: Range) -> None:
-        """Keep a filled range from eviction while it is copied from, and mark it as used."""
+        """Keep a filled range from eviction while it is copied from."""
         if not held.filled:
-            raise ValueError(f"range at {held.offset} is {held.state.value}: nothing to copy from")
-        held.pins += 1
-        if self._evictable.pop(held.offset, None):
-            self._held[held.offset] = held
+            raise ValueError(f"{held} is {held.state.value}: nothing to copy from")
+        self._cache.pin(held)
 
     def unpin(self, held: Range) -> None:
         """End of `pin`; the range is now the most recently used."""
-        if not held.pins:
-            raise ValueError(f"range at {held.offset} is not pinned")
-        held.pins -= 1
-        if held.state is State.CACHED:
-            self._park(held)
+        self._cache.unpin(held)
 
     def counts(self) -> dict[State, tuple[int, int]]:
         """Ranges and bytes per state; FREE counts holes. The bytes add up to the capacity."""
         return self._counts | {State.FREE: (len(self._holes), self._holes.free)}
 
-    def _count(self) -> int:
-        return len(self._held) + len(self._evictable)
-
     def _can_make_room(self, size: int) -> bool:
         """Whether `size` bytes in a row are free once all that can be evicted is."""
-        if self._count() == self.max_ranges and not self._evictable:
+        if len(self._cache) == self.max_ranges and not self._cache.evictable:
             return False
         if self._holes.largest >= size:
             return True
         end = 0
-        for held in sorted(self._held.values(), key=lambda held: held.offset):
+        for held in sorted(self._cache.kept, key=lambda held: held.offset):
             if held.offset - end >= size:
                 return True
             end = held.offset + held.size
         return self.capacity - end >= size
 
-    def _move(self, held: Range, state: State) -> None:
+    def _move(self, held: Range, state: State, until: float = 0.0) -> None:
         if state not in _NEXT[held.state]:
             allowed = " or ".join(state.value for state in _NEXT[held.state]) or "nothing"
             raise ValueError(
-                f"range at {held.offset} is {held.state.value} and cannot become {state.value}; "
-                f"only {allowed}"
+                f"{held} is {held.state.value} and cannot become {state.value}; only {allowed}"
             )
         self._tally(held, -1)
-        held.state = state
+        held.state, held.until = state, until
         self._tally(held, 1)
 
     def _tally(self, held: Range, step: int) -> None:
         ranges, size = self._counts[held.state]
         self._counts[held.state] = ranges + step, size + step * held.size
-
-    def _park(self, held: Range) -> None:
-        """Make a CACHED range evictable, as the most recently used, unless it is pinned."""
-        if not held.pins:
-            self._held.pop(held.offset, None)
-            self._evictable[held.offset] = held

@@ -1,61 +1,69 @@
-"""The KV hand-off handle, version 1: where a prompt's KV cache lies, and until when it may be read.
+"""The KV hand-off handle, version 2: which KV cache, of which model, and until when.
 
-It is the only thing about a KV cache that travels in a message; the bytes stay where they are
-until the decode pulls them (`pdserve.transfer`).
+It is the only thing about a KV cache that travels with a request; the bytes stay where they are
+until the decode pulls them (`pdserve.transfer`), and the ways to the holder's memory are told
+once, when the two meet (`pdserve.transfer.description`). Sealed, it is 16 bytes of a keyed MAC
+and the message: only who has the deployment's key can make or alter one.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import hashlib
+from hmac import compare_digest
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from pdserve.errors import HandleError
+from pdserve.kvcache.cut import Cut
 from pdserve.kvcache.layout import KVLayout
 
 NONCE_BYTES = 16
 EPOCH_BYTES = 8
+KEY_BYTES = 32
+_MAC_BYTES = 16
 
-# \Z, because $ would let a trailing newline through.
-REGION = r"^pdserve-[a-z0-9-]{1,56}\Z"
+Fingerprint = Annotated[str, Meta(pattern=r"^[!-~]{1,128}\Z")]
+"""Of the model whose KV cache this is (weights, shape, positions): printable ASCII."""
+Epoch = Annotated[bytes, Meta(min_length=EPOCH_BYTES, max_length=EPOCH_BYTES)]
+"""Random; names one life of one holder."""
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One prompt's KV cache in another process of this host. Encoded: well under 1 KiB.
+    """One prompt's KV cache in another process. Sealed: under 300 bytes.
 
-    Whatever breaks a field's constraint is refused when the handle is decoded.
+    Whatever breaks a field's constraint is refused when the handle is opened.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     """First, so that a handle of another version is refused for its version."""
-    fingerprint: Annotated[str, Meta(pattern=r"^[!-~]{1,128}\Z")]
-    """Of the model whose KV cache this is: printable ASCII."""
+    fingerprint: Fingerprint
     layout: KVLayout
+    cut: Cut = Cut()
+    """How the holder's ranks lay it out."""
     tokens: Annotated[int, Meta(ge=1, le=1 << 24)]
-    region: Annotated[str, Meta(pattern=REGION)]
-    """Name of a shared memory region, never a path."""
+    epoch: Epoch
     offset: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-    """Bytes from the start of the region's data."""
+    """Bytes from the start of the holder's data."""
     lease: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
-    """Slot in the region's lease table."""
+    """Slot in the holder's lease table."""
     nonce: Annotated[bytes, Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
     """Random; the lease is good while its slot holds the same."""
-    epoch: Annotated[bytes, Meta(min_length=EPOCH_BYTES, max_length=EPOCH_BYTES)]
-    """Random; of the life of the process that holds the region."""
     expires: Annotated[float, Meta(ge=0, le=1e12)]
-    """Seconds on CLOCK_MONOTONIC, which all processes of a host share."""
+    """Seconds on CLOCK_MONOTONIC, which all processes of the holder's host share."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the KV cache."""
-        return self.layout.nbytes(self.tokens)
+        """Bytes of the KV cache at its holder."""
+        return self.cut.nbytes(self.layout, self.tokens)
 
-    def check(self, fingerprint: str, layout: KVLayout, now: float) -> None:
-        """Make sure that a process with this model may still read the KV cache.
+    def check(self, fingerprint: str, layout: KVLayout, cut: Cut) -> None:
+        """Make sure that it is of this model, laid out as agreed.
 
         Raises:
-            HandleError: of another model, in another layout, or expired.
+            HandleError: of another model, or in another layout.
         """
         if self.fingerprint != fingerprint:
             raise HandleError(
@@ -63,6 +71,43 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         if self.layout != layout:
             raise HandleError(f"KV handle is in {self.layout}; this instance has {layout}")
-        # Written so that a NaN counts as expired.
-        if not now < self.expires:
-            raise HandleError(f"KV handle expired {now - self.expires:.3f} s ago")
+        if self.cut != cut:
+            raise HandleError(f"KV handle is cut into {self.cut}; this instance expects {cut}")
+
+
+def seal(message: msgspec.Struct, key: bytes) -> bytes:
+    """The message behind its MAC under the deployment's key of KEY_BYTES."""
+    body = msgspec.msgpack.encode(message)
+    return _mac(body, key, type(message)) + body
+
+
+def unseal(data: bytes, kind: type[T], key: bytes) -> T:
+    """The message, once its MAC has been found good.
+
+    Raises:
+        HandleError: cut short, altered or made under another key; or of another version.
+    """
+    mac, body = data[:_MAC_BYTES], data[_MAC_BYTES:]
+    if not compare_digest(mac, _mac(body, key, kind)):
+        raise HandleError(
+            f"{kind.__name__} of {len(data)} bytes is not of this deployment: its MAC is wrong"
+        )
+    return read_sealed(data, kind)
+
+
+def read_sealed(data: bytes, kind: type[T]) -> T:
+    """The message of one whose MAC somebody else will check.
+
+    Raises:
+        HandleError: malformed, or of another version.
+    """
+    try:
+        return msgspec.msgpack.decode(data[_MAC_BYTES:], type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise HandleError(f"{kind.__name__} of {len(data)} bytes is malformed: {error}") from error
+
+
+def _mac(body: bytes, key: bytes, kind: type[msgspec.Struct]) -> bytes:
+    # The kind is part of it, so that one message cannot pass for another.
+    person = kind.__name__.encode()[: hashlib.blake2b.PERSON_SIZE]
+    return hashlib.blake2b(body, digest_size=_MAC_BYTES, key=key, person=person).digest()

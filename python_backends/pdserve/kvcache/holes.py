@@ -24,6 +24,15 @@ class Holes:
     def __len__(self) -> int:
         return len(self._by_size)
 
+    def copy(self) -> Holes:
+        """The same holes, to try something with."""
+        other = Holes(0)
+        other.free = self.free
+        other._by_size = self._by_size.copy()
+        other._size_at = self._size_at.copy()
+        other._start_of = self._start_of.copy()
+        return other
+
     @property
     def largest(self) -> int:
         """Units in the largest hole; 0 if nothing is free."""

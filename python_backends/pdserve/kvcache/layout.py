@@ -14,8 +14,8 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 class KVLayout(msgspec.Struct, frozen=True, array_like=True):
     """One prompt's KV cache: [layers][2: K, V][tokens][kv_heads][head_dim], C order.
 
-    A *row* is kv_heads * head_dim elements: one token of one layer's K (or V). Seen as bytes the
-    cache is uint8 [layers * 2, tokens, row_bytes].
+    A *plane* is one layer's K (or V), a *row* kv_heads * head_dim elements of it: one token's.
+    Seen as bytes the cache is uint8 [planes, tokens, row_bytes].
     """
 
     layers: Count
@@ -29,14 +29,19 @@ class KVLayout(msgspec.Struct, frozen=True, array_like=True):
         return _ITEMSIZE[self.dtype]
 
     @property
+    def planes(self) -> int:
+        """Layers' Ks and Vs: they alternate."""
+        return self.layers * 2
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one token of one layer's K (or V)."""
+        """Bytes of one token of one plane."""
         return self.kv_heads * self.head_dim * self.itemsize
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token over all layers, K and V."""
-        return self.layers * 2 * self.row_bytes
+        """Bytes of one token over all planes."""
+        return self.planes * self.row_bytes
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of the KV cache of `tokens` tokens."""
@@ -44,4 +49,4 @@ class KVLayout(msgspec.Struct, frozen=True, array_like=True):
 
     def shape(self, tokens: int) -> tuple[int, int, int]:
         """Of the KV cache of `tokens` tokens as uint8."""
-        return self.layers * 2, tokens, self.row_bytes
+        return self.planes, tokens, self.row_bytes

@@ -1,21 +1,39 @@
-"""Blocks of the decode's paged KV pool: who holds which, in as few consecutive runs as possible."""
+"""Blocks of the decode's paged KV pool: who holds which, in as few consecutive runs as possible.
+
+    allocate --> used --park: its sequence has ended--> cached --evicted, or free--> free
+                   '----free: its rows are not valid--------------------------------> free
+
+A cached table is a source of prefixes, until somebody needs the room. A new sequence copies the
+rows that it shares into blocks of its own, from a cached table or a used one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING
 
+from pdserve.kvcache.cache import Cache
 from pdserve.kvcache.holes import Holes
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False)
 class BlockTable:
     """The blocks of one sequence, in the order of its tokens.
 
-    `runs` are (first row, rows) in the pool [layers, 2, rows, kv_heads, head_dim].
+    `runs` are (first row, rows) in the pool [layers, 2, rows, kv_heads, head_dim]. Read by
+    everybody, changed by its pool only.
     """
 
     runs: tuple[tuple[int, int], ...]
     block_size: int
+    pins: int = 0
+
+    def __str__(self) -> str:
+        return f"table of blocks {self.blocks}"
 
     @property
     def blocks(self) -> list[int]:
@@ -27,6 +45,10 @@ class BlockTable:
     def capacity(self) -> int:
         """Tokens that fit."""
         return sum(rows for _, rows in self.runs)
+
+    def touches(self, first: int, rows: int) -> bool:
+        """Whether it has any of `rows` rows from `first`."""
+        return any(start < first + rows and first < start + n for start, n in self.runs)
 
     def rows(self, tokens: int) -> list[tuple[int, int]]:
         """The runs cut to the sequence's first `tokens` tokens.
@@ -45,55 +67,145 @@ class BlockTable:
         return cut
 
 
+def copies(source: BlockTable, target: BlockTable, tokens: int) -> list[tuple[int, int, int]]:
+    """(first row of source, first row of target, rows) each: the first `tokens` tokens' rows.
+
+    Raises:
+        ValueError: more tokens than one of the tables holds.
+    """
+    given, taken = iter(source.rows(tokens)), iter(target.rows(tokens))
+    pieces = []
+    have = room = 0
+    while tokens:
+        if not have:
+            here, have = next(given)
+        if not room:
+            there, room = next(taken)
+        rows = min(have, room)
+        pieces.append((here, there, rows))
+        here, there = here + rows, there + rows
+        have, room, tokens = have - rows, room - rows, tokens - rows
+    return pieces
+
+
 class BlockPool:
     """Hands out `blocks` blocks of `block_size` rows; book-keeping only.
 
     One run is preferred, because attention then reads a view of the pool instead of gathering.
+
+    `on_free` is called with every table that is freed or evicted, before its blocks can be handed
+    out again: `PrefixIndex.remove`.
     """
 
-    def __init__(self, blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        block_size: int,
+        on_free: Callable[[BlockTable], None] = lambda _: None,
+    ) -> None:
         self.blocks = blocks
         self.block_size = block_size
+        self._on_free = on_free
         self._holes = Holes(blocks)
-        self._tables: set[BlockTable] = set()
+        self._cache: Cache[BlockTable] = Cache()
 
     @property
     def free_blocks(self) -> int:
+        """Nobody's."""
         return self._holes.free
 
     @property
+    def cached_blocks(self) -> int:
+        """Of parked tables; free as soon as somebody needs them."""
+        return sum(table.capacity for table in self._cache.evictable) // self.block_size
+
+    @property
     def used_blocks(self) -> int:
-        return self.blocks - self._holes.free
+        """Of running sequences, and of parked tables that are pinned."""
+        return self.blocks - self.free_blocks - self.cached_blocks
 
     def allocate(self, tokens: int) -> BlockTable | None:
-        """Blocks for `tokens` tokens, None if there are not enough.
+        """Blocks for `tokens` tokens, evicting what is in the way; None if there are not enough.
 
-        The smallest single run that fits, else as few runs as there can be, longest first.
+        As few runs as there can be if parked tables count as free; a single run from the smallest
+        hole that has it. Only tables that hold some of the blocks are evicted, each of them whole.
         """
         if tokens <= 0:
             raise ValueError(f"a sequence has at least 1 token, not {tokens}")
         wanted = -(-tokens // self.block_size)
-        if wanted > self._holes.free:
+        if wanted > self.free_blocks + self.cached_blocks:
             return None
         runs = []
         while wanted:
-            count = min(wanted, self._holes.largest)
-            first = self._holes.take(count)
-            assert first is not None
+            first, count = self._take(wanted)
             runs.append((first * self.block_size, count * self.block_size))
             wanted -= count
         table = BlockTable(tuple(runs), self.block_size)
-        self._tables.add(table)
+        self._cache.add(table)
         return table
+
+    def park(self, table: BlockTable, tokens: int) -> None:
+        """A sequence has ended: keep its first `tokens` rows, which are valid, while there is room.
+
+        The blocks behind them are free at once.
+
+        Raises:
+            ValueError: more tokens than the blocks hold, or the table is not in use.
+        """
+        kept = table.rows(-(-tokens // self.block_size) * self.block_size)
+        self._cache.park(table)
+        for (first, rows), (_, left) in zip_longest(table.runs, kept, fillvalue=(0, 0)):
+            if left < rows:
+                self._give(first + left, rows - left)
+        table.runs = tuple(kept)
+
+    def pin(self, table: BlockTable) -> None:
+        """Keep a table from eviction while it is copied from, also if its sequence ends.
+
+        Raises:
+            ValueError: the table is not of this pool, or has been freed.
+        """
+        self._cache.pin(table)
+
+    def unpin(self, table: BlockTable) -> None:
+        """End of `pin`; a parked table is now the most recently used."""
+        self._cache.unpin(table)
 
     def free(self, table: BlockTable) -> None:
         """Take the blocks of a table back.
 
         Raises:
-            ValueError: the table is not of this pool, or has been freed before.
+            ValueError: the table is pinned, not of this pool, or has been freed before.
         """
-        if table not in self._tables:
-            raise ValueError(f"blocks {table.blocks} are not held: freed twice, or of another pool")
-        self._tables.remove(table)
+        self._cache.remove(table)
+        self._on_free(table)
         for first, rows in table.runs:
-            self._holes.give(first // self.block_size, rows // self.block_size)
+            self._give(first, rows)
+
+    def _give(self, first: int, rows: int) -> None:
+        self._holes.give(first // self.block_size, rows // self.block_size)
+
+    def _take(self, wanted: int) -> tuple[int, int]:
+        """(first, number) of up to `wanted` consecutive blocks, as many as can be.
+
+        Who is in the way is evicted: of the tables least recently used that make room together,
+        those that touch the blocks. Evicting in their order alone, until there are enough blocks,
+        leaves nearly every sequence with several runs (4 to 9 on average) once the pool is full.
+        """
+        trial, oldest = self._holes.copy(), []
+        for table in self._cache.evictable:
+            if trial.largest >= wanted:
+                break
+            oldest.append(table)
+            for first, rows in table.runs:
+                trial.give(first // self.block_size, rows // self.block_size)
+        count = min(wanted, trial.largest)
+        if self._holes.largest < count:
+            start = trial.take(count)
+            assert start is not None
+            for table in oldest:
+                if table.touches(start * self.block_size, count * self.block_size):
+                    self.free(table)
+        taken = self._holes.take(count)
+        assert taken is not None
+        return taken, count

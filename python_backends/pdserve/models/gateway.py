@@ -26,6 +26,7 @@ from pdserve.metrics import Registry
 from pdserve.models import triton
 from pdserve.models.triton import LoopThread, Outbox, Publisher
 from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.text import TextStream
@@ -199,15 +200,22 @@ class GatewayModel(ABC):
         prefills = self._reach(self.deployment.instances("prefill"))
         decodes = self._reach(self.deployment.instances("decode"))
         self._instances = [*prefills, *decodes]
+        strategy = self.deployment.transfer.strategy
+        layered = None if strategy == "auto" else strategy == "layered"
+        meetings = Meetings(prefills, decodes, layered, self._name, self._metrics)
         self._scheduler = Scheduler(
             prefills,
             decodes,
+            meetings,
             self._metrics,
             stall_s=limits.stall_s,
             lease_s=self.deployment.prefill.lease_s,
             rng=random.Random(secrets.randbits(128)),
         )
-        self._publishing = loop.create_task(Publisher(self._metrics).run())
+        self._always = [
+            loop.create_task(Publisher(self._metrics).run()),
+            loop.create_task(meetings.run()),
+        ]
 
     def _reach(self, instances: dict[str, config.Server]) -> list[Instance]:
         return [Instance(name, self._channel(name, server)) for name, server in instances.items()]
@@ -218,7 +226,7 @@ class GatewayModel(ABC):
         return GrpcChannel(f"{server.host}:{server.grpc_port}", name)
 
     async def _close(self) -> None:
-        tasks = (*self._serving.values(), self._publishing)
+        tasks = (*self._serving.values(), *self._always)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

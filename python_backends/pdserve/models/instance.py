@@ -15,7 +15,7 @@ from pdserve import config, errors, messages
 from pdserve.channels.answers import Answers, Call
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import PrefillInstance
-from pdserve.messages import DecodeRequest, Failed, PrefillRequest, Release
+from pdserve.messages import DecodeRequest, Describe, Failed, Join, PrefillRequest, Release
 from pdserve.metrics import Registry
 from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment
 
@@ -85,8 +85,12 @@ class InstanceModel(ABC):
                 self._instance.release(released, send)
             case PrefillInstance() as prefill, PrefillRequest() as request:
                 prefill.submit(request, send)
+            case PrefillInstance() as prefill, Describe():
+                prefill.describe(send)
             case DecodeInstance() as decode, DecodeRequest() as request:
                 decode.submit(request, send)
+            case DecodeInstance() as decode, Join() as request:
+                decode.join(request, send)
             case instance, request:
                 raise errors.InstanceError(
                     f"a {type(request).__name__} came to a {type(instance).__name__}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import uuid
 
 from pdserve import errors
 from pdserve.channels.protocol import Channel, Replies
-from pdserve.messages import Busy, Failed, Release, Reply, Request, Tokens
+from pdserve.messages import Busy, Failed, Release, Reply, Request, Stranger, Tokens
 
 # An instance that has failed is left alone for so long, unless all have.
 SUSPECT_S = 5.0
@@ -34,7 +36,7 @@ class Call:
         except errors.InstanceError as error:
             self.suspect()
             raise errors.InstanceError(f"{self._instance.name}: {error}") from error
-        self.done = isinstance(reply, Busy | Failed) or (
+        self.done = isinstance(reply, Busy | Failed | Stranger) or (
             isinstance(reply, Tokens) and bool(reply.finish_reason)
         )
         return reply
@@ -60,6 +62,24 @@ class Instance:
         self.suspect_until = 0.0
         """It has failed, and is not asked before (``loop.time()`` seconds) unless all have."""
         self._channel = channel
+        self._ids = f"{uuid.uuid4().hex}-{name}"
+        self._asked = itertools.count()
+
+    def new_id(self) -> str:
+        """For a request to it that is not a call, unique over all gateways."""
+        return f"{self._ids}-{next(self._asked)}"
+
+    async def ask(self, request: Request, timeout: float) -> Reply:
+        """One question that holds nothing there.
+
+        Raises:
+            InstanceError: no answer within ``timeout`` seconds.
+        """
+        replies = self._channel.open(request.id, request)
+        try:
+            return await replies.get(timeout)
+        finally:
+            self._channel.forget(request.id)
 
     def call(self, request: Request) -> Call:
         self.open += 1

@@ -12,10 +12,11 @@
        └─► FAILED    ◄─────────────────────┘ an instance failed and no other could go on
 
 A request that needs no decode (its first token ends it) goes from PREFILLED to
-FINISHED. A prefill that fails sends it back to WAITING, a busy decode back to
-PREFILLED. EXPIRED is reached from PREFILLING and PREFILLED too: the limit is
-checked before and after prefill, never during; and REJECTED from PREFILLING: a
-prefill may find that it can never hold the prompt.
+FINISHED. A prefill that fails sends it back to WAITING. While all decodes are busy it
+stays PREFILLED; that a decode follows the prefill layer by layer is no state of its
+own. EXPIRED is reached from PREFILLING and PREFILLED too: the limit is checked before
+and after prefill, never during; and REJECTED from PREFILLING: a prefill may find that
+it can never hold the prompt.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pdserve.messages import Sampling
+from pdserve.transfer.reports import NOTHING_PULLED, Pulled
 
 
 class State(enum.Enum):
@@ -46,7 +48,7 @@ _NEXT = {
     State.WAITING: {State.PREFILLING, State.REJECTED, State.EXPIRED},
     State.PREFILLING: {State.PREFILLED, State.WAITING, State.REJECTED, State.EXPIRED},
     State.PREFILLED: {State.TRANSFERRING, State.FINISHED, State.EXPIRED},
-    State.TRANSFERRING: {State.DECODING, State.PREFILLED},
+    State.TRANSFERRING: {State.DECODING},
     State.DECODING: {State.FINISHED},
 }
 
@@ -77,9 +79,9 @@ class Request:
     attempts: int = 0
     prefill: str = ""
     decode: str = ""
-    kv_bytes: int = 0
     prefill_ms: float = 0.0
-    transfer_ms: float = 0.0
+    pulled: Pulled | None = None
+    """How its KV cache came to the decode."""
     arrived: float = 0.0
     forwarded: float = 0.0
     """When the prefill that took it was offered it."""
@@ -124,6 +126,7 @@ class Request:
         def ms(since: float, until: float) -> float:
             return round((until - since) * 1e3, 3)
 
+        pulled = self.pulled or NOTHING_PULLED
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
@@ -135,13 +138,17 @@ class Request:
             "ms": {
                 "forward": ms(self.arrived, self.forwarded),
                 "prefill": round(self.prefill_ms, 3),
-                "transfer": round(self.transfer_ms, 3),
+                "transfer": round(pulled.ms, 3),
+                "exposed": round(pulled.exposed_ms, 3),
                 "ttft": ms(self.arrived, self.first_token),
                 "e2e": ms(self.arrived, self.ended),
             },
-            "kv": {"bytes": self.kv_bytes, "transport": "shm", "strategy": "whole"}
-            if self.decode
-            else {"bytes": 0, "transport": "", "strategy": ""},
+            "kv": {
+                "bytes": pulled.nbytes,
+                "transport": pulled.transport,
+                "strategy": pulled.strategy,
+                "expected_ms": round(pulled.expected_ms, 3),
+            },
         }
 
 

@@ -7,13 +7,15 @@ import random
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import NamedTuple
 
 import numpy as np
 
 from pdserve import errors, messages
-from pdserve.messages import Accepted, Busy, Failed, Prefilled, Tokens
+from pdserve.messages import Accepted, Busy, Failed, Prefilled, Stranger, Tokens
 from pdserve.metrics import Registry
 from pdserve.scheduling.instance import Call, Instance
+from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
 from pdserve.scheduling.waiting import WaitingLine
 
@@ -35,10 +37,31 @@ class _Late(errors.Unavailable):
         )
 
 
+class _Offered(NamedTuple):
+    """An instance has taken a request."""
+
+    instance: Instance
+    call: Call
+    reply: messages.Reply
+    """Its first."""
+
+
+class _Computed(NamedTuple):
+    """A prompt's KV cache lies in a prefill."""
+
+    prefill: Instance
+    call: Call
+    result: Prefilled
+    handle: bytes
+    decode: _Offered | None
+    """That has followed the computation already."""
+
+
 class Scheduler:
     """Serves any number of requests at once over one set of prefills and decodes.
 
     Args:
+        meetings: of the same instances.
         stall_s: an instance silent for so long has failed.
         lease_s: how long a prefill keeps a KV cache that no decode has taken.
         rng: source of jitter.
@@ -48,6 +71,7 @@ class Scheduler:
         self,
         prefills: Sequence[Instance],
         decodes: Sequence[Instance],
+        meetings: Meetings,
         metrics: Registry,
         *,
         stall_s: float,
@@ -56,6 +80,7 @@ class Scheduler:
     ) -> None:
         self._prefills = prefills
         self._decodes = decodes
+        self._meetings = meetings
         self._metrics = metrics
         self._stall_s = stall_s
         self._lease_s = lease_s
@@ -88,7 +113,8 @@ class Scheduler:
 
     async def _run(self, request: Request) -> AsyncGenerator[Chunk, None]:
         loop = asyncio.get_running_loop()
-        prefill, result = await self._prefill(request)
+        computed = await self._prefill(request)
+        result = computed.result
         try:
             request.to(State.PREFILLED)
             now = loop.time()
@@ -107,44 +133,60 @@ class Scheduler:
             if reason or request.answer_ended:
                 request.finish(reason, loop.time())
                 return
-            async with aclosing(self._decode(request, result, prefill)) as chunks:
+            async with aclosing(self._decode(request, computed)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         finally:
-            prefill.close()
+            if computed.decode is not None:
+                computed.decode.call.close()
+            computed.call.close()
             self._for_prefill.wake()
 
     # ------------------------------------------------------------------ prefill
 
-    async def _prefill(self, request: Request) -> tuple[Call, Prefilled]:
+    async def _prefill(self, request: Request) -> _Computed:
         """Offer the request to idle prefills until one takes it, and wait for its result."""
-        loop = asyncio.get_running_loop()
         for attempt in range(1, PREFILL_ATTEMPTS + 1):
-            call, first = await self._forward(request)
+            taken = await self._forward(request)
             request.attempts = attempt
             try:
-                while isinstance(first, Accepted):
-                    first = await call.reply(self._stall_s)
-                if isinstance(first, Prefilled):
-                    return call, first
-                error = _error(first)
-                if isinstance(error, errors.InstanceError):
-                    call.suspect()
-                elif isinstance(error, errors.Unavailable):
-                    error = _Late("no first token", request, loop.time())
-            except errors.InstanceError as failure:
-                error = failure
-            except BaseException:
-                call.close()
-                raise
-            call.close()
-            if not isinstance(error, errors.InstanceError) or attempt == PREFILL_ATTEMPTS:
-                raise error
+                return await self._result(request, taken)
+            except errors.InstanceError:
+                if attempt == PREFILL_ATTEMPTS:
+                    raise
             self._metrics.add("pdserve_retries_total", phase="prefill", reason="error")
             request.to(State.WAITING)
         raise AssertionError("unreachable")
 
-    async def _forward(self, request: Request) -> tuple[Call, messages.Reply]:
+    async def _result(self, request: Request, taken: _Offered) -> _Computed:
+        """What the prefill that has taken it makes of it.
+
+        Raises:
+            InstanceError: it failed; another may be asked.
+        """
+        prefill, call, reply = taken
+        handle, decode = b"", None
+        try:
+            while isinstance(reply, Accepted):
+                if reply.handle is not None:
+                    handle = reply.handle
+                    decode = await self._offer_decodes(request, prefill, None, handle)
+                reply = await call.reply(self._stall_s)
+            if isinstance(reply, Prefilled):
+                return _Computed(prefill, call, reply, handle or reply.handle, decode)
+            error = _error(reply)
+            if isinstance(error, errors.InstanceError):
+                call.suspect()
+            elif isinstance(error, errors.Unavailable):
+                error = _Late("no first token", request, asyncio.get_running_loop().time())
+            raise error
+        except BaseException:
+            if decode is not None:
+                decode.call.close()
+            call.close()
+            raise
+
+    async def _forward(self, request: Request) -> _Offered:
         loop = asyncio.get_running_loop()
         if not len(self._for_prefill) and loop.time() < request.deadline:
             # Nobody waits, so this request may try without standing in line.
@@ -163,7 +205,7 @@ class Scheduler:
             place.leave()
         raise _Late("no idle prefill", request, loop.time())
 
-    async def _offer_prefills(self, request: Request) -> tuple[Call, messages.Reply] | None:
+    async def _offer_prefills(self, request: Request) -> _Offered | None:
         """One round over the prefills, fewest open calls first; None: all are busy.
 
         Raises:
@@ -181,6 +223,7 @@ class Scheduler:
                     sampling=request.sampling,
                     tenant=request.tenant,
                     deadline_ms=(request.deadline - offered) * 1e3,
+                    layered=self._meetings.layered(instance.name, request.prompt_tokens),
                 )
             )
             self._metrics.add("pdserve_forward_attempts")
@@ -189,6 +232,7 @@ class Scheduler:
             except errors.InstanceError as error:
                 failure = error
                 self._metrics.add("pdserve_retries_total", phase="offer", reason="error")
+                self._meetings.forget(instance)
                 call.close()
                 continue
             except BaseException:
@@ -202,20 +246,19 @@ class Scheduler:
             request.to(State.PREFILLING)
             request.prefill = instance.name
             request.forwarded = offered
-            return call, reply
+            return _Offered(instance, call, reply)
         if failure is not None and not busy:
             raise failure
         return None
 
     # ------------------------------------------------------------------- decode
 
-    async def _decode(
-        self, request: Request, result: Prefilled, prefill: Call
-    ) -> AsyncGenerator[Chunk, None]:
+    async def _decode(self, request: Request, computed: _Computed) -> AsyncGenerator[Chunk, None]:
         """Hand the KV cache to an idle decode and pass its tokens on."""
         loop = asyncio.get_running_loop()
-        request.kv_bytes = result.handle.nbytes
-        call, reply = await self._reserve_decode(request, result)
+        decode, call, reply = computed.decode or await self._reserve_decode(request, computed)
+        request.to(State.TRANSFERRING)
+        request.decode = decode.name
         try:
             while True:
                 while isinstance(reply, Accepted):
@@ -226,12 +269,12 @@ class Scheduler:
                     raise errors.InstanceError(
                         f"{request.decode} sent token {reply.start} after {request.output_tokens}"
                     )
-                if reply.transfer_ms is not None:
+                if reply.pulled is not None:
                     request.to(State.DECODING)
-                    request.transfer_ms = reply.transfer_ms
+                    request.pulled = reply.pulled
                     # The KV cache has left the prefill: its slot is free.
-                    prefill.done = True
-                    prefill.close()
+                    computed.call.done = True
+                    computed.call.close()
                     self._for_prefill.wake()
                 ids: list[int] = np.frombuffer(reply.ids, "<i4").tolist()
                 request.output_tokens += len(ids)
@@ -245,20 +288,19 @@ class Scheduler:
             call.close()
             self._for_decode.wake()
 
-    async def _reserve_decode(
-        self, request: Request, result: Prefilled
-    ) -> tuple[Call, messages.Reply]:
+    async def _reserve_decode(self, request: Request, computed: _Computed) -> _Offered:
         """Offer the KV cache to the decodes until one takes it; the prefill holds it meanwhile."""
         loop = asyncio.get_running_loop()
         limit = loop.time() + self._lease_s
+        prefill, token, handle = computed.prefill, computed.result.token, computed.handle
         if not len(self._for_decode):
-            taken = await self._offer_decodes(request, result)
+            taken = await self._offer_decodes(request, prefill, token, handle)
             if taken:
                 return taken
         place = self._for_decode.join(request.priority, request.arrived)
         try:
             while await place.turn(limit):
-                taken = await self._offer_decodes(request, result)
+                taken = await self._offer_decodes(request, prefill, token, handle)
                 if taken:
                     return taken
         finally:
@@ -266,38 +308,56 @@ class Scheduler:
         raise errors.Unavailable(f"no idle decode within {self._lease_s:g} s")
 
     async def _offer_decodes(
-        self, request: Request, result: Prefilled
-    ) -> tuple[Call, messages.Reply] | None:
-        """One round over the decodes, fewest open calls first; None: all are full.
+        self, request: Request, prefill: Instance, token: int | None, handle: bytes
+    ) -> _Offered | None:
+        """One round over the decodes that reach the prefill, fewest open calls first.
+
+        None: all of them are full.
 
         Raises:
             InstanceError: one failed; it may have begun to pull, so no other can be asked.
+            Unavailable: none reaches the prefill.
         """
-        request.to(State.TRANSFERRING)
+        refusals = {}
         for instance in _ranked(self._decodes):
-            call = instance.call(
-                messages.DecodeRequest(
-                    id=self._call_id(),
-                    prompt=request.prompt,
-                    first_token=result.token,
-                    handle=result.handle,
-                    sampling=request.sampling,
-                    max_tokens=request.max_tokens,
-                    ignore_eos=request.ignore_eos,
-                    min_interval_ms=0.0 if request.stream else UNREAD_INTERVAL_MS,
-                )
-            )
-            try:
-                reply = await call.reply(ANSWER_S)
-            except BaseException:
+            refusal = self._meetings.refusal(prefill.name, instance.name)
+            if refusal is not None:
+                refusals[instance.name] = refusal
+                continue
+            call, reply = await self._offer_decode(request, instance, token, handle)
+            if isinstance(reply, Stranger):
                 call.close()
-                raise
+                await self._meetings.introduce(prefill, instance)
+                call, reply = await self._offer_decode(request, instance, token, handle)
             if not isinstance(reply, Busy):
-                request.decode = instance.name
-                return call, reply
+                return _Offered(instance, call, reply)
             call.close()
-        request.to(State.PREFILLED)
+        if len(refusals) == len(self._decodes):
+            raise errors.Unavailable(f"no decode reaches {prefill.name}: {refusals}")
         return None
+
+    async def _offer_decode(
+        self, request: Request, instance: Instance, token: int | None, handle: bytes
+    ) -> tuple[Call, messages.Reply]:
+        call = instance.call(
+            messages.DecodeRequest(
+                id=self._call_id(),
+                prompt=request.prompt,
+                first_token=token,
+                handle=handle,
+                sampling=request.sampling,
+                tenant=request.tenant,
+                max_tokens=request.max_tokens,
+                ignore_eos=request.ignore_eos,
+                min_interval_ms=0.0 if request.stream else UNREAD_INTERVAL_MS,
+            )
+        )
+        try:
+            return call, await call.reply(ANSWER_S)
+        except BaseException:
+            self._meetings.forget(instance)
+            call.close()
+            raise
 
     # --------------------------------------------------------------------- both
 

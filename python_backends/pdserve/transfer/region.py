@@ -1,18 +1,8 @@
-"""A file in /dev/shm with KV caches in it, and the words by which two processes agree on them.
+"""A file in /dev/shm with KV caches in it, and the lease table that goes with them.
 
-    page 0          header: magic, version, lease slots, epoch, data bytes
-    from page 1     lease table, 64 bytes a slot
-    page aligned    data
-
-A slot has words of two writers, each of which writes only its own:
-
-    holder      nonce (zero: no lease), expires
-    receiver    state, and the nonce of the lease that it is about
-
-The receiver's words count only while their nonce is the holder's: so a slot becomes idle again
-with its next nonce, and what a late receiver says about an earlier lease is ignored. Every word
-is written before, and read after, the nonce that gives it its meaning; this leans on the store
-order of x86-64, and elsewhere on the many instructions between two steps of an interpreter.
+page 0          header: magic, version, lease slots, epoch, data bytes
+from page 1     lease table; what its words say: `pdserve.transfer.words`
+page aligned    data, if it is host memory
 """
 
 from __future__ import annotations
@@ -20,50 +10,33 @@ from __future__ import annotations
 import mmap
 import os
 import re
-from enum import IntEnum
-from hmac import compare_digest
 from pathlib import Path
 from struct import Struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pdserve.errors import DeploymentError, HandleError
-from pdserve.kvcache.handle import EPOCH_BYTES, NONCE_BYTES, REGION
+from pdserve.kvcache.handle import EPOCH_BYTES
+from pdserve.transfer.words import RECEIVER_WORD, SLOT_BYTES, Grant, pack_word
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SHM = Path("/dev/shm")  # noqa: S108 - where shm_open puts them, too
 
+# \Z, because $ would let a trailing newline through.
+NAME = r"^pdserve-[a-z0-9-]{1,56}\Z"
 _PAGE = mmap.ALLOCATIONGRANULARITY
 _MAGIC = b"PDSERVKV"
-_VERSION = 1
+_VERSION = 2
 _HEADER = Struct(f"<8sII{EPOCH_BYTES}sQ")
-
-_SLOT_BYTES = 64
-_NO_NONCE = bytes(NONCE_BYTES)
-_NONCE = Struct(f"{NONCE_BYTES}s")
-_EXPIRES = Struct("<d")
-_STATE = Struct("<I")
-# Offsets in a slot.
-_HOLDER_NONCE, _HOLDER_EXPIRES = 0, 16
-_RECEIVER_NONCE, _RECEIVER_STATE = 32, 48
-
-
-class Pull(IntEnum):
-    """What the receiver does with a lease."""
-
-    IDLE = 0
-    PULLING = 1
-    DONE = 2
 
 
 class SharedRegion:
     """`data` uint8 [data_bytes] under a name in shared memory, with a lease table.
 
-    Writable for the process that created it; read-only, except for the receiver's words, for
-    one that opened it.
+    `data` is writable for the process that created it, and read-only for one that opened it.
     """
 
     def __init__(self, name: str, fd: int, *, writable: bool) -> None:
@@ -84,15 +57,18 @@ class SharedRegion:
         self.name = name
         self.slots: int = slots
         self._inode = status.st_dev, status.st_ino
-        self._words = mmap.mmap(fd, start, mmap.MAP_SHARED)
+        self._words = memoryview(mmap.mmap(fd, start, mmap.MAP_SHARED))
         # The holder pays for its page tables once, while its model loads (0.35 s/GiB), and not
         # in the first requests. A receiver does not: mmap keeps the GIL, 0.1 s/GiB in which its
         # decode would stand still; faults inside a copy cost it 1.5 x the copy, once per page.
+        if not data_bytes:
+            self.data: NDArray[np.uint8] = np.empty(0, np.uint8)
+            return
         if writable:
             data = mmap.mmap(fd, data_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=start)
         else:
             data = mmap.mmap(fd, data_bytes, mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=start)
-        self.data: NDArray[np.uint8] = np.frombuffer(data, np.uint8)
+        self.data = np.frombuffer(data, np.uint8)
 
     @classmethod
     def create(cls, name: str, data_bytes: int, lease_slots: int, epoch: bytes) -> SharedRegion:
@@ -101,8 +77,8 @@ class SharedRegion:
         Raises:
             DeploymentError: the name is taken or not allowed, or there is not enough memory.
         """
-        if not re.match(REGION, name):
-            raise DeploymentError(f"region name {name!r} does not match {REGION}")
+        if not re.match(NAME, name):
+            raise DeploymentError(f"region name {name!r} does not match {NAME}")
         path = SHM / name
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -166,55 +142,39 @@ class SharedRegion:
 
     def close(self) -> None:
         """Unmap. Arrays made from `data` stay good: the memory goes with the last of them."""
-        # Closing the map itself would raise BufferError while there are such arrays.
+        # Closing the maps themselves would raise BufferError while there are such arrays.
         self.data = np.empty(0, np.uint8)
-        self._words.close()
+        self._words = memoryview(bytearray(_data_start(self.slots)))
 
-    # The holder's words.
+    @property
+    def table(self) -> NDArray[np.uint8]:
+        """The lease table, uint8 [slots * SLOT_BYTES]."""
+        return np.frombuffer(self._words, np.uint8)[_PAGE : _PAGE + self.slots * SLOT_BYTES]
 
-    def grant(self, slot: int, nonce: bytes, expires: float) -> None:
-        """Put a lease into a slot; `expires` in seconds on CLOCK_MONOTONIC."""
-        self._write(_EXPIRES, slot, _HOLDER_EXPIRES, expires)
-        self._write(_NONCE, slot, _HOLDER_NONCE, nonce)
+    def grant(self, slot: int, grant: Grant) -> None:
+        """Write the holder's words of a slot: the nonce last, which makes them count."""
+        words = grant.pack()
+        start = self._start(slot)
+        nonce = len(grant.nonce)
+        self._words[start + nonce : start + len(words)] = words[nonce:]
+        self._words[start : start + nonce] = words[:nonce]
 
-    def revoke(self, slot: int) -> None:
-        """End a slot's lease. Done before anything else, so that a receiver notices."""
-        self._write(_NONCE, slot, _HOLDER_NONCE, _NO_NONCE)
+    def mark(self, slot: int, word: int) -> None:
+        """Write the receiver's word of a slot."""
+        packed = pack_word(word)
+        start = self._start(slot) + RECEIVER_WORD
+        self._words[start : start + len(packed)] = packed
 
-    def holds(self, slot: int, nonce: bytes) -> bool:
-        """Whether the slot's lease is on and is the one of this nonce."""
-        found: bytes = self._read(_NONCE, slot, _HOLDER_NONCE)
-        return compare_digest(found, nonce) and nonce != _NO_NONCE
+    def peek(self, slot: int) -> bytes:
+        """A slot's SLOT_BYTES."""
+        start = self._start(slot)
+        return bytes(self._words[start : start + SLOT_BYTES])
 
-    def expires(self, slot: int) -> float:
-        """When the slot's lease ends, in seconds on CLOCK_MONOTONIC."""
-        expires: float = self._read(_EXPIRES, slot, _HOLDER_EXPIRES)
-        return expires
-
-    # The receiver's words.
-
-    def begin(self, slot: int, nonce: bytes) -> None:
-        """Say that the KV cache of a lease is being read."""
-        self._write(_STATE, slot, _RECEIVER_STATE, Pull.PULLING)
-        self._write(_NONCE, slot, _RECEIVER_NONCE, nonce)
-
-    def finish(self, slot: int, nonce: bytes) -> None:
-        """Say that it will not be read any more, unless the slot has gone to another lease."""
-        if self.pull(slot, nonce) is Pull.PULLING:
-            self._write(_STATE, slot, _RECEIVER_STATE, Pull.DONE)
-
-    def pull(self, slot: int, nonce: bytes) -> Pull:
-        """What the receiver does with the lease of this nonce."""
-        if self._read(_NONCE, slot, _RECEIVER_NONCE) != nonce:
-            return Pull.IDLE
-        return Pull.DONE if self._read(_STATE, slot, _RECEIVER_STATE) == Pull.DONE else Pull.PULLING
-
-    def _read(self, word: Struct, slot: int, offset: int) -> Any:
-        return word.unpack_from(self._words, _PAGE + slot * _SLOT_BYTES + offset)[0]
-
-    def _write(self, word: Struct, slot: int, offset: int, value: Any) -> None:
-        word.pack_into(self._words, _PAGE + slot * _SLOT_BYTES + offset, value)
+    def _start(self, slot: int) -> int:
+        if not 0 <= slot < self.slots:
+            raise HandleError(f"lease slot {slot} of {self.name}, which has {self.slots}")
+        return _PAGE + slot * SLOT_BYTES
 
 
 def _data_start(slots: int) -> int:
-    return _PAGE + -(-slots * _SLOT_BYTES // _PAGE) * _PAGE
+    return _PAGE + -(-slots * SLOT_BYTES // _PAGE) * _PAGE

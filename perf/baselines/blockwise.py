@@ -1,0 +1,43 @@
+"""A KV cache moved block by block, a handshake with the holder before each: what is compared with.
+
+The shape of a transfer between two paged pools, as in the paper's block-fixed baseline: a block is
+some tokens of one layer's K or V, or, where a pool's blocks span all layers, of all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import numpy as np
+
+from pdserve.transfer.protocol import Spans
+from pdserve.transfer.strategies import Move, segments
+
+
+def per_plane(move: Move, handshake: Callable[[], object]) -> int:
+    """The runs of the move are the blocks, of one layer's K or V; returns how many."""
+    return _one_by_one(move, segments(move), handshake)
+
+
+def spanning(move: Move, block: int, handshake: Callable[[], object]) -> int:
+    """Blocks that hold all layers of `block` tokens, contiguous at both ends."""
+    nbytes = block * len(move.planes) * move.pool.shape[2]
+    starts = np.arange(0, len(move.tokens) // block, dtype=np.int64) * nbytes
+    spans = np.empty((len(starts), 3), np.int64)
+    spans[:, 0] = move.parts[0].offset + starts
+    spans[:, 1] = move.pool.ctypes.data + starts[::-1]
+    spans[:, 2] = nbytes
+    return _one_by_one(move, spans, handshake)
+
+
+def _one_by_one(move: Move, spans: Spans, handshake: Callable[[], object]) -> int:
+    data = move.link.data
+    for span in spans:
+        handshake()
+        if isinstance(data, np.ndarray):
+            source, target, nbytes = span.tolist()
+            ctypes.memmove(target, data.ctypes.data + source, nbytes)
+        else:
+            move.link.pull(span[None], move.deadline).wait(move.alive)
+    return len(spans)

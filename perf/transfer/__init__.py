@@ -1,0 +1,1 @@
+"""Handing KV caches from process to process: `python -m perf.transfer`."""

@@ -1,0 +1,135 @@
+"""The other process, perhaps on another host: a prefill's memory, full of `layouts.pattern`.
+
+    python -m perf.transfer.holding ADDRESS TRANSPORT BYTES LAYOUT
+
+prints the port that it listens on, serves one connection and ends with it. A question is a byte,
+then perhaps a number; the answer to GRANT is a sealed handle of a KV cache of so many tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Client, Connection, Listener
+
+from pdserve.kvcache.cut import Cut
+from pdserve.transfer.description import Terms
+from pdserve.transfer.holder import Holder
+from pdserve.transfer.leases import Leases
+from pdserve.transfer.protocol import Transport
+from pdserve.transfer.shm import ShmTransport
+from perf.transfer.layouts import LAYOUTS, pattern
+from perf.transfer.raw import RawHolder
+
+ANSWER_S = 120.0
+KEY = b"0" * 32
+DESCRIBE, GRANT, READY, RAW = b"d", b"g", b"r", b"w"
+
+
+def terms(layout: str) -> Terms:
+    return Terms("perf", LAYOUTS[layout], KEY, Cut())
+
+
+def transport(name: str) -> Transport:
+    if name == "shm":
+        return ShmTransport()
+    from pdserve.transfer.nixl.transport import NixlTransport  # noqa: PLC0415 - shm needs no NIXL
+
+    return NixlTransport()
+
+
+class Holding:
+    """The process, seen from the one that started it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        address: str,
+        transport: str,
+        nbytes: int,
+        layout: str,
+    ) -> None:
+        """`command`: what its command line begins with, to run it on another host."""
+        module = [sys.executable, "-m", __name__, address, transport, str(nbytes), layout]
+        self._process = subprocess.Popen(
+            [*command, *module], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(ANSWER_S)
+
+
+class Control:
+    """A connection to it. One round trip for each question."""
+
+    def __init__(self, address: str, port: int) -> None:
+        self._pipe = Client((address, port))
+
+    def ask(self, question: bytes) -> bytes:
+        """Raises: TimeoutError: no answer within ANSWER_S."""
+        self._pipe.send_bytes(question)
+        if not self._pipe.poll(ANSWER_S):
+            raise TimeoutError(f"the holder has not answered within {ANSWER_S:g} s")
+        return self._pipe.recv_bytes()
+
+    def close(self) -> None:
+        self._pipe.close()
+
+
+def _serve(pipe: Connection, holder: Holder, raw: RawHolder | None) -> None:
+    leases: Leases = holder.leases
+    slot = None
+    while True:
+        # Raw NIXL has nobody else to drive it.
+        while raw is not None and raw.busy and not pipe.poll(0):
+            raw.progress()
+        question = pipe.recv_bytes()
+        if question == READY:  # whether a block is: all are
+            pipe.send_bytes(READY)
+        elif question == DESCRIBE:
+            pipe.send_bytes(holder.description)
+        elif question[:1] == RAW:
+            assert raw is not None
+            raw.busy = question == RAW + b"1"
+            pipe.send_bytes(raw.way)
+        elif question[:1] == GRANT:
+            if slot is not None:
+                leases.free(slot)
+            expires = time.monotonic() + ANSWER_S
+            slot, nonce = leases.grant(expires)
+            leases.fill(slot, LAYOUTS[sys.argv[4]].planes, 0)
+            pipe.send_bytes(holder.handle(0, int(question[1:]), slot, nonce, expires))
+
+
+def main() -> None:
+    address, name, nbytes, layout = sys.argv[1:]
+    holder = Holder(
+        "perf",
+        f"pdserve-perf-{os.getpid()}",
+        int(nbytes),
+        4,
+        terms(layout),
+        [transport(name)],
+    )
+    try:
+        holder.data[:] = pattern(len(holder.data))
+        raw = None if name == "shm" else RawHolder(holder.data)
+        with Listener((address, 0)) as listener:
+            print(listener.address[1], flush=True)
+            with listener.accept() as pipe:
+                _serve(pipe, holder, raw)
+    except EOFError:
+        pass
+    finally:
+        holder.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The receiving process, perhaps on another host: every way of one KV cache into one pool.
+
+    python -m perf.transfer.measuring ADDRESS PORT SPEC
+
+SPEC is a `Spec` as JSON; every `Point` is printed as a line of JSON when it has been measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from pdserve.transfer import plane
+from pdserve.transfer.arrays import aligned
+from pdserve.transfer.peers import Peer
+from pdserve.transfer.receiver import Receiver
+from pdserve.transfer.scatter import Runs, scatter
+from pdserve.transfer.staging import Staging
+from pdserve.transfer.strategies import Move, Part
+from pdserve.transfer.tuner import Strategy
+from perf.baselines import blockwise
+from perf.transfer.holding import ANSWER_S, DESCRIBE, GRANT, RAW, READY, Control, terms, transport
+from perf.transfer.layouts import LAYOUTS, pattern
+from perf.transfer.raw import RawReader
+
+STAGING_BUFFERS = 4
+
+
+class Spec(Struct):
+    """What is to be measured of one layout over one link."""
+
+    link: str
+    transport: str
+    layout: str
+    sizes_mib: list[int]
+    blocks: list[int]
+    handshakes: int
+    """A handshake for each block is measured up to so many of them."""
+    repeats: int
+
+
+class Point(Struct):
+    """One KV cache into a pool whose blocks are in random order; milliseconds, medians."""
+
+    link: str
+    detail: str
+    """What UCX has picked."""
+    layout: str
+    mib: float
+    tokens: int
+    block: int
+    segments: int
+    memcpy: float
+    """The same bytes, from one range of this process to another."""
+    pull: float | None
+    """Contiguous, by our transport; None: the memory is mapped."""
+    raw: float | None
+    """Contiguous, by NIXL alone."""
+    scatter: float
+    """From a contiguous range to the pool, by itself."""
+    one_run: float
+    """The hand-off where the blocks follow one another, as an empty pool gives them: whole."""
+    ways: dict[str, float]
+    """The hand-off as a decode does it, lease and all: whole, direct."""
+    chosen: str
+    """By a tuner that has seen nothing but the probes at join."""
+    expected: float
+    per_block: float | None
+    """With a handshake for each block of one layer's K or V; None: they would be too many."""
+    spanning: float
+    """With a handshake for each block that spans all layers."""
+
+
+class Bench:
+    """One layout over one link."""
+
+    def __init__(self, control: Control, spec: Spec) -> None:
+        self.spec, self._control = spec, control
+        self._layout = LAYOUTS[spec.layout]
+        tokens = max(self.tokens(max(spec.sizes_mib), block) for block in spec.blocks)
+        self._pool = aligned(self._layout.shape(tokens))
+        self._sent = aligned((self._layout.nbytes(tokens),))
+        self._sent[:] = pattern(self._sent.size)
+        self._receiver = Receiver(
+            terms(spec.layout),
+            [transport(spec.transport)],
+            self._pool,
+            Staging(aligned((STAGING_BUFFERS, plane.PIECE))),
+            timeout_s=ANSWER_S,
+        )
+        _, met = self._receiver.join(control.ask(DESCRIBE))
+        self._detail = met.detail
+        self._raw = None
+        if spec.transport == "nixl":
+            # Registered by itself: raw NIXL shares nothing with ours.
+            self._raw_pool = aligned((self._pool.size,))
+            self._raw = RawReader(control.ask(RAW + b"1"), self._raw_pool)
+            control.ask(RAW + b"0")
+
+    def tokens(self, mib: int, block: int) -> int:
+        """In a KV cache of so many MiB: whole blocks, at least one."""
+        return max((mib << 20) // self._layout.bytes_per_token // block, 1) * block
+
+    def point(self, mib: int, block: int) -> Point:
+        spec, layout, tokens = self.spec, self._layout, self.tokens(mib, block)
+        firsts = list(range(0, tokens, block))
+        random.Random(tokens).shuffle(firsts)
+        runs = [(first, block) for first in firsts]
+        handle = self._receiver.open(self._grant(tokens))
+        peer = self._receiver.peers.find(handle.epoch)
+        pool = self._pool[:, :tokens]
+        move = Move(
+            link=peer.link,
+            parts=(Part(0, layout.row_bytes, 0),),
+            length=tokens,
+            tokens=range(tokens),
+            planes=range(layout.planes),
+            pool=pool,
+            runs=runs,
+            deadline=time.monotonic() + 10 * ANSWER_S,
+        )
+        names: list[Strategy] = ["whole"] if peer.tuner is None else ["whole", "direct"]
+        for name in names:
+            self._check(tokens, runs, name)
+        works = self._copies(move)
+        works |= {name: partial(self._handed_over, tokens, runs, name) for name in names}
+        works["one run"] = partial(self._handed_over, tokens, [(0, tokens)], "whole")
+        taken = self._by_turns(works)
+        chosen, expected = self._choice(peer, move)
+        return Point(
+            link=spec.link,
+            detail=self._detail,
+            layout=spec.layout,
+            mib=round(move.nbytes / 2**20, 2),
+            tokens=tokens,
+            block=block,
+            segments=move.segments,
+            memcpy=taken["memcpy"],
+            pull=taken.get("pull"),
+            raw=taken.get("raw"),
+            scatter=taken["scatter"],
+            one_run=taken["one run"],
+            ways={name: taken[name] for name in names},
+            chosen=chosen,
+            expected=expected,
+            per_block=self._per_block(move) if move.segments <= spec.handshakes else None,
+            spanning=self._spanning(move, block),
+        )
+
+    def _copies(self, move: Move) -> dict[str, Callable[[], float]]:
+        """What a hand-off is made of; each returns milliseconds."""
+        nbytes, raw = move.nbytes, self._raw
+        source, target = self._sent[:nbytes], self._pool.reshape(-1)[:nbytes]
+        cache = source.reshape(len(move.pool), move.length, -1)
+        works = {
+            "memcpy": lambda: _ms(lambda: np.copyto(target, source)),
+            "scatter": lambda: _ms(lambda: scatter(cache, move.pool, move.runs)),
+        }
+        if raw is not None:
+            span = np.array([[0, target.ctypes.data, nbytes]], np.int64)
+
+            def read() -> float:
+                self._control.ask(RAW + b"1")
+                taken = _ms(lambda: raw.read(nbytes))
+                self._control.ask(RAW + b"0")
+                return taken
+
+            works["pull"] = lambda: _ms(lambda: move.link.pull(span, move.deadline).wait())
+            works["raw"] = read
+        return works
+
+    def _by_turns(self, works: dict[str, Callable[[], float]]) -> dict[str, float]:
+        """Medians, without a first turn that warms up."""
+        turns = [[work() for work in works.values()] for _ in range(self.spec.repeats + 1)][1:]
+        medians = (round(statistics.median(times), 3) for times in zip(*turns, strict=True))
+        return dict(zip(works, medians, strict=True))
+
+    def _choice(self, peer: Peer, move: Move) -> tuple[str, float]:
+        if peer.tuner is None:
+            return "whole", 0.0
+        free = STAGING_BUFFERS * plane.PIECE
+        choice = peer.tuner.probed(move.segments, move.nbytes, free)
+        return choice.strategy, round(choice.seconds * 1e3, 3)
+
+    def _handed_over(self, tokens: int, runs: Runs, name: Strategy) -> float:
+        """As a decode does it: milliseconds."""
+        self._receiver.strategy = name
+        handle = self._grant(tokens)
+        return _ms(lambda: self._receiver.pull(self._receiver.open(handle), runs))
+
+    def _check(self, tokens: int, runs: Runs, name: Strategy) -> None:
+        self._pool[:, :tokens] = 0
+        self._handed_over(tokens, runs, name)
+        self._verify(tokens, runs)
+
+    def _per_block(self, move: Move) -> float:
+        self._pool[:, : move.length] = 0
+        taken = _ms(lambda: blockwise.per_plane(move, self._handshake))
+        self._verify(move.length, move.runs)
+        return round(taken, 3)
+
+    def _spanning(self, move: Move, block: int) -> float:
+        return round(_ms(lambda: blockwise.spanning(move, block, self._handshake)), 3)
+
+    def _verify(self, tokens: int, runs: Runs) -> None:
+        sent = self._sent[: self._layout.nbytes(tokens)].reshape(self._layout.shape(tokens))
+        start = 0
+        for first, rows in runs:
+            arrived = self._pool[:, first : first + rows]
+            if not np.array_equal(arrived, sent[:, start : start + rows]):
+                raise RuntimeError(f"rows {first} to {first + rows} are not what was sent")
+            start += rows
+
+    def _grant(self, tokens: int) -> bytes:
+        return self._control.ask(GRANT + str(tokens).encode())
+
+    def _handshake(self) -> bytes:
+        return self._control.ask(READY)
+
+    def close(self) -> None:
+        self._receiver.close()
+
+
+def _ms(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return (time.perf_counter() - began) * 1e3
+
+
+def main() -> None:
+    address, port, text = sys.argv[1:]
+    control = Control(address, int(port))
+    bench = Bench(control, msgspec.json.decode(text, type=Spec))
+    try:
+        for mib, block in itertools.product(bench.spec.sizes_mib, bench.spec.blocks):
+            print(msgspec.json.encode(bench.point(mib, block)).decode(), flush=True)
+    finally:
+        bench.close()
+        control.close()
+
+
+if __name__ == "__main__":
+    main()

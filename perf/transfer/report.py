@@ -1,0 +1,160 @@
+"""What the points say: a table, the promises, who won, a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from perf.budgets import Budget
+from perf.transfer.measuring import Point
+
+LARGE_MIB = 16
+# What a paged pool has in practice, and the paper's comparison is about.
+POOL_BLOCKS = (16, 32)
+TUNED = 1.10
+
+
+def table(points: Sequence[Point]) -> Table:
+    """Milliseconds."""
+    columns = ("link", "layout", "MiB", "block", "memcpy", "pull", "raw", "scatter")
+    made = Table(*columns, "one run", "whole", "direct", "tuner", "per block", "spanning", "saved")
+    for p in points:
+        times = (p.memcpy, p.pull, p.raw, p.scatter, p.one_run, p.ways["whole"])
+        made.add_row(
+            p.link,
+            p.layout,
+            f"{p.mib:g}",
+            str(p.block),
+            *map(_ms, times),
+            _ms(p.ways.get("direct")),
+            p.chosen,
+            _ms(p.per_block),
+            _ms(p.spanning),
+            "-" if p.per_block is None else f"{_saved(p):.0%}",
+        )
+    return made
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _saved(point: Point) -> float:
+    assert point.per_block is not None
+    return 1 - point.ways["whole"] / point.per_block
+
+
+def regret(point: Point) -> float:
+    """Time of what the tuner chose, by that of the best."""
+    return point.ways[point.chosen] / min(point.ways.values())
+
+
+def limits(points: Sequence[Point]) -> list[Budget]:
+    """The promises, each by its worst point."""
+    large = [p for p in points if p.mib >= LARGE_MIB * 0.9]
+    made = []
+
+    def worst(what: str, values: Iterable[float], bound: float, unit: str = "x") -> None:
+        found = list(values)
+        if found:
+            high = unit == "x"
+            value = max(found) if high else min(found)
+            made.append(
+                Budget(what, round(value, 3), unit, "at most" if high else "at least", bound)
+            )
+            within = 100 * sum(v <= bound if high else v >= bound for v in found) / len(found)
+            middle = f"  median {statistics.median(found):.3g} {unit}; within the limit"
+            made.append(Budget(middle, round(within, 1), f"% of {len(found)}", "at least", None))
+
+    mapped = [p for p in large if p.link == "shm"]
+    limit = "of 1.25 copies + 1 ms"
+    worst(f"shm: blocks in a row, {limit}", [_over(p, p.one_run, 1.0) for p in mapped], 1.0)
+    apart = [_over(p, p.ways["whole"], 1.0) for p in mapped]
+    worst(f"shm: blocks in random order, {limit}", apart, 1.0)
+    pulls = [_over(p, p.pull, 2.0) for p in large if p.link == "cma" and p.pull]
+    worst("cma: pull, of 1.25 copies + 2 ms", pulls, 1.0)
+    for link in dict.fromkeys(p.link for p in large if p.raw):
+        pulls = [p.pull / p.raw for p in large if p.link == link and p.pull and p.raw]
+        worst(f"{link}: pull, of raw NIXL", pulls, 1.05)
+    for link in dict.fromkeys(p.link for p in points):
+        saved = [
+            100 * _saved(p)
+            for p in points
+            if p.link == link and p.block in POOL_BLOCKS and p.per_block is not None
+        ]
+        worst(f"{link}: less time than a handshake per block", saved, 46, "%")
+    choices = [p for p in points if len(p.ways) > 1]
+    if choices:
+        good = 100 * sum(regret(p) <= TUNED for p in choices) / len(choices)
+        what = f"tuner within 10 % of the best, of {len(choices)} points"
+        made.append(Budget(what, round(good, 1), "%", "at least", 90))
+    return made
+
+
+def _over(point: Point, taken: float, extra_ms: float) -> float:
+    """What was taken, of 1.25 copies and a constant: 1 is just within."""
+    return taken / (1.25 * point.memcpy + extra_ms)
+
+
+def remarks(points: Sequence[Point]) -> Table:
+    """Comparisons without a promise: won or lost."""
+    made = Table("link", "whole against direct", "whole against blocks that span all layers")
+    for link in dict.fromkeys(p.link for p in points):
+        mine = [p for p in points if p.link == link]
+        directs = [p.ways["whole"] / p.ways["direct"] for p in mine if "direct" in p.ways]
+        made.add_row(link, _won(directs), _won([p.ways["whole"] / p.spanning for p in mine]))
+    return made
+
+
+def _won(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return "-"
+    won = sum(ratio < 1 for ratio in ratios)
+    middle = statistics.median(ratios)
+    return (
+        f"{won} of {len(ratios)} won; {min(ratios):.2f} to {max(ratios):.2f} x, median {middle:.2f}"
+    )
+
+
+def plot(points: Sequence[Point], path: Path) -> Path:
+    """Times over memcpy, by size; a row for each link, a column for each layout."""
+    import matplotlib as mpl  # noqa: PLC0415 - slow to import
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    links = list(dict.fromkeys(p.link for p in points))
+    layouts = list(dict.fromkeys(p.layout for p in points))
+    size = (4 * len(layouts), 2.6 * len(links))
+    figure, axes = plt.subplots(len(links), len(layouts), squeeze=False, figsize=size)
+    for row, link in zip(axes, links, strict=True):
+        for axis, layout in zip(row, layouts, strict=True):
+            mine = [p for p in points if (p.link, p.layout, p.block) == (link, layout, 16)]
+            sizes = [p.mib for p in mine]
+            for name, style, values in (
+                ("whole", "o-", [p.ways["whole"] for p in mine]),
+                ("direct", "s--", [p.ways.get("direct") for p in mine]),
+                ("handshake per block", "x:", [p.per_block for p in mine]),
+                ("blocks of all layers", "+:", [p.spanning for p in mine]),
+            ):
+                ratios = [
+                    value / p.memcpy if value else float("nan")
+                    for value, p in zip(values, mine, strict=True)
+                ]
+                axis.plot(sizes, ratios, style, label=name)
+            axis.set(xscale="log", yscale="log", title=f"{link}: {layout}")
+            axis.title.set_fontsize(9)
+            axis.grid(visible=True, which="major", alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("MiB")
+    for row in axes:
+        row[0].set_ylabel("time / memcpy")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.suptitle("KV hand-off in blocks of 16 tokens, in random order")
+    figure.legend(handles, labels, loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.04, 1, 0.98))
+    figure.savefig(path, dpi=110)
+    return path

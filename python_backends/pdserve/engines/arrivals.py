@@ -1,0 +1,172 @@
+"""KV caches on their way into a decode's pool: the links, the pulls, the threads that do both."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+
+from pdserve import errors
+from pdserve.engines.protocol import DecodeEngine, DecodeSequence
+from pdserve.kvcache.blocks import Reserved
+from pdserve.kvcache.handle import KVHandle
+from pdserve.metrics import Registry
+from pdserve.transfer import arrays
+from pdserve.transfer.receiver import Receiver
+from pdserve.transfer.reports import Met, Pulled
+from pdserve.transfer.scatter import part_of
+
+# Of the threads that pull: where cores are short, the step of the running batch goes first. Linux
+# has a nice value for each thread.
+NICENESS = 5
+# Below this many bytes a copy costs less than handing it to another thread.
+INLINE_PULL = 256 << 10
+
+
+class Arrivals:
+    """Of one decode instance; used in its event loop.
+
+    Args:
+        receiver: pulls into the engine's pool; closed with this.
+        pulls: how many run at once.
+    """
+
+    def __init__(
+        self, name: str, engine: DecodeEngine, receiver: Receiver, pulls: int, metrics: Registry
+    ) -> None:
+        self._name = name
+        self._engine = engine
+        self._receiver = receiver
+        self._metrics = metrics
+        self._puller = ThreadPoolExecutor(pulls, "pull", initializer=_step_back)
+        self._joiner = ThreadPoolExecutor(1, "join", initializer=_step_back)
+        self._links: dict[str, dict[str, str]] = {}
+        """Labels of the link to each prefill."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        """Pulls and joins under way outside the loop."""
+        return len(self._tasks)
+
+    def open(self, data: bytes, tokens: int) -> KVHandle:
+        """A handle of the KV cache of a prompt of so many tokens, which may be pulled.
+
+        Raises:
+            HandleError, Stranger: see `Receiver.open`.
+        """
+        handle = self._receiver.open(data)
+        if handle.tokens != tokens:
+            raise errors.HandleError(
+                f"KV handle is of {handle.tokens} tokens; the prompt has {tokens}"
+            )
+        return handle
+
+    def join(
+        self, description: bytes, done: Callable[[tuple[str, Met] | errors.PDServeError], None]
+    ) -> None:
+        """Meet a prefill; `done` gets its name and how it is reached, or why it is not."""
+        self._start(self._join(description, done))
+
+    async def _join(
+        self, description: bytes, done: Callable[[tuple[str, Met] | errors.PDServeError], None]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            prefill, met = await loop.run_in_executor(
+                self._joiner, self._receiver.join, description
+            )
+        except errors.PDServeError as error:
+            done(error)
+            return
+        self._publish(prefill, met)
+        done((prefill, met))
+
+    def pull(
+        self,
+        handle: KVHandle,
+        reserved: Reserved,
+        sequence: DecodeSequence,
+        done: Callable[[Pulled | Exception], None],
+    ) -> None:
+        """Bring a KV cache into its blocks; `done` is called once, perhaps before this returns."""
+        small = handle.nbytes <= INLINE_PULL and self._receiver.mapped(handle)
+        if small and sequence.tokens:  # else it is still being computed
+            self._end(self._pull(handle, reserved, sequence), done)
+        else:
+            self._start(self._pull_aside(handle, reserved, sequence, done))
+
+    async def _pull_aside(
+        self,
+        handle: KVHandle,
+        reserved: Reserved,
+        sequence: DecodeSequence,
+        done: Callable[[Pulled | Exception], None],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        pull = loop.run_in_executor(self._puller, self._pull, handle, reserved, sequence)
+        self._end(await pull, done)
+
+    def _pull(
+        self, handle: KVHandle, reserved: Reserved, sequence: DecodeSequence
+    ) -> Pulled | Exception:
+        tokens, held = handle.tokens, reserved.held
+        try:
+            for source, target, rows in reserved.copies():
+                arrays.copy_rows(self._engine.pool, source, target, rows)
+            tail = part_of(sequence.runs, held, tokens - held)
+            pulled = self._receiver.pull(handle, tail, held)
+            self._engine.joined(sequence)
+        except Exception as error:  # becomes this request's one error; the others go on
+            return error
+        return pulled
+
+    def _end(self, pulled: Pulled | Exception, done: Callable[[Pulled | Exception], None]) -> None:
+        if isinstance(pulled, Pulled):
+            self._metrics.observe("pdserve_kv_transfer_seconds", pulled.ms / 1e3)
+            self._metrics.observe("pdserve_kv_transfer_exposed_seconds", pulled.exposed_ms / 1e3)
+            self._metrics.add(
+                "pdserve_kv_transfer_bytes_total", pulled.nbytes, transport=pulled.transport
+            )
+            self._metrics.add("pdserve_kv_transfers_total", strategy=pulled.strategy)
+        done(pulled)
+
+    async def close(self) -> None:
+        """End all of it: what is being pulled is waited for, by its own bound."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for threads in (self._puller, self._joiner):
+            threads.shutdown(wait=True, cancel_futures=True)
+        self._receiver.close()
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _publish(self, prefill: str, met: Met) -> None:
+        labels = {
+            "prefill": prefill,
+            "decode": self._name,
+            "transport": met.transport,
+            "detail": met.detail,
+        }
+        values = {
+            "pdserve_kv_link_bytes_per_second": met.bytes_per_s,
+            "pdserve_kv_link_latency_seconds": met.latency_s,
+            "pdserve_kv_link_fallback": float(met.fallback),
+        }
+        former = self._links.get(prefill, labels)
+        self._links[prefill] = labels
+        for gauge, value in values.items():
+            if former != labels:
+                self._metrics.set(gauge, 0, **former)
+            self._metrics.set(gauge, value, **labels)
+
+
+def _step_back() -> None:
+    # Less than its process has may not be asked for.
+    niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

@@ -1,0 +1,102 @@
+"""A KV cache cut by heads, where prefill and decode are of different tensor parallelism.
+
+A prefill of n ranks keeps n ranges, rank i's heads in the i-th. If the decode has more ranks than
+that, each range is cut further, into *slices*, so that what one decode rank wants is contiguous
+too. A *part* is one slice of one rank: uint8 [planes, tokens, bytes of its heads], and the parts
+of a KV cache lie one after another, in the order of ranks and slices:
+
+    n = 2, m = 4, 8 heads       prefill rank 0            prefill rank 1
+                                part 0      part 1        part 2      part 3
+                                heads 0, 1  heads 2, 3    heads 4, 5  heads 6, 7
+                                decode 0    decode 1      decode 2    decode 3
+
+With more ranks than heads, several ranks hold the same head, as tensor-parallel attention does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from pdserve.errors import DeploymentError
+from pdserve.kvcache.layout import Count, KVLayout
+
+
+class Cut(msgspec.Struct, frozen=True, array_like=True):
+    """Of a KV cache at its holder: `ranks` ranges of `slices` parts each."""
+
+    ranks: Count = 1
+    slices: Count = 1
+
+    @property
+    def parts(self) -> int:
+        return self.ranks * self.slices
+
+    def heads(self, part: int, kv_heads: int) -> tuple[int, int]:
+        """First head of a part, and how many it has."""
+        count = max(kv_heads // self.parts, 1)
+        return part * kv_heads // self.parts, count
+
+    def row_bytes(self, layout: KVLayout) -> int:
+        """Bytes of one token of one plane in one part."""
+        return layout.row_bytes // layout.kv_heads * max(layout.kv_heads // self.parts, 1)
+
+    def nbytes(self, layout: KVLayout, tokens: int) -> int:
+        """Bytes of all parts together: more than the cache's where heads are held twice."""
+        return self.parts * layout.planes * tokens * self.row_bytes(layout)
+
+
+def columns(cut: Cut, layout: KVLayout, part: int) -> slice:
+    """Where a part's bytes stand in a row of all heads."""
+    head_bytes = layout.row_bytes // layout.kv_heads
+    first, heads = cut.heads(part, layout.kv_heads)
+    return slice(first * head_bytes, (first + heads) * head_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One part, and where a decode rank wants it."""
+
+    part: int
+    first_head: int
+    """In the model's numbering."""
+    heads: int
+
+
+def cut_for(prefill_ranks: int, decode_ranks: int, kv_heads: int) -> Cut:
+    """How a prefill of n ranks lays out what a decode of m ranks will pull.
+
+    Raises:
+        DeploymentError: the two cannot be paired; the message says what could.
+    """
+    n, m = prefill_ranks, decode_ranks
+    if n % m and m % n:
+        raise DeploymentError(
+            f"prefill tensor_parallel {n} and decode tensor_parallel {m}: one must be a multiple "
+            "of the other, so that every rank's heads are whole ranges of the other's"
+        )
+    for role, ranks in (("prefill", n), ("decode", m)):
+        if kv_heads % ranks and ranks % kv_heads:
+            raise DeploymentError(
+                f"{role} tensor_parallel {ranks}: {kv_heads} KV heads cannot be shared out evenly; "
+                f"allowed are divisors and multiples of {kv_heads}"
+            )
+    return Cut(n, max(m // n, 1))
+
+
+def routes(cut: Cut, decode_ranks: int, kv_heads: int, rank: int) -> list[Route]:
+    """The parts that decode rank `rank` pulls: each of its heads once, in order."""
+    count = max(kv_heads // decode_ranks, 1)
+    first = rank * kv_heads // decode_ranks
+    wanted = []
+    have = first
+    # Of several holders of one head, the nearest to the rank's own place: so replicas share
+    # the load, and equal parallelism is rank i to rank i.
+    ordered = sorted(range(cut.parts), key=lambda p: abs(p * decode_ranks - rank * cut.parts))
+    while have < first + count:
+        part = next(p for p in ordered if cut.heads(p, kv_heads)[0] == have)
+        heads = cut.heads(part, kv_heads)[1]
+        wanted.append(Route(part, have, heads))
+        have += heads
+    return wanted

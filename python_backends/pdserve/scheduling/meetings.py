@@ -1,0 +1,130 @@
+"""Which decode reaches which prefill's memory, and how: told to each other before it is needed.
+
+Every pair is introduced when it first can be, and again when either side has a new life; a decode
+connects, probes and warms its link then, and not with the first request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from pdserve import errors
+from pdserve.messages import Describe, Described, Join, Joined
+from pdserve.metrics import Registry
+from pdserve.scheduling.instance import Instance
+
+_log = logging.getLogger(__name__)
+
+ROUND_S = 2.0
+# While somebody has not met: servers that start together are not ready together.
+HASTE_S = 0.25
+DESCRIBE_S = 2.0
+# A decode probes every transport in turn, some seconds each if a peer does not answer.
+JOIN_S = 20.0
+# A transfer that takes less is not worth choosing the decode before the prefill has begun: about
+# what one token takes.
+OVERLAP_S = 0.02
+
+
+class Meetings:
+    """Of one gateway's instances. Several gateways may introduce the same pairs.
+
+    Args:
+        gateway: name of its model, for the metrics.
+        layered: True, False, or None: where a transfer would be long.
+    """
+
+    def __init__(
+        self,
+        prefills: Sequence[Instance],
+        decodes: Sequence[Instance],
+        layered: bool | None,
+        gateway: str,
+        metrics: Registry,
+    ) -> None:
+        self._prefills = prefills
+        self._decodes = decodes
+        self._layered = layered
+        self._gateway = gateway
+        self._metrics = metrics
+        self._joined: dict[tuple[str, str], tuple[bytes, Joined]] = {}
+        """By prefill and decode: the description that led to it."""
+        self._refused: dict[tuple[str, str], str] = {}
+
+    async def run(self) -> None:
+        """Introduce whom nobody has yet, for ever."""
+        while True:
+            await asyncio.gather(*map(self._round, self._prefills))
+            pairs = len(self._prefills) * len(self._decodes)
+            met, refused = len(self._joined), len(self._refused)
+            for state, count in (
+                ("met", met),
+                ("refused", refused),
+                ("unknown", pairs - met - refused),
+            ):
+                self._metrics.set("pdserve_kv_pairs", count, gateway=self._gateway, state=state)
+            await asyncio.sleep(HASTE_S if pairs > met + refused else ROUND_S)
+
+    async def _round(self, prefill: Instance) -> None:
+        try:
+            description = await _describe(prefill)
+        except errors.PDServeError:
+            return  # not there, or not yet
+        await asyncio.gather(
+            *(self._join(prefill, decode, description) for decode in self._decodes),
+            return_exceptions=True,
+        )
+
+    async def introduce(self, prefill: Instance, decode: Instance) -> None:
+        """A decode has said that it does not know the prefill: it has a new life.
+
+        Raises:
+            InstanceError: they cannot meet, or one of them does not answer.
+        """
+        description = await _describe(prefill)
+        self._joined.pop((prefill.name, decode.name), None)
+        await self._join(prefill, decode, description)
+
+    async def _join(self, prefill: Instance, decode: Instance, description: bytes) -> None:
+        pair = prefill.name, decode.name
+        if pair in self._joined and self._joined[pair][0] == description:
+            return
+        self._joined.pop(pair, None)
+        joined = await decode.ask(Join(decode.new_id(), description), JOIN_S)
+        if not isinstance(joined, Joined):
+            reason = getattr(joined, "message", f"{joined}")
+            if self._refused.get(pair) != reason:
+                _log.warning("%s and %s cannot meet: %s", *pair, reason)
+            self._refused[pair] = reason
+            raise errors.InstanceError(reason)
+        self._refused.pop(pair, None)
+        self._joined[pair] = description, joined
+
+    def forget(self, instance: Instance) -> None:
+        """It has failed: what is known of it may be of a former life."""
+        for pair in [pair for pair in self._joined if instance.name in pair]:
+            del self._joined[pair]
+
+    def refusal(self, prefill: str, decode: str) -> str | None:
+        """Why the decode could not meet the prefill last; None: it could, or has not tried."""
+        return self._refused.get((prefill, decode))
+
+    def layered(self, prefill: str, tokens: int) -> bool:
+        """Whether a decode should follow this prefill's computation of so many tokens.
+
+        The slowest of its links decides: which decode will be idle is not known yet.
+        """
+        if self._layered is not None:
+            return self._layered
+        links = [joined for (name, _), (_, joined) in self._joined.items() if name == prefill]
+        return any(tokens * one.bytes_per_token > OVERLAP_S * one.met.bytes_per_s for one in links)
+
+
+async def _describe(prefill: Instance) -> bytes:
+    """Raises: InstanceError: it does not answer, or with something else."""
+    described = await prefill.ask(Describe(prefill.new_id()), DESCRIBE_S)
+    if not isinstance(described, Described):
+        raise errors.InstanceError(f"{prefill.name} answered {described} to describe")
+    return described.description

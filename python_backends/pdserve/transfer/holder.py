@@ -1,0 +1,145 @@
+"""A prefill's end of the transfer plane: its memory, its leases, and the ways that lead there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+
+from pdserve.errors import DeploymentError
+from pdserve.kvcache.handle import EPOCH_BYTES, KVHandle, seal
+from pdserve.transfer import arrays
+from pdserve.transfer.arrays import Array
+from pdserve.transfer.description import Description, Terms, host_id
+from pdserve.transfer.leases import Leases
+from pdserve.transfer.protocol import Memory, Transport, Unreachable
+from pdserve.transfer.region import SharedRegion
+
+# While a lease is on, peers that are served by this process's progress may not wait for it;
+# otherwise only their first contact does.
+BUSY_S = 500e-6
+IDLE_S = 5e-3
+CLOSE_S = 2.0
+
+
+class Holder:
+    """One life of a prefill's memory.
+
+    Args:
+        region_name: of its shared memory, which holds the lease table.
+        transports: each is offered the memory.
+        data: uint8 [data_bytes] on a device. None: host memory, shared where a transport maps it;
+            else private, in huge pages, which CMA reads twice as fast.
+
+    Raises:
+        DeploymentError: the memory cannot be had, or no transport can export it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        region_name: str,
+        data_bytes: int,
+        slots: int,
+        terms: Terms,
+        transports: Sequence[Transport],
+        data: Array | None = None,
+    ) -> None:
+        self.epoch = secrets.token_bytes(EPOCH_BYTES)
+        shared = data is None and any(transport.name == "shm" for transport in transports)
+        in_region = data_bytes if shared else 0
+        self.region = SharedRegion.create(region_name, in_region, slots, self.epoch)
+        if shared:
+            data = self.region.data
+        elif data is None:
+            data = arrays.aligned((data_bytes,))
+        self.data: Array = data
+        """Uint8 [data_bytes]."""
+        self.leases = Leases(self.region)
+        self._terms = terms
+        self._transports = transports
+        ways = self._offer()
+        self._description = seal(
+            Description(
+                name=name,
+                host=host_id(),
+                epoch=self.epoch,
+                fingerprint=terms.fingerprint,
+                layout=terms.layout,
+                slots=slots,
+                data_bytes=data_bytes,
+                ways=ways,
+            ),
+            terms.key,
+        )
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._progress, name="progress", daemon=True)
+        # Shared memory needs no help from its holder.
+        if set(ways) - {"shm"}:
+            self._thread.start()
+
+    def _offer(self) -> dict[str, bytes]:
+        table = self.region.table
+        at = Memory(table.ctypes.data, table.nbytes, self.region)
+        data = arrays.memory(self.data)
+        if self.data is self.region.data:
+            data = Memory(data.address, data.nbytes, self.region)
+        ways, reasons = {}, []
+        for transport in self._transports:
+            try:
+                ways[transport.name] = transport.offer(at, data)
+            except Unreachable as error:
+                reasons.append(f"{transport.name}: {error}")
+        if not ways:
+            self.region.unlink()
+            raise DeploymentError(f"the arena can be reached by no transport; {'; '.join(reasons)}")
+        return ways
+
+    @property
+    def description(self) -> bytes:
+        """A sealed `Description`, for those who will pull."""
+        return self._description
+
+    def handle(self, offset: int, tokens: int, lease: int, nonce: bytes, expires: float) -> bytes:
+        """A sealed `KVHandle` of a range of the data."""
+        return seal(
+            KVHandle(
+                fingerprint=self._terms.fingerprint,
+                layout=self._terms.layout,
+                cut=self._terms.cut,
+                tokens=tokens,
+                epoch=self.epoch,
+                offset=offset,
+                lease=lease,
+                nonce=nonce,
+                expires=expires,
+            ),
+            self._terms.key,
+        )
+
+    def written(self) -> None:
+        """What is in the data now is to be seen by pulls from now on; may be called in a thread."""
+        for transport in self._transports:
+            transport.written()
+
+    def close(self) -> None:
+        """Remove the memory. Who has mapped it may still read what is leased to them."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
+        for transport in self._transports:
+            transport.close()
+        self.region.unlink()
+        self.region.close()
+
+    def _progress(self) -> None:
+        while not self._closing.wait(BUSY_S if len(self.leases) else IDLE_S):
+            for transport in self._transports:
+                transport.progress()
+
+
+def region_name(instance: str) -> str:
+    """A name for an instance's shared memory, under the launcher's prefix if there is one."""
+    prefix = os.environ.get("PDSERVE_SHM_PREFIX", "pdserve")
+    return f"{prefix}-{instance}-{secrets.token_hex(8)}".replace("_", "-")

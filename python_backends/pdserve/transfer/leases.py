@@ -1,0 +1,73 @@
+"""The holder's side of a lease table: a slot is granted, filled, revoked, then freed."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+from pdserve.errors import Unavailable
+from pdserve.transfer.region import SharedRegion
+from pdserve.transfer.words import NO_GRANT, Grant, Pull, new_nonce, pulled
+
+
+class Leases:
+    """Between revoking and freeing, the holder waits for a receiver that is PULLING (bounded by
+    itself), since neither the range nor the slot may be used again under its eyes.
+    """
+
+    def __init__(self, region: SharedRegion) -> None:
+        self._region = region
+        self._free = deque(range(region.slots))
+        self._grants: dict[int, Grant] = {}
+
+    def __len__(self) -> int:
+        """Slots in use."""
+        return len(self._grants)
+
+    def grant(self, expires: float) -> tuple[int, bytes]:
+        """A slot, and the nonce that opens it until `expires` (seconds on CLOCK_MONOTONIC).
+
+        Raises:
+            Unavailable: every slot is in use.
+        """
+        if not self._free:
+            raise Unavailable(f"all {self._region.slots} lease slots are in use")
+        slot = self._free.popleft()
+        grant = Grant(new_nonce(), expires)
+        self._write(slot, grant)
+        return slot, grant.nonce
+
+    def fill(self, slot: int, planes: int, token: int = -1) -> None:
+        """Say how many planes are filled, and the first token once it is known.
+
+        May be called in another thread than the rest, while nobody ends the lease.
+        """
+        self._write(slot, replace(self._grants[slot], filled=planes, token=token))
+
+    def extend(self, slot: int, expires: float) -> None:
+        """Move a lease's end."""
+        self._write(slot, replace(self._grants[slot], expires=expires))
+
+    def revoke(self, slot: int) -> Pull:
+        """End a lease; what its receiver was doing at that moment. Again is no error."""
+        self._region.grant(slot, NO_GRANT)
+        return self.state(slot)
+
+    def state(self, slot: int) -> Pull:
+        """What the receiver of a granted or revoked lease is doing."""
+        return self.heard(slot)[0]
+
+    def heard(self, slot: int) -> tuple[Pull, int]:
+        """What the receiver of a lease is doing, and its beat, which moves while it works."""
+        return pulled(self._region.peek(slot), self._grants[slot].nonce)
+
+    def free(self, slot: int) -> None:
+        """Make a slot available to the next lease."""
+        self.revoke(slot)
+        del self._grants[slot]
+        # The longest unused slot is the next: a late receiver has most likely gone by then.
+        self._free.append(slot)
+
+    def _write(self, slot: int, grant: Grant) -> None:
+        self._grants[slot] = grant
+        self._region.grant(slot, grant)

@@ -1,0 +1,1 @@
+"""Transport `nixl`: any network, and between processes of a host, by NIXL over UCX."""

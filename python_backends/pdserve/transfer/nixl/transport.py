@@ -1,0 +1,117 @@
+"""Transport `nixl`: NIXL over UCX, which picks RDMA, CUDA IPC, CMA (one host) or TCP.
+
+Where the network can read (all but TCP), the receiver does everything by itself; where it cannot,
+it asks the holder to write (`pdserve.transfer.nixl.asks`), and the holder's `progress` matters.
+
+A peer that stands still is never reported by NIXL, and only the end of an agent keeps what was
+given up from being written later (`pdserve.transfer.nixl.agent`). So every wait has a deadline, a
+link has its own agent, and whatever fails ends both. Memory is registered anew with every link.
+
+Whoever reaches the port of a UCX process over TCP can read that process's memory: UCX serves reads
+without looking at keys. The network between prefills and decodes has to be trusted.
+
+It has run over CMA and TCP; not over RDMA, nor with memory of GPUs.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import weakref
+from typing import ClassVar
+
+import msgspec
+
+from pdserve.transfer.cuda.calls import load
+from pdserve.transfer.nixl.agent import Agent
+from pdserve.transfer.nixl.asking import AskingLink
+from pdserve.transfer.nixl.link import NixlLink, Way
+from pdserve.transfer.nixl.reading import ReadingLink
+from pdserve.transfer.nixl.server import Server
+from pdserve.transfer.protocol import Link, Memory, TransferError, Unreachable
+
+OPEN_S = 2.0
+"""To connect and to look at the first lease slot."""
+_SECRET_BYTES = 16
+
+
+class NixlTransport:
+    """Implements `Transport`. The library is loaded by the first `offer` or `open`."""
+
+    name: ClassVar[str] = "nixl"
+
+    def __init__(self) -> None:
+        self._memories: list[Memory] = []
+        self._links: weakref.WeakSet[NixlLink] = weakref.WeakSet()
+        self._holder: Agent | None = None
+        self._device: int | None = None
+        self._server: Server | None = None
+
+    def register(self, memory: Memory) -> None:
+        """Links that are opened from now on may pull into it."""
+        self._memories.append(memory)
+
+    def offer(self, table: Memory, data: Memory) -> bytes:
+        agent = Agent()
+        try:
+            for memory in (table, data):
+                agent.register(memory)
+            secret = secrets.token_bytes(_SECRET_BYTES)
+            self._server = Server(agent, table, data, secret)
+            way = Way(
+                metadata=agent.metadata(),
+                table=(table.address, table.nbytes),
+                data=(data.address, data.nbytes, data.device),
+                secret=secret,
+            )
+        except TransferError as error:
+            agent.close()
+            raise Unreachable(f"{table} and {data} cannot be registered: {error}") from error
+        self._holder, self._device = agent, data.device
+        return msgspec.msgpack.encode(way)
+
+    def open(self, way: bytes) -> Link:
+        deadline = time.monotonic() + OPEN_S
+        try:
+            wanted = msgspec.msgpack.decode(way, type=Way)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Unreachable(f"nixl: {error}") from error
+        agent = Agent()
+        try:
+            for memory in self._memories:
+                agent.register(memory)
+            link = self._connect(agent, wanted, deadline)
+        except TransferError as error:
+            agent.close()
+            raise Unreachable(f"nixl: {error}") from error
+        link.describe()
+        self._links.add(link)
+        return link
+
+    def _connect(self, agent: Agent, way: Way, deadline: float) -> ReadingLink | AskingLink:
+        peer = agent.connect(way.metadata)
+        reading = ReadingLink(agent, peer, way, self._memories)
+        if reading.works(deadline):
+            return reading
+        asking = AskingLink(agent, peer, way, self._memories)
+        asking.hello(deadline)
+        return asking
+
+    def written(self) -> None:
+        """A network card reads a GPU's memory beside its streams: they have to be done."""
+        if self._device is not None:
+            cuda = load()
+            cuda.use(self._device)
+            cuda.call("cudaDeviceSynchronize", raising=TransferError)
+
+    def progress(self) -> None:
+        server = self._server
+        if server is not None:
+            server.serve()
+
+    def close(self) -> None:
+        for link in list(self._links):
+            link.close()
+        self._server = None
+        if self._holder is not None:
+            self._holder.close()

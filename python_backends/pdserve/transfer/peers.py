@@ -1,0 +1,155 @@
+"""The holders that a receiver has met, and how each is reached."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdserve.errors import HandleError, PDServeError
+from pdserve.kvcache.handle import unseal
+from pdserve.transfer import arrays, probe
+from pdserve.transfer.arrays import Array
+from pdserve.transfer.description import Description, Terms
+from pdserve.transfer.protocol import Link, TransferError, Transport, Unreachable
+from pdserve.transfer.reports import Met
+from pdserve.transfer.staging import Staging
+from pdserve.transfer.tuner import Tuner
+
+_log = logging.getLogger(__name__)
+
+# What UCX falls back to where it finds no RDMA device, or may not use it. Within one host it
+# copies (cma) instead.
+WITHOUT_RDMA = "tcp"
+
+
+class Stranger(PDServeError):
+    """The holder of this KV cache has not been met, or its link has failed since: join first."""
+
+
+@dataclass(slots=True)
+class Peer:
+    """A holder that has been met."""
+
+    holder: Description
+    link: Link
+    met: Met
+    tuner: Tuner | None
+    """None: its memory is mapped, there is nothing to choose."""
+
+
+class Peers:
+    """By epoch. Thread-safe.
+
+    Args:
+        transports: best first; one that cannot use the memory is left out, and says why.
+        pool: what pulls arrive in, besides the staging buffers.
+        rdma_only: refuse a network link that is not RDMA.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        transports: Sequence[Transport],
+        pool: Array,
+        staging: Staging,
+        rdma_only: bool,
+    ) -> None:
+        self._terms = terms
+        self._staging = staging
+        self._rdma_only = rdma_only
+        self._peers: dict[bytes, Peer] = {}
+        self._joining = threading.Lock()
+        self._transports: list[Transport] = []
+        self._unfit: dict[str, str] = {}
+        for transport in transports:
+            try:
+                transport.register(arrays.memory(staging.memory))
+                transport.register(arrays.memory(pool))
+            except Unreachable as error:
+                self._unfit[transport.name] = str(error)
+            else:
+                self._transports.append(transport)
+
+    def join(self, data: bytes) -> tuple[str, Met]:
+        """Meet a holder by its sealed `Description`: its name, and how it is reached.
+
+        Blocks, for some seconds at most; for one that is known, not at all.
+
+        Raises:
+            HandleError: the description is forged, or of another model.
+            Unreachable: by no transport; the message has every reason.
+        """
+        holder = unseal(data, Description, self._terms.key)
+        terms = self._terms
+        if (holder.fingerprint, holder.layout) != (terms.fingerprint, terms.layout):
+            raise HandleError(
+                f"{holder.name} has model {holder.fingerprint!r} in {holder.layout}; "
+                f"this instance {terms.fingerprint!r} in {terms.layout}"
+            )
+        with self._joining:
+            peer = self._peers.get(holder.epoch)
+            if peer is None:
+                for former in [p for p in self._peers.values() if p.holder.name == holder.name]:
+                    self.leave(former)
+                peer = self._peers[holder.epoch] = self._meet(holder)
+        return holder.name, peer.met
+
+    def _meet(self, holder: Description) -> Peer:
+        refused = dict(self._unfit)
+        for transport in self._transports:
+            way = holder.ways.get(transport.name)
+            if way is None:
+                refused[transport.name] = "not offered by the holder"
+                continue
+            try:
+                return self._probed(holder, transport.open(way), refused)
+            except (Unreachable, TransferError) as error:
+                refused[transport.name] = str(error)
+        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+        raise Unreachable(f"{holder.name} cannot be reached; {reasons}")
+
+    def _probed(self, holder: Description, link: Link, refused: dict[str, str]) -> Peer:
+        try:
+            # A link that does not say what it runs over is not trusted to have RDMA.
+            fallback = link.transport == "nixl" and (
+                not link.detail or link.detail.startswith(WITHOUT_RDMA)
+            )
+            if fallback:
+                if self._rdma_only:
+                    raise Unreachable(f"UCX has picked {link.detail}; transfer.require is rdma")
+                _log.warning("%s is reached over %s, without RDMA", holder.name, link.detail)
+            latency = probe.latency(link)
+            tuner = None
+            if link.data is None:
+                tuner = Tuner(probe.moves(link, self._staging, holder.data_bytes))
+                large = probe.LARGE
+                rate = large / min(c.seconds(1, large) for c in tuner.costs.values())
+            else:
+                rate = probe.mapped(link, self._staging, holder.data_bytes)
+        except BaseException:
+            link.close()
+            raise
+        met = Met(link.transport, link.detail, latency, rate, dict(refused), fallback)
+        return Peer(holder, link, met, tuner)
+
+    def find(self, epoch: bytes) -> Peer:
+        """Raises: Stranger."""
+        peer = self._peers.get(epoch)
+        if peer is None:
+            raise Stranger(f"holder {epoch.hex()} has not been met, or its link has failed")
+        return peer
+
+    def leave(self, peer: Peer) -> None:
+        """The link has failed; the holder may be met again."""
+        self._peers.pop(peer.holder.epoch, None)
+        peer.link.close()
+
+    def close(self) -> None:
+        """Leave every holder."""
+        with self._joining:
+            for peer in list(self._peers.values()):
+                self.leave(peer)
+        for transport in self._transports:
+            transport.close()

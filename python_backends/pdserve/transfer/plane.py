@@ -1,0 +1,86 @@
+"""The transfer plane that a deployment asks for: a prefill's holder, a decode's receiver."""
+# ruff: noqa: PLC0415 - what a deployment does not use is not imported
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pdserve.config import Deployment
+from pdserve.errors import DeploymentError
+from pdserve.kvcache.cut import cut_for
+from pdserve.kvcache.layout import KVLayout
+from pdserve.transfer import arrays, key
+from pdserve.transfer.arrays import Array
+from pdserve.transfer.description import Terms
+from pdserve.transfer.holder import Holder, region_name
+from pdserve.transfer.protocol import Transport, Unreachable
+from pdserve.transfer.receiver import Receiver
+from pdserve.transfer.shm import ShmTransport
+from pdserve.transfer.staging import Staging
+from pdserve.transfer.tuner import Strategy
+
+PIECE = 4 << 20
+"""Bytes of a staging buffer."""
+
+
+def terms(deployment: Deployment, fingerprint: str, layout: KVLayout) -> Terms:
+    """Raises: DeploymentError: no key, or prefill and decode cannot be paired."""
+    ranks = deployment.prefill.tensor_parallel, deployment.decode.tensor_parallel
+    secret = key.load(Path(deployment.transfer.key_file))
+    return Terms(fingerprint, layout, secret, cut_for(*ranks, layout.kv_heads))
+
+
+def transports(deployment: Deployment) -> list[Transport]:
+    """Best first."""
+    made: list[Transport] = []
+    for name in deployment.transports:
+        if name == "shm":
+            made.append(ShmTransport())
+        elif name == "nixl":
+            from pdserve.transfer.nixl.transport import NixlTransport
+
+            made.append(NixlTransport())
+        else:
+            from pdserve.transfer.cuda.transport import CudaIpcTransport
+
+            made.append(CudaIpcTransport(deployment.engine.gpu or 0))
+    return made
+
+
+def holder(deployment: Deployment, name: str, terms: Terms, slots: int) -> Holder:
+    """Of a prefill's arena, which is where its engine computes.
+
+    Raises:
+        DeploymentError: there is no memory for it, or no transport can export it.
+    """
+    data_bytes = deployment.prefill.arena_mib << 20
+    data = None
+    if deployment.engine.gpu is not None:
+        from pdserve.transfer.cuda.calls import load
+        from pdserve.transfer.cuda.memory import DeviceMemory
+
+        try:
+            data = arrays.seen(DeviceMemory(load(), data_bytes, deployment.engine.gpu).memory)
+        except Unreachable as error:
+            raise DeploymentError(f"prefill.arena_mib {data_bytes >> 20}: {error}") from error
+    ways = transports(deployment)
+    return Holder(name, region_name(name), data_bytes, slots, terms, ways, data)
+
+
+def receiver(deployment: Deployment, terms: Terms, pool: Array) -> Receiver:
+    """Into a decode's pool, uint8 [planes, rows, row_bytes]."""
+    wanted = deployment.transfer
+    strategy: Strategy | None = None
+    if wanted.strategy == "whole" or wanted.strategy == "direct":
+        strategy = wanted.strategy
+    staging = arrays.like(pool, (max((wanted.staging_mib << 20) // PIECE, 2), PIECE))
+    return Receiver(
+        terms,
+        transports(deployment),
+        pool,
+        Staging(staging),
+        ranks=deployment.decode.tensor_parallel,
+        rdma_only=wanted.require == "rdma",
+        strategy=strategy,
+        timeout_s=wanted.timeout_s,
+    )

@@ -1,0 +1,224 @@
+"""A decode's end of the transfer plane: links to the holders it has met, and pulls over them.
+
+    join     meet a holder: connect over the best transport that reaches it, probe, warm
+    open     check a handle
+    pull     look at the lease, say PULLING, move the bytes, look again, say DONE
+
+Neither side waits for the other. A holder that takes a lease back in mid-pull is noticed by the
+last look, and what was copied is discarded; a receiver that dies in mid-pull stays PULLING, and
+the holder waits for its own bound only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from pdserve.errors import HandleError
+from pdserve.kvcache.cut import routes
+from pdserve.kvcache.handle import KVHandle, unseal
+from pdserve.transfer import strategies
+from pdserve.transfer.arrays import Array
+from pdserve.transfer.description import Terms, host_id
+from pdserve.transfer.following import Lease
+from pdserve.transfer.peers import Peer, Peers, Stranger
+from pdserve.transfer.protocol import Link, TransferError, Transport
+from pdserve.transfer.reports import Met, Pulled
+from pdserve.transfer.scatter import Runs, part_of
+from pdserve.transfer.staging import Staging
+from pdserve.transfer.strategies import Move, Part
+from pdserve.transfer.tuner import Seen, Strategy
+from pdserve.transfer.words import Pull
+
+
+class Receiver:
+    """Pulls KV caches of one model into one pool. Thread-safe.
+
+    Args:
+        transports: best first.
+        pool: uint8 [planes, rows, row_bytes].
+        ranks: tensor parallelism of this side; all of its ranks are in this process.
+        rdma_only: refuse a network link that is not RDMA.
+        strategy: None: the tuner's choice.
+        timeout_s: of one pull, the wait for planes that are still being computed included.
+        clock: in seconds, the one that leases of this host are counted by.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        transports: Sequence[Transport],
+        pool: Array,
+        staging: Staging,
+        *,
+        ranks: int = 1,
+        rdma_only: bool = False,
+        strategy: Strategy | None = None,
+        timeout_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._terms = terms
+        self._pool = pool
+        self._staging = staging
+        self._ranks = ranks
+        self.strategy = strategy
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self.peers = Peers(terms, transports, pool, staging, rdma_only)
+
+    def join(self, data: bytes) -> tuple[str, Met]:
+        """Meet a holder; see `Peers.join`."""
+        return self.peers.join(data)
+
+    def open(self, data: bytes) -> KVHandle:
+        """A handle that may be pulled, as far as it says itself.
+
+        Raises:
+            HandleError: forged, altered, expired, of another model, or beyond its holder's memory.
+            Stranger: its holder has to be joined first.
+        """
+        handle = unseal(data, KVHandle, self._terms.key)
+        handle.check(self._terms.fingerprint, self._terms.layout, self._terms.cut)
+        peer = self.peers.find(handle.epoch)
+        if handle.lease >= peer.holder.slots:
+            raise HandleError(
+                f"KV handle names lease slot {handle.lease}; "
+                f"{peer.holder.name} has {peer.holder.slots}"
+            )
+        if handle.offset + handle.nbytes > peer.holder.data_bytes:
+            raise HandleError(
+                f"KV handle ends at byte {handle.offset + handle.nbytes}; "
+                f"{peer.holder.name} has {peer.holder.data_bytes}"
+            )
+        self._check_time(peer, handle.expires, "KV handle")
+        return handle
+
+    def _check_time(self, peer: Peer, expires: float, what: str) -> None:
+        # On another host, with a clock of its own, the lease table alone tells.
+        if peer.holder.host == host_id():
+            now = self._clock()
+            # Written so that a NaN counts as expired.
+            if not now < expires:
+                raise HandleError(f"{what} expired {now - expires:.3f} s ago")
+
+    def mapped(self, handle: KVHandle) -> bool:
+        """Whether nothing is waited for but a copy."""
+        try:
+            return self.peers.find(handle.epoch).link.data is not None
+        except Stranger:
+            return False
+
+    def pull(self, handle: KVHandle, runs: Runs, first: int = 0) -> Pulled:
+        """Copy a KV cache from token `first` on into `runs` of the pool.
+
+        Layer by layer, if it is still being computed. The handle is one that `open` has returned;
+        it is good for one pull, however that ends.
+
+        Raises:
+            HandleError: the lease is over, used, or ended meanwhile; what was copied is not valid.
+            TransferError: the bytes could not be moved; the link is closed.
+            Stranger: the link has failed since `open`.
+        """
+        peer = self.peers.find(handle.epoch)
+        began = time.monotonic()
+        lease = Lease(peer.link, handle, self._terms.layout.planes)
+        try:
+            lease.look()
+            if lease.said is not Pull.IDLE:
+                raise HandleError(f"KV handle was used before: lease {handle.lease}")
+            self._check_time(peer, lease.grant.expires, f"lease {handle.lease}")
+            lease.say(Pull.PULLING)
+            try:
+                move = self._move(
+                    peer.link, handle, runs, first, began + self._timeout_s, lease.alive
+                )
+                strategy, expected_s = self._follow(peer, move, lease)
+                # Before DONE is said: from then on the holder may end the lease.
+                lease.look()
+            except BaseException:
+                with suppress(TransferError):  # what has happened is the error, not this
+                    lease.say(Pull.DONE)
+                raise
+            lease.say(Pull.DONE)
+        except TransferError:
+            self.peers.leave(peer)
+            raise
+        ended = time.monotonic()
+        return Pulled(
+            nbytes=move.nbytes,
+            transport=peer.link.transport,
+            strategy=strategy,
+            ms=(ended - began) * 1e3,
+            exposed_ms=(ended - max(began, lease.unfilled_at)) * 1e3,
+            expected_ms=expected_s * 1e3,
+            token=lease.grant.token,
+        )
+
+    def _move(
+        self,
+        link: Link,
+        handle: KVHandle,
+        runs: Runs,
+        first: int,
+        deadline: float,
+        alive: Callable[[], None],
+    ) -> Move:
+        cut, layout = handle.cut, self._terms.layout
+        part_bytes = handle.nbytes // cut.parts
+        head_bytes = layout.row_bytes // layout.kv_heads
+        # Ranks that outnumber the heads want some of them twice; here all ranks are together.
+        wanted = {
+            route.first_head: route.part
+            for rank in range(self._ranks)
+            for route in routes(cut, self._ranks, layout.kv_heads, rank)
+        }
+        parts = tuple(
+            Part(handle.offset + part * part_bytes, cut.row_bytes(layout), head * head_bytes)
+            for head, part in wanted.items()
+        )
+        return Move(
+            link=link,
+            parts=parts,
+            length=handle.tokens,
+            tokens=range(first, handle.tokens),
+            planes=range(layout.planes),
+            pool=self._pool,
+            runs=part_of(runs, 0, handle.tokens - first),
+            deadline=deadline,
+            alive=alive,
+        )
+
+    def _follow(self, peer: Peer, move: Move, lease: Lease) -> tuple[str, float]:
+        """Move every plane as it becomes ready; the strategy, and the last move's expected time."""
+        layered, done, chosen, expected_s = not lease.filled, 0, "whole", 0.0
+        while not lease.filled or done < lease.planes:
+            ready = min(lease.grant.filled, lease.planes)
+            if ready > done:
+                chosen, expected_s = self._choose_and_move(peer, move.of(range(done, ready)))
+                done = ready
+            elif time.monotonic() > move.deadline:
+                raise HandleError(f"only {done} of {lease.planes} planes were computed in time")
+            else:
+                lease.wait()
+        return "layered" if layered else chosen, expected_s
+
+    def _choose_and_move(self, peer: Peer, move: Move) -> tuple[str, float]:
+        if peer.tuner is None:
+            strategies.mapped(move)
+            return "whole", move.nbytes / peer.met.bytes_per_s
+        choice = peer.tuner.choose(move.segments, move.nbytes, self._staging.free)
+        strategy = self.strategy or choice.strategy
+        began = time.perf_counter()
+        if strategy == "whole":
+            strategies.whole(move, self._staging)
+        else:
+            strategies.direct(move)
+        seen = Seen(move.segments, move.nbytes, time.perf_counter() - began)
+        expected_s = peer.tuner.costs[strategy].seconds(move.segments, move.nbytes)
+        peer.tuner.saw(strategy, seen)
+        return strategy, expected_s
+
+    def close(self) -> None:
+        """Leave every holder."""
+        self.peers.close()

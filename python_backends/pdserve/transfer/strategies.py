@@ -1,0 +1,219 @@
+"""How a KV cache, or some of it, comes over a link and into a pool.
+
+    mapped   the holder's memory is this process's too: one scatter from there
+    whole    contiguous pieces into the staging buffers, each scattered while the next arrives
+    direct   one transfer straight into the pool's rows, a descriptor for every segment
+
+*Layered* is any of the three, done for the planes that have become ready while others are still
+being computed. A *segment* is what is contiguous at both ends: a run of one plane, or a row of it
+where a part does not fill the pool's rows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve.transfer import arrays
+from pdserve.transfer.arrays import Array
+from pdserve.transfer.protocol import Link, Pending, Spans
+from pdserve.transfer.scatter import Runs, part_of
+from pdserve.transfer.staging import Staging
+
+# Between two pieces the receiver can say that it is alive.
+MAPPED_PIECE = 64 << 20
+# Pieces under way at once: one arrives while the other is scattered.
+DEPTH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some heads of a KV cache: uint8 [planes, tokens, row_bytes] from `offset` of the data."""
+
+    offset: int
+    row_bytes: int
+    column: int
+    """Where its bytes go in a row of the pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What comes over which link, and where it goes."""
+
+    link: Link
+    parts: tuple[Part, ...]
+    length: int
+    """Tokens of the KV cache at its holder."""
+    tokens: range
+    """Those that are wanted."""
+    planes: range
+    pool: Array
+    """[planes, rows, row_bytes]."""
+    runs: Runs
+    """For the wanted tokens."""
+    deadline: float
+    """Seconds on CLOCK_MONOTONIC."""
+    alive: Callable[[], None] = lambda: None
+    """Called while bytes are waited for."""
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.planes) * len(self.tokens) * sum(part.row_bytes for part in self.parts)
+
+    @property
+    def segments(self) -> int:
+        each = len(self.runs) if self.fills_rows else len(self.tokens)
+        return len(self.parts) * len(self.planes) * each
+
+    @property
+    def fills_rows(self) -> bool:
+        """Whether the pool's rows are filled whole, so that runs of them are contiguous."""
+        return all(part.row_bytes == self.pool.shape[2] for part in self.parts)
+
+    def of(self, planes: range) -> Move:
+        """The same for some of the planes."""
+        return replace(self, planes=planes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some planes with all wanted tokens, or some tokens of one plane."""
+
+    part: Part
+    planes: range
+    tokens: range
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.planes), len(self.tokens), self.part.row_bytes
+
+    @property
+    def nbytes(self) -> int:
+        planes, tokens, row_bytes = self.shape
+        return planes * tokens * row_bytes
+
+    def spans(self, length: int, address: int) -> Spans:
+        """Where it lies at the holder; it arrives contiguously at `address`."""
+        planes, tokens, row_bytes = self.shape
+        # Planes with all of their tokens follow one another: one span.
+        spans = 1 if tokens == length else planes
+        span_bytes = self.nbytes // spans
+        number = np.arange(spans, dtype=np.int64)
+        made = np.empty((spans, 3), np.int64)
+        row = (self.planes.start + number) * length + self.tokens.start
+        made[:, 0] = self.part.offset + row * row_bytes
+        made[:, 1] = address + number * span_bytes
+        made[:, 2] = span_bytes
+        return made
+
+    def scatter(self, source: Array, move: Move) -> None:
+        columns = slice(self.part.column, self.part.column + self.part.row_bytes)
+        pool = move.pool[self.planes.start : self.planes.stop, :, columns]
+        arrays.scatter(
+            source,
+            pool,
+            part_of(move.runs, self.tokens.start - move.tokens.start, len(self.tokens)),
+        )
+
+
+def _pieces(move: Move, limit: int) -> Iterator[_Piece]:
+    """The move in pieces of at most `limit` bytes, or of one row."""
+    for part in move.parts:
+        plane_bytes = len(move.tokens) * part.row_bytes
+        if plane_bytes <= limit:
+            step = limit // plane_bytes
+            for first in range(move.planes.start, move.planes.stop, step):
+                planes = range(first, min(first + step, move.planes.stop))
+                yield _Piece(part, planes, move.tokens)
+            continue
+        step = max(limit // part.row_bytes, 1)
+        for plane in move.planes:
+            for first in range(move.tokens.start, move.tokens.stop, step):
+                tokens = range(first, min(first + step, move.tokens.stop))
+                yield _Piece(part, range(plane, plane + 1), tokens)
+
+
+def mapped(move: Move) -> None:
+    """Copy once: out of the holder's memory, into the pool's rows.
+
+    Raises:
+        TransferError: the holder's device does not finish what it says is filled.
+    """
+    assert move.link.data is not None
+    move.link.ready(move.deadline)
+    data = arrays.seen(move.link.data)
+    planes = len(move.pool)
+    for piece in _pieces(move, MAPPED_PIECE):
+        start, row_bytes = piece.part.offset, piece.part.row_bytes
+        cache = data[start : start + planes * move.length * row_bytes]
+        cache = cache.reshape(planes, move.length, row_bytes)
+        rows = slice(piece.tokens.start, piece.tokens.stop)
+        piece.scatter(cache[piece.planes.start : piece.planes.stop, rows], move)
+        move.alive()
+
+
+def whole(move: Move, staging: Staging) -> None:
+    """Pull and scatter, piece by piece.
+
+    Raises:
+        TransferError: the link failed; see `Pending.wait`.
+    """
+    with staging.take(DEPTH, move.deadline, move.alive) as buffers:
+        arriving: deque[tuple[_Piece, Array, Pending]] = deque()
+        try:
+            for number, piece in enumerate(_pieces(move, staging.piece_bytes)):
+                if len(arriving) == len(buffers):
+                    _land(move, *arriving.popleft())
+                buffer = buffers[number % len(buffers)]
+                spans = piece.spans(move.length, arrays.address(buffer))
+                arriving.append((piece, buffer, move.link.pull(spans, move.deadline)))
+            while arriving:
+                _land(move, *arriving.popleft())
+        except BaseException:
+            # Nobody else may get a buffer that something still arrives in.
+            move.link.close()
+            raise
+
+
+def _land(move: Move, piece: _Piece, buffer: Array, pending: Pending) -> None:
+    pending.wait(move.alive)
+    piece.scatter(buffer[: piece.nbytes].reshape(piece.shape), move)
+    move.alive()
+
+
+def direct(move: Move) -> None:
+    """Pull every segment to where it belongs.
+
+    Raises:
+        TransferError: the link failed; see `Pending.wait`.
+    """
+    move.link.pull(segments(move), move.deadline).wait(move.alive)
+
+
+def segments(move: Move) -> Spans:
+    """The move as one transfer: int64 [segments, 3]."""
+    plane_bytes, row_bytes = arrays.strides(move.pool)[:2]
+    starts, rows, firsts = _along_tokens(move)
+    planes = np.arange(move.planes.start, move.planes.stop)[:, None]
+    spans = []
+    for part in move.parts:
+        span = np.empty((len(move.planes), len(starts), 3), np.int64)
+        span[..., 0] = part.offset + (planes * move.length + starts) * part.row_bytes
+        span[..., 1] = planes * plane_bytes + firsts * row_bytes + part.column
+        span[..., 1] += arrays.address(move.pool)
+        span[..., 2] = rows * part.row_bytes
+        spans.append(span.reshape(-1, 3))
+    return np.concatenate(spans)
+
+
+def _along_tokens(move: Move) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """First token, tokens and first pool row of every segment of a plane: int64 [n] each."""
+    firsts, rows = np.array(move.runs, np.int64).T
+    if move.fills_rows:
+        return move.tokens.start + np.cumsum(rows) - rows, rows, firsts
+    each = np.concatenate([np.arange(n) + first for first, n in zip(firsts, rows, strict=True)])
+    return np.arange(move.tokens.start, move.tokens.stop), np.ones(len(each), np.int64), each

@@ -1,0 +1,357 @@
+"""A decode that follows its prefill layer by layer, and whatever may come between; in real time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pdserve import errors
+from pdserve.messages import Accepted, Busy, DecodeRequest, Prefilled
+from pdserve.scheduling.request import FINAL, Request, State
+from tests.unit.inprocess import EOS, Site, real
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from pdserve.engines.protocol import PrefillJob
+
+# 8 layers of 5 ms.
+COMPUTE_MS = 40.0
+# Within which a computation that is unwanted has ended, and what it held is given back.
+CLEAN_S = 0.1
+SLOW: dict[str, Any] = {
+    "layers": 8,
+    "prefill": {"base_ms": COMPUTE_MS},
+    "decode": {"base_ms": 2.0},
+}
+
+
+def followed(request: Request) -> bool:
+    return request.pulled is not None and request.pulled.strategy == "layered"
+
+
+@real
+async def test_transfer_is_hidden_behind_the_computation(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=SLOW, layered=True) as site:
+        request = site.request(600, max_tokens=6)
+        assert await site.answer(request) == site.expected(request)
+        assert followed(request)
+        assert request.pulled is not None
+        assert request.pulled.nbytes == site.model.layout.nbytes(600)
+        ms = request.stats()["ms"]
+        assert ms["transfer"] > COMPUTE_MS / 2, "it began with the computation"
+        assert ms["exposed"] < ms["transfer"] / 2, "and one layer was left after it"
+        [asked] = site.d_links[0].of(DecodeRequest)
+        assert asked.first_token is None, "it was not known yet"
+        [accepted, *_] = site.p_links[0].of(Accepted)
+        assert accepted.handle == asked.handle
+        [prefilled] = site.p_links[0].of(Prefilled)
+        assert prefilled.handle == b"", "it is told once"
+        assert request.pulled.token == prefilled.token
+        await site.idle(CLEAN_S)
+
+
+@real
+async def test_first_token_is_told_before_the_decode_has_all(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=SLOW, layered=True) as site:
+        request = site.request(20, max_tokens=4)
+        chunks = site.scheduler.run(request)
+        first = await anext(chunks)
+        assert list(first.ids) == site.expected(request)[:1]
+        assert request.state is State.PREFILLED
+        rest = [token async for chunk in chunks for token in chunk.ids]
+        assert rest == site.expected(request)[1:]
+        assert followed(request)
+        await site.idle(CLEAN_S)
+
+
+@real
+async def test_several_at_once_and_their_prefixes(tmp_path: Path) -> None:
+    """Prompts share forwards, and reuse what the prefill, and the decode, have of others."""
+    async with Site(tmp_path, profile=SLOW, prefill={"slots": 12}, pulls=12, layered=True) as site:
+        system = site.prompt(200)
+        requests = [site.request(site.prompt(10 + i, system), max_tokens=5) for i in range(6)]
+        requests += [site.request(50 + i, max_tokens=5, stream=i % 2 == 0) for i in range(6)]
+        answers = await asyncio.gather(*map(site.answer, requests))
+        assert answers == [site.expected(request) for request in requests]
+        assert all(map(followed, requests))
+        assert sum(request.cached_tokens > 0 for request in requests) == 5
+        await site.idle(CLEAN_S)
+
+
+@real
+async def test_more_than_are_pulled_at_once(tmp_path: Path) -> None:
+    """Those who wait for a thread come when the computation is over, and whole."""
+    async with Site(
+        tmp_path,
+        profile=SLOW,
+        prefill={"slots": 6, "batch_tokens": 4096},
+        pulls=2,
+        layered=True,
+    ) as site:
+        requests = [site.request(100 + i, max_tokens=5) for i in range(6)]
+        answers = await asyncio.gather(*map(site.answer, requests))
+        assert answers == [site.expected(request) for request in requests]
+        strategies = [request.pulled.strategy for request in requests if request.pulled]
+        assert sorted(strategies) == ["layered"] * 2 + ["whole"] * 4
+        await site.idle(CLEAN_S)
+
+
+@real
+async def test_ranks_of_either_side(tmp_path: Path) -> None:
+    async with Site(
+        tmp_path,
+        profile={**SLOW, "kv_heads": 8, "head_dim": 4},
+        prefill={"tensor_parallel": 2},
+        decode={"tensor_parallel": 4},
+        layered=True,
+    ) as site:
+        requests = [site.request(100 + i, max_tokens=5) for i in range(3)]
+        answers = await asyncio.gather(*map(site.answer, requests))
+        assert answers == [site.expected(request) for request in requests]
+        assert all(map(followed, requests))
+        await site.idle(CLEAN_S)
+
+
+@pytest.mark.parametrize("why", ["one token", "end of sequence"])
+@real
+async def test_answers_that_end_with_the_first_token(tmp_path: Path, why: str) -> None:
+    """The decode has followed in vain: it lets go."""
+    async with Site(tmp_path, profile=SLOW, layered=True) as site:
+        if why == "end of sequence":
+            site.model.script = lambda prompt, position: EOS
+        request = site.request(100, max_tokens=1 if why == "one token" else 5)
+        [chunk] = await site.chunks(request)
+        assert chunk.finish_reason == ("length" if why == "one token" else "stop")
+        assert request.stats()["decode"] == ""
+        await site.idle(CLEAN_S)
+
+
+# Nobody to follow it.
+
+
+@real
+async def test_all_decodes_are_busy(tmp_path: Path) -> None:
+    """It is handed over in the ordinary way, by the same handle."""
+    async with Site(tmp_path, profile=SLOW, decode={"slots": 1}, layered=True) as site:
+        first = site.request(20, max_tokens=80)
+        task = site.start(first)
+        await asyncio.sleep(0.08)
+        second = site.request(20, max_tokens=4)
+        assert await site.answer(second) == site.expected(second)
+        assert await task == site.expected(first)
+        assert second.pulled is not None
+        assert second.pulled.strategy == "whole"
+        assert Busy("slots") in site.d_links[0].of(Busy)
+        asked = [one for one in site.d_links[0].of(DecodeRequest) if one.prompt == second.prompt]
+        assert len({one.handle for one in asked}) == 1
+        assert asked[0].first_token is None
+        assert asked[-1].first_token == site.expected(second)[0]
+        await site.idle(CLEAN_S)
+
+
+@real
+async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
+    """Of several, one that does is chosen; the others have said why they do not."""
+    async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
+        site.meetings._refused["prefill_0", "decode_0"] = "no way there"
+        for _ in range(2):
+            request = site.request(50)
+            assert await site.answer(request) == site.expected(request)
+            assert request.decode == "decode_1"
+        site.meetings._refused["prefill_0", "decode_1"] = "no way there either"
+        request = site.request(50)
+        with pytest.raises(errors.Unavailable, match=r"no decode reaches prefill_0: .*either"):
+            await site.answer(request)
+        await site.idle(CLEAN_S)
+
+
+# Cancelled.
+
+
+@real
+async def test_cancelled_at_any_moment_of_the_computation(tmp_path: Path) -> None:
+    """vllm#29906, TensorRT-LLM#12313: nothing is left, and no other is harmed."""
+    rng = random.Random(0)
+    async with Site(
+        tmp_path, profile=SLOW, prefill={"slots": 16, "batch_tokens": 4096}, layered=True
+    ) as site:
+        states = set()
+        for _ in range(3):
+            requests = [site.request(40 + i, max_tokens=20) for i in range(12)]
+            tasks = [site.start(request) for request in requests]
+            for number, task in enumerate(tasks[:-2]):
+                moment = (number + rng.random()) * 7e-3
+
+                def cancel(task: asyncio.Task[Any] = task, number: int = number) -> None:
+                    states.add(requests[number].state)  # noqa: B023 - of this round
+                    task.cancel()
+
+                asyncio.get_running_loop().call_later(moment, cancel)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            for request, result in zip(requests, results, strict=True):
+                if isinstance(result, asyncio.CancelledError):
+                    assert request.state in (State.CANCELLED, State.WAITING)
+                else:
+                    assert result == site.expected(request)
+            assert len([r for r in results if isinstance(r, list)]) >= 2
+            await site.idle(CLEAN_S)
+        assert {State.PREFILLING, State.DECODING} <= states
+        probe = site.request()
+        assert await site.answer(probe) == site.expected(probe)
+        await site.idle(CLEAN_S)
+
+
+@real
+async def test_a_reader_who_leaves_with_the_first_token(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=SLOW, layered=True) as site:
+        chunks = site.scheduler.run(site.request(200, max_tokens=50))
+        await anext(chunks)
+        await chunks.aclose()
+        assert [i.open for role in site.instances for i in role] == [0, 0]
+        await site.idle(CLEAN_S)
+
+
+# Failures.
+
+
+def break_in_mid_compute(site: Site, prefill: int, times: int) -> list[int]:
+    """So many forwards fail after two layers; the list of what each was of."""
+    engine, broken = site.p_engines[prefill], []
+    compute = engine.prefill
+
+    async def prefill_or_break(jobs: Sequence[PrefillJob]) -> list[int]:
+        if len(broken) == times:
+            return await compute(jobs)
+        broken.append(len(jobs))
+        for job in jobs:
+            rows = job.kv[:4].view("<i4")
+            rows[:] = job.tokens[None, :, None]
+            job.filled(4)
+        await asyncio.sleep(0.03)
+        raise RuntimeError("out of memory")
+
+    engine.prefill = prefill_or_break  # type: ignore[method-assign]
+    return broken
+
+
+@real
+async def test_prefill_that_fails_in_mid_compute(tmp_path: Path) -> None:
+    """Another computes it; the decode that followed the first is told by the lease."""
+    async with Site(tmp_path, prefills=2, decodes=2, profile=SLOW, layered=True) as site:
+        broken = break_in_mid_compute(site, 0, 1)
+        request = site.request(100, max_tokens=5)
+        assert await site.answer(request) == site.expected(request)
+        assert (broken, request.attempts, request.prefill) == ([1], 2, "prefill_1")
+        assert followed(request)
+        assert sum(len(link.of(DecodeRequest)) for link in site.d_links) == 2
+        await site.idle(CLEAN_S)
+
+
+@real
+async def test_prefill_that_keeps_failing(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=SLOW, layered=True) as site:
+        break_in_mid_compute(site, 0, 2)
+        request = site.request(100)
+        with pytest.raises(errors.InstanceError, match="out of memory"):
+            await site.answer(request)
+        assert request.state is State.FAILED
+        await site.idle(CLEAN_S)
+        again = site.request(100)
+        assert await site.answer(again) == site.expected(again)
+        await site.idle(CLEAN_S)
+
+
+@real
+async def test_decode_that_cannot_be_reached(tmp_path: Path) -> None:
+    """Another follows instead; what was begun at the prefill is given up."""
+    async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
+        site.d_links[0].broken = "connection refused"
+        request = site.request(100)
+        assert await site.answer(request) == site.expected(request)
+        assert (request.attempts, request.decode) == (2, "decode_1")
+        await site.idle(0.3)
+
+
+@real
+async def test_decode_that_is_gone_in_mid_compute(tmp_path: Path) -> None:
+    async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
+        request = site.request(100, max_tokens=5)
+        task = site.start(request)
+        await asyncio.sleep(0.02)
+        assert request.state is State.PREFILLING
+        gone = next(i for i, link in enumerate(site.d_links) if link.of(DecodeRequest))
+        site.d_links[gone].break_("connection reset")
+        with pytest.raises(errors.InstanceError, match=f"decode_{gone}: connection reset"):
+            await task
+        assert request.output_tokens == 1, "the first token was told"
+        other = site.request(100)
+        assert await site.answer(other) == site.expected(other)
+        assert other.decode == f"decode_{1 - gone}"
+        await site.idle(0.3)  # it never heard of the release: its answer runs to its end
+
+
+@real
+async def test_decode_that_cannot_take_the_kv_cache_over(tmp_path: Path) -> None:
+    """TensorRT-LLM#12542: an error of the transfer reaches the client; nobody waits on."""
+    async with Site(tmp_path, profile=SLOW, layered=True) as site:
+        site.d_engines[0].refusals = [RuntimeError("copy failed")]
+        request = site.request(100)
+        with pytest.raises(errors.InstanceError, match="decode_0: copy failed"):
+            await site.answer(request)
+        assert request.ended - request.first_token < 0.1
+        await site.idle(CLEAN_S)
+
+
+@real
+async def test_every_request_ends_once_whatever_happens(tmp_path: Path) -> None:
+    """Lost messages, failing engines, cancels; and every answer that comes is exact."""
+    rng = random.Random(3)
+    async with Site(
+        tmp_path,
+        prefills=2,
+        decodes=2,
+        profile={"layers": 4, "prefill": {"base_ms": 16.0}, "decode": {"base_ms": 1.0}},
+        prefill={"lease_s": 1.0, "slots": 8},
+        decode={"slots": 6},
+        layered=True,
+        seed=3,
+    ) as site:
+        for link in (*site.p_links, *site.d_links):
+            link.delay = (0.0, 0.002)
+        requests: list[Request] = []
+
+        async def client() -> None:
+            request = site.request(rng.randrange(1, 300), max_tokens=rng.randrange(1, 30))
+            requests.append(request)
+            patience = rng.expovariate(1 / 0.3)
+            with contextlib.suppress(errors.InstanceError, asyncio.TimeoutError):
+                answer = await asyncio.wait_for(site.answer(request), patience)
+                assert answer == site.expected(request)
+
+        clients = []
+        for number in range(80):
+            clients.append(asyncio.create_task(client()))
+            if number % 17 == 5:
+                rng.choice(site.p_engines).failures.append(RuntimeError("forward"))
+            if number % 23 == 11:
+                rng.choice(site.d_engines).refusals.append(RuntimeError("copy"))
+            await asyncio.sleep(rng.expovariate(1 / 0.012))
+        await asyncio.gather(*clients)
+        for engine in (*site.p_engines, *site.d_engines):
+            engine.failures.clear()
+        for decode in site.d_engines:
+            decode.refusals.clear()
+        await site.idle(0.5)
+        assert all(request.state in FINAL for request in requests)
+        ends = [request.state for request in requests]
+        assert min(ends.count(s) for s in (State.FINISHED, State.CANCELLED, State.FAILED)) > 1, ends
+        assert sum(map(followed, requests)) > 20
+        probe = site.request()
+        assert await site.answer(probe) == site.expected(probe)
+        await site.idle(CLEAN_S)

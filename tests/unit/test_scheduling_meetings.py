@@ -1,0 +1,190 @@
+"""Prefills and decodes are introduced before it is needed, and again when one has a new life."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pdserve import errors
+from pdserve.messages import DecodeRequest, Describe, Described, Failed, Join, Joined, Stranger
+from pdserve.scheduling.meetings import OVERLAP_S, ROUND_S
+from pdserve.transfer.protocol import Unreachable
+from pdserve.transfer.reports import Met
+from tests.unit.inprocess import Message, Site, virtual
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
+
+
+def forget_all(site: Site) -> None:
+    """Every decode has a new life: it knows nobody."""
+    for receiver in site.receivers:
+        for holder in site.holders:
+            receiver.peers.leave(receiver.peers.find(holder.epoch))
+
+
+@virtual
+async def test_every_pair_meets_at_once(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, decodes=3, profile=TIMES, met=False) as site:
+        running = asyncio.create_task(site.meetings.run())
+        await asyncio.sleep(0.1)
+        for link in site.d_links:
+            assert {joined.prefill for joined in link.of(Joined)} == {"prefill_0", "prefill_1"}
+        requests = [site.request() for _ in range(6)]
+        answers = await asyncio.gather(*map(site.answer, requests))
+        assert answers == [site.expected(request) for request in requests]
+        assert not [link for link in site.d_links if link.of(Stranger)]
+        assert site.level("pdserve_kv_link_bytes_per_second", transport="shm") > 0
+        running.cancel()
+        await site.idle()
+
+
+@virtual
+async def test_who_has_met_is_not_bothered_again(tmp_path: Path) -> None:
+    async with Site(tmp_path, decodes=2, profile=TIMES, met=False) as site:
+        running = asyncio.create_task(site.meetings.run())
+        await asyncio.sleep(5 * ROUND_S + 0.1)
+        assert [len(link.of(Join)) for link in site.d_links] == [1, 1]
+        assert len(site.p_links[0].of(Describe)) == 6, "one question to a prefill in each round"
+        assert len({one.description for one in site.p_links[0].of(Described)}) == 1
+        running.cancel()
+        await site.idle()
+
+
+@virtual
+async def test_a_stranger_is_introduced_by_the_request(tmp_path: Path) -> None:
+    """No meeting has been held: the first request pays for it, and is served."""
+    async with Site(tmp_path, profile=TIMES, met=False) as site:
+        first, second = site.request(), site.request()
+        assert await site.answer(first) == site.expected(first)
+        assert len(site.d_links[0].of(Stranger)) == 1
+        assert len(site.d_links[0].of(Join)) == 1
+        assert await site.answer(second) == site.expected(second)
+        assert len(site.d_links[0].of(Join)) == 1
+        await site.idle()
+
+
+@virtual
+async def test_a_decode_with_a_new_life(tmp_path: Path) -> None:
+    async with Site(tmp_path, decodes=2, profile=TIMES) as site:
+        for _ in range(2):
+            forget_all(site)
+            requests = [site.request() for _ in range(4)]
+            answers = await asyncio.gather(*map(site.answer, requests))
+            assert answers == [site.expected(request) for request in requests]
+        assert all(link.of(Stranger) for link in site.d_links)
+        await site.idle()
+
+
+@virtual
+async def test_a_prefill_that_comes_later(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, profile=TIMES, met=False) as site:
+        site.p_links[1].broken = "connection refused"
+        running = asyncio.create_task(site.meetings.run())
+        await asyncio.sleep(0.1)
+        assert [one.prefill for one in site.d_links[0].of(Joined)] == ["prefill_0"]
+        site.p_links[1].broken = None
+        await asyncio.sleep(ROUND_S)
+        assert [one.prefill for one in site.d_links[0].of(Joined)] == ["prefill_0", "prefill_1"]
+        running.cancel()
+        await site.idle()
+
+
+@virtual
+async def test_one_that_does_not_answer_holds_up_no_other(tmp_path: Path) -> None:
+    def everything(message: Message) -> bool:
+        return True
+
+    async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, met=False) as site:
+        site.p_links[0].lose = site.d_links[0].lose = everything
+        running = asyncio.create_task(site.meetings.run())
+        await asyncio.sleep(0.1)
+        assert [one.prefill for one in site.d_links[1].of(Joined)] == ["prefill_1"]
+        running.cancel()
+        await site.idle()
+
+
+# Pairs that cannot meet.
+
+
+@virtual
+async def test_a_pair_that_cannot_meet_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, by name and with the reason, and never costs a request anything."""
+
+    def unreachable(description: bytes) -> tuple[str, Met]:
+        raise Unreachable("prefill_0 cannot be reached; nixl: UCX has picked tcp")
+
+    async with Site(tmp_path, decodes=2, profile=TIMES, met=False) as site:
+        join = site.receivers[0].join
+        site.receivers[0].join = unreachable  # type: ignore[method-assign]
+        with caplog.at_level(logging.WARNING):
+            running = asyncio.create_task(site.meetings.run())
+            await asyncio.sleep(3 * ROUND_S)
+        said = [line for line in caplog.messages if "cannot meet" in line]
+        reason = "decode_0: prefill_0 cannot be reached; nixl: UCX has picked tcp"
+        assert said == [f"prefill_0 and decode_0 cannot meet: {reason}"]
+        requests = [site.request() for _ in range(3)]
+        answers = await asyncio.gather(*map(site.answer, requests))
+        assert answers == [site.expected(request) for request in requests]
+        assert {request.decode for request in requests} == {"decode_1"}
+        assert not site.d_links[0].of(DecodeRequest)
+        site.receivers[0].join = join  # type: ignore[method-assign]
+        await asyncio.sleep(ROUND_S)
+        assert site.meetings.refusal("prefill_0", "decode_0") is None, "it may come to reach it"
+        running.cancel()
+        await site.idle()
+
+
+@virtual
+async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
+    def unreachable(description: bytes) -> tuple[str, Met]:
+        raise Unreachable("no way")
+
+    async with Site(tmp_path, profile=TIMES, met=False) as site:
+        site.receivers[0].join = unreachable  # type: ignore[method-assign]
+        for match in ("no way", "no decode reaches prefill_0: .*no way"):
+            request = site.request()
+            with pytest.raises((errors.InstanceError, errors.Unavailable), match=match):
+                await site.answer(request)
+            assert request.output_tokens == 1
+            await site.idle()
+        assert site.d_links[0].of(Failed)
+
+
+# Whether a decode is chosen before the prefill has begun.
+
+
+@virtual
+async def test_long_transfers_are_overlapped(tmp_path: Path) -> None:
+    """By the slowest of a prefill's links: which decode will be idle is not known yet."""
+    async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
+        assert not site.meetings.layered("prefill_0", 1 << 20), "nothing is known of its links"
+        for pair, rate in (
+            (("prefill_0", "decode_0"), 10e9),
+            (("prefill_0", "decode_1"), 0.1e9),
+            (("prefill_1", "decode_0"), 10e9),
+        ):
+            link = Met("nixl", "tcp/eth0", 1e-4, rate, {}, fallback=True)
+            site.meetings._joined[pair] = b"", Joined(pair[0], link, bytes_per_token=100_000)
+        longest = int(OVERLAP_S * 0.1e9 / 100_000)
+        assert not site.meetings.layered("prefill_0", longest)
+        assert site.meetings.layered("prefill_0", longest + 1)
+        assert not site.meetings.layered("prefill_1", longest + 1)
+        assert site.meetings.layered("prefill_1", 100 * longest + 1)
+        site.meetings.forget(site.instances[1][1])
+        assert not site.meetings.layered("prefill_0", longest + 1)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@virtual
+async def test_a_deployment_may_say_so(tmp_path: Path, wanted: bool) -> None:
+    async with Site(tmp_path, profile=TIMES, layered=wanted) as site:
+        assert site.meetings.layered("prefill_0", 1) is wanted
+        assert site.meetings.layered("prefill_0", 1 << 20) is wanted

@@ -1,0 +1,89 @@
+"""The deployment's secret: made once, whoever comes first, and for nobody else's eyes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pdserve.errors import DeploymentError
+from pdserve.kvcache.handle import KEY_BYTES
+from pdserve.transfer import key
+
+
+def test_it_is_made_where_it_does_not_exist(tmp_path: Path) -> None:
+    path = tmp_path / "kv.key"
+    made = key.load(path)
+    assert len(made) == KEY_BYTES
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert key.load(path) == made
+    assert key.load(tmp_path / "other.key") != made
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["kv.key", "other.key"]
+
+
+def test_of_several_makers_one_wins(tmp_path: Path) -> None:
+    """Every server of a deployment starts at the same moment."""
+    script = (
+        "import sys; from pathlib import Path; from pdserve.transfer import key\n"
+        "sys.stdin.read(1); print(key.load(Path(sys.argv[1])).hex())"
+    )
+    path = tmp_path / "kv.key"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    makers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for _ in range(4)
+    ]
+    found = [maker.communicate("x", timeout=20)[0].strip() for maker in makers]
+    assert set(found) == {path.read_bytes().hex()}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loser_takes_the_winner_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has made it between our look and our link."""
+    path, theirs = tmp_path / "kv.key", os.urandom(KEY_BYTES)
+    link = os.link
+
+    def late(source: Path, target: Path) -> None:
+        path.write_bytes(theirs)
+        path.chmod(0o600)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    assert key.load(path) == theirs
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
+def test_one_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "kv.key"
+    key.load(path)
+    path.chmod(mode)
+    with pytest.raises(DeploymentError, match=r"kv\.key may be read by others; allowed: mode 06"):
+        key.load(path)
+    path.chmod(0o400)
+    assert len(key.load(path)) == KEY_BYTES
+
+
+@pytest.mark.parametrize("size", [0, KEY_BYTES - 1, KEY_BYTES + 1])
+def test_one_of_another_size_is_refused(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "kv.key"
+    path.touch(0o600)
+    path.write_bytes(bytes(size))
+    with pytest.raises(DeploymentError, match=rf"kv\.key has {size} bytes; a key has 32"):
+        key.load(path)
+
+
+def test_one_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match=r"key_file .*there/kv\.key: No such file"):
+        key.load(tmp_path / "not" / "there" / "kv.key")
+    with pytest.raises(DeploymentError, match="Is a directory"):
+        key.load(tmp_path)

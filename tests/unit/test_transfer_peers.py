@@ -1,0 +1,338 @@
+"""Two ends meet: which transport is taken, what is measured, and what is told where none can be."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import secrets
+import threading
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+import numpy as np
+import pytest
+
+from pdserve.errors import DeploymentError
+from pdserve.kvcache.handle import KVHandle, unseal
+from pdserve.transfer import region as regions
+from pdserve.transfer.description import Description, host_id
+from pdserve.transfer.holder import Holder
+from pdserve.transfer.peers import Stranger
+from pdserve.transfer.protocol import Memory, TransferError, Transport, Unreachable
+from pdserve.transfer.receiver import Receiver
+from pdserve.transfer.reports import Met
+from pdserve.transfer.shm import ShmTransport
+from pdserve.transfer.staging import Staging
+from tests.unit.memcpy import MemcpyLink, MemcpyTransport
+from tests.unit.transfers import KEY, LAYOUT, ROWS, Sender, Taker, pick, terms
+
+
+class Other(MemcpyTransport):
+    """A second kind of way."""
+
+    name: ClassVar[str] = "other"
+
+
+def holder(*transports: Transport, name: str = "prefill_0") -> Holder:
+    region = f"pdserve-test-{secrets.token_hex(6)}"
+    return Holder(name, region, 1 << 20, 4, terms(), transports)
+
+
+def receiver(*transports: Transport, rdma_only: bool = False) -> Receiver:
+    pool = np.zeros(LAYOUT.shape(ROWS), np.uint8)
+    return Receiver(
+        terms(), transports, pool, Staging(np.ones((2, 1 << 16), np.uint8)), rdma_only=rdma_only
+    )
+
+
+def met(by: Receiver, of: Holder) -> Met:
+    return by.join(of.description)[1]
+
+
+# The holder.
+
+
+def test_a_description_says_what_there_is() -> None:
+    made = holder(ShmTransport(), MemcpyTransport())
+    described = unseal(made.description, Description, KEY)
+    assert (described.name, described.host, described.epoch) == ("prefill_0", host_id(), made.epoch)
+    assert (described.fingerprint, described.layout) == ("tiny", LAYOUT)
+    assert (described.slots, described.data_bytes) == (4, 1 << 20)
+    assert set(described.ways) == {"shm", "memcpy"}
+    assert made.description == made.description
+    made.close()
+
+
+def test_every_life_has_an_epoch_of_its_own() -> None:
+    lives = [holder(ShmTransport()) for _ in range(3)]
+    assert len({one.epoch for one in lives}) == 3
+    for one in lives:
+        one.close()
+
+
+def test_a_transport_that_cannot_export_the_memory_is_left_out() -> None:
+    class Unable(MemcpyTransport):
+        def offer(self, table: Memory, data: Memory) -> bytes:
+            raise Unreachable("cudaMallocAsync memory cannot be exported; use cudaMalloc")
+
+    made = holder(Unable(), ShmTransport())
+    assert set(unseal(made.description, Description, KEY).ways) == {"shm"}
+    made.close()
+    before = set(regions.SHM.iterdir())
+    with pytest.raises(
+        DeploymentError, match=r"no transport; memcpy: cudaMallocAsync .* use cudaM"
+    ):
+        holder(Unable())
+    assert set(regions.SHM.iterdir()) == before
+
+
+def test_transports_that_need_it_are_moved_on_without_a_pause() -> None:
+    """Sooner while a lease is on: a peer may be waiting."""
+    moves: list[float] = []
+
+    class Passive(MemcpyTransport):
+        def progress(self) -> None:
+            moves.append(time.monotonic())
+
+    made = holder(Passive())
+    time.sleep(0.1)
+    idle = len(moves)
+    assert 3 < idle < 50
+    slot, _ = made.leases.grant(1.0)
+    time.sleep(0.1)
+    assert len(moves) - idle > 2 * idle
+    made.leases.free(slot)
+    made.close()
+    count = len(moves)
+    time.sleep(0.05)
+    assert len(moves) == count, "it moves on after its end"
+
+
+def test_shared_memory_needs_no_thread() -> None:
+    before = threading.active_count()
+    made = holder(ShmTransport())
+    assert threading.active_count() == before
+    made.close()
+
+
+# The receiver.
+
+
+def test_the_best_transport_that_reaches_it_is_taken() -> None:
+    made = holder(ShmTransport(), MemcpyTransport(), Other())
+    for order, wanted in (
+        ([ShmTransport(), Other()], "shm"),
+        ([Other(), ShmTransport()], "memcpy"),  # as its links say
+    ):
+        joined = receiver(*order)
+        assert met(joined, made).transport == wanted
+        assert met(joined, made).refused == {}
+        joined.close()
+    made.close()
+
+
+def test_why_a_better_one_is_not_taken() -> None:
+    class Unfit(MemcpyTransport):
+        name: ClassVar[str] = "unfit"
+
+        def register(self, memory: Memory) -> None:
+            raise Unreachable(f"{memory.nbytes} bytes cannot be registered")
+
+    class Closed(MemcpyTransport):
+        name: ClassVar[str] = "closed"
+
+        def open(self, way: bytes) -> MemcpyLink:
+            raise Unreachable("no route to host")
+
+    class Dead(MemcpyTransport):
+        name: ClassVar[str] = "dead"
+
+        def open(self, way: bytes) -> MemcpyLink:
+            link = super().open(way)
+            link.before = lambda number: link.close()
+            return link
+
+    made = holder(ShmTransport(), Unfit(), Closed(), Dead())
+    dead = Dead()
+    joined = receiver(Unfit(), Other(), Closed(), dead, ShmTransport())
+    found = met(joined, made)
+    assert found.transport == "shm"
+    assert found.refused == {
+        "unfit": f"{2 << 16} bytes cannot be registered",
+        "other": "not offered by the holder",
+        "closed": "no route to host",
+        "dead": "the link is closed",
+    }
+    assert [link.closed for link in dead.links] == [True]
+    joined.close()
+    nothing = receiver(Unfit(), Closed())
+    with pytest.raises(
+        Unreachable, match=r"prefill_0 cannot be reached; unfit: .* registered; closed: no route"
+    ):
+        nothing.join(made.description)
+    nothing.close()
+    made.close()
+
+
+def test_a_holder_that_is_known_is_not_met_again() -> None:
+    made, transport = holder(MemcpyTransport()), MemcpyTransport()
+    joined = receiver(transport)
+    first = met(joined, made)
+    pulls = len(transport.links[0].pulls)
+    assert met(joined, made) is first
+    assert len(transport.links) == 1
+    assert len(transport.links[0].pulls) == pulls, "nor probed"
+    joined.close()
+    assert transport.links[0].closed
+    made.close()
+
+
+def test_decodes_that_join_at_once_share_a_link() -> None:
+    made, transport = holder(MemcpyTransport()), MemcpyTransport()
+    joined = receiver(transport)
+    threads = [threading.Thread(target=met, args=(joined, made)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(transport.links) == 1
+    joined.close()
+    made.close()
+
+
+def test_a_new_life_takes_the_place_of_the_former() -> None:
+    transport = MemcpyTransport()
+    joined, other = receiver(transport), holder(MemcpyTransport(), name="prefill_1")
+    joined.join(other.description)
+    lives = []
+    for number in range(3):
+        lives.append(holder(MemcpyTransport()))
+        joined.join(lives[-1].description)
+        for former in lives[:-1]:
+            with pytest.raises(Stranger):
+                joined.peers.find(former.epoch)
+        assert joined.peers.find(lives[-1].epoch).holder.name == "prefill_0"
+        assert [link.closed for link in transport.links] == [False, *[True] * number, False]
+    joined.peers.find(other.epoch)
+    joined.close()
+    for one in (*lives, other):
+        one.close()
+
+
+def test_what_is_measured() -> None:
+    made = holder(MemcpyTransport())
+    transport = MemcpyTransport()
+    joined = receiver(transport)
+    found = met(joined, made)
+    assert 0 < found.latency_s < 0.1
+    assert 1e6 < found.bytes_per_s < 1e12
+    assert not found.fallback
+    tuner = joined.peers.find(made.epoch).tuner
+    assert tuner is not None
+    assert set(tuner.costs) == {"whole", "direct"}
+    assert not joined.mapped(_any_handle(made))
+    joined.close()
+    mapped = receiver(ShmTransport())
+    shm = holder(ShmTransport())
+    assert met(mapped, shm).detail == "mapped"
+    assert mapped.peers.find(shm.epoch).tuner is None, "there is nothing to choose"
+    assert mapped.mapped(_any_handle(shm))
+    mapped.close()
+    shm.close()
+    made.close()
+
+
+def _any_handle(of: Holder) -> KVHandle:
+    return unseal(of.handle(0, 1, 0, bytes(16), 1.0), KVHandle, KEY)
+
+
+def test_a_slow_link_is_told_as_such() -> None:
+    made = holder(MemcpyTransport())
+
+    class Slow(MemcpyTransport):
+        def open(self, way: bytes) -> MemcpyLink:
+            link = super().open(way)
+            link.bytes_per_s = 1e6
+            return link
+
+    joined, began = receiver(Slow()), time.monotonic()
+    assert met(joined, made).bytes_per_s == pytest.approx(1e6, rel=0.3)
+    assert time.monotonic() - began < 2, "it is not probed for longer than it takes to know"
+    joined.close()
+    made.close()
+
+
+@pytest.mark.parametrize("way", ["nixl", "nixl over tcp"])
+def test_a_fallback_from_rdma_is_loud(
+    way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A log line, a metric (`Met.fallback`), and a refusal where the deployment says so."""
+    name, over_tcp = pick(way, monkeypatch), way == "nixl over tcp"
+    sender, taker = Sender(name), Taker(name)
+    with caplog.at_level(logging.WARNING):
+        found = taker.receiver.join(sender.holder.description)[1]
+    assert found.detail.startswith("tcp") == found.fallback == over_tcp
+    assert ("without RDMA" in caplog.text) == over_tcp
+    strict = Receiver(terms(), [type(taker.transport)()], taker.pool, taker.staging, rdma_only=True)
+    if over_tcp:
+        with pytest.raises(
+            Unreachable, match=r"nixl: UCX has picked tcp\S*; transfer.require is rdma"
+        ):
+            strict.join(sender.holder.description)
+    strict.close()
+    taker.close()
+    sender.close()
+
+
+def test_meeting_and_leaving_leaks_nothing() -> None:
+    def open_files() -> int:
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before, threads = open_files(), threading.active_count()
+    for _ in range(3):
+        made, joined = holder(ShmTransport(), MemcpyTransport()), receiver(ShmTransport())
+        joined.join(made.description)
+        joined.close()
+        made.close()
+        with pytest.raises(Stranger):
+            joined.peers.find(made.epoch)
+    del made, joined
+    assert open_files() == before
+    assert threading.active_count() == threads
+
+
+def test_a_holder_whose_data_are_less_than_a_probe() -> None:
+    tiny = Holder("prefill_0", f"pdserve-test-{secrets.token_hex(6)}", 300, 1, terms(), [Other()])
+    joined = receiver(Other())
+    assert met(joined, tiny).bytes_per_s > 0
+    joined.close()
+    tiny.close()
+
+
+def test_a_link_that_fails_while_it_is_probed_raises_no_other_error() -> None:
+    class Broken(MemcpyTransport):
+        def open(self, way: bytes) -> MemcpyLink:
+            link = super().open(way)
+
+            def fail(number: int) -> None:
+                if number == 3:
+                    raise TransferError("cable cut")
+
+            link.before = fail
+            return link
+
+    made, joined = holder(MemcpyTransport()), receiver(Broken())
+    with pytest.raises(Unreachable, match="prefill_0 cannot be reached; memcpy: cable cut"):
+        joined.join(made.description)
+    with pytest.raises(Stranger):
+        joined.peers.find(made.epoch)
+    joined.close()
+    made.close()
+
+
+def test_reports_travel_as_messages() -> None:
+    made = Met("nixl", "rc_mlx5/mlx5_0:1", 3e-6, 2e10, {"shm": "another host"}, fallback=False)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=Met) == made

@@ -1,0 +1,400 @@
+"""What a pull checks, moves and tells; between two processes, and over every transport."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from pdserve.errors import HandleError
+from pdserve.kvcache.arena import State
+from pdserve.kvcache.cut import Cut
+from pdserve.kvcache.handle import KVHandle, seal, unseal
+from pdserve.kvcache.layout import KVLayout
+from pdserve.transfer import holder as holders
+from pdserve.transfer.description import Description
+from pdserve.transfer.peers import Stranger
+from pdserve.transfer.words import Pull
+from tests.unit.transfers import (
+    KEY,
+    LAYOUT,
+    MODEL,
+    TOKENS,
+    Child,
+    Offer,
+    Sender,
+    Taker,
+    terms,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pdserve.transfer.tuner import Strategy
+
+FORGED = 10_000
+
+
+@pytest.fixture
+def sender() -> Iterator[Sender]:
+    sender = Sender()
+    yield sender
+    sender.close()
+
+
+@pytest.fixture
+def taker(sender: Sender) -> Iterator[Taker]:
+    taker = Taker()
+    taker.meet(sender)
+    yield taker
+    taker.close()
+
+
+# Between two processes.
+
+
+def test_contents_are_equal_and_the_lease_ends(way: str, child: Child) -> None:
+    sender = Sender(way)
+    detail = child.meet(sender)
+    if way == "nixl":
+        assert detail.startswith("tcp") == (os.environ.get("UCX_TLS") == "tcp")
+    for _ in range(6):  # more than there are slots or ranges
+        offer = sender.offer()
+        assert sender.leases.state(offer.slot) is Pull.IDLE
+        assert child.begin(offer.sealed) == "pulling"
+        assert sender.leases.state(offer.slot) is Pull.PULLING
+        assert child.end() == offer.digest
+        assert sender.leases.state(offer.slot) is Pull.DONE
+        sender.tick()
+        assert offer.state is State.CACHED
+    assert sender.held() == {}
+    sender.close()
+
+
+def test_a_used_handle_is_refused(way: str, child: Child) -> None:
+    sender, taker = Sender(way), Taker(way)
+    child.meet(sender)
+    taker.meet(sender)
+    offer = sender.offer()
+    assert child.begin(offer.sealed) == "pulling"
+    with pytest.raises(HandleError, match=f"was used before: lease {offer.slot}"):
+        taker.take(offer)
+    assert child.end() == offer.digest
+    assert child.pull(offer.sealed).startswith("HandleError KV handle was used before")
+    assert not taker.pool.any()
+    taker.close()
+    sender.close()
+
+
+# What is told.
+
+
+@pytest.mark.parametrize("strategy", ["whole", "direct"])
+def test_what_is_told_of_a_pull(way: str, strategy: Strategy) -> None:
+    sender, taker = Sender(way), Taker(way, strategy=strategy)
+    taker.meet(sender)
+    offer, runs = sender.offer(), [(70, 20), (3, 30)]
+    pulled = taker.take(offer, runs)
+    taker.check(offer, runs)
+    assert pulled.nbytes == LAYOUT.nbytes(TOKENS)
+    assert pulled.transport == way
+    # What is mapped is copied once, whatever is asked for.
+    assert pulled.strategy == ("whole" if way == "shm" else strategy)
+    assert pulled.token == 7
+    assert 0 < pulled.exposed_ms == pulled.ms < 1000
+    assert 0 < pulled.expected_ms < 1000
+    taker.close()
+    sender.close()
+
+
+@pytest.mark.parametrize("strategy", ["whole", "direct"])
+def test_only_the_missing_tail_is_moved(way: str, strategy: Strategy) -> None:
+    """The pool has a prefix of the prompt already."""
+    sender = Sender(way, slots=8)
+    taker = Taker(way, strategy=strategy, piece_bytes=2048)
+    taker.meet(sender)
+    for first in (1, 16, TOKENS - 1):
+        offer, tail = sender.offer(), TOKENS - first
+        taker.pool[:] = 0
+        runs = [(60, tail // 2), (7, tail - tail // 2)] if tail > 1 else [(7, 1)]
+        pulled = taker.take(offer, runs, first)
+        assert pulled.nbytes == LAYOUT.nbytes(tail)
+        taker.check(offer, runs, first)
+    taker.close()
+    sender.close()
+
+
+def test_pulls_at_once_do_not_mix(way: str) -> None:
+    """More than there are staging buffers, over one link."""
+    sender, taker = Sender(way, slots=16), Taker(way, rows=16 * TOKENS)
+    taker.meet(sender)
+    offers = [sender.offer() for _ in range(16)]
+    with ThreadPoolExecutor(6) as threads:
+        pulled = list(
+            threads.map(lambda n: taker.take(offers[n], [(n * TOKENS, TOKENS)]), range(16))
+        )
+    assert {one.nbytes for one in pulled} == {LAYOUT.nbytes(TOKENS)}
+    for number, offer in enumerate(offers):
+        assert (taker.pool[:, number * TOKENS : (number + 1) * TOKENS] == offer.whole).all()
+        assert sender.leases.state(offer.slot) is Pull.DONE
+    taker.close()
+    sender.close()
+
+
+# Layer by layer.
+
+
+def test_planes_are_taken_as_they_are_filled(way: str) -> None:
+    """None before: what is not filled yet is zero."""
+    sender, taker = Sender(way), Taker(way)
+    taker.meet(sender)
+    offer = sender.begin()
+
+    def compute() -> None:
+        for planes in range(2, LAYOUT.planes + 1, 2):
+            time.sleep(0.05)
+            sender.compute(offer, planes)
+        sender.lending.complete(offer.loan, LAYOUT.planes, 331, time.monotonic() + 60)
+
+    computing = threading.Thread(target=compute)
+    computing.start()
+    pulled = taker.take(offer)
+    computing.join()
+    taker.check(offer, [(0, TOKENS)])
+    assert (pulled.strategy, pulled.token) == ("layered", 331)
+    assert pulled.ms > 140
+    assert pulled.exposed_ms < 70
+    taker.close()
+    sender.close()
+
+
+def test_the_first_token_is_waited_for(sender: Sender, taker: Taker) -> None:
+    offer = sender.begin()
+    sender.compute(offer, LAYOUT.planes)
+    later = threading.Timer(0.05, sender.leases.fill, (offer.slot, LAYOUT.planes, 9))
+    later.start()
+    assert taker.take(offer).token == 9
+    later.join()
+    taker.check(offer, [(0, TOKENS)])
+
+
+def test_planes_that_are_never_filled(sender: Sender) -> None:
+    """TensorRT-LLM#15363, dynamo#13088: no wait is unbounded."""
+    taker = Taker(timeout_s=0.2)
+    taker.meet(sender)
+    offer, began = sender.begin(), time.monotonic()
+    sender.compute(offer, 2)
+    with pytest.raises(HandleError, match="only 2 of 6 planes were computed in time"):
+        taker.take(offer)
+    assert 0.2 < time.monotonic() - began < 1
+    assert sender.leases.state(offer.slot) is Pull.DONE
+    taker.close()
+
+
+def test_a_computation_that_is_given_up(sender: Sender, taker: Taker) -> None:
+    offer, began = sender.begin(), time.monotonic()
+    sender.compute(offer, 4)
+    later = threading.Timer(0.05, sender.end, (offer, began))
+    later.start()
+    with pytest.raises(HandleError, match=f"lease {offer.slot} has ended"):
+        taker.take(offer)
+    assert time.monotonic() - began < 0.5
+    later.join()
+    assert offer.state is State.QUARANTINED
+    sender.tick(began)
+    assert offer.state is State.FREE, "it was never filled"
+    assert sender.held() == {}
+
+
+# What does not match is named, and costs the lease nothing.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fingerprint": "other"}, "of model 'other'; this instance has 'tiny'"),
+        ({"layout": KVLayout(3, 2, 8, "float16")}, "float16.*this instance has.*float32"),
+        ({"cut": Cut(2, 1)}, "cut into .*ranks=2.* expects .*ranks=1"),
+        ({"lease": 4}, "names lease slot 4; prefill has 4"),
+        ({"offset": (1 << 20) - 1}, "ends at byte 1067775; prefill has 1048576"),
+        ({"tokens": 1 << 24}, "ends at byte .*; prefill has 1048576"),
+        ({"expires": 1.0}, r"KV handle expired \d+\.\d{3} s ago"),
+        ({"nonce": b"x" * 16}, "lease 1 has ended, or is another's"),
+        ({"nonce": bytes(16)}, "lease 1 has ended, or is another's"),
+        ({"lease": 0}, "lease 0 has ended, or is another's"),
+        ({"lease": 3, "nonce": bytes(16)}, "lease 3 has ended, or is another's"),
+    ],
+)
+def test_what_does_not_match_is_named(
+    sender: Sender, taker: Taker, fields: dict[str, object], message: str
+) -> None:
+    """tensorrtllm_backend#653, sglang#15674: one clear error each, and not a hang."""
+    sender.offer()
+    offer = sender.offer()
+    with pytest.raises(HandleError, match=message):
+        taker.take(sender.forge(offer, **fields))
+    assert not taker.pool.any()
+    assert sender.leases.state(offer.slot) is Pull.IDLE
+    taker.take(offer)
+    taker.check(offer, [(0, TOKENS)])
+
+
+def test_a_holder_that_nobody_has_met(sender: Sender, taker: Taker) -> None:
+    offer = sender.offer()
+    with pytest.raises(Stranger, match="holder 0000000000000000 has not been met"):
+        taker.take(sender.forge(offer, epoch=bytes(8)))
+    with pytest.raises(Stranger):
+        Taker().take(offer)
+    taker.take(offer)
+
+
+def test_a_handle_of_an_earlier_version(sender: Sender, taker: Taker) -> None:
+    handle = unseal(sender.offer().sealed, KVHandle, KEY)
+    fields = msgspec.structs.asdict(handle) | {"version": 1}
+    old = msgspec.defstruct("KVHandle", [(name, object) for name in fields])(**fields)
+    with pytest.raises(HandleError, match=r"KVHandle .* is malformed: .*\$\.version"):
+        taker.take(seal(old, KEY))
+
+
+def test_a_lease_that_has_expired(sender: Sender, taker: Taker) -> None:
+    """By the table, whatever the handle says; it says nothing of a time that is none."""
+    offer = sender.offer(until=time.monotonic() + 0.05)
+    handle = taker.receiver.open(sender.forge(offer, expires=1e9))
+    taker.receiver.open(offer.sealed)
+    time.sleep(0.06)
+    with pytest.raises(HandleError, match=r"KV handle expired 0\.0\d\d s ago"):
+        taker.receiver.open(offer.sealed)
+    for expires in (time.monotonic(), math.nan):
+        sender.leases.extend(offer.slot, expires)
+        with pytest.raises(HandleError, match=f"lease {offer.slot} expired"):
+            taker.receiver.pull(handle, [(0, TOKENS)])
+    assert sender.leases.state(offer.slot) is Pull.IDLE
+    sender.leases.extend(offer.slot, time.monotonic() + 60)
+    taker.receiver.pull(handle, [(0, TOKENS)])
+    taker.check(offer, [(0, TOKENS)])
+
+
+def test_a_holder_with_a_clock_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another host: its lease table alone tells."""
+    monkeypatch.setattr(holders, "host_id", lambda: "another host")
+    sender, taker = Sender(), Taker()
+    taker.meet(sender)
+    offer = sender.offer(until=0.0)
+    taker.take(offer)
+    taker.check(offer, [(0, TOKENS)])
+    ended = sender.offer(until=0.0)
+    sender.leases.revoke(ended.slot)
+    with pytest.raises(HandleError, match="has ended"):
+        taker.take(ended)
+    taker.close()
+    sender.close()
+
+
+# Forged, truncated, altered, replayed.
+
+
+class Forger:
+    """Handles that are not good, made of good ones."""
+
+    def __init__(self, sender: Sender, offer: Offer) -> None:
+        self.rng = random.Random(0)
+        self.sender, self.offer = sender, offer
+        self.used: list[bytes] = []
+        """Handles that were good once."""
+
+    def altered(self, sealed: bytes) -> bytes:
+        kind = self.rng.randrange(5)
+        if kind == 0:
+            return sealed[: self.rng.randrange(len(sealed))]
+        if kind == 1:
+            return self.rng.randbytes(self.rng.randrange(400))
+        if kind == 2:
+            return sealed + self.rng.randbytes(self.rng.randrange(1, 9))
+        if kind == 3:
+            return self.rng.randbytes(16) + sealed[16:]
+        flipped = bytearray(sealed)
+        for bit in self.rng.sample(range(len(sealed) * 8), self.rng.randrange(1, 5)):
+            flipped[bit // 8] ^= 1 << bit % 8
+        return bytes(flipped)
+
+    def handle(self) -> bytes:
+        rng, offer = self.rng, self.offer
+        kind = rng.randrange(9)
+        if kind == 0:
+            return rng.choice(self.used)
+        if kind == 1:
+            return seal(unseal(offer.sealed, KVHandle, KEY), rng.randbytes(32))
+        if kind == 2:
+            return self.sender.forge(offer, epoch=rng.randbytes(8))
+        if kind == 3:  # from one who has the key, and guesses
+            return self.sender.forge(offer, nonce=rng.randbytes(16))
+        if kind == 4:  # one lease's nonce in another's slot
+            slots = [slot for slot in range(4) if slot != offer.slot]
+            return self.sender.forge(offer, lease=rng.choice(slots))
+        return self.altered(rng.choice([offer.sealed, *self.used]))
+
+
+def test_10_000_handles_that_are_not_good(sender: Sender, taker: Taker) -> None:
+    """Must show of the issue: forged, truncated, replayed, bit-flipped, of other keys and lives."""
+    former = Sender()
+    taker.meet(former)  # of another name or not, it is left as its successor comes
+    forger = Forger(sender, sender.offer())
+    forger.used = [former.offer().sealed, sender.offer().sealed]
+    taker.meet(sender)
+    taker.take(forger.used[1])
+    sender.tick()
+    sender.offer()
+    taker.pool[:] = 0
+    refused = {HandleError: 0, Stranger: 0}
+    for _ in range(FORGED):
+        with pytest.raises((HandleError, Stranger)) as raised:
+            taker.take(forger.handle())
+        refused[raised.type] += 1
+        assert not taker.pool.any(), "bytes were moved"
+    assert sum(refused.values()) == FORGED
+    assert min(refused.values()) > FORGED / 20
+    assert {sender.leases.state(offer.slot) for offer in sender.lent} == {Pull.IDLE}
+    assert len(sender.lent) == 2
+    taker.take(forger.offer)
+    taker.check(forger.offer, [(0, TOKENS)])
+    former.close()
+
+
+def test_descriptions_that_are_not_good(sender: Sender) -> None:
+    taker, forger = Taker(), Forger(sender, sender.offer())
+    good = sender.holder.description
+    described = unseal(good, Description, KEY)
+    bad = [forger.altered(good) for _ in range(1000)]
+    bad += [seal(described, forger.rng.randbytes(32)), forger.offer.sealed]
+    for data in bad:
+        with pytest.raises(HandleError, match="its MAC is wrong"):
+            taker.receiver.join(data)
+        with pytest.raises(Stranger):
+            taker.take(forger.offer)
+    for fields, message in (
+        ({"fingerprint": "other"}, f"prefill has model 'other' in .* this instance '{MODEL}'"),
+        ({"layout": KVLayout(3, 2, 8, "bfloat16")}, "bfloat16.*this instance .*float32"),
+    ):
+        with pytest.raises(HandleError, match=message):
+            taker.receiver.join(seal(msgspec.structs.replace(described, **fields), KEY))
+    taker.meet(sender)
+    taker.take(forger.offer)
+    taker.check(forger.offer, [(0, TOKENS)])
+    taker.close()
+
+
+def test_ends_of_two_deployments(sender: Sender) -> None:
+    """Another key: neither the description nor the handle is believed."""
+    foreign = Taker(agreed=terms(key=b"x" * 32))
+    with pytest.raises(HandleError, match=r"Description of .* is not of this deployment"):
+        foreign.meet(sender)
+    with pytest.raises(HandleError, match=r"KVHandle of .* is not of this deployment"):
+        foreign.take(sender.offer())
+    foreign.close()

@@ -1,0 +1,405 @@
+"""What the tests of the transfer plane share: two ends, in one process or in two."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import pytest
+
+from pdserve.kvcache.arena import State
+from pdserve.kvcache.cut import Cut, columns
+from pdserve.kvcache.handle import KVHandle, seal, unseal
+from pdserve.kvcache.layout import KVLayout
+from pdserve.transfer.description import Terms
+from pdserve.transfer.holder import Holder
+from pdserve.transfer.lending import Lending, Loan
+from pdserve.transfer.protocol import Transport, Unreachable
+from pdserve.transfer.receiver import Receiver
+from pdserve.transfer.region import SHM
+from pdserve.transfer.shm import ShmTransport
+from pdserve.transfer.staging import Staging
+from tests.unit.memcpy import MemcpyTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from pdserve.transfer.reports import Pulled
+    from pdserve.transfer.tuner import Strategy
+
+KEY = b"k" * 32
+MODEL = "tiny"
+LAYOUT = KVLayout(3, 2, 8, "float32")
+TOKENS = 50
+ROWS = 128
+"""Of a receiver's pool."""
+# Nothing of a test waits longer than this for a thread or a process.
+LIMIT_S = 10.0
+
+opened: list[Sender | Taker] = []
+"""Whatever becomes of a test, what it has opened is closed after it."""
+WAYS = ("shm", "nixl", "nixl over tcp")
+"""Transports, as `pick` knows them; NIXL takes CMA if it may."""
+
+
+def pick(way: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the transport of a way, which is prepared for; skips if it cannot be had."""
+    name = way.split(maxsplit=1)[0]
+    if name == "nixl":
+        try:
+            from pdserve.transfer.nixl.agent import _library
+
+            _library()
+        except (ImportError, Unreachable) as error:
+            pytest.skip(f"no NIXL here: {error}")
+        if way.endswith("tcp"):
+            monkeypatch.setenv("UCX_TLS", "tcp")
+            monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+    return name
+
+
+def transport(name: str) -> Transport:
+    if name == "shm":
+        return ShmTransport()
+    if name == "memcpy":
+        return MemcpyTransport()
+    from pdserve.transfer.nixl.transport import NixlTransport
+
+    return NixlTransport()
+
+
+def terms(layout: KVLayout = LAYOUT, cut: Cut = Cut(), key: bytes = KEY) -> Terms:  # noqa: B008
+    return Terms(MODEL, layout, key, cut)
+
+
+@dataclass(slots=True, eq=False)
+class Offer:
+    """A KV cache on loan."""
+
+    loan: Loan
+    sealed: bytes
+    whole: NDArray[np.uint8]
+    """What it is, or will be: [planes, tokens, row_bytes]; no byte is zero."""
+    parts: NDArray[np.uint8]
+    """Where it lies, [parts, planes, tokens, bytes of a part's row]."""
+
+    @property
+    def slot(self) -> int:
+        assert self.loan.slot is not None
+        return self.loan.slot
+
+    @property
+    def state(self) -> State:
+        return self.loan.range.state
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.whole).hexdigest()
+
+
+class Sender:
+    """A prefill without an engine: its KV caches are random bytes, its clock is the caller's."""
+
+    def __init__(
+        self,
+        name: str = "shm",
+        agreed: Terms | None = None,
+        data_bytes: int = 1 << 20,
+        slots: int = 4,
+        instance: str = "prefill",
+    ) -> None:
+        self.terms = agreed or terms()
+        self.rng = np.random.default_rng(0)
+        region = f"pdserve-test-{secrets.token_hex(6)}"
+        self.holder = Holder(instance, region, data_bytes, slots, self.terms, [transport(name)])
+        self.leases = self.holder.leases
+        self.lending = Lending(self.holder, lambda freed: None)
+        self.lent: list[Offer] = []
+        opened.append(self)
+
+    def begin(self, tokens: int = TOKENS, until: float | None = None) -> Offer:
+        """A leased KV cache, of which nothing has been computed yet."""
+        layout, cut = self.terms.layout, self.terms.cut
+        until = time.monotonic() + 60 if until is None else until
+        loan = self.lending.allocate(cut.nbytes(layout, tokens))
+        assert loan is not None, "no room"
+        sealed = self.lending.lend(loan, tokens, until)
+        held = loan.range
+        data = self.holder.data[held.offset : held.offset + held.nbytes]
+        data[:] = 0
+        whole = self.rng.integers(1, 256, layout.shape(tokens), np.uint8)
+        parts = data.reshape(cut.parts, layout.planes, tokens, -1)
+        self.lent.append(Offer(loan, sealed, whole, parts))
+        return self.lent[-1]
+
+    def compute(self, offer: Offer, planes: int) -> None:
+        """The first `planes` planes are complete."""
+        layout, cut = self.terms.layout, self.terms.cut
+        for part in range(cut.parts):
+            offer.parts[part][:planes] = offer.whole[:planes, :, columns(cut, layout, part)]
+        self.lending.fill(offer.loan, planes)
+
+    def offer(self, tokens: int = TOKENS, until: float | None = None) -> Offer:
+        """A leased KV cache, complete."""
+        until = time.monotonic() + 60 if until is None else until
+        offer = self.begin(tokens, until)
+        self.compute(offer, self.terms.layout.planes)
+        self.lending.complete(offer.loan, self.terms.layout.planes, token=7, until=until)
+        return offer
+
+    def end(self, offer: Offer, now: float) -> None:
+        """It is unwanted: cancelled, rejected by the decode, failed."""
+        self.lent.remove(offer)
+        self.lending.give_back(offer.loan, now)
+
+    def tick(self, now: float | None = None) -> None:
+        """Sweep, whatever the load."""
+        now = time.monotonic() if now is None else now
+        for offer in list(self.lent):
+            if offer.loan.range.filled and self.lending.over(offer.loan, now):
+                self.end(offer, now)
+        self.lending.sweep(now)
+
+    def held(self) -> dict[str, int]:
+        """What nobody else can have, where it is not nothing."""
+        counts = {
+            state.value: size
+            for state, (_, size) in self.lending.counts().items()
+            if state not in (State.FREE, State.CACHED)
+        }
+        counts |= {"leases": len(self.leases), "waited for": len(self.lending.quarantined)}
+        return {what: count for what, count in counts.items() if count}
+
+    def forge(self, offer: Offer, **fields: object) -> bytes:
+        """Another handle of an offer's lease, sealed with the deployment's own key."""
+        handle = unseal(offer.sealed, KVHandle, self.terms.key)
+        return seal(msgspec.structs.replace(handle, **fields), self.terms.key)
+
+    def close(self) -> None:
+        opened.remove(self)
+        self.holder.close()
+
+
+class Taker:
+    """A receiver and its pool, which is zero where nothing has arrived."""
+
+    def __init__(
+        self,
+        name: str = "shm",
+        agreed: Terms | None = None,
+        rows: int = ROWS,
+        ranks: int = 1,
+        strategy: Strategy | None = None,
+        timeout_s: float = LIMIT_S,
+        piece_bytes: int = 1 << 16,
+    ) -> None:
+        agreed = agreed or terms()
+        layout = agreed.layout
+        self.pool = np.zeros((layout.planes, rows, layout.row_bytes), np.uint8)
+        self.staging = Staging(np.ones((2, piece_bytes), np.uint8))
+        self.transport = transport(name)
+        self.receiver = Receiver(
+            agreed,
+            [self.transport],
+            self.pool,
+            self.staging,
+            ranks=ranks,
+            strategy=strategy,
+            timeout_s=timeout_s,
+        )
+        opened.append(self)
+
+    def meet(self, sender: Sender) -> None:
+        self.receiver.join(sender.holder.description)
+
+    def take(
+        self, offer: Offer | bytes, runs: Sequence[tuple[int, int]] | None = None, first: int = 0
+    ) -> Pulled:
+        handle = self.receiver.open(offer if isinstance(offer, bytes) else offer.sealed)
+        return self.receiver.pull(handle, runs or [(0, handle.tokens - first)], first)
+
+    def check(self, offer: Offer, runs: Sequence[tuple[int, int]], first: int = 0) -> None:
+        """The KV cache lies in the runs, and nothing anywhere else."""
+        rows = [row for start, count in runs for row in range(start, start + count)]
+        assert (self.pool[:, rows] == offer.whole[:, first:]).all()
+        assert not np.delete(self.pool, rows, axis=1).any()
+
+    def close(self) -> None:
+        opened.remove(self)
+        self.receiver.close()
+
+
+class Gate(list[tuple[int, int]]):
+    """Runs of a pool at which a pull stops, having said PULLING, until `opened` is set."""
+
+    def __init__(self, runs: Sequence[tuple[int, int]]) -> None:
+        super().__init__(runs)
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        self.reached.set()
+        assert self.opened.wait(LIMIT_S), "nobody has opened the gate"
+        return super().__iter__()
+
+
+class MidPull:
+    """A pull that stands still: it has said PULLING, and copied nothing yet."""
+
+    def __init__(self, receiver: Receiver, handle: KVHandle, first_row: int = 0) -> None:
+        self._gate = Gate([(first_row, handle.tokens)])
+        self._result: Pulled | BaseException | None = None
+        self._thread = threading.Thread(target=self._pull, args=(receiver, handle))
+        self._thread.start()
+        if not self._gate.reached.wait(LIMIT_S):
+            raise AssertionError(f"the pull has not begun: {self._result}")
+
+    def _pull(self, receiver: Receiver, handle: KVHandle) -> None:
+        try:
+            self._result = receiver.pull(handle, self._gate)
+        except BaseException as error:
+            self._result = error
+            self._gate.reached.set()
+
+    def end(self) -> Pulled:
+        """Let it go on to its end, and be what the pull was: its result or its error."""
+        self._gate.opened.set()
+        self._thread.join(LIMIT_S)
+        if isinstance(self._result, BaseException):
+            raise self._result
+        assert self._result is not None
+        return self._result
+
+
+class Process:
+    """A script in a process of its own: it is told a line, and says one."""
+
+    def __init__(self, script: str, *args: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, args)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+
+    def write(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def say(self, line: str) -> str:
+        self.write(line)
+        return self.read()
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Again is no error."""
+        if self.process.returncode is None:
+            self.process.kill()
+            self.process.communicate()
+
+
+# Answers `join HEX`, `pull HEX` and `halt HEX`; the latter stays in the middle of the pull until
+# it reads one more line.
+_RECEIVER = """
+import hashlib, sys
+from pdserve.errors import PDServeError
+from tests.unit import transfers
+
+taker = transfers.Taker(sys.argv[1])
+class Halt(list):
+    def __iter__(self):
+        print("pulling", flush=True)
+        sys.stdin.readline()
+        return super().__iter__()
+
+for line in sys.stdin:
+    what, data = line.split()
+    data = bytes.fromhex(data)
+    try:
+        if what == "join":
+            print("joined", taker.receiver.join(data)[1].detail, flush=True)
+            continue
+        handle = taker.receiver.open(data)
+        runs = [(0, handle.tokens)]
+        taker.receiver.pull(handle, Halt(runs) if what == "halt" else runs)
+        arrived = taker.pool[:, : handle.tokens].tobytes()
+        print(hashlib.sha256(arrived).hexdigest(), flush=True)
+    except PDServeError as error:
+        print(type(error).__name__, error, flush=True)
+taker.close()
+"""
+
+
+class Child(Process):
+    """A receiver in a process of its own."""
+
+    def __init__(self, name: str = "shm") -> None:
+        super().__init__(_RECEIVER, name)
+
+    def meet(self, sender: Sender) -> str:
+        """What the link runs over."""
+        said = self.say(f"join {sender.holder.description.hex()}")
+        assert said.startswith("joined"), said
+        return said.removeprefix("joined").strip()
+
+    def pull(self, sealed: bytes) -> str:
+        """The digest of what has arrived, or why nothing is valid."""
+        return self.say(f"pull {sealed.hex()}")
+
+    def begin(self, sealed: bytes) -> str:
+        """'pulling', or why not; it stays in the middle of the pull."""
+        return self.say(f"halt {sealed.hex()}")
+
+    def end(self) -> str:
+        """As `pull`, of what `begin` has begun."""
+        return self.say("")
+
+
+_HOLDER = """
+import sys
+from tests.unit import transfers
+
+sender = transfers.Sender(sys.argv[1], data_bytes=int(sys.argv[2]))
+print(sender.holder.region.name, sender.holder.description.hex(), flush=True)
+for line in sys.stdin:
+    offer = sender.offer(int(line))
+    print(offer.digest, offer.sealed.hex(), flush=True)
+sender.close()
+"""
+
+
+class Prefill(Process):
+    """A holder in a process of its own."""
+
+    def __init__(self, name: str = "shm", data_bytes: int = 1 << 20) -> None:
+        super().__init__(_HOLDER, name, data_bytes)
+        self.region, description = self.read().split()
+        self.description = bytes.fromhex(description)
+
+    def offer(self, tokens: int) -> tuple[str, bytes]:
+        """The digest of a KV cache, and its handle."""
+        digest, sealed = self.say(str(tokens)).split()
+        return digest, bytes.fromhex(sealed)
+
+    def kill(self) -> None:
+        super().kill()
+        (SHM / self.region).unlink(missing_ok=True)  # as pdctl does
