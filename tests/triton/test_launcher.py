@@ -49,7 +49,7 @@ from pdctl import cli
 from pdctl.server import Server
 run, source = map(Path, sys.argv[1:3])
 servers = cli._servers
-cli._servers = lambda file: [Server(s.deployment, s.spec, run, source) for s in servers(file)]
+cli._servers = lambda *given: [Server(s.deployment, s.spec, run, source) for s in servers(*given)]
 del sys.argv[1:3]
 cli.main()
 """

@@ -21,6 +21,8 @@ from pdserve.transfer.scatter import part_of
 # Of the threads that pull: where cores are short, the step of the running batch goes first. Linux
 # has a nice value for each thread.
 NICENESS = 5
+# Pulls layer by layer wait for a prefill most of the time: they are not to keep others waiting.
+FOLLOWERS = 16
 # Below this many bytes a copy costs less than handing it to another thread.
 INLINE_PULL = 256 << 10
 
@@ -30,7 +32,7 @@ class Arrivals:
 
     Args:
         receiver: pulls into the engine's pool; closed with this.
-        pulls: how many run at once.
+        pulls: how many run at once, besides those that follow a prefill.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Arrivals:
         self._receiver = receiver
         self._metrics = metrics
         self._puller = ThreadPoolExecutor(pulls, "pull", initializer=_step_back)
+        self._follower = ThreadPoolExecutor(FOLLOWERS, "follow", initializer=_step_back)
         self._joiner = ThreadPoolExecutor(1, "join", initializer=_step_back)
         self._links: dict[str, dict[str, str]] = {}
         """Labels of the link to each prefill."""
@@ -105,7 +108,9 @@ class Arrivals:
         done: Callable[[Pulled | Exception], None],
     ) -> None:
         loop = asyncio.get_running_loop()
-        pull = loop.run_in_executor(self._puller, self._pull, handle, reserved, sequence)
+        computed = bool(sequence.tokens)
+        threads = self._puller if computed else self._follower
+        pull = loop.run_in_executor(threads, self._pull, handle, reserved, sequence)
         self._end(await pull, done)
 
     def _pull(
@@ -137,7 +142,7 @@ class Arrivals:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for threads in (self._puller, self._joiner):
+        for threads in (self._puller, self._follower, self._joiner):
             threads.shutdown(wait=True, cancel_futures=True)
         self._receiver.close()
 

@@ -102,7 +102,7 @@ class PrefillInstance:
         self._tasks = [asyncio.create_task(self._compute()), asyncio.create_task(self._keep_time())]
 
     async def close(self) -> None:
-        """Stop and remove the shared memory: a pull in progress ends well, a new one is refused."""
+        """Stop, and let go of the memory: who has it mapped may still take what is leased."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 
 from pdserve import errors
 from pdserve.messages import Describe, Described, Join, Joined
@@ -52,9 +54,17 @@ class Meetings:
         self._joined: dict[tuple[str, str], tuple[bytes, Joined]] = {}
         """By prefill and decode: the description that led to it."""
         self._refused: dict[tuple[str, str], str] = {}
+        self._joining: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Introduce whom nobody has yet, for ever."""
+        """Introduce whom nobody has yet, until cancelled."""
+        try:
+            await self._rounds()
+        finally:
+            for task in list(self._joining.values()):
+                task.cancel()
+
+    async def _rounds(self) -> None:
         while True:
             await asyncio.gather(*map(self._round, self._prefills))
             pairs = len(self._prefills) * len(self._decodes)
@@ -72,10 +82,20 @@ class Meetings:
             description = await _describe(prefill)
         except errors.PDServeError:
             return  # not there, or not yet
-        await asyncio.gather(
-            *(self._join(prefill, decode, description) for decode in self._decodes),
-            return_exceptions=True,
-        )
+        for decode in self._decodes:
+            pair = prefill.name, decode.name
+            # One that takes its time holds up nobody else.
+            if pair not in self._joining:
+                task = asyncio.create_task(self._try(prefill, decode, description))
+                self._joining[pair] = task
+                task.add_done_callback(partial(self._tried, pair))
+
+    def _tried(self, pair: tuple[str, str], _: asyncio.Task[None]) -> None:
+        del self._joining[pair]
+
+    async def _try(self, prefill: Instance, decode: Instance, description: bytes) -> None:
+        with suppress(errors.PDServeError):  # told in the log where it is an answer
+            await self._join(prefill, decode, description)
 
     async def introduce(self, prefill: Instance, decode: Instance) -> None:
         """A decode has said that it does not know the prefill: it has a new life.
