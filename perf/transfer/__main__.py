@@ -32,7 +32,7 @@ from perf.transfer.measuring import Point, Spec
 
 POINTS_S = 1800.0
 """Of one layout over one link, at most."""
-SMALL, ALL = [1, 16, 64], [1, 16, 64, 256, 1024]
+SMALL, ALL = [1, 16], [1, 16, 64, 256, 1024]
 BLOCKS = [8, 16, 32, 64, 128]
 console = Console()
 WIDTH = 150

@@ -67,8 +67,16 @@ def test_tokens_are_transformers_own(
     assert used - optional == {strategy} - {"auto"}
 
 
-@pytest.mark.parametrize("transport", ["shm", "nixl"])
-@pytest.mark.parametrize("strategy", ["whole", "direct", "layered"])
+@pytest.mark.parametrize(
+    ("transport", "strategy"),
+    [
+        ("shm", "whole"),
+        ("nixl", "direct"),
+        ("nixl", "layered"),
+        pytest.param("shm", "layered", marks=pytest.mark.full),
+        pytest.param("nixl", "whole", marks=pytest.mark.full),
+    ],
+)
 def test_every_byte_is_where_it_belongs(tmp_path: Path, transport: str, strategy: str) -> None:
     """The emulated engine looks at all of them; prompts of 40 MiB, many at a time, some reused."""
     profile = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
@@ -16,11 +17,15 @@ from pdserve.transfer.leases import Leases
 from pdserve.transfer.protocol import Memory, Transport, Unreachable
 from pdserve.transfer.region import SharedRegion
 
+_log = logging.getLogger(__name__)
+
 # While a lease is on, peers that are served by this process's progress may not wait for it;
 # otherwise only their first contact does.
 BUSY_S = 500e-6
 IDLE_S = 5e-3
 CLOSE_S = 2.0
+# After an error of a transport, which may well be the same the next time.
+PAUSE_S = 1.0
 
 
 class Holder:
@@ -136,7 +141,11 @@ class Holder:
     def _progress(self) -> None:
         while not self._closing.wait(BUSY_S if len(self.leases) else IDLE_S):
             for transport in self._transports:
-                transport.progress()
+                try:
+                    transport.progress()
+                except Exception as error:  # the thread serves every receiver: it may not end
+                    _log.error("%s makes no progress: %r", transport.name, error)
+                    self._closing.wait(PAUSE_S)
 
 
 def region_name(instance: str) -> str:
