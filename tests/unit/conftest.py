@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.transfers import WAYS, Child, opened, pick
+from tests.unit.transfers import WAYS, Child, Sender, Taker, opened, pick
 
 
 @pytest.fixture(params=WAYS)
@@ -38,3 +38,20 @@ def child(way: str, _children: dict[tuple[str, str], Child]) -> Child:
     if key not in _children or _children[key].process.poll() is not None:
         _children[key] = Child(way)
     return _children[key]
+
+
+@pytest.fixture
+def sender() -> Iterator[Sender]:
+    """A prefill's end, in this process."""
+    sender = Sender()
+    yield sender
+    sender.close()
+
+
+@pytest.fixture
+def taker(sender: Sender) -> Iterator[Taker]:
+    """A decode's end, which has met it."""
+    taker = Taker()
+    taker.meet(sender)
+    yield taker
+    taker.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -29,21 +28,6 @@ from tests.unit.transfers import (
 
 EVERYTHING = 1 << 20
 """Bytes of a sender's arena."""
-
-
-@pytest.fixture
-def sender() -> Iterator[Sender]:
-    sender = Sender()
-    yield sender
-    sender.close()
-
-
-@pytest.fixture
-def taker(sender: Sender) -> Iterator[Taker]:
-    taker = Taker()
-    taker.meet(sender)
-    yield taker
-    taker.close()
 
 
 def room(sender: Sender) -> bool:

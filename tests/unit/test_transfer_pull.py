@@ -35,26 +35,9 @@ from tests.unit.transfers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pdserve.transfer.tuner import Strategy
 
 FORGED = 10_000
-
-
-@pytest.fixture
-def sender() -> Iterator[Sender]:
-    sender = Sender()
-    yield sender
-    sender.close()
-
-
-@pytest.fixture
-def taker(sender: Sender) -> Iterator[Taker]:
-    taker = Taker()
-    taker.meet(sender)
-    yield taker
-    taker.close()
 
 
 # Between two processes.

@@ -82,9 +82,12 @@ class Arrivals:
             )
         except errors.PDServeError as error:
             done(error)
-            return
-        self._publish(prefill, met)
-        done((prefill, met))
+        except BaseException as error:  # whoever asked would wait in vain
+            done(errors.InstanceError(f"{error!r}"))
+            raise
+        else:
+            self._publish(prefill, met)
+            done((prefill, met))
 
     def pull(
         self,
@@ -138,13 +141,13 @@ class Arrivals:
         done(pulled)
 
     async def close(self) -> None:
-        """End all of it: what is being pulled is waited for, by its own bound."""
+        """End all of it: pulls fail as their links close."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._receiver.close()
         for threads in (self._puller, self._follower, self._joiner):
             threads.shutdown(wait=True, cancel_futures=True)
-        self._receiver.close()
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
