@@ -25,6 +25,7 @@ from perf.transfer.layouts import LAYOUTS, pattern
 from perf.transfer.raw import RawHolder
 
 ANSWER_S = 120.0
+END_S = 5.0
 KEY = b"0" * 32
 DESCRIBE, GRANT, READY, RAW = b"d", b"g", b"r", b"w"
 
@@ -62,8 +63,12 @@ class Holding:
         self.port = int(self._process.stdout.readline())
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(ANSWER_S)
+        """It ends, and removes its memory, when nobody is connected any more."""
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait(END_S)
 
 
 class Control:
