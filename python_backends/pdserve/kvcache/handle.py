@@ -85,24 +85,15 @@ def unseal(data: bytes, kind: type[T], key: bytes) -> T:
     """The message, once its MAC has been found good.
 
     Raises:
-        HandleError: cut short, altered or made under another key; or of another version.
+        HandleError: cut short, altered or made under another key; malformed, or of another version.
     """
     mac, body = data[:_MAC_BYTES], data[_MAC_BYTES:]
     if not compare_digest(mac, _mac(body, key, kind)):
         raise HandleError(
             f"{kind.__name__} of {len(data)} bytes is not of this deployment: its MAC is wrong"
         )
-    return read_sealed(data, kind)
-
-
-def read_sealed(data: bytes, kind: type[T]) -> T:
-    """The message of one whose MAC somebody else will check.
-
-    Raises:
-        HandleError: malformed, or of another version.
-    """
     try:
-        return msgspec.msgpack.decode(data[_MAC_BYTES:], type=kind)
+        return msgspec.msgpack.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise HandleError(f"{kind.__name__} of {len(data)} bytes is malformed: {error}") from error
 

@@ -14,7 +14,6 @@ class KVRange:
     """`tokens` tokens in `data` uint8 [cut.nbytes(layout, tokens)]."""
 
     def __init__(self, data: Array, layout: KVLayout, cut: Cut, tokens: int) -> None:
-        self.tokens = tokens
         self._columns = [columns(cut, layout, part) for part in range(cut.parts)]
         self._parts = data.reshape((cut.parts, layout.planes, tokens, cut.row_bytes(layout)))
         self._published = 0

@@ -104,9 +104,13 @@ class Peers:
                 refused[transport.name] = "not offered by the holder"
                 continue
             try:
-                return self._probed(holder, transport.open(way), refused)
+                peer = self._probed(holder, transport.open(way), refused)
             except (Unreachable, TransferError) as error:
                 refused[transport.name] = str(error)
+            else:
+                for name, why in refused.items():
+                    _log.warning("%s is not reached over %s: %s", holder.name, name, why)
+                return peer
         reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
         raise Unreachable(f"{holder.name} cannot be reached; {reasons}")
 
