@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pdserve.transfer import arrays, strategies
 from pdserve.transfer.arrays import Array
@@ -14,10 +14,14 @@ from pdserve.transfer.staging import Staging
 from pdserve.transfer.strategies import Move, Part
 from pdserve.transfer.tuner import Seen, Strategy
 
+Shape = tuple[int, int, int]
+"""Planes, rows, rows in a run."""
+Way = Callable[[Shape, int], "Seen | None"]
+
 PROBE_S = 2.0
 """Of each measurement at most."""
 LOOKS = 5
-TURNS = 4
+TURNS = 5
 ROW_BYTES = 1 << 10
 # (planes, rows, rows in a run), the smaller first: from one row to 16 MiB, in one segment and many.
 # What is small fits into caches and sockets' buffers, and tells nothing of what is large.
@@ -28,6 +32,8 @@ SHAPES = (
 )
 # A link that takes so long for one of them is slow: the larger ones would tell nothing new.
 SLOW_S = 60e-3
+COLD = 48 << 20
+"""Bytes written before each move: more than caches have, so that what moves is in none of them."""
 LARGE = 16 << 20
 """Bytes of the move that a link's rate is told by."""
 
@@ -49,56 +55,80 @@ def latency(link: Link) -> float:
 def moves(link: Link, staging: Staging, data_bytes: int) -> dict[Strategy, list[Seen]]:
     """Moves of several shapes, of whatever the holder's data are.
 
+    The strategies take turns, so that a slow moment of the machine counts against both.
+
     Raises:
         TransferError: the holder does not answer, or no buffer became free.
     """
-    whole = strategies.whole
+    memory = staging.memory
     # What is scattered goes to memory of its own; what comes directly, to registered memory.
-    room = arrays.like(staging.memory, (min(LARGE, data_bytes),))
-    seen: dict[Strategy, list[Seen]] = {
-        "whole": _moves(lambda move: whole(move, staging), link, room, data_bytes)
-    }
-    with staging.take(len(staging.memory), time.monotonic() + PROBE_S) as buffers:
-        alone = len(buffers) == len(staging.memory)  # and so all of them, one after another
-        room = staging.memory.reshape(-1) if alone else buffers[0]
-        seen["direct"] = _moves(strategies.direct, link, room, data_bytes)
-    return seen
+    own = arrays.like(memory, (min(LARGE, data_bytes),))
 
+    def whole(shape: Shape, turn: int) -> Seen | None:
+        move = _move(link, own, data_bytes, shape, turn)
+        return _timed(lambda move: strategies.whole(move, staging), move)
 
-def _moves(
-    strategy: Callable[[Move], object], link: Link, room: Array, data_bytes: int
-) -> list[Seen]:
-    row_bytes = min(ROW_BYTES, data_bytes, len(room))
-    found: list[Seen] = []
-    for planes, rows, run in SHAPES:
-        nbytes = planes * rows * row_bytes
-        if nbytes > min(data_bytes, len(room)) or (found and found[-1].seconds > SLOW_S):
-            break
-        pool = room[:nbytes].reshape(planes, rows, row_bytes)
-        taken = []
-        for turn in range(TURNS):
-            # Not from where the last one was: it may still be in a cache.
-            offset = turn * nbytes % (data_bytes - nbytes + 1)
-            move = _move(link, pool, run, offset)
-            began = time.perf_counter()
-            strategy(move)
-            taken.append(time.perf_counter() - began)
-            if taken[-1] > SLOW_S:
-                break
-        # The first also pays for what is set up once.
-        found.append(Seen(move.segments, nbytes, statistics.median(taken[1:] or taken)))
-    return found
+    def direct(shape: Shape, turn: int) -> Seen | None:
+        with staging.take(len(memory), time.monotonic() + PROBE_S) as buffers:
+            alone = len(buffers) == len(memory)  # and so all of them, one after another
+            room = memory.reshape(-1) if alone else buffers[0]
+            move = _move(link, room, data_bytes, shape, turn)
+            return _timed(strategies.direct, move)
+
+    seen = _by_turns([whole, direct], arrays.like(memory, (COLD,)))
+    return {"whole": seen[0], "direct": seen[1]}
 
 
 def mapped(link: Link, staging: Staging, data_bytes: int) -> float:
     """Bytes per second of copies out of mapped memory."""
-    room = staging.memory.reshape(-1)
-    found = _moves(strategies.mapped, link, arrays.like(room, room.shape), data_bytes)
+    room = arrays.like(staging.memory, (staging.memory.nbytes,))
+
+    def copy(shape: Shape, turn: int) -> Seen | None:
+        move = _move(link, room, data_bytes, shape, turn)
+        return _timed(strategies.mapped, move)
+
+    [found] = _by_turns([copy], arrays.like(room, (COLD,)))
     return max(seen.nbytes / seen.seconds for seen in found)
 
 
-def _move(link: Link, pool: Array, run: int, offset: int) -> Move:
-    planes, rows, row_bytes = pool.shape
+def _by_turns(ways: Sequence[Way], cold: Array) -> list[list[Seen]]:
+    """Of every shape that there is room for, the median of its turns."""
+    found: list[list[Seen]] = [[] for _ in ways]
+    for shape in SHAPES:
+        turns: list[list[Seen]] = [[] for _ in ways]
+        for turn in range(TURNS):
+            for way, before, taken in zip(ways, found, turns, strict=True):
+                if any(seen.seconds > SLOW_S for seen in (*before, *taken)):
+                    continue
+                cold[:] = turn
+                seen = way(shape, turn)
+                if seen is not None:
+                    taken.append(seen)
+        for before, taken in zip(found, turns, strict=True):
+            if taken:
+                # The first also pays for what is set up once.
+                seconds = statistics.median(seen.seconds for seen in taken[1:] or taken)
+                before.append(taken[0]._replace(seconds=seconds))
+    return found
+
+
+def _timed(strategy: Callable[[Move], object], move: Move | None) -> Seen | None:
+    if move is None:
+        return None
+    began = time.perf_counter()
+    strategy(move)
+    return Seen(move.segments, move.nbytes, time.perf_counter() - began)
+
+
+def _move(link: Link, room: Array, data_bytes: int, shape: Shape, turn: int) -> Move | None:
+    """Into `room`; None: it, or what the holder has, is too small."""
+    planes, rows, run = shape
+    row_bytes = min(ROW_BYTES, data_bytes, len(room))
+    nbytes = planes * rows * row_bytes
+    if nbytes > min(data_bytes, len(room)):
+        return None
+    # Not from where the last one was.
+    offset = turn * nbytes % (data_bytes - nbytes + 1)
     firsts = list(range(0, rows, run))
     random.Random(rows).shuffle(firsts)
     return Move(
@@ -107,7 +137,7 @@ def _move(link: Link, pool: Array, run: int, offset: int) -> Move:
         length=rows,
         tokens=range(rows),
         planes=range(planes),
-        pool=pool,
+        pool=room[:nbytes].reshape(planes, rows, row_bytes),
         runs=[(first, run) for first in firsts],
         deadline=time.monotonic() + PROBE_S,
     )
