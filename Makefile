@@ -4,10 +4,10 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-full lint format bench bench-transfer clean
+.PHONY: help setup demo serve test test-full lint format bench bench-transfer bench-scheduling clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Environment, Triton, perf_analyzer and model, as far as they are missing
 	@$(PYTHON) tools/bootstrap.py
@@ -40,6 +40,9 @@ bench-transfer: setup ## KV caches from process to process, every way, against m
 	@$(BIN)/python -m perf.transfer $(ARGS)
 	@$(BIN)/python -m perf.exposure
 	@$(BIN)/python -m perf.arrivals
+
+bench-scheduling: setup ## Scheduling policies side by side, on servers with emulated engines
+	@$(BIN)/python -m perf.scheduling $(ARGS)
 
 clean: ## Stop the servers, then remove all that was made here
 	@if [ -x $(BIN)/pdctl ]; then $(BIN)/pdctl down; fi

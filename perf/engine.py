@@ -36,6 +36,7 @@ from pdserve.engines.torch_decode import TorchDecode
 from pdserve.engines.torch_model import TorchModel
 from pdserve.engines.torch_prefill import TorchPrefill
 from pdserve.messages import Sampling
+from pdserve.transfer.arrays import scatter
 from perf import budgets
 from perf.budgets import Budget
 from perf.record import Record
@@ -174,7 +175,7 @@ def decode(model: TorchModel, theirs: Any, turns: Turns) -> list[Row]:
             DecodeSequence(prompts[i], [5], [(i * room, room)], Sampling()) for i in range(batch)
         ]
         for sequence in sequences:
-            engine.join(sequence, source)
+            scatter(source, engine.pool, sequence.rows(DECODE_PROMPT))
         ticks = []
         for _ in range(DECODE_TOKENS):
             for sequence, token in zip(sequences, engine.step(sequences), strict=True):

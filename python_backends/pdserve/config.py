@@ -6,6 +6,7 @@ type and what is allowed. Paths in the file are relative to the file.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -20,6 +21,9 @@ Seconds = Annotated[float, Meta(gt=0)]
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = get_args(Role)
 TransportName = Literal["cuda_ipc", "shm", "nixl"]
+PolicyName = Literal[
+    "on_demand", "round_robin", "fewest_streams", "shortest_queue", "pending_tokens"
+]
 Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
@@ -120,6 +124,74 @@ class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
     max_stop_words: Count = 16
     stall_s: Seconds = 30.0
     """An instance that says nothing for so long has failed."""
+    policy: PolicyName = "on_demand"
+    """Which prefills a request may go to; all but ``on_demand`` are there to compare with."""
+    report_ms: Annotated[float, Meta(ge=0)] = 100.0
+    """``shortest_queue`` and ``pending_tokens`` see loads as old as this."""
+    local: Literal["off", "on", "auto"] = "off"
+    """Prompts that a decode computes itself. ``auto``: those of up to ``local_tokens``, and any
+    while all prefills are busy and a decode has nothing to do."""
+    local_tokens: Annotated[int, Meta(ge=0)] = 32
+    default_scenario: Name = "default"
+    """Of requests that carry no label and that no rule claims."""
+    strict: bool = False
+    """A label that no scenario has is refused; otherwise it stands for the default scenario."""
+    traces: Annotated[str, Meta(pattern="^https?://.")] | None = None
+    """Whole address of an OTLP/HTTP collector, such as ``http://127.0.0.1:4318/v1/traces``."""
+
+
+class Rule(Struct, frozen=True, forbid_unknown_fields=True):
+    """Claims requests that carry no label: those for which all that is given here holds."""
+
+    prefix: str | None = None
+    """The prompt's text begins so; of a conversation, its first turn. Never of token ids."""
+    tenant: str | None = None
+    model: Literal["pdserve", "scheduler"] | None = None
+    """The Triton model that was asked."""
+
+    def __post_init__(self) -> None:
+        if self.prefix is None and self.tenant is None and self.model is None:
+            raise ValueError("a rule gives at least one of prefix, tenant and model")
+
+
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a request gets that does not say it; bounds and defaults are those of a request."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_k: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+
+
+class Group(Struct, frozen=True, forbid_unknown_fields=True):
+    """Prefills and decodes that serve one scenario and nothing else."""
+
+    name: Name
+    prefill: Annotated[tuple[Name, ...], Meta(min_length=1)]
+    decode: Annotated[tuple[Name, ...], Meta(min_length=1)]
+    share: Annotated[float, Meta(ge=0)] = 1.0
+    """Of the scenario's requests, beside the shares of its other groups."""
+
+
+class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
+    """A kind of traffic, with groups of its own."""
+
+    name: Name
+    groups: Annotated[tuple[Group, ...], Meta(min_length=1)]
+    rules: tuple[Rule, ...] = ()
+    ttft_limit_ms: Count | None = None
+    """None: the gateway's."""
+    tpot_limit_ms: Annotated[float, Meta(gt=0)] | None = None
+    """Longer than this for a token, and the request counts as one that has missed its limits."""
+    max_tokens: Count | None = None
+    """Of a request that does not say it, as far as there is room; None: 128."""
+    sampling: Sampling = Sampling()
+    priority: int = 0
+    """Of a request that does not say it."""
+    shared_prefixes: bool = False
+    """Tenants may reuse each other's cached prefixes."""
 
 
 class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
@@ -132,6 +204,17 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     decode: Decode = Decode()
     gateway: Gateway = Gateway()
     transfer: Transfer = Transfer()
+    scenarios: tuple[Scenario, ...] = ()
+    """None: one, the default, whose one group has every instance."""
+
+    @property
+    def served(self) -> tuple[Scenario, ...]:
+        """The scenarios, the implicit one included."""
+        if self.scenarios:
+            return self.scenarios
+        prefills, decodes = (tuple(self.instances(role)) for role in ROLES)
+        everyone = Group("default", prefills, decodes)
+        return (Scenario(self.gateway.default_scenario, (everyone,)),)
 
     @property
     def transports(self) -> tuple[TransportName, ...]:
@@ -161,18 +244,9 @@ def load(path: Path) -> Deployment:
         raise DeploymentError(f"{path}: {error.strerror}") from error
     except msgspec.MsgspecError as error:
         raise DeploymentError(f"{path}: {error}") from error
-    servers = deployment.servers
-    for what, values in (
-        ("server", [server.name for server in servers]),
-        ("instance", [name for server in servers for name in (*server.prefill, *server.decode)]),
-        ("address", [f"{s.host}:{port}" for s in servers for port in s.ports]),
-    ):
-        for value in values:
-            if values.count(value) > 1:
-                raise DeploymentError(f"{path}: {what} {value} is used more than once")
-    for role in ROLES:
-        if not deployment.instances(role):
-            raise DeploymentError(f"{path}: no server has a {role} instance; at least 1 is needed")
+    problem = next(_problems(deployment), None)
+    if problem is not None:
+        raise DeploymentError(f"{path}: {problem}")
 
     def absolute(value: str) -> str:
         return str((path.parent / Path(value).expanduser()).resolve())
@@ -185,3 +259,48 @@ def load(path: Path) -> Deployment:
     return msgspec.structs.replace(
         deployment, model=absolute(deployment.model), engine=engine, transfer=transfer
     )
+
+
+def _problems(deployment: Deployment) -> Iterator[str]:
+    """What is wrong with a deployment whose fields are right one by one."""
+    servers = deployment.servers
+    groups = [group for scenario in deployment.scenarios for group in scenario.groups]
+    for what, names in (
+        ("server", [server.name for server in servers]),
+        ("instance", [name for server in servers for name in (*server.prefill, *server.decode)]),
+        ("address", [f"{s.host}:{port}" for s in servers for port in s.ports]),
+        ("scenario", [scenario.name for scenario in deployment.scenarios]),
+        ("group", [group.name for group in groups]),
+    ):
+        for name in names:
+            if names.count(name) > 1:
+                yield f"{what} {name} is used more than once"
+    for role in ROLES:
+        instances = deployment.instances(role)
+        if not instances:
+            yield f"no server has a {role} instance; at least 1 is needed"
+        if deployment.scenarios:
+            yield from _misplaced(role, instances, groups)
+    for scenario in deployment.scenarios:
+        if not any(group.share for group in scenario.groups):
+            yield f"scenario {scenario.name}: every group's share is 0; at least 1 must have one"
+    scenarios = [scenario.name for scenario in deployment.served]
+    default = deployment.gateway.default_scenario
+    if default not in scenarios:
+        yield f"gateway.default_scenario: {default} is none of: {', '.join(scenarios)}"
+
+
+def _misplaced(role: Role, instances: Collection[str], groups: Iterable[Group]) -> Iterator[str]:
+    """Instances of a role that are not in exactly one group, and names that are no instance."""
+    homes: dict[str, str] = {}
+    for group in groups:
+        for name in getattr(group, role):
+            if name not in instances:
+                there_are = ", ".join(instances)
+                yield f"group {group.name}: no server has a {role} {name}; there are: {there_are}"
+            if name in homes:
+                yield f"{role} {name} is in the groups {homes[name]} and {group.name}"
+            homes[name] = group.name
+    for name in instances:
+        if name not in homes:
+            yield f"{role} {name} is in no group; with scenarios, every instance is in one"

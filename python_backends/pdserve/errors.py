@@ -33,6 +33,10 @@ class Unavailable(PDServeError):
     code = "UNAVAILABLE"
 
 
+class Late(Unavailable):
+    """A limit that the request itself has brought has passed."""
+
+
 class Cancelled(PDServeError):
     """The client went away or asked for the end."""
 

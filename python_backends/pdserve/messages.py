@@ -1,4 +1,4 @@
-"""What the scheduler and the instances say to each other, version 2.
+"""What the scheduler and the instances say to each other, version 3.
 
 A message is msgpack in one UINT8 tensor: ``request`` on the way in; on the way out
 ``reply``, any number of replies with the ids of the calls that they belong to.
@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 from pdserve.errors import InstanceError
 from pdserve.transfer.reports import Met, Pulled
 
-VERSION = 2
+VERSION = 3
 
 
 class Sampling(Struct, frozen=True, array_like=True):
@@ -63,8 +63,24 @@ class PrefillRequest(Struct, frozen=True, tag="prefill"):
     tenant: str
     deadline_ms: float
     """Milliseconds from now after which the first token is worthless."""
+    outputs: int = 0
+    """So many of the prompt's last tokens are of the answer already: another pair began it."""
+    gateway: str = ""
+    """Who asks: what has become free is kept for who has watched for it the longest."""
+    hurry: bool = False
+    """Others wait for this answer: tell the acceptance at once."""
     layered: bool = False
     """Tell the handle with the acceptance, for a decode that pulls layer by layer meanwhile."""
+    trace: str = ""
+    """W3C traceparent of the attempt; empty: it is not traced."""
+    version: int = VERSION
+
+
+class Watch(Struct, frozen=True, tag="watch"):
+    """Say once when something has become free; a ``Release`` with its id ends it."""
+
+    id: str
+    gateway: str
     version: int = VERSION
 
 
@@ -83,14 +99,18 @@ class DecodeRequest(Struct, frozen=True, tag="decode"):
     first_token: int | None
     """None: it is not computed yet, and will stand in the lease."""
     handle: bytes
-    """A sealed ``KVHandle``."""
+    """A sealed ``KVHandle``; empty: the decode computes the prompt itself."""
     sampling: Sampling
     tenant: str
     max_tokens: int
-    """Tokens in the answer, the first one included."""
+    """Tokens that are to come, the first one included."""
     ignore_eos: bool
     min_interval_ms: float
     """At least this long between two replies with tokens."""
+    outputs: int = 0
+    """So many of the prompt's last tokens are of the answer already: another pair began it."""
+    trace: str = ""
+    """W3C traceparent of the attempt; empty: it is not traced."""
     version: int = VERSION
 
 
@@ -116,6 +136,10 @@ class Busy(Struct, frozen=True, tag="busy"):
     reason: str
 
 
+class Freed(Struct, frozen=True, tag="freed"):
+    """Something may be free now, and is kept for this gateway for a moment."""
+
+
 class Failed(Struct, frozen=True, tag="failed"):
     """Accepted, but it ended in an error; nothing is held for the request any more."""
 
@@ -139,6 +163,8 @@ class Prefilled(Struct, frozen=True, tag="prefilled"):
     """A sealed ``KVHandle``."""
     cached_tokens: int
     compute_ms: float
+    stored: bytes = b""
+    """Chained hashes, 8 bytes each, of the prompt's prefixes that are cached here from now on."""
 
 
 class Tokens(Struct, frozen=True, tag="tokens"):
@@ -149,7 +175,7 @@ class Tokens(Struct, frozen=True, tag="tokens"):
     ids: bytes
     finish_reason: Annotated[str, Meta(pattern="^(stop|length|)$")] = ""
     pulled: Pulled | None = None
-    """On the first reply: how the KV cache came."""
+    """On the first reply: how the KV cache came; where the decode has computed it, no bytes."""
 
 
 class Stranger(Struct, frozen=True, tag="stranger"):
@@ -175,8 +201,10 @@ class Released(Struct, frozen=True, tag="released"):
     """Nothing is held for the request."""
 
 
-Request = PrefillRequest | DecodeRequest | Release | Describe | Join
-Reply = Busy | Accepted | Failed | Prefilled | Tokens | Released | Stranger | Described | Joined
+Request = PrefillRequest | DecodeRequest | Watch | Release | Describe | Join
+Reply = (
+    Busy | Freed | Accepted | Failed | Prefilled | Tokens | Released | Stranger | Described | Joined
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -21,15 +21,22 @@ BOUNDS = (*map(str, SECONDS), "+Inf")
 
 COUNTERS = {
     "pdserve_requests_total": "Requests ended, by how",
+    "pdserve_good_requests_total": "Requests answered within the limits of their scenario",
+    "pdserve_routed_total": "Requests sent to a group",
+    "pdserve_unknown_scenarios_total": "Requests with a label that no scenario has",
+    "pdserve_reloads_total": "Deployments that have changed under a gateway",
     "pdserve_forward_attempts": "Offers of a request to a prefill",
     "pdserve_prefill_rejections_total": "Offers that a busy prefill refused",
+    "pdserve_decode_rejections_total": "Offers that a full decode refused",
     "pdserve_retries_total": "Calls to an instance that failed and were tried elsewhere",
+    "pdserve_steps_total": "Forwards of a prefill, steps of a decode",
     "pdserve_kv_transfers_total": "KV caches moved from a prefill to a decode",
     "pdserve_kv_transfer_bytes_total": "KV cache bytes moved from a prefill to a decode",
 }
 GAUGES = {
     "pdserve_open_requests": "Requests in flight in this gateway",
     "pdserve_slots": "Slots of an instance",
+    "pdserve_watches": "Gateways that wait for something of an instance to become free",
     "pdserve_kv_leases": "Ranges of a prefill's arena, by state",
     "pdserve_kv_blocks": "Blocks of a decode's pool",
     "pdserve_kv_pairs": "Pairs of a prefill and a decode, by whether they have met",
@@ -42,6 +49,7 @@ HISTOGRAMS = {
     "pdserve_tpot_seconds": "Time per output token after the first",
     "pdserve_e2e_seconds": "Arrival to last token",
     "pdserve_kv_transfer_seconds": "Pulling one KV cache",
+    "pdserve_local_prefill_seconds": "Computing one prompt in a decode",
     "pdserve_kv_transfer_exposed_seconds": "Of that, what came after the last layer was computed",
 }
 

@@ -15,31 +15,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.errors import InvalidRequest
-from pdserve.messages import Sampling
 
 DEFAULT_MAX_TOKENS = 128
 MAX_LABEL_BYTES = 64
 MAX_STOP_BYTES = 256
 # Also accepted as request parameters of the same names.
 ROUTING = ("scenario", "tenant", "priority")
+PARAMETERS = (*ROUTING, "timeout", "traceparent")
 
 Tensors = Mapping[str, NDArray[Any]]
 
 
 @dataclass(slots=True, frozen=True)
 class Parameters:
-    """Everything of a request but its prompt."""
+    """Everything of a request but its prompt. None: not given, the scenario decides."""
 
     max_tokens: int | None
-    """None: not given. ``answer_length`` checks it, since the prompt's length decides."""
-    sampling: Sampling
+    """``answer_length`` checks it, since the prompt's length decides."""
+    sampling: Mapping[str, Any]
+    """Fields of ``Sampling``: those that are given."""
     stop: tuple[str, ...]
     stream: bool
     ignore_eos: bool
     scenario: str
+    """Its label; empty: none is given."""
     tenant: str
-    priority: int
+    priority: int | None
     ttft_limit_ms: int | None
+    timeout_us: int
+    """0: none. HTTP's generate brings Triton's own request timeout as a parameter."""
 
 
 def scalar(tensors: Tensors, name: str) -> Any:
@@ -69,36 +73,43 @@ def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Pa
     for name, value in extra.items():
         # HTTP's generate leaves the request id among them, and clients of other backends send
         # fields such as bad_words empty.
-        if name not in (*ROUTING, "id") and value not in ("", None):
+        if name not in (*PARAMETERS, "id") and value not in ("", None):
             raise InvalidRequest(
-                f"unknown field {name!r}; request parameters allowed: {', '.join(ROUTING)}"
+                f"unknown field {name!r}; request parameters allowed: {', '.join(PARAMETERS)}"
             )
     routing = {name: extra[name] for name in ROUTING if name in extra}
     routing |= {name: scalar(tensors, name) for name in ROUTING if name in tensors}
-    seed = scalar(tensors, "seed")
+    sampling = {
+        "temperature": _number(tensors, "temperature", 0.0, 100.0),
+        "top_k": _number(tensors, "top_k", 0, 1 << 24),
+        "top_p": _number(tensors, "top_p", 0.0, 1.0, above=True),
+        "seed": scalar(tensors, "seed"),
+        "repetition_penalty": _number(tensors, "repetition_penalty", 0.0, 10.0, above=True),
+        "presence_penalty": _number(tensors, "presence_penalty", -2.0, 2.0),
+        "frequency_penalty": _number(tensors, "frequency_penalty", -2.0, 2.0),
+    }
     return Parameters(
         max_tokens=scalar(tensors, "max_tokens"),
-        sampling=Sampling(
-            temperature=_number(tensors, "temperature", 0.0, 0.0, 100.0),
-            top_k=_number(tensors, "top_k", 0, 0, 1 << 24),
-            top_p=_number(tensors, "top_p", 1.0, 0.0, 1.0, above=True),
-            seed=seed,
-            repetition_penalty=_number(tensors, "repetition_penalty", 1.0, 0.0, 10.0, above=True),
-            presence_penalty=_number(tensors, "presence_penalty", 0.0, -2.0, 2.0),
-            frequency_penalty=_number(tensors, "frequency_penalty", 0.0, -2.0, 2.0),
-        ),
+        sampling={name: value for name, value in sampling.items() if value is not None},
         stop=_stop_words(tensors, max_stop_words),
         stream=bool(scalar(tensors, "stream")),
         ignore_eos=bool(scalar(tensors, "ignore_eos")),
-        scenario=_label("scenario", routing.get("scenario", "default")) or "default",
+        scenario=_label("scenario", routing.get("scenario", "")),
         tenant=_label("tenant", routing.get("tenant", "")),
-        priority=_integer("priority", routing.get("priority", 0)),
-        ttft_limit_ms=_number(tensors, "ttft_limit_ms", None, 1, (1 << 31) - 1),
+        priority=_integer("priority", routing["priority"]) if "priority" in routing else None,
+        ttft_limit_ms=_number(tensors, "ttft_limit_ms", 1, (1 << 31) - 1),
+        timeout_us=_microseconds("timeout", extra.get("timeout", 0)),
     )
 
 
-def answer_length(asked: int | None, prompt_tokens: int, context_length: int) -> int:
+def answer_length(
+    asked: int | None, otherwise: int | None, prompt_tokens: int, context_length: int
+) -> int:
     """How many tokens the answer may have.
+
+    Args:
+        asked: what the client wants.
+        otherwise: what a request gets that does not say it, as far as there is room.
 
     Raises:
         InvalidRequest: the prompt leaves no room, or ``asked`` is not within it.
@@ -112,15 +123,14 @@ def answer_length(asked: int | None, prompt_tokens: int, context_length: int) ->
         raise InvalidRequest(
             f"max_tokens: {asked}; allowed: 1 to {room} after a prompt of {prompt_tokens} tokens"
         )
-    return asked or min(DEFAULT_MAX_TOKENS, room)
+    return asked or min(otherwise or DEFAULT_MAX_TOKENS, room)
 
 
-def _number(
-    tensors: Tensors, name: str, default: Any, low: float, high: float, above: bool = False
-) -> Any:
+def _number(tensors: Tensors, name: str, low: float, high: float, above: bool = False) -> Any:
+    """The value of tensor ``name`` within its bounds, or None where it is not given."""
     value = scalar(tensors, name)
     if value is None:
-        return default
+        return None
     if math.isfinite(value) and (low < value if above else low <= value) and value <= high:
         return value
     shown = f"{value:.8g}" if isinstance(value, float) else value
@@ -132,6 +142,12 @@ def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{name}: {value!r}; an integer is allowed")
     return value
+
+
+def _microseconds(name: str, value: Any) -> int:
+    if _integer(name, value) < 0:
+        raise InvalidRequest(f"{name}: {value}; allowed: 0 or more microseconds")
+    return value  # type: ignore[no-any-return]
 
 
 def _label(name: str, value: bytes | str) -> str:

@@ -10,6 +10,8 @@ import pytest
 
 from pdctl import footprint
 from pdctl.errors import ServerError
+from pdctl.server import Server
+from pdctl.status import status
 from pdserve.config import Deployment
 from pdserve.config import Server as Spec
 from tests import clients
@@ -66,6 +68,19 @@ def test_answers_as_one_host_does(
     answer = clients.generate(server, **ASKED)
     assert answer.stats["kv"]["transport"] == "nixl"
     assert answer.text == clients.generate(emulated_server, **ASKED).text
+
+
+def test_status_asks_servers_of_other_hosts_at_their_ports(server: Running, tmp_path: Path) -> None:
+    """As seen by somebody who has started none of them."""
+    here, *others = (Server(server.deployment, one, tmp_path) for one in server.deployment.servers)
+    assert status(here)["state"] == "stopped", "a server of this host that was not started here"
+    for other in others:
+        found = status(other)
+        assert (found["state"], found["pid"]) == ("ready", None)
+        assert set(found["models"].values()) == {"READY"}
+        assert found["values"]
+    nobody = msgspec.structs.replace(others[0].spec, http_port=1, metrics_port=2)
+    assert status(Server(server.deployment, nobody, tmp_path))["state"] == "unreachable"
 
 
 def test_one_that_does_not_start_says_why(network: Network, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ STATS = {
     "cached_tokens": int,
     "output_tokens": int,
     "attempts": int,
+    "scenario": str,
     "group": str,
     "prefill": str,
     "decode": str,

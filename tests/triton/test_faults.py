@@ -98,47 +98,36 @@ def test_a_prefill_killed_at_work_costs_no_request(pair: Running) -> None:
     assert stats["ms"]["e2e"] / 1e3 < STALL_S + 4
 
 
-def test_a_decode_killed_in_mid_stream_is_one_clear_error(pair: Running) -> None:
-    """TensorRT-LLM#14565, vllm#46283: a terminal error for each request, and nothing kept."""
+def test_a_decode_killed_in_mid_stream_costs_no_request(pair: Running) -> None:
+    """TensorRT-LLM#14565, vllm#46283: every stream goes on elsewhere, and nothing is kept."""
+    tokens = 400
 
-    async def run() -> list[tuple[list[Part], BaseException | None, float]]:
+    async def run() -> list[list[Part]]:
         async with connected(pair) as client:
 
-            async def one(number: int) -> tuple[list[Part], BaseException | None, float]:
-                parts: list[Part] = []
-                asked = {"text_input": f"question {number}", "max_tokens": 400, "stream": True}
-                try:
-                    async for part in stream(client, **asked):
-                        parts += [part]
-                except Refused as error:
-                    return parts, error, time.monotonic()
-                return parts, None, time.monotonic()
+            async def one(number: int) -> list[Part]:
+                asked = {"input_ids": [number + 5] * 20, "max_tokens": tokens, "stream": True}
+                return [part async for part in stream(client, "scheduler", **asked)]
 
             streams = [asyncio.create_task(one(number)) for number in range(8)]
             await asyncio.sleep(1.5)
             stub(pair, "decode_0").kill()
-            killed = time.monotonic()
-            ends = await asyncio.gather(*streams)
-            return [(parts, error, at - killed) for parts, error, at in ends]
+            return await asyncio.gather(*streams)
 
-    ends = asyncio.run(run())
-    failed = [(parts, str(error), after) for parts, error, after in ends if error is not None]
+    answers = asyncio.run(run())
 
-    assert len(failed) == 4
-    for parts, message, after in failed:
-        assert parts
-        assert "decode_0" in message
-        assert after < STALL_S + 2
-    for parts, error, _ in ends:
-        if error is None:
-            assert parts[-1].finish_reason == "length"
-            assert parts[-1].stats is not None
-            assert parts[-1].stats["decode"] == "decode_1"
+    again = 0
+    for number, parts in enumerate(answers):
+        last = parts[-1]
+        assert last.finish_reason == "length"
+        assert last.stats is not None
+        assert last.stats["decode"] == "decode_1"
+        again += last.stats["attempts"] > 1
+        whole = generate(pair, "scheduler", input_ids=[number + 5] * 20, max_tokens=tokens)
+        assert [token for part in parts for token in part.ids] == whole.ids
+    assert again == 4
     # The gauges of the dead stay as they were; everybody else holds nothing.
     wait_until(lambda: not _of_the_living(pair, "decode_0"), 6, lambda: f"{held(pair)}")
-    for number in range(6):
-        answer = generate(pair, text_input=f"afterwards {number}", max_tokens=4)
-        assert answer.stats["decode"] == "decode_1"
 
 
 def _of_the_living(server: Running, dead: str) -> dict[str, float]:
@@ -148,11 +137,16 @@ def _of_the_living(server: Running, dead: str) -> dict[str, float]:
 def test_with_every_prefill_dead_the_error_comes_within_the_limit(pair: Running) -> None:
     for name in ("prefill_0", "prefill_1"):
         stub(pair, name).kill()
-    for _ in range(2):
+    for limit in (5.0, 3.0):
         began = time.monotonic()
-        with pytest.raises(Refused, match=r"prefill_[01]"):
-            generate(pair, text_input="anybody there?", max_tokens=4)
-        assert time.monotonic() - began < 10
+        refusal = (
+            rf"no healthy prefill \(.*prefill_[01].* within the TTFT limit of {limit * 1e3:g} ms"
+        )
+        with pytest.raises(Refused, match=refusal):
+            generate(
+                pair, text_input="anybody there?", max_tokens=4, ttft_limit_ms=int(limit * 1e3)
+            )
+        assert time.monotonic() - began < limit + 2
     wait_until(lambda: not open_requests(pair), 2)
 
 

@@ -77,11 +77,13 @@ class Launcher:
         (folder / "model.py").write_text(text)
         (folder.parent / "config.pbtxt").write_text(CONFIG)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, command: str, *options: str) -> subprocess.Popen[str]:
+        if command in ("up", "serve"):
+            options = (*options, "--no-watch")  # these models answer nothing
         return subprocess.Popen(
             [
                 *(sys.executable, "-c", DRIVER, self.folder / "run", self.source),
-                *(*arguments, "--file", self.folder / "deployment.yaml"),
+                *(command, *options, "--file", self.folder / "deployment.yaml"),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,6 +8,7 @@ jumps, so that waiting costs nothing; `real` under the usual one.
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import json
 import random
@@ -29,7 +30,7 @@ from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.errors import InstanceError, PDServeError
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.kvcache.cut import cut_for
-from pdserve.messages import Describe, Failed, Join, PrefillRequest, Release, Reply
+from pdserve.messages import Describe, Failed, Join, PrefillRequest, Release, Reply, Watch
 from pdserve.metrics import Registry
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
@@ -184,6 +185,8 @@ def submit(
     """What the Triton model around an instance does."""
     if isinstance(request, Release):
         instance.release(request.id, send)
+    elif isinstance(request, Watch):
+        instance.watch(request, send)
     elif isinstance(request, PrefillRequest):
         assert isinstance(instance, PrefillInstance)
         instance.submit(request, send)
@@ -264,6 +267,7 @@ class Site:
     profile: dict[str, Any] = field(default_factory=dict)
     prefill: dict[str, Any] = field(default_factory=dict)
     decode: dict[str, Any] = field(default_factory=dict)
+    gateway: dict[str, Any] = field(default_factory=dict)
     stall_s: float = 5.0
     seed: int = 0
     pulls: int = 4
@@ -323,6 +327,7 @@ class Site:
                 limits_d,
                 receiver,
                 self.pulls,
+                limits_p.batch_tokens,
                 self.decodes,
                 self.metrics,
             )
@@ -334,6 +339,20 @@ class Site:
                     receiver.join(holder.description)
         for engine_instance in self._engine_instances():
             engine_instance.start()
+        self.limits = limits_p, limits_d
+        self.besides: list[Site] = []
+        self._connect()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for site in (self, *self.besides):
+            for role in site.instances:
+                for instance in role:
+                    await instance.close()
+        for engine_instance in self._engine_instances():
+            await engine_instance.close()
+
+    def _connect(self) -> None:
         self.p_links = [Link(f"prefill_{i}", p, self.seed + i) for i, p in enumerate(self.p)]
         self.d_links = [Link(f"decode_{i}", d, self.seed - i) for i, d in enumerate(self.d)]
         self.instances = [
@@ -347,18 +366,20 @@ class Site:
             decodes,
             self.meetings,
             self.metrics,
-            stall_s=self.stall_s,
-            lease_s=limits_p.lease_s,
+            gateway=config.Gateway(**{"stall_s": self.stall_s, **self.gateway}),
+            prefill=self.limits[0],
+            decode=self.limits[1],
             rng=self.rng,
         )
-        return self
 
-    async def __aexit__(self, *exc: object) -> None:
-        for role in self.instances:
-            for instance in role:
-                await instance.close()
-        for engine_instance in self._engine_instances():
-            await engine_instance.close()
+    def beside(self) -> Site:
+        """Another gateway over the same instances, with links and metrics of its own."""
+        other = copy.copy(self)
+        other.rng = random.Random(self.rng.random())
+        other.metrics, other.totals = Registry(), defaultdict(float)
+        other._connect()
+        self.besides.append(other)
+        return other
 
     def _engine_instances(self) -> list[PrefillInstance | DecodeInstance]:
         return [*self.p, *self.d]
@@ -434,14 +455,14 @@ class Site:
 
     def held(self) -> dict[str, int]:
         """Everything that a request may hold, where it is not nothing."""
-        counts = {
-            "waiting for a prefill": len(self.scheduler._for_prefill),
-            "waiting for a decode": len(self.scheduler._for_decode),
-        }
-        for role, links in zip(self.instances, (self.p_links, self.d_links), strict=True):
-            for instance, link in zip(role, links, strict=True):
-                counts[f"{instance.name} open"] = instance.open
-                counts[f"{instance.name} calls"] = len(link.calls)
+        counts: defaultdict[str, int] = defaultdict(int)
+        for site in (self, *self.besides):
+            counts["waiting for a prefill"] += sum(map(len, site.scheduler.policy.lines))
+            counts["waiting for a decode"] += len(site.scheduler.decodes)
+            for role, links in zip(site.instances, (site.p_links, site.d_links), strict=True):
+                for instance, link in zip(role, links, strict=True):
+                    counts[f"{instance.name} open"] += instance.open
+                    counts[f"{instance.name} calls"] += len(link.calls)
         for prefill in self.p:
             counts |= {
                 f"{prefill._name} slots": len(prefill._held),

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from pdserve.engines.emulated import EmulatedModel
+from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.errors import DeploymentError
+from pdserve.messages import Sampling
 from tests.unit.inprocess import EOS, VOCABULARY, Site, model, virtual
 
 if TYPE_CHECKING:
@@ -30,6 +32,24 @@ def test_tokens_are_of_the_vocabulary_and_never_the_end(tmp_path: Path) -> None:
     assert max(seen) < VOCABULARY
     assert EOS not in seen
     assert len(seen) == VOCABULARY - 1
+
+
+@virtual
+async def test_another_pair_goes_on_with_the_same_tokens(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0}) as site:
+        prompt = np.frombuffer(site.prompt(20), "<i4")
+        answer = [site.model.token(prompt, i) for i in range(12)]
+        for where in range(12):
+            tokens = np.append(prompt, np.array(answer[:where], np.int32))
+            kv = np.zeros((2, len(tokens), site.model.layout.row_bytes), np.uint8)
+            job = PrefillJob(tokens, kv, Sampling(), outputs=where)
+            first = await site.p_engines[0].prefill([job])
+            sequence = DecodeSequence(tokens, first, [(0, 64)], Sampling(), outputs=where)
+            local = DecodeSequence(tokens, [], [(64, 64)], Sampling(), outputs=where)
+            assert await site.d_engines[0].prefill(local, 0, len(tokens)) == first[0]
+            while len(sequence.tokens) < 12 - where:
+                sequence.tokens += await site.d_engines[0].step([sequence])
+            assert sequence.tokens == answer[where:]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from pdserve import config, errors
 from pdserve.kvcache.cut import Cut
+from pdserve.kvcache.prefix import chain, shorten
 from pdserve.messages import (
     Accepted,
     Failed,
@@ -260,6 +261,28 @@ async def test_tenants_do_not_share(tmp_path: Path) -> None:
 
 
 @virtual
+async def test_what_is_cached_is_told(tmp_path: Path) -> None:
+    """By it a gateway knows beforehand what another prompt would find."""
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 8}) as site:
+        client, system = Client(site), site.prompt(70)
+        prompts = [site.prompt(40, system), site.prompt(200, system), site.prompt(10)]
+        known: set[bytes] = set()
+        for number, prompt in enumerate(prompts):
+            client.submit(str(number), prompt, tenant="acme")
+            await asyncio.sleep(0.05)
+            [*_, result] = client.of(str(number))
+            assert isinstance(result, Prefilled)
+            tokens = np.frombuffer(prompt, "<i4")
+            assert result.stored == shorten(chain(tokens, "acme", len(tokens)))
+            expected = [digest[:8] in known for digest in chain(tokens, "acme", len(tokens) - 1)]
+            assert result.cached_tokens == BLOCK * sum(expected)
+            known |= {result.stored[at : at + 8] for at in range(0, len(result.stored), 8)}
+            client.release(str(number))
+        assert len(known) == 3 + 8 - 2
+        await site.idle(0.0)
+
+
+@virtual
 async def test_burst_with_one_opening_computes_it_once(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 8, "batch_tokens": 4096}) as site:
         system = site.prompt(4 * BLOCK)
@@ -354,7 +377,8 @@ async def test_close_ends_what_is_computed_and_removes_the_memory(tmp_path: Path
         site.p[0].close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
 
 
-def test_arena_larger_than_shared_memory(tmp_path: Path) -> None:
+def test_arena_larger_than_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSERVE_SHM_PREFIX", "pdserve-too-large")
     made = model(tmp_path)
     wanted = config.Deployment(
         model="m",
@@ -364,7 +388,7 @@ def test_arena_larger_than_shared_memory(tmp_path: Path) -> None:
     terms = Terms(made.fingerprint, made.layout, b"k" * 32, Cut())
     with pytest.raises(errors.DeploymentError, match=r"lower prefill\.arena_mib"):
         plane.holder(wanted, "prefill_0", terms, 4)
-    assert not list(Path("/dev/shm").glob("pdserve-prefill-0-*"))
+    assert not list(Path("/dev/shm").glob("pdserve-too-large-*"))
 
 
 def test_region_names(monkeypatch: pytest.MonkeyPatch) -> None:

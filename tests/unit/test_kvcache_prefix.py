@@ -12,7 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pdserve.kvcache.arena import ALIGNMENT, Arena, Range, State
 from pdserve.kvcache.paged import BlockPool, BlockTable, copies
-from pdserve.kvcache.prefix import PrefixIndex
+from pdserve.kvcache.prefix import (
+    BLOCK_TOKENS,
+    DIGEST_BYTES,
+    SHORT_BYTES,
+    PrefixIndex,
+    chain,
+    shorten,
+)
 
 BLOCK = 2
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=9)
@@ -243,6 +250,36 @@ def test_tenants_never_share() -> None:
     index, arena = PrefixIndex(BLOCK), Arena(1 << 20, 4)
     index.add(filled(arena), array([1, 2, 3]), "a")
     assert index.find(array([1, 2, 3]), "b") is None
+
+
+def test_chain_is_of_all_tokens_before_and_of_the_tenant() -> None:
+    tokens = np.arange(200, dtype=np.int32)
+    digests = list(chain(tokens, "a", 200))
+    assert len(digests) == 200 // BLOCK_TOKENS
+    assert len(set(digests)) == len(digests)
+    assert {len(digest) for digest in digests} == {DIGEST_BYTES}
+    assert list(chain(tokens[:100], "a", 100)) == digests[:3]
+    assert list(chain(tokens.astype(">i4"), "a", 95)) == digests[:2]
+    other = tokens.copy()
+    other[40] = 7
+    differ = [a != b for a, b in zip(digests, chain(other, "a", 200), strict=True)]
+    assert differ == [False] + [True] * 5
+    assert not set(digests) & set(chain(tokens, "b", 200))
+
+
+def test_chain_is_the_same_in_every_process_and_version() -> None:
+    """A gateway compares it with what a prefill has told."""
+    digests = chain(np.arange(64, dtype=np.int32), "acme", 64)
+    assert shorten(digests).hex() == "86c2845c7ef8437ffb81f324be28b0d3"
+
+
+def test_what_is_told_of_what_is_added() -> None:
+    index: PrefixIndex[str] = PrefixIndex()
+    tokens = np.arange(100, dtype=np.int32)
+    told = shorten(index.add("one", tokens, "a"))
+    assert len(told) == 3 * SHORT_BYTES
+    assert told == shorten(chain(tokens, "a", len(tokens)))
+    assert shorten(index.add("two", tokens[:31], "a")) == b""
 
 
 def test_what_is_added_last_takes_the_place_of_what_was_there() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from pdserve import config
 from pdserve.errors import InvalidRequest
 from pdserve.messages import Sampling
 from pdserve.parameters import (
     DEFAULT_MAX_TOKENS,
     MAX_LABEL_BYTES,
     MAX_STOP_BYTES,
+    PARAMETERS,
     Parameters,
     answer_length,
     parse,
@@ -54,22 +57,47 @@ def parsed(extra: dict[str, Any] | None = None, **fields: Any) -> Parameters:
 
 
 def field(parameters: Parameters, name: str) -> Any:
-    return getattr(parameters if hasattr(parameters, name) else parameters.sampling, name)
+    return getattr(parameters, name) if hasattr(parameters, name) else parameters.sampling[name]
 
 
-def test_defaults() -> None:
+def test_what_is_not_given_is_left_to_the_scenario() -> None:
     assert parsed() == Parameters(
         max_tokens=None,
-        sampling=Sampling(),
+        sampling={},
         stop=(),
         stream=False,
         ignore_eos=False,
-        scenario="default",
+        scenario="",
         tenant="",
-        priority=0,
+        priority=None,
         ttft_limit_ms=None,
+        timeout_us=0,
     )
-    assert parsed().sampling.greedy
+
+
+def test_what_no_scenario_says_either_is_greedy() -> None:
+    assert Sampling(**msgspec.structs.asdict(config.Sampling())) == Sampling()
+
+
+@pytest.mark.parametrize("name", [*config.Sampling.__struct_fields__])
+def test_a_scenario_may_set_what_a_client_may_ask_for(name: str) -> None:
+    values = [-3, -2, -1, 0, TINY, 0.5, 1, ABOVE_1, 2, 3, 10, 11, 100, 101, 1 << 24, (1 << 24) + 1]
+    allowed = []
+    for value in values:
+        try:
+            parsed(**{name: value})
+        except InvalidRequest:
+            continue
+        if type(value) is int or DTYPES[name] is np.float32:
+            allowed.append(value)
+    for value in values:
+        try:
+            made = msgspec.convert({name: value}, config.Sampling)
+        except msgspec.ValidationError:
+            assert value not in allowed
+        else:
+            assert value in allowed
+            assert getattr(made, name) == value
 
 
 @pytest.mark.parametrize(
@@ -187,8 +215,8 @@ def test_routing_by_tensor_or_by_parameter() -> None:
     assert (both.tenant, both.priority) == ("acme", 9), "a tensor counts for more"
 
 
-def test_empty_scenario_is_the_default() -> None:
-    assert parsed(scenario=b"").scenario == parsed({"scenario": ""}).scenario == "default"
+def test_an_empty_label_is_none() -> None:
+    assert parsed(scenario=b"") == parsed({"scenario": ""}) == parsed()
 
 
 @pytest.mark.parametrize("name", ["scenario", "tenant"])
@@ -227,6 +255,23 @@ def test_priority_is_an_integer(value: Any) -> None:
     assert str(caught.value) == f"priority: {value!r}; an integer is allowed"
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-1, "timeout: -1; allowed: 0 or more microseconds"),
+        ("9", "timeout: '9'; an integer is allowed"),
+        (0.5, "timeout: 0.5; an integer is allowed"),
+        (None, "timeout: None; an integer is allowed"),
+    ],
+)
+def test_timeout_as_a_parameter(value: Any, message: str) -> None:
+    assert parsed({"timeout": 250_000}).timeout_us == 250_000
+    assert parsed({"timeout": 0}) == parsed()
+    with pytest.raises(InvalidRequest) as caught:
+        parsed({"timeout": value})
+    assert str(caught.value) == message
+
+
 def test_huge_priority_is_only_a_number() -> None:
     assert parsed({"priority": 10**30}).priority == 10**30
 
@@ -246,7 +291,7 @@ def test_unknown_parameters_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parsed({name: value})
     assert str(caught.value) == (
-        f"unknown field {name!r}; request parameters allowed: scenario, tenant, priority"
+        f"unknown field {name!r}; request parameters allowed: {', '.join(PARAMETERS)}"
     )
 
 
@@ -295,24 +340,27 @@ def test_stop_words_are_utf8(word: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "prompt", "length"),
+    ("asked", "otherwise", "prompt", "length"),
     [
-        (None, 10, DEFAULT_MAX_TOKENS),
-        (None, 900, 100),
-        (None, 999, 1),
-        (1, 10, 1),
-        (990, 10, 990),
-        (1, 999, 1),
+        (None, None, 10, DEFAULT_MAX_TOKENS),
+        (None, None, 900, 100),
+        (None, None, 999, 1),
+        (None, 300, 10, 300),
+        (None, 300, 900, 100),
+        (1, 300, 10, 1),
+        (1, None, 10, 1),
+        (990, None, 10, 990),
+        (1, None, 999, 1),
     ],
 )
-def test_answer_length(asked: int | None, prompt: int, length: int) -> None:
-    assert answer_length(asked, prompt, context_length=1000) == length
+def test_answer_length(asked: int | None, otherwise: int | None, prompt: int, length: int) -> None:
+    assert answer_length(asked, otherwise, prompt, context_length=1000) == length
 
 
 @pytest.mark.parametrize("asked", [0, -1, -(2**31), 991, INT32])
 def test_answer_length_not_allowed(asked: int) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        answer_length(parsed(max_tokens=asked).max_tokens, 10, context_length=1000)
+        answer_length(parsed(max_tokens=asked).max_tokens, None, 10, context_length=1000)
     assert str(caught.value) == (
         f"max_tokens: {asked}; allowed: 1 to 990 after a prompt of 10 tokens"
     )
@@ -321,5 +369,5 @@ def test_answer_length_not_allowed(asked: int) -> None:
 @pytest.mark.parametrize("prompt", [1000, 1001, 10**6])
 def test_prompt_that_leaves_no_room(prompt: int) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        answer_length(None, prompt, context_length=1000)
+        answer_length(None, None, prompt, context_length=1000)
     assert str(caught.value) == f"the prompt has {prompt} tokens; at most 999 are allowed"

@@ -80,7 +80,7 @@ async def test_at_any_time(tmp_path: Path, stream: bool) -> None:
             link.delay = (0.0005, 0.003)
         loop = asyncio.get_running_loop()
         states = set()
-        for moment in range(0, 600, 5):
+        for moment in range(0, 600, 3):
             others = [site.request(max_tokens=12) for _ in range(3)]
             tasks = [site.start(other) for other in others]
             victim = site.request(max_tokens=12, stream=stream)
@@ -132,7 +132,7 @@ async def test_cancel_wakes_who_waits(tmp_path: Path) -> None:
         assert await cancelled(holder)
         assert await tasks[1] == site.expected(second)
         # A forward that has begun is not interrupted; its slot is free after it.
-        assert 0.5 < second.forwarded < 0.53
+        assert 0.5 <= second.forwarded < 0.503
         await site.idle()
 
 
@@ -175,7 +175,7 @@ async def test_500_requests_with_random_cancels(tmp_path: Path) -> None:
                 max_tokens=rng.randrange(1, 80),
                 stream=rng.random() < 0.7,
                 priority=rng.randrange(3),
-                ttft_limit_s=rng.choice([0.05, 0.5, 60.0]),
+                ttft_limit_s=rng.choice([0.02, 0.5, 60.0]),
             )
             requests.append(request)
             got: list[int] = []

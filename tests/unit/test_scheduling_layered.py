@@ -12,6 +12,7 @@ import pytest
 from pdserve import errors
 from pdserve.messages import Accepted, Busy, DecodeRequest, Prefilled
 from pdserve.scheduling.request import FINAL, Request, State
+from pdserve.scheduling.scheduler import ATTEMPTS
 from tests.unit.inprocess import EOS, Site, real
 
 if TYPE_CHECKING:
@@ -139,8 +140,8 @@ async def test_answers_that_end_with_the_first_token(tmp_path: Path, why: str) -
 async def test_all_decodes_are_busy(tmp_path: Path) -> None:
     """It is handed over in the ordinary way, by the same handle."""
     async with Site(tmp_path, profile=SLOW, decode={"slots": 1}, layered=True) as site:
-        first = site.request(20, max_tokens=80)
-        task = site.start(first)
+        first = site.beside().request(20, max_tokens=80)
+        task = site.besides[0].start(first)
         await asyncio.sleep(0.08)
         second = site.request(20, max_tokens=4)
         assert await site.answer(second) == site.expected(second)
@@ -148,7 +149,7 @@ async def test_all_decodes_are_busy(tmp_path: Path) -> None:
         assert second.pulled is not None
         assert second.pulled.strategy == "whole"
         assert Busy("slots") in site.d_links[0].of(Busy)
-        asked = [one for one in site.d_links[0].of(DecodeRequest) if one.prompt == second.prompt]
+        asked = site.d_links[0].of(DecodeRequest)
         assert len({one.handle for one in asked}) == 1
         assert asked[0].first_token is None
         assert asked[-1].first_token == site.expected(second)[0]
@@ -254,13 +255,14 @@ async def test_prefill_that_fails_in_mid_compute(tmp_path: Path) -> None:
 
 
 @real
-async def test_prefill_that_keeps_failing(tmp_path: Path) -> None:
-    async with Site(tmp_path, profile=SLOW, layered=True) as site:
-        break_in_mid_compute(site, 0, 2)
+async def test_prefills_that_keep_failing(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=ATTEMPTS, profile=SLOW, layered=True) as site:
+        for number in range(ATTEMPTS):
+            break_in_mid_compute(site, number, 1)
         request = site.request(100)
         with pytest.raises(errors.InstanceError, match="out of memory"):
             await site.answer(request)
-        assert request.state is State.FAILED
+        assert (request.state, request.attempts) == (State.FAILED, ATTEMPTS)
         await site.idle(CLEAN_S)
         again = site.request(100)
         assert await site.answer(again) == site.expected(again)
@@ -269,17 +271,19 @@ async def test_prefill_that_keeps_failing(tmp_path: Path) -> None:
 
 @real
 async def test_decode_that_cannot_be_reached(tmp_path: Path) -> None:
-    """Another follows instead; what was begun at the prefill is given up."""
+    """Another follows instead, and the prefill computes once."""
     async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
         site.d_links[0].broken = "connection refused"
         request = site.request(100)
         assert await site.answer(request) == site.expected(request)
-        assert (request.attempts, request.decode) == (2, "decode_1")
+        assert (request.attempts, request.decode) == (1, "decode_1")
+        assert followed(request)
         await site.idle(0.3)
 
 
 @real
 async def test_decode_that_is_gone_in_mid_compute(tmp_path: Path) -> None:
+    """The first token is told all the same, and another pair goes on from there."""
     async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
         request = site.request(100, max_tokens=5)
         task = site.start(request)
@@ -287,24 +291,40 @@ async def test_decode_that_is_gone_in_mid_compute(tmp_path: Path) -> None:
         assert request.state is State.PREFILLING
         gone = next(i for i, link in enumerate(site.d_links) if link.of(DecodeRequest))
         site.d_links[gone].break_("connection reset")
-        with pytest.raises(errors.InstanceError, match=f"decode_{gone}: connection reset"):
-            await task
-        assert request.output_tokens == 1, "the first token was told"
-        other = site.request(100)
-        assert await site.answer(other) == site.expected(other)
-        assert other.decode == f"decode_{1 - gone}"
+        assert await task == site.expected(request)
+        assert (request.attempts, request.decode) == (2, f"decode_{1 - gone}")
         await site.idle(0.3)  # it never heard of the release: its answer runs to its end
 
 
 @real
+async def test_decode_that_is_gone_in_mid_stream(tmp_path: Path) -> None:
+    """The other follows the second prefill as the first one did."""
+    async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
+        request = site.request(100, max_tokens=60)
+        task = site.start(request)
+        while request.output_tokens < 20:
+            await asyncio.sleep(0.001)
+        first = request.decode
+        site.d_links[int(first[-1])].break_("connection reset")
+        assert await task == site.expected(request)
+        assert request.attempts == 2
+        assert {first, request.decode} == {"decode_0", "decode_1"}
+        assert followed(request)
+        [asked] = site.d_links[int(request.decode[-1])].of(DecodeRequest)
+        assert asked.first_token is None
+        assert len(asked.prompt) // 4 == 100 + asked.outputs
+        await site.idle(0.3)
+
+
+@real
 async def test_decode_that_cannot_take_the_kv_cache_over(tmp_path: Path) -> None:
-    """TensorRT-LLM#12542: an error of the transfer reaches the client; nobody waits on."""
-    async with Site(tmp_path, profile=SLOW, layered=True) as site:
+    """TensorRT-LLM#12542: an error of the transfer is told at once; nobody waits on."""
+    async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
         site.d_engines[0].refusals = [RuntimeError("copy failed")]
         request = site.request(100)
-        with pytest.raises(errors.InstanceError, match="decode_0: copy failed"):
-            await site.answer(request)
-        assert request.ended - request.first_token < 0.1
+        assert await site.answer(request) == site.expected(request)
+        assert (request.attempts, request.decode) == (2, "decode_1")
+        assert request.ended - request.first_token < 0.3
         await site.idle(CLEAN_S)
 
 
@@ -330,7 +350,7 @@ async def test_every_request_ends_once_whatever_happens(tmp_path: Path) -> None:
             request = site.request(rng.randrange(1, 300), max_tokens=rng.randrange(1, 30))
             requests.append(request)
             patience = rng.expovariate(1 / 0.3)
-            with contextlib.suppress(errors.InstanceError, asyncio.TimeoutError):
+            with contextlib.suppress(asyncio.TimeoutError):
                 answer = await asyncio.wait_for(site.answer(request), patience)
                 assert answer == site.expected(request)
 
@@ -350,7 +370,9 @@ async def test_every_request_ends_once_whatever_happens(tmp_path: Path) -> None:
         await site.idle(0.5)
         assert all(request.state in FINAL for request in requests)
         ends = [request.state for request in requests]
-        assert min(ends.count(s) for s in (State.FINISHED, State.CANCELLED, State.FAILED)) > 1, ends
+        assert min(ends.count(s) for s in (State.FINISHED, State.CANCELLED)) > 10, ends
+        assert State.FAILED not in ends
+        assert sum(request.attempts > 1 for request in requests) > 1
         assert sum(map(followed, requests)) > 20
         probe = site.request()
         assert await site.answer(probe) == site.expected(probe)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.messages import DecodeRequest, PrefillRequest, Tokens
-from pdserve.scheduling.request import FINAL, Request
+from pdserve.messages import DecodeRequest, PrefillRequest
+from pdserve.scheduling.request import FINAL, Request, State
+from pdserve.scheduling.scheduler import ATTEMPTS
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ async def test_every_request_ends_once_whatever_is_lost(tmp_path: Path, seed: in
         rng = random.Random(seed)
         for link in (*site.p_links, *site.d_links):
             link.delay = (0.0, 0.003)
-            # Tokens are not numbered: a stream is all that comes, or breaks.
-            link.lose = lambda message: not isinstance(message, Tokens) and rng.random() < 0.01
+            link.lose = lambda message: rng.random() < 0.01
 
         requests = [
             site.request(rng.randrange(1, 400), max_tokens=rng.randrange(1, 40)) for _ in range(150)
@@ -79,11 +79,15 @@ async def test_every_request_ends_once_whatever_is_lost(tmp_path: Path, seed: in
                 assert answers[request.id] == site.expected(request)
         ended = [request for request in requests if request.state in FINAL]
         assert site.total("pdserve_requests_total") == len(ended) >= 145
+        # Who was not cancelled has the whole answer, but for a few with bad luck again and again.
         assert sum(result is None for result in results) > 75
-        assert {type(result) for result in results} >= {errors.InstanceError, type(None)}
+        failed = [request for request in requests if request.state is State.FAILED]
+        assert len(failed) <= 8
+        assert {request.attempts for request in failed} <= {ATTEMPTS}
+        assert site.total("pdserve_retries_total", reason="error") > 20
         # What a lost release left behind goes with its lease, or its answer.
         await site.idle(3.5)
         assert sum(len(link.of(PrefillRequest)) for link in site.p_links) < 400
-        assert sum(len(link.of(DecodeRequest)) for link in site.d_links) < 200
+        assert sum(len(link.of(DecodeRequest)) for link in site.d_links) < 300
         probe = site.request()
         assert await site.answer(probe) == site.expected(probe)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
-from pdserve.scheduling.request import FINAL, Request, State
+from pdserve.scheduling import request as request_module
+from pdserve.scheduling.request import FINAL, RECOVER_S, Request, State
 from pdserve.transfer.reports import Pulled
 
 ALLOWED = {
-    State.WAITING: {State.PREFILLING, State.REJECTED, State.EXPIRED},
-    State.PREFILLING: {State.PREFILLED, State.WAITING, State.REJECTED, State.EXPIRED},
-    State.PREFILLED: {State.TRANSFERRING, State.FINISHED, State.EXPIRED},
-    State.TRANSFERRING: {State.DECODING},
-    State.DECODING: {State.FINISHED},
+    State.WAITING: {State.PREFILLING, State.DECODING, State.REJECTED},
+    State.PREFILLING: {State.PREFILLED, State.WAITING, State.REJECTED},
+    State.PREFILLED: {State.TRANSFERRING, State.FINISHED, State.WAITING},
+    State.TRANSFERRING: {State.DECODING, State.WAITING},
+    State.DECODING: {State.FINISHED, State.WAITING},
 }
 
 
@@ -29,14 +31,21 @@ def test_transitions(old: State, new: State) -> None:
     moved = request(old)
     allowed = ALLOWED.get(old, set())
     if old not in FINAL:
-        allowed = allowed | {State.CANCELLED, State.FAILED}
+        allowed = allowed | {State.CANCELLED, State.EXPIRED, State.FAILED}
     if new in allowed:
-        moved.to(new)
+        moved.to(new, 3.0)
         assert moved.state is new
+        assert moved.history == [(3.0, new)]
     else:
         with pytest.raises(AssertionError, match=f"request 7: {old.name} -> {new.name}"):
-            moved.to(new)
+            moved.to(new, 3.0)
         assert moved.state is old
+        assert moved.history == []
+
+
+def test_drawing_and_enum_are_of_the_same_states() -> None:
+    drawn = set(re.findall(r"[A-Z]{4,}", request_module.__doc__ or "")) - {"TTFT"}
+    assert drawn == {state.name for state in State}
 
 
 def test_finish_keeps_the_reason() -> None:
@@ -71,6 +80,7 @@ def test_stats() -> None:
         "cached_tokens": 32,
         "output_tokens": 4,
         "attempts": 1,
+        "scenario": "default",
         "group": "default",
         "prefill": "prefill_0",
         "decode": "decode_1",
@@ -91,3 +101,31 @@ def test_stats_without_a_decode() -> None:
     done.finish("stop", now=1.0)
     assert done.stats()["decode"] == ""
     assert done.stats()["kv"] == {"bytes": 0, "transport": "", "strategy": "", "expected_ms": 0.0}
+
+
+def test_once_more_keeps_the_limit_for_a_first_token() -> None:
+    again = request(State.PREFILLING)
+    again.arrived = again.waiting_since = 10.0
+    again.again(now=14.0)
+    assert (again.state, again.deadline) == (State.WAITING, 10.0 + again.ttft_limit_s)
+    assert again.so_far == again.prompt
+
+
+def test_once_more_in_mid_answer() -> None:
+    """From the tokens so far; its first token has come, and the next has a limit of its own."""
+    again = request(State.DECODING)
+    again.arrived = again.waiting_since = 10.0
+    assert again.add(b"\5\0\0\0\7\0\0\0") == [5, 7]
+    again.again(now=500.0)
+    assert (again.state, again.deadline) == (State.WAITING, 500.0 + RECOVER_S)
+    assert again.so_far == again.prompt + b"\5\0\0\0\7\0\0\0"
+
+
+def test_own_time_limit_bounds_every_other() -> None:
+    limited = Request(id="7", prompt=bytes(12), max_tokens=4, time_limit_s=20.0)
+    limited.arrived = limited.waiting_since = 10.0
+    assert limited.deadline == limited.ends_by == 30.0
+    limited.add(bytes(4))
+    limited.state = State.DECODING
+    limited.again(now=15.0)
+    assert limited.deadline == 30.0

@@ -1,135 +1,100 @@
-"""The line of waiting requests: who is its head, who is woken, and what a wait costs."""
+"""The line of waiting requests: who goes next, and that no wake-up is lost with one who leaves."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 
-from pdserve.scheduling.waiting import Place, WaitingLine
+import pytest
+
+from pdserve.scheduling.request import PRIORITY_S, RECOVER_S, Request
+from pdserve.scheduling.waiting import Order, Place, WaitingLine
 from tests.unit.inprocess import virtual
 
 
-def line() -> WaitingLine:
-    return WaitingLine(random.Random(1))
-
-
-async def served(waiting: WaitingLine, *places: Place) -> list[int]:
-    """The order in which the places have their turns, each leaving at its first."""
-    order: list[int] = []
+async def served(line: WaitingLine, *orders: Order) -> list[int]:
+    """The order in which those who join in turn are served, by one wake-up."""
+    done: list[int] = []
 
     async def wait(number: int, place: Place) -> None:
         assert await place.turn(deadline=60.0)
-        order.append(number)
-        await asyncio.sleep(0.001)  # it tries
+        done.append(number)
+        await asyncio.sleep(0.001)  # it tries, and is served
         place.leave()
 
-    await asyncio.gather(*(wait(number, place) for number, place in enumerate(places)))
-    assert not len(waiting)
-    return order
+    places = [line.join(order) for order in orders]
+    tasks = [asyncio.create_task(wait(i, place)) for i, place in enumerate(places)]
+    await asyncio.sleep(0)
+    line.wake()
+    await asyncio.gather(*tasks)
+    assert not len(line)
+    return done
+
+
+async def waiting(
+    line: WaitingLine, *orders: Order
+) -> tuple[list[Place], list[asyncio.Task[bool]]]:
+    """Those who have joined, and wait for their turn."""
+    places = [line.join(order) for order in orders]
+    tasks = [asyncio.create_task(place.turn(60.0)) for place in places]
+    await asyncio.sleep(0)
+    return places, tasks
+
+
+async def woken(tasks: list[asyncio.Task[bool]]) -> list[int]:
+    await asyncio.sleep(0.001)
+    return [number for number, task in enumerate(tasks) if task.done()]
 
 
 @virtual
-async def test_first_come_first_served() -> None:
-    waiting = line()
-    assert await served(waiting, *(waiting.join(0, float(i)) for i in range(5))) == [0, 1, 2, 3, 4]
+async def test_one_after_the_other_by_their_order() -> None:
+    line = WaitingLine()
+    orders = [(True, 2.0), (True, 1.0), (False, 9.0), (True, 0.5), (False, 8.0)]
+    assert await served(line, *orders) == [4, 2, 3, 1, 0]
 
 
 @virtual
-async def test_priority_then_arrival() -> None:
-    waiting = line()
-    places = [waiting.join(priority, arrived) for priority, arrived in
-              ((0, 1.0), (5, 4.0), (-1, 0.0), (5, 3.0), (0, 0.5))]  # fmt: skip
-    assert await served(waiting, *places) == [3, 1, 4, 0, 2]
+async def test_equals_keep_the_order_of_joining() -> None:
+    assert await served(WaitingLine(), *[(True, 1.0)] * 5) == [0, 1, 2, 3, 4]
 
 
 @virtual
-async def test_equal_arrivals_keep_the_order_of_joining() -> None:
-    waiting = line()
-    assert await served(waiting, *(waiting.join(0, 1.0) for _ in range(4))) == [0, 1, 2, 3]
+async def test_a_wake_up_lets_one_of_them_try() -> None:
+    line = WaitingLine()
+    _, tasks = await waiting(line, (True, 2.0), (True, 1.0), (True, 3.0))
+    assert await woken(tasks) == [], "nobody tries for nothing"
+    line.wake()
+    assert await woken(tasks) == [1]
+    line.wake()
+    assert await woken(tasks) == [0, 1]
+    assert len(line) == 3, "who tries has not left"
 
 
 @virtual
-async def test_an_earlier_arrival_that_joins_again_is_the_head() -> None:
-    """A request whose prefill failed does not lose its place to later ones."""
-    waiting = line()
-    assert await served(waiting, waiting.join(0, 2.0), waiting.join(0, 1.0)) == [1, 0]
+async def test_who_finds_nothing_stands_where_it_stood() -> None:
+    line = WaitingLine()
+    places, tasks = await waiting(line, (True, 1.0), (True, 1.0))
+    line.wake()
+    assert await woken(tasks) == [0]
+    tasks[0] = asyncio.create_task(places[0].turn(60.0))
+    await asyncio.sleep(0)
+    line.wake()
+    assert await woken(tasks) == [0]
 
 
 @virtual
-async def test_only_the_head_tries_until_it_leaves() -> None:
-    waiting = line()
-    first, second = waiting.join(0, 1.0), waiting.join(0, 2.0)
-    behind = asyncio.create_task(second.turn(60.0))
-    for _ in range(20):
-        assert await first.turn(60.0)
-    assert not behind.done()
-    first.leave()
-    assert await behind
+async def test_who_leaves_wakes_the_next() -> None:
+    """What it was woken for may still be there: it was served elsewhere, or gave up."""
+    line = WaitingLine()
+    places, tasks = await waiting(line, (True, 1.0), (True, 2.0), (True, 3.0))
+    line.wake()
+    places[0].leave()
+    assert await woken(tasks) == [0, 1]
 
 
+@pytest.mark.parametrize("when", ["before it is woken", "as it is woken", "as it tries"])
 @virtual
-async def test_deadline_passes_at_the_head_and_behind_it() -> None:
-    waiting, loop = line(), asyncio.get_running_loop()
-    first, second = waiting.join(0, 1.0), waiting.join(0, 2.0)
-    began = loop.time()
-    assert not await second.turn(began + 0.5)
-    assert abs(loop.time() - began - 0.5) < 1e-6
-    while await first.turn(began + 1.0):
-        pass
-    assert abs(loop.time() - began - 1.0) < 1e-6
-    second.leave()
-    first.leave()
-    assert not len(waiting)
-
-
-@virtual
-async def test_deadline_in_the_past_gives_no_turn() -> None:
-    place = line().join(0, 0.0)
-    assert not await place.turn(asyncio.get_running_loop().time())
-    place.leave()
-
-
-@virtual
-async def test_wake_reaches_the_head_at_once() -> None:
-    waiting, loop = line(), asyncio.get_running_loop()
-    place = waiting.join(0, 0.0)
-    for _ in range(10):  # let its pause grow to the longest
-        await place.turn(60.0)
-    began = loop.time()
-    waiting.wake()
-    assert await place.turn(60.0)
-    assert loop.time() == began
-
-
-@virtual
-async def test_wake_while_the_head_tries_is_not_lost() -> None:
-    waiting, loop = line(), asyncio.get_running_loop()
-    place = waiting.join(0, 0.0)
-    await place.turn(60.0)
-    waiting.wake()  # it is trying now, and will find that it came too early
-    began = loop.time()
-    assert await place.turn(60.0)
-    assert loop.time() == began
-
-
-@virtual
-async def test_pauses_grow_to_a_bound() -> None:
-    waiting, loop = line(), asyncio.get_running_loop()
-    place = waiting.join(0, 0.0)
-    pauses = []
-    for _ in range(12):
-        began = loop.time()
-        await place.turn(60.0)
-        pauses.append(loop.time() - began)
-    assert 0.0005 <= pauses[0] <= 0.001
-    assert all(0.01 <= pause <= 0.02 + 1e-9 for pause in pauses[-4:])
-    assert len(set(pauses[-4:])) > 1, "gateways would ask in step"
-
-
-@virtual
-async def test_cancel_of_the_head_wakes_the_next() -> None:
-    waiting = line()
-    first, second = waiting.join(0, 1.0), waiting.join(0, 2.0)
+async def test_a_wake_up_is_not_lost_with_one_who_is_cancelled(when: str) -> None:
+    line = WaitingLine()
 
     async def wait(place: Place) -> None:
         try:
@@ -138,7 +103,81 @@ async def test_cancel_of_the_head_wakes_the_next() -> None:
         finally:
             place.leave()
 
-    tasks = [asyncio.create_task(wait(first)), asyncio.create_task(second.turn(60.0))]
-    await asyncio.sleep(0.1)
-    tasks[0].cancel()
-    assert await asyncio.wait_for(tasks[1], 0.001)
+    first = asyncio.create_task(wait(line.join((True, 1.0))))
+    second = asyncio.create_task(line.join((True, 2.0)).turn(60.0))
+    await asyncio.sleep(0)
+    if when == "before it is woken":
+        first.cancel()
+    line.wake()
+    if when == "as it tries":
+        await asyncio.sleep(0.1)
+    first.cancel()
+    assert await asyncio.wait_for(second, 0.001)
+
+
+@virtual
+async def test_a_deadline_passes_at_the_head_and_behind_it() -> None:
+    line, loop = WaitingLine(), asyncio.get_running_loop()
+    first, second = line.join((True, 1.0)), line.join((True, 2.0))
+    ended = [asyncio.create_task(first.turn(1.0)), asyncio.create_task(second.turn(0.5))]
+    assert not await ended[1]
+    assert loop.time() == pytest.approx(0.5, abs=1e-4)
+    assert not await ended[0]
+    assert loop.time() == pytest.approx(1.0, abs=1e-4)
+    for place in (first, second):
+        place.leave()
+    assert not len(line)
+
+
+@virtual
+async def test_a_deadline_in_the_past_gives_no_turn() -> None:
+    place = WaitingLine().join((True, 0.0))
+    assert not await place.turn(asyncio.get_running_loop().time())
+    place.leave()
+
+
+@virtual
+async def test_a_wait_shorter_than_the_clock_can_tell_ends() -> None:
+    place, loop = WaitingLine().join((True, 0.0)), asyncio.get_running_loop()
+    assert not await place.turn(loop.time() + 1e-9)
+    place.leave()
+
+
+@virtual
+async def test_who_is_past_its_deadline_is_passed_over() -> None:
+    line = WaitingLine()
+    late, second = line.join((True, 1.0)), line.join((True, 2.0))
+    gone = asyncio.create_task(late.turn(0.5))
+    task = asyncio.create_task(second.turn(60.0))
+    assert not await gone
+    line.wake()
+    assert await woken([task]) == [0]
+
+
+# The order that requests have.
+
+
+def asked(arrived: float, **fields: object) -> Request:
+    request = Request(id="1", prompt=bytes(4), max_tokens=1, **fields)  # type: ignore[arg-type]
+    request.arrived = request.waiting_since = arrived
+    return request
+
+
+def test_the_earlier_deadline_goes_first() -> None:
+    assert asked(0.0).order < asked(1.0).order
+    assert asked(5.0, ttft_limit_s=2.0).order < asked(0.0, ttft_limit_s=60.0).order
+    assert asked(1.0, time_limit_s=3.0).order < asked(0.0).order
+
+
+def test_priority_goes_before_deadline_and_is_worth_a_bounded_wait() -> None:
+    """Nobody starves: whoever has waited long enough goes before any newcomer."""
+    assert asked(PRIORITY_S - 0.1, priority=1).order < asked(0.0).order
+    assert asked(0.0).order < asked(PRIORITY_S + 0.1, priority=1).order
+    assert asked(0.0, priority=-2).order < asked(2 * PRIORITY_S + 0.1).order
+
+
+def test_who_has_been_promised_an_answer_goes_first() -> None:
+    begun = asked(1000.0)
+    begun.add(bytes(4))
+    assert begun.order < asked(0.0, priority=99).order
+    assert begun.deadline == 1000.0 + RECOVER_S

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from pdctl import cli, footprint, links, log, ports
+from pdctl.chat import Question, ask
 from pdctl.errors import PortTaken, ServerError
 from pdctl.repository import models, render
 from pdctl.server import Server
@@ -187,6 +188,22 @@ class TestOneServer:
             f"pdctl: {file}: no server is named middle; there are: front, back\n"
         )
 
+    def test_chat_without_a_gateway_that_is_ready(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.pdctl(monkeypatch, "chat", "Hello", "--file", file) == 1
+        assert capsys.readouterr().err == (
+            "pdctl: no gateway is ready: front (http://127.0.0.1:71), back (http://127.0.0.1:81); "
+            "`pdctl up` starts them\n"
+        )
+
+    def test_a_server_that_has_gone_is_one_error(self) -> None:
+        """However far the stream has come when it breaks."""
+        (port,) = free_ports(1)
+        for _ in range(20):
+            with pytest.raises(ServerError, match=rf"^127\.0\.0\.1:{port}: .*UNAVAILABLE"):
+                list(ask(f"127.0.0.1:{port}", Question("Hello")))
+
 
 class TestPorts:
     def test_names_port_use_and_process(self) -> None:
@@ -279,6 +296,7 @@ STATS = {
     "cached_tokens": 31,
     "output_tokens": 11,
     "attempts": 2,
+    "scenario": "default",
     "group": "default",
     "prefill": "prefill_1",
     "decode": "decode_0",

@@ -100,6 +100,29 @@ class Pair:
         scatter(job.kv, self.decode.pool, sequence.rows(len(tokens)))
         return sequence
 
+    def compute(
+        self,
+        tokens: Tokens,
+        runs: list[tuple[int, int]],
+        sampling: Sampling,
+        part: int = 1000,
+        held: int = 0,
+    ) -> DecodeSequence:
+        """Without a prefill: in parts, behind what is held already."""
+        sequence = DecodeSequence(tokens, [], runs, sampling)
+        for begin in range(held, len(tokens), part):
+            first = self.decode.prefill(sequence, begin, min(begin + part, len(tokens)))
+            assert (first is None) is (begin + part < len(tokens))
+        assert first is not None
+        sequence.tokens.append(first)
+        return sequence
+
+    def rows(self, sequence: DecodeSequence) -> torch.Tensor:
+        """The K and V of its prompt, as the pool has them."""
+        pool = torch.from_numpy(np.asarray(self.decode.pool)).view(torch.float32)
+        runs = sequence.rows(len(sequence.prompt))
+        return torch.cat([pool[:, first : first + rows] for first, rows in runs], 1)
+
     def step(self, *batch: DecodeSequence) -> None:
         for sequence, token in zip(batch, self.decode.step(batch), strict=True):
             sequence.tokens.append(token)
@@ -216,6 +239,72 @@ def test_batch_that_sequences_join_and_leave(any_pair: Pair) -> None:
     for sequence in running + ended:
         new = len(sequence.tokens)
         assert sequence.tokens == any_pair.expected(sequence.prompt, new)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 32, 33, 64, 100])
+def test_prompt_computed_by_the_decode(any_pair: Pair, tokens: int) -> None:
+    """Around the borders of blocks (16) and parts (32), in one run and in several."""
+    expected = any_pair.expected(prompt(tokens), 9)
+    scattered = [(1000, 16), (640, 16), (800, 48), (960, 16), (600, 32)]
+    for part in (1000, 32):
+        for runs in ([(0, 128)], scattered):
+            sequence = any_pair.compute(prompt(tokens), runs, GREEDY, part)
+            for _ in range(8):
+                any_pair.step(sequence)
+            assert sequence.tokens == expected
+
+
+@pytest.mark.parametrize("held", [1, 32, 48, 79])
+@pytest.mark.parametrize("part", [1000, 20])
+def test_prompt_computed_behind_a_cached_prefix(any_pair: Pair, held: int, part: int) -> None:
+    tokens = prompt(80)
+    whole = any_pair.start(tokens, [(0, 128)], GREEDY)
+    for runs in ([(200, 128)], [(400, 16), (480, 32), (432, 16), (528, 64)]):
+        begun = DecodeSequence(tokens[:held], [], runs, GREEDY)
+        scatter(any_pair.decode.pool[:, :held], any_pair.decode.pool, begun.rows(held))
+        rest = any_pair.compute(tokens, runs, GREEDY, part, held)
+        torch.testing.assert_close(any_pair.rows(rest), any_pair.rows(whole), rtol=1e-4, atol=1e-4)
+        for _ in range(8):
+            any_pair.step(rest)
+        assert rest.tokens == any_pair.expected(tokens, 9)
+
+
+def test_prompt_computed_among_others_writes_to_its_own_rows(pair: Pair) -> None:
+    pool = np.asarray(pair.decode.pool)
+    pool[:] = 7
+    runs = [(96, 16), (32, 16), (64, 32)]
+    pair.compute(prompt(60), runs, GREEDY, 25)
+    own = {row for first, rows in runs for row in range(first, first + rows)}
+    others = [row for row in range(pool.shape[1]) if row not in own]
+    assert (pool[:, others] == 7).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 16, 33, 90])
+def test_seeded_tokens_are_those_of_a_prefill(pair: Pair, tokens: int) -> None:
+    """And so is every bit of K and V, in one run and in several."""
+    handed = pair.start(prompt(tokens), [(0, 128)], SEEDED)
+    for runs in ([(336, 128)], [(496, 16), (640, 16), (560, 16), (512, 32), (720, 48)]):
+        computed = pair.compute(prompt(tokens), runs, SEEDED)
+        assert torch.equal(pair.rows(computed), pair.rows(handed))
+        for _ in range(8):
+            pair.step(computed)
+        while len(handed.tokens) < 9:
+            pair.step(handed)
+        assert computed.tokens == handed.tokens
+
+
+def test_penalties_of_a_prompt_computed_by_the_decode(pair: Pair) -> None:
+    tokens = prompt(40)
+    for sampling in (
+        Sampling(repetition_penalty=1.7),
+        Sampling(temperature=0.8, seed=3, presence_penalty=1.5, frequency_penalty=1.0),
+    ):
+        handed = pair.start(tokens, [(0, 64)], sampling)
+        computed = pair.compute(tokens, [(64, 64)], sampling)
+        for _ in range(15):
+            pair.step(handed)
+            pair.step(computed)
+        assert computed.tokens == handed.tokens
 
 
 def test_large_batches(pair: Pair) -> None:

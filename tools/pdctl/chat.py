@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import queue
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
 
 from pdctl.errors import ServerError
 
@@ -63,7 +65,11 @@ def ask(url: str, question: Question) -> Iterator[Part]:
     client = grpc.InferenceServerClient(url)
     try:
         client.start_stream(lambda result, error: answers.put((result, error)))
-        client.async_stream_infer("pdserve", question.inputs(), enable_empty_final_response=True)
+        # If the stream has broken already, this raises, and the callback is told why.
+        with suppress(InferenceServerException):
+            client.async_stream_infer(
+                "pdserve", question.inputs(), enable_empty_final_response=True
+            )
         final = False
         while not final:
             try:

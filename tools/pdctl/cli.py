@@ -1,4 +1,4 @@
-"""The command line: ``pdctl up | down | serve | status | chat | demo | render``."""
+"""The command line: ``pdctl --help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pdctl import fleet, links, paths
+from pdctl import fleet, links, paths, watchers
 from pdctl.chat import Question, ask
 from pdctl.errors import ServerError
+from pdctl.reload import Reload, plan
 from pdctl.repository import models
 from pdctl.server import Server
 from pdctl.signals import Interrupted, interruptible
@@ -42,6 +43,12 @@ Only = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Timeout = Annotated[float, typer.Option(help="Seconds until every model must be ready.", min=1)]
+Watched = Annotated[
+    bool,
+    typer.Option(
+        "--watch/--no-watch", help="Look after the servers and repair what fails in them."
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(help="Tokens of the answer at most.")]
 
 
@@ -51,24 +58,33 @@ def pdctl() -> None:
 
 
 @app.command()
-def up(file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = 300) -> None:
+def up(
+    file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = 300, watch: Watched = True
+) -> None:
     """Start the servers and leave them running."""
     servers = _servers(file, only)
     running = [server for server in servers if server.pid is not None]
     for server in running:
         out.print(f"{server.spec.name} runs already (process {server.pid})")
     _start([server for server in servers if server not in running], held=False, timeout=timeout)
+    if watch:
+        fleet.watch(servers, held=False)
 
 
 @app.command()
-def serve(file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = 300) -> None:
+def serve(
+    file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = 300, watch: Watched = True
+) -> None:
     """Start the servers and stay until Ctrl-C; they end when this command ends."""
     with _held(_servers(file, only), timeout) as servers:
+        if watch:
+            fleet.watch(servers, held=True)
         try:
             out.print("Ctrl-C ends it.")
             while True:
                 for server in servers:
-                    server.check_alive()
+                    if watchers.pid(server.folder) is None and server.pid is None:
+                        server.check_alive()
                 time.sleep(0.5)
         except Interrupted:
             return
@@ -154,6 +170,24 @@ def demo(
     out.print("\nservers stopped")
 
 
+@app.command("reload")
+def reload_command(
+    file: File = paths.DEPLOYMENT,
+    only: Only = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say what would change.")] = False,
+) -> None:
+    """Have running servers take over a deployment that has changed, and say what they cannot."""
+    servers = _servers(file, only)
+    reloads = [Reload(server) for server in servers if server.pid is not None]
+    for line in plan(servers, reloads):
+        out.print(line, markup=False)
+    if not check:
+        for one in reloads:
+            one.begin()
+        for one in reloads:
+            one.wait()
+
+
 @app.command("render")
 def render_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
     """Write each server's model repository, without starting anything."""
@@ -179,10 +213,15 @@ def _servers(file: Path, only: str | None = None) -> list[Server]:
 
 
 def _gateway(servers: list[Server]) -> Server:
-    for server in servers:
-        if server.spec.gateway:
+    """The first one that can be asked."""
+    gateways = [server for server in servers if server.spec.gateway]
+    if not gateways:
+        raise DeploymentError("no server has gateway: true; at least 1 is needed to be asked")
+    for server in gateways:
+        if server.ready("pdserve"):
             return server
-    raise DeploymentError("no server has gateway: true; at least 1 is needed to be asked")
+    names = ", ".join(f"{server.spec.name} ({server.http})" for server in gateways)
+    raise ServerError(f"no gateway is ready: {names}; `pdctl up` starts them")
 
 
 @contextmanager
@@ -249,11 +288,27 @@ def _print_status(entry: dict[str, Any]) -> None:
     process = f", process {entry['pid']}" if entry["pid"] else ""
     out.print(f"[bold]{entry['server']}[/bold] {entry['state']}{process}")
     out.print(f"  HTTP {entry['http']}, gRPC {entry['grpc']}, metrics {entry['metrics']}")
+    if entry["pid"]:
+        out.print(f"  {_watchdog(entry['watchdog'])}")
     for rows in (entry["models"], summary(entry["values"])):
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
         for row in rows.items():
             table.add_row(*row)
         out.print(table)
+
+
+def _watchdog(found: dict[str, Any] | None) -> str:
+    """What a watchdog says, in a line and one more for each thing that is not as it should be."""
+    if found is None:
+        return "no watchdog: nothing is repaired (`pdctl up` starts it)"
+    lines = [f"watchdog process {found['pid']}, {time.time() - found['at']:.0f} s ago:"]
+    for thing, health in found["things"].items():
+        if health["repairs"] or health["state"] != "healthy":
+            lines.append(
+                f"{thing} {health['state']}, {health['repairs']} repairs, "
+                f"the last took {health['down_s']:.1f} s; {health['reason']}"
+            )
+    return "\n    ".join(lines if len(lines) > 1 else [f"{lines[0]} all is well"])
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from pdctl import watchers
 from pdctl.errors import AlreadyRunning
 from pdctl.server import Progress, Server
 
@@ -29,6 +30,12 @@ def start(servers: Sequence[Server], *, held: bool, timeout_s: float, progress: 
     except BaseException:
         stop(started)
         raise
+
+
+def watch(servers: Sequence[Server], *, held: bool) -> None:
+    """Look after the servers from now on, each by a watchdog of its own; see watchers.py."""
+    for server in servers:
+        watchers.start(server.folder, held=held)
 
 
 def stop(servers: Sequence[Server]) -> None:

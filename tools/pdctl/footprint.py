@@ -6,9 +6,11 @@ processes of one server from everything else, whatever their ids are or have bee
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import signal
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -27,6 +29,15 @@ def new_token(server: str) -> str:
 
 def is_token(text: str) -> bool:
     return _TOKEN.fullmatch(text) is not None
+
+
+def token(folder: Path) -> str | None:
+    """The mark of the latest start of the server whose folder it is; see server.py."""
+    with contextlib.suppress(OSError):
+        text = (folder / "token").read_text()
+        if is_token(text):
+            return text
+    return None
 
 
 def processes(tokens: Collection[str]) -> list[psutil.Process]:
@@ -60,23 +71,38 @@ def regions(token: str) -> list[Path]:
 def erase(tokens: Collection[str], grace_s: float = EXIT_TIMEOUT_S + 3) -> None:
     """End the servers of the tokens and remove what they left; bounded by ``grace_s`` + 5 s.
 
-    Triton is asked first and waited for; after that whatever still lives is killed.
+    Triton is asked first and waited for; after that whatever still lives is killed. Where
+    ``grace_s`` is 0 it is not asked.
     """
     assert all(map(is_token, tokens))
     leaders = [leader for leader in map(server_process, tokens) if leader is not None]
-    _signal(leaders, signal.SIGINT)
-    if leaders:
-        psutil.wait_procs(leaders, timeout=grace_s)
-        psutil.wait_procs(processes(tokens), timeout=0.5)  # stubs see the end by themselves
+    if leaders and grace_s:
+        _signal(leaders, signal.SIGINT)
+        _wait_dead(leaders, grace_s)
+        _wait_dead(processes(tokens), 0.5)  # stubs see the end by themselves
     for _ in range(5):
         remaining = processes(tokens)
         if not remaining:
             break
         _signal(remaining, signal.SIGKILL)
-        psutil.wait_procs(remaining, timeout=1)
+        _wait_dead(remaining, 1)
     for token in tokens:
         for region in regions(token):
             region.unlink(missing_ok=True)
+
+
+def is_dead(process: psutil.Process) -> bool:
+    """It has ended; one that nobody has taken notice of yet, a zombie, has too."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _wait_dead(processes: list[psutil.Process], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not all(map(is_dead, processes)) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _signal(targets: list[psutil.Process], number: signal.Signals) -> None:

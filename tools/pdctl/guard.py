@@ -1,7 +1,8 @@
 """Ends a server when the ``pdctl`` that holds it in the foreground is gone, however it went.
 
-``python -m pdctl.guard TOKEN`` reads its standard input, a pipe that nobody writes to: its
-end is the end of the process that holds the other end.
+``python -m pdctl.guard FOLDER`` reads its standard input, a pipe that nobody writes to: its
+end is the end of the process that holds the other end. Then the server that runs by what lies in
+the folder ends, and its watchdog, which may have started it anew, before it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
-from pdctl.footprint import erase
+from pdctl import footprint, watchers
 
 
 class Guard:
     """The other end of the pipe."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pdctl.guard", token],
+            [sys.executable, "-m", "pdctl.guard", str(folder)],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a signal to pdctl's whole group spares it
         )
@@ -32,7 +34,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
-    erase(sys.argv[1:])
+    folder = Path(sys.argv[1])
+    watchers.end(folder)
+    token = footprint.token(folder)
+    if token is not None:
+        footprint.erase([token])
 
 
 if __name__ == "__main__":

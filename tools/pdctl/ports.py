@@ -26,6 +26,16 @@ def check(server: Server) -> None:
             ) from error
 
 
+def is_here(server: Server) -> bool:
+    """Its host is this machine, or this part of its network."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((server.host, 0))
+    except OSError:
+        return False
+    return True
+
+
 def holder(port: int) -> str | None:
     """The process that listens on a port, in words; None: not known (perhaps another user's)."""
     try:

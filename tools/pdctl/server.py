@@ -2,7 +2,8 @@
 
 What it needs and leaves lies in its folder ``<run>/<name>/``: ``models/`` (its repository),
 ``log`` (and ``log.old``, of the start before), ``token`` (marks its processes and shared
-memory, see footprint.py), ``key`` (for the calls that change what it runs).
+memory, see footprint.py), ``key`` (for the calls that change what it runs), and what its
+watchdog keeps (see watchers.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pdctl import footprint, log, ports, triton
+from pdctl import footprint, log, ports, triton, watchers
 from pdctl.errors import AlreadyRunning, ServerError
 from pdctl.guard import Guard
 from pdctl.paths import MODEL_REPOSITORY, RUN
@@ -66,11 +67,7 @@ class Server:
     @property
     def token(self) -> str | None:
         """The mark of the latest start; None: never started, or stopped in good order."""
-        with contextlib.suppress(OSError):
-            text = (self.folder / "token").read_text()
-            if footprint.is_token(text):
-                return text
-        return None
+        return footprint.token(self.folder)
 
     @property
     def pid(self) -> int | None:
@@ -84,11 +81,12 @@ class Server:
         """Write the repository. Raises: DeploymentError, as repository.render."""
         render(self.deployment, self.spec, self._source, self.repository)
 
-    def start(self, *, held: bool) -> None:
+    def start(self, *, held: bool, again: bool = False) -> None:
         """Clean up after a crash, render the repository and start the process; see wait_ready.
 
         Args:
             held: the server ends with this process, however that ends.
+            again: the repository stays as it is.
 
         Raises:
             AlreadyRunning, PortTaken, ServerError, DeploymentError.
@@ -101,7 +99,8 @@ class Server:
             self.clean()
             ports.check(self.spec)
             found = triton.locate()
-            self.render()
+            if not again:
+                self.render()
             token = footprint.new_token(self.spec.name)
             key = secrets.token_hex(16)
             (self.folder / "key").touch(mode=0o600)
@@ -110,7 +109,7 @@ class Server:
             if self.log.exists():
                 self.log.replace(self.folder / "log.old")
             if held:
-                self._guard = Guard(token)
+                self._guard = Guard(self.folder)
             with self.log.open("wb") as output:
                 self._process = subprocess.Popen(
                     triton.command(found, self.spec, self.repository, token, key),
@@ -158,9 +157,11 @@ class Server:
             how = f"was killed by signal {-status}" if status < 0 else f"ended with {status}"
             raise ServerError(f"server {self.spec.name} {how}\n{self._excerpt()}")
 
-    def ready(self) -> bool:
+    def ready(self, model: str | None = None) -> bool:
+        """Whether every model of the server, or one of them, can be used."""
+        what = "health" if model is None else f"models/{model}"
         try:
-            with urllib.request.urlopen(f"{self.http}/v2/health/ready", timeout=2) as answer:
+            with urllib.request.urlopen(f"{self.http}/v2/{what}/ready", timeout=2) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -171,28 +172,60 @@ class Server:
         Raises:
             ServerError: the server does not answer.
         """
-        request = urllib.request.Request(
-            f"{self.http}/v2/repository/index",
-            method="POST",
-            headers={triton.KEY_HEADER: (self.folder / "key").read_text()},
-        )
         try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                return {entry["name"]: entry.get("state", "") for entry in json.load(answer)}
+            answer = self._post("/v2/repository/index", 5)
         except OSError as error:
             raise ServerError(f"server {self.spec.name} does not answer: {error}") from error
+        return {entry["name"]: entry.get("state", "") for entry in json.loads(answer)}
+
+    def load(self, model: str, timeout_s: float) -> None:
+        """Load a model of a running server anew, and wait until it is ready.
+
+        Raises:
+            ServerError: it cannot be loaded; says why.
+            OSError: the server does not answer.
+        """
+        # Files that have not changed would not be loaded again.
+        for file in (self.repository / model).rglob("model.py"):
+            file.touch()
+        try:
+            self._post(f"/v2/repository/models/{model}/load", timeout_s)
+        except urllib.error.HTTPError as error:
+            reason, *_ = json.loads(error.read())["error"].splitlines()
+            raise ServerError(f"model {model} cannot be loaded: {reason}") from error
+
+    def unload(self, model: str, timeout_s: float = 5) -> None:
+        """No new request reaches a model, and it is not ready, from now on. Raises: OSError."""
+        self._post(f"/v2/repository/models/{model}/unload", timeout_s)
+
+    def _post(self, path: str, timeout_s: float) -> bytes:
+        key = (self.folder / "key").read_text()
+        request = urllib.request.Request(
+            self.http + path, method="POST", headers={triton.KEY_HEADER: key}
+        )
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            data: bytes = answer.read()
+            return data
 
     def stop(self) -> None:
         """End the server, wait for its end and remove what it left; nothing to do if it is not up.
 
-        Takes at most EXIT_TIMEOUT_S and a few seconds more.
+        Its watchdog ends first. Takes at most EXIT_TIMEOUT_S and a few seconds more.
         """
+        watchers.end(self.folder)
         self.clean()
         if self._process is not None:
             self._process.wait()
         if self._guard is not None:
             self._guard.dismiss()
             self._guard = None
+
+    def kill(self) -> None:
+        """End the server at once, as a crash would, and remove what it left; see ``start``."""
+        if self.token is not None:
+            footprint.erase([self.token], grace_s=0)
+        if self._process is not None:
+            self._process.wait()
 
     def clean(self) -> None:
         """Make sure that nothing of the latest start is left on this machine."""

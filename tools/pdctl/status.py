@@ -6,6 +6,7 @@ import re
 import urllib.request
 from typing import Any
 
+from pdctl import ports, watchers
 from pdctl.errors import ServerError
 from pdctl.repository import models
 from pdctl.server import Server
@@ -17,31 +18,40 @@ _LABEL = re.compile(r'="([^"]*)"')
 def status(server: Server) -> dict[str, Any]:
     """A server's state: stopped, starting, ready, or unhealthy (some of its models are not ready).
 
-    Keys: server, state, pid, http, grpc, metrics, models (name to state), values (the
-    pdserve_* series without the buckets of histograms).
+    One of another host is asked at its ports, and ready, unhealthy or unreachable.
+
+    Keys: server, state, pid, watchdog (what it knows; None: there is none), http, grpc, metrics,
+    models (name to state), values (the pdserve_* series without the buckets of histograms).
     """
     pid = server.pid
     found: dict[str, Any] = {
         "server": server.spec.name,
         "state": "stopped",
         "pid": pid,
+        "watchdog": watchers.reported(server.folder),
         "http": server.http,
         "grpc": server.grpc,
         "metrics": server.metrics,
         "models": {name: "-" for name, _ in models(server.spec)},
         "values": {},
     }
-    if pid is None:
+    if pid is None and ports.is_here(server.spec):
         return found
-    if not server.ready():
-        return found | {"state": "starting"}
     try:
-        found["models"] |= server.index()
+        found["models"] |= _asked(server) if pid is None else server.index()
         found["values"] = scrape(server)
     except (ServerError, OSError):
-        return found | {"state": "unhealthy"}
+        silent = "unreachable" if pid is None else "starting"
+        return found | {"state": "unhealthy" if server.ready() else silent}
     healthy = all(state == "READY" for state in found["models"].values())
     return found | {"state": "ready" if healthy else "unhealthy"}
+
+
+def _asked(server: Server) -> dict[str, str]:
+    """What `Server.index` tells of a server on this host, of which the key is known."""
+    return {
+        name: "READY" if server.ready(name) else "UNAVAILABLE" for name, _ in models(server.spec)
+    }
 
 
 def scrape(server: Server) -> dict[str, float]:

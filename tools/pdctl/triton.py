@@ -17,6 +17,8 @@ EXIT_TIMEOUT_S = 5
 """How long Triton waits for requests in flight when it is told to stop."""
 KEY_HEADER = "pdctl-key"
 RESTRICTED = "model-repository,trace,logging"
+FORWARDED = "^traceparent$"
+"""gRPC metadata that becomes a request parameter. Of HTTP's headers, generate passes on none."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def command(triton: Triton, server: Server, repository: Path, token: str, key: s
         f"--metrics-port={server.metrics_port}",
         f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={key}",
         f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={key}",
+        f"--grpc-header-forward-pattern={FORWARDED}",
         f"--backend-config=python,shm-region-prefix-name={token}-triton-",
     ]
 

@@ -63,6 +63,12 @@ class GrpcChannel:
     def forget(self, call: str) -> None:
         self._calls.forget(call)
 
+    def lose(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.cancel()
+            self._calls.fail_all(self._error("its process is gone"))
+
     async def close(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
@@ -84,8 +90,9 @@ class GrpcChannel:
         except InstanceError as error:
             reason = str(error)
         finally:
-            self._reader = None
-            self._calls.fail_all(self._error(reason))
+            if self._reader is asyncio.current_task():
+                self._reader = None
+                self._calls.fail_all(self._error(reason))
             await connection.close()
 
     def _deliver(self, message: service_pb2.ModelStreamInferResponse) -> None:

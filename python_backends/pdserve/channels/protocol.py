@@ -11,6 +11,10 @@ from pdserve.errors import InstanceError
 from pdserve.messages import Reply, Request
 
 
+class NoAnswer(InstanceError):
+    """Nothing came for as long as was waited. (A timer may fire early: the clock does not tell.)"""
+
+
 class Replies:
     """The replies to one request, in order, for one reader.
 
@@ -43,7 +47,8 @@ class Replies:
         """The next reply.
 
         Raises:
-            InstanceError: the channel broke, or nothing came within ``timeout`` seconds.
+            InstanceError: the channel broke.
+            NoAnswer: nothing came within ``timeout`` seconds.
         """
         if not self._items and self._error is None:
             loop = asyncio.get_running_loop()
@@ -56,7 +61,7 @@ class Replies:
                 self._waiter = None
         if self._items:
             return self._items.popleft()
-        raise self._error or InstanceError(f"no answer within {timeout:g} s")
+        raise self._error or NoAnswer(f"no answer within {timeout:g} s")
 
 
 class Calls:
@@ -104,6 +109,9 @@ class Channel(Protocol):
 
     def forget(self, call: str) -> None:
         """No further reply to this call is wanted."""
+
+    def lose(self) -> None:
+        """The instance is gone: every open call fails, and the next one finds what comes after."""
 
     async def close(self) -> None:
         """Give up every open call and the connection."""

@@ -4,21 +4,24 @@ Blocks for the prompt and the longest answer are reserved on acceptance, so that
 an accepted request never waits for memory again. Requests join and leave the
 batch between two steps. What they leave behind stays until its blocks are needed:
 a prompt that begins alike has only its tail pulled.
+A request without a KV cache has its prompt computed here, between two steps.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import sys
 from functools import partial
 
 import numpy as np
 
 from pdserve import config, errors
 from pdserve.engines.arrivals import Arrivals
+from pdserve.engines.opened import Opened
+from pdserve.engines.prompts import Prompts
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
-from pdserve.kvcache.blocks import Blocks, Reserved
+from pdserve.engines.watches import Send, Watches
+from pdserve.kvcache.blocks import Blocks
 from pdserve.messages import (
     Accepted,
     Busy,
@@ -30,6 +33,7 @@ from pdserve.messages import (
     Reply,
     Stranger,
     Tokens,
+    Watch,
 )
 from pdserve.metrics import Registry
 from pdserve.transfer import peers
@@ -37,38 +41,9 @@ from pdserve.transfer.protocol import Stuck
 from pdserve.transfer.receiver import Receiver
 from pdserve.transfer.reports import Met, Pulled
 
-Send = Callable[[Reply, bool], None]
-"""Sends a reply; True with the last one."""
-
 TICK_S = 0.1
 # Tokens that come sooner than this speak for themselves; else the acceptance is told first.
 ACCEPTED_AFTER_S = 0.005
-
-
-@dataclass(slots=True, eq=False)
-class _Open:
-    """An accepted request."""
-
-    request: DecodeRequest
-    send: Send
-    reserved: Reserved
-    sequence: DecodeSequence
-    arrived: bool = False
-    """The prompt's K and V are in its blocks."""
-    lost: bool = False
-    """Something may still be written to its blocks: they are given to nobody."""
-    unsent: list[int] = field(default_factory=list)
-    sent_at: float = 0.0
-    pulled: Pulled | None = None
-    """How the KV cache came, until it has been told."""
-    released: bool = False
-    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
-    """Tells the acceptance, unless something else is told before."""
-
-    def tell(self, reply: Reply, last: bool) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-        self.send(reply, last)
 
 
 class DecodeInstance:
@@ -77,6 +52,7 @@ class DecodeInstance:
     Args:
         receiver: pulls into the engine's pool; closed with the instance.
         pulls: how many run at once.
+        turn_tokens: of prompts that it computes itself, between two steps at most.
         peers: decodes that a gateway spreads its streams over; see ``_interval``.
     """
 
@@ -88,6 +64,7 @@ class DecodeInstance:
         limits: config.Decode,
         receiver: Receiver,
         pulls: int,
+        turn_tokens: int,
         peers: int,
         metrics: Registry,
     ) -> None:
@@ -100,8 +77,12 @@ class DecodeInstance:
         self._blocks = Blocks(limits.blocks, limits.block_size)
         self._capacity = limits.blocks * limits.block_size
         self._arrivals = Arrivals(name, engine, receiver, pulls, metrics)
-        self._open: dict[str, _Open] = {}
-        self._running: dict[str, _Open] = {}
+        self._prompts = Prompts(name, engine, turn_tokens, metrics, self._arrived)
+        self._watches = Watches()
+        self._refused = False
+        """Somebody, since the last request ended."""
+        self._open: dict[str, Opened] = {}
+        self._running: dict[str, Opened] = {}
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -117,8 +98,9 @@ class DecodeInstance:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._arrivals.close()
         self._engine.close()
+        failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
+        self._watches.close(failed)
         for opened in list(self._open.values()):
-            failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
             self._end(opened, failed)
 
     # ---------------------------------------------------------------- admission
@@ -138,10 +120,13 @@ class DecodeInstance:
             send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
             return
         if len(self._open) >= self._limits.slots:
-            send(Busy("slots"), True)
+            self._refuse("slots", send)
+            return
+        if not request.handle and self._prompts.full:
+            self._refuse("prompts", send)
             return
         try:
-            handle = self._arrivals.open(request.handle, len(prompt))
+            handle = self._arrivals.open(request.handle, len(prompt)) if request.handle else None
         except peers.Stranger:
             send(Stranger(), True)
             return
@@ -152,17 +137,24 @@ class DecodeInstance:
         salt = None if request.sampling.reproducible else request.tenant
         reserved = self._blocks.reserve(prompt, length, salt)
         if reserved is None:
-            send(Busy("blocks"), True)
+            self._refuse("blocks", send)
             return
         sequence = DecodeSequence(
             prompt=prompt,
             tokens=[] if request.first_token is None else [request.first_token],
             runs=list(reserved.table.runs),
             sampling=request.sampling,
+            cached=reserved.held,
+            outputs=request.outputs,
         )
-        opened = self._open[request.id] = _Open(request, send, reserved, sequence)
+        opened = self._open[request.id] = Opened(request, send, reserved, sequence)
         opened.timer = self._loop.call_later(ACCEPTED_AFTER_S, send, Accepted(), False)
-        self._arrivals.pull(handle, reserved, sequence, partial(self._arrived, opened))
+        if handle is not None:
+            self._arrivals.pull(handle, reserved, sequence, partial(self._arrived, opened))
+        else:
+            opened.sent_at = self._loop.time()
+            self._prompts.add(opened)
+            self._work.set()
 
     def release(self, request_id: str, send: Send) -> None:
         """Nobody wants the tokens any more; what a step or a pull still uses is freed after it."""
@@ -170,7 +162,25 @@ class DecodeInstance:
         if opened is not None:
             opened.released = True
             self._work.set()
+        self._watches.release(request_id)
         send(Released(), True)
+
+    def watch(self, request: Watch, send: Send) -> None:
+        """Say once that a request has ended since; at once if there is none."""
+        self._watches.add(request, send)
+        # One may have ended while the refusal was on its way to who watches now.
+        ended = not self._refused and len(self._open) < self._limits.slots
+        if ended or not self._open:
+            self._tell_watches()
+
+    def _refuse(self, reason: str, send: Send) -> None:
+        self._refused = True
+        send(Busy(reason), True)
+
+    def _tell_watches(self) -> None:
+        self._refused = False
+        # Nobody says how many blocks they wait for: all are told.
+        self._watches.tell(sys.maxsize, self._loop.time())
 
     # ----------------------------------------------------------------- transfer
 
@@ -185,12 +195,10 @@ class DecodeInstance:
 
         self._arrivals.join(request.description, done)
 
-    def _arrived(self, opened: _Open, pulled: Pulled | Exception) -> None:
+    def _arrived(self, opened: Opened, pulled: Pulled | Exception) -> None:
         if not isinstance(pulled, Exception):
             opened.arrived = True
             self._blocks.arrived(opened.reserved, opened.sequence.prompt)
-            if not opened.sequence.tokens:
-                opened.sequence.tokens.append(pulled.token)
         opened.lost = isinstance(pulled, Stuck)
         if opened.released:
             self._end(opened, None)
@@ -198,9 +206,15 @@ class DecodeInstance:
             self._end(opened, Failed(errors.HandleError.code, f"{self._name}: {pulled}"))
         else:
             opened.pulled = pulled
+            self._running[opened.request.id] = opened
+            if opened.local:
+                self._append(opened, pulled.token, self._loop.time(), 0.0)
+                self._tell_watches()  # there is room for another prompt
+                return
+            if not opened.sequence.tokens:
+                opened.sequence.tokens.append(pulled.token)
             if opened.request.min_interval_ms:
                 opened.sent_at = self._loop.time()
-            self._running[opened.request.id] = opened
             self._work.set()
 
     # ------------------------------------------------------------------- decode
@@ -209,21 +223,26 @@ class DecodeInstance:
         while True:
             await self._work.wait()
             self._work.clear()
-            while batch := self._batch():
-                sequences = [opened.sequence for opened in batch]
-                try:
-                    tokens = await self._engine.step(sequences)
-                except Exception as error:  # one bad step may not end the instance
-                    failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
-                    for opened in batch:
-                        self._end(opened, failed)
-                    continue
-                now = self._loop.time()
-                interval = self._interval()
-                for opened, token in zip(batch, tokens, strict=True):
-                    self._append(opened, token, now, interval)
+            while self._running or self._prompts:
+                await self._prompts.turn()
+                if batch := self._batch():
+                    await self._step(batch)
+                self._metrics.add("pdserve_steps_total", instance=self._name)
 
-    def _batch(self) -> list[_Open]:
+    async def _step(self, batch: list[Opened]) -> None:
+        try:
+            tokens = await self._engine.step([opened.sequence for opened in batch])
+        except Exception as error:  # one bad step may not end the instance
+            failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
+            for opened in batch:
+                self._end(opened, failed)
+            return
+        now = self._loop.time()
+        interval = self._interval()
+        for opened, token in zip(batch, tokens, strict=True):
+            self._append(opened, token, now, max(interval, opened.request.min_interval_ms / 1e3))
+
+    def _batch(self) -> list[Opened]:
         for opened in [opened for opened in self._running.values() if opened.released]:
             self._end(opened, None)
         return list(self._running.values())
@@ -237,7 +256,7 @@ class DecodeInstance:
         cost = self._limits.response_cost_ms * len(self._open) * self._peers
         return min(cost, self._limits.max_interval_ms) / 1e3
 
-    def _append(self, opened: _Open, token: int, now: float, interval: float) -> None:
+    def _append(self, opened: Opened, token: int, now: float, interval: float) -> None:
         if opened.released:
             return
         request, sequence = opened.request, opened.sequence
@@ -248,7 +267,7 @@ class DecodeInstance:
             reason = "stop"
         elif len(sequence.tokens) >= request.max_tokens:
             reason = "length"
-        elif now - opened.sent_at < max(interval, request.min_interval_ms / 1e3):
+        elif now - opened.sent_at < interval:
             return
         ids = np.array(opened.unsent, "<i4").tobytes()
         start = len(sequence.tokens) - len(opened.unsent)
@@ -261,7 +280,7 @@ class DecodeInstance:
             opened.pulled = None
             opened.sent_at = now
 
-    def _end(self, opened: _Open, reply: Reply | None) -> None:
+    def _end(self, opened: Opened, reply: Reply | None) -> None:
         """The request is over; nothing is held for it from here on."""
         self._running.pop(opened.request.id, None)
         del self._open[opened.request.id]
@@ -273,6 +292,7 @@ class DecodeInstance:
         elif not opened.lost:
             self._blocks.free(opened.reserved)
         opened.tell(reply or Failed(errors.Cancelled.code, "released"), True)
+        self._tell_watches()
 
     # ------------------------------------------------------------------ metrics
 
@@ -282,6 +302,7 @@ class DecodeInstance:
             used = len(self._open)
             gauge("pdserve_slots", used, instance=self._name, state="used")
             gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
+            gauge("pdserve_watches", len(self._watches), instance=self._name)
             pool = self._blocks.pool
             for state, blocks in (
                 ("used", pool.used_blocks),

@@ -25,6 +25,7 @@ from pdserve import errors
 from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
 from pdserve.kvcache.layout import KVLayout
 from pdserve.transfer.arrays import aligned
+from pdserve.transfer.scatter import part_of
 
 Milliseconds = Annotated[float, Meta(ge=0)]
 
@@ -35,6 +36,10 @@ class PrefillTiming(Struct, frozen=True, forbid_unknown_fields=True):
     base_ms: Milliseconds = 0.0
     per_token_ms: Milliseconds = 0.0
     per_token_squared_ms: Milliseconds = 0.0
+
+    def tokens_ms(self, tokens: int) -> float:
+        """Of a prompt's uncached tokens, next to the base."""
+        return self.per_token_ms * tokens + self.per_token_squared_ms * tokens**2
 
 
 class DecodeTiming(Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,6 +96,10 @@ class EmulatedModel:
             token = (token + 1) % self._vocabulary
         return token
 
+    def next(self, prompt: Tokens, outputs: int, new: int) -> int:
+        """The token after a prompt, the last ``outputs`` of it output already, and ``new`` more."""
+        return self.token(prompt[: len(prompt) - outputs], outputs + new)
+
     def seconds(self, milliseconds: float) -> float:
         """The profile's time, at its speed."""
         speed = self.profile.speed
@@ -108,9 +117,7 @@ class EmulatedPrefill:
         milliseconds = timing.base_ms
         for job in jobs:
             job.copy_prefix()
-            computed = len(job.tokens) - job.cached
-            milliseconds += timing.per_token_ms * computed
-            milliseconds += timing.per_token_squared_ms * computed**2
+            milliseconds += timing.tokens_ms(len(job.tokens) - job.cached)
         loop = asyncio.get_running_loop()
         layers, began, seconds = (
             self._model.layout.layers,
@@ -126,7 +133,7 @@ class EmulatedPrefill:
                 await asyncio.sleep(began + seconds * (layer + 1) / layers - loop.time())
             for job in jobs:
                 job.filled(2 * layer + 2)
-        return [self._model.token(job.tokens, 0) for job in jobs]
+        return [self._model.next(job.tokens, job.outputs, 0) for job in jobs]
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -152,6 +159,25 @@ class EmulatedDecode:
                 raise errors.InstanceError("the KV cache that arrived is not this prompt's")
             start += rows
 
+    async def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
+        """The parts of a prompt take together what the whole takes in a prefill."""
+        timing, cached = self._model.profile.prefill, sequence.cached
+        milliseconds = timing.tokens_ms(end - cached) - timing.tokens_ms(begin - cached)
+        if begin == cached:
+            milliseconds += timing.base_ms
+        seconds = self._model.seconds(milliseconds)
+        self._free_at = asyncio.get_running_loop().time() + seconds
+        await asyncio.sleep(seconds)
+        start = begin
+        for first, rows in part_of(sequence.runs, begin, end - begin):
+            tokens = sequence.prompt[None, start : start + rows, None]
+            self.pool[:, first : first + rows].view("<i4")[:] = tokens
+            start += rows
+        if end < len(sequence.prompt):
+            return None
+        self.joined(sequence)
+        return self._model.next(sequence.prompt, sequence.outputs, 0)
+
     async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
         """A step begins when the one before ended, though that one's tokens were dealt with since.
 
@@ -172,7 +198,7 @@ class EmulatedDecode:
         overlapped = goes_on and now < self._free_at + seconds
         self._free_at = (self._free_at if overlapped else now) + seconds
         await asyncio.sleep(self._free_at - now)
-        return [self._model.token(one.prompt, len(one.tokens)) for one in batch]
+        return [self._model.next(one.prompt, one.outputs, len(one.tokens)) for one in batch]
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -2,22 +2,23 @@
 
 A request holds a *slot* from acceptance until its KV cache has been transferred,
 given up or left to expire, so that a slow decode shows as rejection here. There
-is no queue behind the slots: accepted prompts share the next forward.
+is no queue behind the slots: accepted prompts share the next forward. Gateways that
+found it busy may watch, and are told in turn.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pdserve import config, errors
 from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
+from pdserve.engines.watches import Send, Watches
 from pdserve.kvcache.arena import Range, State
 from pdserve.kvcache.cut import Cut
-from pdserve.kvcache.prefix import PrefixIndex
+from pdserve.kvcache.prefix import PrefixIndex, shorten
 from pdserve.kvcache.ranges import KVRange
 from pdserve.messages import (
     Accepted,
@@ -28,15 +29,16 @@ from pdserve.messages import (
     PrefillRequest,
     Released,
     Reply,
+    Watch,
 )
 from pdserve.metrics import Registry
 from pdserve.transfer.holder import Holder
 from pdserve.transfer.lending import Lending, Loan
 
-Send = Callable[[Reply, bool], None]
-"""Sends a reply; True with the last one."""
-
 TICK_S = 0.02
+# So often, while somebody waits, it is looked at what decodes have taken: from then on a slot is
+# idle. To wake up and look takes some 50 us.
+LOOK_S = 0.001
 # A result that comes sooner than this speaks for itself; else the acceptance is told first,
 # and told again while the computation lasts.
 ACCEPTED_AFTER_S = 0.005
@@ -93,13 +95,19 @@ class PrefillInstance:
         self._held: dict[str, _Held] = {}
         self._pending: list[_Held] = []
         self._work = asyncio.Event()
+        self._watches = Watches()
+        self._stirred = asyncio.Event()
+        """Something is free for those who watch, or may soon be so by itself."""
+        self._refused_with = -1
+        """Bytes that the arena had to give when they were too few; -1: some have come since."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin to compute and to keep time; called once in the running loop."""
         # An event loop's clock is CLOCK_MONOTONIC, which leases and handles count by.
         self._loop = asyncio.get_running_loop()
-        self._tasks = [asyncio.create_task(self._compute()), asyncio.create_task(self._keep_time())]
+        work = self._compute(), self._keep_time(), self._attend()
+        self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
         """Stop, and let go of the memory: who has it mapped may still take what is leased."""
@@ -107,8 +115,10 @@ class PrefillInstance:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._engine.close()
+        failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
         for held in [held for held in self._held.values() if held.computing]:
-            self._end(held, Failed(errors.InstanceError.code, f"{self._name} is shutting down"))
+            self._end(held, failed)
+        self._watches.close(failed)
         self._holder.close()
 
     def describe(self, send: Send) -> None:
@@ -119,7 +129,6 @@ class PrefillInstance:
 
     def submit(self, request: PrefillRequest, send: Send) -> None:
         """Accept or reject, at once; ``send`` gets the rejection or, later, the result."""
-        self._sweep()
         tokens = np.frombuffer(request.prompt, "<i4")
         nbytes = self._cut.nbytes(self._model.layout, len(tokens))
         if nbytes > self._lending.arena.capacity:
@@ -132,29 +141,31 @@ class PrefillInstance:
         if request.id in self._held:
             send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
             return
-        if (
-            len(self._held) >= self._limits.slots
-            or len(self._lending.quarantined) >= MAX_QUARANTINED
-        ):
+        self._look(offering=request.gateway)
+        if not self._watches.admits(request.gateway, self._free()):
             send(Busy("slots"), True)
             return
         loan = self._lending.allocate(nbytes)
         if loan is None:
+            self._refused_with = self._available()
             send(Busy("arena"), True)
             return
+        self._watches.took(request.gateway)
         kv = self._kv(loan.range)
         held = _Held(
             request=request,
             send=send,
             loan=loan,
             kv=kv,
-            job=PrefillJob(tokens, kv.whole, request.sampling, kv.publish),
+            job=PrefillJob(tokens, kv.whole, request.sampling, kv.publish, request.outputs),
             salt=request.tenant,
             deadline=self._loop.time() + request.deadline_ms / 1e3,
         )
         self._held[request.id] = held
         if request.layered:
             self._open_early(held)
+        elif request.hurry:
+            self._say_accepted(held)
         else:
             held.timer = self._loop.call_later(ACCEPTED_AFTER_S, self._say_accepted, held)
         self._pending.append(held)
@@ -183,8 +194,36 @@ class PrefillInstance:
         held.send(Accepted(), False)
         held.timer = self._loop.call_later(ACCEPTED_AGAIN_S, self._say_accepted, held)
 
+    def watch(self, request: Watch, send: Send) -> None:
+        """Say once when a slot is free for this gateway, which may be now."""
+        self._watches.add(request, send)
+        self._look()
+        self._stirred.set()
+
+    def _look(self, offering: str | None = None) -> None:
+        """See what has become free, and tell whose turn it is."""
+        self._sweep()
+        if self._available() > self._refused_with:
+            self._refused_with = -1
+        # Without a size it is not known whether the arena has room, but this is: nothing has
+        # come back since it had none.
+        free = self._free() if self._refused_with < 0 else 0
+        self._watches.tell(free, self._loop.time(), offering)
+
+    def _free(self) -> int:
+        """Slots that could be taken."""
+        if len(self._lending.quarantined) >= MAX_QUARANTINED:
+            return 0
+        return self._limits.slots - len(self._held)
+
+    def _available(self) -> int:
+        """Bytes of the arena that are free, or can be had by eviction."""
+        counts = self._lending.counts()
+        return counts[State.FREE][1] + counts[State.CACHED][1]
+
     def release(self, request_id: str, send: Send) -> None:
-        """Whatever is held for the request is wanted no longer."""
+        """Whatever is held for the request, or a watch, is wanted no longer."""
+        self._watches.release(request_id)
         held = self._held.get(request_id)
         if held is not None:
             if held.computing:
@@ -215,6 +254,8 @@ class PrefillInstance:
                 finally:
                     for source in sources:
                         self._lending.arena.unpin(source)
+                        self._refused_with = -1
+                self._metrics.add("pdserve_steps_total", instance=self._name)
                 ms = (self._loop.time() - began) * 1e3
                 for held, token in zip(batch, tokens, strict=True):
                     self._hand_over(held, token, ms)
@@ -273,6 +314,7 @@ class PrefillInstance:
         if held.timer is not None:
             held.timer.cancel()
         held.computing = False
+        self._stirred.set()
         planes = self._model.layout.planes
         held.kv.publish(planes)
         until = self._loop.time() + self._limits.lease_s
@@ -280,9 +322,9 @@ class PrefillInstance:
         if held.loan.slot is None:
             handle = self._lending.lend(held.loan, len(held.job.tokens), until)
         self._lending.complete(held.loan, planes, token, until)
-        self._prefixes.add(held.loan.range, held.job.tokens, held.salt)
+        stored = shorten(self._prefixes.add(held.loan.range, held.job.tokens, held.salt))
         eos = token in self._model.eos_ids
-        held.send(Prefilled(token, eos, handle, held.job.cached, compute_ms), True)
+        held.send(Prefilled(token, eos, handle, held.job.cached, compute_ms, stored), True)
 
     def _end(self, held: _Held, reply: Reply) -> None:
         """Before its first token the request has failed or is unwanted."""
@@ -296,6 +338,7 @@ class PrefillInstance:
     def _take_back(self, held: _Held) -> None:
         """What is held for a request ends: taken, unwanted, failed, or over."""
         del self._held[held.request.id]
+        self._stirred.set()
         self._lending.give_back(held.loan, self._loop.time())
 
     def _sweep(self) -> None:
@@ -304,6 +347,16 @@ class PrefillInstance:
             if not held.computing and self._lending.over(held.loan, now):
                 self._take_back(held)
         self._lending.sweep(now)
+
+    async def _attend(self) -> None:
+        """While somebody watches, see soon what has ended."""
+        while True:
+            await self._stirred.wait()
+            self._look()
+            lent = any(not held.computing for held in self._held.values())
+            if not self._watches or not (lent or self._lending.quarantined or self._watches.kept):
+                self._stirred.clear()
+            await asyncio.sleep(LOOK_S)
 
     async def _keep_time(self) -> None:
         while True:
@@ -316,6 +369,7 @@ class PrefillInstance:
         gauge = self._metrics.set
         gauge("pdserve_slots", used, instance=self._name, state="used")
         gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
+        gauge("pdserve_watches", len(self._watches), instance=self._name)
         for state, (ranges, _) in self._lending.counts().items():
             if state is not State.FREE:
                 gauge("pdserve_kv_leases", ranges, instance=self._name, state=state.value)

@@ -1,7 +1,7 @@
 """What an engine computes: the calls that every kind of engine answers.
 
-One call of ``prefill`` or ``step`` is made at a time; ``joined`` blocks, and may run
-in another thread at the same time as ``step``.
+One call of ``prefill`` or ``step`` is made at a time, of an engine that has both, too; ``joined``
+blocks, and may run in another thread at the same time as either.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class PrefillJob:
     sampling: Sampling
     filled: Callable[[int], None] = lambda _: None
     """To be called with the number of planes that are complete, as they become so."""
+    outputs: int = 0
+    """So many of the last tokens are output already, that another pair has made."""
     cached: int = 0
     """Rows that another range holds already: less than the number of tokens, since at least
     one is computed, for its logits."""
@@ -60,6 +62,10 @@ class DecodeSequence:
     runs: list[tuple[int, int]]
     """(first row in the pool, rows); together at least prompt + tokens - 1 at any step."""
     sampling: Sampling
+    cached: int = 0
+    """Tokens of the prompt that the pool held before it came; at least one less than it has."""
+    outputs: int = 0
+    """So many of the prompt's last tokens are output already, that another pair has made."""
     state: Any = field(default=None, repr=False)
     """The engine's own, from ``joined`` on."""
 
@@ -123,6 +129,15 @@ class DecodeEngine(Protocol):
 
     def joined(self, sequence: DecodeSequence) -> None:
         """The K and V of the sequence's prompt are in the pool."""
+
+    async def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
+        """Compute the K and V of a part of the prompt; the first token, if it is the last part.
+
+        Args:
+            begin: the K and V of so many of its tokens are in the sequence's rows.
+            end: how many are there afterwards. Of a reproducible sequence, all: what its
+                tokens are may not depend on how the prompt was cut.
+        """
 
     async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
         """The next token of each sequence."""

@@ -47,6 +47,11 @@ class ThreadedDecode:
     def joined(self, sequence: DecodeSequence) -> None:
         """Nothing to do: a step reads the pool."""
 
+    async def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
+        loop = asyncio.get_running_loop()
+        prefill = self._compute.prefill
+        return await loop.run_in_executor(self._thread, prefill, sequence, begin, end)
+
     async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._compute.step, batch)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from pdserve.engines.protocol import DecodeSequence
-from pdserve.engines.torch_attention import DecodeMemory
+from pdserve.engines.torch_attention import DecodeMemory, PrefillMemory
+from pdserve.engines.torch_fixed import FIXED_ROWS, replay
 from pdserve.engines.torch_model import TorchModel
 from pdserve.engines.torch_sampling import Choice, sample
 from pdserve.transfer.arrays import Array
-
-# Rows of a forward whose bits may not depend on the batch: always as many, so that every
-# operation has one shape. 16 cost hardly more than 4; see torch_linear.
-FIXED_ROWS = 16
 
 
 class TorchDecode:
     """The decode role of a model.
 
-    ``step`` is called from one thread; others may write to unused rows of ``pool`` meanwhile.
+    Calls are made from one thread; others may write to unused rows of ``pool`` meanwhile.
 
     Args:
         blocks, block_size: the pool's blocks, and the tokens in each.
@@ -41,6 +39,31 @@ class TorchDecode:
         rows = self._pool.flatten(3).flatten(0, 1)
         seen = rows.view(torch.uint8)
         return seen if seen.is_cuda else seen.numpy()
+
+    def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
+        """Compute tokens `begin` to `end` of a prompt; the first token, if that is its end.
+
+        One run is computed in place, as a prefill does its range. Several are joined, which
+        gives the very bits that one would, and are brought back.
+        """
+        runs = [self._pool.narrow(2, *run) for run in sequence.rows(end)]
+        kv = runs[0] if len(runs) == 1 else torch.cat(runs, 2)
+        last = [end - begin - 1] if end == len(sequence.prompt) else []
+        if sequence.outputs and sequence.sampling.reproducible:
+            logits = replay(self._model, sequence.prompt, sequence.outputs, kv)
+        else:
+            logits = self._model.forward(
+                sequence.prompt[begin:end].astype(np.int64),
+                np.arange(begin, end),
+                np.array(last, np.int64),
+                PrefillMemory([kv], [begin], lambda _: None),
+            )
+        if len(runs) > 1:
+            for run, part in zip(runs, kv.split([run.shape[2] for run in runs], 2), strict=True):
+                run.copy_(part)
+        if not last:
+            return None
+        return sample(logits, [Choice(sequence.sampling, sequence.prompt, (), sequence.outputs)])[0]
 
     def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
         """The next token of each sequence.
@@ -78,5 +101,5 @@ class TorchDecode:
             None,
             memory,
         )
-        choices = [Choice(s.sampling, s.prompt, s.tokens) for s in batch]
+        choices = [Choice(s.sampling, s.prompt, s.tokens, s.outputs) for s in batch]
         return sample(logits[: len(batch)], choices)

@@ -9,6 +9,7 @@ import torch
 
 from pdserve.engines.protocol import PrefillJob
 from pdserve.engines.torch_attention import PrefillMemory
+from pdserve.engines.torch_fixed import replay
 from pdserve.engines.torch_model import TorchModel
 from pdserve.engines.torch_sampling import Choice, sample
 
@@ -36,10 +37,15 @@ class TorchPrefill:
             for job in jobs:
                 job.filled(2 * layers)
 
-        logits = self._model.forward(
-            np.concatenate([job.tokens[job.cached :] for job in jobs]),
-            np.concatenate([np.arange(job.cached, len(job.tokens)) for job in jobs]),
-            np.cumsum([len(job.tokens) - job.cached for job in jobs]) - 1,
-            PrefillMemory(kv, cached, filled),
-        )
-        return sample(logits, [Choice(job.sampling, job.tokens, ()) for job in jobs])
+        first = jobs[0]
+        if first.outputs and first.sampling.reproducible:
+            logits = replay(self._model, first.tokens, first.outputs, kv[0])
+            filled(self._model.layout.layers)
+        else:
+            logits = self._model.forward(
+                np.concatenate([job.tokens[job.cached :] for job in jobs]),
+                np.concatenate([np.arange(job.cached, len(job.tokens)) for job in jobs]),
+                np.cumsum([len(job.tokens) - job.cached for job in jobs]) - 1,
+                PrefillMemory(kv, cached, filled),
+            )
+        return sample(logits, [Choice(job.sampling, job.tokens, (), job.outputs) for job in jobs])

@@ -25,6 +25,8 @@ class Choice:
     sampling: Sampling
     prompt: NDArray[np.int32]
     output: Sequence[int]
+    outputs: int = 0
+    """So many of the prompt's last tokens are output, too."""
 
     @property
     def position(self) -> int:
@@ -50,7 +52,8 @@ def sample(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
 def penalize(scores: NDArray[np.float32], choice: Choice) -> None:
     """Apply a row's penalties in place; each token counts once for repetition and presence."""
     sampling = choice.sampling
-    output = np.asarray(choice.output, np.int64)
+    begun = choice.prompt[len(choice.prompt) - choice.outputs :]
+    output = np.append(begun, choice.output).astype(np.int64)
     if sampling.repetition_penalty != 1.0:
         seen = np.union1d(choice.prompt, output)
         penalty = np.float32(sampling.repetition_penalty)

@@ -8,24 +8,47 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
+BLOCK_TOKENS = 32
 DIGEST_BYTES = 32
+SHORT_BYTES = 8
 T = TypeVar("T")
 
 
-class PrefixIndex(Generic[T]):
-    """KV caches (ranges, block tables: T, by identity) by the chained hashes of their blocks of
-    `block_tokens` token ids.
+def chain(
+    tokens: NDArray[np.int32], salt: str, limit: int, block_tokens: int = BLOCK_TOKENS
+) -> Iterator[bytes]:
+    """Digests of the whole blocks within the first `limit` tokens, one after another.
 
-    A block's hash covers all tokens before it and the salt, so that equal hashes mean equal
-    prefixes, and prompts of two salts (tenants) never share. Give `remove` to the arena
-    or pool as `on_free`: what is freed or evicted is then never found.
+    A block's digest covers all tokens before it and the salt, so that equal digests mean equal
+    prefixes. The same in every process: what a prefill has told of its own can be looked up.
+    """
+    data = np.asarray(tokens, "<i4").tobytes()
+    step = block_tokens * 4
+    digest = blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()
+    for end in range(step, limit * 4 + 1, step):
+        state = blake2b(digest, digest_size=DIGEST_BYTES)
+        state.update(data[end - step : end])
+        digest = state.digest()
+        yield digest
+
+
+def shorten(digests: Iterable[bytes]) -> bytes:
+    """The first SHORT_BYTES of each, joined: enough for a guess that is checked when it is used."""
+    return b"".join(digest[:SHORT_BYTES] for digest in digests)
+
+
+class PrefixIndex(Generic[T]):
+    """KV caches (ranges, block tables: T, by identity) by the digests of their blocks (`chain`).
+
+    Prompts of two salts (tenants) never share. Give `remove` to the arena or pool as `on_free`:
+    what is freed or evicted is then never found.
     """
 
-    def __init__(self, block_tokens: int = 32) -> None:
+    def __init__(self, block_tokens: int = BLOCK_TOKENS) -> None:
         self.block_tokens = block_tokens
         # The inner dicts are ordered sets: several may hold the same prefix.
         self._holding: dict[bytes, dict[T, None]] = {}
@@ -34,15 +57,16 @@ class PrefixIndex(Generic[T]):
     def __len__(self) -> int:
         return len(self._digests)
 
-    def add(self, held: T, tokens: NDArray[np.int32], salt: str) -> None:
-        """Make what holds the K and V of `tokens` int32 [n] findable.
+    def add(self, held: T, tokens: NDArray[np.int32], salt: str) -> list[bytes]:
+        """Make what holds the K and V of `tokens` int32 [n] findable; the digests of its blocks.
 
         Again for the same one: `tokens` take the place of those before.
         """
         self.remove(held)
-        self._digests[held] = list(self._chain(tokens, salt, len(tokens)))
-        for digest in self._digests[held]:
+        digests = self._digests[held] = list(chain(tokens, salt, len(tokens), self.block_tokens))
+        for digest in digests:
             self._holding.setdefault(digest, {})[held] = None
+        return digests
 
     def find(self, tokens: NDArray[np.int32], salt: str) -> tuple[T, int] | None:
         """Who holds the longest prefix of `tokens` int32 [n], and that prefix's length.
@@ -51,8 +75,8 @@ class PrefixIndex(Generic[T]):
         left, since its logits are wanted. Pin what is found before anything else is allocated.
         """
         best = None
-        chain = self._chain(tokens, salt, len(tokens) - 1)
-        for count, digest in enumerate(chain, start=1):
+        digests = chain(tokens, salt, len(tokens) - 1, self.block_tokens)
+        for count, digest in enumerate(digests, start=1):
             if digest not in self._holding:
                 break
             best = next(reversed(self._holding[digest])), count * self.block_tokens
@@ -64,14 +88,3 @@ class PrefixIndex(Generic[T]):
             del self._holding[digest][held]
             if not self._holding[digest]:
                 del self._holding[digest]
-
-    def _chain(self, tokens: NDArray[np.int32], salt: str, limit: int) -> Iterator[bytes]:
-        """Digests of the whole blocks within the first `limit` tokens."""
-        data = np.asarray(tokens, "<i4").tobytes()
-        step = self.block_tokens * 4
-        digest = blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()
-        for end in range(step, limit * 4 + 1, step):
-            state = blake2b(digest, digest_size=DIGEST_BYTES)
-            state.update(data[end - step : end])
-            digest = state.digest()
-            yield digest

@@ -18,6 +18,7 @@ class TritonPythonModel(InstanceModel):
         receiver = plane.receiver(deployment, terms, engine.pool)
         pulls = deployment.transfer.pulls
         peers = len(deployment.instances("decode"))
+        turn_tokens = deployment.prefill.batch_tokens
         return DecodeInstance(
-            name, model, engine, deployment.decode, receiver, pulls, peers, metrics
+            name, model, engine, deployment.decode, receiver, pulls, turn_tokens, peers, metrics
         )

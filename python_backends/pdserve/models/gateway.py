@@ -4,50 +4,64 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import secrets
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import triton_python_backend_utils as pb_utils
 
-from pdserve import config, errors, parameters
+from pdserve import config, errors, parameters, tracing
 from pdserve.channels.bls import BlsChannel
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.channels.protocol import Channel
 from pdserve.engines import build
 from pdserve.engines.protocol import Tokens
+from pdserve.messages import Sampling
 from pdserve.metrics import Registry
 from pdserve.models import triton
 from pdserve.models.triton import LoopThread, Outbox, Publisher
-from pdserve.scheduling.instance import Instance
-from pdserve.scheduling.meetings import Meetings
+from pdserve.reloading import DeploymentFile, changes, taken_over
+from pdserve.scheduling.groups import Group, Groups
 from pdserve.scheduling.request import Request
-from pdserve.scheduling.scheduler import Scheduler
+from pdserve.scheduling.scenarios import Asked, Router
 from pdserve.text import TextStream
 from pdserve.tokenizer import Tokenizer
 
 # A client that has gone is noticed within this time.
 CANCEL_LOOK_S = 0.08
 BLS_THREADS = 64
+# A deployment that has changed is taken over within this time.
+RELOAD_LOOK_S = 1.0
 # Each waits for the server most of the time.
 OUTBOXES = 4
 _GONE = errors.Cancelled("the client has gone")
 
 
+class Prompt(NamedTuple):
+    ids: Tokens
+    echo: str = ""
+    """What comes before the answer: the prompt, if that is asked for."""
+    beginning: str = ""
+    """The text that the rules of scenarios look at."""
+
+
 class GatewayModel(ABC):
-    """A Triton model in front of a scheduler. Subclasses read prompts and write answers."""
+    """A Triton model in front of the schedulers. Subclasses read prompts and write answers."""
 
     prompt_input: str
     answers_in_text: bool
 
     def initialize(self, args: dict[str, str]) -> None:
-        self.deployment = triton.deployment(args)
+        self._file = DeploymentFile(triton.deployment_path(args))
+        self.deployment = self._file.deployment
         self.tokenizer = Tokenizer(Path(self.deployment.model))
         decode = self.deployment.decode
         self._longest = min(
@@ -55,21 +69,21 @@ class GatewayModel(ABC):
         )
         """Tokens of prompt and answer together, at most."""
         self._name = args["model_name"]
+        self._traces = tracing.start(
+            self.deployment.gateway.traces, self._name, pb_utils.Logger.log_warn
+        )
         self._unfinished = triton.text("finish_reason", "")
         self._metrics = Registry()
         self._outboxes = [Outbox(CANCEL_LOOK_S, self._client_gone) for _ in range(OUTBOXES)]
         self._ids = itertools.count()
         self._serving: dict[str, asyncio.Task[Any]] = {}
+        self._channels: dict[str, Channel] = {}
         self._loop = LoopThread()
         self._loop.run(self._start())
 
     @abstractmethod
-    async def prompt(self, inputs: parameters.Tensors) -> tuple[Tokens, str]:
-        """The prompt's token ids, and what is echoed before the answer if that is asked for.
-
-        Raises:
-            InvalidRequest: there is no such prompt.
-        """
+    async def prompt(self, inputs: parameters.Tensors) -> Prompt:
+        """Raises: InvalidRequest: there is no such prompt."""
 
     @abstractmethod
     def outputs(self, text: str, ids: list[int]) -> list[Any]:
@@ -84,6 +98,7 @@ class GatewayModel(ABC):
         for outbox in self._outboxes:
             outbox.close()
         self._loop.close()
+        self._traces.close()
 
     # ------------------------------------------------------------------ serving
 
@@ -98,7 +113,11 @@ class GatewayModel(ABC):
     async def _serve(self, key: str, request: Any) -> Any:
         """The last response, whatever happens: without it Triton would leave the client waiting."""
         try:
-            return await self._answer(key, request)
+            given = triton.parameters(request)
+            if (lost := given.get("lost")) is not None:
+                return self._lose(lost)
+            with self._traces.begin(given) as trace:
+                return await self._answer(key, request, trace)
         except errors.PDServeError as error:
             known = error.code != errors.PDServeError.code
             return triton.error(error if known else _logged(error))
@@ -124,29 +143,41 @@ class GatewayModel(ABC):
         if task := self._serving.get(key):
             task.cancel()
 
-    async def _answer(self, key: str, request: Any) -> Any:
+    async def _answer(self, key: str, request: Any, trace: tracing.Trace) -> Any:
         """Send all responses but the last, which is returned."""
+        scenario = self._router.default
         try:
-            job, asked, piece = await self._read(key, request)
-        except errors.InvalidRequest:
-            self._metrics.add("pdserve_requests_total", scenario="default", outcome="rejected")
+            asked, prompt = await self._read(request)
+            about = Asked(asked.scenario, asked.tenant, self._name, prompt.beginning)
+            scenario = self._router.scenario(about)
+            job = self._request(key, asked, prompt.ids, scenario.terms)
+        except (errors.InvalidRequest, errors.NotFound):
+            name = scenario.terms.name
+            self._metrics.add("pdserve_requests_total", scenario=name, outcome="rejected")
             raise
+        job.time_limit_s = (request.timeout() or asked.timeout_us) / 1e6 or math.inf
+        group = scenario.next_group()
+        self._metrics.add("pdserve_routed_total", scenario=job.scenario, group=group.name)
+        trace.carry(job)
         text = TextStream(self.tokenizer, asked.stop)
         reads_text = self.answers_in_text or bool(asked.stop)
-        ids, told = list[int](), 0
-        async with aclosing(self._scheduler.run(job)) as chunks:
-            async for chunk in chunks:
-                ids += chunk.ids
-                if reads_text:
-                    piece += text.push(chunk.ids)
-                    if text.stopped:
-                        job.end_answer(text.tokens_used)
-                last = chunk.finish_reason or job.answer_ended
-                if asked.stream and not last and (piece or not self.answers_in_text):
-                    outputs = [*self.outputs(piece, ids), self._unfinished]
-                    self._outbox(key).send(key, pb_utils.InferenceResponse(outputs), last=False)
-                    told += len(ids)
-                    piece, ids = "", []
+        piece, ids, told = prompt.echo, list[int](), 0
+        with group.serving(job) as scheduler:
+            async with aclosing(scheduler.run(job)) as chunks:
+                async for chunk in chunks:
+                    ids += chunk.ids
+                    if reads_text:
+                        piece += text.push(chunk.ids)
+                        if text.stopped:
+                            job.end_answer(text.tokens_used)
+                    last = chunk.finish_reason or job.answer_ended
+                    if asked.stream and not last and (piece or not self.answers_in_text):
+                        outputs = [*self.outputs(piece, ids), self._unfinished]
+                        self._outbox(key).send(key, pb_utils.InferenceResponse(outputs), last=False)
+                        told += len(ids)
+                        piece, ids = "", []
+        if _within_limits(job, scenario.terms):
+            self._metrics.add("pdserve_good_requests_total", scenario=job.scenario)
         if reads_text and not text.stopped:
             piece += text.finish()
         ending = [
@@ -156,82 +187,123 @@ class GatewayModel(ABC):
         ]
         return pb_utils.InferenceResponse(ending)
 
-    async def _read(self, key: str, request: Any) -> tuple[Request, parameters.Parameters, str]:
-        """What is asked for, checked, and the text to echo before the answer.
-
-        Raises:
-            InvalidRequest: it can never be served.
-        """
+    async def _read(self, request: Any) -> tuple[parameters.Parameters, Prompt]:
+        """Raises: InvalidRequest: it can never be served."""
         inputs = triton.tensors(request)
         if self.prompt_input not in inputs:  # Triton counts the inputs, but does not look
             raise errors.InvalidRequest(f"{self.prompt_input} is missing; every request needs it")
         most = self.deployment.gateway.max_stop_words
         asked = parameters.parse(inputs, triton.parameters(request), most)
-        prompt, echo = await self.prompt(inputs)
-        return self._request(key, asked, prompt), asked, echo
+        return asked, await self.prompt(inputs)
 
-    def _request(self, key: str, asked: parameters.Parameters, prompt: Tokens) -> Request:
+    def _request(
+        self, key: str, asked: parameters.Parameters, prompt: Tokens, terms: config.Scenario
+    ) -> Request:
+        """What the client asks for; where it says nothing, what its scenario says.
+
+        Raises:
+            InvalidRequest: prompt or answer are too long.
+        """
         limits = self.deployment.gateway
         most = limits.max_prompt_tokens
         if most is not None and len(prompt) > most:
             raise errors.InvalidRequest(
                 f"the prompt has {len(prompt)} tokens; at most {most} are allowed"
             )
+        ttft_limit_ms = asked.ttft_limit_ms or terms.ttft_limit_ms or limits.ttft_limit_ms
         return Request(
             id=key,
             prompt=prompt.astype("<i4").tobytes(),
-            max_tokens=parameters.answer_length(asked.max_tokens, len(prompt), self._longest),
-            sampling=asked.sampling,
+            max_tokens=parameters.answer_length(
+                asked.max_tokens, terms.max_tokens, len(prompt), self._longest
+            ),
+            sampling=Sampling(**{**msgspec.structs.asdict(terms.sampling), **asked.sampling}),
             stream=asked.stream or bool(asked.stop),
             ignore_eos=asked.ignore_eos,
-            tenant=asked.tenant,
-            priority=asked.priority,
-            ttft_limit_s=(asked.ttft_limit_ms or limits.ttft_limit_ms) / 1e3,
+            tenant="" if terms.shared_prefixes else asked.tenant,
+            scenario=terms.name,
+            priority=terms.priority if asked.priority is None else asked.priority,
+            ttft_limit_s=ttft_limit_ms / 1e3,
         )
 
     # -------------------------------------------------------- beginning and end
 
     async def _start(self) -> None:
-        limits = self.deployment.gateway
         loop = asyncio.get_running_loop()
-        if limits.channel == "bls":
+        if self.deployment.gateway.channel == "bls":
             # async_exec keeps a thread of the default pool until the first response.
             loop.set_default_executor(ThreadPoolExecutor(BLS_THREADS))
-        prefills = self._reach(self.deployment.instances("prefill"))
-        decodes = self._reach(self.deployment.instances("decode"))
-        self._instances = [*prefills, *decodes]
-        strategy = self.deployment.transfer.strategy
-        layered = None if strategy == "auto" else strategy == "layered"
-        meetings = Meetings(prefills, decodes, layered, self._name, self._metrics)
-        self._scheduler = Scheduler(
-            prefills,
-            decodes,
-            meetings,
-            self._metrics,
-            stall_s=limits.stall_s,
-            lease_s=self.deployment.prefill.lease_s,
-            rng=random.Random(secrets.randbits(128)),
-        )
+        rng = random.Random(secrets.randbits(128))
+        self._groups = Groups(self._name, self._channel, self._metrics, rng)
+        self._take(self.deployment)
         self._always = [
             loop.create_task(Publisher(self._metrics).run()),
-            loop.create_task(meetings.run()),
+            loop.create_task(self._reload()),
         ]
 
-    def _reach(self, instances: dict[str, config.Server]) -> list[Instance]:
-        return [Instance(name, self._channel(name, server)) for name, server in instances.items()]
+    def _take(self, deployment: config.Deployment) -> None:
+        """Serve by this deployment from now on."""
+        self.deployment = deployment
+        self._router: Router[Group] = Router(
+            deployment.served,
+            self._groups.take(deployment),
+            deployment.gateway.default_scenario,
+            deployment.gateway.strict,
+            self._metrics,
+        )
+
+    async def _reload(self) -> None:
+        """Take over the deployment whenever its file has changed, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(RELOAD_LOOK_S)
+            await self._groups.sweep()
+            try:
+                if not await loop.run_in_executor(None, self._file.changed):
+                    continue
+            except errors.DeploymentError as error:
+                self._log(pb_utils.Logger.log_error, "refused, the old one stays", str(error))
+                self._metrics.add("pdserve_reloads_total", gateway=self._name, outcome="refused")
+                continue
+            wanted = self._file.deployment
+            able = taken_over(self.deployment, wanted)
+            self._log(pb_utils.Logger.log_info, "taken over", *changes(self.deployment, able))
+            self._log(pb_utils.Logger.log_warn, "waits for a restart", *changes(able, wanted))
+            self._take(able)
+            self._metrics.add("pdserve_reloads_total", gateway=self._name, outcome="taken")
+
+    def _log(self, log: Callable[[str], None], what: str, *lines: str) -> None:
+        if lines:
+            log(f"{self._name}: deployment: {what}: {'; '.join(lines)}")
 
     def _channel(self, name: str, server: config.Server) -> Channel:
+        channel: Channel
         if self.deployment.gateway.channel == "bls":
-            return BlsChannel(pb_utils, name, BLS_THREADS)
-        return GrpcChannel(f"{server.host}:{server.grpc_port}", name)
+            channel = BlsChannel(pb_utils, name, BLS_THREADS)
+        else:
+            channel = GrpcChannel(f"{server.host}:{server.grpc_port}", name)
+        self._channels[name] = channel
+        return channel
+
+    def _lose(self, instance: str) -> Any:
+        """A watchdog says that an instance's process is gone; of none, it asks whether we live."""
+        if instance in self._channels:
+            self._channels[instance].lose()
+        return pb_utils.InferenceResponse([self._unfinished])
 
     async def _close(self) -> None:
         tasks = (*self._serving.values(), *self._always)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for instance in self._instances:
-            await instance.close()
+        await self._groups.close()
+
+
+def _within_limits(job: Request, terms: config.Scenario) -> bool:
+    """Whether an answer came as its scenario promises; its first token has, or it had none."""
+    limit = terms.tpot_limit_ms
+    steps = max(job.output_tokens - 1, 1)
+    return limit is None or (job.ended - job.first_token) * 1e3 <= limit * steps
 
 
 def _logged(error: Exception) -> errors.PDServeError:

@@ -15,7 +15,15 @@ from pdserve import config, errors, messages
 from pdserve.channels.answers import Answers, Call
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import PrefillInstance
-from pdserve.messages import DecodeRequest, Describe, Failed, Join, PrefillRequest, Release
+from pdserve.messages import (
+    DecodeRequest,
+    Describe,
+    Failed,
+    Join,
+    PrefillRequest,
+    Release,
+    Watch,
+)
 from pdserve.metrics import Registry
 from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment
 
@@ -83,6 +91,8 @@ class InstanceModel(ABC):
         match self._instance, messages.decode_request(data):
             case _, Release(id=released):
                 self._instance.release(released, send)
+            case instance, Watch() as request:
+                instance.watch(request, send)
             case PrefillInstance() as prefill, PrefillRequest() as request:
                 prefill.submit(request, send)
             case PrefillInstance() as prefill, Describe():

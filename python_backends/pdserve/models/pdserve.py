@@ -8,7 +8,7 @@ from typing import Any
 from pdserve.engines.protocol import Tokens
 from pdserve.errors import InvalidRequest
 from pdserve.models import triton
-from pdserve.models.gateway import GatewayModel
+from pdserve.models.gateway import GatewayModel, Prompt
 from pdserve.parameters import Tensors, scalar
 from pdserve.tokenizer import parse_prompt
 
@@ -20,7 +20,7 @@ class TritonPythonModel(GatewayModel):
     prompt_input = "text_input"
     answers_in_text = True
 
-    async def prompt(self, inputs: Tensors) -> tuple[Tokens, str]:
+    async def prompt(self, inputs: Tensors) -> Prompt:
         data: bytes = scalar(inputs, "text_input")
         limit = self.deployment.gateway.max_prompt_bytes
         if len(data) > limit:
@@ -28,19 +28,20 @@ class TritonPythonModel(GatewayModel):
         chat = bool(scalar(inputs, "chat"))
         if len(data) > LONG_TEXT:
             loop = asyncio.get_running_loop()
-            ids = await loop.run_in_executor(None, self._encode, data, chat)
+            ids, beginning = await loop.run_in_executor(None, self._encode, data, chat)
         else:
-            ids = self._encode(data, chat)
+            ids, beginning = self._encode(data, chat)
         if not ids.size:
             raise InvalidRequest("text_input: no tokens; at least 1 is needed")
         echo = scalar(inputs, "exclude_input_in_output")
-        return ids, data.decode() if echo is not None and not echo else ""
+        return Prompt(ids, data.decode() if echo is not None and not echo else "", beginning)
 
-    def _encode(self, data: bytes, chat: bool) -> Tokens:
+    def _encode(self, data: bytes, chat: bool) -> tuple[Tokens, str]:
+        """Token ids, and the text that rules look at: of a conversation, its first turn."""
         prompt = parse_prompt(data, chat)
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode_chat(prompt)
+            return self.tokenizer.encode(prompt), prompt
+        return self.tokenizer.encode_chat(prompt), prompt[0]["content"]
 
     def outputs(self, text: str, ids: list[int]) -> list[Any]:
         return [triton.text("text_output", text)]

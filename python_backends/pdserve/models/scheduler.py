@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pdserve.engines.protocol import Tokens
 from pdserve.errors import InvalidRequest
-from pdserve.models.gateway import GatewayModel
+from pdserve.models.gateway import GatewayModel, Prompt
 from pdserve.parameters import Tensors
 
 
@@ -17,7 +16,7 @@ class TritonPythonModel(GatewayModel):
     prompt_input = "input_ids"
     answers_in_text = False
 
-    async def prompt(self, inputs: Tensors) -> tuple[Tokens, str]:
+    async def prompt(self, inputs: Tensors) -> Prompt:
         ids = inputs[self.prompt_input].reshape(-1)
         if not ids.size:
             raise InvalidRequest("input_ids: empty; at least 1 token is needed")
@@ -25,7 +24,7 @@ class TritonPythonModel(GatewayModel):
         wrong = ids[(ids < 0) | (ids >= size)]
         if wrong.size:
             raise InvalidRequest(f"input_ids: {wrong[0]}; allowed: 0 to {size - 1}")
-        return ids, ""
+        return Prompt(ids)
 
     def outputs(self, text: str, ids: list[int]) -> list[Any]:
         return [pb_utils.Tensor("output_ids", np.array([ids], np.int32))]

@@ -25,9 +25,13 @@ PUBLISH_S = 0.25
 CLOSE_S = 5.0
 
 
-def deployment(args: dict[str, str]) -> config.Deployment:
+def deployment_path(args: dict[str, str]) -> Path:
     """The deployment.yaml that lies beside the models of this repository."""
-    return config.load(Path(args["model_repository"]).parent / "deployment.yaml")
+    return Path(args["model_repository"]).parent / "deployment.yaml"
+
+
+def deployment(args: dict[str, str]) -> config.Deployment:
+    return config.load(deployment_path(args))
 
 
 def tensors(request: Any) -> dict[str, NDArray[Any]]:

@@ -7,11 +7,9 @@ import itertools
 import uuid
 
 from pdserve import errors
-from pdserve.channels.protocol import Channel, Replies
-from pdserve.messages import Busy, Failed, Release, Reply, Request, Stranger, Tokens
-
-# An instance that has failed is left alone for so long, unless all have.
-SUSPECT_S = 5.0
+from pdserve.channels.protocol import Channel, NoAnswer, Replies
+from pdserve.messages import Busy, Failed, Freed, Release, Reply, Request, Stranger, Tokens, Watch
+from pdserve.scheduling.breaker import Breaker
 
 
 class Call:
@@ -25,25 +23,35 @@ class Call:
         """The instance holds nothing for this call any more."""
         self._closed = False
 
-    async def reply(self, timeout: float) -> Reply:
+    async def reply(self, timeout: float, until: float) -> Reply:
         """The next reply.
+
+        Args:
+            timeout: seconds after which an instance that says nothing has failed.
+            until: the request's own limit (``loop.time()``), which is no failure of the instance.
 
         Raises:
             InstanceError: the instance failed, or said nothing for ``timeout`` seconds.
+            Late: ``until`` has come.
         """
+        left = until - asyncio.get_running_loop().time()
+        if left <= 0:  # whatever has come meanwhile
+            raise errors.Late("the request's own time limit has passed")
         try:
-            reply = await self._replies.get(timeout)
+            reply = await self._replies.get(min(timeout, left))
         except errors.InstanceError as error:
-            self.suspect()
+            if left < timeout and isinstance(error, NoAnswer):
+                raise errors.Late("the request's own time limit has passed") from error
+            self.blame()
             raise errors.InstanceError(f"{self._instance.name}: {error}") from error
         self.done = isinstance(reply, Busy | Failed | Stranger) or (
             isinstance(reply, Tokens) and bool(reply.finish_reason)
         )
         return reply
 
-    def suspect(self) -> None:
+    def blame(self) -> None:
         """The instance has failed at this call, and may fail at the next."""
-        self._instance.suspect_until = asyncio.get_running_loop().time() + SUSPECT_S
+        self._instance.failed()
 
     def close(self) -> None:
         """End the call, telling the instance to let go unless it has already; once is enough."""
@@ -59,11 +67,19 @@ class Instance:
         self.name = name
         self.open = 0
         """Calls of this gateway that hold, or wait for, something there."""
-        self.suspect_until = 0.0
-        """It has failed, and is not asked before (``loop.time()`` seconds) unless all have."""
+        self.offers = 0
+        """Of them, those that it has not answered."""
+        self.tokens = 0
+        """Prompt tokens that it is computing for this gateway, cached ones left out."""
+        self.refused = self.asked = 0.0
+        """When it was busy last, and offered something last."""
+        self.breaker = Breaker()
         self._channel = channel
         self._ids = f"{uuid.uuid4().hex}-{name}"
         self._asked = itertools.count()
+
+    def failed(self) -> None:
+        self.breaker.failed(asyncio.get_running_loop().time())
 
     def new_id(self) -> str:
         """For a request to it that is not a call, unique over all gateways."""
@@ -81,6 +97,26 @@ class Instance:
         finally:
             self._channel.forget(request.id)
 
+    async def watch(self, gateway: str, timeout: float) -> bool:
+        """Whether something has become free there within ``timeout`` seconds.
+
+        Asked again, the gateway keeps its place among those who watch.
+
+        Raises:
+            InstanceError: it cannot be reached any more.
+        """
+        watch = Watch(self.new_id(), gateway)
+        replies = self._channel.open(watch.id, watch)
+        try:
+            return isinstance(await replies.get(timeout), Freed)
+        except NoAnswer:
+            return False
+        except asyncio.CancelledError:
+            self._release(watch.id)
+            raise
+        finally:
+            self._channel.forget(watch.id)
+
     def call(self, request: Request) -> Call:
         self.open += 1
         return Call(self, request.id, self._channel.open(request.id, request))
@@ -89,11 +125,14 @@ class Instance:
         self.open -= 1
         self._channel.forget(call_id)
         if release:
-            # Nobody waits for the answer. If this message is lost, a prefill's lease ends
-            # it, and a decode's request runs to its end.
-            call = f"{call_id}-release"
-            self._channel.open(call, Release(call_id))
-            self._channel.forget(call)
+            self._release(call_id)
+
+    def _release(self, call_id: str) -> None:
+        # Nobody waits for the answer. If this message is lost, a prefill's lease ends
+        # it, and a decode's request runs to its end.
+        call = f"{call_id}-release"
+        self._channel.open(call, Release(call_id))
+        self._channel.forget(call)
 
     async def close(self) -> None:
         await self._channel.close()

@@ -31,10 +31,10 @@ OVERLAP_S = 0.02
 
 
 class Meetings:
-    """Of one gateway's instances. Several gateways may introduce the same pairs.
+    """Of one gateway's group. Several gateways may introduce the same pairs.
 
     Args:
-        gateway: name of its model, for the metrics.
+        gateway, group: names of its model and of the group, for the metrics.
         layered: True, False, or None: where a transfer would be long.
     """
 
@@ -45,11 +45,12 @@ class Meetings:
         layered: bool | None,
         gateway: str,
         metrics: Registry,
+        group: str = "default",
     ) -> None:
         self._prefills = prefills
         self._decodes = decodes
         self._layered = layered
-        self._gateway = gateway
+        self._labels = {"gateway": gateway, "group": group}
         self._metrics = metrics
         self._joined: dict[tuple[str, str], tuple[bytes, Joined]] = {}
         """By prefill and decode: the description that led to it."""
@@ -63,19 +64,19 @@ class Meetings:
         finally:
             for task in list(self._joining.values()):
                 task.cancel()
+            self._tell(met=0, refused=0, unknown=0)
 
     async def _rounds(self) -> None:
         while True:
             await asyncio.gather(*map(self._round, self._prefills))
             pairs = len(self._prefills) * len(self._decodes)
             met, refused = len(self._joined), len(self._refused)
-            for state, count in (
-                ("met", met),
-                ("refused", refused),
-                ("unknown", pairs - met - refused),
-            ):
-                self._metrics.set("pdserve_kv_pairs", count, gateway=self._gateway, state=state)
+            self._tell(met=met, refused=refused, unknown=pairs - met - refused)
             await asyncio.sleep(HASTE_S if pairs > met + refused else ROUND_S)
+
+    def _tell(self, **pairs: int) -> None:
+        for state, count in pairs.items():
+            self._metrics.set("pdserve_kv_pairs", count, **self._labels, state=state)
 
     async def _round(self, prefill: Instance) -> None:
         try:
@@ -84,8 +85,9 @@ class Meetings:
             return  # not there, or not yet
         for decode in self._decodes:
             pair = prefill.name, decode.name
+            known, _ = self._joined.get(pair, (b"", None))
             # One that takes its time holds up nobody else.
-            if pair not in self._joining:
+            if pair not in self._joining and known != description:
                 task = asyncio.create_task(self._try(prefill, decode, description))
                 self._joining[pair] = task
                 task.add_done_callback(partial(self._tried, pair))
@@ -130,6 +132,13 @@ class Meetings:
     def refusal(self, prefill: str, decode: str) -> str | None:
         """Why the decode could not meet the prefill last; None: it could, or has not tried."""
         return self._refused.get((prefill, decode))
+
+    def transfer_s(self, prefill: str, decode: str, tokens: int) -> float:
+        """What the KV cache of so many tokens would take; 0: they have not met yet."""
+        _, joined = self._joined.get((prefill, decode), (b"", None))
+        if joined is None:
+            return 0.0
+        return joined.met.latency_s + tokens * joined.bytes_per_token / joined.met.bytes_per_s
 
     def layered(self, prefill: str, tokens: int) -> bool:
         """Whether a decode should follow this prefill's computation of so many tokens.

@@ -3,30 +3,32 @@
 ::
 
     WAITING ──► PREFILLING ──► PREFILLED ──► TRANSFERRING ──► DECODING ──► FINISHED
-       │             │             │               │              │
-       │             └─────────────┴───────┬───────┴──────────────┘
-       │                                   │
+     ▲    │          │             │               │              │
+     │    └──────────┼─────────────┼───────────────┼─────────────►│ (a decode computes it whole)
+     └───────────────┴─────────────┴───────────────┴──────────────┤ an instance failed: once more,
+                                                                  │ from the tokens so far
        ├─► REJECTED   it can never be served, or too many wait already
-       ├─► EXPIRED    no prefill took it, or no first token came, within its TTFT limit
-       ├─► CANCELLED ◄─────────────────────┤ the client is gone
-       └─► FAILED    ◄─────────────────────┘ an instance failed and no other could go on
+       ├─► EXPIRED    no prefill took it, or no first token came, within its TTFT limit;
+       │              or its own time limit has passed
+       ├─► CANCELLED  the client is gone
+       └─► FAILED     an instance failed and no other could go on
 
-A request that needs no decode (its first token ends it) goes from PREFILLED to
-FINISHED. A prefill that fails sends it back to WAITING. While all decodes are busy it
-stays PREFILLED; that a decode follows the prefill layer by layer is no state of its
-own. EXPIRED is reached from PREFILLING and PREFILLED too: the limit is checked before
-and after prefill, never during; and REJECTED from PREFILLING: a prefill may find that
-it can never hold the prompt.
+A request that needs no decode (its first token ends it) goes from PREFILLED to FINISHED. While
+all decodes are busy it stays PREFILLED; that a decode follows the prefill layer by layer is no
+state of its own. The TTFT limit is checked before and after prefill, never during; REJECTED is
+reached from PREFILLING too: a prefill may find that it can never hold the prompt.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pdserve.messages import Sampling
+from pdserve.scheduling.waiting import Order
 from pdserve.transfer.reports import NOTHING_PULLED, Pulled
 
 
@@ -45,14 +47,36 @@ class State(enum.Enum):
 
 FINAL = frozenset({State.FINISHED, State.REJECTED, State.EXPIRED, State.CANCELLED, State.FAILED})
 _NEXT = {
-    State.WAITING: {State.PREFILLING, State.REJECTED, State.EXPIRED},
-    State.PREFILLING: {State.PREFILLED, State.WAITING, State.REJECTED, State.EXPIRED},
-    State.PREFILLED: {State.TRANSFERRING, State.FINISHED, State.EXPIRED},
-    State.TRANSFERRING: {State.DECODING},
-    State.DECODING: {State.FINISHED},
+    State.WAITING: {State.PREFILLING, State.DECODING, State.REJECTED},
+    State.PREFILLING: {State.PREFILLED, State.WAITING, State.REJECTED},
+    State.PREFILLED: {State.TRANSFERRING, State.FINISHED, State.WAITING},
+    State.TRANSFERRING: {State.DECODING, State.WAITING},
+    State.DECODING: {State.FINISHED, State.WAITING},
 }
+# Whatever it is doing.
+_ALWAYS = {State.EXPIRED, State.CANCELLED, State.FAILED}
+
+# Who has been promised an answer is not let down for being late.
+RECOVER_S = 30.0
+# So long a wait outweighs a level of priority.
+PRIORITY_S = 10.0
 
 FinishReason = Literal["stop", "length", ""]
+
+
+class Answer(enum.Enum):
+    ACCEPTED = enum.auto()
+    BUSY = enum.auto()
+    FAILED = enum.auto()
+
+
+class Offer(NamedTuple):
+    """What an instance has answered to a request that it was offered."""
+
+    instance: str
+    began: float
+    ended: float
+    answer: Answer
 
 
 @dataclass(slots=True)
@@ -68,21 +92,34 @@ class Request:
     ignore_eos: bool = False
     tenant: str = ""
     scenario: str = "default"
+    group: str = "default"
     priority: int = 0
     """Among waiting requests the higher goes first."""
     ttft_limit_s: float = 60.0
+    time_limit_s: float = math.inf
+    """From its arrival to its end."""
+    trace: str = ""
+    """W3C traceparent; empty: it is not traced."""
 
     state: State = State.WAITING
+    history: list[tuple[float, State]] = field(default_factory=list, repr=False)
+    """When it has come to each state but the first."""
+    offers: list[Offer] = field(default_factory=list, repr=False)
     finish_reason: FinishReason = ""
+    output: bytearray = field(default_factory=bytearray, repr=False)
+    """Token ids as in ``prompt``."""
     output_tokens: int = 0
     cached_tokens: int = 0
     attempts: int = 0
+    """Prefills, or decodes in their stead, that took it."""
     prefill: str = ""
     decode: str = ""
     prefill_ms: float = 0.0
     pulled: Pulled | None = None
     """How its KV cache came to the decode."""
     arrived: float = 0.0
+    waiting_since: float = 0.0
+    """Its arrival, or when the instance failed that had it."""
     forwarded: float = 0.0
     """When the prefill that took it was offered it."""
     first_token: float = 0.0
@@ -95,14 +132,39 @@ class Request:
 
     @property
     def deadline(self) -> float:
-        return self.arrived + self.ttft_limit_s
+        """For the next first token; in mid-answer, for that of the pair that goes on with it."""
+        limit = RECOVER_S if self.output else self.ttft_limit_s
+        return min(self.waiting_since + limit, self.ends_by)
 
-    def to(self, state: State) -> None:
+    @property
+    def ends_by(self) -> float:
+        return self.arrived + self.time_limit_s
+
+    @property
+    def order(self) -> Order:
+        """Among those that wait: who has been promised an answer, then priority, then deadline.
+
+        A level of priority is worth ``PRIORITY_S`` of waiting, so that nobody starves.
+        """
+        return not self.output, self.deadline - PRIORITY_S * self.priority
+
+    @property
+    def so_far(self) -> bytes:
+        """Token ids of prompt and output: what another pair has to go on from."""
+        return self.prompt + self.output
+
+    def to(self, state: State, now: float) -> None:
         """Move on; a request that has ended never moves again."""
-        always = {State.CANCELLED, State.FAILED}
-        if state not in _NEXT.get(self.state, set()) | (set() if self.state in FINAL else always):
+        if state not in _NEXT.get(self.state, set()) | (set() if self.state in FINAL else _ALWAYS):
             raise AssertionError(f"request {self.id}: {self.state.name} -> {state.name}")
         self.state = state
+        self.history.append((now, state))
+
+    def add(self, ids: bytes) -> list[int]:
+        """New tokens of the answer, and the same as numbers."""
+        self.output += ids
+        self.output_tokens += len(ids) // 4
+        return list(memoryview(ids).cast("i")) if ids else []
 
     def end_answer(self, output_tokens: int) -> None:
         """Called by who reads the tokens: a stop string is complete, nothing more is wanted."""
@@ -112,13 +174,27 @@ class Request:
     def answer_ended(self) -> bool:
         return self._answer_ends_at is not None
 
+    def again(self, now: float) -> None:
+        """An instance has failed: back in line. A limit for the first token goes on as it was."""
+        if self.state is not State.WAITING:
+            self.to(State.WAITING, now)
+        if self.output:
+            self.waiting_since = now
+
+    def ended_by(self, chunk: Chunk, now: float) -> bool:
+        """Whether the answer is whole, now that its reader has seen this of it."""
+        if chunk.finish_reason or self.answer_ended:
+            self.finish(chunk.finish_reason, now)
+            return True
+        return False
+
     def finish(self, reason: FinishReason, now: float) -> None:
         """The one good end."""
         if self._answer_ends_at is not None:
             self.output_tokens, reason = self._answer_ends_at, "stop"
         self.finish_reason = reason
         self.ended = now
-        self.to(State.FINISHED)
+        self.to(State.FINISHED, now)
 
     def stats(self) -> dict[str, Any]:
         """The public ``stats`` of the last response; times in milliseconds."""
@@ -132,7 +208,8 @@ class Request:
             "cached_tokens": self.cached_tokens,
             "output_tokens": self.output_tokens,
             "attempts": self.attempts,
-            "group": "default",
+            "scenario": self.scenario,
+            "group": self.group,
             "prefill": self.prefill,
             "decode": self.decode,
             "ms": {

@@ -1,69 +1,39 @@
-"""The life of a request: an idle prefill, its first token, an idle decode, the rest."""
+"""The life of a request: an idle prefill, its first token, an idle decode, the rest.
+
+Whatever fails on the way, the request goes on with another pair from the tokens that its client
+has, as long as there are attempts left: the KV cache is computed anew, or found as a prefix.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
-
-from pdserve import errors, messages
-from pdserve.messages import Accepted, Busy, Failed, Prefilled, Stranger, Tokens
+from pdserve import config, errors
+from pdserve.messages import Accepted, Tokens
 from pdserve.metrics import Registry
-from pdserve.scheduling.instance import Call, Instance
+from pdserve.scheduling import policies
+from pdserve.scheduling.breaker import Budget
+from pdserve.scheduling.decoding import Decoding
+from pdserve.scheduling.forwarding import Forwarding
+from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.offering import Calls, Offered, failure
+from pdserve.scheduling.prefilling import Computed, Prefilling, late
 from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
-from pdserve.scheduling.waiting import WaitingLine
 
-# An instance accepts or rejects at once: one that does neither for so long has failed.
-ANSWER_S = 2.0
-# Replies of an answer that nobody reads as it comes; often enough to show life.
-UNREAD_INTERVAL_MS = 1000.0
-MAX_WAITING = 4096
-PREFILL_ATTEMPTS = 2
-
-
-class _Late(errors.Unavailable):
-    """The request's TTFT limit has passed."""
-
-    def __init__(self, what: str, request: Request, now: float) -> None:
-        super().__init__(
-            f"{what} within the TTFT limit of {request.ttft_limit_s * 1e3:g} ms "
-            f"({(now - request.arrived) * 1e3:.0f} ms waited)"
-        )
-
-
-class _Offered(NamedTuple):
-    """An instance has taken a request."""
-
-    instance: Instance
-    call: Call
-    reply: messages.Reply
-    """Its first."""
-
-
-class _Computed(NamedTuple):
-    """A prompt's KV cache lies in a prefill."""
-
-    prefill: Instance
-    call: Call
-    result: Prefilled
-    handle: bytes
-    decode: _Offered | None
-    """That has followed the computation already."""
+ATTEMPTS = 4
+"""Pairs that may take a request: what fails again and again is its own fault."""
 
 
 class Scheduler:
-    """Serves any number of requests at once over one set of prefills and decodes.
+    """Serves any number of requests at once over one group: a set of prefills and decodes.
 
     Args:
         meetings: of the same instances.
-        stall_s: an instance silent for so long has failed.
-        lease_s: how long a prefill keeps a KV cache that no decode has taken.
         rng: source of jitter.
     """
 
@@ -74,20 +44,35 @@ class Scheduler:
         meetings: Meetings,
         metrics: Registry,
         *,
-        stall_s: float,
-        lease_s: float,
+        gateway: config.Gateway,
+        prefill: config.Prefill,
+        decode: config.Decode,
         rng: random.Random,
     ) -> None:
         self._prefills = prefills
-        self._decodes = decodes
-        self._meetings = meetings
         self._metrics = metrics
-        self._stall_s = stall_s
-        self._lease_s = lease_s
-        self._for_prefill = WaitingLine(rng)
-        self._for_decode = WaitingLine(rng)
-        self._unique = uuid.UUID(int=rng.getrandbits(128)).hex
-        self._calls = 0
+        self._stall_s = gateway.stall_s
+        self._local = gateway.local
+        self._local_tokens = gateway.local_tokens
+        calls = Calls(rng)
+
+        def forwarding(instances: Sequence[Instance], queue: bool) -> Forwarding[Any]:
+            return Forwarding(instances, "prefill", calls.gateway, prefill.slots, rng, queue=queue)
+
+        self.policy = policies.build(gateway.policy, prefills, forwarding, gateway.report_ms / 1e3)
+        self.decodes = Forwarding[Offered](decodes, "decode", calls.gateway, decode.slots, rng)
+        self._decoding = Decoding(self.decodes, meetings, calls, metrics, prefill.lease_s)
+        self._prefilling = Prefilling(self._decoding, meetings, calls, metrics, gateway.stall_s)
+        self._budget = Budget()
+
+    @property
+    def healthy(self) -> bool:
+        """It has a prefill and a decode that have not failed."""
+        now = asyncio.get_running_loop().time()
+        return all(
+            any(one.breaker.allows(now, 0) for one in role)
+            for role in (self._prefills, self.decodes.instances)
+        )
 
     async def run(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """The answer as it comes; closing the iterator early cancels the request.
@@ -98,272 +83,159 @@ class Scheduler:
             InstanceError: an instance failed and no other could go on.
         """
         loop = asyncio.get_running_loop()
-        request.arrived = loop.time()
+        request.arrived = request.waiting_since = loop.time()
+        self._budget.earn()
         try:
-            async with aclosing(self._run(request)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            with self.policy.bound(request) as prefills:
+                async with aclosing(self._run(request, prefills)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
         except BaseException as error:
             if request.state not in FINAL:
-                request.to(_end(request.state, error))
+                request.to(_end(request.state, error), loop.time())
             raise
         finally:
             request.ended = loop.time()
             self._account(request)
 
-    async def _run(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        loop = asyncio.get_running_loop()
-        computed = await self._prefill(request)
-        result = computed.result
-        try:
-            request.to(State.PREFILLED)
-            now = loop.time()
-            if now > request.deadline:
-                raise _Late("no first token", request, now)
-            request.first_token = now
-            request.cached_tokens = result.cached_tokens
-            request.prefill_ms = result.compute_ms
-            request.output_tokens = 1
-            reason: FinishReason = ""
-            if result.eos and not request.ignore_eos:
-                reason = "stop"
-            elif request.max_tokens == 1:
-                reason = "length"
-            yield Chunk([result.token], reason)
-            if reason or request.answer_ended:
-                request.finish(reason, loop.time())
+    async def _run(
+        self, request: Request, prefills: Forwarding[Offered]
+    ) -> AsyncGenerator[Chunk, None]:
+        while True:
+            try:
+                async with aclosing(self._attempt(request, prefills)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
                 return
-            async with aclosing(self._decode(request, computed)) as chunks:
+            except errors.InstanceError:
+                if request.attempts >= ATTEMPTS or not self._budget.spend():
+                    raise
+            phase = "decode" if request.output else "prefill"
+            self._metrics.add("pdserve_retries_total", phase=phase, reason="error")
+            request.again(asyncio.get_running_loop().time())
+
+    async def _attempt(
+        self, request: Request, prefills: Forwarding[Offered]
+    ) -> AsyncGenerator[Chunk, None]:
+        """From the tokens so far to the end, with one pair."""
+        alone = await self._alone(request, prefills)
+        if alone is not None:
+            async with aclosing(self._decode(request, alone, None)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
+        computed = await self._prefilling.compute(request, prefills)
+        try:
+            request.to(State.PREFILLED, asyncio.get_running_loop().time())
+            self.policy.computed(request)
+            first = self._first(request, computed)
+            yield first
+            if request.ended_by(first, asyncio.get_running_loop().time()):
+                return
+            decode = computed.decode or await self._decoding.reserve(
+                request, computed.prefill, computed.result.token, computed.handle
+            )
+            async with aclosing(self._decode(request, decode, computed)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         finally:
-            if computed.decode is not None:
-                computed.decode.call.close()
-            computed.call.close()
-            self._for_prefill.wake()
+            computed.close()
 
-    # ------------------------------------------------------------------ prefill
-
-    async def _prefill(self, request: Request) -> _Computed:
-        """Offer the request to idle prefills until one takes it, and wait for its result."""
-        for attempt in range(1, PREFILL_ATTEMPTS + 1):
-            taken = await self._forward(request)
-            request.attempts = attempt
-            try:
-                return await self._result(request, taken)
-            except errors.InstanceError:
-                if attempt == PREFILL_ATTEMPTS:
-                    raise
-            self._metrics.add("pdserve_retries_total", phase="prefill", reason="error")
-            request.to(State.WAITING)
-        raise AssertionError("unreachable")
-
-    async def _result(self, request: Request, taken: _Offered) -> _Computed:
-        """What the prefill that has taken it makes of it.
+    def _first(self, request: Request, computed: Computed) -> Chunk:
+        """The token that the prefill has computed.
 
         Raises:
-            InstanceError: it failed; another may be asked.
+            Late: it comes after its limit.
         """
-        prefill, call, reply = taken
-        handle, decode = b"", None
-        try:
-            while isinstance(reply, Accepted):
-                if reply.handle is not None:
-                    handle = reply.handle
-                    decode = await self._offer_decodes(request, prefill, None, handle)
-                reply = await call.reply(self._stall_s)
-            if isinstance(reply, Prefilled):
-                return _Computed(prefill, call, reply, handle or reply.handle, decode)
-            error = _error(reply)
-            if isinstance(error, errors.InstanceError):
-                call.suspect()
-            elif isinstance(error, errors.Unavailable):
-                error = _Late("no first token", request, asyncio.get_running_loop().time())
-            raise error
-        except BaseException:
-            if decode is not None:
-                decode.call.close()
-            call.close()
-            raise
+        result = computed.result
+        now = asyncio.get_running_loop().time()
+        if now > request.deadline:
+            raise late("no first token", request)
+        if not request.first_token:
+            request.first_token = now
+            request.cached_tokens = result.cached_tokens
+            request.prefill_ms = result.compute_ms
+        ids = request.add(result.token.to_bytes(4, "little"))
+        reason: FinishReason = ""
+        if result.eos and not request.ignore_eos:
+            reason = "stop"
+        elif request.output_tokens == request.max_tokens:
+            reason = "length"
+        return Chunk(ids, reason)
 
-    async def _forward(self, request: Request) -> _Offered:
-        loop = asyncio.get_running_loop()
-        if not len(self._for_prefill) and loop.time() < request.deadline:
-            # Nobody waits, so this request may try without standing in line.
-            taken = await self._offer_prefills(request)
-            if taken:
-                return taken
-        if len(self._for_prefill) >= MAX_WAITING:
-            raise errors.Unavailable(f"{MAX_WAITING} requests wait for a prefill already")
-        place = self._for_prefill.join(request.priority, request.arrived)
-        try:
-            while await place.turn(request.deadline):
-                taken = await self._offer_prefills(request)
-                if taken:
-                    return taken
-        finally:
-            place.leave()
-        raise _Late("no idle prefill", request, loop.time())
-
-    async def _offer_prefills(self, request: Request) -> _Offered | None:
-        """One round over the prefills, fewest open calls first; None: all are busy.
-
-        Raises:
-            InstanceError: none is busy, but every one failed.
-        """
-        loop = asyncio.get_running_loop()
-        failure: errors.InstanceError | None = None
-        busy = False
-        for instance in _ranked(self._prefills):
-            offered = loop.time()
-            call = instance.call(
-                messages.PrefillRequest(
-                    id=self._call_id(),
-                    prompt=request.prompt,
-                    sampling=request.sampling,
-                    tenant=request.tenant,
-                    deadline_ms=(request.deadline - offered) * 1e3,
-                    layered=self._meetings.layered(instance.name, request.prompt_tokens),
-                )
-            )
-            self._metrics.add("pdserve_forward_attempts")
-            try:
-                reply = await call.reply(ANSWER_S)
-            except errors.InstanceError as error:
-                failure = error
-                self._metrics.add("pdserve_retries_total", phase="offer", reason="error")
-                self._meetings.forget(instance)
-                call.close()
-                continue
-            except BaseException:
-                call.close()
-                raise
-            if isinstance(reply, Busy):
-                busy = True
-                self._metrics.add("pdserve_prefill_rejections_total", instance=instance.name)
-                call.close()
-                continue
-            request.to(State.PREFILLING)
-            request.prefill = instance.name
-            request.forwarded = offered
-            return _Offered(instance, call, reply)
-        if failure is not None and not busy:
-            raise failure
-        return None
+    async def _alone(self, request: Request, prefills: Forwarding[Offered]) -> Offered | None:
+        """A decode that does it all, where that is quicker than the way over a prefill."""
+        if self._local == "off" or request.sampling.reproducible:
+            return None
+        short = self._local == "on" or len(request.so_far) <= 4 * self._local_tokens
+        if not short and not prefills.congested:
+            return None
+        taken = await self._decoding.alone(request, idle=not short)
+        if taken is not None:
+            request.attempts += 1
+            request.forwarded = request.forwarded or asyncio.get_running_loop().time()
+        return taken
 
     # ------------------------------------------------------------------- decode
 
-    async def _decode(self, request: Request, computed: _Computed) -> AsyncGenerator[Chunk, None]:
-        """Hand the KV cache to an idle decode and pass its tokens on."""
+    async def _decode(
+        self, request: Request, taken: Offered, computed: Computed | None
+    ) -> AsyncGenerator[Chunk, None]:
+        """The tokens of a decode that takes the KV cache over, or computes it."""
         loop = asyncio.get_running_loop()
-        decode, call, reply = computed.decode or await self._reserve_decode(request, computed)
-        request.to(State.TRANSFERRING)
+        decode, call, reply = taken
+        begun = request.output_tokens - (computed is not None)
+        request.to(State.DECODING if computed is None else State.TRANSFERRING, loop.time())
         request.decode = decode.name
         try:
             while True:
                 while isinstance(reply, Accepted):
-                    reply = await call.reply(self._stall_s)
+                    reply = await call.reply(self._stall_s, request.ends_by)
                 if not isinstance(reply, Tokens):
-                    raise _error(reply)
-                if reply.start != request.output_tokens:
+                    error = failure(reply)
+                    if isinstance(error, errors.InstanceError):
+                        self._refused(request, taken, computed)
+                    raise error
+                if begun + reply.start != request.output_tokens:
                     raise errors.InstanceError(
-                        f"{request.decode} sent token {reply.start} after {request.output_tokens}"
+                        f"{decode.name} sent token {begun + reply.start} "
+                        f"after {request.output_tokens}"
                     )
                 if reply.pulled is not None:
-                    request.to(State.DECODING)
+                    self._arrived(request, taken, computed)
                     request.pulled = reply.pulled
-                    # The KV cache has left the prefill: its slot is free.
-                    computed.call.done = True
-                    computed.call.close()
-                    self._for_prefill.wake()
-                ids: list[int] = np.frombuffer(reply.ids, "<i4").tolist()
-                request.output_tokens += len(ids)
+                    if computed is None and not request.first_token:
+                        request.cached_tokens = reply.pulled.cached
+                        request.prefill_ms = reply.pulled.ms
+                if computed is None and not reply.start and loop.time() > request.deadline:
+                    raise late("no first token", request)
+                request.first_token = request.first_token or loop.time()
                 reason: FinishReason = reply.finish_reason  # type: ignore[assignment]
-                yield Chunk(ids, reason)
-                if reason or request.answer_ended:
-                    request.finish(reason, loop.time())
+                chunk = Chunk(request.add(reply.ids), reason)
+                yield chunk
+                if request.ended_by(chunk, loop.time()):
                     return
-                reply = await call.reply(self._stall_s)
+                reply = await call.reply(self._stall_s, request.ends_by)
         finally:
             call.close()
-            self._for_decode.wake()
+            self.decodes.freed(decode)
 
-    async def _reserve_decode(self, request: Request, computed: _Computed) -> _Offered:
-        """Offer the KV cache to the decodes until one takes it; the prefill holds it meanwhile."""
-        loop = asyncio.get_running_loop()
-        limit = loop.time() + self._lease_s
-        prefill, token, handle = computed.prefill, computed.result.token, computed.handle
-        if not len(self._for_decode):
-            taken = await self._offer_decodes(request, prefill, token, handle)
-            if taken:
-                return taken
-        place = self._for_decode.join(request.priority, request.arrived)
-        try:
-            while await place.turn(limit):
-                taken = await self._offer_decodes(request, prefill, token, handle)
-                if taken:
-                    return taken
-        finally:
-            place.leave()
-        raise errors.Unavailable(f"no idle decode within {self._lease_s:g} s")
+    def _arrived(self, request: Request, taken: Offered, computed: Computed | None) -> None:
+        """The KV cache has left the prefill: its slot is free."""
+        taken.instance.breaker.good()
+        if computed is not None:
+            request.to(State.DECODING, asyncio.get_running_loop().time())
+            self._decoding.handed_over(computed.prefill.name, taken.instance.name)
+            computed.taken()
 
-    async def _offer_decodes(
-        self, request: Request, prefill: Instance, token: int | None, handle: bytes
-    ) -> _Offered | None:
-        """One round over the decodes that reach the prefill, fewest open calls first.
-
-        None: all of them are full.
-
-        Raises:
-            InstanceError: one failed; it may have begun to pull, so no other can be asked.
-            Unavailable: none reaches the prefill.
-        """
-        refusals = {}
-        for instance in _ranked(self._decodes):
-            refusal = self._meetings.refusal(prefill.name, instance.name)
-            if refusal is not None:
-                refusals[instance.name] = refusal
-                continue
-            call, reply = await self._offer_decode(request, instance, token, handle)
-            if isinstance(reply, Stranger):
-                call.close()
-                await self._meetings.introduce(prefill, instance)
-                call, reply = await self._offer_decode(request, instance, token, handle)
-            if not isinstance(reply, Busy):
-                return _Offered(instance, call, reply)
-            call.close()
-        if len(refusals) == len(self._decodes):
-            raise errors.Unavailable(f"no decode reaches {prefill.name}: {refusals}")
-        return None
-
-    async def _offer_decode(
-        self, request: Request, instance: Instance, token: int | None, handle: bytes
-    ) -> tuple[Call, messages.Reply]:
-        call = instance.call(
-            messages.DecodeRequest(
-                id=self._call_id(),
-                prompt=request.prompt,
-                first_token=token,
-                handle=handle,
-                sampling=request.sampling,
-                tenant=request.tenant,
-                max_tokens=request.max_tokens,
-                ignore_eos=request.ignore_eos,
-                min_interval_ms=0.0 if request.stream else UNREAD_INTERVAL_MS,
-            )
-        )
-        try:
-            return call, await call.reply(ANSWER_S)
-        except BaseException:
-            self._meetings.forget(instance)
-            call.close()
-            raise
+    def _refused(self, request: Request, taken: Offered, computed: Computed | None) -> None:
+        """The decode has failed at this request, or could not get at its KV cache."""
+        if computed is not None and request.state is State.TRANSFERRING:
+            self._decoding.not_handed_over(computed.prefill.name, taken.instance.name)
+        else:
+            taken.call.blame()
 
     # --------------------------------------------------------------------- both
-
-    def _call_id(self) -> str:
-        self._calls += 1
-        return f"{self._unique}-{self._calls}"
 
     def _account(self, request: Request) -> None:
         scenario = request.scenario
@@ -380,31 +252,14 @@ class Scheduler:
                 self._metrics.observe("pdserve_tpot_seconds", tpot, scenario=scenario)
 
 
-def _ranked(instances: Sequence[Instance]) -> list[Instance]:
-    """Whom to ask: fewest open calls first; those that have just failed only if all have."""
-    now = asyncio.get_running_loop().time()
-    sound = [instance for instance in instances if now >= instance.suspect_until]
-    return sorted(sound or instances, key=lambda instance: instance.open)
-
-
 def _end(state: State, error: BaseException) -> State:
     """How a request ends that ``error`` stopped in ``state``."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return State.CANCELLED
-    if isinstance(error, _Late):
+    if isinstance(error, errors.Late):
         return State.EXPIRED
     if state in (State.WAITING, State.PREFILLING) and isinstance(
         error, errors.Unavailable | errors.InvalidRequest
     ):
         return State.REJECTED
     return State.FAILED
-
-
-def _error(reply: messages.Reply) -> errors.PDServeError:
-    """What an instance's refusal to go on becomes for the client."""
-    if isinstance(reply, Failed):
-        for kind in (errors.InvalidRequest, errors.Unavailable, errors.Cancelled):
-            if reply.code == kind.code:
-                return kind(reply.message)
-        return errors.InstanceError(reply.message)
-    return errors.InstanceError(f"unexpected {type(reply).__name__} from an instance")

@@ -3,87 +3,89 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import itertools
-import random
+from bisect import bisect, insort
 
-_FIRST_PAUSE = 0.001
-_LONGEST_PAUSE = 0.02
+Order = tuple[bool, float]
+"""The smaller goes first."""
+
 # Below the resolution of a loop's clock, a wait would let no time pass: 1e-6 in virtual time.
 _SHORTEST_WAIT = 1e-5
 
-_Entry = tuple[int, float, int, asyncio.Event]
-"""-priority, arrival, order of joining, and the event that wakes it."""
-
 
 class WaitingLine:
-    """A line of waiting requests: higher priority first, then the earlier arrival.
+    """A line of waiting requests.
 
-    Only the head of the line tries, so that what a busy deployment costs does not
-    grow with the number of those who wait. It tries when something became free
-    (``wake``) and, since another gateway's requests free things unseen, after a
-    pause that doubles up to 20 ms, with jitter.
+    Each ``wake`` lets one of them try, the first by its order; who finds nothing stands in
+    line again, where it stood. Who leaves, for whatever reason, wakes the next: so all that
+    is free is taken, and no wake-up is lost with a request that ends before it could use it.
     """
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-        self._line: list[_Entry] = []
-        self._order = itertools.count()
+    def __init__(self) -> None:
+        self._standing: list[tuple[Order, int, Place]] = []
+        self._joined = itertools.count()
+        self._members = 0
 
     def __len__(self) -> int:
-        return len(self._line)
+        """Those who have joined and not left."""
+        return self._members
 
-    def join(self, priority: int, arrived: float) -> Place:
-        entry = (-priority, arrived, next(self._order), asyncio.Event())
-        heapq.heappush(self._line, entry)
-        return Place(self, entry)
+    def join(self, order: Order) -> Place:
+        self._members += 1
+        return Place(self, (order, next(self._joined)))
 
-    def wake(self) -> None:
-        """Something may be free now."""
-        if self._line:
-            self._line[0][-1].set()
+    def wake(self, behind: Place | None = None) -> None:
+        """Something may be free now: the first in line tries, or the first behind another."""
+        first = bisect(self._standing, behind.key) if behind else 0
+        while first < len(self._standing):
+            if self._standing.pop(first)[-1].call():
+                return
 
-    def leave(self, entry: _Entry) -> None:
-        self._line.remove(entry)
-        heapq.heapify(self._line)
+    def stand(self, place: Place) -> None:
+        insort(self._standing, (*place.key, place))
+
+    def leave(self) -> None:
+        self._members -= 1
         self.wake()
-
-    def is_head(self, entry: _Entry) -> bool:
-        return self._line[0] is entry
-
-    def jitter(self, pause: float) -> float:
-        return pause * self._rng.uniform(0.5, 1.0)
 
 
 class Place:
     """A request's place in the line, from joining until ``leave``."""
 
-    def __init__(self, line: WaitingLine, entry: _Entry) -> None:
+    def __init__(self, line: WaitingLine, key: tuple[Order, int]) -> None:
+        self.key = key
         self._line = line
-        self._entry = entry
-        self._pause = _FIRST_PAUSE
+        self._turn: asyncio.Future[bool] | None = None
 
     async def turn(self, deadline: float) -> bool:
-        """Wait until it is worth trying, as the head of the line; False: ``deadline`` passed."""
+        """Wait until it is worth trying; False: ``deadline`` passed."""
         loop = asyncio.get_running_loop()
-        event = self._entry[-1]
-        while True:
-            now = loop.time()
-            if now >= deadline:
-                return False
-            wait = max(deadline - now, _SHORTEST_WAIT)
-            if self._line.is_head(self._entry):
-                wait = min(wait, self._line.jitter(self._pause))
-                self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-            timer = loop.call_later(wait, event.set)
-            try:
-                await event.wait()
-            finally:
-                timer.cancel()
-            event.clear()
-            if self._line.is_head(self._entry):
-                return loop.time() < deadline
+        if loop.time() >= deadline:
+            return False
+        self._turn = loop.create_future()
+        self._line.stand(self)
+        wait = max(deadline - loop.time(), _SHORTEST_WAIT)
+        timer = loop.call_later(wait, self._answer, False)
+        try:
+            return await self._turn
+        finally:
+            timer.cancel()
+            self._turn = None
+
+    def call(self) -> bool:
+        """Its turn; False: it does not wait any more."""
+        return self._answer(True)
+
+    def _answer(self, turn: bool) -> bool:
+        if self._turn is None or self._turn.done():
+            return False
+        self._turn.set_result(turn)
+        return True
+
+    def pass_on(self) -> None:
+        """What is free is not for this one: the next behind it tries."""
+        self._line.wake(behind=self)
 
     def leave(self) -> None:
-        """Go on, or give up; the next in line becomes the head."""
-        self._line.leave(self._entry)
+        """Go on, or give up; the next in line tries."""
+        self._line.leave()

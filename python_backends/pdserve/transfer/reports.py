@@ -35,6 +35,8 @@ class Pulled(Struct, frozen=True, array_like=True):
     """What was expected of `exposed_ms` when the strategy was chosen."""
     token: int
     """The first token, as the holder's words tell it."""
+    cached: int = 0
+    """Tokens of the prompt that the pool had, where the decode has computed the others itself."""
 
 
 NOTHING_PULLED = Pulled(0, "", "", 0.0, 0.0, 0.0, -1)

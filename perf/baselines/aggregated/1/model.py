@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,9 +22,9 @@ class TritonPythonModel(pdserve.TritonPythonModel):
 
     async def _start(self) -> None:
         await super()._start()
-        scheduler = Aggregated(self.deployment)
-        self._scheduler = scheduler  # type: ignore[assignment]
-        self._computing = asyncio.create_task(scheduler.compute())
+        aggregated = Aggregated(self.deployment)
+        self._router.default.next_group = lambda: aggregated  # type: ignore[assignment]
+        self._computing = asyncio.create_task(aggregated.compute())
 
     async def _close(self) -> None:
         self._computing.cancel()
@@ -44,6 +45,8 @@ class _Open:
 class Aggregated:
     """Prompts first, as many as there is room for, then one decode step; and so on."""
 
+    name = "aggregated"
+
     def __init__(self, deployment: config.Deployment) -> None:
         self._model = build.model(deployment)
         self._prefill = build.prefill(self._model)
@@ -55,11 +58,17 @@ class Aggregated:
         self._running: list[_Open] = []
         self._work = asyncio.Event()
 
+    @contextmanager
+    def serving(self, request: Request) -> Iterator[Aggregated]:
+        """As a group does."""
+        yield self
+
     async def run(self, request: Request) -> AsyncIterator[Chunk]:
         """The answer as it comes."""
         loop = asyncio.get_running_loop()
-        request.arrived = request.forwarded = loop.time()
-        request.to(State.PREFILLING)
+        now = loop.time()
+        request.arrived = request.forwarded = now
+        request.to(State.PREFILLING, now)
         prompt = np.frombuffer(request.prompt, "<i4")
         opened = _Open(request, DecodeSequence(prompt, [], [], request.sampling))
         self._waiting.append(opened)
@@ -68,8 +77,8 @@ class Aggregated:
             while True:
                 chunk = await opened.chunks.get()
                 if not request.first_token:
-                    request.to(State.PREFILLED)
                     request.first_token = loop.time()
+                    request.to(State.PREFILLED, request.first_token)
                 request.output_tokens += len(chunk.ids)
                 yield chunk
                 if chunk.finish_reason or request.answer_ended:
@@ -117,7 +126,11 @@ class Aggregated:
         ]
         firsts = await self._prefill.prefill(jobs)
         for opened, job, first in zip(batch, jobs, firsts, strict=True):
-            self._decode.join(opened.sequence, job.kv)
+            start = 0
+            for row, rows in opened.sequence.rows(len(job.tokens)):
+                self._decode.pool[:, row : row + rows] = job.kv[:, start : start + rows]
+                start += rows
+            self._decode.joined(opened.sequence)
             self._running.append(opened)
             self._append(opened, first, 0.0)
 

@@ -45,7 +45,8 @@ class TritonPythonModel:
         prompt = self._tokenizer.encode(text).astype("<i4").tobytes()
         max_tokens = asked.max_tokens or parameters.DEFAULT_MAX_TOKENS
         name = f"serial-{next(self._ids)}"
-        prefill = messages.PrefillRequest(name, prompt, asked.sampling, asked.tenant, 60_000.0)
+        sampling = messages.Sampling(**asked.sampling)
+        prefill = messages.PrefillRequest(name, prompt, sampling, asked.tenant, 60_000.0)
         (result,) = self._call(self._prefill, prefill)
         if not isinstance(result, messages.Prefilled):
             raise InstanceError(f"{self._prefill}: {result}")
@@ -54,7 +55,8 @@ class TritonPythonModel:
             prompt=prompt,
             first_token=result.token,
             handle=result.handle,
-            sampling=asked.sampling,
+            sampling=sampling,
+            tenant=asked.tenant,
             max_tokens=max_tokens,
             ignore_eos=asked.ignore_eos,
             min_interval_ms=0.0 if asked.stream else WHOLE_ANSWER_MS,

@@ -1,0 +1,1 @@
+"""Scheduling policies side by side, on real servers: `python -m perf.scheduling`."""

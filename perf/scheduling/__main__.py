@@ -1,0 +1,135 @@
+"""Scheduling policies side by side, on real servers with emulated engines.
+
+    python -m perf.scheduling [--quick] [--traces FOLDER]
+
+Every policy serves the very same requests, and so does an ideal that is computed: see
+docs/scheduling-benchmark.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from tests.servers import Running
+
+from pdserve.config import PolicyName
+from perf import budgets
+from perf.record import RESULTS, Record
+from perf.scheduling import client, crowd, loads, report, servers
+from perf.scheduling.ideal import ideal
+from perf.scheduling.loads import TOKENS, TRACES, Load
+from perf.scheduling.points import Point, point
+from perf.scheduling.samples import Sample
+from perf.scheduling.servers import PREFILLS, Layout, Offers
+from perf.scheduling.workload import PROMPT_TOKEN_S, Ask
+
+UNLOADED, CROWD = 20, 400
+PUBLISHED_S = 0.6
+"""Within which a gateway has told Triton what it counted."""
+WIDTH = 170
+console = Console()
+
+
+def unloaded(server: Running) -> float:
+    """By how much a server that does nothing else is slower than its prefill: seconds."""
+    chains = [[Ask(0.0, TOKENS, 10.0, seed) for seed in range(UNLOADED)]]
+    samples = client.run(chains, [server.grpc])[UNLOADED // 4 :]
+    found = statistics.median(sample.ttft or 0.0 for sample in samples)
+    return found - TOKENS * PROMPT_TOKEN_S
+
+
+def measure(server: Running, load: Load, layout: Layout, policy: PolicyName) -> Point:
+    """One load under one policy."""
+    before = Offers.of(server)
+    addresses = [gateway.grpc for gateway in servers.gateways(server)]
+    samples = client.run(load.chains, addresses, load.until)
+    time.sleep(PUBLISHED_S)
+    after = Offers.of(server)
+    offers = Offers(after.made - before.made, after.rejected - before.rejected)
+    return point(load, layout, policy, samples, offers)
+
+
+def ideals(load: Load) -> Iterator[Point]:
+    """What the load allows: in each layout, in the order of arrival and of the limits."""
+    for layout in load.layouts:
+        for policy, by_limit in (("ideal", False), ("ideal by limit", True)):
+            samples: list[Sample] = []
+            if layout == "groups":
+                for scenario in servers.SCENARIOS:
+                    mine = [chain for chain in load.chains if chain[0].scenario == scenario]
+                    samples += ideal(mine, PREFILLS // len(servers.SCENARIOS), by_limit=by_limit)
+            else:
+                samples = ideal(load.chains, PREFILLS, load.until, by_limit=by_limit)
+            if layout == "gateways":
+                for number, sample in enumerate(samples):
+                    sample.gateway = number % servers.GATEWAYS
+            yield point(load, layout, policy, samples, None)
+
+
+def run(effort: loads.Effort, traces: Path | None) -> tuple[float, list[Point]]:
+    """Every load on every server that it is for; the unloaded servers' own time comes first."""
+    places: list[tuple[Layout, PolicyName]] = [("pool", policy) for policy in effort.policies]
+    places += [("groups", "on_demand"), ("gateways", "on_demand")]
+    added_s, wanted, points = 0.0, list[Load](), list[Point]()
+    with Progress(console=console) as progress:
+        bar = progress.add_task("starts", total=None)
+        for layout, policy in places:
+            progress.update(bar, description=f"{layout}, {policy}: starts")
+            with servers.serving(servers.deployment(layout, policy)) as server:
+                if not wanted:
+                    added_s = unloaded(server)
+                    wanted = list(loads.all_of(effort, added_s, traces))
+                    seconds = [one.seconds * len(one.layouts) * len(one.policies) for one in wanted]
+                    progress.update(bar, total=sum(seconds))
+                    points += [one for load in wanted for one in ideals(load)]
+                for load in wanted:
+                    if layout in load.layouts and policy in load.policies:
+                        what = f"{layout}, {policy}: {load.part} {load.level}"
+                        progress.update(bar, description=what)
+                        points.append(measure(server, load, layout, policy))
+                        progress.advance(bar, load.seconds)
+    return added_s, points
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="two policies, few requests")] = False,
+    traces: Annotated[
+        Path | None,
+        typer.Option(envvar="PDSERVE_TRACES", help=f"folder with {', '.join(TRACES.values())}"),
+    ] = None,
+) -> None:
+    """Scheduling policies side by side, on real servers with emulated engines."""
+    name = "scheduling-quick" if quick else "scheduling"
+    missing = [file for file in TRACES.values() if traces and not (traces / file).exists()]
+    if missing:
+        raise typer.BadParameter(f"{', '.join(missing)}: not in {traces}")
+    record = Record(name)
+    if traces is None:
+        console.print("public traces: left out; --traces or PDSERVE_TRACES names their folder")
+    with console.status("many instances"):
+        costs = crowd.costs(CROWD // 4 if quick else CROWD)
+    added_s, points = run(loads.QUICK if quick else loads.FULL, traces)
+    wide = Console(width=WIDTH)
+    wide.print(report.table(points))
+    console.print(costs)
+    limits = [*report.limits(points), *crowd.limits(costs)]
+    wide.print(budgets.table(limits))
+    console.print(report.plot(points, RESULTS / f"{name}.png"))
+    results = {
+        "added_ms": round(added_s * 1e3, 2),
+        "budgets": limits,
+        "points": points,
+        "crowd": costs,
+    }
+    console.print(record.write(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

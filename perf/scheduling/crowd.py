@@ -1,0 +1,227 @@
+"""What a request costs in a group of many instances: the scheduler alone, in this process.
+
+The instances stand in for real ones: they accept one prompt at a time and reject others, compute
+by waiting, and move nothing. Their messages are encoded as on the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+
+from msgspec import Struct
+
+from pdserve import config, messages
+from pdserve.channels.protocol import Calls, Replies
+from pdserve.engines.watches import Watches
+from pdserve.messages import (
+    Busy,
+    DecodeRequest,
+    Describe,
+    Described,
+    Join,
+    Joined,
+    Prefilled,
+    PrefillRequest,
+    Release,
+    Released,
+    Reply,
+    Tokens,
+    Watch,
+)
+from pdserve.metrics import Registry
+from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.request import Request
+from pdserve.scheduling.scheduler import Scheduler
+from pdserve.transfer.reports import NOTHING_PULLED, Met
+from perf.budgets import Budget
+
+SIZES = (2, 200)
+MET = Met("none", "", 0.0, 1e12, {}, False)
+PROMPT = bytes(4 * 128)
+TOKEN = (100).to_bytes(4, "little")
+WAITING_S = 0.01
+"""Between two requests that end, while half of all users wait."""
+MEET_S = 60.0
+
+
+class Cost(Struct):
+    """Of a request, by the number of instances: milliseconds."""
+
+    instances: int
+    idle: float
+    """From its arrival to its end while nothing else is asked; median."""
+    waiting: float
+    """CPU time while as many wait as are computed; the mean."""
+
+
+class _Channel:
+    """To a stand-in of an instance, and the stand-in."""
+
+    def __init__(self) -> None:
+        self._calls = Calls()
+
+    def open(self, call: str, request: messages.Request) -> Replies:
+        replies = self._calls.open(call)
+        asyncio.get_running_loop().call_soon(self._arrive, call, messages.encode(request))
+        return replies
+
+    def _arrive(self, call: str, data: bytes) -> None:
+        self.answer(call, messages.decode_request(data))
+
+    def answer(self, call: str, request: messages.Request) -> None:
+        raise NotImplementedError
+
+    def reply(self, call: str, reply: Reply) -> None:
+        self._calls.deliver(call, messages.encode_replies([(call, reply)]))
+
+    def forget(self, call: str) -> None:
+        self._calls.forget(call)
+
+    def lose(self) -> None:
+        """It is never gone."""
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class _Prefill(_Channel):
+    def __init__(self, name: str, seconds: float) -> None:
+        super().__init__()
+        self._name = name.encode()
+        self._seconds = seconds
+        self._busy = False
+        self._watches = Watches()
+
+    def answer(self, call: str, request: messages.Request) -> None:
+        if isinstance(request, PrefillRequest):
+            self._tell(request.gateway)
+            if self._busy or not self._watches.admits(request.gateway, 1):
+                self.reply(call, Busy("slots"))
+                return
+            self._busy = True
+            self._watches.took(request.gateway)
+            done = Prefilled(100, False, self._name, 0, 0.0)
+            asyncio.get_running_loop().call_later(self._seconds, self.reply, call, done)
+        elif isinstance(request, Watch):
+            self._watches.add(request, lambda reply, _: self.reply(call, reply))
+            self._tell()
+        elif isinstance(request, Release):
+            self._watches.release(request.id)
+            self._tell()
+        elif isinstance(request, Describe):
+            self.reply(call, Described(self._name))
+
+    def _tell(self, offering: str | None = None) -> None:
+        self._watches.tell(not self._busy, asyncio.get_running_loop().time(), offering)
+
+    def free(self) -> None:
+        """A decode has what it held."""
+        self._busy = False
+        self._tell()
+
+
+class _Decode(_Channel):
+    def __init__(self, prefills: dict[bytes, _Prefill]) -> None:
+        super().__init__()
+        self._prefills = prefills
+
+    def answer(self, call: str, request: messages.Request) -> None:
+        if isinstance(request, DecodeRequest):
+            self._prefills[request.handle].free()
+            self.reply(call, Tokens(1, TOKEN, "length", NOTHING_PULLED))
+        elif isinstance(request, Join):
+            self.reply(call, Joined(request.description.decode(), MET, 128))
+        elif isinstance(request, Release):
+            self.reply(call, Released())
+
+
+class _Crowd:
+    """A scheduler over `instances`, half of them prefills that take `seconds` for a prompt."""
+
+    def __init__(self, instances: int, seconds: float) -> None:
+        names = [str(number) for number in range(instances // 2)]
+        stand_ins = {name.encode(): _Prefill(name, seconds) for name in names}
+        self._prefills = [Instance(name, stand_ins[name.encode()]) for name in names]
+        self._decodes = [Instance(f"decode_{name}", _Decode(stand_ins)) for name in names]
+        self._metrics = Registry()
+        self._meetings = Meetings(self._prefills, self._decodes, None, "perf", self._metrics)
+        self._scheduler = Scheduler(
+            self._prefills,
+            self._decodes,
+            self._meetings,
+            self._metrics,
+            gateway=config.Gateway(),
+            prefill=config.Prefill(slots=1),
+            decode=config.Decode(),
+            rng=random.Random(0),
+        )
+
+    async def meet(self) -> None:
+        """Every pair; what is measured later is not the meetings.
+
+        Raises:
+            TimeoutError: they have not.
+        """
+        pairs = [(p.name, d.name) for p in self._prefills for d in self._decodes]
+        meeting = asyncio.create_task(self._meetings.run())
+        until = time.monotonic() + MEET_S
+        while not all(self._meetings.transfer_s(*pair, 1) for pair in pairs):
+            if time.monotonic() > until:
+                raise TimeoutError(f"{len(pairs)} pairs have not met within {MEET_S:g} s")
+            await asyncio.sleep(0.1)
+        meeting.cancel()
+        await asyncio.gather(meeting, return_exceptions=True)
+
+    async def serve(self, requests: Sequence[str]) -> list[float]:
+        """One after the other: seconds of each."""
+        taken = []
+        for name in requests:
+            request = Request(id=name, prompt=PROMPT, max_tokens=2, stream=True)
+            began = time.perf_counter()
+            async with aclosing(self._scheduler.run(request)) as chunks:
+                async for _ in chunks:
+                    pass
+            taken.append(time.perf_counter() - began)
+        return taken
+
+
+async def _cost(instances: int, requests: int) -> Cost:
+    crowd = _Crowd(instances, 0.0)
+    await crowd.meet()
+    idle = await crowd.serve([f"idle {number}" for number in range(requests)])
+    users = instances
+    each = -(-requests // users) + 1
+    crowd = _Crowd(instances, WAITING_S * instances / 2)
+    await crowd.meet()
+    cpu = time.process_time()
+    await asyncio.gather(
+        *(crowd.serve([f"{user} {number}" for number in range(each)]) for user in range(users))
+    )
+    cpu = time.process_time() - cpu
+    return Cost(
+        instances,
+        round(statistics.median(idle) * 1e3, 3),
+        round(cpu / (users * each) * 1e3, 3),
+    )
+
+
+def costs(requests: int) -> list[Cost]:
+    """Of few and of many instances."""
+    return [asyncio.run(_cost(instances, requests)) for instances in SIZES]
+
+
+def limits(measured: Sequence[Cost]) -> list[Budget]:
+    """By how much a request of many costs more than one of few."""
+    few, many = measured
+    what = f"{many.instances} instances in place of {few.instances}"
+    idle, waiting = round(many.idle - few.idle, 3), round(many.waiting - few.waiting, 3)
+    return [
+        Budget(f"{what}: added to a request", idle, "ms", "at most", 1.0),
+        Budget(f"{what}: CPU of one that waits", waiting, "ms", "at most", 1.0),
+    ]

@@ -1,0 +1,107 @@
+"""The servers that are asked: who decides, and which prefills it decides on."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import msgspec
+from tests.clients import metrics, wait_until
+from tests.servers import Running, running
+
+from pdserve import config
+from perf.serving import MODEL, PROFILES
+
+POLICIES: tuple[config.PolicyName, ...] = get_args(config.PolicyName)
+Layout = Literal["pool", "groups", "gateways"]
+"""One group of all instances; one for each scenario; one group, asked by several gateways."""
+
+PREFILLS = 2
+GATEWAYS = 4
+MEET_S = 30.0
+SCENARIOS = ("chat", "documents")
+"""In the layout of groups; in the others nobody knows them, and all is served as one."""
+
+
+def deployment(layout: Layout, policy: config.PolicyName) -> config.Deployment:
+    """`PREFILLS` prefills that compute one prompt at a time, and as many decodes."""
+    names = range(PREFILLS)
+    prefill = tuple(f"prefill_{n}" for n in names)
+    decode = tuple(f"decode_{n}" for n in names)
+    all_in_one = config.Server(name="all", prefill=prefill, decode=decode)
+    servers: tuple[config.Server, ...] = (all_in_one,)
+    if layout == "gateways":
+        worker = msgspec.structs.replace(all_in_one, name="worker", gateway=False)
+        servers = (*(config.Server(name=f"gateway_{n}") for n in range(GATEWAYS)), worker)
+    scenarios: tuple[config.Scenario, ...] = ()
+    if layout == "groups":
+        scenarios = tuple(
+            config.Scenario(name, (config.Group(name, (prefill[n],), (decode[n],)),))
+            for n, name in enumerate(SCENARIOS)
+        )
+    return config.Deployment(
+        model=str(MODEL),
+        servers=servers,
+        scenarios=scenarios,
+        engine=config.Engine(kind="emulated", profile=str(PROFILES / "prefill_100us.yaml")),
+        # Room for 65,000 tokens: the cached prefixes of one scenario, not quite those of two.
+        prefill=config.Prefill(slots=1, arena_mib=8),
+        # Few responses for many tokens: they are what costs, and it is prefills that are measured.
+        decode=config.Decode(blocks=16384, response_cost_ms=20.0, max_interval_ms=200.0),
+        gateway=config.Gateway(
+            policy=policy, default_scenario=scenarios[0].name if scenarios else "default"
+        ),
+    )
+
+
+@contextlib.contextmanager
+def serving(made: config.Deployment) -> Iterator[Running]:
+    """It runs, and every prefill has met every decode of its group."""
+    with tempfile.TemporaryDirectory(prefix="pdserve-perf-") as folder:
+        transfer = config.Transfer(key_file=str(Path(folder) / "kv.key"))
+        made = msgspec.structs.replace(made, transfer=transfer)
+        with running(made, Path(folder)) as server:
+            for gateway in gateways(server):
+                wait_until(partial(_met, gateway), MEET_S)
+            yield server
+
+
+def _met(gateway: Running) -> bool:
+    """Whether its two models, pdserve and scheduler, know every pair of every group."""
+    unknown = [
+        sample.value
+        for sample in metrics(gateway)
+        if sample.name == "pdserve_kv_pairs" and sample.labels["state"] == "unknown"
+    ]
+    return len(unknown) == 2 * len(gateway.deployment.served) and not any(unknown)
+
+
+def gateways(server: Running) -> list[Running]:
+    """Each gateway's own addresses."""
+    return [
+        replace(server, http=one.http, grpc=one.grpc, metrics=one.metrics)
+        for one in server.servers
+        if one.spec.gateway
+    ]
+
+
+class Offers(NamedTuple):
+    """Since the servers began."""
+
+    made: float
+    rejected: float
+
+    @classmethod
+    def of(cls, server: Running) -> Offers:
+        """By all gateways. They tell Triton four times a second."""
+        samples = [sample for gateway in gateways(server) for sample in metrics(gateway)]
+
+        def total(name: str) -> float:
+            return sum(sample.value for sample in samples if sample.name == name)
+
+        return cls(total("pdserve_forward_attempts"), total("pdserve_prefill_rejections_total"))

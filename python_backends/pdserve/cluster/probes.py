@@ -1,0 +1,200 @@
+"""Whether instances answer, and whether they compute: asked by the messages that serve requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pdserve.channels.protocol import Channel, Replies
+from pdserve.errors import InstanceError
+from pdserve.messages import (
+    Accepted,
+    Busy,
+    DecodeRequest,
+    Describe,
+    Described,
+    Join,
+    Joined,
+    Prefilled,
+    PrefillRequest,
+    Release,
+    Released,
+    Reply,
+    Request,
+    Sampling,
+    Stranger,
+    Tokens,
+)
+
+PROMPT = (1).to_bytes(4, "little")
+"""One token, of every vocabulary."""
+TENANT = "probe"
+
+R = TypeVar("R", bound=Reply)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds."""
+
+    reply_s: float
+    """Until the next reply."""
+    first_token_s: float
+    """Until a prefill has computed one token, whatever else it has to compute before."""
+    idle_s: float
+    """An instance that is busy makes a step within this time."""
+
+
+class Probes:
+    """Questions to instances; nothing is held for them afterwards.
+
+    Args:
+        channel: gives that of an instance.
+        prefills: names the prefills that there are now.
+        steps: how many forwards or steps of its model an instance has made so far.
+        limits: how long anything may take.
+    """
+
+    def __init__(
+        self,
+        channel: Callable[[str], Channel],
+        prefills: Callable[[], Sequence[str]],
+        steps: Callable[[str], Awaitable[float]],
+        limits: Limits,
+    ) -> None:
+        self._channel = channel
+        self._prefills = prefills
+        self._steps = steps
+        self._limits = limits
+        self._busy: dict[str, tuple[float, float]] = {}
+        """Steps of an instance that has been busy each time, and since when there were so many."""
+        self._stream = uuid.uuid4().hex
+        self._ids = itertools.count()
+        self._turns = itertools.count()
+
+    async def alive(self, instance: str) -> bool:
+        """It takes messages and answers them. Raises: InstanceError: it does not."""
+        await self._ask(instance, Release(self._id()), Released)
+        return False
+
+    async def prefill(self, instance: str) -> bool:
+        """One token; False: it is busy. Raises: InstanceError: it has failed."""
+        request = self._prompt()
+        with self._asked(instance, request) as replies:
+            computed = await self._computed(instance, replies)
+        return await self._computes(instance, computed is not None)
+
+    async def decode(self, instance: str) -> bool:
+        """One token more than a prefill's; False: it is busy, or no prefill has one to give.
+
+        Raises:
+            InstanceError: it has failed.
+        """
+        prefills = self._prefills()
+        prefill = prefills[next(self._turns) % len(prefills)]
+        request = self._prompt()
+        with self._asked(prefill, request) as replies:
+            try:
+                computed = await self._computed(prefill, replies)
+            except InstanceError:
+                return False  # its own probe tells
+            return computed is not None and await self._goes_on(instance, prefill, computed)
+
+    async def _computed(self, instance: str, replies: Replies) -> Prefilled | None:
+        limit = self._limits.first_token_s
+        try:
+            reply = await asyncio.wait_for(self._end(replies), limit)
+        except asyncio.TimeoutError as error:  # it has said no more than that it has accepted
+            raise InstanceError(f"{instance} computed no token within {limit:g} s") from error
+        if isinstance(reply, Prefilled | Busy):
+            return None if isinstance(reply, Busy) else reply
+        raise InstanceError(f"{instance} answered {reply} to a prompt")
+
+    async def _computes(self, instance: str, shown: bool) -> bool:
+        """Whether it has shown that.
+
+        Raises:
+            InstanceError: it has not, being busy, and has made no step since much too long.
+        """
+        if shown:
+            self._busy.pop(instance, None)
+            return True
+        now, steps = asyncio.get_running_loop().time(), await self._steps(instance)
+        before, since = self._busy.get(instance, (-1.0, now))
+        if steps != before:
+            self._busy[instance] = steps, now
+        elif now - since > self._limits.idle_s:
+            raise InstanceError(f"{instance} is busy, and has made no step for {now - since:.0f} s")
+        return False
+
+    async def _goes_on(self, decode: str, prefill: str, computed: Prefilled) -> bool:
+        request = DecodeRequest(
+            id=self._id(),
+            prompt=PROMPT,
+            first_token=computed.token,
+            handle=computed.handle,
+            sampling=Sampling(),
+            tenant=TENANT,
+            max_tokens=2,
+            ignore_eos=True,
+            min_interval_ms=0,
+        )
+        with self._asked(decode, request) as replies:
+            reply = await self._end(replies)
+        if isinstance(reply, Stranger):
+            # The next probe shows it; who cannot meet has not failed.
+            with contextlib.suppress(InstanceError):
+                described = await self._ask(prefill, Describe(self._id()), Described)
+                await self._ask(decode, Join(self._id(), described.description), Joined)
+            return False
+        if isinstance(reply, Tokens | Busy):
+            return await self._computes(decode, isinstance(reply, Tokens))
+        raise InstanceError(f"{decode} answered {reply} to a KV cache of {prefill}")
+
+    async def _end(self, replies: Replies) -> Reply:
+        """The first reply that is neither an acceptance nor tokens with more to come."""
+        while True:
+            reply = await replies.get(self._limits.reply_s)
+            unfinished = isinstance(reply, Tokens) and not reply.finish_reason
+            if not isinstance(reply, Accepted) and not unfinished:
+                return reply
+
+    async def _ask(self, instance: str, request: Request, wanted: type[R]) -> R:
+        channel = self._channel(instance)
+        replies = channel.open(request.id, request)
+        try:
+            reply = await replies.get(self._limits.reply_s)
+        finally:
+            channel.forget(request.id)
+        if not isinstance(reply, wanted):
+            raise InstanceError(f"{instance} answered {reply} to {request}")
+        return reply
+
+    @contextlib.contextmanager
+    def _asked(self, instance: str, request: Request) -> Iterator[Replies]:
+        """Replies to a request; the instance holds nothing for it afterwards."""
+        channel = self._channel(instance)
+        try:
+            yield channel.open(request.id, request)
+        finally:
+            channel.forget(request.id)
+            release = self._id()
+            channel.open(release, Release(request.id))
+            channel.forget(release)
+
+    def _prompt(self) -> PrefillRequest:
+        return PrefillRequest(
+            id=self._id(),
+            prompt=PROMPT,
+            sampling=Sampling(),
+            tenant=TENANT,
+            deadline_ms=self._limits.first_token_s * 1e3,
+        )
+
+    def _id(self) -> str:
+        return f"{self._stream}-{next(self._ids)}"

@@ -1,0 +1,206 @@
+"""Looks after one server: notices what has failed in it, takes it out of service, restores it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from pdserve.cluster.health import Health, Life, State
+from pdserve.errors import PDServeError
+
+SERVER = "server"
+"""The thing that is the server itself; every other one is a model, by name."""
+LOOK_S = 0.1
+STOPPED_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class NotRestored(Exception):
+    """An attempt to restore something has failed; the message says why. Another one may help."""
+
+
+class Ward(Protocol):
+    """A server and its models, as its watchdog sees and handles them."""
+
+    def look(self) -> Mapping[str, Life]:
+        """How the processes of the server and of its models are; does not wait."""
+
+    async def withdraw(self, thing: str) -> None:
+        """Take it out of service at once, and tell those who wait for it."""
+
+    async def restore(self, thing: str) -> None:
+        """Put what has been withdrawn into service again, and wait until it is.
+
+        Raises:
+            NotRestored: it could not be.
+        """
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question to one thing, asked again and again."""
+
+    thing: str
+    ask: Callable[[], Awaitable[bool]]
+    """Raises PDServeError or OSError where the thing has failed. The answer is whether it has shown
+    that it computes; a busy one has not, but it is alive."""
+    every_s: float
+    within_s: float
+    misses: int = 2
+    """So many in a row are a failure."""
+
+
+class Watchdog:
+    """Repairs what is dead, stopped for longer than STOPPED_S, or does not answer.
+
+    A model that cannot be loaded is tried again and again, with pauses (see ``Backoff``), and the
+    rest of its server serves on. If the server itself does not take part, or the load does not end
+    within ``load_s`` seconds, the server is restarted.
+
+    Args:
+        whole: models whose failure is repaired by a restart of the server.
+    """
+
+    def __init__(
+        self,
+        ward: Ward,
+        models: Sequence[str],
+        checks: Sequence[Check],
+        *,
+        whole: Collection[str],
+        load_s: float,
+    ) -> None:
+        self.health = {thing: Health() for thing in (SERVER, *models)}
+        self._ward = ward
+        self._checks = checks
+        self._whole = whole
+        self._load_s = load_s
+        self._stopped: dict[str, float] = {}
+        """Since when, ``loop.time()``."""
+        self._repairs: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Until cancelled; what is being repaired then, stays as it is."""
+        try:
+            await asyncio.gather(self._look(), *map(self._ask, self._checks))
+        finally:
+            for repair in self._repairs.values():
+                repair.cancel()
+
+    # ----------------------------------------------------------------- noticing
+
+    async def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            for thing, life in self._ward.look().items():
+                if life is Life.STOPPED and not self._in_repair(thing):
+                    since = self._stopped.setdefault(thing, loop.time())
+                    if loop.time() - since >= STOPPED_S:
+                        self._failed(thing, f"its process has been stopped for {STOPPED_S:g} s")
+                    continue
+                self._stopped.pop(thing, None)
+                if life is Life.GONE:
+                    self._failed(thing, "its process is gone")
+            await asyncio.sleep(LOOK_S)
+
+    async def _ask(self, check: Check) -> None:
+        now = asyncio.get_running_loop().time
+        health = self.health[check.thing]
+        misses = 0
+        while True:
+            await asyncio.sleep(check.every_s)
+            life = self._life(check.thing)
+            if life is None:
+                continue
+            try:
+                computes = await asyncio.wait_for(check.ask(), check.within_s)
+            except asyncio.TimeoutError:
+                problem = f"no answer within {check.within_s:g} s"
+            except (PDServeError, OSError) as error:
+                problem = f"{error}"
+            else:
+                problem = ""
+            if life != self._life(check.thing):
+                misses = 0  # whatever was said or not was of a former life
+            elif problem:
+                misses += 1
+                health.reason = problem
+                health.to(State.LATE, now())
+                if misses == check.misses:
+                    misses = 0
+                    self._failed(check.thing, f"{problem}, {check.misses} times in a row")
+            else:
+                misses = 0
+                health.answered = now()
+                if computes:
+                    health.proven = now()
+                health.to(State.HEALTHY, now())
+
+    def _life(self, thing: str) -> tuple[int, int] | None:
+        """Which life of a thing this is; None: it is being repaired."""
+        if self._in_repair(thing):
+            return None
+        return self.health[SERVER].repairs, self.health[thing].repairs
+
+    def _in_repair(self, thing: str) -> bool:
+        return SERVER in self._repairs or thing in self._repairs
+
+    # ---------------------------------------------------------------- repairing
+
+    def _failed(self, thing: str, reason: str) -> None:
+        if self._in_repair(thing):
+            return
+        if thing in self._whole:
+            thing, reason = SERVER, f"{thing}: {reason}"
+        if thing == SERVER:
+            for repair in self._repairs.values():
+                repair.cancel()
+        _log.error("%s has failed: %s", thing, reason)
+        self._to(thing, State.FAILED, reason)
+        repair = self._repairs[thing] = asyncio.create_task(self._repair(thing))
+        repair.add_done_callback(partial(self._ended, thing))
+
+    async def _repair(self, thing: str) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        health = self.health[thing]
+        while True:
+            await self._ward.withdraw(thing)
+            if pause := health.backoff.pause(loop.time()):
+                _log.warning("%s is repaired after a pause of %g s", thing, pause)
+                await asyncio.sleep(pause)
+            self._to(thing, State.REPAIRING, health.reason)
+            try:
+                # A server's restart is several steps, each bounded by itself.
+                limit = None if thing == SERVER else self._load_s
+                await asyncio.wait_for(self._ward.restore(thing), limit)
+                break
+            except NotRestored as error:
+                _log.error("%s is not repaired: %s", thing, error)
+                self._to(thing, State.FAILED, f"{error}")
+            finally:
+                health.backoff.ended(loop.time())
+        health.repairs += 1
+        health.down_s = loop.time() - began
+        _log.warning("%s is repaired; it was out of service for %.1f s", thing, health.down_s)
+
+    def _ended(self, thing: str, repair: asyncio.Task[None]) -> None:
+        del self._repairs[thing]
+        if repair.cancelled():
+            return
+        error = repair.exception()
+        if error is not None:
+            what = "too slow" if isinstance(error, asyncio.TimeoutError) else repr(error)
+            self._failed(SERVER, f"the repair of {thing} has failed: {what}")
+            return
+        for restored in self.health if thing == SERVER else (thing,):
+            self._to(restored, State.HEALTHY, self.health[restored].reason)
+
+    def _to(self, thing: str, state: State, reason: str) -> None:
+        self.health[thing].reason = reason
+        self.health[thing].to(state, asyncio.get_running_loop().time())

@@ -1,0 +1,45 @@
+"""Forwards of one shape, for bits that may not depend on what else is computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdserve.engines.protocol import Tokens
+from pdserve.engines.torch_attention import DecodeMemory, PrefillMemory
+from pdserve.engines.torch_model import TorchModel
+
+# Rows of a forward whose bits may not depend on the batch: always as many, so that every
+# operation has one shape. 16 cost hardly more than 4; see torch_linear.
+FIXED_ROWS = 16
+
+
+def replay(model: TorchModel, tokens: Tokens, outputs: int, kv: Tensor) -> Tensor:
+    """Go the way again that led to the last ``outputs`` of the tokens; the logits of what follows.
+
+    The prompt before them is computed as a prefill does, and each of them as the one row of a
+    decode step that it was: here the steps' other rows are the outputs beside it, since they are
+    known. So all K and V have the bits that they had, for a sixteenth of the forwards.
+
+    Args:
+        outputs: at least 1.
+        kv: [layers, 2, tokens, kv_heads, head_dim], filled in.
+    """
+    given = len(tokens) - outputs
+    memory = PrefillMemory([kv[:, :, :given]], [0], lambda _: None)
+    model.forward(tokens[:given].astype(np.int64), np.arange(given), np.array([], np.int64), memory)
+    logits = torch.empty(0)
+    for begin in range(given, len(tokens), FIXED_ROWS):
+        rows = np.arange(begin, min(begin + FIXED_ROWS, len(tokens)))
+        pad = np.zeros(FIXED_ROWS - len(rows), np.int64)
+        steps = DecodeMemory(
+            kv,
+            torch.as_tensor(rows, device=kv.device),
+            [[(0, row + 1)] for row in rows.tolist()],
+            [True] * len(rows),
+            len(pad),
+        )
+        positions = np.append(rows, pad)
+        logits = model.forward(np.append(tokens[rows], pad), positions, None, steps)[: len(rows)]
+    return logits[-1:]

@@ -1,0 +1,105 @@
+"""Gateways that wait until an instance has something free: told in turn, and given a moment.
+
+    watch ──► waiting, one watch to a gateway, first come first
+                │ a slot is free and kept for nobody
+                ▼
+              told (Freed), the slot is kept for RESERVED_S
+                │ an offer of the gateway, a release, or the time
+                ▼
+              over
+
+An offer finds a slot unless all that are free are kept for others; so a gateway that comes late,
+or often, is not served before one that has waited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pdserve.messages import Freed, Released, Reply, Watch
+
+Send = Callable[[Reply, bool], None]
+"""Sends a reply; True with the last one."""
+
+# An offer follows within a few milliseconds, ten of them where the gateway is busy. If none does,
+# the slot has been idle for so long.
+RESERVED_S = 0.02
+
+
+class _Waiting(NamedTuple):
+    id: str
+    send: Send
+
+
+class Kept(NamedTuple):
+    """A slot that is free, but not for everybody."""
+
+    id: str
+    gateway: str
+    until: float
+
+
+class Watches:
+    """Of one instance. Times are ``loop.time()`` seconds, given by the caller.
+
+    Whatever may have made something free is followed by ``tell``, and so is every watch.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, _Waiting] = {}
+        """By gateway, in the order in which they are told."""
+        self.kept: list[Kept] = []
+
+    def __len__(self) -> int:
+        """Gateways that wait."""
+        return len(self._waiting)
+
+    def add(self, watch: Watch, send: Send) -> None:
+        """A gateway waits. One that waits already keeps its place, and its former watch is over."""
+        former = self._waiting.get(watch.gateway)
+        self._waiting[watch.gateway] = _Waiting(watch.id, send)
+        if former is not None:
+            former.send(Released(), True)
+
+    def release(self, watch_id: str) -> None:
+        """A watch is wanted no longer, nor is the slot that is kept for it."""
+        self.kept = [kept for kept in self.kept if kept.id != watch_id]
+        for gateway, waiting in list(self._waiting.items()):
+            if waiting.id == watch_id:
+                del self._waiting[gateway]
+                waiting.send(Released(), True)
+
+    def tell(self, free: int, now: float, offering: str | None = None) -> None:
+        """``free`` slots could be taken: each that is not kept yet is, for the next who waits.
+
+        The gateway that is ``offering`` at this moment need not be told: it takes its turn with
+        the offer, and waits again behind the others.
+        """
+        self.kept = [kept for kept in self.kept if now < kept.until]
+        while self._waiting and len(self.kept) < free:
+            gateway = next(iter(self._waiting))
+            waiting = self._waiting.pop(gateway)
+            self.kept.append(Kept(waiting.id, gateway, now + RESERVED_S))
+            if gateway == offering:
+                self._waiting[gateway] = waiting
+                offering = None
+            else:
+                waiting.send(Freed(), True)
+
+    def admits(self, gateway: str, free: int) -> bool:
+        """Whether one of ``free`` slots, as just told, is there for an offer of this gateway."""
+        return free > sum(kept.gateway != gateway for kept in self.kept)
+
+    def took(self, gateway: str) -> None:
+        """An offer has been accepted: a slot that was kept for its gateway is so no longer."""
+        for kept in self.kept:
+            if kept.gateway == gateway:
+                self.kept.remove(kept)
+                return
+
+    def close(self, reply: Reply) -> None:
+        """Nothing will become free any more."""
+        waiting, self._waiting = self._waiting, {}
+        for one in waiting.values():
+            one.send(reply, True)

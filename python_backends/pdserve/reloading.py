@@ -1,0 +1,102 @@
+"""Another deployment while the servers run: what they can take over, and what it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pdserve import config
+from pdserve.config import Deployment
+
+_GATEWAY = (
+    "ttft_limit_ms",
+    "max_prompt_tokens",
+    "max_prompt_bytes",
+    "max_stop_words",
+    "default_scenario",
+    "strict",
+)
+"""Its fields that gateways take over; ``servers`` and ``scenarios`` they take over whole."""
+
+
+class DeploymentFile:
+    """A deployment as its file has it at last."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: DeploymentError."""
+        self._path = path
+        self._stamp = self._look()
+        self.deployment = config.load(path)
+
+    def changed(self) -> bool:
+        """Whether the file is another than the last time; reads it then.
+
+        Raises:
+            DeploymentError: it cannot be read or is wrong; ``deployment`` is as it was.
+        """
+        stamp = self._look()
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp
+        before, self.deployment = self.deployment, config.load(self._path)
+        return self.deployment != before
+
+    def _look(self) -> tuple[int, ...]:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return ()  # reading it will say why
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def taken_over(running: Deployment, wanted: Deployment) -> Deployment:
+    """What running gateways make of another deployment; the rest waits for a restart."""
+    gateway = {name: getattr(wanted.gateway, name) for name in _GATEWAY}
+    return msgspec.structs.replace(
+        running,
+        servers=wanted.servers,
+        scenarios=wanted.scenarios,
+        gateway=msgspec.structs.replace(running.gateway, **gateway),
+    )
+
+
+def changes(before: Deployment, after: Deployment) -> list[str]:
+    """Each field that differs, with both values: ``gateway.strict: false -> true``."""
+    return list(_differences("", msgspec.to_builtins(before), msgspec.to_builtins(after)))
+
+
+def _differences(path: str, before: Any, after: Any) -> Iterator[str]:
+    if before == after:
+        return
+    one, other = _named(before), _named(after)
+    if one is None or other is None:
+        yield f"{path}: {_shown(before)} -> {_shown(after)}"
+        return
+    if [name for name in one if name in other] != [name for name in other if name in one]:
+        yield f"{path}: in another order"
+    for name in (*one, *(name for name in other if name not in one)):
+        below = f"{path}.{name}" if path else name
+        if name not in other:
+            yield f"{below}: removed"
+        elif name not in one:
+            yield f"{below}: added"
+        else:
+            yield from _differences(below, one[name], other[name])
+
+
+def _named(value: Any) -> dict[str, Any] | None:
+    """Fields of a struct, or the members of a list that have names; None: neither."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list | tuple) and all(
+        isinstance(one, dict) and "name" in one for one in value
+    ):
+        return {one["name"]: one for one in value}
+    return None
+
+
+def _shown(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

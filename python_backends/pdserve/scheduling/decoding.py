@@ -1,0 +1,173 @@
+"""From a KV cache that waits in a prefill to a decode that goes on with it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import defaultdict
+
+from pdserve import errors, messages
+from pdserve.messages import Stranger
+from pdserve.metrics import Registry
+from pdserve.scheduling.breaker import Breaker
+from pdserve.scheduling.forwarding import Forwarding
+from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.offering import Calls, Offered, offer
+from pdserve.scheduling.request import Request
+
+# Replies of an answer that nobody reads as it comes; often enough to show life.
+UNREAD_INTERVAL_MS = 1000.0
+# A request does not wait longer for two to meet, which may go on without it.
+INTRODUCED_S = 5.0
+# One more stream on a decode counts as much as so long a transfer.
+STREAM_S = 0.02
+
+
+class Decoding:
+    """The decodes of a group.
+
+    Args:
+        lease_s: how long a prefill keeps a KV cache that no decode has taken.
+    """
+
+    def __init__(
+        self,
+        decodes: Forwarding[Offered],
+        meetings: Meetings,
+        calls: Calls,
+        metrics: Registry,
+        lease_s: float,
+    ) -> None:
+        self.decodes = decodes
+        self._meetings = meetings
+        self._calls = calls
+        self._metrics = metrics
+        self._lease_s = lease_s
+        self._pairs: defaultdict[tuple[str, str], Breaker] = defaultdict(Breaker)
+
+    async def reserve(
+        self, request: Request, prefill: Instance, token: int, handle: bytes
+    ) -> Offered:
+        """An idle decode that takes the KV cache; the prefill holds it meanwhile, slot and all.
+
+        Raises:
+            InvalidRequest: no decode can ever hold it.
+            Unavailable: none was idle in time, or none reaches the prefill.
+        """
+        self._check_reach(prefill)
+        until = min(asyncio.get_running_loop().time() + self._lease_s, request.ends_by)
+
+        async def ask(decode: Instance, _hurry: bool) -> Offered | None:
+            return await self._introduced(request, prefill, decode, token, handle)
+
+        taken = await self.decodes.take(
+            request.order, until, lambda decode: self._cost(request, prefill, decode), ask
+        )
+        if taken is None and until == request.ends_by:
+            raise errors.Late("the request's own time limit has passed")
+        if taken is None:
+            raise errors.Unavailable(f"{self.decodes.why_not()} within {self._lease_s:g} s")
+        return taken
+
+    async def follow(self, request: Request, prefill: Instance, handle: bytes) -> Offered | None:
+        """A decode that takes the KV cache while it is being computed; None: all are busy."""
+
+        async def ask(decode: Instance, _hurry: bool) -> Offered | None:
+            return await self._introduced(request, prefill, decode, None, handle)
+
+        return await self.decodes.once(lambda decode: self._cost(request, prefill, decode), ask)
+
+    async def alone(self, request: Request, idle: bool) -> Offered | None:
+        """A decode that computes the prompt itself; None: all are busy.
+
+        Args:
+            idle: only one that has nothing else to do.
+        """
+
+        async def ask(decode: Instance, _hurry: bool) -> Offered | None:
+            return await self._offer(request, decode, None, b"")
+
+        return await self.decodes.once(
+            lambda decode: None if idle and decode.open else float(decode.open), ask
+        )
+
+    def handed_over(self, prefill: str, decode: str) -> None:
+        self._pairs[prefill, decode].good()
+
+    def not_handed_over(self, prefill: str, decode: str) -> None:
+        """It failed between these two, whichever of them is to blame."""
+        self._pairs[prefill, decode].failed(asyncio.get_running_loop().time())
+
+    def _check_reach(self, prefill: Instance) -> None:
+        refusals = {
+            decode.name: self._meetings.refusal(prefill.name, decode.name)
+            for decode in self.decodes.instances
+        }
+        if all(refusals.values()):
+            raise errors.Unavailable(f"no decode reaches {prefill.name}: {refusals}")
+
+    def _cost(self, request: Request, prefill: Instance, decode: Instance) -> float | None:
+        """Open streams, and what the transfer would take, in streams."""
+        pair = prefill.name, decode.name
+        now = asyncio.get_running_loop().time()
+        if self._meetings.refusal(*pair) or not self._pairs[pair].allows(now, 0):
+            return None
+        transfer_s = self._meetings.transfer_s(*pair, request.prompt_tokens)
+        return decode.open + math.floor(transfer_s / STREAM_S)
+
+    async def _introduced(
+        self,
+        request: Request,
+        prefill: Instance,
+        decode: Instance,
+        token: int | None,
+        handle: bytes,
+    ) -> Offered | None:
+        taken = await self._offer(request, decode, token, handle)
+        if taken is None or not isinstance(taken.reply, Stranger):
+            return taken
+        taken.call.close()
+        until = request.deadline if token is None else request.ends_by
+        left = until - asyncio.get_running_loop().time()
+        try:
+            await asyncio.wait_for(
+                self._meetings.introduce(prefill, decode), min(left, INTRODUCED_S)
+            )
+        except (errors.InstanceError, asyncio.TimeoutError) as error:
+            self.not_handed_over(prefill.name, decode.name)
+            self._check_reach(prefill)
+            if isinstance(error, errors.InstanceError):
+                raise
+            raise errors.InstanceError(
+                f"{decode.name} has not met {prefill.name} in time"
+            ) from error
+        return await self._offer(request, decode, token, handle)
+
+    async def _offer(
+        self, request: Request, decode: Instance, token: int | None, handle: bytes
+    ) -> Offered | None:
+        told = 0 if token is None else 1
+        message = messages.DecodeRequest(
+            id=self._calls.new(request),
+            prompt=request.so_far[: -4 * told or None],
+            first_token=token,
+            handle=handle,
+            sampling=request.sampling,
+            tenant=request.tenant,
+            max_tokens=request.max_tokens - request.output_tokens + told,
+            ignore_eos=request.ignore_eos,
+            min_interval_ms=0.0 if request.stream else UNREAD_INTERVAL_MS,
+            outputs=request.output_tokens - told,
+            trace=request.trace,
+        )
+        # A first token that does not come in time is worth no wait.
+        until = request.ends_by if told else request.deadline
+        try:
+            taken = await offer(request, decode, message, until)
+        except errors.InstanceError:
+            self._meetings.forget(decode)
+            raise
+        if taken is None:
+            self._metrics.add("pdserve_decode_rejections_total", instance=decode.name)
+        return taken

@@ -1,0 +1,227 @@
+"""On-demand forwarding: a request goes to an instance that is idle now, or waits at the gateway.
+
+An instance accepts or rejects at once. One that has rejected is not asked again before something
+has become free there: while anybody waits here, the gateway watches it (one message, answered
+when a slot is free), and hears of slots that its own requests free without that. So nobody polls,
+what a request costs does not grow with the number of busy instances, and whatever becomes free
+wakes somebody. A watch that hears nothing for ``WATCH_S`` is given up and the instance asked
+again: the net under messages that were lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+from pdserve import errors
+from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.waiting import Order, Place, WaitingLine
+
+# With jitter, so that gateways do not ask together.
+WATCH_S = (0.5, 1.0)
+SHORTEST_S = 1e-3
+MAX_WAITING = 4096
+
+T = TypeVar("T")
+Offer = Callable[[Instance, bool], Awaitable[T | None]]
+"""Offer it to an instance, in a hurry if others wait; None: it is busy. Raises: InstanceError."""
+Rank = Callable[[Instance], float | None]
+"""The smaller is asked first; None: it cannot be used."""
+
+
+class Forwarding(Generic[T]):
+    """Of the instances of one role, or some of them, for one gateway.
+
+    Args:
+        role: what the instances are, for messages.
+        queue: the line is as a queue inside an instance would be: first come first served, until
+            the limit itself.
+        slots: of one instance. It has no more offers to answer at once: a burst would be
+            rejected by the one before the other is asked.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        role: str,
+        gateway: str,
+        slots: int,
+        rng: random.Random,
+        *,
+        queue: bool = False,
+    ) -> None:
+        self.instances = instances
+        self.queue = queue
+        self._role = role
+        self._gateway = gateway
+        self._slots = slots
+        self._rng = rng
+        self._line = WaitingLine()
+        self._busy: set[Instance] = set()
+        self._told: set[Instance] = set()
+        """Something is free there, though as far as is known here this gateway has all of it."""
+        self._watching: dict[Instance, asyncio.Task[None]] = {}
+        self._failure: errors.InstanceError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return len(self._line)
+
+    @property
+    def congested(self) -> bool:
+        """Whether others wait already, or what this gateway has there fills all of them."""
+        return bool(self._line) or all(one.open >= self._slots for one in self.instances)
+
+    async def take(self, order: Order, until: float, rank: Rank, offer: Offer[T]) -> T | None:
+        """The first offer that is accepted; None: none was until ``until`` (``loop.time()``).
+
+        Raises:
+            Unavailable: too many wait, or no instance can be used.
+        """
+        try:
+            # If nobody waits, it may try without standing in line.
+            taken = await self._round(rank, offer) if not self._line else None
+            return taken if taken is not None else await self._wait(order, until, rank, offer)
+        finally:
+            self._line.wake()
+            if not self._line:
+                self._forget()
+
+    async def once(self, rank: Rank, offer: Offer[T]) -> T | None:
+        """The first offer that is accepted now; None: nobody accepts."""
+        try:
+            return await self._round(rank, offer)
+        finally:
+            if not self._line:
+                self._forget()
+
+    async def _round(self, rank: Rank, offer: Offer[T]) -> T | None:
+        """Over those that are not known to be busy."""
+        asked: set[Instance] = set()
+        while (instance := self._best(rank, asked)) is not None:
+            asked.add(instance)
+            self._told.discard(instance)
+            instance.offers += 1
+            instance.asked = asyncio.get_running_loop().time()
+            try:
+                taken = await offer(instance, bool(self._line))
+            except errors.InstanceError as error:
+                self._failure = error
+                continue
+            finally:
+                instance.offers -= 1
+            if taken is not None:
+                return taken
+            self._busy.add(instance)
+            instance.refused = asyncio.get_running_loop().time()
+        return None
+
+    def freed(self, instance: Instance) -> None:
+        """One of this gateway's own requests holds nothing there any more."""
+        self._busy.discard(instance)
+        self._line.wake()
+
+    def why_not(self) -> str:
+        """What the end of a wait in vain was like, for its error."""
+        loop = asyncio.get_running_loop()
+        if self._failure and not any(i.breaker.allows(loop.time(), 0) for i in self.instances):
+            return f"no healthy {self._role} ({self._failure})"
+        return f"no idle {self._role}"
+
+    async def _wait(self, order: Order, until: float, rank: Rank, offer: Offer[T]) -> T | None:
+        if len(self._line) >= MAX_WAITING:
+            raise errors.Unavailable(f"{MAX_WAITING} requests wait for a {self._role} already")
+        place = self._line.join(order)
+        # What became free while it was asking others woke nobody, if nobody else was in line.
+        at_once = len(self._line) == 1
+        if not at_once and self._best(rank, set()) is not None:
+            # Those before it may be waiting for something else.
+            asyncio.get_running_loop().call_soon(self._line.wake)
+        try:
+            while at_once or await self._turn(place, until):
+                taken = await self._round(rank, offer)
+                if taken is not None:
+                    return taken
+                at_once = self._best(rank, set()) is not None
+                if not at_once and self._best(lambda _: 0.0, set()) is not None:
+                    place.pass_on()
+            return None
+        finally:
+            place.leave()
+
+    async def _turn(self, place: Place, until: float) -> bool:
+        self._look_out()
+        return await place.turn(until)
+
+    def _best(self, rank: Rank, asked: set[Instance]) -> Instance | None:
+        now = asyncio.get_running_loop().time()
+        best, least = None, (0.0, 0.0, 0.0)
+        # What this gateway fills by itself would only say so: it is watched at once.
+        self._busy.update(
+            one for one in self.instances if one.open >= self._slots and one not in self._told
+        )
+        for instance in self.instances:
+            if (
+                instance in self._busy
+                or instance in asked
+                or instance.offers >= self._slots
+                or not instance.breaker.allows(now, instance.offers)
+            ):
+                continue
+            cost = rank(instance)
+            if cost is None:
+                continue
+            # Among equals the one that has refused the longest ago, since what others have there
+            # is not seen from here; then the one that is the furthest with what it has of ours.
+            key = cost, instance.refused, instance.asked
+            if best is None or key < least:
+                best, least = instance, key
+        return best
+
+    def _look_out(self) -> None:
+        """Somebody is about to wait: see to it that what becomes free, or well, wakes the line."""
+        for instance in self.instances:
+            if instance in self._busy and instance not in self._watching:
+                self._watching[instance] = asyncio.create_task(self._watch(instance))
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            now = loop.time()
+            reopen = [one.breaker.reopens for one in self.instances if one.breaker.reopens > now]
+            again = min([now + self._rng.uniform(*WATCH_S), *reopen])
+            # A timer may come a moment early, and would be set again for the same moment.
+            again = max(again, now + SHORTEST_S)
+            self._timer = loop.call_at(again, self._time_to_look)
+
+    def _time_to_look(self) -> None:
+        self._timer = None
+        if self._line:
+            self._line.wake()
+            self._look_out()
+
+    async def _watch(self, instance: Instance) -> None:
+        try:
+            while not await instance.watch(self._gateway, self._rng.uniform(*WATCH_S)):
+                self._tell(instance)  # or so it may be: it is asked again
+        except errors.InstanceError as error:
+            self._failure = error
+            instance.failed()
+        del self._watching[instance]
+        self._tell(instance)
+
+    def _tell(self, instance: Instance) -> None:
+        self._told.add(instance)
+        self.freed(instance)
+
+    def _forget(self) -> None:
+        """Nobody waits: what is busy now need not be when somebody does."""
+        self._busy.clear()
+        self._told.clear()
+        for task in self._watching.values():
+            task.cancel()
+        self._watching.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,148 @@
+"""The groups of a deployment, each with a scheduler of its own, from one deployment to the next."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pdserve import config
+from pdserve.channels.protocol import Channel
+from pdserve.metrics import Registry
+from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.request import Request
+from pdserve.scheduling.scheduler import Scheduler
+
+Connect = Callable[[str, config.Server], Channel]
+_Key = tuple[config.Role, str, str, int]
+"""An instance: role and name, host and gRPC port of its server."""
+
+
+class Group:
+    """Prefills and decodes, and who schedules them."""
+
+    def __init__(
+        self, name: str, instances: dict[_Key, Instance], scheduler: Scheduler, meetings: Meetings
+    ) -> None:
+        self.name = name
+        self.instances = instances
+        self.open = 0
+        """Requests that it serves."""
+        self._scheduler = scheduler
+        self._meeting = asyncio.get_running_loop().create_task(meetings.run())
+
+    @property
+    def healthy(self) -> bool:
+        return self._scheduler.healthy
+
+    @contextmanager
+    def serving(self, request: Request) -> Iterator[Scheduler]:
+        """Its scheduler, for one request; the group's instances stay in reach that long."""
+        request.group = self.name
+        self.open += 1
+        try:
+            yield self._scheduler
+        finally:
+            self.open -= 1
+
+    def retire(self) -> None:
+        """Nobody new will come: its instances need not be introduced any more."""
+        self._meeting.cancel()
+
+
+class Groups:
+    """Of one gateway.
+
+    Args:
+        gateway: name of its model, for the metrics.
+        connect: a channel to an instance of a server.
+        rng: source of jitter.
+    """
+
+    def __init__(
+        self, gateway: str, connect: Connect, metrics: Registry, rng: random.Random
+    ) -> None:
+        self._gateway = gateway
+        self._connect = connect
+        self._metrics = metrics
+        self._rng = rng
+        self._current: dict[str, Group] = {}
+        self._retired: list[Group] = []
+        self._instances: dict[_Key, Instance] = {}
+
+    def take(self, deployment: config.Deployment) -> dict[str, Group]:
+        """Every group of a deployment by its name.
+
+        One that has the same instances as before goes on; instances that stay keep their channel.
+        The others serve what they have begun: see ``sweep``.
+        """
+        groups = {
+            group.name: self._group(deployment, group)
+            for scenario in deployment.served
+            for group in scenario.groups
+        }
+        going = set(groups.values())
+        for group in self._current.values():
+            if group not in going:
+                group.retire()
+                self._retired.append(group)
+        self._current = groups
+        return groups
+
+    async def sweep(self) -> None:
+        """Let go of groups and instances that are in no deployment and serve nobody any more."""
+        self._retired = [group for group in self._retired if group.open]
+        used = {
+            key for group in (*self._current.values(), *self._retired) for key in group.instances
+        }
+        for key in self._instances.keys() - used:
+            await self._instances.pop(key).close()
+
+    async def close(self) -> None:
+        for group in self._current.values():
+            group.retire()
+        for instance in self._instances.values():
+            await instance.close()
+
+    def _group(self, deployment: config.Deployment, spec: config.Group) -> Group:
+        prefills = self._reach(deployment, "prefill", spec.prefill)
+        decodes = self._reach(deployment, "decode", spec.decode)
+        instances = prefills | decodes
+        current = self._current.get(spec.name)
+        if current is not None and current.instances == instances:
+            return current
+        strategy = deployment.transfer.strategy
+        meetings = Meetings(
+            list(prefills.values()),
+            list(decodes.values()),
+            None if strategy == "auto" else strategy == "layered",
+            self._gateway,
+            self._metrics,
+            spec.name,
+        )
+        scheduler = Scheduler(
+            list(prefills.values()),
+            list(decodes.values()),
+            meetings,
+            self._metrics,
+            gateway=deployment.gateway,
+            prefill=deployment.prefill,
+            decode=deployment.decode,
+            rng=self._rng,
+        )
+        return Group(spec.name, instances, scheduler, meetings)
+
+    def _reach(
+        self, deployment: config.Deployment, role: config.Role, names: tuple[str, ...]
+    ) -> dict[_Key, Instance]:
+        servers = deployment.instances(role)
+        found = {}
+        for name in names:
+            server = servers[name]
+            key: _Key = role, name, server.host, server.grpc_port
+            if key not in self._instances:
+                self._instances[key] = Instance(name, self._connect(name, server))
+            found[key] = self._instances[key]
+        return found

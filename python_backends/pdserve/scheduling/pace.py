@@ -1,0 +1,33 @@
+"""How long a prefill takes, by what prefills have taken lately.
+
+A request that still waits when its first token would come after its limit can only be computed in
+vain, and would take the place of one that is in time. This is used for leaving the line and for
+nothing else: whoever finds an idle prefill is computed, whatever the guess, so that a guess that
+is wrong is put right and refuses nobody whom a prefill could have served.
+"""
+
+from __future__ import annotations
+
+# Mean and deviation as TCP keeps them of its round trips (RFC 6298, section 2), with two
+# deviations instead of four: who leaves too early gives way to another, which is no loss.
+_MEAN, _DEVIATION, _DEVIATIONS = 1 / 8, 1 / 4, 2
+
+
+class Pace:
+    """Seconds per token, by the power of two that the uncached tokens are in."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[float, float]] = {}
+        """Mean and mean deviation."""
+
+    def saw(self, tokens: int, seconds: float) -> None:
+        """A first token has come ``seconds`` after its offer."""
+        size, each = tokens.bit_length(), seconds / max(tokens, 1)
+        mean, deviation = self._seen.get(size, (each, 0.0))
+        deviation += _DEVIATION * (abs(each - mean) - deviation)
+        self._seen[size] = mean + _MEAN * (each - mean), deviation
+
+    def expected(self, tokens: int) -> float:
+        """Seconds, hardly more; 0 if nothing is known."""
+        mean, deviation = self._seen.get(tokens.bit_length(), (0.0, 0.0))
+        return tokens * (mean + _DEVIATIONS * deviation)

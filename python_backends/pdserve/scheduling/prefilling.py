@@ -1,0 +1,219 @@
+"""From a waiting request to a first token and a KV cache that waits in a prefill."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pdserve import errors, messages
+from pdserve.kvcache import prefix
+from pdserve.messages import Accepted, Prefilled
+from pdserve.metrics import Registry
+from pdserve.scheduling.decoding import Decoding
+from pdserve.scheduling.forwarding import Forwarding
+from pdserve.scheduling.instance import Call, Instance
+from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.offering import Calls, Offered, failure, offer
+from pdserve.scheduling.pace import Pace
+from pdserve.scheduling.prefixes import Prefixes
+from pdserve.scheduling.request import RECOVER_S, Request, State
+
+
+class Computed(NamedTuple):
+    """A prompt's KV cache lies in a prefill."""
+
+    prefill: Instance
+    call: Call
+    result: Prefilled
+    handle: bytes
+    decode: Offered | None
+    """That has followed the computation already."""
+    prefills: Forwarding[Offered]
+    """Where somebody may wait for its slot."""
+
+    def taken(self) -> None:
+        """The KV cache has left the prefill: its slot is free."""
+        self.call.done = True
+        self.call.close()
+        self.prefills.freed(self.prefill)
+
+    def close(self) -> None:
+        if self.decode is not None:
+            self.decode.call.close()
+        self.call.close()
+        self.prefills.freed(self.prefill)
+
+
+class Prefilling:
+    """The prefills of a group.
+
+    Args:
+        stall_s: one that is silent for so long has failed.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        meetings: Meetings,
+        calls: Calls,
+        metrics: Registry,
+        stall_s: float,
+    ) -> None:
+        self._decoding = decoding
+        self._meetings = meetings
+        self._calls = calls
+        self._metrics = metrics
+        self._stall_s = stall_s
+        self._prefixes = Prefixes()
+        self._pace = Pace()
+
+    async def compute(self, request: Request, prefills: Forwarding[Offered]) -> Computed:
+        """Wait for an idle one of ``prefills``, and for what it makes of the request.
+
+        Raises:
+            InvalidRequest: no arena can ever hold it.
+            Late: no prefill was idle, or the first token has not come, within its limit.
+            InstanceError: the prefill that took it has failed.
+        """
+        chain = self._chain(request)
+        cached = self._prefixes.cached(chain)
+        tokens = len(request.so_far) // 4
+
+        def uncached(prefill: Instance) -> int:
+            return tokens - cached.get(prefill.name, 0)
+
+        def cost(prefill: Instance) -> float:
+            # What it computes for us already, then our own, in tokens that are not cached; among
+            # equals the one with the fewest open calls.
+            return prefill.tokens + uncached(prefill) + prefill.open / (prefill.open + 1)
+
+        async def ask(prefill: Instance, hurry: bool) -> Offered | None:
+            # What comes together with this request counts it, though it is not accepted yet.
+            prefill.tokens += uncached(prefill)
+            taken = None
+            try:
+                taken = await self._offer(request, prefill, hurry)
+            finally:
+                if taken is None:
+                    prefill.tokens -= uncached(prefill)
+            return taken
+
+        order, takes = request.order, 0.0
+        if prefills.queue:
+            order = False, request.arrived
+        else:
+            takes = self._pace.expected(tokens - max(cached.values(), default=0))
+        taken = await prefills.take(order, request.deadline - takes, cost, ask)
+        if taken is None:
+            raise late(prefills.why_not(), request, takes)
+        request.attempts += 1
+        offered = request.offers[-1].began
+        try:
+            computed = await self._result(request, taken, prefills)
+        finally:
+            taken.instance.tokens -= uncached(taken.instance)
+        now = asyncio.get_running_loop().time()
+        self._pace.saw(tokens - computed.result.cached_tokens, now - offered)
+        self._learn(computed, chain, cached.get(taken.instance.name, 0))
+        return computed
+
+    async def _offer(self, request: Request, prefill: Instance, hurry: bool) -> Offered | None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        message = messages.PrefillRequest(
+            id=self._calls.new(request),
+            prompt=request.so_far,
+            sampling=request.sampling,
+            tenant=request.tenant,
+            deadline_ms=(request.deadline - now) * 1e3,
+            outputs=request.output_tokens,
+            gateway=self._calls.gateway,
+            hurry=hurry,
+            layered=self._meetings.layered(prefill.name, request.prompt_tokens),
+            trace=request.trace,
+        )
+        self._metrics.add("pdserve_forward_attempts")
+        try:
+            taken = await offer(request, prefill, message, request.deadline)
+        except errors.Late as error:
+            raise late(f"no answer of {prefill.name}", request) from error
+        except errors.InstanceError:
+            self._metrics.add("pdserve_retries_total", phase="offer", reason="error")
+            self._meetings.forget(prefill)
+            self._prefixes.forget(prefill.name)
+            raise
+        if taken is None:
+            self._metrics.add("pdserve_prefill_rejections_total", instance=prefill.name)
+            return None
+        request.to(State.PREFILLING, loop.time())
+        request.prefill = prefill.name
+        request.forwarded = request.forwarded or now
+        return taken
+
+    async def _result(
+        self, request: Request, taken: Offered, prefills: Forwarding[Offered]
+    ) -> Computed:
+        prefill, call, reply = taken
+        handle, decode = b"", None
+        try:
+            while isinstance(reply, Accepted):
+                if reply.handle is not None:
+                    handle = reply.handle
+                    decode = await self._decoding.follow(request, prefill, handle)
+                reply = await call.reply(self._stall_s, request.ends_by)
+            if isinstance(reply, Prefilled):
+                prefill.breaker.good()
+                handle = handle or reply.handle
+                if not handle:  # to a decode, none means that it is to compute the prompt
+                    raise errors.InstanceError(f"{prefill.name}: the handle was lost on the way")
+                return Computed(prefill, call, reply, handle, decode, prefills)
+            error = failure(reply)
+            if isinstance(error, errors.InstanceError):
+                call.blame()
+            elif isinstance(error, errors.Unavailable):
+                error = late("no first token", request)
+            raise error
+        except BaseException:
+            if decode is not None:
+                decode.call.close()
+            call.close()
+            prefills.freed(prefill)
+            raise
+
+    # ------------------------------------------------------------------ prefixes
+
+    def _chain(self, request: Request) -> list[bytes]:
+        """Hashes of what may be cached of it; none if nothing is known to be."""
+        if not self._prefixes or request.sampling.reproducible:
+            return []
+        tokens: Any = np.frombuffer(request.so_far, "<i4")
+        return [
+            digest[: prefix.SHORT_BYTES]
+            for digest in prefix.chain(tokens, request.tenant, len(tokens) - 1)
+        ]
+
+    def _learn(self, computed: Computed, chain: Sequence[bytes], expected: int) -> None:
+        name, result = computed.prefill.name, computed.result
+        if result.cached_tokens < expected:
+            block = prefix.BLOCK_TOKENS
+            self._prefixes.gone(name, chain[result.cached_tokens // block : expected // block])
+        self._prefixes.stored(name, result.stored)
+
+
+def late(what: str, request: Request, takes: float = 0.0) -> errors.Late:
+    """The error of a request whose limit has passed, or cannot be kept any more.
+
+    Args:
+        takes: seconds that its prefill would take.
+    """
+    waited = asyncio.get_running_loop().time() - request.waiting_since
+    more = f"; a prefill would take {takes * 1e3:.0f} ms" if takes else ""
+    limit = f"the TTFT limit of {request.ttft_limit_s * 1e3:g} ms"
+    if request.deadline == request.ends_by:
+        limit = f"its time limit of {request.time_limit_s:g} s"
+    elif request.output:
+        limit = f"the {RECOVER_S:g} s for another pair to go on"
+    return errors.Late(f"{what} within {limit} ({waited * 1e3:.0f} ms waited{more})")

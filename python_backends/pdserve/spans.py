@@ -1,0 +1,243 @@
+"""The spans of a request, made when it has ended, of what it has kept of its way.
+
+::
+
+    request                       arrival to end
+    ├─ wait                       in line for a prefill, until the offer that is accepted
+    ├─ offer, offer, ...          to an instance, until it answers
+    ├─ prefill                    until the first token has come
+    ├─ wait                       in line for a decode
+    ├─ offer
+    ├─ transfer                   of the KV cache, as long as the decode says that it took
+    └─ decode
+
+All but the offers follow one another without a gap; a transfer layer by layer begins during the
+prefill, and nobody waits for a decode then. When an instance fails, what it was at is in error,
+and another ``wait`` follows. What an instance does begins with the offer that it accepts: it says
+so only if it takes long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from pdserve import errors
+from pdserve.scheduling.request import Answer, Offer, Request, State
+from pdserve.tracing import Log, Trace, Traces
+from pdserve.transfer.reports import NOTHING_PULLED
+
+# At the end, what has not been handed over within this is lost.
+FLUSH_S = 2.0
+# A collector that does not answer is worth a line so often.
+LOG_S = 60.0
+_IN_VAIN = {State.WAITING, State.REJECTED, State.EXPIRED, State.FAILED}
+_TAKEN = {State.PREFILLING, State.TRANSFERRING, State.DECODING}
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+class Phase(NamedTuple):
+    """A time in which one thing went on with a request. Times are ``loop.time()`` seconds."""
+
+    name: str
+    began: float
+    ended: float
+    attributes: dict[str, str]
+    failed: bool
+
+
+class RecordedTraces(Traces):
+    """Traces that become spans."""
+
+    def __init__(self, provider: TracerProvider, gateway: str, log: Log) -> None:
+        super().__init__(gateway, log)
+        self._provider = provider
+        self._tracer = provider.get_tracer("pdserve")
+
+    def begin(self, parameters: Mapping[str, Any]) -> Trace:
+        return RecordedTrace(self._tracer, self.parent(parameters), self._gateway)
+
+    def close(self) -> None:
+        """Hand over the spans that are left, FLUSH_S seconds at most."""
+        flush = threading.Thread(target=self._provider.shutdown, name="flush", daemon=True)
+        flush.start()
+        flush.join(FLUSH_S)
+
+
+class RecordedTrace(Trace):
+    """A trace that becomes spans when its request ends, if it is sampled."""
+
+    def __init__(self, tracer: Tracer, parent: str, gateway: str) -> None:
+        self._tracer = tracer
+        self._request: Request | None = None
+        self._began = asyncio.get_running_loop().time()
+        self._began_ns = time.time_ns()
+        self._root = tracer.start_span(
+            "request",
+            _PROPAGATOR.extract({"traceparent": parent}, Context()),
+            SpanKind.SERVER,
+            _named({"gateway": gateway}),
+            start_time=self._began_ns,
+        )
+        self._children = set_span_in_context(self._root, Context())
+        own = self._root.get_span_context()
+        ids = f"{own.trace_id:032x}-{own.span_id:016x}"
+        super().__init__(f"00-{ids}-{own.trace_flags:02x}" if own.is_valid else "")
+
+    def carry(self, request: Request) -> None:
+        super().carry(request)
+        self._request = request
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._root.is_recording():
+            return
+        ended = self._ns(asyncio.get_running_loop().time())
+        outcome = _outcome(error)
+        request = self._request
+        # One that could not be routed has been through nothing.
+        if request is not None and request.history:
+            outcome = request.finish_reason or request.state.name.lower()
+            self._root.set_attributes(_named(_told(request)))
+            if request.first_token:
+                self._root.add_event("first token", timestamp=self._ns(request.first_token))
+            self._below(request)
+        self._root.set_attributes(_named({"outcome": outcome}))
+        if error is not None and outcome != "cancelled":
+            self._root.set_status(Status(StatusCode.ERROR, str(error)))
+        self._root.end(ended)
+
+    def _below(self, request: Request) -> None:
+        attempt = 1
+        for phase in phases(request):
+            span = self._span(phase, phase.name, phase.attributes | {"attempt": attempt})
+            if phase.failed:
+                span.set_status(StatusCode.ERROR)
+                attempt += 1
+            span.end(self._ns(phase.ended))
+        for offer in request.offers:
+            told = {"instance": offer.instance, "answer": offer.answer.name.lower()}
+            self._span(offer, "offer", told).end(self._ns(offer.ended))
+
+    def _span(self, what: Phase | Offer, name: str, attributes: Mapping[str, Any]) -> Span:
+        return self._tracer.start_span(
+            name,
+            self._children,
+            attributes=_named(attributes),
+            start_time=self._ns(what.began),
+        )
+
+    def _ns(self, moment: float) -> int:
+        """Nanoseconds of the wall clock, which may have been set meanwhile: the loop's goes on."""
+        return self._began_ns + round((moment - self._began) * 1e9)
+
+
+class Complaints(logging.Handler):
+    """What OpenTelemetry complains of, such as a collector that does not answer, now and then."""
+
+    def __init__(self, gateway: str, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._gateway = gateway
+        self._log = log
+        self._next = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + LOG_S
+            self._log(f"{self._gateway}: traces: {record.getMessage()}")
+
+
+def exported(endpoint: str, gateway: str, log: Log) -> RecordedTraces:
+    """Traces to a collector, sent by a thread out of a bounded queue.
+
+    What the deployment does not say (sampling, queue, headers) OpenTelemetry's own environment
+    variables do.
+    """
+    complaints = logging.getLogger("opentelemetry")
+    complaints.addHandler(Complaints(gateway, log))
+    complaints.propagate = False
+    resource = Resource.create({SERVICE_NAME: "pdserve"}).merge(OTELResourceDetector().detect())
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+    return RecordedTraces(provider, gateway, log)
+
+
+def phases(request: Request) -> Iterator[Phase]:
+    """All that has led to its end, in order; offers apart."""
+    offers = deque(request.offers)
+    prefill = taken = Offer("", 0.0, 0.0, Answer.ACCEPTED)
+    state, began = State.WAITING, request.arrived
+    arrived = max((at for at, to in request.history if to is State.DECODING), default=0.0)
+    for ended, following in request.history:
+        failed = following in _IN_VAIN
+        while offers and offers[0].ended <= ended:
+            offer = offers.popleft()
+            taken = offer if offer.answer is Answer.ACCEPTED else taken
+        decode = {"instance": taken.instance}
+        if state is State.PREFILLING:
+            yield Phase("prefill", began, ended, {"instance": prefill.instance}, failed)
+            began = ended
+        elif state is State.TRANSFERRING:
+            until = ended
+            if following is State.DECODING and ended == arrived and request.pulled is not None:
+                until = min(taken.began + request.pulled.ms / 1e3, ended)
+            yield Phase("transfer", taken.began, until, decode, failed)
+            began = max(began, until)
+        elif state is State.DECODING:
+            yield Phase("decode", began, ended, decode, failed)
+            began = ended
+        else:
+            until = taken.began if following in _TAKEN else ended
+            # Nobody waits for a decode that has followed the prefill, or after the last token.
+            if until >= began and following is not State.FINISHED:
+                role = "prefill" if state is State.WAITING else "decode"
+                yield Phase("wait", began, until, {"role": role}, failed)
+                began = until
+            prefill = taken
+        state = following
+
+
+def _named(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"pdserve.{name}": value for name, value in attributes.items()}
+
+
+def _told(request: Request) -> dict[str, Any]:
+    pulled = request.pulled or NOTHING_PULLED
+    return {
+        "scenario": request.scenario,
+        "group": request.group,
+        "attempts": request.attempts,
+        "prompt_tokens": request.prompt_tokens,
+        "cached_tokens": request.cached_tokens,
+        "output_tokens": request.output_tokens,
+        "kv.bytes": pulled.nbytes,
+        "kv.transport": pulled.transport,
+        "kv.strategy": pulled.strategy,
+        "kv.transfer_ms": pulled.ms,
+        "kv.exposed_ms": pulled.exposed_ms,
+    }
+
+
+def _outcome(error: BaseException | None) -> str:
+    """Of a request that has been through nothing."""
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    return "rejected" if isinstance(error, errors.InvalidRequest | errors.NotFound) else "failed"

@@ -1,0 +1,109 @@
+"""Trace contexts: a request may bring one (W3C traceparent), and it goes along with every call.
+
+Where the deployment names a collector, spans are made of it: see ``spans``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pdserve.errors import DeploymentError
+from pdserve.scheduling.request import Request
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Version 00 ends with its flags; a later one may go on, and is read as far as we know it.
+_TRACEPARENT = re.compile(
+    r"(?!ff|00.{54})[0-9a-f]{2}"
+    r"(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(?=-|\Z)",
+    re.DOTALL,
+)
+
+Log = Callable[[str], None]
+
+
+class Trace:
+    """Of one request, from its arrival at the gateway to its end: a context manager.
+
+    Args:
+        traceparent: what its calls bring along; empty: nothing.
+    """
+
+    def __init__(self, traceparent: str) -> None:
+        self.traceparent = traceparent
+
+    def carry(self, request: Request) -> None:
+        """What has arrived is this."""
+        request.trace = self.traceparent
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
+class Traces:
+    """Of one gateway; these pass on what a client brings, and no more.
+
+    Args:
+        log: called with a line now and then, from any thread.
+    """
+
+    def __init__(self, gateway: str, log: Log) -> None:
+        self._gateway = gateway
+        self._log = log
+        self._invalid_logged = False
+
+    def begin(self, parameters: Mapping[str, Any]) -> Trace:
+        """A request with these parameters has arrived."""
+        return Trace(self.parent(parameters))
+
+    def close(self) -> None:
+        """No request comes any more."""
+
+    def parent(self, parameters: Mapping[str, Any]) -> str:
+        """The traceparent among a request's parameters; empty: none, or an invalid one."""
+        given = parameters.get("traceparent") or ""
+        if given == "":
+            return ""
+        found = _TRACEPARENT.match(given) if isinstance(given, str) else None
+        if found is not None:
+            return f"00{found[1]}"
+        if not self._invalid_logged:
+            self._invalid_logged = True
+            self._log(
+                f"{self._gateway}: traceparent: {given!r:.80} is invalid and ignored, "
+                "as all that follow will be"
+            )
+        return ""
+
+
+def start(endpoint: str | None, gateway: str, log: Log) -> Traces:
+    """What a gateway does with the trace contexts of its requests.
+
+    Args:
+        endpoint: of an OTLP/HTTP collector; None: no spans are made.
+
+    Raises:
+        DeploymentError: OpenTelemetry is not installed.
+    """
+    if endpoint is None:
+        return Traces(gateway, log)
+    try:
+        from pdserve import spans  # noqa: PLC0415 - an extra, and only needed here
+    except ImportError as error:
+        raise DeploymentError(
+            f"gateway.traces: {endpoint}: OpenTelemetry is not installed "
+            f"(pip install 'pdserve[traces]'): {error}"
+        ) from error
+    return spans.exported(endpoint, gateway, log)

@@ -1,0 +1,38 @@
+"""Two deployments to break, shared by the tests: each leaves them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.serving import all_in_one, gateway_and_workers, watched, whole
+from tests.servers import Running
+
+
+@pytest.fixture(scope="session")
+def _one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("one_server")
+    with watched(all_in_one(folder), folder) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def _workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("workers")
+    with watched(gateway_and_workers(folder, gateways=2), folder) as started:
+        yield started
+
+
+@pytest.fixture
+def one_server(_one_server: Running) -> Iterator[Running]:
+    """Everything in one server."""
+    with whole(_one_server):
+        yield _one_server
+
+
+@pytest.fixture
+def workers(_workers: Running) -> Iterator[Running]:
+    """Two gateways, and each instance in a server of its own."""
+    with whole(_workers):
+        yield _workers

@@ -1,0 +1,80 @@
+"""Instances are killed and stopped under load: no request is lost, and no token is another one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from tests.faults.load import Load
+from tests.faults.serving import FAULTS, STALL_S, STEP_MS, Fault, server_of
+from tests.servers import Running
+
+pytestmark = pytest.mark.triton
+
+INSTANCES = ("prefill_0", "decode_0", "prefill_1", "decode_1")
+CALM_S = 1.0
+"""Between a repair and the next fault."""
+GAP_S = 3.0
+"""The longest that a stream may stand still: a fault is known, and another pair goes on."""
+
+KILL, STOP, KILL_SERVER = Fault("stub", "kill"), Fault("stub", "stop"), Fault("server", "kill")
+
+
+def survive(running: Running, faults: Sequence[tuple[Fault, str]]) -> None:
+    """One fault after the other, each after the repair of the last, while streams come and go."""
+    with Load(running, rate=3, tokens=100) as load:
+        time.sleep(1)
+        for fault, instance in faults:
+            fault.strike(running, instance)
+            time.sleep(CALM_S)
+    print(
+        f"\n{', '.join(sorted({str(fault) for fault, _ in faults}))}, {len(faults)} times: "
+        f"{len(load.streams)} streams, {len(load.lost)} lost, {load.retried} retried, "
+        f"longest gap {load.gap:.2f} s, longest TTFT {load.ttft:.2f} s"
+    )
+    assert not load.lost
+    assert not load.wrong
+    assert load.gap < GAP_S
+    assert load.ttft < GAP_S
+
+
+def test_workers_lose_nothing(workers: Running) -> None:
+    """TensorRT-LLM#15363, vllm#29906, dynamo#13088."""
+    survive(workers, [(KILL, "decode_0"), (KILL_SERVER, "prefill_0"), (STOP, "decode_1")])
+
+
+def test_one_server_loses_nothing(one_server: Running) -> None:
+    survive(one_server, [(KILL, instance) for instance in INSTANCES])
+
+
+def test_a_lone_stream_does_not_wait_until_its_decode_counts_as_stalled(
+    one_server: Running,
+) -> None:
+    """Triton says nothing of a dead stub to those who wait for it; its watchdog does."""
+    with Load(one_server, rate=0.2, tokens=150) as load:
+        time.sleep(1)
+        # Nothing else is asked of it that would fail at once.
+        for instance in ("decode_0", "decode_1"):
+            KILL.hit(server_of(one_server, instance), instance)
+            time.sleep(1.5)
+    (stream,) = load.streams
+    assert not load.lost
+    assert not load.wrong
+    assert stream.attempts > 1
+    assert stream.gap < STALL_S / 2
+    assert stream.ended - stream.began < 150 * STEP_MS / 1e3 + STALL_S
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_workers_lose_nothing_for_long(workers: Running, fault: Fault) -> None:
+    """50 prefills, 50 decodes."""
+    survive(workers, [(fault, instance) for instance in 25 * INSTANCES])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", [KILL, STOP], ids=str)
+def test_one_server_loses_nothing_for_long(one_server: Running, fault: Fault) -> None:
+    survive(one_server, [(fault, instance) for instance in 25 * INSTANCES])

@@ -1,0 +1,128 @@
+"""A watchdog repairs what Triton calls ready for ever, and the endpoints say what is.
+
+All in one server: triton-inference-server/server#7230, #8604 and #7862 are about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pdctl import fleet, footprint, watchers
+from pdctl.server import Server
+from pdctl.status import status
+from tests.clients import wait_until
+from tests.faults.serving import (
+    KNOWN_S,
+    RELOADED_S,
+    RESTARTED_S,
+    STOPPED_S,
+    leader,
+    said,
+    serves,
+    stub,
+)
+from tests.servers import Running
+
+pytestmark = pytest.mark.triton
+
+
+def ready(server: Server, model: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{server.http}/v2/models/{model}/ready", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def slow_to_load(server: Server, model: str) -> Iterator[None]:
+    """Or what is said of a model that is out of service could not be read."""
+    with changed_code(server, model) as code:
+        code.write_text(f"import time\ntime.sleep(1)\n{code.read_text()}")
+        yield
+
+
+@contextlib.contextmanager
+def changed_code(server: Server, model: str) -> Iterator[Path]:
+    """The file that a model is loaded from, as it was again afterwards."""
+    code = server.repository / model / "1" / "model.py"
+    good = code.read_text()
+    try:
+        yield code
+    finally:
+        code.write_text(good)
+
+
+@pytest.mark.parametrize("model", ["prefill_0", "tokenizer"])
+def test_a_dead_stub_is_not_ready_and_then_replaced(one_server: Running, model: str) -> None:
+    one = one_server.servers[0]
+    before = one.pid
+    with slow_to_load(one, model):
+        stub(one, model).kill()
+        wait_until(lambda: not ready(one, model), KNOWN_S)
+        assert not one.ready()
+        wait_until(one.ready, RELOADED_S)
+    assert ready(one, model)
+    assert one.pid == before, "the rest of the server serves on"
+    assert serves(one_server)
+    assert f"{model} has failed: its process is gone" in said(one)
+
+
+def test_a_stopped_stub_is_replaced(one_server: Running) -> None:
+    one = one_server.servers[0]
+    process = stub(one, "decode_0")
+    with slow_to_load(one, "decode_0"):
+        process.suspend()
+        wait_until(lambda: not ready(one, "decode_0"), STOPPED_S)
+        wait_until(one.ready, RELOADED_S)
+    assert footprint.is_dead(process)
+    assert serves(one_server)
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_rest_in_service(one_server: Running) -> None:
+    """Tried again and again, and back as soon as it can be."""
+    one = one_server.servers[0]
+    before = one.pid
+    with changed_code(one, "prefill_1") as code:
+        code.write_text("raise ValueError('no weights in /nowhere')")
+        stub(one, "prefill_1").kill()
+        wait_until(lambda: "no weights" in str(watchers.reported(one.folder)), RELOADED_S)
+        state = status(one)
+        assert state["state"] == "unhealthy"
+        assert state["models"]["prefill_1"] == "UNAVAILABLE"
+        assert state["watchdog"]["things"]["prefill_1"]["state"] != "healthy"
+        assert serves(one_server)
+    wait_until(one.ready, 2 * RELOADED_S)
+    assert one.pid == before
+
+
+def test_a_dead_server_is_started_again(one_server: Running) -> None:
+    one = one_server.servers[0]
+    before = leader(one)
+    before.kill()
+    wait_until(lambda: one.ready() and one.pid != before.pid, RESTARTED_S)
+    assert serves(one_server)
+
+
+def test_a_dead_watchdog_takes_nothing_with_it(one_server: Running) -> None:
+    one = one_server.servers[0]
+    found = watchers.pid(one.folder)
+    assert found is not None
+    psutil.Process(found).kill()
+    wait_until(lambda: watchers.pid(one.folder) is None, 2)
+    assert status(one)["watchdog"] is None
+    assert serves(one_server)
+    fleet.watch(one_server.servers, held=False)
+    wait_until(lambda: watchers.pid(one.folder) is not None, 10)
+    fleet.watch(one_server.servers, held=False)
+    with slow_to_load(one, "decode_0"):
+        stub(one, "decode_0").kill()
+        wait_until(lambda: not one.ready(), KNOWN_S)
+        wait_until(one.ready, RELOADED_S)

@@ -1,0 +1,172 @@
+"""Probes ask instances by the messages that serve requests, and leave nothing held."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pdserve.cluster.probes import Limits, Probes
+from pdserve.errors import InstanceError
+from pdserve.messages import DecodeRequest, Join, PrefillRequest
+from tests.unit.inprocess import Link, Site, virtual
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LIMITS = Limits(reply_s=6.0, first_token_s=8.0, idle_s=20.0)
+
+
+def links(site: Site) -> dict[str, Link]:
+    return {
+        instance.name: link
+        for role, ends in zip(site.instances, (site.p_links, site.d_links), strict=True)
+        for instance, link in zip(role, ends, strict=True)
+    }
+
+
+def probes(site: Site) -> Probes:
+    names = [instance.name for instance in site.instances[0]]
+
+    async def steps(instance: str) -> float:
+        return site.total("pdserve_steps_total", instance=instance)
+
+    return Probes(links(site).__getitem__, lambda: names, steps, LIMITS)
+
+
+@virtual
+async def test_all_is_well(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, decodes=2) as site:
+        asked = probes(site)
+        for name in links(site):
+            assert not await asked.alive(name), "it shows life, not that it computes"
+        for i in range(2):
+            assert await asked.prefill(f"prefill_{i}")
+            assert await asked.decode(f"decode_{i}")
+        await site.idle()
+
+
+@virtual
+async def test_decodes_are_probed_with_every_prefill_in_turn(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=3) as site:
+        asked = probes(site)
+        for _ in range(6):
+            assert await asked.decode("decode_0")
+        assert [len(link.of(PrefillRequest)) for link in site.p_links] == [2, 2, 2]
+        assert len(site.d_links[0].of(DecodeRequest)) == 6
+
+
+@virtual
+async def test_who_has_not_met_is_introduced(tmp_path: Path) -> None:
+    async with Site(tmp_path, met=False) as site:
+        asked = probes(site)
+        assert not await asked.decode("decode_0")
+        assert len(site.d_links[0].of(Join)) == 1
+        assert await asked.decode("decode_0")
+        await site.idle()
+
+
+@virtual
+async def test_busy_is_alive(tmp_path: Path) -> None:
+    times = {"prefill": {"base_ms": 5000.0}, "decode": {"base_ms": 5000.0}}
+    async with Site(tmp_path, profile=times, prefill={"slots": 1}, decode={"slots": 1}) as site:
+        asked = probes(site)
+        request = site.start(site.request(max_tokens=3))
+        await asyncio.sleep(1)
+        assert not await asked.prefill("prefill_0")
+        assert not await asked.decode("decode_0"), "no prefill has a KV cache to give"
+        await asyncio.sleep(5)
+        assert not await asked.decode("decode_0"), "its only slot is taken"
+        assert len(site.d_links[0].of(DecodeRequest)) == 2
+        await request
+        await site.idle()
+
+
+@virtual
+async def test_an_instance_that_does_not_answer_has_failed(tmp_path: Path) -> None:
+    async with Site(tmp_path) as site:
+        asked = probes(site)
+        for link in (*site.p_links, *site.d_links):
+            link.lose = lambda message: True
+        for ask, name in (
+            (asked.alive, "prefill_0"),
+            (asked.alive, "decode_0"),
+            (asked.prefill, "prefill_0"),
+        ):
+            with pytest.raises(InstanceError, match="no answer within 6 s"):
+                await ask(name)
+        assert not await asked.decode("decode_0"), "a prefill's silence is not the decode's"
+        site.p_links[0].lose = lambda message: False
+        with pytest.raises(InstanceError, match="no answer within 6 s"):
+            await asked.decode("decode_0")
+        site.d_links[0].lose = lambda message: False
+        await site.idle()
+
+
+@virtual
+async def test_an_engine_that_fails_has_failed(tmp_path: Path) -> None:
+    """TensorRT-LLM#12313: a health of 200 must mean that requests can be served."""
+    async with Site(tmp_path) as site:
+        asked = probes(site)
+        site.p_engines[0].failures.append(RuntimeError("device-side assert"))
+        assert not await asked.alive("prefill_0")
+        with pytest.raises(InstanceError, match=r"prefill_0 answered .*device-side assert"):
+            await asked.prefill("prefill_0")
+        site.d_engines[0].failures.append(RuntimeError("device-side assert"))
+        with pytest.raises(InstanceError, match=r"decode_0 answered .*device-side assert"):
+            await asked.decode("decode_0")
+        await site.idle()
+
+
+@virtual
+async def test_an_engine_that_never_comes_to_an_end_has_failed(tmp_path: Path) -> None:
+    """It accepts, and says so again and again."""
+    async with Site(tmp_path, profile={"prefill": {"base_ms": 1e6}}) as site:
+        asked = probes(site)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(InstanceError, match="computed no token within 8 s"):
+            await asked.prefill("prefill_0")
+        assert asyncio.get_running_loop().time() - began == pytest.approx(8)
+        assert not await asked.decode("decode_0"), "the decode is not to blame"
+
+
+@virtual
+async def test_busy_for_ever_is_not_alive(tmp_path: Path) -> None:
+    """TensorRT-LLM#12313: a hang with a health of 200. Health means that something is admitted."""
+    times = {"prefill": {"base_ms": 1e6}}
+    async with Site(tmp_path, profile=times, prefill={"slots": 1}) as site:
+        asked = probes(site)
+        request = site.start(site.request(ttft_limit_s=1000))
+        for _ in range(6):
+            await asyncio.sleep(LIMITS.idle_s / 5)
+            assert not await asked.prefill("prefill_0")
+        await asyncio.sleep(LIMITS.idle_s / 5)
+        with pytest.raises(InstanceError, match="is busy, and has made no step for 24 s"):
+            await asked.prefill("prefill_0")
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+
+
+@virtual
+async def test_busy_with_steps_is_alive_however_long(tmp_path: Path) -> None:
+    times = {"decode": {"base_ms": 100.0}}
+    async with Site(tmp_path, profile=times, decode={"slots": 1}) as site:
+        asked = probes(site)
+        request = site.start(site.request(max_tokens=1000))
+        for _ in range(18):
+            await asyncio.sleep(5)
+            assert not await asked.decode("decode_0")
+        await request
+        assert await asked.decode("decode_0")
+
+
+@virtual
+async def test_given_up_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    times = {"prefill": {"base_ms": 1000.0}, "decode": {"base_ms": 1000.0}}
+    async with Site(tmp_path, profile=times) as site:
+        asked = probes(site)
+        for limit in (0.5, 1.5):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(asked.decode("decode_0"), limit)
+            await site.idle(2)

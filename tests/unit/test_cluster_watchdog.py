@@ -1,0 +1,271 @@
+"""A watchdog notices what has failed in a server, and restores it: under a clock that jumps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import pytest
+
+from pdserve.cluster.backoff import CALM_S, Backoff
+from pdserve.cluster.health import Life, State
+from pdserve.cluster.watchdog import LOOK_S, SERVER, STOPPED_S, Check, NotRestored, Watchdog
+from pdserve.errors import InstanceError
+from tests.unit.inprocess import virtual
+
+LOAD_S = 30.0
+MODELS = ("front", "one", "two")
+EVERY_S, WITHIN_S = 1.0, 3.0
+
+
+class Patient:
+    """A server whose ends and answers a test writes. It keeps what is done to it, and when."""
+
+    def __init__(self) -> None:
+        self.lives = dict.fromkeys((SERVER, *MODELS), Life.RUNS)
+        self.silent: set[str] = set()
+        self.broken: dict[str, Exception] = {}
+        """What its restoring ends with."""
+        self.takes: defaultdict[str, float] = defaultdict(lambda: 0.5)
+        """Seconds to restore it."""
+        self.deaf = False
+        """Its models cannot be withdrawn."""
+        self.done: list[tuple[str, str, float]] = []
+
+    def look(self) -> Mapping[str, Life]:
+        return dict(self.lives)
+
+    async def withdraw(self, thing: str) -> None:
+        self._note("withdraw", thing)
+        if self.deaf and thing != SERVER:
+            raise OSError("connection refused")
+
+    async def restore(self, thing: str) -> None:
+        self._note("restore", thing)
+        await asyncio.sleep(self.takes[thing])
+        if thing in self.broken:
+            raise self.broken[thing]
+        for one in self.lives if thing == SERVER else [thing]:
+            self.lives[one] = Life.RUNS
+            self.silent.discard(one)
+
+    async def ask(self, thing: str) -> bool:
+        self._note("ask", thing)
+        if thing in self.silent:
+            await asyncio.sleep(1e6)
+        if self.lives[thing] is Life.GONE:
+            raise InstanceError("Stub process is not healthy.")
+        return True
+
+    def _note(self, what: str, thing: str) -> None:
+        self.done.append((what, thing, asyncio.get_running_loop().time()))
+
+    def times(self, what: str, thing: str) -> list[float]:
+        return [at for did, to, at in self.done if (did, to) == (what, thing)]
+
+
+@contextlib.asynccontextmanager
+async def watched(patient: Patient, asked: Sequence[str] = ()) -> AsyncIterator[Watchdog]:
+    checks = [
+        Check(thing, lambda thing=thing: patient.ask(thing), EVERY_S, WITHIN_S) for thing in asked
+    ]
+    dog = Watchdog(patient, MODELS, checks, whole={"front"}, load_s=LOAD_S)
+    running = asyncio.create_task(dog.run())
+    try:
+        await asyncio.sleep(1)
+        yield dog
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+class TestNoticing:
+    @virtual
+    async def test_nothing_is_done_to_what_is_well(self) -> None:
+        patient = Patient()
+        async with watched(patient, [SERVER, *MODELS]) as dog:
+            await asyncio.sleep(100)
+            assert {what for what, _, _ in patient.done} == {"ask"}
+            assert {health.state for health in dog.health.values()} == {State.HEALTHY}
+            assert all(now() - health.answered <= EVERY_S + 0.1 for health in dog.health.values())
+
+    @virtual
+    async def test_a_dead_stub_is_out_of_service_at_once(self) -> None:
+        patient = Patient()
+        async with watched(patient) as dog:
+            died = now()
+            patient.lives["one"] = Life.GONE
+            await asyncio.sleep(1.5 * LOOK_S)
+            assert patient.times("withdraw", "one")[0] - died <= LOOK_S
+            assert dog.health["one"].state is State.REPAIRING
+            assert dog.health["two"].state is State.HEALTHY
+            await asyncio.sleep(1)
+            assert dog.health["one"].state is State.HEALTHY
+            assert dog.health["one"].repairs == 1
+            assert dog.health["one"].down_s == pytest.approx(0.5)
+            assert not patient.times("withdraw", SERVER)
+
+    @virtual
+    async def test_who_stops_for_a_moment_is_left_alone(self) -> None:
+        patient = Patient()
+        async with watched(patient):
+            for _ in range(5):
+                patient.lives["one"] = Life.STOPPED
+                await asyncio.sleep(STOPPED_S - 0.2)
+                patient.lives["one"] = Life.RUNS
+                await asyncio.sleep(0.2)
+            assert patient.done == []
+            patient.lives["one"] = Life.STOPPED
+            await asyncio.sleep(STOPPED_S + 0.2)
+            assert len(patient.times("withdraw", "one")) == 1
+
+    @virtual
+    async def test_one_late_answer_is_no_failure(self) -> None:
+        patient = Patient()
+        async with watched(patient, ["one"]) as dog:
+            patient.silent.add("one")
+            await asyncio.sleep(EVERY_S + WITHIN_S)
+            assert dog.health["one"].state is State.LATE
+            patient.silent.clear()
+            await asyncio.sleep(10)
+            assert dog.health["one"].state is State.HEALTHY
+            assert not patient.times("withdraw", "one")
+
+    @virtual
+    async def test_a_wedged_model_is_noticed_by_its_silence(self) -> None:
+        patient = Patient()
+        async with watched(patient, ["one", "two"]) as dog:
+            patient.silent.add("one")
+            began = now()
+            await asyncio.sleep(2 * (EVERY_S + WITHIN_S) + 0.6)
+            assert patient.times("withdraw", "one")[0] - began <= 2 * (EVERY_S + WITHIN_S)
+            assert dog.health["one"].repairs == 1
+            assert "no answer within 3 s" in dog.health["one"].reason
+            assert dog.health["two"].repairs == 0
+
+    @virtual
+    async def test_what_a_former_life_did_not_say_is_not_held_against_the_next(self) -> None:
+        patient = Patient()
+        async with watched(patient, ["one"]) as dog:
+            patient.silent.add("one")
+            await asyncio.sleep(EVERY_S + 2 * WITHIN_S)  # a second question is open
+            patient.lives["one"] = Life.GONE
+            await asyncio.sleep(60)
+            assert len(patient.times("withdraw", "one")) == 1
+            assert dog.health["one"].state is State.HEALTHY
+
+
+class TestRepairing:
+    @virtual
+    async def test_a_gateways_model_takes_the_server_with_it(self) -> None:
+        patient = Patient()
+        async with watched(patient) as dog:
+            patient.lives["front"] = Life.GONE
+            await asyncio.sleep(2)
+            assert patient.times("withdraw", SERVER)
+            assert not patient.times("withdraw", "front")
+            assert dog.health[SERVER].repairs == 1
+            assert dog.health[SERVER].reason == "front: its process is gone"
+
+    @virtual
+    async def test_a_dead_server_ends_the_repairs_of_its_models(self) -> None:
+        patient = Patient()
+        patient.takes["one"] = 20
+        async with watched(patient) as dog:
+            patient.lives["one"] = Life.GONE
+            await asyncio.sleep(2)
+            patient.lives |= dict.fromkeys((SERVER, *MODELS), Life.GONE)
+            await asyncio.sleep(2)
+            assert {health.state for health in dog.health.values()} == {State.HEALTHY}
+            await asyncio.sleep(60)
+            assert [thing for what, thing, _ in patient.done if what == "restore"] == [
+                "one",
+                SERVER,
+            ]
+
+    @virtual
+    async def test_a_model_that_cannot_be_loaded_is_not_reloaded_in_a_loop(self) -> None:
+        """Its server serves on; the pauses double from a second to a minute."""
+        patient = Patient()
+        patient.broken["one"] = NotRestored("no weights in /nowhere")
+        patient.takes["one"] = 0.0
+        async with watched(patient) as dog:
+            patient.lives["one"] = Life.GONE
+            await asyncio.sleep(40)
+            tries = patient.times("restore", "one")
+            pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
+            assert pauses == pytest.approx([1, 2, 4, 8, 16])
+            assert dog.health["one"].state is State.FAILED
+            assert dog.health["one"].reason == "no weights in /nowhere"
+            assert not patient.times("withdraw", SERVER)
+            del patient.broken["one"]
+            await asyncio.sleep(32)
+            assert dog.health["one"].state is State.HEALTHY
+
+    @virtual
+    async def test_a_load_that_does_not_end_restarts_the_server(self) -> None:
+        patient = Patient()
+        patient.takes["one"] = 1e6
+        async with watched(patient) as dog:
+            patient.lives["one"] = Life.GONE
+            await asyncio.sleep(LOAD_S - 1)
+            assert not patient.times("withdraw", SERVER)
+            await asyncio.sleep(3)
+            assert dog.health[SERVER].repairs == 1
+            assert dog.health["one"].state is State.HEALTHY
+            assert "the repair of one has failed: too slow" in dog.health[SERVER].reason
+
+    @virtual
+    async def test_a_server_that_takes_no_part_is_restarted(self) -> None:
+        patient = Patient()
+        patient.deaf = True
+        async with watched(patient) as dog:
+            patient.lives["one"] = Life.GONE
+            await asyncio.sleep(2)
+            assert dog.health[SERVER].repairs == 1
+            assert "connection refused" in dog.health[SERVER].reason
+
+    @virtual
+    async def test_a_server_that_does_not_start_is_started_again(self) -> None:
+        patient = Patient()
+        patient.broken[SERVER] = NotRestored("port taken")
+        async with watched(patient) as dog:
+            patient.lives[SERVER] = Life.GONE
+            await asyncio.sleep(20)
+            tries = patient.times("restore", SERVER)
+            pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
+            assert pauses == pytest.approx([1.5, 2.5, 4.5, 8.5])
+            patient.broken.clear()
+            await asyncio.sleep(17)
+            assert dog.health[SERVER].state is State.HEALTHY
+
+    @virtual
+    async def test_cancelled_it_leaves_everything_as_it_is(self) -> None:
+        patient = Patient()
+        patient.takes["one"] = 20
+        async with watched(patient):
+            patient.lives["one"] = Life.GONE
+            await asyncio.sleep(2)
+        done = list(patient.done)
+        await asyncio.sleep(100)
+        assert patient.done == done
+
+
+def test_pauses_double_and_are_forgotten_after_a_calm() -> None:
+    backoff = Backoff()
+    pauses = []
+    at = 0.0
+    for _ in range(9):
+        pauses.append(backoff.pause(at))
+        at += pauses[-1] + 3
+        backoff.ended(at)
+    assert pauses == [0, 1, 2, 4, 8, 16, 32, 60, 60]
+    assert backoff.pause(at + CALM_S - 0.1) == 60
+    assert backoff.pause(at + CALM_S) == 0

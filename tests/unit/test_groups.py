@@ -1,0 +1,220 @@
+"""Groups of a deployment: each served by its own instances, and what another deployment changes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pdserve import config
+from pdserve.errors import PDServeError
+from pdserve.scheduling.groups import Group, Groups
+from pdserve.scheduling.scenarios import Scenario
+from tests.unit.inprocess import Link, Site, virtual
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pdserve.scheduling.request import Request
+
+PROFILE = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
+
+
+class Connected:
+    """The groups of a gateway over a site's instances, and the channels that were opened."""
+
+    def __init__(self, site: Site) -> None:
+        self._instances = {
+            f"{role}_{i}": instance
+            for role, instances in (("prefill", site.p), ("decode", site.d))
+            for i, instance in enumerate(instances)
+        }
+        self.links: dict[str, Link] = {}
+        """The latest to each instance."""
+        self.opened: list[str] = []
+        self.groups = Groups("gateway", self._connect, site.metrics, random.Random(1))
+
+    def _connect(self, name: str, server: config.Server) -> Link:
+        self.opened.append(name)
+        self.links[name] = Link(name, self._instances[name], seed=len(self.opened))
+        return self.links[name]
+
+    @property
+    def closed(self) -> set[str]:
+        return {name for name, link in self.links.items() if link.broken}
+
+
+def deployment(*groups: config.Group) -> config.Deployment:
+    """One scenario of these groups, every instance in the same server."""
+    server = config.Server(
+        name="local",
+        prefill=tuple(name for group in groups for name in group.prefill),
+        decode=tuple(name for group in groups for name in group.decode),
+    )
+    return config.Deployment(
+        model="m",
+        servers=(server,),
+        gateway=config.Gateway(default_scenario="s", stall_s=5.0),
+        scenarios=(config.Scenario("s", groups),),
+    )
+
+
+A = config.Group("a", ("prefill_0",), ("decode_0", "decode_1"))
+B = config.Group("b", ("prefill_1",), ("decode_2",))
+C = config.Group("c", ("prefill_0", "prefill_1"), ("decode_0", "decode_1", "decode_2"))
+
+
+def replaced(group: config.Group, **fields: object) -> config.Group:
+    return msgspec.structs.replace(group, **fields)
+
+
+async def serve(group: Group, request: Request) -> list[int]:
+    with group.serving(request) as scheduler:
+        async with aclosing(scheduler.run(request)) as chunks:
+            return [token async for chunk in chunks for token in chunk.ids]
+
+
+@virtual
+async def test_a_group_is_served_by_its_own_instances_alone(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
+        connected = Connected(site)
+        groups = connected.groups.take(deployment(A, B))
+        asked = [(name, site.request()) for name in "aabbabab"]
+        answers = await asyncio.gather(*(serve(groups[name], one) for name, one in asked))
+
+        assert answers == [site.expected(request) for _, request in asked]
+        for name, request in asked:
+            spec = {"a": A, "b": B}[name]
+            assert request.stats()["group"] == name
+            assert request.prefill in spec.prefill
+            assert request.decode in spec.decode
+        assert {one.decode for _, one in asked} == {"decode_0", "decode_1", "decode_2"}
+        await connected.groups.close()
+        assert connected.closed == {*A.prefill, *A.decode, *B.prefill, *B.decode}
+
+
+@virtual
+async def test_a_group_without_a_prefill_is_passed_over_until_it_is_back(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
+        connected = Connected(site)
+        wanted = deployment(A, B)
+        groups = connected.groups.take(wanted)
+        (terms,) = wanted.served
+        scenario = Scenario(terms, groups)
+
+        async def served(count: int) -> Counter[str]:
+            """One after the other."""
+            found: Counter[str] = Counter()
+            for _ in range(count):
+                group = scenario.next_group()
+                try:
+                    await serve(group, site.request(ttft_limit_s=1.0))
+                except PDServeError:
+                    found["lost"] += 1
+                else:
+                    found[group.name] += 1
+            return found
+
+        assert await served(4) == {"a": 2, "b": 2}
+        connected.links["prefill_0"].break_("its server was stopped")
+        found = await served(6)
+        assert found["lost"] <= 1, "what its group had already"
+        assert found["b"] >= 5
+        connected.links["prefill_0"].broken = None
+        await asyncio.sleep(10)
+        assert await served(4) == {"a": 2, "b": 2}
+        await connected.groups.close()
+
+
+@virtual
+async def test_a_group_of_the_same_instances_goes_on(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
+        connected = Connected(site)
+        before = connected.groups.take(deployment(A, B))
+        after = connected.groups.take(deployment(B, replaced(A, share=3.0)))
+        assert after["a"] is before["a"]
+        assert after["b"] is before["b"]
+        await connected.groups.sweep()
+        assert not connected.closed
+        assert len(connected.opened) == 5
+        await connected.groups.close()
+
+
+@virtual
+async def test_requests_finish_where_they_are(tmp_path: Path) -> None:
+    """Instances that stay keep their channel, those that go keep it as long as they are needed."""
+    async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
+        connected = Connected(site)
+        groups = connected.groups.take(deployment(A, B))
+        long = [site.request(max_tokens=40) for _ in range(2)]
+        running = [asyncio.create_task(serve(groups["a"], request)) for request in long]
+        await asyncio.sleep(0.1)
+        assert {request.decode for request in long} == {"decode_0", "decode_1"}
+
+        smaller = connected.groups.take(deployment(replaced(A, decode=("decode_1",)), B))
+        assert smaller["a"] is not groups["a"]
+        for _ in range(3):
+            await connected.groups.sweep()
+        assert not connected.closed
+        new = [site.request() for _ in range(6)]
+        await asyncio.gather(*(serve(smaller["a"], request) for request in new))
+        assert {request.decode for request in new} == {"decode_1"}
+
+        assert await asyncio.gather(*running) == [site.expected(request) for request in long]
+        assert not connected.closed
+        await connected.groups.sweep()
+        assert connected.closed == {"decode_0"}
+        assert sorted(connected.opened) == sorted(set(connected.opened))
+        await connected.groups.close()
+
+
+@virtual
+async def test_one_that_waits_is_served_by_the_group_it_waits_at(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=PROFILE, prefill={"slots": 1}, decodes=2) as site:
+        connected = Connected(site)
+        one = replaced(A, decode=("decode_0",))
+        groups = connected.groups.take(deployment(one))
+        tasks = [asyncio.create_task(serve(groups["a"], site.request())) for _ in range(4)]
+        await asyncio.sleep(0.001)
+        connected.groups.take(deployment(replaced(one, decode=("decode_1",))))
+        await connected.groups.sweep()
+        for answer in await asyncio.gather(*tasks):
+            assert len(answer) == 8
+        await connected.groups.sweep()
+        assert connected.closed == {"decode_0"}
+        await connected.groups.close()
+
+
+@virtual
+async def test_two_groups_become_one(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
+        connected = Connected(site)
+        connected.groups.take(deployment(A, B))
+        merged = connected.groups.take(deployment(C))
+        assert set(merged) == {"c"}
+        asked = [site.request(200) for _ in range(12)]
+        answers = await asyncio.gather(*(serve(merged["c"], request) for request in asked))
+        assert answers == [site.expected(request) for request in asked]
+        assert {request.prefill for request in asked} == {"prefill_0", "prefill_1"}
+        assert len(connected.opened) == 5
+        await connected.groups.close()
+
+
+@virtual
+async def test_an_instance_at_another_address_is_another(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=PROFILE) as site:
+        connected = Connected(site)
+        first = deployment(config.Group("a", ("prefill_0",), ("decode_0",)))
+        connected.groups.take(first)
+        server = msgspec.structs.replace(first.servers[0], grpc_port=9)
+        moved = msgspec.structs.replace(first, servers=(server,))
+        groups = connected.groups.take(moved)
+        await connected.groups.sweep()
+        assert connected.opened == ["prefill_0", "decode_0"] * 2
+        request = site.request()
+        assert await serve(groups["a"], request) == site.expected(request)
+        await connected.groups.close()

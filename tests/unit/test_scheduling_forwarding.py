@@ -1,0 +1,346 @@
+"""On-demand forwarding: whatever becomes free is taken at once, and nobody polls."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from pdserve.messages import Busy, Freed, PrefillRequest, Watch
+from pdserve.scheduling.forwarding import WATCH_S
+from pdserve.scheduling.request import PRIORITY_S
+from tests.unit import inprocess
+from tests.unit.desks import LATENCY_S, Desk, Gateway, rejections
+from tests.unit.inprocess import virtual
+
+# From a slot that is free to an offer that is accepted: told, offered, answered.
+AT_ONCE_S = 6 * LATENCY_S
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def full(*slots: int) -> list[Desk]:
+    desks = [Desk(number) for number in slots]
+    for desk in desks:
+        desk.fill()
+    return desks
+
+
+def offers(*desks: Desk) -> int:
+    return sum(desk.messages[PrefillRequest] for desk in desks)
+
+
+async def let_go(gateway: Gateway, *desks: Desk) -> None:
+    """Nobody waits, and nothing is held or watched any more."""
+    await asyncio.sleep(0.05)
+    assert not len(gateway.forwarding)
+    assert [instance.open for instance in gateway.instances] == [0] * len(desks)
+    assert not any(desk._watches or desk.held for desk in desks)
+    assert not gateway.forwarding._watching
+
+
+# Nothing that becomes free is lost.
+
+
+@virtual
+async def test_a_slot_that_is_freed_between_busy_and_watch() -> None:
+    """The watch finds it free, and says so."""
+    [desk] = full(1)
+    gateway = Gateway([desk])
+    task = gateway.start(gateway.request())
+    desk.heard = lambda request: desk.free() if isinstance(request, Watch) and desk.held else None
+    await asyncio.sleep(3 * LATENCY_S + AT_ONCE_S)
+    assert len(gateway.served) == 1
+    assert await task
+    assert offers(desk) == 2
+    await let_go(gateway, desk)
+
+
+@virtual
+async def test_a_slot_that_is_freed_while_others_are_asked() -> None:
+    """Busy when it was asked; free before the last of the others has said that it is busy."""
+    desks = full(1, 1, 1)
+    gateway = Gateway(desks)
+    gateway.instances[0].open = -1  # so that it is asked first
+    task = gateway.start(gateway.request())
+
+    def third(request: object) -> None:
+        if isinstance(request, PrefillRequest) and desks[0].held:
+            desks[0].free()
+            gateway.forwarding.freed(gateway.instances[0])
+
+    desks[2].heard = third
+    await asyncio.sleep(8 * LATENCY_S + AT_ONCE_S)
+    assert len(gateway.served) == 1
+    assert await task
+
+
+@pytest.mark.parametrize("steps", range(12))
+@virtual
+async def test_a_waiter_who_is_cancelled_just_when_a_slot_is_free(steps: int) -> None:
+    """vllm#29906: at whichever step of its being told, the next one has it at once."""
+    [desk] = full(1)
+    gateway = Gateway([desk])
+    first, second = gateway.start(gateway.request()), gateway.start(gateway.request())
+    await asyncio.sleep(0.1)
+    desk.free()
+    freed = now()
+    for _ in range(steps):
+        await asyncio.sleep(LATENCY_S / 3)
+    first.cancel()
+    await asyncio.wait([first])
+    assert await second
+    served = gateway.served[-1].forwarded
+    assert served - freed < steps * LATENCY_S + 2 * AT_ONCE_S or first.cancelled()
+    assert now() - freed < 2 * gateway.hold_s
+    await let_go(gateway, desk)
+
+
+@virtual
+async def test_many_who_wait_and_one_free_slot() -> None:
+    """One of them is told, and takes it; the others are not stirred up."""
+    [desk] = full(4)
+    gateway = Gateway([desk], hold_s=60.0)
+    tasks = [gateway.start(gateway.request()) for _ in range(300)]
+    await asyncio.sleep(0.2)
+    before = offers(desk)
+    for count in range(1, 4):
+        desk.free()
+        await asyncio.sleep(AT_ONCE_S)
+        assert len(gateway.served) == count
+    assert offers(desk) - before <= 9, "one that is accepted, and two in vain"
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+@virtual
+async def test_a_newcomer_is_not_kept_back_by_those_who_wait_for_something_else() -> None:
+    desks = [*full(1), Desk(1)]
+    gateway = Gateway(desks)
+    particular = [gateway.start(gateway.request(), usable=[0]) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    other = gateway.start(gateway.request())
+    await asyncio.sleep(AT_ONCE_S)
+    assert len(gateway.served) == 1
+    assert await other
+    desks[0].free()
+    assert all(await asyncio.gather(*particular))
+    await let_go(gateway, *desks)
+
+
+@virtual
+async def test_nobody_is_kept_back_by_one_who_cannot_use_what_is_free() -> None:
+    """A pair that cannot hand over blocks its own request, and not the line behind it."""
+    desks = full(1, 1)
+    gateway = Gateway(desks)
+    particular = gateway.start(gateway.request(), usable=[0])
+    other = gateway.start(gateway.request())
+    await asyncio.sleep(0.1)
+    desks[1].free()
+    await asyncio.sleep(AT_ONCE_S)
+    assert len(gateway.served) == 1
+    assert await other
+    desks[0].free()
+    assert await particular
+    await let_go(gateway, *desks)
+
+
+@virtual
+async def test_a_lost_message_costs_a_bounded_wait() -> None:
+    """dynamo#13088: the net under what is lost on the way; of each kind in turn."""
+    for kind in (Freed, Watch, Busy):
+        [desk] = full(1)
+        gateway = Gateway([desk])
+        lost: list[object] = []
+
+        def lose_one(message: object, kind: type = kind, lost: list[object] = lost) -> bool:
+            if lost or not isinstance(message, kind):
+                return False
+            lost.append(message)
+            return True
+
+        desk.lose = lose_one
+        task = gateway.start(gateway.request())
+        await asyncio.sleep(0.1)
+        desk.free()
+        freed = now()
+        assert await task
+        bound = 2.5 if kind is Busy else WATCH_S[1]  # a lost answer is waited for, ANSWER_S
+        assert gateway.served[0].forwarded - freed < bound + AT_ONCE_S
+        assert lost
+        await let_go(gateway, desk)
+
+
+@virtual
+async def test_whatever_is_free_is_taken() -> None:
+    """Arrivals, ends and cancels at random: no slot is idle while anybody waits."""
+    rng = random.Random(4)
+    desks = [Desk(2) for _ in range(4)]
+    gateway = Gateway(desks, hold_s=0.03)
+    tasks: list[asyncio.Task[bool]] = []
+    idle = 0.0
+
+    async def look() -> None:
+        nonlocal idle
+        while True:
+            await asyncio.sleep(LATENCY_S)
+            free = sum(desk.slots - len(desk.held) for desk in desks)
+            idle = idle + LATENCY_S if free and len(gateway.forwarding) else 0.0
+            assert idle < 2 * AT_ONCE_S
+
+    looking = asyncio.create_task(look())
+    for _ in range(1500):
+        tasks.append(gateway.start(gateway.request(priority=rng.randrange(2))))
+        if rng.random() < 0.3:
+            asyncio.get_running_loop().call_later(rng.uniform(0, 0.05), tasks[-1].cancel)
+        await asyncio.sleep(rng.expovariate(1 / 0.0035))
+    await asyncio.wait(tasks)
+    assert not looking.done(), looking.exception()
+    looking.cancel()
+    await let_go(gateway, *desks)
+
+
+# Who goes next.
+
+
+@virtual
+async def test_order_of_those_who_wait() -> None:
+    """Who has been promised an answer, then priority, then the earlier deadline."""
+    [desk] = full(1)
+    gateway = Gateway([desk], hold_s=0.01)
+    begun = gateway.request()
+    begun.add(bytes(4))
+    requests = {
+        "late": gateway.request(),
+        "soon": gateway.request(ttft_limit_s=20.0),
+        "low": gateway.request(priority=-1),
+        "high": gateway.request(priority=2),
+        "begun": begun,
+    }
+    tasks = []
+    for request in requests.values():
+        tasks.append(gateway.start(request))
+        await asyncio.sleep(0.002)
+    desk.free()
+    assert all(await asyncio.gather(*tasks))
+    order = [name for one in gateway.served for name, other in requests.items() if one is other]
+    assert order == ["begun", "soon", "high", "late", "low"]
+
+
+@virtual
+async def test_nobody_starves() -> None:
+    """Higher priorities without end: one of the lowest waits PRIORITY_S longer, and is served."""
+    desk = Desk(1)
+    gateway = Gateway([desk], hold_s=0.1)
+    tasks = []
+
+    async def crowd() -> None:
+        while True:  # more than can be served
+            tasks.append(gateway.start(gateway.request(priority=1)))
+            await asyncio.sleep(0.08)
+
+    crowding = asyncio.create_task(crowd())
+    await asyncio.sleep(1.0)
+    assert await gateway.serve(poor := gateway.request())
+    # Whoever came less than PRIORITY_S after it went first: 1.25 of those in each 0.1 s.
+    assert PRIORITY_S < poor.forwarded - poor.arrived < 1.25 * PRIORITY_S + 2.0
+    crowding.cancel()
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+# What it costs.
+
+
+@pytest.fixture
+def _an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inprocess, "LIMIT_S", 4000.0)
+
+
+@pytest.mark.usefixtures("_an_hour")
+@virtual
+async def test_waiting_for_an_hour_is_no_busy_loop() -> None:
+    """One watch and one offer a second to each, and that for the sake of what might be lost."""
+    desks = full(2, 2, 2)
+    gateway = Gateway(desks)
+    tasks = [gateway.start(gateway.request(ttft_limit_s=3600.0)) for _ in range(20)]
+    assert not any(await asyncio.gather(*tasks))
+    assert now() == pytest.approx(3600.0, abs=0.01)
+    for desk in desks:
+        assert 3600 < desk.messages[Watch] < 3600 / WATCH_S[0]
+        assert desk.messages[PrefillRequest] < 2 * desk.messages[Watch]
+        desk.held.clear()
+    await let_go(gateway, *desks)
+
+
+@virtual
+async def test_burst_of_100_on_two_of_four_slots() -> None:
+    """sglang#10110, agentic-pd-hybrid ef4dc81: each slot is offered, and refused once or twice."""
+    desks = [Desk(4), Desk(4)]
+    gateway = Gateway(desks, hold_s=0.1)
+    requests = [gateway.request() for _ in range(100)]
+    assert all(await asyncio.gather(*map(gateway.serve, requests)))
+    assert now() < 100 / 8 * (0.1 + AT_ONCE_S) + 0.1
+    assert rejections(requests) < 60
+    assert abs(sum(one.offers[-1].instance == "desk_0" for one in requests) - 50) <= 4
+    await let_go(gateway, *desks)
+
+
+@virtual
+async def test_burst_with_room_for_all_of_it_is_refused_nowhere() -> None:
+    """An idle prefill is fed without waiting for it to answer, so that its batch fills."""
+    desks = [Desk(4), Desk(4)]
+    gateway = Gateway(desks)
+    requests = [gateway.request() for _ in range(8)]
+    tasks = [gateway.start(one) for one in requests]
+    await asyncio.sleep(2 * LATENCY_S + 1e-5)
+    assert len(gateway.served) == 8
+    assert rejections(requests) == 0
+    await asyncio.gather(*tasks)
+
+
+async def messages_per_request(count: int, seconds: float) -> float:
+    """At 125 % load over so many instances of one slot, all of them busy at first."""
+    desks = full(*[1] * count)
+    gateway = Gateway(desks, hold_s=1.0)
+    for number, desk in enumerate(desks):  # they become free one after the other
+        asyncio.get_running_loop().call_later(0.5 + number / count, desk.free)
+    tasks = []
+    for _ in range(int(1.25 * count * seconds)):
+        tasks.append(gateway.start(gateway.request()))
+        await asyncio.sleep(0.8 / count)
+    served = len(gateway.served)
+    assert served >= count * (seconds - 1)
+    total = sum(desk.messages.total() for desk in desks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    return total / served
+
+
+@virtual
+async def test_messages_to_200_busy_instances() -> None:
+    """For each request a few, its end included; not some for each instance."""
+    few, many = await messages_per_request(10, 20.0), await messages_per_request(200, 6.0)
+    assert many < 12
+    assert many < 1.5 * few
+
+
+@virtual
+async def test_one_that_is_stopped_holds_up_only_who_was_offered_to_it() -> None:
+    """TensorRT-LLM#15363, dynamo#13088: everybody else goes on with the others."""
+    desks = [Desk(1), Desk(1), Desk(1)]
+    desks[0].lose_all()
+    gateway = Gateway(desks, hold_s=0.05)
+    requests = [gateway.request() for _ in range(40)]
+    assert all(await asyncio.gather(*map(gateway.serve, requests)))
+    waits = sorted(one.forwarded - one.arrived for one in requests)
+    assert waits[-2] < 40 / 2 * 0.05 + 0.1
+    assert waits[-1] < 2.1, "the one that found out"
+    asked = [one for one in requests if any(o.instance == "desk_0" for o in one.offers)]
+    assert len(asked) == 1

@@ -1,0 +1,151 @@
+"""Several gateways over the same instances, with nothing shared: each gets its part."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pdserve import errors
+from pdserve.engines.watches import RESERVED_S
+from pdserve.messages import PrefillRequest
+from pdserve.scheduling.request import State
+from tests.unit.desks import LATENCY_S, Desk, Gateway, rejections
+from tests.unit.inprocess import Site, virtual
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pdserve.scheduling.request import Request
+
+# Two prefills of 4 slots.
+SLOTS, HOLD_S = 8, 0.1
+CAPACITY = SLOTS / HOLD_S
+
+
+async def offered(
+    gateways: list[Gateway], rates: list[float], seconds: float
+) -> list[list[Request]]:
+    """The requests of each gateway: Poisson, so many a second, each with a limit of 0.3 s."""
+    rng = random.Random(1)
+    requests: list[list[Request]] = [[] for _ in gateways]
+    tasks = []
+    ends = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < ends:
+        [number] = rng.choices(range(len(gateways)), rates)
+        requests[number].append(gateways[number].request(ttft_limit_s=0.3))
+        tasks.append(gateways[number].start(requests[number][-1]))
+        await asyncio.sleep(rng.expovariate(sum(rates)))
+    await asyncio.wait(tasks)
+    return requests
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@virtual
+async def test_each_gets_its_part_of_what_is_too_little(count: int) -> None:
+    """TensorRT-LLM#19399, agentic-pd-hybrid ef4dc81: balanced and bounded at 150 % load."""
+    desks = [Desk(4), Desk(4)]
+    gateways = [Gateway(desks, seed, HOLD_S) for seed in range(count)]
+    requests = await offered(gateways, [1.5 * CAPACITY / count] * count, 30.0)
+    served = [len(gateway.served) for gateway in gateways]
+    success = [len(g.served) / len(r) for g, r in zip(gateways, requests, strict=True)]
+    mean = sum(served) / sum(map(len, requests))
+    assert sum(served) > 0.97 * CAPACITY * 30, "and nothing lies idle"
+    assert min(success) > 0.95 * mean, success
+    refused = sum(map(rejections, requests))
+    assert refused < 4 * sum(served), refused / sum(served)
+
+
+@virtual
+async def test_one_that_asks_for_more_does_not_get_the_others_part() -> None:
+    """In turn among gateways: who asks for less than its part gets all of it."""
+    desks = [Desk(4), Desk(4)]
+    gateways = [Gateway(desks, seed, HOLD_S) for seed in range(3)]
+    requests = await offered(gateways, [CAPACITY * 3, CAPACITY / 5, CAPACITY / 5], 20.0)
+    success = [len(g.served) / len(r) for g, r in zip(gateways, requests, strict=True)]
+    assert min(success[1:]) > 0.95, success
+    assert len(gateways[0].served) > 0.9 * CAPACITY * 20 * 3 / 5
+
+
+@virtual
+async def test_who_has_watched_the_longest_is_told_first() -> None:
+    desk = Desk(1)
+    desk.fill()
+    gateways = [Gateway([desk], seed, hold_s=0.01) for seed in range(4)]
+    order = [2, 0, 3, 1]
+    tasks = []
+    for number in order:
+        tasks.append(gateways[number].start(gateways[number].request()))
+        await asyncio.sleep(0.01)
+    desk.free()
+    await asyncio.gather(*tasks)
+    served = sorted(range(4), key=lambda number: gateways[number].served[0].forwarded)
+    assert served == order
+
+
+@virtual
+async def test_a_newcomer_does_not_overtake_a_gateway_that_waits() -> None:
+    """What has just become free is kept for who has watched, though another asks first."""
+    desk = Desk(1)
+    desk.fill()
+    waits, comes = Gateway([desk], 0), Gateway([desk], 1)
+    first = waits.start(waits.request())
+    await asyncio.sleep(0.01)
+    desk.free()
+    second = comes.start(comes.request())
+    await asyncio.sleep(10 * LATENCY_S)
+    assert (len(waits.served), len(comes.served)) == (1, 0)
+    assert await first
+    assert await second
+
+
+@virtual
+async def test_one_that_is_gone_costs_a_moment() -> None:
+    """What is kept for a gateway that does not come is given to the next."""
+    desk = Desk(1)
+    desk.fill()
+    gone, other = Gateway([desk], 0), Gateway([desk], 1)
+    lost = gone.start(gone.request())
+    await asyncio.sleep(0.01)
+    task = other.start(other.request())
+    await asyncio.sleep(0.01)
+    desk.lose = lambda message: isinstance(message, PrefillRequest) and message.gateway == gone.name
+    desk.free()
+    await asyncio.sleep(RESERVED_S)
+    desk._look()  # as an instance does every millisecond while somebody watches
+    await asyncio.sleep(6 * LATENCY_S)
+    assert len(other.served) == 1
+    assert await task
+    lost.cancel()
+
+
+@virtual
+async def test_four_over_real_prefills(tmp_path: Path) -> None:
+    """The same at 150 % load with leases, hand-over and decodes behind it."""
+    rng = random.Random(2)
+    async with Site(
+        tmp_path,
+        prefills=2,
+        decodes=2,
+        profile={"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 2.0}},
+        prefill={"slots": 1},
+    ) as site:
+        sites = [site, *(site.beside() for _ in range(3))]
+        requests: list[list[Request]] = [[] for _ in sites]
+        tasks = []
+        for _ in range(1200):
+            number = rng.randrange(4)
+            request = sites[number].request(ttft_limit_s=0.2, max_tokens=2, stream=False)
+            requests[number].append(request)
+            tasks.append(sites[number].start(request))
+            await asyncio.sleep(rng.expovariate(1.5 * 2 / 0.02))
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(one) for one in results} == {list, errors.Late}
+        served = [sum(one.state is State.FINISHED for one in asked) for asked in requests]
+        assert sum(served) > 0.95 * 1200 / 1.5
+        assert min(served) > 0.95 * sum(served) / 4, served
+        rejected = sum(one.total("pdserve_prefill_rejections_total") for one in sites)
+        assert rejected < 4 * sum(served), rejected / sum(served)
+        await site.idle()

@@ -1,0 +1,154 @@
+"""The watchdog process of a server: one at a time, ended for certain; what it sees."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from pdctl import footprint, watchers
+from pdctl.stubs import Stubs
+from pdserve.cluster.health import Life
+from pdserve.cluster.watchdog import SERVER
+from tests.servers import default_deployment
+
+SLEEPER = "import time\nprint('here', flush=True)\ntime.sleep(60)"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose watchdogs do nothing but live."""
+    popen = subprocess.Popen
+    started: list[subprocess.Popen[bytes]] = []
+
+    def sleeper(argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        assert argv[1:3] == ["-m", "pdctl.watch"]
+        started.append(popen([sys.executable, "-c", SLEEPER], **options))
+        return started[-1]
+
+    monkeypatch.setattr(watchers.subprocess, "Popen", sleeper)
+    yield tmp_path
+    for one in started:
+        one.kill()
+        one.wait()
+
+
+class TestWatchers:
+    def test_nobody(self, folder: Path) -> None:
+        assert watchers.pid(folder) is None
+        assert watchers.reported(folder) is None
+        watchers.end(folder)
+
+    def test_one_at_a_time(self, folder: Path) -> None:
+        watchers.start(folder, held=False)
+        found = watchers.pid(folder)
+        assert found is not None
+        watchers.start(folder, held=False)
+        assert watchers.pid(folder) == found
+
+    def test_ended_it_is_gone(self, folder: Path) -> None:
+        """As soon as it has been started: it may not begin to work after that."""
+        for _ in range(5):
+            watchers.start(folder, held=False)
+            found = watchers.pid(folder)
+            assert found is not None
+            watchers.end(folder)
+            assert watchers.pid(folder) is None
+            assert psutil.Process(found).status() == psutil.STATUS_ZOMBIE
+
+    def test_a_stopped_one_can_be_ended(self, folder: Path) -> None:
+        watchers.start(folder, held=False)
+        found = watchers.pid(folder)
+        assert found is not None
+        os.kill(found, signal.SIGSTOP)
+        watchers.end(folder)
+        assert watchers.pid(folder) is None
+
+    def test_a_process_with_the_number_of_a_dead_one_is_left_alone(self, folder: Path) -> None:
+        (folder / "watch").write_text(str(os.getpid()))
+        assert watchers.pid(folder) is None
+        watchers.end(folder)
+
+    def test_what_it_knows(self, folder: Path) -> None:
+        watchers.report(folder, {"at": 1.5})
+        assert watchers.reported(folder) is None, "what a dead one has left says nothing"
+        watchers.start(folder, held=False)
+        assert watchers.reported(folder) == {"pid": watchers.pid(folder), "at": 1.5}
+
+
+def test_it_looks_after_nothing_that_does_not_run(tmp_path: Path) -> None:
+    """One that is started while its server is being stopped must not start it anew."""
+    deployment = default_deployment("emulated")
+    folder = tmp_path / deployment.servers[0].name
+    (folder / "models").mkdir(parents=True)
+    (folder / "models" / "deployment.yaml").write_bytes(msgspec.yaml.encode(deployment))
+    argv = [sys.executable, "-m", "pdctl.watch", str(folder)]
+    found = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "server local has not been started" in found.stderr
+
+
+class TestStubs:
+    @pytest.fixture
+    def token(self) -> Iterator[str]:
+        token = footprint.new_token("local")
+        yield token
+        for process in footprint.processes([token]):
+            process.kill()
+
+    def model(self, token: str, name: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLEEPER, f"/run/local/models/{name}/1/model.py"],
+            env={**os.environ, footprint.VARIABLE: token},
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+    def test_how_each_process_is(self, token: str) -> None:
+        one, two = self.model(token, "one"), self.model(token, "two")
+        stubs = Stubs(token, ["one", "two", "three"])
+        assert stubs.look() == {
+            SERVER: Life.GONE,
+            "one": Life.RUNS,
+            "two": Life.RUNS,
+            "three": Life.GONE,
+        }
+        one.send_signal(signal.SIGSTOP)
+        two.kill()
+        time.sleep(0.1)
+        lives = stubs.look()
+        assert (lives["one"], lives["two"]) == (Life.STOPPED, Life.GONE)
+        assert psutil.Process(two.pid).status() == psutil.STATUS_ZOMBIE
+        one.kill()
+        one.wait()
+        assert stubs.look()["one"] is Life.GONE
+        two.wait()
+
+    def test_a_model_that_somebody_has_loaded_anew(self, token: str) -> None:
+        stubs = Stubs(token, ["one"])
+        old = self.model(token, "one")
+        assert stubs.look()["one"] is Life.RUNS
+        new = self.model(token, "one")
+        old.kill()
+        old.wait()
+        assert stubs.look()["one"] is Life.RUNS
+        new.kill()
+        new.wait()
+        assert stubs.look()["one"] is Life.GONE
+        third = self.model(token, "one")
+        stubs.renewed("one")
+        assert stubs.look()["one"] is Life.RUNS
+        stubs.kill("one")
+        third.wait()
+        assert stubs.look()["one"] is Life.GONE

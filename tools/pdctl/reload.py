@@ -1,0 +1,113 @@
+"""Give running servers another deployment; what they cannot take over waits for their restart."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+from pdctl.errors import ServerError
+from pdctl.server import Server
+from pdctl.status import scrape
+from pdserve import config
+from pdserve.reloading import changes, taken_over
+
+TIMEOUT_S = 10.0
+_GATEWAYS = ("pdserve", "scheduler")
+
+
+class Reload:
+    """Of one running server: from the deployment that it has to the one that it is to have.
+
+    Raises:
+        DeploymentError: the one that it has cannot be read.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.name = server.spec.name
+        self._file = server.repository / "deployment.yaml"
+        self.before = config.load(self._file)
+        # What waits for a restart stays as it was: a model that is loaded anew is as the others.
+        self._after = taken_over(self.before, server.deployment)
+        self.taken = changes(self.before, self._after)
+        self.waiting = changes(self._after, server.deployment)
+        self._counted: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Put it where the models look. Raises: ServerError: the server does not answer."""
+        if self.server.spec.gateway:
+            self._counted = self._count()
+        new = self._file.with_name("deployment.new")
+        new.write_bytes(msgspec.yaml.encode(self._after))
+        new.replace(self._file)
+
+    def wait(self) -> None:
+        """Until every gateway of the server has taken it over.
+
+        Raises:
+            ServerError: one has refused it, or has not said anything.
+        """
+        deadline = time.monotonic() + TIMEOUT_S
+        missing = set(_GATEWAYS if self.server.spec.gateway and self.taken else ())
+        while missing:
+            time.sleep(0.2)
+            for series, count in self._count().items():
+                if count > self._counted.get(series, 0):
+                    if 'outcome="refused"' in series:
+                        raise ServerError(f"{self.name} has refused it: see {self.server.log}")
+                    missing -= {name for name in missing if f'gateway="{name}"' in series}
+            if missing and time.monotonic() > deadline:
+                raise ServerError(
+                    f"{self.name}: {', '.join(sorted(missing))} took nothing over within "
+                    f"{TIMEOUT_S:g} s: see {self.server.log}"
+                )
+
+    def _count(self) -> dict[str, float]:
+        try:
+            series = scrape(self.server)
+        except OSError as error:
+            raise ServerError(f"server {self.name} does not answer: {error}") from error
+        return {name: value for name, value in series.items() if "_reloads_total" in name}
+
+
+def plan(servers: Sequence[Server], reloads: Sequence[Reload]) -> Iterator[str]:
+    """What will change, and what will not, in lines."""
+    if not any(one.taken or one.waiting for one in reloads):
+        yield "nothing changes in what runs"
+    yield from _alike("taken over by", {one.name: one.taken for one in reloads})
+    yield from _alike("waits for a restart of", {one.name: one.waiting for one in reloads})
+    for one in reloads:
+        if any(line.startswith(f"servers.{one.name}.") for line in one.taken):
+            yield f"{one.name} has to be restarted, since its own ports or instances change"
+    running = {one.name for one in reloads}
+    for server in servers:
+        if server.spec.name not in running:
+            yield f"{server.spec.name} does not run on this machine"
+    for name, pid in _left_behind(reloads).items():
+        yield f"{name} is not in the deployment any more, and runs on (process {pid})"
+
+
+def _alike(what: str, lines: Mapping[str, list[str]]) -> Iterator[str]:
+    """Lines by server, said once for all servers that have the same."""
+    servers = defaultdict(list)
+    for name, own in lines.items():
+        servers[tuple(own)].append(name)
+    for alike, names in servers.items():
+        if alike:
+            yield f"{what} {', '.join(names)}:"
+            yield from (f"  {line}" for line in alike)
+
+
+def _left_behind(reloads: Sequence[Reload]) -> dict[str, int]:
+    """Running servers that the deployment has lost, with their process."""
+    found = {}
+    for one in reloads:
+        wanted = {spec.name for spec in one.server.deployment.servers}
+        for spec in one.before.servers:
+            pid = Server(one.before, spec, one.server.folder.parent).pid
+            if spec.name not in wanted and pid is not None:
+                found[spec.name] = pid
+    return found

@@ -1,0 +1,81 @@
+"""The processes of a running server: ``tritonserver``, and a stub for each of its models."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable
+
+import psutil
+
+from pdctl import footprint
+from pdserve.cluster.health import Life
+from pdserve.cluster.watchdog import SERVER
+
+_MODEL = re.compile(r"/([^/]+)/\d+/model\.py$")
+
+
+class Stubs:
+    """Those of one start, by thing: SERVER, or a model's name.
+
+    A stub that has died stays a zombie; what replaces it is another process.
+    """
+
+    def __init__(self, token: str, models: Iterable[str]) -> None:
+        self._token = token
+        self._things = (SERVER, *models)
+        self._found: dict[str, psutil.Process] = {}
+        self._missing: set[str] = set()
+
+    def look(self) -> dict[str, Life]:
+        """How each process is. Every process of the machine is looked at only if one has gone."""
+        lives = self._lives()
+        gone = {thing for thing, life in lives.items() if life is Life.GONE}
+        if gone - self._missing:
+            self._find()
+            lives = self._lives()
+            gone = {thing for thing, life in lives.items() if life is Life.GONE}
+        self._missing = gone
+        return lives
+
+    def kill(self, model: str) -> None:
+        """End the process of a model, if it has one."""
+        process = self._found.get(model)
+        if process is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def renewed(self, model: str) -> None:
+        """A model has been loaded: its process is another one."""
+        self._found.pop(model, None)
+        self._missing.discard(model)
+
+    def _lives(self) -> dict[str, Life]:
+        return {thing: _life(self._found.get(thing)) for thing in self._things}
+
+    def _find(self) -> None:
+        newest_first = sorted(footprint.processes([self._token]), key=_age)
+        self._found.clear()
+        for process in newest_first:
+            try:
+                name, words = process.name(), process.cmdline()
+            except psutil.Error:
+                continue
+            model = next(filter(None, map(_MODEL.search, words)), None)
+            if model is not None:
+                self._found.setdefault(model[1], process)
+            elif name == "tritonserver":
+                self._found[SERVER] = process  # the oldest: a stub to be looks like it at first
+
+
+def _age(process: psutil.Process) -> float:
+    return -process.create_time()
+
+
+def _life(process: psutil.Process | None) -> Life:
+    if process is None or footprint.is_dead(process):
+        return Life.GONE
+    try:
+        return Life.STOPPED if process.status() == psutil.STATUS_STOPPED else Life.RUNS
+    except psutil.NoSuchProcess:
+        return Life.GONE
