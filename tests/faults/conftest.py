@@ -10,14 +10,14 @@ from tests.faults.serving import all_in_one, gateway_and_workers, watched, whole
 from tests.servers import Running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("one_server")
     with watched(all_in_one(folder), folder) as started:
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("workers")
     with watched(gateway_and_workers(folder, gateways=2), folder) as started:

@@ -17,7 +17,7 @@ from pdctl.paths import MODEL_REPOSITORY
 from pdctl.server import Server
 from pdserve.config import Server as Spec
 from tests.clients import wait_until
-from tests.faults.serving import RESTARTED_S, all_in_one, leader
+from tests.faults.serving import RESTARTED_S, all_in_one, leader, on_this_machine
 from tests.servers import on_free_ports
 from tests.triton.test_launcher import DRIVER
 
@@ -57,8 +57,8 @@ class Launched:
         """Kill the server, and wait until its watchdog has started it again."""
         before = leader(self.server)
         before.kill()
-        wait_until(lambda: self.server.pid not in (None, before.pid), RESTARTED_S)
-        wait_until(self.server.ready, RESTARTED_S)
+        wait_until(lambda: self.server.pid not in (None, before.pid), on_this_machine(RESTARTED_S))
+        wait_until(self.server.ready, on_this_machine(RESTARTED_S))
         self.remember()
 
     def left(self) -> list[object]:

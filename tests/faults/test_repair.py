@@ -24,6 +24,7 @@ from tests.faults.serving import (
     RESTARTED_S,
     STOPPED_S,
     leader,
+    on_this_machine,
     said,
     serves,
     stub,
@@ -66,9 +67,9 @@ def test_a_dead_stub_is_not_ready_and_then_replaced(one_server: Running, model: 
     before = one.pid
     with slow_to_load(one, model):
         stub(one, model).kill()
-        wait_until(lambda: not ready(one, model), KNOWN_S)
+        wait_until(lambda: not ready(one, model), on_this_machine(KNOWN_S))
         assert not one.ready()
-        wait_until(one.ready, RELOADED_S)
+        wait_until(one.ready, on_this_machine(RELOADED_S))
     assert ready(one, model)
     assert one.pid == before, "the rest of the server serves on"
     assert serves(one_server)
@@ -80,8 +81,8 @@ def test_a_stopped_stub_is_replaced(one_server: Running) -> None:
     process = stub(one, "decode_0")
     with slow_to_load(one, "decode_0"):
         process.suspend()
-        wait_until(lambda: not ready(one, "decode_0"), STOPPED_S)
-        wait_until(one.ready, RELOADED_S)
+        wait_until(lambda: not ready(one, "decode_0"), on_this_machine(STOPPED_S))
+        wait_until(one.ready, on_this_machine(RELOADED_S))
     assert footprint.is_dead(process)
     assert serves(one_server)
 
@@ -93,13 +94,15 @@ def test_a_model_that_cannot_be_loaded_leaves_the_rest_in_service(one_server: Ru
     with changed_code(one, "prefill_1") as code:
         code.write_text("raise ValueError('no weights in /nowhere')")
         stub(one, "prefill_1").kill()
-        wait_until(lambda: "no weights" in str(watchers.reported(one.folder)), RELOADED_S)
+        wait_until(
+            lambda: "no weights" in str(watchers.reported(one.folder)), on_this_machine(RELOADED_S)
+        )
         state = status(one)
         assert state["state"] == "unhealthy"
         assert state["models"]["prefill_1"] == "UNAVAILABLE"
         assert state["watchdog"]["things"]["prefill_1"]["state"] != "healthy"
         assert serves(one_server)
-    wait_until(one.ready, 2 * RELOADED_S)
+    wait_until(one.ready, on_this_machine(2 * RELOADED_S))
     assert one.pid == before
 
 
@@ -107,7 +110,7 @@ def test_a_dead_server_is_started_again(one_server: Running) -> None:
     one = one_server.servers[0]
     before = leader(one)
     before.kill()
-    wait_until(lambda: one.ready() and one.pid != before.pid, RESTARTED_S)
+    wait_until(lambda: one.ready() and one.pid != before.pid, on_this_machine(RESTARTED_S))
     assert serves(one_server)
 
 
@@ -120,9 +123,9 @@ def test_a_dead_watchdog_takes_nothing_with_it(one_server: Running) -> None:
     assert status(one)["watchdog"] is None
     assert serves(one_server)
     fleet.watch(one_server.servers, held=False)
-    wait_until(lambda: watchers.pid(one.folder) is not None, 10)
+    wait_until(lambda: watchers.reported(one.folder) is not None, on_this_machine(5))
     fleet.watch(one_server.servers, held=False)
     with slow_to_load(one, "decode_0"):
         stub(one, "decode_0").kill()
-        wait_until(lambda: not one.ready(), KNOWN_S)
-        wait_until(one.ready, RELOADED_S)
+        wait_until(lambda: not one.ready(), on_this_machine(KNOWN_S))
+        wait_until(one.ready, on_this_machine(RELOADED_S))

@@ -496,11 +496,36 @@ async def test_watch_of_an_idle_decode_is_told_at_once(tmp_path: Path) -> None:
         assert watcher.told == [("w", Freed(), True)]
 
 
+@virtual
+async def test_watch_that_comes_after_the_end_is_told_at_once(tmp_path: Path) -> None:
+    """What ended while the refusal was on its way would be missed; then it waits as any other."""
+    async with Site(tmp_path, profile=TIMES, decode={"slots": 2}) as site:
+        client, watcher = Local(site), Watcher(site)
+        client.compute("a", max_tokens=3)
+        client.compute("b", max_tokens=100)
+        client.compute("c")
+        assert client.of("c") == [Busy("slots")]
+        watcher.watch("w", "1")
+        await asyncio.sleep(0.1)
+        assert watcher.told == [("w", Freed(), True)]
+        watcher.watch("late", "2")
+        assert watcher.told[1:] == [("late", Freed(), True)]
+        client.compute("d", 20, max_tokens=100)
+        client.compute("e")
+        watcher.watch("v", "2")
+        assert watcher.told[2:] == []
+        client.release("b")
+        await asyncio.sleep(0.1)
+        assert watcher.told[2:] == [("v", Freed(), True)]
+        client.release("d")
+        await site.idle(0.05)
+
+
 @pytest.mark.parametrize("how", ["end", "release", "failure"])
 def test_every_watch_is_told_of_an_end(tmp_path: Path, how: str) -> None:
     @virtual
     async def run() -> None:
-        async with Site(tmp_path, profile=TIMES) as site:
+        async with Site(tmp_path, profile=TIMES, decode={"slots": 2}) as site:
             client, watcher = Local(site), Watcher(site)
             client.compute("a", max_tokens=10)
             client.compute("b", max_tokens=100)
@@ -526,7 +551,7 @@ def test_every_watch_is_told_of_an_end(tmp_path: Path, how: str) -> None:
 
 @virtual
 async def test_watch_ends_with_its_release_and_with_the_next(tmp_path: Path) -> None:
-    async with Site(tmp_path, profile=TIMES) as site:
+    async with Site(tmp_path, profile=TIMES, decode={"slots": 1}) as site:
         client, watcher = Local(site), Watcher(site)
         await client.submit("a", max_tokens=4)
         watcher.watch("w")
@@ -543,7 +568,7 @@ async def test_watch_ends_with_its_release_and_with_the_next(tmp_path: Path) -> 
 
 @virtual
 async def test_watches_end_with_the_instance(tmp_path: Path) -> None:
-    async with Site(tmp_path, profile=TIMES) as site:
+    async with Site(tmp_path, profile=TIMES, decode={"slots": 1}) as site:
         client, watcher = Local(site), Watcher(site)
         client.compute("a", max_tokens=100)
         watcher.watch("w")

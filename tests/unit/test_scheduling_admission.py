@@ -222,6 +222,34 @@ async def test_prefill_with_the_fewest_open_requests_is_asked_first(tmp_path: Pa
         await site.idle()
 
 
+@virtual
+async def test_an_idle_prefill_is_fed_until_it_is_full(tmp_path: Path) -> None:
+    """So that its batch fills: those who come together are computed together."""
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 8}) as site:
+        requests = [site.request(max_tokens=2) for _ in range(9)]
+        await asyncio.gather(*map(site.answer, requests))
+        assert [len(jobs) for jobs in site.p_engines[0].forwards] == [8, 1]
+        await site.idle()
+
+
+@virtual
+async def test_those_behind_do_not_wait_for_an_acceptance(tmp_path: Path) -> None:
+    """With others in line it is told at once, and not with the result or after a moment."""
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}) as site:
+        requests = [site.request(max_tokens=1) for _ in range(12)]
+        await asyncio.gather(*map(site.answer, requests))
+        waited = [one for one in site.p_links[0].of(PrefillRequest) if one.hurry]
+        assert len(waited) >= 10
+        accepted = [
+            offer.ended - offer.began
+            for request in requests[2:]
+            for offer in request.offers
+            if offer.answer is Answer.ACCEPTED
+        ]
+        assert max(accepted) < 0.001
+        await site.idle()
+
+
 # ---------------------------------------------------------------------- decode
 
 

@@ -46,7 +46,7 @@ async def test_states_of_a_served_request(tmp_path: Path) -> None:
 
 @virtual
 async def test_first_token_comes_before_decode_begins(tmp_path: Path) -> None:
-    """vllm#25373: the first token is computed once, by the prefill, and told at once."""
+    """vllm#25373, llm-d-inference-scheduler#701: computed once, by the prefill, told at once."""
     async with Site(tmp_path, profile=TIMES) as site:
         request = site.request()
         chunks = site.scheduler.run(request)

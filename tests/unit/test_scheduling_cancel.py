@@ -72,7 +72,8 @@ async def test_after_any_number_of_loop_steps(tmp_path: Path, stream: bool, prom
 @pytest.mark.parametrize("stream", [True, False])
 @virtual
 async def test_at_any_time(tmp_path: Path, stream: bool) -> None:
-    """The same with engines that take their time, slow messages, and lines for both roles."""
+    """python_backend#398: the same with engines that take their time, slow messages, and lines for
+    both roles."""
     async with Site(
         tmp_path, profile=TIMES, prefill={"slots": 2}, decode={"slots": 1}, seed=3
     ) as site:

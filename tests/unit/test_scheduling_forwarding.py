@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from pdserve.channels.protocol import Replies
 from pdserve.messages import Busy, Freed, PrefillRequest, Watch
 from pdserve.scheduling.forwarding import WATCH_S
 from pdserve.scheduling.request import PRIORITY_S
@@ -276,6 +277,19 @@ async def test_waiting_for_an_hour_is_no_busy_loop() -> None:
         assert desk.messages[PrefillRequest] < 2 * desk.messages[Watch]
         desk.held.clear()
     await let_go(gateway, *desks)
+
+
+@virtual
+async def test_a_timer_that_fires_early_is_nobodys_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a loop's may, whose clock counts milliseconds: neither a watch's end nor a limit's."""
+    get = Replies.get
+    monkeypatch.setattr(Replies, "get", lambda replies, wait: get(replies, wait - 4e-4))
+    [desk] = full(1)
+    gateway = Gateway([desk])
+    assert not await gateway.serve(gateway.request(ttft_limit_s=3.0))
+    desk.lose_all()
+    assert not await gateway.serve(gateway.request(ttft_limit_s=0.2))
+    assert gateway.instances[0].breaker.closed
 
 
 @virtual

@@ -122,6 +122,20 @@ async def test_one_that_is_gone_costs_a_moment() -> None:
 
 
 @virtual
+async def test_while_there_is_room_few_are_refused() -> None:
+    """What others have there is not seen, but remembered: an instance that has refused comes last.
+
+    In the same order for all, a request would be refused by 40 of these before it found room.
+    """
+    desks = [Desk(1) for _ in range(200)]
+    gateways = [Gateway(desks, seed, hold_s=1.0) for seed in range(4)]
+    requests = await offered(gateways, [0.8 * 200 / 4] * 4, 10.0)
+    everybody = [one for asked in requests for one in asked]
+    assert len([one for one in everybody if one.forwarded]) > 0.99 * len(everybody)
+    assert rejections(everybody) < 2 * len(everybody)
+
+
+@virtual
 async def test_four_over_real_prefills(tmp_path: Path) -> None:
     """The same at 150 % load with leases, hand-over and decodes behind it."""
     rng = random.Random(2)

@@ -218,6 +218,17 @@ async def test_a_reader_who_leaves_with_the_first_token(tmp_path: Path) -> None:
         await site.idle(CLEAN_S)
 
 
+@real
+async def test_its_time_limit_passes_while_it_is_followed(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=SLOW, layered=True) as site:
+        request = site.request(100, max_tokens=50, time_limit_s=0.02)
+        with pytest.raises(errors.Late, match="time limit"):
+            await site.answer(request)
+        assert request.state is State.EXPIRED
+        assert [i.open for role in site.instances for i in role] == [0, 0]
+        await site.idle(CLEAN_S)
+
+
 # Failures.
 
 

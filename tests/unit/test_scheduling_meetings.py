@@ -116,7 +116,7 @@ async def test_one_that_does_not_answer_holds_up_no_other(tmp_path: Path) -> Non
 async def test_a_pair_that_cannot_meet_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is said once, by name and with the reason, and never costs a request anything."""
+    """vllm#55906: said once, by name and with the reason; and it never costs a request anything."""
 
     def unreachable(description: bytes) -> tuple[str, Met]:
         raise Unreachable("prefill_0 cannot be reached; nixl: UCX has picked tcp")
@@ -144,6 +144,8 @@ async def test_a_pair_that_cannot_meet_is_passed_over(
 
 @virtual
 async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
+    """sglang#15674, llm-d#2433: the reason goes to the client, and not to a log alone."""
+
     def unreachable(description: bytes) -> tuple[str, Met]:
         raise Unreachable("no way")
 
@@ -163,7 +165,8 @@ async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
 
 @virtual
 async def test_long_transfers_are_overlapped(tmp_path: Path) -> None:
-    """By the slowest of a prefill's links: which decode will be idle is not known yet."""
+    """TensorRT-LLM#9212: by the slowest of a prefill's links: which decode will be idle is not
+    known yet."""
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
         assert not site.meetings.layered("prefill_0", 1 << 20), "nothing is known of its links"
         for pair, rate in (
@@ -188,3 +191,21 @@ async def test_a_deployment_may_say_so(tmp_path: Path, wanted: bool) -> None:
     async with Site(tmp_path, profile=TIMES, layered=wanted) as site:
         assert site.meetings.layered("prefill_0", 1) is wanted
         assert site.meetings.layered("prefill_0", 1 << 20) is wanted
+
+
+@virtual
+async def test_prefill_that_no_decode_reaches_takes_no_requests_from_the_others(
+    tmp_path: Path,
+) -> None:
+    """Its slots are free soonest, since all that it takes fails."""
+    async with Site(tmp_path, prefills=2, met=False) as site:
+        site.receivers[0].join(site.holders[0].description)
+        site.holders[1].region.unlink()
+        task = asyncio.create_task(site.meetings.run())
+        await asyncio.sleep(0.1)
+        requests = [site.request() for _ in range(6)]
+        await asyncio.gather(*map(site.answer, requests))
+        assert {request.prefill for request in requests} == {"prefill_0"}
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await site.idle()

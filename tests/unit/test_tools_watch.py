@@ -78,11 +78,17 @@ class TestWatchers:
         assert watchers.pid(folder) is None
         watchers.end(folder)
 
-    def test_what_it_knows(self, folder: Path) -> None:
-        watchers.report(folder, {"at": 1.5})
-        assert watchers.reported(folder) is None, "what a dead one has left says nothing"
+    def test_what_it_knows(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         watchers.start(folder, held=False)
-        assert watchers.reported(folder) == {"pid": watchers.pid(folder), "at": 1.5}
+        assert watchers.reported(folder) is None, "it has not said anything yet"
+        found = watchers.pid(folder)
+        monkeypatch.setattr(watchers.os, "getpid", lambda: found)
+        watchers.report(folder, {"at": 1.5})
+        assert watchers.reported(folder) == {"pid": found, "at": 1.5}
+        watchers.end(folder)
+        assert watchers.reported(folder) is None
+        watchers.start(folder, held=False)
+        assert watchers.reported(folder) is None, "what a dead one has left says nothing"
 
 
 def test_it_looks_after_nothing_that_does_not_run(tmp_path: Path) -> None:

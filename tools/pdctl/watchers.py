@@ -89,19 +89,17 @@ def announce(folder: Path) -> None:
 
 
 def report(folder: Path, state: dict[str, Any]) -> None:
-    """Leave what the watchdog knows to whoever asks."""
+    """Called by a watchdog: leave what it knows to whoever asks."""
     new = folder / "watch.new"
-    new.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2))
+    new.write_bytes(msgspec.json.format(msgspec.json.encode({"pid": os.getpid(), **state})))
     new.replace(folder / "watch.json")
 
 
 def reported(folder: Path) -> dict[str, Any] | None:
-    """What a running watchdog has left, its ``pid`` included; None: there is none."""
+    """What a running watchdog knows, its ``pid`` included; None: there is none, or it begins."""
     found = pid(folder)
-    if found is None:
-        return None
     try:
         state: dict[str, Any] = msgspec.json.decode((folder / "watch.json").read_bytes())
     except FileNotFoundError:
-        return None  # it begins
-    return {"pid": found, **state}
+        return None
+    return state if state["pid"] == found else None

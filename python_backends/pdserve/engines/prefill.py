@@ -136,6 +136,7 @@ class PrefillInstance:
                 f"the KV cache of {len(tokens)} prompt tokens takes {nbytes} bytes; "
                 f"{self._name}'s arena has {self._lending.arena.capacity}"
             )
+            self._watches.took(request.gateway)
             send(Failed(errors.InvalidRequest.code, message), True)
             return
         if request.id in self._held:

@@ -92,7 +92,7 @@ class Watches:
         return free > sum(kept.gateway != gateway for kept in self.kept)
 
     def took(self, gateway: str) -> None:
-        """An offer has been accepted: a slot that was kept for its gateway is so no longer."""
+        """An offer has been accepted, or cannot ever be: its gateway has had its turn."""
         for kept in self.kept:
             if kept.gateway == gateway:
                 self.kept.remove(kept)

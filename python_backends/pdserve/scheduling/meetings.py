@@ -55,6 +55,8 @@ class Meetings:
         self._joined: dict[tuple[str, str], tuple[bytes, Joined]] = {}
         """By prefill and decode: the description that led to it."""
         self._refused: dict[tuple[str, str], str] = {}
+        self.useless: frozenset[str] = frozenset()
+        """Prefills that no decode could meet, as long as there are others."""
         self._joining: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -120,9 +122,19 @@ class Meetings:
             if self._refused.get(pair) != reason:
                 _log.warning("%s and %s cannot meet: %s", *pair, reason)
             self._refused[pair] = reason
+            self._find_useless()
             raise errors.InstanceError(reason)
-        self._refused.pop(pair, None)
+        if self._refused.pop(pair, None):
+            self._find_useless()
         self._joined[pair] = description, joined
+
+    def _find_useless(self) -> None:
+        alone = {
+            prefill.name
+            for prefill in self._prefills
+            if all((prefill.name, decode.name) in self._refused for decode in self._decodes)
+        }
+        self.useless = frozenset(alone if len(alone) < len(self._prefills) else ())
 
     def forget(self, instance: Instance) -> None:
         """It has failed: what is known of it may be of a former life."""

@@ -85,7 +85,9 @@ class Prefilling:
         def uncached(prefill: Instance) -> int:
             return tokens - cached.get(prefill.name, 0)
 
-        def cost(prefill: Instance) -> float:
+        def cost(prefill: Instance) -> float | None:
+            if prefill.name in self._meetings.useless:
+                return None
             # What it computes for us already, then our own, in tokens that are not cached; among
             # equals the one with the fewest open calls.
             return prefill.tokens + uncached(prefill) + prefill.open / (prefill.open + 1)

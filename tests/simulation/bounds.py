@@ -1,0 +1,59 @@
+"""Within which something has to happen in a world."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pdserve.engines.prefill import LOOK_S, TICK_S
+from pdserve.engines.watches import RESERVED_S
+from pdserve.scheduling.decoding import INTRODUCED_S
+from pdserve.scheduling.forwarding import WATCH_S
+from pdserve.scheduling.offering import ANSWER_S
+from pdserve.scheduling.request import RECOVER_S
+from pdserve.transfer.lending import QUIET_S
+from tests.simulation.channels import ORPHAN_LOOK_S, Weather
+
+if TYPE_CHECKING:
+    from tests.simulation.plan import Plan
+
+EPS_S = 2e-4
+"""What is computed takes no time in a world, but a message that follows another a little."""
+PAUSE_S = 0.01
+"""Between two looks at what is not looked at always."""
+
+
+class Bounds:
+    """Of one plan, in seconds."""
+
+    def __init__(self, plan: Plan) -> None:
+        calm, layers = plan.calm, plan.profile["layers"]
+        prefill, decode = plan.profile["prefill"], plan.profile["decode"]
+        longest = max(len(asked.prompt) // 4 + asked.max_tokens for asked in plan.requests)
+        tokens = longest * plan.prefill.slots
+        self.message = plan.delay_s * (Weather.TAIL if plan.tail else 1) + EPS_S
+        """A message's way."""
+        self.forward = (prefill["base_ms"] + prefill["per_token_ms"] * tokens) / 1e3 + EPS_S
+        self.pull = longest * 128 * layers / plan.bytes_per_s + 20 * plan.latency_s
+        # A prompt that a decode computes waits for others of up to a turn, with steps between.
+        turn = prefill["per_token_ms"] * (plan.prefill.batch_tokens + longest)
+        turns = (turn + plan.decode.slots * (prefill["base_ms"] + decode["base_ms"])) / 1e3
+        self.local = turns if plan.gateway.local != "off" else 0.0
+        """A first token that a decode computes."""
+        step = decode["base_ms"] / 1e3 + self.local
+        answer = max(asked.max_tokens for asked in plan.requests) * step
+        self.stall = 0.0 if calm else plan.gateway.stall_s
+        """What nobody answers is given up."""
+        # Each decode may leave an offer unanswered, meet the prefill, and leave another so.
+        self.asking = (2 * ANSWER_S + INTRODUCED_S) * plan.decodes
+        """A round over all decodes."""
+        # Who is told that something is idle has to ask, perhaps each of them; and others are told
+        # before it.
+        self.idle = LOOK_S + (2 * plan.prefills + 2) * self.message
+        self.idle += (plan.gateways - 1) * RESERVED_S + (0.0 if calm else WATCH_S[1])
+        """Something is idle though somebody waits for it."""
+        self.orphan = 2 * self.message + self.forward + self.pull + 2 * step + TICK_S
+        if not calm:
+            self.orphan += plan.prefill.lease_s + QUIET_S + plan.timeout_s + ORPHAN_LOOK_S + answer
+        """Something is held for nobody."""
+        self.settles = self.orphan + QUIET_S + RECOVER_S
+        """All is over once nobody asks any more."""

@@ -1,0 +1,178 @@
+"""Slots, ranges, leases, blocks and calls are conserved, and none is kept for nobody."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pdserve.engines.prefill import TICK_S, PrefillInstance
+from pdserve.kvcache.arena import State
+from pdserve.transfer.lending import QUIET_S
+from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pdserve.engines.decode import DecodeInstance
+    from tests.simulation.channels import Life
+    from tests.simulation.gateways import Gateway
+    from tests.simulation.world import World
+
+IN_USE = (State.ALLOCATED, State.LEASED, State.IN_TRANSFER, State.QUARANTINED)
+TASKS = {"prefill": 3, "decode": 2}
+"""Of an instance that does nothing."""
+
+
+class Conservation:
+    """Of one world."""
+
+    def __init__(self, world: World, bounds: Bounds, expect: Callable[[bool, str], None]) -> None:
+        self._world = world
+        self._plan = world.plan
+        self._bounds = bounds
+        self._expect = expect
+        self._seen: dict[PrefillInstance | DecodeInstance, tuple[int, ...]] = {}
+        self._orphans: dict[tuple[Life, str], float] = {}
+        """Since when a call that holds something is nobody's."""
+
+    # ---------------------------------------------------------- at every instant
+
+    def prefill(self, prefill: PrefillInstance) -> None:
+        """Slots, ranges and leases."""
+        held, lending, leases = prefill._held, prefill._lending, prefill._holder.leases
+        quarantined, arena = len(lending.quarantined), lending.arena
+        seen = len(held), quarantined, len(leases), len(arena._cache), arena._holes.free
+        if self._seen.get(prefill) == seen:
+            return
+        self._seen[prefill] = seen
+        name, counts = prefill._name, arena.counts()
+        self._expect(len(held) <= self._plan.prefill.slots, f"{name} holds {len(held)} requests")
+        used = sum(counts[state][0] for state in IN_USE)
+        self._expect(
+            used == len(held) + quarantined,
+            f"{name}: {used} ranges for {len(held)} requests and {quarantined} in quarantine",
+        )
+        total = sum(size for _, size in counts.values())
+        self._expect(total == arena.capacity, f"{name}: {total} bytes in all")
+        leased = sum(one.loan.slot is not None for one in held.values()) + quarantined
+        self._expect(len(leases) == leased, f"{name}: {len(leases)} leases for {leased} loans")
+        free, slots = len(leases._free), leases._region.slots
+        self._expect(len(leases) + free == slots, f"{name}: {free} lease slots free of {slots}")
+
+    def decode(self, decode: DecodeInstance) -> None:
+        """Slots and blocks."""
+        opened, running, pool = decode._open, decode._running, decode._blocks.pool
+        kept = pool._cache.kept
+        seen = len(opened), len(running), len(kept), len(pool._cache.evictable), pool.free_blocks
+        if self._seen.get(decode) == seen:
+            return
+        self._seen[decode] = seen
+        name = decode._name
+        self._expect(len(opened) <= self._plan.decode.slots, f"{name} holds {len(opened)} requests")
+        self._expect(running.keys() <= opened.keys(), f"{name} goes on with what has ended")
+        tables = sum(not parked for parked in kept.values())
+        self._expect(tables == len(opened), f"{name}: {tables} tables for {len(opened)} requests")
+        rows = sum(table.capacity for table in kept)
+        used = pool.used_blocks * pool.block_size
+        self._expect(rows == used, f"{name}: {used} rows used, {rows} by somebody")
+
+    # -------------------------------------------------------------- now and then
+
+    def look(self) -> None:
+        """Nothing outlives its lease or its quarantine, and nothing is held for nobody."""
+        owners = {
+            call
+            for gateway in self._world.gateways
+            if gateway is not None
+            for wire in gateway.wires.values()
+            for call in wire.calls._replies
+        }
+        for life in self._world.workers.lives:
+            if life.process.runs:
+                self._owned(life, owners)
+                if isinstance(life.instance, PrefillInstance):
+                    self._leased(life, life.instance)
+
+    def _owned(self, life: Life, owners: set[str]) -> None:
+        instance, now = life.instance, self._world.loop.time()
+        held = instance._held if isinstance(instance, PrefillInstance) else instance._open
+        watches = [waiting.id for waiting in instance._watches._waiting.values()]
+        for call in (*held, *watches):
+            if call in owners:
+                self._orphans.pop((life, call), None)
+                continue
+            since = max(self._orphans.setdefault((life, call), now), life.process.since)
+            if now - since > self._bounds.orphan + PAUSE_S:
+                self._expect(False, f"{instance._name} holds {call} for nobody since {since:.3f}")
+
+    def _leased(self, life: Life, prefill: PrefillInstance) -> None:
+        now, since = self._world.loop.time(), life.process.since
+        grace = TICK_S + PAUSE_S + EPS_S
+        for one in prefill._held.values():
+            limit = one.loan.range.until
+            if one.computing:
+                limit = one.deadline + self._bounds.forward
+            elif one.loan.range.state is State.IN_TRANSFER:
+                limit = one.loan.heard_at + QUIET_S
+            if now > max(limit, since) + grace:
+                what = f"{prefill._name}: {one.loan.range} {one.loan.range.state.value}"
+                self._expect(False, f"{what} outlives its end by {now - limit:.3f} s")
+        for loan in prefill._lending.quarantined:
+            if now > max(loan.heard_at + QUIET_S, since) + grace:
+                self._expect(False, f"{prefill._name}: {loan.range} stays in quarantine")
+
+    # ---------------------------------------------------------- when all is over
+
+    def left(self) -> dict[str, object]:
+        """What is held by no request any more, where it is not nothing."""
+        counts: dict[str, object] = {}
+        for gateway in self._world.gateways:
+            if gateway is not None:
+                counts |= self._at_gateway(gateway)
+        for life in self._world.workers.lives:
+            counts |= self._at_worker(life)
+        return {what: count for what, count in counts.items() if count}
+
+    def _at_gateway(self, gateway: Gateway) -> dict[str, object]:
+        name, scheduler = gateway.name, gateway.scheduler
+        counts: dict[str, object] = {}
+        for line in (*scheduler.policy.lines, scheduler.decodes):
+            counts |= {
+                f"{name}: waiting for a {line._role}": len(line),
+                f"{name}: watches for a {line._role}": len(line._watching),
+                f"{name}: timer for a {line._role}": line._timer,
+            }
+        for one in gateway.instances.values():
+            counts |= {
+                f"{name}: calls to {one.name}": one.open,
+                f"{name}: offers to {one.name}": one.offers,
+                f"{name}: tokens at {one.name}": one.tokens,
+            }
+        counts[f"{name}: pairs that have not met"] = list(gateway.meetings._refused)
+        tasks = [task for task in gateway.process.tasks if "Meetings" not in repr(task.get_coro())]
+        return counts | {f"{name}: tasks": tasks}
+
+    def _at_worker(self, life: Life) -> dict[str, object]:
+        one = life.instance
+        counts: dict[str, object] = {
+            "watches": len(one._watches),
+            "threads": len(life.process.threads),
+        }
+        if isinstance(one, PrefillInstance):
+            counts |= {
+                "slots": list(one._held),
+                "pending": len(one._pending),
+                "leases": len(one._holder.leases),
+                "quarantined": len(one._lending.quarantined),
+                "ranges": len(one._lending.arena._cache.kept),
+                "tasks": len(life.process.tasks) - TASKS["prefill"],
+            }
+        else:
+            counts |= {
+                "open": list(one._open),
+                "running": len(one._running),
+                "blocks": one._blocks.pool.used_blocks,
+                "pulls": len(one._arrivals),
+                "prompts": len(one._prompts),
+                "tasks": len(life.process.tasks) - TASKS["decode"],
+            }
+        return {f"{one._name}: {what}": count for what, count in counts.items()}

@@ -1,0 +1,70 @@
+"""How a request may end, and with what."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING
+
+from pdserve import errors
+from pdserve.scheduling.request import FINAL, State
+
+if TYPE_CHECKING:
+    from tests.simulation.gateways import Client
+    from tests.simulation.world import World
+
+# Pairs that may take a request: this module's own number, since the scheduler's is tried out.
+ATTEMPTS = 4
+PAGE = 4096
+EXPECTED = 12
+"""Times the longest forward that a first token may be thought to take."""
+
+
+def wrong(client: Client, world: World) -> str:
+    """What is wrong with how it has ended; empty: nothing."""
+    request, error = client.request, client.error
+    if request.state not in FINAL:
+        return "its state is not final"
+    if (error is None) != (request.state is State.FINISHED):
+        return "state and error do not match"
+    plan, now = world.plan, world.loop.time()
+    match error:
+        case None:
+            return _wrong_answer(client, world)
+        case asyncio.CancelledError():
+            return "" if client.asked.cancels_after < math.inf else "nobody has cancelled it"
+        case errors.Late():
+            # Who waits leaves when its first token is expected too late; the expectation is the
+            # more careful the more the prefills' times differ.
+            takes = EXPECTED * (world.invariants.bounds.forward + world.invariants.bounds.message)
+            limit = min(request.deadline, request.arrived + request.ttft_limit_s)
+            early = plan.calm and now < limit - takes
+            return "too early to be late" if early else ""
+        case errors.InvalidRequest():
+            nbytes = len(request.prompt) // 4 * 128 * plan.profile["layers"]
+            return "" if nbytes > plan.arena_bytes - PAGE else "it is not too large"
+        case errors.Unavailable():
+            return "all was well" if plan.calm else ""
+        case errors.InstanceError() if not plan.calm:
+            spent = client.gateway.scheduler._budget._left < 1
+            return "" if request.attempts >= ATTEMPTS or spent else "it was not tried again"
+        case errors.InstanceError():
+            return "all was well"
+    return "no error that a client may see"
+
+
+def _wrong_answer(client: Client, world: World) -> str:
+    request, asked = client.request, client.asked
+    whole, reason = client.expected, "length"
+    if whole[-1] in world.workers.model.eos_ids and not request.ignore_eos:
+        reason = "stop"
+    if asked.stops_after and asked.stops_after <= len(client.heard):
+        whole, reason = whole[: asked.stops_after], "stop"
+    answer = client.heard[: request.output_tokens]
+    if answer != whole:
+        return f"the answer is {answer} and not {whole}"
+    if request.finish_reason != reason:
+        return f"it ended by {request.finish_reason} and not by {reason}"
+    if world.plan.calm and request.attempts != 1:
+        return "it took several attempts"
+    return ""

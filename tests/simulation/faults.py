@@ -1,0 +1,144 @@
+"""What goes wrong in a world, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from tests.simulation.gateways import Gateway
+
+if TYPE_CHECKING:
+    import random
+
+    from tests.simulation.channels import Life, Worker
+    from tests.simulation.plan import Plan
+    from tests.simulation.world import World
+
+Kind = Literal[
+    "kill",  # its connections break, all that it had is gone; a new life follows
+    "vanish",  # the same, but nobody is told: what is sent there is lost
+    "stop",  # as by SIGSTOP: nothing moves, then all that has become due at once
+    "cut",  # no message gets through, then all of them at once
+    "reset",  # a connection breaks, and what was on its way is lost
+    "part",  # a decode does not reach a prefill's memory
+    "bad forward",
+    "bad step",
+    "bad join",  # what has arrived in a decode is not what it should be
+]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens `at` a moment to `one` process, or between two."""
+
+    at: float
+    kind: Kind
+    one: str
+    other: str = ""
+    lasts: float = 0.0
+    """Seconds until it is over."""
+
+    def __str__(self) -> str:
+        between = f" and {self.other}" if self.other else ""
+        lasts = f" for {self.lasts:.3f} s" if self.lasts else ""
+        return f"{self.kind} {self.one}{between}{lasts} at {self.at:.4f}"
+
+
+def draw(plan: Plan, until: float, rng: random.Random) -> Fault:
+    """One fault of a plan, before `until`."""
+    at = rng.uniform(0.0, until)
+    prefill = f"prefill_{rng.randrange(plan.prefills)}"
+    decode = f"decode_{rng.randrange(plan.decodes)}"
+    gateway = f"gateway_{rng.randrange(plan.gateways)}"
+    worker = rng.choice((prefill, decode))
+    shortly, a_while = 10 ** rng.uniform(-3, -0.5), rng.uniform(0.2, 7.0)
+    lasts = rng.choice((shortly, shortly, a_while))
+    kinds = ("kill", "kill", "vanish", "stop", "stop", "cut", "reset", "gateway", "part", "engine")
+    match rng.choice(kinds):
+        case "kill":
+            return Fault(at, "kill", worker, lasts=lasts)
+        case "vanish":
+            return Fault(at, "vanish", worker, lasts=lasts)
+        case "stop":
+            return Fault(at, "stop", rng.choice((worker, worker, gateway)), lasts=lasts)
+        case "cut":
+            return Fault(at, "cut", gateway, worker, lasts)
+        case "reset":
+            return Fault(at, "reset", gateway, worker)
+        case "gateway" if plan.gateways > 1:
+            return Fault(at, "kill", gateway, lasts=lasts)
+        case "part":
+            return Fault(at, "part", prefill, decode, lasts)
+        case _:
+            kind: Kind = rng.choice(("bad forward", "bad step", "bad join"))
+            return Fault(at, kind, prefill if kind == "bad forward" else decode)
+
+
+async def play(world: World, fault: Fault) -> None:
+    """Do it, and return when it is over. What is not there cannot fail."""
+    worker = world.workers.get(fault.one)
+    if worker is not None:
+        await _to_worker(world, worker, fault)
+        return
+    gateway = world.gateways[int(fault.one.rpartition("_")[2])]
+    if gateway is not None:
+        await _to_gateway(world, gateway, fault)
+
+
+def forgive(life: Life) -> None:
+    """What is to fail in its engine, but has not yet, does not."""
+    engine: Any = life.instance._engine
+    engine.failures.clear()
+    getattr(engine, "refusals", []).clear()
+
+
+async def _to_worker(world: World, worker: Worker, fault: Fault) -> None:
+    workers, life = world.workers, worker.life
+    match fault.kind:
+        case "part":
+            workers.part(fault.one, fault.other, fault.lasts)
+            await asyncio.sleep(fault.lasts)
+        case _ if life is None:
+            return
+        case "kill" | "vanish":
+            silently = fault.kind == "vanish"
+            await workers.kill(worker, silently)
+            for gateway in world.gateways:
+                connection = gateway and gateway.wires[worker.name].connection
+                if connection and connection.life is life and not silently:
+                    connection.break_("connection reset")
+            await asyncio.sleep(fault.lasts)
+            workers.start(worker)
+        case "stop":
+            await _stop(life.process, fault.lasts)
+        case _:
+            engine: Any = life.instance._engine
+            failures = engine.refusals if fault.kind == "bad join" else engine.failures
+            failures.append(RuntimeError(fault.kind))
+
+
+async def _to_gateway(world: World, gateway: Gateway, fault: Fault) -> None:
+    match fault.kind:
+        case "kill":
+            world.gateways[gateway.number] = None
+            for wire in gateway.wires.values():
+                wire.lose()
+            await gateway.process.end()
+            await asyncio.sleep(fault.lasts)
+            world.gateways[gateway.number] = Gateway(world, gateway.number)
+        case "stop":
+            await _stop(gateway.process, fault.lasts)
+        case "cut":
+            gateway.wires[fault.other].cut_until = world.loop.time() + fault.lasts
+            await asyncio.sleep(fault.lasts)
+        case _:
+            gateway.wires[fault.other].lose()
+
+
+async def _stop(process: Any, seconds: float) -> None:
+    if process.runs:
+        process.stop()
+        await asyncio.sleep(seconds)
+        if process.alive:
+            process.go_on()

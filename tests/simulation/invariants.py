@@ -1,0 +1,207 @@
+"""What holds in a world at every instant, and when all is over."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pdserve.engines.prefill import PrefillInstance
+from pdserve.messages import DecodeRequest, PrefillRequest
+from pdserve.scheduling.breaker import FIRST_S
+from pdserve.scheduling.request import FINAL, Request, State
+from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
+from tests.simulation.conservation import Conservation
+from tests.simulation.endings import wrong
+from tests.simulation.waiting import Waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pdserve import messages
+    from tests.simulation.channels import Life
+    from tests.simulation.gateways import Client, Gateway
+    from tests.simulation.world import World
+
+
+class Broken(AssertionError):
+    """An invariant was."""
+
+
+class Invariants:
+    """Looked at whenever time passes; what is found is raised there, as `Broken`."""
+
+    def __init__(self, world: World) -> None:
+        self.bounds = Bounds(world.plan)
+        self.steps = 0
+        self._world = world
+        self._conservation = Conservation(world, self.bounds, self.expect)
+        self._waiting = Waiting(world, self.bounds, self.expect)
+        self._broken = ""
+        self._look_at = 0.0
+        self._progress: dict[Client, tuple[tuple[State, int, int], float]] = {}
+        self._ended: dict[Gateway, int] = {}
+        self._failed_at: dict[tuple[Gateway, str], float] = {}
+        self._offered: dict[tuple[Gateway, str], tuple[tuple[str, str], str]] = {}
+        """The pair that a request was offered to last, and in which attempt."""
+
+    def expect(self, holds: bool, otherwise: str) -> None:
+        """May be called anywhere: an exception might be taken for something else there."""
+        if not holds:
+            self._broken = self._broken or otherwise
+
+    def step(self) -> None:
+        """Raises: Broken."""
+        self.steps += 1
+        now = self._world.loop.time()
+        for life in self._world.workers.lives:
+            if life.process.runs:
+                if isinstance(life.instance, PrefillInstance):
+                    self._conservation.prefill(life.instance)
+                else:
+                    self._conservation.decode(life.instance)
+        for gateway in self._world.gateways:
+            if gateway is not None and gateway.process.runs:
+                self._waiting.look(gateway)
+        if now >= self._look_at:
+            self._look_at = now + PAUSE_S
+            self._conservation.look()
+            for client in self._world.clients:
+                if client.open and client.gateway.process.runs:
+                    self._in_time(client, now)
+        if self._broken:
+            raise Broken(self._broken)
+
+    # ------------------------------------------------------ nothing outlives its deadline
+
+    def _in_time(self, client: Client, now: float) -> None:
+        request, bounds, plan = client.request, self.bounds, self._world.plan
+        process = client.gateway.process
+        seen = request.state, len(client.heard), request.attempts
+        if self._progress.get(client, (None, 0.0))[0] != seen:
+            self._progress[client] = seen, now
+        since = max(self._progress[client][1], process.since)
+        slack = client.asked.reads_s + PAUSE_S + EPS_S
+        if now > max(request.ends_by, process.since) + slack:
+            self.expect(False, f"outlives its time limit: {brief(request)}")
+        limit = max(request.deadline, process.since)
+        follows = 0.0 if plan.calm else bounds.asking
+        match request.state:
+            case State.WAITING:
+                latest = limit
+            case State.PREFILLING:
+                latest = limit + bounds.forward + 2 * bounds.message + bounds.stall + follows
+            case State.PREFILLED:
+                latest = since + plan.prefill.lease_s + bounds.asking
+            case State.DECODING if not request.output:
+                latest = limit + bounds.local + 2 * bounds.message + bounds.stall
+            case _:
+                latest = since + 2 * plan.gateway.stall_s
+        if now > latest + slack:
+            self.expect(False, f"outlives its deadline by {now - latest:.3f} s: {brief(request)}")
+
+    # --------------------------------------------------------------------- told of
+
+    def sent(self, gateway: Gateway, worker: str, request: messages.Request) -> None:
+        """A gateway says something to a worker: what has just failed is left alone."""
+        if not isinstance(request, PrefillRequest | DecodeRequest):
+            return
+        failed_at = self._failed_at.get((gateway, worker), -math.inf)
+        if not gateway.instances[worker].breaker.closed:
+            self._is_well(failed_at, f"{gateway.name} asks {worker}")
+        if isinstance(request, DecodeRequest) and request.handle:
+            number, attempt = request.id.split("-")[1:3]
+            client = next(one for one in self._world.clients if one.asked.number == int(number))
+            pair = client.request.prefill, worker
+            # Who has been on its way to this pair goes on.
+            if self._offered.get((gateway, number)) != (pair, attempt):
+                failed_at = gateway.parted_at.get(pair, -math.inf)
+                self._is_well(failed_at, f"{gateway.name} asks {pair}")
+            self._offered[gateway, number] = pair, attempt
+
+    def _is_well(self, failed_at: float, asks: str) -> None:
+        if self._world.loop.time() < failed_at + FIRST_S - EPS_S:
+            self.expect(False, f"{asks}, which has failed at {failed_at:.4f}")
+
+    def broke(self, gateway: Gateway, worker: str, calls: Sequence[str]) -> None:
+        """A connection, with these calls open on it."""
+        offers = gateway.scheduler._decoding._calls.gateway
+        now = self._world.loop.time()
+        known = gateway.instances[worker].breaker.reopens > now
+        if any(call.startswith(offers) for call in calls) and not known:
+            self._failed_at[gateway, worker] = now
+
+    def begun(self, life: Life) -> None:
+        """A worker's new life: what its prefill begins to compute is in time."""
+        prefill = life.instance
+        if not isinstance(prefill, PrefillInstance):
+            return
+        next_batch, loop = prefill._next_batch, self._world.loop
+
+        def batch() -> Any:
+            held, sources = next_batch()
+            for one in held:
+                late = loop.time() - one.deadline
+                self.expect(late < EPS_S, f"{prefill._name} begins {late:.4f} s after the limit")
+            return held, sources
+
+        prefill._next_batch = batch  # type: ignore[method-assign]
+
+    def accepted(self, client: Client) -> None:
+        """A prefill has taken its request."""
+        self._waiting.accepted(client)
+
+    def heard(self, client: Client) -> None:
+        heard, said = client.heard, brief(client.request)
+        self.expect(client.open, f"goes on after its end: {said}")
+        if heard != client.expected[: len(heard)]:
+            self.expect(False, f"hears {heard} instead of {client.expected}: {said}")
+
+    def ended(self, client: Client) -> None:
+        self._ended[client.gateway] = self._ended.get(client.gateway, 0) + 1
+        problem = wrong(client, self._world)
+        if problem:
+            self.expect(False, f"{problem}: {client.error!r}: {brief(client.request)}")
+
+    # -------------------------------------------------------------- when all is over
+
+    def left(self) -> dict[str, object]:
+        """What is held by no request any more, where it is not nothing."""
+        return self._conservation.left()
+
+    def finally_(self) -> None:
+        """Every request has ended once. Raises: Broken."""
+        for client in self._world.clients:
+            if not client.gateway.process.alive:
+                continue
+            if client.ended_in is not client.request.state or client.ended_in not in FINAL:
+                raise Broken(f"it ended {client.ended_in}, and went on: {brief(client.request)}")
+        for gateway in self._world.gateways:
+            assert gateway is not None
+            counted = _total(gateway, "pdserve_requests_total")
+            if counted != self._ended.get(gateway, 0):
+                raise Broken(f"{gateway.name} has counted {counted}, not {self._ended[gateway]}")
+            retried = _total(gateway, "pdserve_retries_total", phase="prefill")
+            retried += _total(gateway, "pdserve_retries_total", phase="decode")
+            at_once, each = self._world.plan.retries
+            allowed = at_once + each * counted
+            if retried > allowed:
+                raise Broken(f"{gateway.name} has tried {retried} again; {allowed:.1f} are allowed")
+
+
+def _total(gateway: Gateway, name: str, **labels: str) -> float:
+    return sum(
+        count
+        for (counter, pairs), count in gateway.metrics._counts.items()
+        if counter == name and labels.items() <= dict(pairs).items()
+    )
+
+
+def brief(request: Request) -> str:
+    """What matters of a request when something is wrong with it."""
+    return (
+        f"request {request.id} {request.state.name}: {request.prompt_tokens} tokens, "
+        f"{request.output_tokens} of {request.max_tokens} out, arrived {request.arrived:.4f}, "
+        f"limits {request.ttft_limit_s:.4f} and {request.time_limit_s:.4f} s, "
+        f"{request.attempts} attempts, {request.prefill or 'no prefill'}, "
+        f"{request.decode or 'no decode'}"
+    )

@@ -1,0 +1,87 @@
+"""Mechanisms of the scheduler and the instances, each of which can be switched off.
+
+What no seed misses is not needed, or not looked at: the tests switch each off in turn, and some
+seed has to notice.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+from unittest import mock
+
+from pdserve.engines.prefill import PrefillInstance
+from pdserve.engines.watches import Watches
+from pdserve.scheduling import scheduler
+from pdserve.scheduling.breaker import Breaker, Budget
+from pdserve.scheduling.decoding import Decoding
+from pdserve.scheduling.forwarding import Forwarding
+from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.request import Request
+from pdserve.scheduling.waiting import WaitingLine
+from pdserve.transfer.lending import Lending
+
+Patches = tuple[tuple[Any, str, Any], ...]
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+async def _never(*_: object) -> None:
+    pass
+
+
+def _always(*_: object) -> bool:
+    return True
+
+
+def _time_goes_by(line: Any) -> None:
+    line._timer = None
+
+
+MECHANISMS: dict[str, Patches] = {
+    # Who waits is woken when something becomes free.
+    "wake-up": ((WaitingLine, "wake", _nothing),),
+    # An instance tells those who watch it.
+    "watch": ((Watches, "tell", _nothing),),
+    # A gateway hears of the slots that its own requests free.
+    "freed": ((Forwarding, "freed", _nothing),),
+    # Somebody looks again, also if no message comes.
+    "second look": ((Forwarding, "_time_to_look", _time_goes_by),),
+    # A lease ends when its time is over, or its KV cache was taken.
+    "lease sweep": ((Lending, "over", lambda *_: False),),
+    # What a silent receiver was reading is given back.
+    "quarantine sweep": ((Lending, "sweep", _nothing),),
+    # Another pair goes on.
+    "retry": ((scheduler, "ATTEMPTS", 1),),
+    # Not more often than the budget allows.
+    "budget": ((Budget, "spend", _always),),
+    # What has failed is left alone.
+    "breaker": ((Breaker, "allows", _always),),
+    # A pair that does not meet is left alone, though each of them is well.
+    "breaker of pairs": ((Decoding, "not_handed_over", _nothing),),
+    # What nobody wants any more is released.
+    "release": ((Instance, "_release", _nothing),),
+    # A new life of an instance is introduced.
+    "introduction": ((Meetings, "introduce", _never), (Meetings, "_round", _never)),
+    # A slot is kept for the gateway that was told of it.
+    "reservation": ((Watches, "admits", lambda _, gateway, free: free > 0),),
+    # Who waits for longer goes first.
+    "order": ((Request, "order", property(lambda request: (False, -request.arrived))),),
+    # A prompt whose limit has passed is not computed.
+    "limit in the prefill": (
+        (PrefillInstance, "_worth_computing", lambda prefill: bool(prefill._pending)),
+    ),
+}
+
+
+def without(name: str | None) -> AbstractContextManager[Any]:
+    """Until its end that mechanism is switched off; None: all of them work."""
+    if name is None:
+        return nullcontext()
+    patches = ExitStack()
+    for owner, attribute, value in MECHANISMS[name]:
+        patches.enter_context(mock.patch.object(owner, attribute, value))
+    return patches

@@ -1,0 +1,214 @@
+"""What a seed asks for: the size of a world, the requests that come, and what goes wrong."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pdserve import config
+from pdserve.messages import Sampling
+from tests.simulation import faults
+from tests.unit.inprocess import VOCABULARY
+
+if TYPE_CHECKING:
+    from pdserve.transfer.tuner import Strategy
+    from tests.simulation.faults import Fault
+
+PAGE = 4096
+# Not all of it lies in one piece.
+ROOMY = 2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, and what its client does meanwhile. Times are seconds."""
+
+    number: int
+    at: float
+    gateway: int
+    prompt: bytes
+    max_tokens: int
+    fields: dict[str, Any]
+    """Of `pdserve.scheduling.request.Request`, besides."""
+    cancels_after: float = math.inf
+    stops_after: int = 0
+    """Tokens after which a stop string is complete; 0: it never is."""
+    reads_s: float = 0.0
+    """The client takes so long for each chunk."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one world. The same seed is the same plan, whatever becomes of it."""
+
+    seed: int
+    calm: bool
+    """Nothing goes wrong: what is promised is promised to the moment."""
+    gateways: int
+    prefills: int
+    decodes: int
+    profile: dict[str, Any]
+    prefill: config.Prefill
+    decode: config.Decode
+    gateway: config.Gateway
+    longest_bytes: int
+    """Of the KV cache of the longest request."""
+    arena_bytes: int
+    layered: bool | None
+    strategy: Strategy | None
+    latency_s: float
+    """Of a look at a prefill's memory; 0: it is mapped."""
+    bytes_per_s: float
+    timeout_s: float
+    """Of a pull."""
+    delay_s: float
+    """Of a message, at most, but for those that are late."""
+    tail: float
+    loss: float
+    retries: tuple[float, float]
+    """That may be made at once, and for each new request."""
+    requests: tuple[Asked, ...] = field(repr=False)
+    faults: tuple[Fault, ...] = field(repr=False)
+
+    @property
+    def fair(self) -> bool:
+        """Whether it is promised in which order requests are taken.
+
+        Not where something fails, nor where a request may have to wait for room.
+        """
+        roomy = self.arena_bytes >= ROOMY * self.prefill.slots * self.longest_bytes
+        return self.calm and self.gateway.policy == "on_demand" and roomy
+
+
+def draw(seed: int) -> Plan:
+    """The plan of a seed."""
+    rng = random.Random(seed)
+    calm = rng.random() < 0.3
+    gateways, prefills, decodes = (
+        rng.choice(some) for some in ((1, 2, 2, 3), (1, 1, 2, 3), (1, 2, 3))
+    )
+    profile: dict[str, Any] = {
+        "layers": rng.choice((1, 1, 2, 4)),
+        "prefill": {
+            "base_ms": rng.choice((1.0, 4.0, 10.0, 30.0)),
+            "per_token_ms": rng.choice((0.0, 0.05, 0.2)),
+        },
+        "decode": {"base_ms": rng.choice((1.0, 3.0, 8.0))},
+    }
+    prefill = config.Prefill(
+        slots=rng.choice((1, 1, 2, 4)),
+        batch_tokens=rng.choice((16, 64, 512)),
+        lease_s=10.0 if calm else rng.uniform(0.5, 3.0),
+    )
+    longest = rng.choice((40, 80, 160))
+    blocks = -(-longest // 16) * rng.choice((1, 2, 8))
+    decode = config.Decode(
+        slots=rng.choice((1, 2, 4, 16)),
+        blocks=blocks,
+        response_cost_ms=rng.choice((0.0, 0.6, 5.0)),
+    )
+    gateway = config.Gateway(
+        stall_s=rng.uniform(1.5, 4.0),
+        policy=rng.choice(("on_demand",) * 8 + ("round_robin", "shortest_queue")),
+        local=rng.choice(("off", "off", "off", "auto", "on")),
+        local_tokens=rng.choice((8, 32)),
+    )
+    range_bytes = -(-longest * 128 * profile["layers"] // PAGE) * PAGE
+    plan = Plan(
+        seed=seed,
+        calm=calm,
+        gateways=gateways,
+        prefills=prefills,
+        decodes=decodes,
+        profile=profile,
+        prefill=prefill,
+        decode=decode,
+        gateway=gateway,
+        longest_bytes=range_bytes,
+        arena_bytes=range_bytes * rng.choice((1, 2, 8)),
+        layered=rng.choice((None, None, True, False)),
+        strategy=rng.choice((None, None, "whole", "direct")),
+        latency_s=rng.choice((0.0, rng.uniform(2e-5, 5e-4))),
+        bytes_per_s=10 ** rng.uniform(5.0, 8.0),
+        timeout_s=30.0 if calm else rng.uniform(1.5, 6.0),
+        delay_s=rng.choice((1e-5, 2e-4, 2e-3, 1e-2)),
+        tail=0.0 if calm else rng.choice((0.0, 0.0, 0.02, 0.1)),
+        loss=0.0 if calm else rng.choice((0.0, 0.0, 0.002, 0.02)),
+        retries=(256.0, 0.2) if calm else rng.choice(((256.0, 0.2), (256.0, 0.2), (1.0, 0.05))),
+        requests=(),
+        faults=(),
+    )
+    requests = _requests(plan, longest, rng)
+    last = requests[-1].at
+    drawn = (
+        ()
+        if calm
+        else tuple(
+            sorted(
+                (faults.draw(plan, last + 0.2, rng) for _ in range(rng.randint(0, 6))),
+                key=lambda fault: fault.at,
+            )
+        )
+    )
+    return replace(plan, requests=requests, faults=drawn)
+
+
+def _requests(plan: Plan, longest: int, rng: random.Random) -> tuple[Asked, ...]:
+    count = rng.randint(8, 36)
+    timing = plan.profile["prefill"]
+    each_s = (timing["base_ms"] + timing["per_token_ms"] * longest / 4) / 1e3
+    load = rng.choice((0.3, 0.9, 1.5, 5.0))
+    interval = each_s / plan.prefills / min(plan.prefill.slots, 2) / load
+    bursts = rng.choice((1, 1, 6, count))
+    openings = [_tokens(rng, 32) for _ in range(2)]
+    at, asked = 0.0, []
+    for number in range(count):
+        if number % bursts == 0:
+            at += rng.expovariate(1 / (interval * bursts))
+        at += rng.uniform(0, 1e-4)
+        asked.append(_request(plan, number, at, longest, openings, rng))
+    return tuple(asked)
+
+
+def _request(
+    plan: Plan, number: int, at: float, longest: int, openings: list[bytes], rng: random.Random
+) -> Asked:
+    tokens = rng.randint(1, longest - 5)
+    prompt = _tokens(rng, tokens)
+    if longest > 60 and rng.random() < 0.3:
+        prompt = (rng.choice(openings) + prompt)[: 4 * (longest - 5)]
+    most = min(longest - len(prompt) // 4, 40)
+    fields: dict[str, Any] = {
+        "stream": rng.random() < 0.7,
+        "ignore_eos": rng.random() < 0.3,
+        "tenant": rng.choice(("", "", "a")),
+        "priority": rng.choice((0, 0, 0, 1, -1)),
+        "ttft_limit_s": rng.uniform(4.0, 8.0) * (5 if plan.calm else 1),
+    }
+    if rng.random() < 0.15:
+        fields["sampling"] = Sampling(temperature=1.0, seed=number)
+    if rng.random() < 0.15:
+        fields["ttft_limit_s"] = 10 ** rng.uniform(-2.5, 0.0)
+    if rng.random() < 0.1:
+        fields["time_limit_s"] = 10 ** rng.uniform(-2, 0.7)
+    if rng.random() < 0.02:
+        prompt = _tokens(rng, plan.arena_bytes // 128 + 1)  # nowhere is room for it
+    return Asked(
+        number=number,
+        at=at,
+        gateway=rng.randrange(plan.gateways),
+        prompt=prompt,
+        max_tokens=rng.randint(1, most),
+        fields=fields,
+        cancels_after=10 ** rng.uniform(-4, 0) if rng.random() < 0.15 else math.inf,
+        stops_after=rng.randint(1, 10) if rng.random() < 0.1 else 0,
+        reads_s=rng.choice((0.002, 0.05)) if rng.random() < 0.1 and not plan.calm else 0.0,
+    )
+
+
+def _tokens(rng: random.Random, count: int) -> bytes:
+    return np.array([rng.randrange(3, VOCABULARY) for _ in range(count)], "<i4").tobytes()

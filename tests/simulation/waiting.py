@@ -1,0 +1,157 @@
+"""No instance is idle while somebody waits for it, and nobody waits while others are served."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from pdserve.engines.prefill import PrefillInstance
+from pdserve.scheduling.request import State
+from tests.simulation.bounds import Bounds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pdserve.scheduling.forwarding import Forwarding
+    from pdserve.scheduling.instance import Instance
+    from pdserve.scheduling.request import Request
+    from pdserve.scheduling.waiting import Order
+    from tests.simulation.gateways import Client, Gateway
+    from tests.simulation.world import World
+
+PAGE = 4096
+LEVEL_S = 10.0
+"""Of waiting, that a level of priority is worth."""
+
+
+class Waiting:
+    """Of one world."""
+
+    def __init__(self, world: World, bounds: Bounds, expect: Callable[[bool, str], None]) -> None:
+        self._world = world
+        self._plan = world.plan
+        self._bounds = bounds
+        self._expect = expect
+        self._idle: dict[tuple[Forwarding[Any], str], float] = {}
+        """Since when an instance could take who is the next of a line."""
+        self._overtaken: Counter[Client] = Counter()
+        self._passed_over: Counter[Gateway] = Counter()
+        """Requests of others that were taken since one of its own was, while some waited."""
+
+    # ------------------------------------------------------------ nothing is idle
+
+    def look(self, gateway: Gateway) -> None:
+        """Called at every instant."""
+        scheduler = gateway.scheduler
+        for line in (*scheduler.policy.lines, scheduler.decodes):
+            if line._line._standing:
+                self._could_go(gateway, line)
+            elif self._idle:
+                for instance in line.instances:
+                    self._idle.pop((line, instance.name), None)
+
+    def _could_go(self, gateway: Gateway, line: Forwarding[Any]) -> None:
+        now = self._world.loop.time()
+        for instance in line.instances:
+            key = line, instance.name
+            head = self._head(gateway, line) if self._is_idle(gateway, line, instance) else None
+            if head is None or not self._fits(gateway, instance, head.request):
+                self._idle.pop(key, None)
+            elif (idle := now - self._idle.setdefault(key, now)) > self._bounds.idle:
+                waits = f"request {head.asked.number} waits at {gateway.name}"
+                self._expect(False, f"{instance.name} is idle for {idle:.4f} s while {waits}")
+
+    def _head(self, gateway: Gateway, line: Forwarding[Any]) -> Client | None:
+        """Whose turn is next. Those behind wait for it: what is large would starve otherwise."""
+        standing = self._standing(line)
+        if not standing:
+            return None
+        order = min(standing)
+        state = State.PREFILLED if line is gateway.scheduler.decodes else State.WAITING
+        return next((one for one in self._open(gateway, state) if one.request.order == order), None)
+
+    @staticmethod
+    def _standing(line: Forwarding[Any]) -> list[Order]:
+        return [
+            order
+            for order, _, place in line._line._standing
+            if place._turn is not None and not place._turn.done()
+        ]
+
+    def _open(self, gateway: Gateway, state: State) -> list[Client]:
+        return [
+            client
+            for client in self._world.clients
+            if client.gateway is gateway and client.open and client.request.state is state
+        ]
+
+    def _is_idle(self, gateway: Gateway, line: Forwarding[Any], instance: Instance) -> bool:
+        """Whether it would take something, and the gateway could know."""
+        now, wire = self._world.loop.time(), gateway.wires[instance.name]
+        life = wire.worker.life
+        if (
+            life is None
+            or not life.process.runs
+            or instance.offers
+            or now < instance.breaker.reopens
+            or instance.name in gateway.meetings.useless
+            or now < wire.cut_until + self._bounds.message
+        ):
+            return False
+        if instance in line._busy and wire.connection and wire.connection.refused != "slots":
+            return False  # it had no room for another one: more of it is waited for
+        one = life.instance
+        if isinstance(one, PrefillInstance):
+            # Who was refused for lack of room waits until there is more; so do those behind it.
+            return one._refused_with < 0 and one._free() > 0
+        return len(one._open) < self._plan.decode.slots
+
+    def _fits(self, gateway: Gateway, instance: Instance, request: Request) -> bool:
+        life = gateway.wires[instance.name].worker.life
+        assert life is not None
+        one = life.instance
+        if isinstance(one, PrefillInstance):
+            nbytes = one._cut.nbytes(one._model.layout, len(request.so_far) // 4)
+            return one._lending.arena._can_make_room(-(-nbytes // PAGE) * PAGE)
+        pool, prefill = one._blocks.pool, gateway.instances[request.prefill]
+        room = (pool.free_blocks + pool.cached_blocks) * pool.block_size
+        if room < request.prompt_tokens + request.max_tokens + 1:
+            return False
+        return gateway.scheduler._decoding._cost(request, prefill, instance) is not None
+
+    # ----------------------------------------------------------- nobody starves
+
+    def accepted(self, client: Client) -> None:
+        """A prefill has taken its request, and not that of others."""
+        if not self._plan.fair:
+            return
+        at_once = self._plan.prefills * self._plan.prefill.slots
+        gateway = client.gateway
+        for one in self._waits(gateway):
+            if client.request.arrived > one.request.arrived and _due(client) > _due(one):
+                self._overtaken[one] += 1
+                times = self._overtaken[one]
+                self._expect(
+                    times <= 2 * at_once, f"request {one.asked.number} is overtaken {times} times"
+                )
+        self._passed_over[gateway] = 0
+        for other in self._world.gateways:
+            if other is None or other is gateway:
+                continue
+            if not self._waits(other):
+                self._passed_over[other] = 0
+                continue
+            self._passed_over[other] += 1
+            times = self._passed_over[other]
+            most = at_once * self._plan.gateways + self._plan.prefills
+            self._expect(times <= most, f"{other.name} is passed over {times} times")
+
+    def _waits(self, gateway: Gateway) -> list[Client]:
+        standing = set(self._standing(gateway.scheduler.policy.lines[0]))
+        waiting = self._open(gateway, State.WAITING)
+        return [client for client in waiting if client.request.order in standing]
+
+
+def _due(client: Client) -> float:
+    """Who is promised to go first: this module's own rule, since the scheduler's is tried out."""
+    return client.request.deadline - LEVEL_S * client.request.priority

@@ -1,0 +1,147 @@
+"""The workers of a world, each with a prefill or a decode, from one life to the next."""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from pdserve.engines.decode import DecodeInstance
+from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.kvcache.cut import Cut
+from pdserve.metrics import Registry
+from pdserve.transfer.description import Terms
+from pdserve.transfer.holder import Holder, region_name
+from pdserve.transfer.receiver import Receiver
+from pdserve.transfer.shm import ShmTransport
+from tests.simulation.channels import Life, Worker
+from tests.simulation.loop import Loop, Process
+from tests.simulation.memory import Network, PatientStaging, Transport
+from tests.unit.inprocess import EOS, Decode, Model, Prefill, model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.simulation.plan import Plan
+
+STAGING = 8, 2048
+"""Buffers, and bytes of each: few, so that pulls wait for one another."""
+PULLS = 4
+
+
+class Workers:
+    """By name; none has begun.
+
+    Args:
+        begun: called with each life before it does anything.
+    """
+
+    def __init__(self, plan: Plan, loop: Loop, begun: Callable[[Life], None]) -> None:
+        self._begun = begun
+        self.model = _model(msgspec.json.encode(plan.profile))
+        self.prefills = [Worker(f"prefill_{i}") for i in range(plan.prefills)]
+        self.decodes = [Worker(f"decode_{i}") for i in range(plan.decodes)]
+        self._plan = plan
+        self._loop = loop
+        self._by_name = {worker.name: worker for worker in self}
+        self._parted: dict[tuple[str, str], float] = {}
+        self._holders: dict[str, tuple[str, Process]] = {}
+        """Of regions, by their names."""
+
+    def __iter__(self) -> Any:
+        return iter((*self.prefills, *self.decodes))
+
+    def get(self, name: str) -> Worker | None:
+        return self._by_name.get(name)
+
+    @property
+    def lives(self) -> list[Life]:
+        return [worker.life for worker in self if worker.life is not None]
+
+    def start(self, worker: Worker) -> None:
+        """A new life."""
+        process = Process(self._loop, worker.name)
+        made = self._prefill if worker in self.prefills else self._decode
+        worker.life = process.run(made, worker.name, process)
+        worker.unplugged = False
+        self._begun(worker.life)
+        process.run(worker.life.instance.start)
+
+    async def kill(self, worker: Worker, silently: bool) -> Life | None:
+        """The life that has ended; None: there was none."""
+        life, worker.life, worker.unplugged = worker.life, None, silently
+        if life is not None:
+            await life.process.end()
+            life.memory.close()
+        return life
+
+    def part(self, prefill: str, decode: str, seconds: float) -> None:
+        """The decode does not reach the prefill's memory for so long."""
+        self._parted[prefill, decode] = self._loop.time() + seconds
+
+    def _prefill(self, name: str, process: Process) -> Life:
+        plan = self._plan
+        slots = plan.prefill.slots + MAX_QUARANTINED
+        region, ways = region_name(name), [ShmTransport()]
+        holder = Holder(name, region, plan.arena_bytes, slots, self._terms, ways)
+        self._holders[region] = name, process
+        engine = Prefill(self.model)
+        instance = PrefillInstance(
+            name, self.model, engine, plan.prefill, holder, Cut(), Registry()
+        )
+        return Life(process, instance, holder)
+
+    def _decode(self, name: str, process: Process) -> Life:
+        plan, loop = self._plan, self._loop
+
+        def cut(region: str) -> bool:
+            return loop.time() < self._parted.get((self._holders[region][0], name), 0.0)
+
+        def alive(region: str) -> bool:
+            return self._holders[region][1].alive
+
+        network = Network(loop.clock, plan.latency_s, plan.bytes_per_s, cut, alive)
+        engine = Decode(self.model, plan.decode.blocks, plan.decode.block_size)
+        receiver = Receiver(
+            self._terms,
+            [Transport(process, network)],
+            engine.pool,
+            PatientStaging(np.ones(STAGING, np.uint8), loop.clock),
+            strategy=plan.strategy,
+            timeout_s=plan.timeout_s,
+            clock=loop.time,
+        )
+        instance = DecodeInstance(
+            name,
+            self.model,
+            engine,
+            plan.decode,
+            receiver,
+            PULLS,
+            plan.prefill.batch_tokens,
+            plan.decodes,
+            Registry(),
+        )
+        return Life(process, instance, receiver)
+
+    @property
+    def _terms(self) -> Terms:
+        return Terms(self.model.fingerprint, self.model.layout, b"k" * 32, Cut())
+
+
+@lru_cache(None)
+def _model(profile: bytes) -> Model:
+    """Some of the answers end by themselves."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = model(Path(folder), **msgspec.json.decode(profile))
+
+    def script(prompt: Any, position: int) -> int | None:
+        return EOS if position == zlib.crc32(prompt.tobytes()) % 64 else None
+
+    made.script = script
+    return made

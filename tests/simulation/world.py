@@ -1,0 +1,229 @@
+"""A deployment in one event loop: gateways, workers, clients, and what goes wrong between them.
+
+Schedulers, instances, arenas, pools, leases, messages and their encoding are the real ones, and so
+is the shared memory. In the place of the rest: compute waits (the emulated engine), messages travel
+by `channels`, bytes by `memory`; time, threads and processes are those of `loop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
+from unittest import mock
+
+from pdserve import messages
+from pdserve.transfer import following, probe, receiver, staging
+from tests.simulation import faults
+from tests.simulation.channels import Weather
+from tests.simulation.gateways import Client, Gateway
+from tests.simulation.invariants import Broken, Invariants, brief
+from tests.simulation.loop import Loop
+from tests.simulation.plan import Asked, Plan
+from tests.simulation.workers import Workers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pdserve.messages import Reply, Request
+    from tests.simulation.channels import Life
+    from tests.simulation.faults import Fault
+
+# All that was asked for has ended by then, whatever goes wrong.
+END_S = 120.0
+MEETING_S = 0.4
+LOOK_S = 0.05
+
+
+class World:
+    """Of one plan.
+
+    Args:
+        trace: gets a line for each event; None: there is none to be.
+    """
+
+    def __init__(self, plan: Plan, loop: Loop, trace: list[str] | None = None) -> None:
+        self.plan = plan
+        self.loop = loop
+        self.rng = random.Random(f"{plan.seed} world")
+        weather = random.Random(f"{plan.seed} weather")
+        self.weather = Weather(weather, plan.delay_s, plan.tail, 0.0)
+        self.workers = Workers(plan, loop, self._begun)
+        self.gateways: list[Gateway | None] = []
+        self.clients: list[Client] = []
+        self.invariants = Invariants(self)
+        self._trace = trace
+
+    # --------------------------------------------- from its beginning to its end
+
+    async def run(self) -> None:
+        """Raises: Broken."""
+        for worker in self.workers:
+            self.workers.start(worker)
+        self.gateways = [Gateway(self, i) for i in range(self.plan.gateways)]
+        self.loop.instant = self.invariants.step
+        await asyncio.sleep(MEETING_S)
+        self.weather.loss = self.plan.loss
+        began = self.loop.time()
+        trouble = [asyncio.create_task(self._trouble(began, one)) for one in self.plan.faults]
+        for asked in self.plan.requests:
+            await asyncio.sleep(began + asked.at - self.loop.time())
+            self._ask(asked)
+        await asyncio.gather(*trouble)
+        await self._until_all_have_ended()
+        await self._settle()
+        # What has broken down is well again, and serves.
+        await asyncio.sleep(max(self._reopens() - self.loop.time(), 0.0))
+        probes = [self._ask(self._probe(number)) for number in range(self.plan.gateways)]
+        await self._until_all_have_ended()
+        await self._settle()
+        for client in probes:
+            if client is None or client.error is not None:
+                raise Broken(f"all is well, but {client and client.error!r} was answered")
+        self.invariants.finally_()
+
+    async def close(self) -> None:
+        """End every process; again is no error."""
+        for gateway in self.gateways:
+            if gateway is not None:
+                await gateway.process.end()
+        for worker in self.workers:
+            await self.workers.kill(worker, silently=True)
+
+    async def _until_all_have_ended(self) -> None:
+        end = self.loop.time() + END_S
+        while waiting := [client for client in self.clients if client.open]:
+            if self.loop.time() > end:
+                raise Broken(f"has not ended: {brief(waiting[0].request)}")
+            await asyncio.sleep(LOOK_S)
+
+    async def _settle(self) -> None:
+        """All is mended, and whatever is still held is given back within its bounds."""
+        self.weather.loss = self.weather.tail = 0.0
+        for life in self.workers.lives:
+            faults.forgive(life)
+        end = self.loop.time() + self.invariants.bounds.settles
+        while left := self.invariants.left():
+            if self.loop.time() > end:
+                raise Broken(f"left behind: {left}")
+            await asyncio.sleep(LOOK_S)
+
+    def _reopens(self) -> float:
+        """When no breaker is open any more, of an instance or of a pair."""
+        return max(
+            breaker.reopens
+            for gateway in self.gateways
+            if gateway is not None
+            for breaker in (
+                *(instance.breaker for instance in gateway.instances.values()),
+                *gateway.scheduler._decoding._pairs.values(),
+            )
+        )
+
+    # ------------------------------------------------------------------ clients
+
+    def _ask(self, asked: Asked) -> Client | None:
+        gateway = self.gateways[asked.gateway]
+        if gateway is None:
+            self.note(f"{asked.number} finds no gateway")
+            return None
+        client = Client(asked, gateway, self.workers.model)
+        client.chunk = partial(self.invariants.heard, client)
+        client.request.accepted = partial(self.invariants.accepted, client)
+        self.note(f"{asked.number} asks {gateway.name}: {brief(client.request)}")
+        self.clients.append(client)
+        task = gateway.process.begin(client.ask())
+        task.add_done_callback(partial(self._ended, client))
+        if asked.cancels_after < END_S:
+            when = self.loop.time() + asked.cancels_after
+            gateway.process.call_at(when, task.cancel)
+        return client
+
+    def _ended(self, client: Client, task: asyncio.Task[None]) -> None:
+        client.ended_at = self.loop.time()
+        client.ended_in = client.request.state
+        client.error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        self.note(f"{client.asked.number} ends {client.ended_in.name} {client.error!r}")
+        if client.gateway.process.alive:  # else nobody hears of it
+            self.invariants.ended(client)
+
+    def _probe(self, gateway: int) -> Asked:
+        prompt = self.plan.requests[0].prompt[: 4 * 20]
+        return Asked(1000 + gateway, 0.0, gateway, prompt, 5, {"ttft_limit_s": 20.0})
+
+    # ----------------------------------------------------------------- told of
+
+    async def _trouble(self, began: float, fault: Fault) -> None:
+        await asyncio.sleep(began + fault.at - self.loop.time())
+        self.note(fault)
+        await faults.play(self, fault)
+        self.note(f"over: {fault}")
+
+    def _begun(self, life: Life) -> None:
+        self.note(f"{life.process.name} begins")
+        self.invariants.begun(life)
+
+    def sent(self, gateway: Gateway, worker: str, request: Request) -> None:
+        self.invariants.sent(gateway, worker, request)
+        if self._trace is not None:
+            self.note(f"{gateway.name} -> {worker} {_brief(request)}")
+
+    def got(self, gateway: Gateway, worker: str, data: bytes) -> None:
+        if self._trace is not None:
+            for call, reply in messages.decode_replies(data):
+                self.note(f"{gateway.name} <- {worker} {_named(call)} {_brief(reply)}")
+
+    def broke(self, gateway: Gateway, worker: str, calls: Sequence[str]) -> None:
+        self.note(f"{gateway.name} has lost {worker} with {len(calls)} calls")
+        self.invariants.broke(gateway, worker, calls)
+
+    def note(self, what: object) -> None:
+        if self._trace is not None:
+            self._trace.append(f"{self.loop.time():10.6f} {what}")
+
+
+def simulate(plan: Plan, trace: list[str] | None = None) -> World:
+    """Live through a plan.
+
+    Raises:
+        Broken: an invariant was.
+    """
+    loop = Loop()
+    world = World(plan, loop, trace)
+    with ExitStack() as patches:
+        for module in (following, receiver, staging, probe):
+            patches.enter_context(mock.patch.object(module, "time", loop.clock))
+        # What a link can do is what the plan says; to measure it takes long and much memory.
+        for name, value in (("SHAPES", ((1, 1, 1), (1, 4, 2))), ("TURNS", 1), ("COLD", 1024)):
+            patches.enter_context(mock.patch.object(probe, name, value))
+        loop.run(_whole(world))
+    return world
+
+
+async def _whole(world: World) -> None:
+    try:
+        await world.run()
+    finally:
+        world.loop.instant = lambda: None
+        await world.close()
+
+
+def _named(call: str) -> str:
+    """A call's name, without what no two runs have in common."""
+    return "-".join(part for part in call.split("-") if len(part) < 32)
+
+
+def _brief(message: Request | Reply) -> str:
+    """A message's kind, and what is short in it."""
+    fields = []
+    for name in message.__struct_fields__:
+        value = getattr(message, name)
+        if name == "id":
+            fields.append(_named(value))
+        elif isinstance(value, bytes):
+            fields.append(f"{name}={len(value)} B")
+        elif value and name not in ("version", "gateway", "sampling", "pulled"):
+            fields.append(f"{name}={value}")
+    return f"{type(message).__name__}({', '.join(fields)})"
