@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 END_S = 120.0
 MEETING_S = 0.4
 LOOK_S = 0.05
+
+# Names of regions, and of calls that are not requests: no two runs have them in common.
+_RANDOM = re.compile(r"-?\b[0-9a-f]{16}\b|\b[0-9a-f]{32}-?\b")
 
 
 class World:
@@ -104,6 +108,11 @@ class World:
         self.weather.loss = self.weather.tail = 0.0
         for life in self.workers.lives:
             faults.forgive(life)
+        for gateway in filter(None, self.gateways):
+            for wire in gateway.wires.values():
+                life = wire.connection and wire.connection.life
+                if life and not life.process.alive:  # of a worker that has vanished
+                    wire.lose()
         end = self.loop.time() + self.invariants.bounds.settles
         while left := self.invariants.left():
             if self.loop.time() > end:
@@ -173,7 +182,7 @@ class World:
     def got(self, gateway: Gateway, worker: str, data: bytes) -> None:
         if self._trace is not None:
             for call, reply in messages.decode_replies(data):
-                self.note(f"{gateway.name} <- {worker} {_named(call)} {_brief(reply)}")
+                self.note(f"{gateway.name} <- {worker} {call} {_brief(reply)}")
 
     def broke(self, gateway: Gateway, worker: str, calls: Sequence[str]) -> None:
         self.note(f"{gateway.name} has lost {worker} with {len(calls)} calls")
@@ -181,7 +190,7 @@ class World:
 
     def note(self, what: object) -> None:
         if self._trace is not None:
-            self._trace.append(f"{self.loop.time():10.6f} {what}")
+            self._trace.append(f"{self.loop.time():10.6f} {_RANDOM.sub('', str(what))}")
 
 
 def simulate(plan: Plan, trace: list[str] | None = None) -> World:
@@ -210,18 +219,13 @@ async def _whole(world: World) -> None:
         await world.close()
 
 
-def _named(call: str) -> str:
-    """A call's name, without what no two runs have in common."""
-    return "-".join(part for part in call.split("-") if len(part) < 32)
-
-
 def _brief(message: Request | Reply) -> str:
     """A message's kind, and what is short in it."""
     fields = []
     for name in message.__struct_fields__:
         value = getattr(message, name)
         if name == "id":
-            fields.append(_named(value))
+            fields.append(value)
         elif isinstance(value, bytes):
             fields.append(f"{name}={len(value)} B")
         elif value and name not in ("version", "gateway", "sampling", "pulled"):

@@ -9,7 +9,7 @@ import pytest
 from pdserve import errors
 from pdserve.messages import Accepted, DecodeRequest
 from pdserve.scheduling.request import State
-from tests.unit.inprocess import Message, Site, virtual
+from tests.unit.inprocess import Message, Site, real, virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 
-@virtual
+@real
 async def test_lost_handle_is_no_order_to_compute_the_prompt(tmp_path: Path) -> None:
     """To a decode no handle means just that: it would say the first token a second time."""
     async with Site(tmp_path, profile=TIMES, layered=True) as site:
@@ -44,7 +44,7 @@ async def test_first_token_of_a_decode_alone_that_comes_too_late(tmp_path: Path)
     slow = {"prefill": {"base_ms": 300.0}, "decode": {"base_ms": 10.0}}
     async with Site(tmp_path, profile=slow, gateway={"local": "on"}) as site:
         request = site.request(ttft_limit_s=0.1)
-        with pytest.raises(errors.Late, match="no first token within its TTFT limit"):
+        with pytest.raises(errors.Late, match="no first token within the TTFT limit"):
             await site.answer(request)
         assert request.state is State.EXPIRED
         assert not request.output

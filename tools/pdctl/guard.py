@@ -7,12 +7,14 @@ the folder ends, and its watchdog, which may have started it anew, before it.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from pdctl import footprint, watchers
+from pdctl.errors import ServerError
 
 
 class Guard:
@@ -35,7 +37,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
     folder = Path(sys.argv[1])
-    watchers.end(folder)
+    with contextlib.suppress(ServerError):  # one that cannot be killed keeps no server alive
+        watchers.end(folder)
     token = footprint.token(folder)
     if token is not None:
         footprint.erase([token])

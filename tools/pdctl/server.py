@@ -225,7 +225,7 @@ class Server:
         if self.token is not None:
             footprint.erase([self.token], grace_s=0)
         if self._process is not None:
-            self._process.wait()
+            self._process.poll()  # it is a zombie, or will be one soon
 
     def clean(self) -> None:
         """Make sure that nothing of the latest start is left on this machine."""

@@ -226,11 +226,14 @@ def main() -> None:
         handler.setFormatter(form)
         logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
-    asyncio.run(watch(folder))
+    try:
+        asyncio.run(watch(folder))
+    except (ServerError, DeploymentError) as error:
+        sys.exit(str(error))
+    except Exception:
+        _log.exception("the watchdog itself has failed")
+        raise
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ServerError, DeploymentError) as error:
-        sys.exit(str(error))
+    main()
