@@ -22,7 +22,7 @@ from tests.servers import Running
 from pdserve.config import PolicyName
 from perf import budgets
 from perf.record import RESULTS, Record
-from perf.scheduling import client, crowd, loads, report, servers
+from perf.scheduling import client, crowd, loads, rejection, report, servers
 from perf.scheduling.ideal import ideal
 from perf.scheduling.loads import TOKENS, TRACES, Load
 from perf.scheduling.points import Point, point
@@ -73,18 +73,21 @@ def ideals(load: Load) -> Iterator[Point]:
             yield point(load, layout, policy, samples, None)
 
 
-def run(effort: loads.Effort, traces: Path | None) -> tuple[float, list[Point]]:
-    """Every load on every server that it is for; the unloaded servers' own time comes first."""
+def run(
+    effort: loads.Effort, traces: Path | None
+) -> tuple[float, list[budgets.Budget], list[Point]]:
+    """Every load on every server that it is for; what an unloaded server takes comes first."""
     places: list[tuple[Layout, PolicyName]] = [("pool", policy) for policy in effort.policies]
     places += [("groups", "on_demand"), ("gateways", "on_demand")]
     added_s, wanted, points = 0.0, list[Load](), list[Point]()
+    rejected: list[budgets.Budget] = []
     with Progress(console=console) as progress:
         bar = progress.add_task("starts", total=None)
         for layout, policy in places:
             progress.update(bar, description=f"{layout}, {policy}: starts")
             with servers.serving(servers.deployment(layout, policy)) as server:
                 if not wanted:
-                    added_s = unloaded(server)
+                    added_s, rejected = unloaded(server), rejection.cost(server)
                     wanted = list(loads.all_of(effort, added_s, traces))
                     seconds = [one.seconds * len(one.layouts) * len(one.policies) for one in wanted]
                     progress.update(bar, total=sum(seconds))
@@ -95,7 +98,7 @@ def run(effort: loads.Effort, traces: Path | None) -> tuple[float, list[Point]]:
                         progress.update(bar, description=what)
                         points.append(measure(server, load, layout, policy))
                         progress.advance(bar, load.seconds)
-    return added_s, points
+    return added_s, rejected, points
 
 
 def main(
@@ -115,11 +118,11 @@ def main(
         console.print("public traces: left out; --traces or PDSERVE_TRACES names their folder")
     with console.status("many instances"):
         costs = crowd.costs(CROWD // 4 if quick else CROWD)
-    added_s, points = run(loads.QUICK if quick else loads.FULL, traces)
+    added_s, rejected, points = run(loads.QUICK if quick else loads.FULL, traces)
     wide = Console(width=WIDTH)
     wide.print(report.table(points))
     console.print(costs)
-    limits = [*report.limits(points), *crowd.limits(costs)]
+    limits = [*report.limits(points), *rejected, *crowd.limits(costs)]
     wide.print(budgets.table(limits))
     console.print(report.plot(points, RESULTS / f"{name}.png"))
     results = {

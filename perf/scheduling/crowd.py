@@ -10,6 +10,7 @@ import asyncio
 import random
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import aclosing
 
@@ -18,6 +19,7 @@ from msgspec import Struct
 from pdserve import config, messages
 from pdserve.channels.protocol import Calls, Replies
 from pdserve.engines.watches import Watches
+from pdserve.errors import InstanceError
 from pdserve.messages import (
     Busy,
     DecodeRequest,
@@ -60,7 +62,7 @@ class Cost(Struct):
     """CPU time while as many wait as are computed; the mean."""
 
 
-class _Channel:
+class _Channel(ABC):
     """To a stand-in of an instance, and the stand-in."""
 
     def __init__(self) -> None:
@@ -74,8 +76,8 @@ class _Channel:
     def _arrive(self, call: str, data: bytes) -> None:
         self.answer(call, messages.decode_request(data))
 
-    def answer(self, call: str, request: messages.Request) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def answer(self, call: str, request: messages.Request) -> None: ...
 
     def reply(self, call: str, reply: Reply) -> None:
         self._calls.deliver(call, messages.encode_replies([(call, reply)]))
@@ -84,10 +86,10 @@ class _Channel:
         self._calls.forget(call)
 
     def lose(self) -> None:
-        """It is never gone."""
+        self._calls.fail_all(InstanceError("it is gone"))
 
     async def close(self) -> None:
-        """Nothing is open."""
+        self.lose()
 
 
 class _Prefill(_Channel):

@@ -129,8 +129,8 @@ class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
     report_ms: Annotated[float, Meta(ge=0)] = 100.0
     """``shortest_queue`` and ``pending_tokens`` see loads as old as this."""
     local: Literal["off", "on", "auto"] = "off"
-    """Prompts that a decode computes itself. ``auto``: those of up to ``local_tokens``, and any
-    while all prefills are busy and a decode has nothing to do."""
+    """Prompts that a decode computes itself. ``auto``: those of which it has all but
+    ``local_tokens`` cached, and any while all prefills are busy and a decode has nothing to do."""
     local_tokens: Annotated[int, Meta(ge=0)] = 32
     default_scenario: Name = "default"
     """Of requests that carry no label and that no rule claims."""

@@ -385,3 +385,25 @@ def test_bad_ones_beside_good_ones_harm_none(emulated_server: Running) -> None:
 
     assert [answers.result() for answers in good] == 4 * [expected]
     assert all(isinstance(error, Refused) for error in refused)
+
+
+@pytest.mark.parametrize("instance", ["decode_0", "prefill_0"])
+def test_nobody_but_a_watchdog_says_that_an_instance_is_lost(
+    emulated_server: Running, instance: str
+) -> None:
+    """It would break all that the instance is doing for others."""
+
+    async def run() -> tuple[list[Answer], list[Any]]:
+        async with connected(emulated_server) as client:
+            asked = {"text_input": "a", "max_tokens": 2000, "stream": True, "ignore_eos": True}
+            streams = [asyncio.create_task(ask(client, **asked)) for _ in range(8)]
+            await asyncio.sleep(0.05)
+            said = [ask(client, text_input="a", parameters={"lost": instance}) for _ in range(5)]
+            refused = await asyncio.gather(*said, return_exceptions=True)
+            return await asyncio.gather(*streams), refused
+
+    answers, refused = asyncio.run(run())
+    for error in refused:
+        assert isinstance(error, Refused)
+        assert str(error).startswith("INVALID_ARG: lost: only a watchdog of this deployment")
+    assert [answer.stats["attempts"] for answer in answers] == [1] * 8

@@ -89,6 +89,26 @@ async def test_short_prompts_are_not_worth_the_way(tmp_path: Path) -> None:
 
 
 @virtual
+async def test_cached_prompts_are_not_worth_the_way(tmp_path: Path) -> None:
+    """The next turn of a conversation goes to the decode that has the turns before."""
+    async with Site(
+        tmp_path, decodes=2, profile=TIMES, gateway={"local": "auto", "local_tokens": SHORT}
+    ) as site:
+        first, other = site.request(200), site.request(200)
+        for request in (first, other):
+            assert await site.answer(request) == site.expected(request)
+        assert {first.decode, other.decode} == {"decode_0", "decode_1"}
+        for before in (first, other):
+            turn = site.request(before.so_far + site.prompt(10))
+            assert await site.answer(turn) == site.expected(turn)
+            assert (turn.prefill, turn.decode, turn.cached_tokens) == ("", before.decode, 192)
+        stranger = site.request(first.so_far + site.prompt(10), tenant="another")
+        assert await site.answer(stranger) == site.expected(stranger)
+        assert stranger.prefill == "prefill_0", "what it does not share is not cached for it"
+        await site.idle()
+
+
+@virtual
 async def test_all_prefills_are_busy_and_a_decode_is_idle(tmp_path: Path) -> None:
     """sglang#15070: when the prefills are congested and a decode has nothing to do, it does it."""
     slow = {"prefill": {"base_ms": 500.0}, "decode": {"base_ms": 1.0}}

@@ -13,7 +13,7 @@ from pdserve.kvcache import prefix
 from pdserve.kvcache.prefix import BLOCK_TOKENS, SHORT_BYTES
 from pdserve.messages import Sampling
 from pdserve.scheduling import prefixes
-from pdserve.scheduling.prefixes import Prefixes
+from pdserve.scheduling.prefixes import Prefixes, digests
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
@@ -35,12 +35,11 @@ def chain(tokens: int, salt: str = "", start: int = 0) -> list[bytes]:
 
 def test_tokens_that_each_is_believed_to_have() -> None:
     known = Prefixes()
-    assert not known
     blocks = chain(5 * BLOCK_TOKENS)
+    assert known.cached(blocks) == {}
     known.stored("a", b"".join(blocks[:4]))
     known.stored("b", b"".join(blocks[:2]))
     known.stored("c", b"".join(chain(5 * BLOCK_TOKENS, start=7)))
-    assert known
     assert known.cached(blocks) == {"a": 4 * BLOCK_TOKENS, "b": 2 * BLOCK_TOKENS}
     assert known.cached(blocks[:1]) == {"a": BLOCK_TOKENS, "b": BLOCK_TOKENS}
     assert known.cached([]) == {}
@@ -55,6 +54,16 @@ def test_a_gap_ends_a_prefix() -> None:
     assert known.cached(blocks) == {"a": BLOCK_TOKENS, "b": 4 * BLOCK_TOKENS}
     known.gone("b", blocks[:1])
     assert known.cached(blocks) == {"a": BLOCK_TOKENS}
+
+
+def test_no_more_is_hashed_than_leads_on() -> None:
+    """A prompt that nobody has begins with a block that nobody has."""
+    known = Prefixes()
+    blocks = chain(4 * BLOCK_TOKENS)
+    known.stored("a", b"".join(blocks[:2]))
+    taken = iter(blocks)
+    assert known.cached(taken) == {"a": 2 * BLOCK_TOKENS}
+    assert list(taken) == blocks[3:]
 
 
 def test_what_has_failed_has_nothing() -> None:
@@ -188,7 +197,7 @@ async def test_what_was_evicted_is_found_out(tmp_path: Path) -> None:
         site.p_links[1 - home].broken = None
         known = site.scheduler._prefilling._prefixes
         request = site.request(site.prompt(5, system), max_tokens=1)
-        blocks = site.scheduler._prefilling._chain(request)
+        blocks = list(digests(request.prompt, request.tenant))
         assert known.cached(blocks) == {first.prefill: 640}
         await serve(site, request)
         assert (request.prefill, request.cached_tokens) == (first.prefill, 0)
@@ -203,7 +212,7 @@ async def test_an_answer_that_found_less_corrects_the_belief(tmp_path: Path) -> 
         await serve(site, request)
         again = site.request(request.prompt + site.prompt(40), max_tokens=1)
         prefilling = site.scheduler._prefilling
-        blocks, known = prefilling._chain(again), prefilling._prefixes
+        blocks, known = list(digests(again.prompt, again.tenant)), prefilling._prefixes
         known.stored("prefill_1", b"".join(blocks[:11]))  # which is not so
         expected = asyncio.create_task(site.answer(again))
         await asyncio.sleep(0.001)

@@ -28,7 +28,7 @@ async def gateway(address: str, model: str, lost: str = "") -> bool:
     """A gateway's model takes requests and answers them.
 
     Args:
-        lost: an instance that it need not wait for any more, see ``pdserve.models.gateway``.
+        lost: as ``pdserve.cluster.loss.told`` says it.
 
     Raises:
         InstanceError: it does not.

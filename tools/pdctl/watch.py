@@ -24,12 +24,14 @@ from pdctl.status import scrape
 from pdctl.stubs import Stubs
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.channels.protocol import Channel
+from pdserve.cluster import loss
 from pdserve.cluster.health import Life
 from pdserve.cluster.probes import Limits, Probes
 from pdserve.cluster.watchdog import SERVER, Check, NotRestored, Watchdog
 from pdserve.config import Deployment
 from pdserve.errors import DeploymentError
 from pdserve.reloading import DeploymentFile
+from pdserve.transfer import key
 
 # How often each thing is asked whether it is alive, and how long it may think.
 ALIVE_EVERY_S, ALIVE_WITHIN_S = 1.0, 3.0
@@ -113,9 +115,11 @@ class Tended:
 
     async def _tell_gateways(self, instance: str) -> None:
         """So that they wait no longer for what was open on it."""
+        secret = key.load(Path(self.deployment.transfer.key_file))
+        lost = loss.told(loss.Lost(instance, time.time()), secret)
         told = [
             asyncio.wait_for(
-                questions.gateway(f"{server.host}:{server.grpc_port}", model, instance), TELL_S
+                questions.gateway(f"{server.host}:{server.grpc_port}", model, lost), TELL_S
             )
             for server in self.deployment.servers
             if server.gateway

@@ -204,7 +204,7 @@ class PrefillInstance:
     def _look(self, offering: str | None = None) -> None:
         """See what has become free, and tell whose turn it is."""
         self._sweep()
-        if self._available() > self._refused_with:
+        if 0 <= self._refused_with < self._available():
             self._refused_with = -1
         # Without a size it is not known whether the arena has room, but this is: nothing has
         # come back since it had none.

@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from pdserve import config, errors, parameters, tracing
 from pdserve.channels.bls import BlsChannel
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.channels.protocol import Channel
+from pdserve.cluster.loss import Losses
 from pdserve.engines import build
 from pdserve.engines.protocol import Tokens
 from pdserve.messages import Sampling
@@ -34,6 +36,7 @@ from pdserve.scheduling.request import Request
 from pdserve.scheduling.scenarios import Asked, Router
 from pdserve.text import TextStream
 from pdserve.tokenizer import Tokenizer
+from pdserve.transfer import key
 
 # A client that has gone is noticed within this time.
 CANCEL_LOOK_S = 0.08
@@ -78,6 +81,7 @@ class GatewayModel(ABC):
         self._ids = itertools.count()
         self._serving: dict[str, asyncio.Task[Any]] = {}
         self._channels: dict[str, Channel] = {}
+        self._losses = Losses(key.load(Path(self.deployment.transfer.key_file)))
         self._loop = LoopThread()
         self._loop.run(self._start())
 
@@ -115,7 +119,7 @@ class GatewayModel(ABC):
         try:
             given = triton.parameters(request)
             if (lost := given.get("lost")) is not None:
-                return self._lose(lost)
+                return self._lose(str(lost))
             with self._traces.begin(given) as trace:
                 return await self._answer(key, request, trace)
         except errors.PDServeError as error:
@@ -285,10 +289,16 @@ class GatewayModel(ABC):
         self._channels[name] = channel
         return channel
 
-    def _lose(self, instance: str) -> Any:
-        """A watchdog says that an instance's process is gone; of none, it asks whether we live."""
-        if instance in self._channels:
-            self._channels[instance].lose()
+    def _lose(self, lost: str) -> Any:
+        """A watchdog says that an instance's process is gone; of none, it asks whether we live.
+
+        Raises:
+            InvalidRequest: it is not a watchdog that says so.
+        """
+        if lost:
+            instance = self._losses.heard(lost, time.time())
+            if instance in self._channels:
+                self._channels[instance].lose()
         return pb_utils.InferenceResponse([self._unfinished])
 
     async def _close(self) -> None:

@@ -14,6 +14,7 @@ from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.offering import Calls, Offered, offer
+from pdserve.scheduling.prefixes import Prefixes, digests
 from pdserve.scheduling.request import Request
 
 # Replies of an answer that nobody reads as it comes; often enough to show life.
@@ -44,6 +45,7 @@ class Decoding:
         self._calls = calls
         self._metrics = metrics
         self._lease_s = lease_s
+        self._prefixes = Prefixes()
         self._pairs: defaultdict[tuple[str, str], Breaker] = defaultdict(Breaker)
 
     async def reserve(
@@ -78,19 +80,37 @@ class Decoding:
 
         return await self.decodes.once(lambda decode: self._cost(request, prefill, decode), ask)
 
-    async def alone(self, request: Request, idle: bool) -> Offered | None:
-        """A decode that computes the prompt itself; None: all are busy.
+    async def alone(self, request: Request, short: float, congested: bool) -> Offered | None:
+        """A decode that computes the prompt itself; None: none is to, or all are busy.
 
         Args:
-            idle: only one that has nothing else to do.
+            short: it is to, if no more tokens are not in its cache.
+            congested: so is one that has nothing else to do.
         """
+        told = digests(request.so_far, request.tenant)
+        cached = self._prefixes.cached(told) if request.tokens_so_far > short else {}
 
         async def ask(decode: Instance, _hurry: bool) -> Offered | None:
             return await self._offer(request, decode, None, b"")
 
-        return await self.decodes.once(
-            lambda decode: None if idle and decode.open else float(decode.open), ask
-        )
+        def cost(decode: Instance) -> float | None:
+            uncached = request.tokens_so_far - cached.get(decode.name, 0)
+            if uncached <= short or (congested and not decode.open):
+                return decode.open
+            return None
+
+        return await self.decodes.once(cost, ask)
+
+    def decoded(self, request: Request) -> None:
+        """An answer has ended: its decode has the K and V of all of it but the last token."""
+        if request.decode and not request.sampling.reproducible:
+            told = digests(request.so_far, request.tenant)
+            self._prefixes.stored(request.decode, b"".join(told))
+
+    def let_go(self, taken: Offered) -> None:
+        """A decode is not wanted any more; again is no error."""
+        taken.call.close()
+        self.decodes.freed(taken.instance)
 
     def handed_over(self, prefill: str, decode: str) -> None:
         self._pairs[prefill, decode].good()
@@ -167,6 +187,7 @@ class Decoding:
             taken = await offer(request, decode, message, until)
         except errors.InstanceError:
             self._meetings.forget(decode)
+            self._prefixes.forget(decode.name)
             raise
         if taken is None:
             self._metrics.add("pdserve_decode_rejections_total", instance=decode.name)

@@ -147,7 +147,7 @@ class Meetings:
 
     def transfer_s(self, prefill: str, decode: str, tokens: int) -> float:
         """What the KV cache of so many tokens would take; 0: they have not met yet."""
-        _, joined = self._joined.get((prefill, decode), (b"", None))
+        joined = self._link(prefill, decode)
         if joined is None:
             return 0.0
         return joined.met.latency_s + tokens * joined.bytes_per_token / joined.met.bytes_per_s
@@ -159,8 +159,15 @@ class Meetings:
         """
         if self._layered is not None:
             return self._layered
-        links = [joined for (name, _), (_, joined) in self._joined.items() if name == prefill]
-        return any(tokens * one.bytes_per_token > OVERLAP_S * one.met.bytes_per_s for one in links)
+        return any(
+            tokens * one.bytes_per_token > OVERLAP_S * one.met.bytes_per_s
+            for one in (self._link(prefill, decode.name) for decode in self._decodes)
+            if one is not None
+        )
+
+    def _link(self, prefill: str, decode: str) -> Joined | None:
+        _, joined = self._joined.get((prefill, decode), (b"", None))
+        return joined
 
 
 async def _describe(prefill: Instance) -> bytes:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from pdserve import errors, messages
-from pdserve.kvcache import prefix
 from pdserve.messages import Accepted, Prefilled
 from pdserve.metrics import Registry
 from pdserve.scheduling.decoding import Decoding
@@ -18,7 +14,7 @@ from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.offering import Calls, Offered, failure, offer
 from pdserve.scheduling.pace import Pace
-from pdserve.scheduling.prefixes import Prefixes
+from pdserve.scheduling.prefixes import Prefixes, digests
 from pdserve.scheduling.request import RECOVER_S, Request, State
 
 
@@ -41,8 +37,6 @@ class Computed(NamedTuple):
         self.prefills.freed(self.prefill)
 
     def close(self) -> None:
-        if self.decode is not None:
-            self.decode.call.close()
         self.call.close()
         self.prefills.freed(self.prefill)
 
@@ -78,9 +72,8 @@ class Prefilling:
             Late: no prefill was idle, or the first token has not come, within its limit.
             InstanceError: the prefill that took it has failed.
         """
-        chain = self._chain(request)
-        cached = self._prefixes.cached(chain)
-        tokens = len(request.so_far) // 4
+        cached = self._cached(request)
+        tokens = request.tokens_so_far
 
         def uncached(prefill: Instance) -> int:
             return tokens - cached.get(prefill.name, 0)
@@ -118,8 +111,11 @@ class Prefilling:
         finally:
             taken.instance.tokens -= uncached(taken.instance)
         now = asyncio.get_running_loop().time()
-        self._pace.saw(tokens - computed.result.cached_tokens, now - offered)
-        self._learn(computed, chain, cached.get(taken.instance.name, 0))
+        result, name = computed.result, taken.instance.name
+        self._pace.saw(tokens - result.cached_tokens, now - offered)
+        told = digests(request.so_far, request.tenant)
+        self._prefixes.correct(name, told, result.cached_tokens, cached.get(name, 0))
+        self._prefixes.stored(name, result.stored)
         return computed
 
     async def _offer(self, request: Request, prefill: Instance, hurry: bool) -> Offered | None:
@@ -180,29 +176,16 @@ class Prefilling:
             raise error
         except BaseException:
             if decode is not None:
-                decode.call.close()
+                self._decoding.let_go(decode)
             call.close()
             prefills.freed(prefill)
             raise
 
-    # ------------------------------------------------------------------ prefixes
-
-    def _chain(self, request: Request) -> list[bytes]:
-        """Hashes of what may be cached of it; none if nothing is known to be."""
-        if not self._prefixes or request.sampling.reproducible:
-            return []
-        tokens: Any = np.frombuffer(request.so_far, "<i4")
-        return [
-            digest[: prefix.SHORT_BYTES]
-            for digest in prefix.chain(tokens, request.tenant, len(tokens) - 1)
-        ]
-
-    def _learn(self, computed: Computed, chain: Sequence[bytes], expected: int) -> None:
-        name, result = computed.prefill.name, computed.result
-        if result.cached_tokens < expected:
-            block = prefix.BLOCK_TOKENS
-            self._prefixes.gone(name, chain[result.cached_tokens // block : expected // block])
-        self._prefixes.stored(name, result.stored)
+    def _cached(self, request: Request) -> dict[str, int]:
+        """Tokens of it that prefills are believed to have."""
+        if request.sampling.reproducible:  # it is computed whole
+            return {}
+        return self._prefixes.cached(digests(request.so_far, request.tenant))
 
 
 def late(what: str, request: Request, takes: float = 0.0) -> errors.Late:

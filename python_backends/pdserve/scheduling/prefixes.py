@@ -1,16 +1,21 @@
-"""Which prefill has which prefixes cached, as far as their answers have told.
+"""Which instance has which prefixes cached, as far as its answers have told.
 
-A prefill says with every answer which prefixes of that prompt it has from then on. What it evicts
-is not told: an answer that found less in the cache than was expected corrects it. So this is a
-guess, used to choose among idle prefills, and never a reason to wait for a busy one.
+A prefill says with every answer which prefixes of that prompt it has from then on; of a decode it
+is known what it has decoded. What they evict is not told: an answer that found less in the cache
+than was expected corrects it. So this is a guess, used to choose among those that may take a
+request now, and never a reason to wait for a busy one.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
 
-from pdserve.kvcache.prefix import BLOCK_TOKENS, SHORT_BYTES
+import numpy as np
+
+from pdserve.kvcache.prefix import BLOCK_TOKENS, SHORT_BYTES, chain
 
 MOST = 1 << 16
 """Prefixes known at once; the least recently used are forgotten."""
@@ -22,13 +27,13 @@ class Prefixes:
     def __init__(self) -> None:
         self._holders: OrderedDict[bytes, set[str]] = OrderedDict()
 
-    def __bool__(self) -> bool:
-        return bool(self._holders)
+    def cached(self, digests: Iterable[bytes]) -> dict[str, int]:
+        """Tokens of a prompt that instances are believed to have; those with none are left out.
 
-    def cached(self, chain: Sequence[bytes]) -> dict[str, int]:
-        """Tokens of a prompt that instances are believed to have; those with none are left out."""
+        No more of its digests are taken than lead on.
+        """
         found: dict[str, int] = {}
-        for depth, digest in enumerate(chain):
+        for depth, digest in enumerate(digests):
             holders = self._holders.get(digest, ())
             for name in holders:
                 if found.get(name, 0) == depth * BLOCK_TOKENS:
@@ -46,7 +51,12 @@ class Prefixes:
         while len(self._holders) > MOST:
             self._holders.popitem(last=False)
 
-    def gone(self, name: str, digests: Sequence[bytes]) -> None:
+    def correct(self, name: str, digests: Iterable[bytes], found: int, expected: int) -> None:
+        """It had only ``found`` tokens of a prompt, where ``expected`` were."""
+        if found < expected:
+            self.gone(name, islice(digests, found // BLOCK_TOKENS, expected // BLOCK_TOKENS))
+
+    def gone(self, name: str, digests: Iterable[bytes]) -> None:
         """It has not had these after all."""
         for digest in digests:
             if holders := self._holders.get(digest):
@@ -56,3 +66,13 @@ class Prefixes:
         """It has failed, and its cache with it."""
         for holders in self._holders.values():
             holders.discard(name)
+
+
+def digests(ids: bytes, tenant: str) -> Iterator[bytes]:
+    """Of a prompt's prefixes, as instances tell them; the last token is always computed.
+
+    Args:
+        ids: little-endian int32.
+    """
+    tokens: Any = np.frombuffer(ids, "<i4")
+    return (digest[:SHORT_BYTES] for digest in chain(tokens, tenant, len(tokens) - 1))

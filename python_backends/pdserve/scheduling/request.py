@@ -131,6 +131,11 @@ class Request:
         return len(self.prompt) // 4
 
     @property
+    def tokens_so_far(self) -> int:
+        """Of prompt and output."""
+        return (len(self.prompt) + len(self.output)) // 4
+
+    @property
     def deadline(self) -> float:
         """For the next first token; in mid-answer, for that of the pair that goes on with it."""
         limit = RECOVER_S if self.output else self.ttft_limit_s

@@ -7,6 +7,7 @@ has, as long as there are attempts left: the KV cache is computed anew, or found
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -106,6 +107,8 @@ class Scheduler:
                 async with aclosing(self._attempt(request, prefills)) as chunks:
                     async for chunk in chunks:
                         yield chunk
+                if self._local == "auto":
+                    self._decoding.decoded(request)
                 return
             except errors.InstanceError:
                 if request.attempts >= ATTEMPTS or not self._budget.spend():
@@ -139,6 +142,8 @@ class Scheduler:
                 async for chunk in chunks:
                     yield chunk
         finally:
+            if computed.decode is not None:
+                self._decoding.let_go(computed.decode)
             computed.close()
 
     def _first(self, request: Request, computed: Computed) -> Chunk:
@@ -167,10 +172,8 @@ class Scheduler:
         """A decode that does it all, where that is quicker than the way over a prefill."""
         if self._local == "off" or request.sampling.reproducible:
             return None
-        short = self._local == "on" or len(request.so_far) <= 4 * self._local_tokens
-        if not short and not prefills.congested:
-            return None
-        taken = await self._decoding.alone(request, idle=not short)
+        short = math.inf if self._local == "on" else self._local_tokens
+        taken = await self._decoding.alone(request, short, prefills.congested)
         if taken is not None:
             request.attempts += 1
             request.forwarded = request.forwarded or asyncio.get_running_loop().time()
@@ -217,8 +220,7 @@ class Scheduler:
                     return
                 reply = await call.reply(self._stall_s, request.ends_by)
         finally:
-            call.close()
-            self.decodes.freed(decode)
+            self._decoding.let_go(taken)
 
     def _arrived(self, request: Request, taken: Offered, computed: Computed | None) -> None:
         """The KV cache has left the prefill: its slot is free."""

@@ -1,0 +1,61 @@
+"""What it costs to be rejected: offers to a prefill whose only slot is taken, as gateways make."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+
+from tests.servers import Running
+
+from pdserve.channels.grpc import GrpcChannel
+from pdserve.messages import Accepted, Busy, Prefilled, PrefillRequest, Reply, Sampling
+from pdserve.scheduling.instance import Call, Instance
+from perf.budgets import Budget
+from perf.processes import cpu_s, ids
+
+PREFILL = "prefill_0"
+PROMPT = bytes(4 * 1000)
+OFFERS = 500
+ANSWER_S = 5.0
+
+
+def cost(server: Running) -> list[Budget]:
+    """Of one rejection. The server has nothing else to do, and one host."""
+    return asyncio.run(_cost(server))
+
+
+async def _cost(server: Running) -> list[Budget]:
+    instance = Instance(PREFILL, GrpcChannel(server.grpc, PREFILL))
+    watched = ids(server.servers[0])
+    try:
+        held, reply = await _offer(instance)
+        while isinstance(reply, Accepted):
+            reply = await held.reply(ANSWER_S, time.monotonic() + ANSWER_S)
+        assert isinstance(reply, Prefilled), reply
+        taken = []
+        before, mine = sum(cpu_s(watched).values()), time.process_time()
+        for _ in range(OFFERS):
+            began = time.perf_counter()
+            call, reply = await _offer(instance)
+            taken.append(time.perf_counter() - began)
+            assert isinstance(reply, Busy), reply
+            call.close()
+        cpu = sum(cpu_s(watched).values()) - before + time.process_time() - mine
+        held.close()
+    finally:
+        await instance.close()
+    return [
+        Budget("a rejection", _ms(statistics.median(taken)), "ms", "at most", None),
+        Budget("  CPU, gateway's side included", _ms(cpu / OFFERS), "ms", "at most", None),
+    ]
+
+
+async def _offer(instance: Instance) -> tuple[Call, Reply]:
+    asked = PrefillRequest(instance.new_id(), PROMPT, Sampling(), "", deadline_ms=60_000)
+    call = instance.call(asked)
+    return call, await call.reply(ANSWER_S, time.monotonic() + ANSWER_S)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
