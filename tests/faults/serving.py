@@ -26,7 +26,7 @@ STALL_S = 5.0
 TTFT_LIMIT_S = 10.0
 LEASE_S = 4.0
 
-KNOWN_S = 1.0
+KNOWN_S = 2.0
 """Within which a dead process is known, and the endpoints say so."""
 STOPPED_S = 2.0
 """The same for one that is stopped."""

@@ -278,7 +278,8 @@ def test_a_request_whose_limit_passes_while_it_waits_is_told_so(narrow: Running)
     waited = time.monotonic() - began
     busy.leave()
 
-    assert 0.3 <= waited < 0.5
+    # It leaves the line as long before its limit as a prefill would take.
+    assert 0.2 <= waited < 0.5
     # Triton's generate says 400 whatever the code of a model's error is.
     assert late.value.status == 400
 
