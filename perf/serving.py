@@ -53,7 +53,7 @@ def deployment(
         model=str(MODEL),
         servers=(server,),
         engine=engine,
-        prefill=config.Prefill(slots=32, arena_mib=arena_mib),
+        prefill=config.Prefill(slots=32, batch=32, arena_mib=arena_mib),
         decode=decode,
         gateway=config.Gateway(channel=channel),
     )

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -37,19 +37,28 @@ WIDTH = 170
 console = Console()
 
 
-def unloaded(server: Running) -> float:
-    """By how much a server that does nothing else is slower than its prefill: seconds."""
+class Unloaded(NamedTuple):
+    """What a server adds that does nothing else, in seconds."""
+
+    added_s: float
+    """By this its TTFT is longer than the prefill."""
+    way_s: float
+    """Of that, what is between client and server."""
+
+
+def unloaded(server: Running) -> Unloaded:
     chains = [[Ask(0.0, TOKENS, 10.0, seed) for seed in range(UNLOADED)]]
     samples = client.run(chains, [server.grpc])[UNLOADED // 4 :]
     found = statistics.median(sample.ttft or 0.0 for sample in samples)
-    return found - TOKENS * PROMPT_TOKEN_S
+    way_s = statistics.median(sample.way_s for sample in samples)
+    return Unloaded(found - TOKENS * PROMPT_TOKEN_S, way_s)
 
 
-def measure(server: Running, load: Load, layout: Layout, policy: PolicyName) -> Point:
+def measure(server: Running, load: Load, layout: Layout, policy: PolicyName, way_s: float) -> Point:
     """One load under one policy."""
     before = Offers.of(server)
     addresses = [gateway.grpc for gateway in servers.gateways(server)]
-    samples = client.run(load.chains, addresses, load.until)
+    samples = client.run(load.chains, addresses, load.until, way_s)
     time.sleep(PUBLISHED_S)
     after = Offers.of(server)
     offers = Offers(after.made - before.made, after.rejected - before.rejected)
@@ -75,11 +84,11 @@ def ideals(load: Load) -> Iterator[Point]:
 
 def run(
     effort: loads.Effort, traces: Path | None
-) -> tuple[float, list[budgets.Budget], list[Point]]:
+) -> tuple[Unloaded, list[budgets.Budget], list[Point]]:
     """Every load on every server that it is for; what an unloaded server takes comes first."""
     places: list[tuple[Layout, PolicyName]] = [("pool", policy) for policy in effort.policies]
     places += [("groups", "on_demand"), ("gateways", "on_demand")]
-    added_s, wanted, points = 0.0, list[Load](), list[Point]()
+    idle, wanted, points = Unloaded(0.0, 0.0), list[Load](), list[Point]()
     rejected: list[budgets.Budget] = []
     with Progress(console=console) as progress:
         bar = progress.add_task("starts", total=None)
@@ -87,8 +96,8 @@ def run(
             progress.update(bar, description=f"{layout}, {policy}: starts")
             with servers.serving(servers.deployment(layout, policy)) as server:
                 if not wanted:
-                    added_s, rejected = unloaded(server), rejection.cost(server)
-                    wanted = list(loads.all_of(effort, added_s, traces))
+                    idle, rejected = unloaded(server), rejection.cost(server)
+                    wanted = list(loads.all_of(effort, idle.added_s, traces))
                     seconds = [one.seconds * len(one.layouts) * len(one.policies) for one in wanted]
                     progress.update(bar, total=sum(seconds))
                     points += [one for load in wanted for one in ideals(load)]
@@ -96,9 +105,9 @@ def run(
                     if layout in load.layouts and policy in load.policies:
                         what = f"{layout}, {policy}: {load.part} {load.level}"
                         progress.update(bar, description=what)
-                        points.append(measure(server, load, layout, policy))
+                        points.append(measure(server, load, layout, policy, idle.way_s))
                         progress.advance(bar, load.seconds)
-    return added_s, rejected, points
+    return idle, rejected, points
 
 
 def main(
@@ -118,7 +127,7 @@ def main(
         console.print("public traces: left out; --traces or PDSERVE_TRACES names their folder")
     with console.status("many instances"):
         costs = crowd.costs(CROWD // 4 if quick else CROWD)
-    added_s, rejected, points = run(loads.QUICK if quick else loads.FULL, traces)
+    idle, rejected, points = run(loads.QUICK if quick else loads.FULL, traces)
     wide = Console(width=WIDTH)
     wide.print(report.table(points))
     console.print(costs)
@@ -126,7 +135,8 @@ def main(
     wide.print(budgets.table(limits))
     console.print(report.plot(points, RESULTS / f"{name}.png"))
     results = {
-        "added_ms": round(added_s * 1e3, 2),
+        "added_ms": round(idle.added_s * 1e3, 2),
+        "way_ms": round(idle.way_s * 1e3, 2),
         "budgets": limits,
         "points": points,
         "crowd": costs,

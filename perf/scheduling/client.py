@@ -25,19 +25,28 @@ FIRST_TOKEN, LAST_TOKEN = 100, 40_000
 """Of the default model's vocabulary: no special ones among them."""
 
 
-def run(chains: Sequence[Chain], addresses: Sequence[str], until: float = math.inf) -> list[Sample]:
+def run(
+    chains: Sequence[Chain],
+    addresses: Sequence[str],
+    until: float = math.inf,
+    way_s: float = 0.0,
+) -> list[Sample]:
     """Every request, in the order of arrival. Chains ask the gateways by turns.
 
     Args:
         addresses: host and gRPC port of each gateway.
         until: nothing is asked from then on (seconds from the beginning).
+        way_s: to a gateway and back. What is told as a limit is less by this, since a server counts
+            from when it hears of a request.
     """
-    return asyncio.run(_run(chains, addresses, until))
+    return asyncio.run(_run(chains, addresses, until, way_s))
 
 
-async def _run(chains: Sequence[Chain], addresses: Sequence[str], until: float) -> list[Sample]:
+async def _run(
+    chains: Sequence[Chain], addresses: Sequence[str], until: float, way_s: float
+) -> list[Sample]:
     began = asyncio.get_running_loop().time() + LEAD_S
-    gateways = [_Gateway(number, address, began) for number, address in enumerate(addresses)]
+    gateways = [_Gateway(number, address, began, way_s) for number, address in enumerate(addresses)]
     turns = itertools.cycle(gateways)
     followed = await asyncio.gather(*(_follow(chain, next(turns), until) for chain in chains))
     for gateway in gateways:
@@ -64,11 +73,13 @@ class _Gateway:
 
     Args:
         began: when the run begins (`loop.time()` seconds).
+        way_s: see `run`.
     """
 
-    def __init__(self, number: int, address: str, began: float) -> None:
+    def __init__(self, number: int, address: str, began: float, way_s: float) -> None:
         self.number = number
         self._began = began
+        self._way_s = way_s
         self._channel = grpc.aio.insecure_channel(
             address, options=[("grpc.use_local_subchannel_pool", 1)]
         )
@@ -77,7 +88,7 @@ class _Gateway:
     async def answer(self, sample: Sample) -> None:
         """Ask when it is due, and note what comes."""
         loop = asyncio.get_running_loop()
-        request = message(sample.ask)
+        request = message(sample.ask, self._way_s)
         await asyncio.sleep(self._began + sample.due - loop.time())
         stream = self._idle.pop() if self._idle else _Stream(self._channel)
         try:
@@ -127,11 +138,12 @@ class _Stream:
                     stats = msgspec.json.decode(raw[4:])
                     sample.prefill = stats["prefill"]
                     sample.prefill_s = stats["ms"]["prefill"] / 1e3
+                    sample.way_s = (sample.ttft or 0.0) - stats["ms"]["ttft"] / 1e3
                     return
         raise EOFError("the stream ended before the answer")
 
 
-def message(ask: Ask) -> service_pb2.ModelInferRequest:
+def message(ask: Ask, way_s: float = 0.0) -> service_pb2.ModelInferRequest:
     """To the model on token ids, so that a prompt is as long as it is said to be."""
     ids = prompt(ask)
     scenario = ask.scenario.encode()
@@ -140,7 +152,7 @@ def message(ask: Ask) -> service_pb2.ModelInferRequest:
         ("max_tokens", "INT32", 1, struct.pack("<i", ask.outputs)),
         ("stream", "BOOL", 1, b"\1"),
         ("ignore_eos", "BOOL", 1, b"\1"),
-        ("ttft_limit_ms", "INT32", 1, struct.pack("<i", round(ask.limit_s * 1e3))),
+        ("ttft_limit_ms", "INT32", 1, struct.pack("<i", round((ask.limit_s - way_s) * 1e3))),
         ("scenario", "BYTES", 1, struct.pack("<I", len(scenario)) + scenario),
     )
     tensor = service_pb2.ModelInferRequest.InferInputTensor

@@ -1,4 +1,4 @@
-"""What it costs to be rejected: offers to a prefill whose only slot is taken, as gateways make."""
+"""What it costs to be rejected: offers to a prefill whose slots are taken, as gateways make."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ async def _cost(server: Running) -> list[Budget]:
     instance = Instance(PREFILL, GrpcChannel(server.grpc, PREFILL))
     watched = ids(server.servers[0])
     try:
-        held, reply = await _offer(instance)
-        while isinstance(reply, Accepted):
-            reply = await held.reply(ANSWER_S, time.monotonic() + ANSWER_S)
-        assert isinstance(reply, Prefilled), reply
+        held = [await _fill(instance) for _ in range(server.deployment.prefill.slots)]
         taken = []
         before, mine = sum(cpu_s(watched).values()), time.process_time()
         for _ in range(OFFERS):
@@ -42,13 +39,23 @@ async def _cost(server: Running) -> list[Budget]:
             assert isinstance(reply, Busy), reply
             call.close()
         cpu = sum(cpu_s(watched).values()) - before + time.process_time() - mine
-        held.close()
+        for call in held:
+            call.close()
     finally:
         await instance.close()
     return [
         Budget("a rejection", _ms(statistics.median(taken)), "ms", "at most", None),
         Budget("  CPU, gateway's side included", _ms(cpu / OFFERS), "ms", "at most", None),
     ]
+
+
+async def _fill(instance: Instance) -> Call:
+    """One slot, which nobody frees."""
+    call, reply = await _offer(instance)
+    while isinstance(reply, Accepted):
+        reply = await call.reply(ANSWER_S, time.monotonic() + ANSWER_S)
+    assert isinstance(reply, Prefilled), reply
+    return call
 
 
 async def _offer(instance: Instance) -> tuple[Call, Reply]:

@@ -32,6 +32,8 @@ class Sample(Struct):
     prefill: str = ""
     prefill_s: float = 0.0
     """Of the forward; nothing where the server has not said."""
+    way_s: float = 0.0
+    """To the server and back: by this its first token is later here than the server says."""
 
     @property
     def ends_by(self) -> float:

@@ -50,7 +50,7 @@ def deployment(layout: Layout, policy: config.PolicyName) -> config.Deployment:
         scenarios=scenarios,
         engine=config.Engine(kind="emulated", profile=str(PROFILES / "prefill_100us.yaml")),
         # Room for 65,000 tokens: the cached prefixes of one scenario, not quite those of two.
-        prefill=config.Prefill(slots=1, arena_mib=8),
+        prefill=config.Prefill(slots=2, batch=1, arena_mib=8),
         # Few responses for many tokens: they are what costs, and it is prefills that are measured.
         decode=config.Decode(blocks=16384, response_cost_ms=20.0, max_interval_ms=200.0),
         gateway=config.Gateway(

@@ -68,8 +68,11 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
 class Prefill(Struct, frozen=True, forbid_unknown_fields=True):
     """Limits of one prefill instance."""
 
-    slots: Count = 4
+    slots: Count = 8
     """Requests held at once, each from acceptance until its KV cache has been transferred."""
+    batch: Count = 4
+    """Of them, those without a first token: what a forward may have. With twice as many slots, the
+    next is computed while the last is handed over."""
     batch_tokens: Count = 512
     """Prompts share a forward while their uncached tokens stay below this."""
     arena_mib: Count = 512

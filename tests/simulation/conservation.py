@@ -46,6 +46,8 @@ class Conservation:
         self._seen[prefill] = seen
         name, counts = prefill._name, arena.counts()
         self._expect(len(held) <= self._plan.prefill.slots, f"{name} holds {len(held)} requests")
+        pending = len(prefill._pending)
+        self._expect(pending <= self._plan.prefill.batch, f"in {name} {pending} prompts wait")
         used = sum(counts[state][0] for state in IN_USE)
         self._expect(
             used == len(held) + quarantined,

@@ -99,8 +99,10 @@ def draw(seed: int) -> Plan:
         },
         "decode": {"base_ms": rng.choice((1.0, 3.0, 8.0))},
     }
+    slots = rng.choice((1, 1, 2, 4))
     prefill = config.Prefill(
-        slots=rng.choice((1, 1, 2, 4)),
+        slots=slots,
+        batch=max(slots // (1 + seed % 2), 1),
         batch_tokens=rng.choice((16, 64, 512)),
         lease_s=10.0 if calm else rng.uniform(0.5, 3.0),
     )

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.triton
 def test_what_is_answered_and_refused_is_seen_by_the_client() -> None:
     """Six at once on two prefills that take one each, with time for two in a row."""
     with servers.serving(servers.deployment("pool", "on_demand")) as server:
-        added_s = unloaded(server)
-        assert 0 < added_s < 0.1
+        idle = unloaded(server)
+        assert 0 < idle.way_s < idle.added_s < 0.1
         time.sleep(PUBLISHED_S)
         before = Offers.of(server)
         chains = [

@@ -119,7 +119,7 @@ class Gateway:
         self.name = uuid.UUID(int=self.rng.getrandbits(128)).hex
         self.instances = [Instance(f"desk_{i}", desk) for i, desk in enumerate(desks)]
         self.forwarding = Forwarding[Offered](
-            self.instances, "prefill", self.name, desks[0].slots, self.rng
+            self.instances, "prefill", self.name, desks[0].slots, desks[0].slots, self.rng
         )
         self.hold_s = hold_s
         self.served: list[Request] = []

@@ -286,7 +286,9 @@ class Site:
         self.model = model(self.folder, **self.profile)
         self.metrics = Registry()
         self.totals: defaultdict[str, float] = defaultdict(float)
-        limits_p = config.Prefill(**{"arena_mib": 4, "lease_s": 2.0, **self.prefill})
+        slots = self.prefill.get("slots", 4)
+        small = {"slots": slots, "batch": slots, "arena_mib": 4, "lease_s": 2.0}
+        limits_p = config.Prefill(**{**small, **self.prefill})
         limits_d = config.Decode(**{"blocks": 256, **self.decode})
         self.p_engines = [Prefill(self.model) for _ in range(self.prefills)]
         self.d_engines = [

@@ -330,7 +330,7 @@ def test_every_deployment_has_the_same_instances() -> None:
         made = servers.deployment(layout, "round_robin")
         assert list(made.instances("prefill")) == ["prefill_0", "prefill_1"]
         assert list(made.instances("decode")) == ["decode_0", "decode_1"]
-        assert made.prefill.slots == 1
+        assert made.prefill.batch == 1
         assert made.gateway.policy == "round_robin"
     groups = servers.deployment("groups", "on_demand").served
     assert [scenario.name for scenario in groups] == list(servers.SCENARIOS)

@@ -1,9 +1,10 @@
 """A prefill instance: accepts or rejects at once, computes, and keeps the KV cache until taken.
 
-A request holds a *slot* from acceptance until its KV cache has been transferred,
-given up or left to expire, so that a slow decode shows as rejection here. There
-is no queue behind the slots: accepted prompts share the next forward. Gateways that
-found it busy may watch, and are told in turn.
+A request holds a *slot* from acceptance until its KV cache has been transferred, given up or left
+to expire, so that a slow decode shows as rejection here. There is no queue: of those that are not
+computed yet there are no more than a *batch*, and they share the next forward. When the running one
+is nearly over, the next batch is let in, so that the engine goes from one to the other without
+waiting for an offer. Gateways that found it busy may watch, and are told in turn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pdserve import config, errors
+from pdserve.engines.forwards import Forwards
 from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
 from pdserve.engines.watches import Send, Watches
 from pdserve.kvcache.arena import Range, State
@@ -98,6 +100,7 @@ class PrefillInstance:
         self._watches = Watches()
         self._stirred = asyncio.Event()
         """Something is free for those who watch, or may soon be so by itself."""
+        self._forwards = Forwards(nearly_over=self._stirred.set)
         self._refused_with = -1
         """Bytes that the arena had to give when they were too few; -1: some have come since."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -215,7 +218,8 @@ class PrefillInstance:
         """Slots that could be taken."""
         if len(self._lending.quarantined) >= MAX_QUARANTINED:
             return 0
-        return self._limits.slots - len(self._held)
+        uncomputed = len(self._pending) + self._forwards.prompts
+        return min(self._limits.batch - uncomputed, self._limits.slots - len(self._held))
 
     def _available(self) -> int:
         """Bytes of the arena that are free, or can be had by eviction."""
@@ -245,8 +249,10 @@ class PrefillInstance:
             while self._worth_computing():
                 batch, sources = self._next_batch()
                 began = self._loop.time()
+                uncached = sum(len(held.job.tokens) - held.job.cached for held in batch)
                 try:
-                    tokens = await self._engine.prefill([held.job for held in batch])
+                    with self._forwards.running(len(batch), uncached):
+                        tokens = await self._engine.prefill([held.job for held in batch])
                 except Exception as error:  # one bad forward may not end the instance
                     failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
                     for held in batch:

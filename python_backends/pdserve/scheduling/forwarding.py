@@ -38,8 +38,9 @@ class Forwarding(Generic[T]):
         role: what the instances are, for messages.
         queue: the line is as a queue inside an instance would be: first come first served, until
             the limit itself.
-        slots: of one instance. It has no more offers to answer at once: a burst would be
-            rejected by the one before the other is asked.
+        slots: of one instance.
+        batch: what it works at together. It has no more offers to answer at once: a burst would
+            be rejected by the one before the other is asked.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Forwarding(Generic[T]):
         role: str,
         gateway: str,
         slots: int,
+        batch: int,
         rng: random.Random,
         *,
         queue: bool = False,
@@ -57,6 +59,7 @@ class Forwarding(Generic[T]):
         self._role = role
         self._gateway = gateway
         self._slots = slots
+        self._batch = batch
         self._rng = rng
         self._line = WaitingLine()
         self._busy: set[Instance] = set()
@@ -73,7 +76,7 @@ class Forwarding(Generic[T]):
     @property
     def congested(self) -> bool:
         """Whether others wait already, or what this gateway has there fills all of them."""
-        return bool(self._line) or all(one.open >= self._slots for one in self.instances)
+        return bool(self._line) or all(map(self._full, self.instances))
 
     async def take(self, order: Order, until: float, rank: Rank, offer: Offer[T]) -> T | None:
         """The first offer that is accepted; None: none was until ``until`` (``loop.time()``).
@@ -161,13 +164,13 @@ class Forwarding(Generic[T]):
         best, least = None, (0.0, 0.0, 0.0)
         # What this gateway fills by itself would only say so: it is watched at once.
         self._busy.update(
-            one for one in self.instances if one.open >= self._slots and one not in self._told
+            one for one in self.instances if self._full(one) and one not in self._told
         )
         for instance in self.instances:
             if (
                 instance in self._busy
                 or instance in asked
-                or instance.offers >= self._slots
+                or instance.offers >= self._batch
                 or not instance.breaker.allows(now, instance.offers)
             ):
                 continue
@@ -180,6 +183,11 @@ class Forwarding(Generic[T]):
             if best is None or key < least:
                 best, least = instance, key
         return best
+
+    def _full(self, instance: Instance) -> bool:
+        """Whether what this gateway has there is all that it can have."""
+        working = instance.open - instance.computed
+        return working >= self._batch or instance.open >= self._slots
 
     def _look_out(self) -> None:
         """Somebody is about to wait: see to it that what becomes free, or well, wakes the line."""

@@ -21,6 +21,7 @@ class Call:
         self._replies = replies
         self.done = False
         """The instance holds nothing for this call any more."""
+        self._computed = 0
         self._closed = False
 
     async def reply(self, timeout: float, until: float) -> Reply:
@@ -53,10 +54,16 @@ class Call:
         """The instance has failed at this call, and may fail at the next."""
         self._instance.failed()
 
+    def computed(self) -> None:
+        """The instance has computed what it was to; it only holds the result."""
+        self._computed = 1
+        self._instance.computed += 1
+
     def close(self) -> None:
         """End the call, telling the instance to let go unless it has already; once is enough."""
         if not self._closed:
             self._closed = True
+            self._instance.computed -= self._computed
             self._instance.close_call(self._id, release=not self.done)
 
 
@@ -69,6 +76,8 @@ class Instance:
         """Calls of this gateway that hold, or wait for, something there."""
         self.offers = 0
         """Of them, those that it has not answered."""
+        self.computed = 0
+        """Of them, those that wait for nothing but a decode."""
         self.tokens = 0
         """Prompt tokens that it is computing for this gateway, cached ones left out."""
         self.refused = self.asked = 0.0

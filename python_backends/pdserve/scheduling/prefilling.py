@@ -8,12 +8,12 @@ from typing import NamedTuple
 from pdserve import errors, messages
 from pdserve.messages import Accepted, Prefilled
 from pdserve.metrics import Registry
+from pdserve.pace import Pace
 from pdserve.scheduling.decoding import Decoding
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.offering import Calls, Offered, failure, offer
-from pdserve.scheduling.pace import Pace
 from pdserve.scheduling.prefixes import Prefixes, digests
 from pdserve.scheduling.request import RECOVER_S, Request, State
 
@@ -63,6 +63,10 @@ class Prefilling:
         self._stall_s = stall_s
         self._prefixes = Prefixes()
         self._pace = Pace()
+        """From an offer to the first token. A request that still waits when it would come after its
+        limit could only be computed in vain, in the place of one that is in time. Used for leaving
+        the line and for nothing else: whoever finds an idle prefill is computed, whatever the
+        guess, so that a wrong one is put right and refuses nobody whom a prefill could serve."""
 
     async def compute(self, request: Request, prefills: Forwarding[Offered]) -> Computed:
         """Wait for an idle one of ``prefills``, and for what it makes of the request.
@@ -164,6 +168,8 @@ class Prefilling:
                 reply = await call.reply(self._stall_s, request.ends_by)
             if isinstance(reply, Prefilled):
                 prefill.breaker.good()
+                call.computed()
+                prefills.freed(prefill)
                 handle = handle or reply.handle
                 if not handle:  # to a decode, none means that it is to compute the prompt
                     raise errors.InstanceError(f"{prefill.name}: the handle was lost on the way")

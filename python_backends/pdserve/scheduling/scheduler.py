@@ -58,10 +58,12 @@ class Scheduler:
         calls = Calls(rng)
 
         def forwarding(instances: Sequence[Instance], queue: bool) -> Forwarding[Any]:
-            return Forwarding(instances, "prefill", calls.gateway, prefill.slots, rng, queue=queue)
+            slots, batch = prefill.slots, min(prefill.batch, prefill.slots)
+            return Forwarding(instances, "prefill", calls.gateway, slots, batch, rng, queue=queue)
 
         self.policy = policies.build(gateway.policy, prefills, forwarding, gateway.report_ms / 1e3)
-        self.decodes = Forwarding[Offered](decodes, "decode", calls.gateway, decode.slots, rng)
+        slots = decode.slots
+        self.decodes = Forwarding[Offered](decodes, "decode", calls.gateway, slots, slots, rng)
         self._decoding = Decoding(self.decodes, meetings, calls, metrics, prefill.lease_s)
         self._prefilling = Prefilling(self._decoding, meetings, calls, metrics, gateway.stall_s)
         self._budget = Budget()

@@ -1,15 +1,9 @@
-"""How long a prefill takes, by what prefills have taken lately.
-
-A request that still waits when its first token would come after its limit can only be computed in
-vain, and would take the place of one that is in time. This is used for leaving the line and for
-nothing else: whoever finds an idle prefill is computed, whatever the guess, so that a guess that
-is wrong is put right and refuses nobody whom a prefill could have served.
-"""
+"""How long something takes that is for so many tokens, by what it has taken lately."""
 
 from __future__ import annotations
 
 # Mean and deviation as TCP keeps them of its round trips (RFC 6298, section 2), with two
-# deviations instead of four: who leaves too early gives way to another, which is no loss.
+# deviations instead of four: nothing is lost by a guess that is sometimes too short.
 _MEAN, _DEVIATION, _DEVIATIONS = 1 / 8, 1 / 4, 2
 
 
@@ -21,7 +15,7 @@ class Pace:
         """Mean and mean deviation."""
 
     def saw(self, tokens: int, seconds: float) -> None:
-        """A first token has come ``seconds`` after its offer."""
+        """So many tokens have taken ``seconds``."""
         size, each = tokens.bit_length(), seconds / max(tokens, 1)
         mean, deviation = self._seen.get(size, (each, 0.0))
         deviation += _DEVIATION * (abs(each - mean) - deviation)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.scheduling.pace import Pace
+from pdserve.pace import Pace
 from pdserve.scheduling.request import State
 from tests.unit.inprocess import Site, virtual
 
