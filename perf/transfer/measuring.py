@@ -67,6 +67,8 @@ class Point(Struct):
     """Contiguous, by our transport; None: the memory is mapped."""
     raw: float | None
     """Contiguous, by NIXL alone."""
+    raw_again: float | None
+    """The same a second time: what differs between the two is the machine's."""
     scatter: float
     """From a contiguous range to the pool, by itself."""
     one_run: float
@@ -150,6 +152,7 @@ class Bench:
             memcpy=taken["memcpy"],
             pull=taken.get("pull"),
             raw=taken.get("raw"),
+            raw_again=taken.get("raw again"),
             scatter=taken["scatter"],
             one_run=taken["one run"],
             ways={name: taken[name] for name in names},
@@ -178,7 +181,7 @@ class Bench:
                 return taken
 
             works["pull"] = lambda: _ms(lambda: move.link.pull(span, move.deadline).wait())
-            works["raw"] = read
+            works |= {"raw": read, "raw again": read}
         return works
 
     def _by_turns(self, works: dict[str, Callable[[], float]], nbytes: int) -> dict[str, float]:

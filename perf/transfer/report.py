@@ -79,6 +79,10 @@ def limits(points: Sequence[Point]) -> list[Budget]:
     for link in dict.fromkeys(p.link for p in large if p.raw):
         pulls = [p.pull / p.raw for p in large if p.link == link and p.pull and p.raw]
         worst(f"{link}: pull, of raw NIXL", pulls, 1.05)
+        alone = [p.raw_again / p.raw for p in large if p.link == link and p.raw and p.raw_again]
+        within = 100 * sum(ratio <= 1.05 for ratio in alone) / len(alone)
+        what = "  raw NIXL, of itself: within 1.05 x"
+        made.append(Budget(what, round(within, 1), f"% of {len(alone)}", "at least", None))
     for link in dict.fromkeys(p.link for p in points):
         saved = [
             100 * _saved(p)

@@ -20,7 +20,7 @@ def _one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture(scope="package")
 def _workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("workers")
-    with watched(gateway_and_workers(folder, gateways=2), folder) as started:
+    with watched(gateway_and_workers(all_in_one(folder), gateways=2), folder) as started:
         yield started
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LIMIT_S = 60.0
 """A stream that takes longer has been forgotten: no request may."""
 PROMPT_TOKENS = 40, 120
+LEAVE_S = 2.0
+"""The latest moment of those who leave."""
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Stream:
     attempts: int = 0
     error: BaseException | None = None
     ended: float = 0.0
+    left: bool = False
+    """The client did not want the rest."""
 
     @property
     def gap(self) -> float:
@@ -54,16 +58,25 @@ class Load:
     Args:
         tokens: of each answer.
         timeout: seconds after which the client itself gives up.
+        leaving: share of the clients that leave within `LEAVE_S`.
     """
 
     def __init__(
-        self, server: Running, *, rate: float, tokens: int, seed: int = 0, timeout: float = LIMIT_S
+        self,
+        server: Running,
+        *,
+        rate: float,
+        tokens: int,
+        seed: int = 0,
+        timeout: float = LIMIT_S,
+        leaving: float = 0.0,
     ) -> None:
         self.streams: list[Stream] = []
         self._server = server
         self._rate = rate
         self._tokens = tokens
         self._timeout = timeout
+        self._leaving = leaving
         self._rng = random.Random(seed)
         self._model = EmulatedModel(server.deployment.model, server.deployment.engine.profile)
         self._over = threading.Event()
@@ -93,6 +106,8 @@ class Load:
         found = []
         for one in self.streams:
             expected = self._expected(one)
+            if one.left:
+                expected = expected[: len(one.ids)]
             if not one.error and one.ids != expected:
                 pairs = enumerate(zip(one.ids, expected, strict=False))
                 first = next((i for i, (a, b) in pairs if a != b), None)
@@ -136,23 +151,31 @@ class Load:
         count = self._rng.randint(*PROMPT_TOKENS)
         one = Stream([self._rng.randrange(3, 40_000) for _ in range(count)], self._tokens)
         self.streams.append(one)
+        stays = self._leaving == 0.0 or self._rng.random() >= self._leaving
         try:
-            async with aio.InferenceServerClient(
-                self._server.grpc, channel_args=[("grpc.use_local_subchannel_pool", 1)]
-            ) as client:
-                async for part in clients.stream(
-                    client,
-                    "scheduler",
-                    input_ids=one.prompt,
-                    max_tokens=one.wanted,
-                    stream=True,
-                    ignore_eos=True,
-                    timeout=self._timeout,
-                ):
-                    one.at.append(part.at)
-                    one.ids += part.ids
-                    one.attempts = part.stats["attempts"] if part.stats else 0
+            await asyncio.wait_for(
+                self._read(one), None if stays else self._rng.uniform(0.0, LEAVE_S)
+            )
+        except asyncio.TimeoutError:
+            one.left = True
         except Exception as error:
             one.error = error
         finally:
             one.ended = time.monotonic()
+
+    async def _read(self, one: Stream) -> None:
+        async with aio.InferenceServerClient(
+            self._server.grpc, channel_args=[("grpc.use_local_subchannel_pool", 1)]
+        ) as client:
+            async for part in clients.stream(
+                client,
+                "scheduler",
+                input_ids=one.prompt,
+                max_tokens=one.wanted,
+                stream=True,
+                ignore_eos=True,
+                timeout=self._timeout,
+            ):
+                one.at.append(part.at)
+                one.ids += part.ids
+                one.attempts = part.stats["attempts"] if part.stats else 0

@@ -50,14 +50,14 @@ def all_in_one(folder: Path) -> Deployment:
     )
 
 
-def gateway_and_workers(folder: Path, gateways: int) -> Deployment:
+def gateway_and_workers(whole: Deployment, gateways: int) -> Deployment:
     """The same instances, each in a server of its own that has its name."""
     workers = [
         *(Spec(name=f"prefill_{i}", gateway=False, prefill=(f"prefill_{i}",)) for i in range(2)),
         *(Spec(name=f"decode_{i}", gateway=False, decode=(f"decode_{i}",)) for i in range(2)),
     ]
     fronts = [Spec(name=f"gateway_{i}") for i in range(gateways)]
-    return msgspec.structs.replace(all_in_one(folder), servers=(*fronts, *workers))
+    return msgspec.structs.replace(whole, servers=(*fronts, *workers))
 
 
 @contextlib.contextmanager

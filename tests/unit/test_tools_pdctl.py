@@ -219,6 +219,15 @@ class TestPorts:
                 ports.check(spec)
         ports.check(spec)
 
+    def test_whether_somebody_listens(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = taken.getsockname()[1]
+            assert not ports.listens("127.0.0.1", port)
+            taken.listen()
+            assert ports.listens("127.0.0.1", port)
+        assert not ports.listens("127.0.0.1", port)
+
     def test_an_address_of_another_machine(self) -> None:
         spec = msgspec.structs.replace(SPEC, host="192.0.2.1")
         with pytest.raises(PortTaken, match=r"on 192\.0\.2\.1 cannot be used: Cannot assign"):

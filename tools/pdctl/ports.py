@@ -26,6 +26,13 @@ def check(server: Server) -> None:
             ) from error
 
 
+def listens(host: str, port: int) -> bool:
+    """Whether somebody answers there."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.settimeout(2)
+        return probe.connect_ex((host, port)) == 0
+
+
 def is_here(server: Server) -> bool:
     """Its host is this machine, or this part of its network."""
     try:

@@ -137,7 +137,8 @@ class Server:
         """
         expected = {name for name, _ in models(self.spec)}
         deadline = time.monotonic() + timeout_s
-        while not self.ready():
+        # Triton opens the port of its metrics last, 40 ms after it has said that it is ready.
+        while not (self.ready() and ports.listens(self.spec.host, self.spec.metrics_port)):
             self.check_alive()
             loaded = log.loaded(self.read_log()) & expected
             if time.monotonic() > deadline:

@@ -1,0 +1,107 @@
+"""Near the limit of what can be computed, with a fault every 20 s and clients that leave."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from perf.processes import usage
+
+from pdctl import footprint
+from pdserve.config import Gateway, Prefill
+from tests.clients import held, wait_until
+from tests.faults.load import Load
+from tests.faults.serving import (
+    FAULTS,
+    LEASE_S,
+    STALL_S,
+    STEP_MS,
+    gateway_and_workers,
+    gateways,
+    watched,
+)
+from tests.servers import Running, emulated_deployment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.triton
+
+PREFILL_S = 0.2
+PROFILE: dict[str, Any] = {
+    "prefill": {"base_ms": PREFILL_S * 1e3},
+    "decode": {"base_ms": STEP_MS},
+}
+RATE = 0.9 * 2 / PREFILL_S
+TOKENS, LEAVING = 50, 0.02
+EVERY_S = 20.0
+TTFT_LIMIT_S = 30.0
+"""While one prefill is repaired, the load is twice what the other can compute."""
+WARM_S = 60.0
+GROWTH, NOISE_KIB = 0.05, 4096
+"""Of a process: what of its memory is no leak."""
+EVERYTHING = [(fault, model) for fault in FAULTS for model in ("prefill_0", "decode_1")] + [
+    (fault, model) for fault in FAULTS for model in ("prefill_1", "decode_0")
+]
+
+
+@pytest.mark.parametrize("seconds", [30, pytest.param(600, marks=pytest.mark.full)])
+def test_nothing_is_lost_and_nothing_is_left(tmp_path: Path, seconds: float) -> None:
+    whole = emulated_deployment(
+        tmp_path,
+        PROFILE,
+        instances=2,
+        prefill=Prefill(slots=2, batch=1, arena_mib=16, lease_s=LEASE_S),
+        gateway=Gateway(stall_s=STALL_S, ttft_limit_ms=int(TTFT_LIMIT_S * 1e3)),
+    )
+    regions = set(footprint.SHM.glob("pdserve-*"))
+    with watched(gateway_and_workers(whole, gateways=1), tmp_path) as running:
+        (front,) = gateways(running)
+        with Load(front, rate=RATE, tokens=TOKENS, leaving=LEAVING) as load:
+            began = time.monotonic()
+            before, struck = {}, 0
+            for fault, model in itertools.cycle(EVERYTHING):
+                time.sleep(max(0.0, began + EVERY_S / 2 + struck * EVERY_S - time.monotonic()))
+                if time.monotonic() - began >= seconds:
+                    break
+                fault.strike(running, model)
+                struck += 1
+                if not before and time.monotonic() - began > WARM_S:
+                    before = memory_kib(running)
+        after = memory_kib(running)
+        wait_until(lambda: not in_use(running), LEASE_S + 2, lambda: f"{in_use(running)}")
+        tokens = [server.token for server in running.servers]
+        new = set(footprint.SHM.glob("pdserve-*")) - regions
+        strange = [one.name for one in new if not one.name.startswith(tuple(filter(None, tokens)))]
+    print(
+        f"\n{seconds} s, {struck} faults: {len(load.streams)} streams, "
+        f"{sum(one.left for one in load.streams)} left, {load.retried} retried, "
+        f"{len(load.lost)} lost; longest gap {load.gap:.2f} s, longest TTFT {load.ttft:.2f} s; "
+        f"gateway, KiB: {before} to {after}"
+    )
+    assert struck >= seconds // EVERY_S
+    assert not load.lost
+    assert not load.wrong
+    assert not strange, "shared memory of servers that are gone"
+    grown = {
+        name: (old, after[name])
+        for name, old in before.items()
+        if after[name] > old * (1 + GROWTH) + NOISE_KIB
+    }
+    assert not grown
+
+
+def memory_kib(running: Running) -> dict[str, int]:
+    """Of each process of the gateway, which nobody kills."""
+    return {name: used.pss_kib for name, used in usage(running.servers[0]).items()}
+
+
+def in_use(running: Running) -> dict[str, float]:
+    """What any server says it holds."""
+    places = [replace(running, metrics=server.metrics) for server in running.servers]
+    return {
+        f"{place.metrics} {key}": value for place in places for key, value in held(place).items()
+    }
