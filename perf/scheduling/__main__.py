@@ -1,6 +1,6 @@
 """Scheduling policies side by side, on real servers with emulated engines.
 
-    python -m perf.scheduling [--quick] [--traces FOLDER]
+    python -m perf.scheduling [--quick] [--part PART ...] [--traces FOLDER]
 
 Every policy serves the very same requests, and so does an ideal that is computed: see
 docs/scheduling-benchmark.md.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -43,14 +43,14 @@ class Unloaded(NamedTuple):
     added_s: float
     """By this its TTFT is longer than the prefill."""
     way_s: float
-    """Of that, what is between client and server."""
+    """Of that, what is between client and server in nine of ten cases."""
 
 
 def unloaded(server: Running) -> Unloaded:
     chains = [[Ask(0.0, TOKENS, 10.0, seed) for seed in range(UNLOADED)]]
     samples = client.run(chains, [server.grpc])[UNLOADED // 4 :]
     found = statistics.median(sample.ttft or 0.0 for sample in samples)
-    way_s = statistics.median(sample.way_s for sample in samples)
+    way_s = statistics.quantiles((sample.way_s for sample in samples), n=10)[-1]
     return Unloaded(found - TOKENS * PROMPT_TOKEN_S, way_s)
 
 
@@ -83,9 +83,17 @@ def ideals(load: Load) -> Iterator[Point]:
 
 
 def run(
-    effort: loads.Effort, traces: Path | None
+    effort: loads.Effort, traces: Path | None, parts: Collection[str]
 ) -> tuple[Unloaded, list[budgets.Budget], list[Point]]:
-    """Every load on every server that it is for; what an unloaded server takes comes first."""
+    """Every load on every server that it is for; what an unloaded server takes comes first.
+
+    Args:
+        parts: only these; none: all.
+    """
+
+    def wants(load: Load, layout: Layout, policy: PolicyName) -> bool:
+        return layout in load.layouts and policy in load.policies
+
     places: list[tuple[Layout, PolicyName]] = [("pool", policy) for policy in effort.policies]
     places += [("groups", "on_demand"), ("gateways", "on_demand")]
     idle, wanted, points = Unloaded(0.0, 0.0), list[Load](), list[Point]()
@@ -93,16 +101,19 @@ def run(
     with Progress(console=console) as progress:
         bar = progress.add_task("starts", total=None)
         for layout, policy in places:
+            if wanted and not any(wants(load, layout, policy) for load in wanted):
+                continue
             progress.update(bar, description=f"{layout}, {policy}: starts")
             with servers.serving(servers.deployment(layout, policy)) as server:
                 if not wanted:
                     idle, rejected = unloaded(server), rejection.cost(server)
-                    wanted = list(loads.all_of(effort, idle.added_s, traces))
+                    every = loads.all_of(effort, idle.added_s, traces)
+                    wanted = [load for load in every if not parts or load.part in parts]
                     seconds = [one.seconds * len(one.layouts) * len(one.policies) for one in wanted]
                     progress.update(bar, total=sum(seconds))
                     points += [one for load in wanted for one in ideals(load)]
                 for load in wanted:
-                    if layout in load.layouts and policy in load.policies:
+                    if wants(load, layout, policy):
                         what = f"{layout}, {policy}: {load.part} {load.level}"
                         progress.update(bar, description=what)
                         points.append(measure(server, load, layout, policy, idle.way_s))
@@ -112,13 +123,17 @@ def run(
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="two policies, few requests")] = False,
+    part: Annotated[list[str] | None, typer.Option(help="only this part; may be repeated")] = None,
     traces: Annotated[
         Path | None,
         typer.Option(envvar="PDSERVE_TRACES", help=f"folder with {', '.join(TRACES.values())}"),
     ] = None,
 ) -> None:
     """Scheduling policies side by side, on real servers with emulated engines."""
-    name = "scheduling-quick" if quick else "scheduling"
+    unknown = set(part or ()) - set(loads.PARTS)
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join(loads.PARTS)}")
+    name = "scheduling-quick" if quick else "scheduling-part" if part else "scheduling"
     missing = [file for file in TRACES.values() if traces and not (traces / file).exists()]
     if missing:
         raise typer.BadParameter(f"{', '.join(missing)}: not in {traces}")
@@ -127,7 +142,7 @@ def main(
         console.print("public traces: left out; --traces or PDSERVE_TRACES names their folder")
     with console.status("many instances"):
         costs = crowd.costs(CROWD // 4 if quick else CROWD)
-    idle, rejected, points = run(loads.QUICK if quick else loads.FULL, traces)
+    idle, rejected, points = run(loads.QUICK if quick else loads.FULL, traces, part or ())
     wide = Console(width=WIDTH)
     wide.print(report.table(points))
     console.print(costs)

@@ -32,6 +32,8 @@ PATIENCE, PATIENCE_S = 100.0, 10.0
 """Limits so wide that all are answered: how late each is, is what is asked of the traces."""
 TIDES = {"tide": 0.0, "tide, prefixes": 0.7}
 """By name: the share of requests that begin with a prefix of their scenario's."""
+POISSON, USERS, MANY_GATEWAYS = "poisson", "users", f"{GATEWAYS} gateways"
+PARTS = (POISSON, USERS, *TRACES, *TIDES, MANY_GATEWAYS)
 DEPTH = 0.5
 
 
@@ -90,11 +92,11 @@ def all_of(effort: Effort, added_s: float, traces: Path | None) -> Iterator[Load
     limits = Limits(added_s)
     for percent in effort.percents:
         lengths = [TOKENS] * effort.requests
-        yield Load("poisson", percent, _at(percent, lengths, limits), effort.policies)
+        yield Load(POISSON, percent, _at(percent, lengths, limits), effort.policies)
     for users in effort.users:
         each = round(effort.users_s / limits(USERS_TOKENS[0])) + 1
         yield Load(
-            "users",
+            USERS,
             users,
             closed(random.Random(users), users, USERS_TOKENS, USERS_OUTPUTS, limits, each),
             effort.policies,
@@ -113,7 +115,7 @@ def all_of(effort: Effort, added_s: float, traces: Path | None) -> Iterator[Load
         yield Load(part, TIDE_LOAD, chains, layouts=("pool", "groups"))
     lengths = [TOKENS] * effort.gateway_requests
     chains = _at(GATEWAYS_LOAD, lengths, limits)
-    yield Load(f"{GATEWAYS} gateways", GATEWAYS_LOAD, chains, layouts=("gateways",))
+    yield Load(MANY_GATEWAYS, GATEWAYS_LOAD, chains, layouts=("gateways",))
 
 
 def _at(percent: int, lengths: Sequence[int], limits: Limits) -> list[Chain]:

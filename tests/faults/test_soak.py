@@ -57,25 +57,23 @@ def test_nothing_is_lost_and_nothing_is_left(tmp_path: Path, seconds: float) -> 
         prefill=Prefill(slots=2, batch=1, arena_mib=16, lease_s=LEASE_S),
         gateway=Gateway(stall_s=STALL_S, ttft_limit_ms=int(TTFT_LIMIT_S * 1e3)),
     )
-    regions = set(footprint.SHM.glob("pdserve-*"))
     with watched(gateway_and_workers(whole, gateways=1), tmp_path) as running:
         (front,) = gateways(running)
         with Load(front, rate=RATE, tokens=TOKENS, leaving=LEAVING) as load:
             began = time.monotonic()
-            before, struck = {}, 0
+            before, struck, lives = {}, 0, tokens(running)
             for fault, model in itertools.cycle(EVERYTHING):
                 time.sleep(max(0.0, began + EVERY_S / 2 + struck * EVERY_S - time.monotonic()))
                 if time.monotonic() - began >= seconds:
                     break
                 fault.strike(running, model)
                 struck += 1
+                lives |= tokens(running)
                 if not before and time.monotonic() - began > WARM_S:
                     before = memory_kib(running)
         after = memory_kib(running)
         wait_until(lambda: not in_use(running), LEASE_S + 2, lambda: f"{in_use(running)}")
-        tokens = [server.token for server in running.servers]
-        new = set(footprint.SHM.glob("pdserve-*")) - regions
-        strange = [one.name for one in new if not one.name.startswith(tuple(filter(None, tokens)))]
+        left = [region for life in lives - tokens(running) for region in footprint.regions(life)]
     print(
         f"\n{seconds} s, {struck} faults: {len(load.streams)} streams, "
         f"{sum(one.left for one in load.streams)} left, {load.retried} retried, "
@@ -85,13 +83,18 @@ def test_nothing_is_lost_and_nothing_is_left(tmp_path: Path, seconds: float) -> 
     assert struck >= seconds // EVERY_S
     assert not load.lost
     assert not load.wrong
-    assert not strange, "shared memory of servers that are gone"
+    assert not left, "shared memory of servers that are gone"
     grown = {
         name: (old, after[name])
         for name, old in before.items()
         if after[name] > old * (1 + GROWTH) + NOISE_KIB
     }
     assert not grown
+
+
+def tokens(running: Running) -> set[str]:
+    """Of the servers as they run now; see `footprint`."""
+    return {server.token for server in running.servers if server.token is not None}
 
 
 def memory_kib(running: Running) -> dict[str, int]:

@@ -355,13 +355,23 @@ def test_promises_are_met_by_the_ideal() -> None:
     made = {one.what: one for one in report.limits(_points())}
     for percent in (80, 150):
         assert made[f"{percent} %: within limit, of the ideal"].measured == 1.0
-    assert made["errors of any other kind, all parts"].measured == 0
+    assert made["errors that are no refusals"].measured == 0
     assert made["users at which fewest_streams has 57%"].measured == pytest.approx(11.3)
     ahead = made["there, on_demand is ahead by"]
     assert ahead.measured == made["there, ideal is ahead by"].measured > 0
     assert made["tide: pool, T_p p90/p10"].measured > 2
     unmet = [one.what for one in made.values() if one.met(one.limit) is False]
     assert unmet in ([], ["4 gateways: the worst, by the mean"])
+
+
+def test_a_part_alone_promises_what_it_can() -> None:
+    some = _points()
+    parts = {one.part for one in some}
+    assert parts == set(loads.PARTS) - set(loads.TRACES)
+    for part in parts:
+        told = report.limits([one for one in some if one.part == part])
+        assert told[-1].what == "errors that are no refusals"
+        assert len(told) > 1
 
 
 def test_a_missed_promise_shows() -> None:

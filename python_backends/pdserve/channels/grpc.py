@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from typing import TypeAlias
 
 import grpc
 import grpc.aio
@@ -29,6 +30,10 @@ _OPTIONS = [
 ]
 
 
+Outgoing: TypeAlias = "asyncio.Queue[service_pb2.ModelInferRequest | None]"
+"""None: there are no more."""
+
+
 class GrpcChannel:
     """A channel to Triton model ``model`` of the server at ``address`` (host:port)."""
 
@@ -37,7 +42,7 @@ class GrpcChannel:
         self._model = model
         self._calls = Calls()
         self._stream = ""
-        self._outgoing: asyncio.Queue[service_pb2.ModelInferRequest] | None = None
+        self._outgoing: Outgoing | None = None
         self._reader: asyncio.Task[None] | None = None
 
     def open(self, call: str, request: Request) -> Replies:
@@ -74,10 +79,10 @@ class GrpcChannel:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
 
-    async def _read(self, outgoing: asyncio.Queue[service_pb2.ModelInferRequest]) -> None:
+    async def _read(self, outgoing: Outgoing) -> None:
         async def requests() -> AsyncIterator[service_pb2.ModelInferRequest]:
-            while True:
-                yield await outgoing.get()
+            while (request := await outgoing.get()) is not None:
+                yield request
 
         connection = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
@@ -93,6 +98,8 @@ class GrpcChannel:
             if self._reader is asyncio.current_task():
                 self._reader = None
                 self._calls.fail_all(self._error(reason))
+            # grpc's task that reads the requests does not end with a call that the server ends.
+            outgoing.put_nowait(None)
             await connection.close()
 
     def _deliver(self, message: service_pb2.ModelStreamInferResponse) -> None:
