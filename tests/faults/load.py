@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LIMIT_S = 60.0
 """A stream that takes longer has been forgotten: no request may."""
 PROMPT_TOKENS = 40, 120
-LEAVE_S = 2.0
+LEAVE_S = 1.0
 """The latest moment of those who leave."""
 
 
