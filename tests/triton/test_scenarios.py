@@ -410,7 +410,7 @@ def test_pdctl_reload(server: Running, tmp_path: Path) -> None:
         "taken over by local:\n"
         "  scenarios.code.max_tokens: 5 -> 6\n"
         "waits for a restart of local:\n"
-        "  prefill.slots: 4 -> 9\n"
+        "  prefill.slots: 8 -> 9\n"
         "  prefill.arena_mib: 16 -> 512\n"
     )
 
@@ -456,6 +456,6 @@ def test_pdctl_reload_names_servers_that_come_go_and_change(
 def test_what_waits_for_a_restart_is_said(server: Running) -> None:
     change(server, prefill=config.Prefill(slots=9), decode=config.Decode(slots=9))
     words = log(server).rpartition("waits for a restart: ")[2].splitlines()[0]
-    assert "prefill.slots: 4 -> 9" in words
+    assert "prefill.slots: 8 -> 9" in words
     assert "decode.slots: 64 -> 9" in words
     generate(server, text_input="Hello")
