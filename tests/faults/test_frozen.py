@@ -5,8 +5,10 @@ dynamo#13088: of 1,536 requests 24 hung for ever, after a worker had been chosen
 
 from __future__ import annotations
 
+import contextlib
 import time
 
+import psutil
 import pytest
 
 from pdctl import watchers
@@ -61,21 +63,24 @@ def test_a_worker_frozen_for_long(workers: Running, model: str, of: str) -> None
 
 
 @pytest.mark.full
-def test_a_gateway_frozen_for_long(workers: Running) -> None:
+@pytest.mark.parametrize("of", ["stub", "server"])
+def test_a_gateway_frozen_for_long(workers: Running, of: str) -> None:
     """Nobody but itself could answer its clients: each hears of its end when it goes on.
 
-    All of its server: if only a stub stands still, Triton itself may abort when it has waited 10 s
-    for a lock that both use. A stub of a gateway, and its watchdog, are in `test_gateways`.
+    A stub alone has its watchdog, which does not wait: Triton itself aborts when it has waited for
+    10 s for a lock that both use.
     """
     server = server_of(workers, "scheduler")
-    watchers.end(server.folder)
+    if of == "server":
+        watchers.end(server.folder)
     with Load(workers, rate=3, tokens=TOKENS) as load:
         time.sleep(2)
-        process = Fault("server", "stop").hit(server, "scheduler")
+        process = Fault(of, "stop").hit(server, "scheduler")
         try:
             time.sleep(30)
         finally:
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
         thawed = time.monotonic()
         time.sleep(2)
     assert max(one.ended for one in load.streams) < thawed + ANSWER_S + TTFT_LIMIT_S
@@ -86,8 +91,6 @@ def test_a_gateway_frozen_for_long(workers: Running) -> None:
 
 @pytest.mark.full
 def test_a_frozen_watchdog_harms_nobody(workers: Running) -> None:
-    import psutil
-
     found = [watchers.pid(server.folder) for server in workers.servers]
     with Load(workers, rate=3, tokens=TOKENS) as load:
         for pid in found:

@@ -67,7 +67,7 @@ def test_a_dead_stub_is_not_ready_and_then_replaced(one_server: Running, model: 
     before = one.pid
     with slow_to_load(one, model):
         stub(one, model).kill()
-        wait_until(lambda: not ready(one, model), on_this_machine(KNOWN_S))
+        wait_until(lambda: not ready(one, model), on_this_machine(KNOWN_S), lambda: said(one))
         assert not one.ready()
         wait_until(one.ready, on_this_machine(RELOADED_S))
     assert ready(one, model)

@@ -102,7 +102,7 @@ def draw(seed: int) -> Plan:
     slots = rng.choice((1, 1, 2, 4))
     prefill = config.Prefill(
         slots=slots,
-        batch=max(slots // (1 + seed % 2), 1),
+        batch=max(slots // (1 + (seed % 3 == 2)), 1),
         batch_tokens=rng.choice((16, 64, 512)),
         lease_s=10.0 if calm else rng.uniform(0.5, 3.0),
     )

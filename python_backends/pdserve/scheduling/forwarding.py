@@ -129,10 +129,13 @@ class Forwarding(Generic[T]):
 
     def why_not(self) -> str:
         """What the end of a wait in vain was like, for its error."""
-        loop = asyncio.get_running_loop()
-        if self._failure and not any(i.breaker.allows(loop.time(), 0) for i in self.instances):
-            return f"no healthy {self._role} ({self._failure})"
-        return f"no idle {self._role}"
+        return self.all_failed() or f"no idle {self._role}"
+
+    def all_failed(self) -> str | None:
+        """In words, with the last failure; None: some have not. One on trial still has."""
+        if self._failure is None or any(one.breaker.closed for one in self.instances):
+            return None
+        return f"no healthy {self._role} ({self._failure})"
 
     async def _wait(self, order: Order, until: float, rank: Rank, offer: Offer[T]) -> T | None:
         if len(self._line) >= MAX_WAITING:

@@ -94,7 +94,7 @@ class Prefilling:
             prefill.tokens += uncached(prefill)
             taken = None
             try:
-                taken = await self._offer(request, prefill, hurry)
+                taken = await self._offer(request, prefill, prefills, hurry)
             finally:
                 if taken is None:
                     prefill.tokens -= uncached(prefill)
@@ -122,7 +122,9 @@ class Prefilling:
         self._prefixes.stored(name, result.stored)
         return computed
 
-    async def _offer(self, request: Request, prefill: Instance, hurry: bool) -> Offered | None:
+    async def _offer(
+        self, request: Request, prefill: Instance, prefills: Forwarding[Offered], hurry: bool
+    ) -> Offered | None:
         loop = asyncio.get_running_loop()
         now = loop.time()
         message = messages.PrefillRequest(
@@ -141,7 +143,8 @@ class Prefilling:
         try:
             taken = await offer(request, prefill, message, request.deadline)
         except errors.Late as error:
-            raise late(f"no answer of {prefill.name}", request) from error
+            what = prefills.all_failed() or f"no answer of {prefill.name}"
+            raise late(what, request) from error
         except errors.InstanceError:
             self._metrics.add("pdserve_retries_total", phase="offer", reason="error")
             self._meetings.forget(prefill)
