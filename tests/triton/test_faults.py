@@ -20,7 +20,6 @@ from tests.clients import (
     Answer,
     Part,
     Refused,
-    ask,
     connected,
     generate,
     held,
@@ -162,22 +161,32 @@ def test_a_stopping_server_ends_every_request(pair: Running) -> None:
     async def run() -> None:
         async with connected(pair) as client:
 
-            async def one(tokens: int) -> Answer:
-                return await ask(client, text_input="a", max_tokens=tokens, stream=True, timeout=30)
+            async def one(tokens: int, decoding: asyncio.Event) -> Answer:
+                parts = []
+                async for part in stream(
+                    client, text_input="a", max_tokens=tokens, stream=True, timeout=30
+                ):
+                    parts.append(part)
+                    if len(parts) > 1:
+                        decoding.set()
+                return Answer(parts)
 
-            short = asyncio.create_task(one(60))
-            endless = asyncio.create_task(one(3000))
-            await asyncio.sleep(0.5)
+            both = asyncio.Event(), asyncio.Event()
+            served = [
+                asyncio.create_task(one(tokens, decoding))
+                for tokens, decoding in zip((60, 3000), both, strict=True)
+            ]
+            for decoding in both:
+                await asyncio.wait_for(decoding.wait(), 10)
             stopping.start()
             await asyncio.sleep(0.3)
             began = time.monotonic()
-            late = await asyncio.gather(one(2), return_exceptions=True)
-            ends.append((late[0], time.monotonic() - began))
-            for task in (short, endless):
+            for task in (asyncio.create_task(one(2, asyncio.Event())), *served):
                 (end,) = await asyncio.gather(task, return_exceptions=True)
                 ends.append((end, time.monotonic() - began))
 
     asyncio.run(run())
+    stopping.join()
     (late, at_once), (short, _), (endless, after) = ends
 
     assert isinstance(late, Exception)
@@ -186,7 +195,6 @@ def test_a_stopping_server_ends_every_request(pair: Running) -> None:
     assert short.stats["output_tokens"] == 60
     assert isinstance(endless, Exception)
     assert after < EXIT_TIMEOUT_S + 5
-    stopping.join()
 
 
 def test_an_arena_that_does_not_fit_is_said_so_at_the_start(tmp_path: Path) -> None:
