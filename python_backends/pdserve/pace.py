@@ -23,5 +23,12 @@ class Pace:
 
     def expected(self, tokens: int) -> float:
         """Seconds, hardly more; 0 if nothing is known."""
+        return self._expected(tokens, _DEVIATIONS)
+
+    def usual(self, tokens: int) -> float:
+        """Seconds, mostly not more; 0 if nothing is known."""
+        return self._expected(tokens, 1)
+
+    def _expected(self, tokens: int, deviations: int) -> float:
         mean, deviation = self._seen.get(tokens.bit_length(), (0.0, 0.0))
-        return tokens * (mean + _DEVIATIONS * deviation)
+        return tokens * (mean + deviations * deviation)

@@ -68,6 +68,32 @@ async def test_who_can_only_be_late_leaves_the_line(tmp_path: Path) -> None:
 
 
 @virtual
+@pytest.mark.parametrize("others", [False, True])
+async def test_who_stands_in_nobodys_way_waits_longer(tmp_path: Path, others: bool) -> None:
+    """It would come late at the worst only; before another, that would be in time, it gives up."""
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}) as site:
+        for seconds in (0.1, 0.2):
+            site.scheduler._prefilling._pace.saw(1000, seconds)
+        busy = site.start(site.request(1000, max_tokens=1))
+        await asyncio.sleep(0.01)
+        late = site.request(1000, max_tokens=1, ttft_limit_s=0.25)  # at the worst after 0.19 s
+        waits = site.start(late)
+        await asyncio.sleep(0.01)
+        other = site.request(1000, max_tokens=1, ttft_limit_s=10.0)
+        behind = site.start(other) if others else None
+        if behind is None:
+            assert await waits == site.expected(late)
+            assert late.first_token - late.arrived == pytest.approx(0.19, abs=0.002)
+        else:
+            with pytest.raises(errors.Unavailable, match=r"would take 18[78] ms"):
+                await waits
+            await behind
+            assert other.first_token - other.arrived == pytest.approx(0.18, abs=0.002)
+        await busy
+        await site.idle()
+
+
+@virtual
 async def test_a_wrong_guess_refuses_nobody_who_finds_an_idle_prefill(tmp_path: Path) -> None:
     """Layr-Labs#381: an estimate is no gate; one slow forward is put right by the next request."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}) as site:

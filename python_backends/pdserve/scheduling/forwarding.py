@@ -78,8 +78,13 @@ class Forwarding(Generic[T]):
         """Whether others wait already, or what this gateway has there fills all of them."""
         return bool(self._line) or all(map(self._full, self.instances))
 
-    async def take(self, order: Order, until: float, rank: Rank, offer: Offer[T]) -> T | None:
+    async def take(
+        self, order: Order, until: float, rank: Rank, offer: Offer[T], alone_until: float = 0.0
+    ) -> T | None:
         """The first offer that is accepted; None: none was until ``until`` (``loop.time()``).
+
+        Args:
+            alone_until: until then, if it is later, who stands in nobody's way goes on waiting.
 
         Raises:
             Unavailable: too many wait, or no instance can be used.
@@ -87,7 +92,9 @@ class Forwarding(Generic[T]):
         try:
             # If nobody waits, it may try without standing in line.
             taken = await self._round(rank, offer) if not self._line else None
-            return taken if taken is not None else await self._wait(order, until, rank, offer)
+            if taken is not None:
+                return taken
+            return await self._wait(order, (until, alone_until), rank, offer)
         finally:
             self._line.wake()
             if not self._line:
@@ -137,7 +144,9 @@ class Forwarding(Generic[T]):
             return None
         return f"no healthy {self._role} ({self._failure})"
 
-    async def _wait(self, order: Order, until: float, rank: Rank, offer: Offer[T]) -> T | None:
+    async def _wait(
+        self, order: Order, until: tuple[float, float], rank: Rank, offer: Offer[T]
+    ) -> T | None:
         if len(self._line) >= MAX_WAITING:
             raise errors.Unavailable(f"{MAX_WAITING} requests wait for a {self._role} already")
         place = self._line.join(order)
@@ -158,9 +167,14 @@ class Forwarding(Generic[T]):
         finally:
             place.leave()
 
-    async def _turn(self, place: Place, until: float) -> bool:
+    async def _turn(self, place: Place, until: tuple[float, float]) -> bool:
+        """Whether it is worth trying, and still its turn: not if it is late and others wait."""
         self._look_out()
-        return await place.turn(until)
+        loop = asyncio.get_running_loop()
+        if await place.turn(max(until) if len(self._line) == 1 else until[0]):
+            return loop.time() < until[0] or len(self._line) == 1
+        # It was not alone when it stood in line; it may be now.
+        return len(self._line) == 1 and loop.time() < max(until) and await self._turn(place, until)
 
     def _best(self, rank: Rank, asked: set[Instance]) -> Instance | None:
         now = asyncio.get_running_loop().time()
