@@ -24,10 +24,11 @@ test: setup ## Every test that is not marked full
 test-full: setup ## Every test
 	@$(BIN)/pytest $(ARGS)
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy and, on the Dockerfile, hadolint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 format: setup ## Let ruff rewrite what it can
 	$(BIN)/ruff check --fix

@@ -274,7 +274,10 @@ def held(server: Running) -> dict[str, float]:
 
 _STATES = {
     "pdserve_slots": ("used",),
-    "pdserve_kv_leases": ("allocated", "leased", "in_transfer", "quarantined"),
+    "pdserve_kv_leases": (
+        *("allocated", "leased", "in_transfer", "quarantined"),
+        *("computing", "waiting", "pinned"),
+    ),
     "pdserve_kv_blocks": ("used",),
 }
 
@@ -331,6 +334,13 @@ def files(server: Running) -> dict[str, int]:
         )
     regions = sum(len(footprint.regions(token)) for token in tokens)
     return {**found, "regions in /dev/shm": regions}
+
+
+def stub(server: Running, model: str) -> psutil.Process:
+    """The process that runs a model of it."""
+    tokens = [one.token for one in server.servers if one.token is not None]
+    (found,) = (one for one in footprint.processes(tokens) if _model(one) == model)
+    return found
 
 
 def _targets(process: psutil.Process) -> Iterator[str]:

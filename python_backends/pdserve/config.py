@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pdserve.errors import DeploymentError
+from pdserve.llm_options import LlmOptions
 
 Count = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -46,21 +47,44 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
         return self.http_port, self.grpc_port, self.metrics_port
 
 
+class TritonModel(Struct, frozen=True, forbid_unknown_fields=True):
+    """A model of a Triton server that exists already."""
+
+    address: Annotated[str, Meta(pattern=r"^[^\s/]+:[0-9]{1,5}$")]
+    """host:port of its gRPC endpoint."""
+    model: str
+
+
 class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     """How an instance computes."""
 
-    kind: Literal["torch", "emulated"] = "torch"
+    kind: Literal["torch", "emulated", "tensorrt_llm", "tensorrtllm_backend"] = "torch"
+    """``tensorrt_llm``: its LLM API, in the instance's own process. ``tensorrtllm_backend``: a
+    model of the C++ backend in some Triton server, named in ``models``."""
     device: Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: Annotated[int, Meta(ge=0)] = 0
     """CPU threads of one instance; 0 means every core."""
+    load_s: Seconds = 300.0
+    """Models that are not ready within this time have failed to load."""
     profile: str | None = None
     """Timing profile of the emulated engine (YAML)."""
+    gpus: dict[Name, tuple[Annotated[int, Meta(ge=0)], ...]] = {}
+    """Of ``tensorrt_llm``: the GPUs of an instance, one for each of its ranks; not given, those
+    that its server sees."""
+    tensorrt_llm: LlmOptions = LlmOptions()
+    models: dict[Name, TritonModel] = {}
+    """Of ``tensorrtllm_backend``: what computes for each instance."""
+
+    @property
+    def relayed(self) -> bool:
+        """The engine moves KV caches itself."""
+        return self.kind in ("tensorrt_llm", "tensorrtllm_backend")
 
     @property
     def gpu(self) -> int | None:
         """Number of the CUDA device that computes; None: the CPU does."""
-        if self.kind == "emulated" or self.device == "cpu":
+        if self.kind != "torch" or self.device == "cpu":
             return None
         return int(self.device.partition(":")[2] or 0)
 
@@ -96,6 +120,20 @@ class Decode(Struct, frozen=True, forbid_unknown_fields=True):
     """Ranks that share out the KV heads: a multiple or a divisor of the prefill's."""
 
 
+class Network(Struct, frozen=True, forbid_unknown_fields=True):
+    """What hosts are linked by, for UCX and for TensorRT-LLM; not given: they find out."""
+
+    devices: tuple[Annotated[str, Meta(pattern=r"^[\w.:/-]+$")], ...] = ()
+    """Such as ``mlx5_0:1``: a device of RDMA and its port; or the name of an interface."""
+    gid_index: Annotated[int, Meta(ge=0, le=255)] | None = None
+    """Of RoCE v2 in the port's GID table."""
+    traffic_class: Annotated[int, Meta(ge=0, le=255)] | None = None
+    rails: Count | None = None
+    """Devices that share one transfer, at most."""
+    interface: Annotated[str, Meta(pattern=r"^[\w.-]{1,15}$")] | None = None
+    """Of the connections by which TensorRT-LLM's engines find each other."""
+
+
 class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     """How KV caches move."""
 
@@ -114,6 +152,7 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     """Arrival space of one decode, for transports that do not map the prefill's memory."""
     timeout_s: Seconds = 30.0
     """Of one pull, the wait for layers that are still being computed included."""
+    network: Network = Network()
 
 
 class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
@@ -284,6 +323,7 @@ def _problems(deployment: Deployment) -> Iterator[str]:
             yield f"no server has a {role} instance; at least 1 is needed"
         if deployment.scenarios:
             yield from _misplaced(role, instances, groups)
+    yield from _misfit(deployment)
     for scenario in deployment.scenarios:
         if not any(group.share for group in scenario.groups):
             yield f"scenario {scenario.name}: every group's share is 0; at least 1 must have one"
@@ -291,6 +331,46 @@ def _problems(deployment: Deployment) -> Iterator[str]:
     default = deployment.gateway.default_scenario
     if default not in scenarios:
         yield f"gateway.default_scenario: {default} is none of: {', '.join(scenarios)}"
+
+
+def _misfit(deployment: Deployment) -> Iterator[str]:
+    """What the kind of engine does not go with."""
+    engine = deployment.engine
+    instances: dict[str, Role] = {
+        name: role for role in ROLES for name in deployment.instances(role)
+    }
+    for field, kind, names in (
+        ("gpus", "tensorrt_llm", engine.gpus),
+        ("models", "tensorrtllm_backend", engine.models),
+    ):
+        if names and engine.kind != kind:
+            yield f"engine.{field} is of kind {kind}; this deployment's is {engine.kind}"
+        for name in names:
+            if name not in instances:
+                there_are = ", ".join(instances)
+                yield f"engine.{field}: there is no instance {name}; there are: {there_are}"
+    if engine.relayed:
+        yield from _unrelayable(deployment, instances)
+
+
+def _unrelayable(deployment: Deployment, instances: dict[str, Role]) -> Iterator[str]:
+    """What does not go with an engine that moves KV caches itself."""
+    engine, transfer = deployment.engine, deployment.transfer
+    if transfer.strategy != "auto" or transfer.transports is not None:
+        yield f"transfer: engine {engine.kind} moves KV caches itself: no strategy, no transports"
+    if engine.kind == "tensorrtllm_backend":
+        for name in instances:
+            if name not in engine.models:
+                yield f"engine.models: no model for {name}"
+        return
+    yield from engine.tensorrt_llm.problems()
+    for name, gpus in engine.gpus.items():
+        role = instances[name]
+        arguments = getattr(engine.tensorrt_llm, role)
+        ranks = getattr(deployment, role).tensor_parallel * arguments.pipeline_parallel_size
+        ranks *= arguments.context_parallel_size
+        if len(gpus) != ranks:
+            yield f"engine.gpus: {name} has {len(gpus)}; a {role} has {ranks} ranks"
 
 
 def _misplaced(role: Role, instances: Collection[str], groups: Iterable[Group]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What the scheduler and the instances say to each other, version 3.
+"""What the scheduler and the instances say to each other, version 4.
 
 A message is msgpack in one UINT8 tensor: ``request`` on the way in; on the way out
 ``reply``, any number of replies with the ids of the calls that they belong to.
@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 from pdserve.errors import InstanceError
 from pdserve.transfer.reports import Met, Pulled
 
-VERSION = 3
+VERSION = 4
 
 
 class Sampling(Struct, frozen=True, array_like=True):
@@ -71,6 +71,9 @@ class PrefillRequest(Struct, frozen=True, tag="prefill"):
     """Others wait for this answer: tell the acceptance at once."""
     layered: bool = False
     """Tell the handle with the acceptance, for a decode that pulls layer by layer meanwhile."""
+    only: bool = False
+    """No decode will follow: the answer ends with the first token."""
+    ignore_eos: bool = False
     trace: str = ""
     """W3C traceparent of the attempt; empty: it is not traced."""
     version: int = VERSION
@@ -86,6 +89,13 @@ class Watch(Struct, frozen=True, tag="watch"):
 
 class Release(Struct, frozen=True, tag="release"):
     """Give up whatever the instance holds for a request: compute, lease, blocks."""
+
+    id: str
+    version: int = VERSION
+
+
+class Taken(Struct, frozen=True, tag="taken"):
+    """A decode has the KV cache of a prefill that does not see it by itself."""
 
     id: str
     version: int = VERSION
@@ -165,6 +175,8 @@ class Prefilled(Struct, frozen=True, tag="prefilled"):
     compute_ms: float
     stored: bytes = b""
     """Chained hashes, 8 bytes each, of the prompt's prefixes that are cached here from now on."""
+    unseen: bool = False
+    """The prefill does not see when a decode has taken the KV cache: it wants a ``Taken``."""
 
 
 class Tokens(Struct, frozen=True, tag="tokens"):
@@ -201,7 +213,7 @@ class Released(Struct, frozen=True, tag="released"):
     """Nothing is held for the request."""
 
 
-Request = PrefillRequest | DecodeRequest | Watch | Release | Describe | Join
+Request = PrefillRequest | DecodeRequest | Watch | Release | Taken | Describe | Join
 Reply = (
     Busy | Freed | Accepted | Failed | Prefilled | Tokens | Released | Stranger | Described | Joined
 )

@@ -31,14 +31,15 @@ COUNTERS = {
     "pdserve_retries_total": "Calls to an instance that failed and were tried elsewhere",
     "pdserve_steps_total": "Forwards of a prefill, steps of a decode",
     "pdserve_kv_transfers_total": "KV caches moved from a prefill to a decode",
+    "pdserve_kv_events_total": "Changes of an engine's own pool of KV blocks, by type",
     "pdserve_kv_transfer_bytes_total": "KV cache bytes moved from a prefill to a decode",
 }
 GAUGES = {
     "pdserve_open_requests": "Requests in flight in this gateway",
     "pdserve_slots": "Slots of an instance",
     "pdserve_watches": "Gateways that wait for something of an instance to become free",
-    "pdserve_kv_leases": "Ranges of a prefill's arena, by state",
-    "pdserve_kv_blocks": "Blocks of a decode's pool",
+    "pdserve_kv_leases": "KV caches that a prefill holds, by state",
+    "pdserve_kv_blocks": "Blocks of a KV pool, by state",
     "pdserve_kv_pairs": "Pairs of a prefill and a decode, by whether they have met",
     "pdserve_kv_link_bytes_per_second": "Rate of a decode's pulls from a prefill, as probed",
     "pdserve_kv_link_fallback": "1 where a decode reaches a prefill by a network without RDMA",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from pdctl import footprint
 from pdctl.errors import ServerError
 from pdctl.triton import EXIT_TIMEOUT_S
 from pdserve.config import Decode, Gateway, Prefill
@@ -24,6 +23,7 @@ from tests.clients import (
     generate,
     held,
     stream,
+    stub,
     wait_idle,
     wait_until,
 )
@@ -50,18 +50,6 @@ def pair(tmp_path: Path) -> Iterator[Running]:
     )
     with running(deployment, tmp_path) as server:
         yield server
-
-
-def stub(server: Running, model: str) -> psutil.Process:
-    """The process that runs a model."""
-    token = server.servers[0].token
-    assert token is not None
-    (found,) = (
-        process
-        for process in footprint.processes([token])
-        if any(f"/{model}/1/model.py" in word for word in process.cmdline())
-    )
-    return found
 
 
 def test_a_killed_prefill_costs_no_request(pair: Running) -> None:

@@ -28,10 +28,21 @@ from pdserve.channels.protocol import Calls, Replies
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill, Profile
 from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.engines.relayed.decode import RelayedDecode
+from pdserve.engines.relayed.prefill import RelayedPrefill
 from pdserve.errors import InstanceError, PDServeError
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.kvcache.cut import cut_for
-from pdserve.messages import Describe, Failed, Join, PrefillRequest, Release, Reply, Watch
+from pdserve.messages import (
+    Describe,
+    Failed,
+    Join,
+    PrefillRequest,
+    Release,
+    Reply,
+    Taken,
+    Watch,
+)
 from pdserve.metrics import Registry
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
@@ -60,6 +71,7 @@ LIMIT_S = 120.0
 CLEAN_S = 0.2
 
 Message = messages.Request | Reply
+AnyInstance = PrefillInstance | RelayedPrefill | DecodeInstance | RelayedDecode
 
 
 def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -97,7 +109,7 @@ class Link:
     and whatever `lose` draws come from seeded generators.
     """
 
-    def __init__(self, name: str, instance: PrefillInstance | DecodeInstance, seed: int) -> None:
+    def __init__(self, name: str, instance: AnyInstance, seed: int) -> None:
         self.requests: list[messages.Request] = []
         self.replies: list[tuple[str, Reply]] = []
         self.responses = 0
@@ -182,7 +194,7 @@ class Link:
 
 
 def submit(
-    instance: PrefillInstance | DecodeInstance,
+    instance: AnyInstance,
     request: messages.Request,
     send: Callable[[Reply, bool], None],
 ) -> None:
@@ -191,17 +203,20 @@ def submit(
         instance.release(request.id, send)
     elif isinstance(request, Watch):
         instance.watch(request, send)
+    elif isinstance(request, Taken):
+        assert isinstance(instance, RelayedPrefill)
+        instance.taken(request.id, send)
     elif isinstance(request, PrefillRequest):
-        assert isinstance(instance, PrefillInstance)
+        assert isinstance(instance, PrefillInstance | RelayedPrefill)
         instance.submit(request, send)
     elif isinstance(request, Describe):
-        assert isinstance(instance, PrefillInstance)
+        assert isinstance(instance, PrefillInstance | RelayedPrefill)
         instance.describe(send)
     elif isinstance(request, Join):
-        assert isinstance(instance, DecodeInstance)
+        assert isinstance(instance, DecodeInstance | RelayedDecode)
         instance.join(request, send)
     else:
-        assert isinstance(instance, DecodeInstance)
+        assert isinstance(instance, DecodeInstance | RelayedDecode)
         instance.submit(request, send)
 
 

@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pdctl import fleet, links, paths, watchers
+from pdctl import fleet, links, network, paths, probe, watchers
 from pdctl.chat import Question, ask
+from pdctl.doctor.examination import examine
+from pdctl.doctor.report import report
 from pdctl.errors import ServerError
 from pdctl.reload import Reload, plan
 from pdctl.repository import models
@@ -30,7 +32,7 @@ from pdserve.errors import DeploymentError
 
 DEMO_PROMPT = "Why is the sky blue? Answer in three sentences."
 NOT_READY = 3
-"""Exit status of ``pdctl status`` when not every server is ready."""
+"""Exit status of ``status``, ``links``, ``probe``, ``doctor`` when not all is as it should be."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 out = Console(highlight=False, soft_wrap=True)
@@ -42,7 +44,12 @@ Only = Annotated[
     typer.Option("--server", help="Only this server of the deployment.", show_default="all"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Timeout = Annotated[float, typer.Option(help="Seconds until every model must be ready.", min=1)]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds until every model must be ready.", min=1, show_default="engine.load_s"
+    ),
+]
 Watched = Annotated[
     bool,
     typer.Option(
@@ -59,7 +66,7 @@ def pdctl() -> None:
 
 @app.command()
 def up(
-    file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = 300, watch: Watched = True
+    file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = None, watch: Watched = True
 ) -> None:
     """Start the servers and leave them running."""
     servers = _servers(file, only)
@@ -73,7 +80,7 @@ def up(
 
 @app.command()
 def serve(
-    file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = 300, watch: Watched = True
+    file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = None, watch: Watched = True
 ) -> None:
     """Start the servers and stay until Ctrl-C; they end when this command ends."""
     with _held(_servers(file, only), timeout) as servers:
@@ -132,6 +139,36 @@ def links_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
         raise typer.Exit(NOT_READY)
 
 
+@app.command("probe")
+def probe_command(
+    file: File = paths.DEPLOYMENT,
+    only: Only = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until an answer.", min=0.1)] = 10,
+    as_json: Json = False,
+) -> None:
+    """A short request through each gateway; exit status 3 if any gives no answer."""
+    found = probe.probe(_servers(file, only), timeout)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for one in found:
+            out.print(probe.line(one), markup=False)
+    if not all(one["ok"] for one in found):
+        raise typer.Exit(NOT_READY)
+
+
+@app.command()
+def doctor(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
+    """What this host can do, and what it lacks; exit status 3 if it cannot serve the deployment."""
+    found = examine(file)
+    if as_json:
+        print(found.json)
+    else:
+        out.print(report(found.findings, found.conclusion, file.name), soft_wrap=False)
+    if not found.conclusion.served:
+        raise typer.Exit(NOT_READY)
+
+
 @app.command()
 def chat(
     prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
@@ -159,7 +196,7 @@ def chat(
 def demo(
     prompt: Annotated[str, typer.Argument(help="What to say.")] = DEMO_PROMPT,
     file: File = paths.DEPLOYMENT,
-    timeout: Timeout = 300,
+    timeout: Timeout = None,
     max_tokens: MaxTokens = 96,
 ) -> None:
     """Start the servers, stream one answer with its timeline, stop."""
@@ -225,7 +262,7 @@ def _gateway(servers: list[Server]) -> Server:
 
 
 @contextmanager
-def _held(servers: list[Server], timeout: float) -> Iterator[list[Server]]:
+def _held(servers: list[Server], timeout: float | None) -> Iterator[list[Server]]:
     """The servers, for as long as the block lasts."""
     try:
         _start(servers, held=True, timeout=timeout)
@@ -234,7 +271,10 @@ def _held(servers: list[Server], timeout: float) -> Iterator[list[Server]]:
         fleet.stop([server for server in servers if server.held])
 
 
-def _start(servers: list[Server], *, held: bool, timeout: float) -> None:
+def _start(servers: list[Server], *, held: bool, timeout: float | None) -> None:
+    for deployment in {id(server.deployment): server.deployment for server in servers}.values():
+        for name, value in network.variables(deployment.transfer.network).items():
+            out.print(f"{name}={value}", markup=False)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -259,7 +299,8 @@ def _start(servers: list[Server], *, held: bool, timeout: float) -> None:
             )
 
         begin = time.monotonic()
-        fleet.start(servers, held=held, timeout_s=timeout, progress=progress)
+        limit = timeout or max((one.deployment.engine.load_s for one in servers), default=0.0)
+        fleet.start(servers, held=held, timeout_s=limit, progress=progress)
     for server in servers:
         out.print(
             f"{server.spec.name} is ready after {time.monotonic() - begin:.1f} s: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,8 +11,11 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from pdserve.cluster.probes import TENANT
 from pdserve.errors import InstanceError
 
+_FIRST = 1000
+"""A priority: before all that waits, whose levels are few."""
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -39,19 +43,32 @@ async def gateway(address: str, model: str, lost: str = "") -> bool:
     else:
         _add(request, "text_input", "BYTES", _bytes(b"a"))
     request.parameters["lost"].string_param = lost
-
-    async with _reached(address) as stub:
-        call = stub.ModelStreamInfer()
-        try:
-            await call.write(request)
-            response = await call.read()
-        finally:
-            call.cancel()
-    if response is grpc.aio.EOF:
-        raise InstanceError(f"{model} ended without an answer")
-    if response.error_message:
-        raise InstanceError(response.error_message)
+    await _streamed(address, request)
     return False
+
+
+async def answer(address: str, within_s: float) -> dict[str, Any]:
+    """Two tokens of ``pdserve``, one of a prefill and one of a decode: the ``stats`` of the answer.
+
+    Args:
+        within_s: its TTFT limit. It goes before all that waits, since it asks whether anything
+            is computed, not how much there is to do.
+
+    Raises:
+        InstanceError: there is no answer, or an error.
+    """
+    request = service_pb2.ModelInferRequest(model_name="pdserve")
+    _add(request, "text_input", "BYTES", _bytes(b"a"))
+    _add(request, "max_tokens", "INT32", (2).to_bytes(4, "little"))
+    _add(request, "ignore_eos", "BOOL", b"\1")
+    _add(request, "tenant", "BYTES", _bytes(TENANT.encode()))
+    _add(request, "priority", "INT32", _FIRST.to_bytes(4, "little"))
+    _add(request, "ttft_limit_ms", "INT32", max(int(within_s * 1e3), 1).to_bytes(4, "little"))
+    response = await _streamed(address, request)
+    names = (output.name for output in response.outputs)
+    outputs = dict(zip(names, response.raw_output_contents, strict=True))
+    stats: dict[str, Any] = json.loads(outputs["stats"][4:])
+    return stats
 
 
 async def tokens(address: str, model: str) -> bool:
@@ -64,6 +81,22 @@ async def tokens(address: str, model: str) -> bool:
     async with _reached(address) as stub:
         await stub.ModelInfer(request)
     return False
+
+
+async def _streamed(address: str, request: service_pb2.ModelInferRequest) -> Any:
+    """The first response of a decoupled model. Raises: InstanceError: none, or an error."""
+    async with _reached(address) as stub:
+        call = stub.ModelStreamInfer()
+        try:
+            await call.write(request)
+            response = await call.read()
+        finally:
+            call.cancel()
+    if response is grpc.aio.EOF:
+        raise InstanceError(f"{request.model_name} ended without an answer")
+    if response.error_message:
+        raise InstanceError(response.error_message)
+    return response.infer_response
 
 
 def _add(request: service_pb2.ModelInferRequest, name: str, datatype: str, data: bytes) -> None:

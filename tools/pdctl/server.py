@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pdctl import footprint, log, ports, triton, watchers
+from pdctl import footprint, log, network, ports, triton, watchers
 from pdctl.errors import AlreadyRunning, ServerError
 from pdctl.guard import Guard
 from pdctl.paths import MODEL_REPOSITORY, RUN
@@ -113,7 +113,8 @@ class Server:
             with self.log.open("wb") as output:
                 self._process = subprocess.Popen(
                     triton.command(found, self.spec, self.repository, token, key),
-                    env=triton.environment(found, token),
+                    env=triton.environment(found, token)
+                    | network.variables(self.deployment.transfer.network),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -38,8 +38,6 @@ ALIVE_EVERY_S, ALIVE_WITHIN_S = 1.0, 3.0
 PROBE_EVERY_S = 5.0
 TELL_S = 1.0
 """For a gateway to hear what has been lost."""
-START_S = 300.0
-"""Until every model of a server must be ready, or one that is loaded anew."""
 REPORT_S = 0.5
 
 _log = logging.getLogger(__name__)
@@ -100,14 +98,14 @@ class Tended:
             if thing == SERVER:
                 await asyncio.to_thread(self._restart)
             else:
-                await asyncio.to_thread(self.server.load, thing, START_S)
+                await asyncio.to_thread(self.server.load, thing, self.deployment.engine.load_s)
                 self._stubs.renewed(thing)
         except (ServerError, DeploymentError) as error:
             raise NotRestored(str(error)) from error
 
     def _restart(self) -> None:
         self.server.start(held=False, again=True)
-        self.server.wait_ready(START_S)
+        self.server.wait_ready(self.deployment.engine.load_s)
         self._stubs = self._new_stubs()
 
     def _new_stubs(self) -> Stubs:
@@ -186,7 +184,7 @@ async def watch(folder: Path) -> None:
         list(tended.models),
         list(checks(tended, probes, limits)),
         whole=tended.whole,
-        load_s=START_S,
+        load_s=tended.deployment.engine.load_s,
     )
 
     async def report() -> None:

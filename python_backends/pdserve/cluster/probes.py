@@ -28,6 +28,7 @@ from pdserve.messages import (
     Request,
     Sampling,
     Stranger,
+    Taken,
     Tokens,
 )
 
@@ -84,7 +85,7 @@ class Probes:
 
     async def prefill(self, instance: str) -> bool:
         """One token; False: it is busy. Raises: InstanceError: it has failed."""
-        request = self._prompt()
+        request = self._prompt(only=True)
         with self._asked(instance, request) as replies:
             computed = await self._computed(instance, replies)
         return await self._computes(instance, computed is not None)
@@ -97,13 +98,18 @@ class Probes:
         """
         prefills = self._prefills()
         prefill = prefills[next(self._turns) % len(prefills)]
-        request = self._prompt()
+        request = self._prompt(only=False)
         with self._asked(prefill, request) as replies:
             try:
                 computed = await self._computed(prefill, replies)
             except InstanceError:
                 return False  # its own probe tells
-            return computed is not None and await self._goes_on(instance, prefill, computed)
+            if computed is None:
+                return False
+            goes_on = await self._goes_on(instance, prefill, computed)
+            if goes_on and computed.unseen:
+                await self._ask(prefill, Taken(request.id), Released)
+            return goes_on
 
     async def _computed(self, instance: str, replies: Replies) -> Prefilled | None:
         limit = self._limits.first_token_s
@@ -187,13 +193,14 @@ class Probes:
             channel.open(release, Release(request.id))
             channel.forget(release)
 
-    def _prompt(self) -> PrefillRequest:
+    def _prompt(self, only: bool) -> PrefillRequest:
         return PrefillRequest(
             id=self._id(),
             prompt=PROMPT,
             sampling=Sampling(),
             tenant=TENANT,
             deadline_ms=self._limits.first_token_s * 1e3,
+            only=only,
         )
 
     def _id(self) -> str:

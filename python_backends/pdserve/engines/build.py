@@ -14,7 +14,11 @@ from pdserve.engines.protocol import DecodeEngine, PrefillEngine
 from pdserve.errors import DeploymentError
 
 if TYPE_CHECKING:
+    from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
+    from pdserve.engines.tensorrtllm_backend.engine import BackendModel
     from pdserve.engines.torch_model import TorchModel
+
+    RelayedEngine = TensorRTLLM | BackendModel
 
 
 def model(deployment: config.Deployment) -> EmulatedModel | TorchModel:
@@ -52,8 +56,34 @@ def decode(model: EmulatedModel | TorchModel, limits: config.Decode) -> DecodeEn
     return ThreadedDecode(model, limits.blocks, limits.block_size)
 
 
+def relayed(name: str, role: config.Role, deployment: config.Deployment) -> RelayedEngine:
+    """An engine that moves KV caches itself, for one instance.
+
+    Raises:
+        DeploymentError: it cannot be had, or not so.
+    """
+    length = context_length(deployment)
+    if deployment.engine.kind == "tensorrt_llm":
+        from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
+
+        return TensorRTLLM(name, role, deployment, length)
+    from pdserve.engines.tensorrtllm_backend.engine import BackendModel
+
+    return BackendModel(name, deployment, length)
+
+
+def longest(deployment: config.Deployment) -> int:
+    """Tokens of prompt and answer together that any decode takes; without loading the model."""
+    length = context_length(deployment)
+    if deployment.engine.relayed:
+        options = deployment.engine.tensorrt_llm
+        asked = options.prefill.max_seq_len, options.decode.max_seq_len
+        return min([length, *filter(None, asked)])
+    return min(length, deployment.decode.blocks * deployment.decode.block_size)
+
+
 def context_length(deployment: config.Deployment) -> int:
-    """Tokens of prompt and answer together, at most; without loading the model."""
+    """Of the model, in tokens; without loading it."""
     if deployment.engine.kind == "emulated":
         return EmulatedModel(deployment.model, deployment.engine.profile).context_length
     path = Path(deployment.model)

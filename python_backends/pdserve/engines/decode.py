@@ -46,6 +46,15 @@ TICK_S = 0.1
 ACCEPTED_AFTER_S = 0.005
 
 
+def interval_s(limits: config.Decode, streams: int, peers: int) -> float:
+    """Seconds between two responses of a stream: what all of them together cost, bounded.
+
+    A decode's own open ``streams`` times ``peers`` stand for what the gateway has open, since the
+    gateway spreads them evenly.
+    """
+    return min(limits.response_cost_ms * streams * peers, limits.max_interval_ms) / 1e3
+
+
 class DecodeInstance:
     """One engine in the decode role. Only larger pulls run outside the event loop.
 
@@ -53,7 +62,7 @@ class DecodeInstance:
         receiver: pulls into the engine's pool; closed with the instance.
         pulls: how many run at once.
         turn_tokens: of prompts that it computes itself, between two steps at most.
-        peers: decodes that a gateway spreads its streams over; see ``_interval``.
+        peers: decodes that a gateway spreads its streams over; see ``interval_s``.
     """
 
     def __init__(
@@ -238,7 +247,7 @@ class DecodeInstance:
                 self._end(opened, failed)
             return
         now = self._loop.time()
-        interval = self._interval()
+        interval = interval_s(self._limits, len(self._open), self._peers)
         for opened, token in zip(batch, tokens, strict=True):
             self._append(opened, token, now, max(interval, opened.request.min_interval_ms / 1e3))
 
@@ -246,15 +255,6 @@ class DecodeInstance:
         for opened in [opened for opened in self._running.values() if opened.released]:
             self._end(opened, None)
         return list(self._running.values())
-
-    def _interval(self) -> float:
-        """Seconds between two responses of a stream: what all of them together cost, bounded.
-
-        Its own open streams times ``peers`` stand for what the gateway has open, since
-        the gateway spreads them evenly.
-        """
-        cost = self._limits.response_cost_ms * len(self._open) * self._peers
-        return min(cost, self._limits.max_interval_ms) / 1e3
 
     def _append(self, opened: Opened, token: int, now: float, interval: float) -> None:
         if opened.released:

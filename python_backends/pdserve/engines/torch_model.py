@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from pdserve.engines import torch_linear
+from pdserve.engines.checkpoint import fingerprint
 from pdserve.engines.torch_attention import NAME, KVMemory
 from pdserve.errors import DeploymentError
 from pdserve.kvcache.layout import KVLayout
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 REFUSED_OPTIONS = ("sliding_window", "softcap", "s_aux", "position_bias")
 # Their rotary frequencies change with the length of the sequence, after K has been stored.
 REFUSED_ROPES = ("dynamic", "longrope")
-SAMPLE_BYTES = 1 << 16
 
 
 class TorchModel:
@@ -67,7 +66,7 @@ class TorchModel:
         self.context_length: int = config.max_position_embeddings
         self.vocab_size: int = config.vocab_size
         self.layout = self._probe(path, config, dtype)
-        self.fingerprint = _fingerprint(place, self.layout)
+        self.fingerprint = fingerprint(place, repr(self.layout))
 
     @torch.inference_mode()
     def forward(
@@ -181,24 +180,3 @@ def _eos_ids(path: Path, config: PretrainedConfig) -> frozenset[int]:
     if (path / "generation_config.json").exists():
         ids = GenerationConfig.from_pretrained(path).eos_token_id or ids
     return frozenset([ids] if isinstance(ids, int) else ids or ())
-
-
-def _fingerprint(path: Path, layout: KVLayout) -> str:
-    """Equal for two processes whose KV caches may be exchanged: same weights, same layout.
-
-    Of each file of weights it takes the name, the size and a sample of the bytes.
-    """
-    digest = hashlib.sha256(repr(layout).encode())
-    files = (
-        [path]
-        if path.is_file()
-        else sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")])
-    )
-    for name in files:
-        size = name.stat().st_size
-        digest.update(f"{name.name} {size} ".encode())
-        with name.open("rb") as file:
-            for offset in (0, size // 2, max(0, size - SAMPLE_BYTES)):
-                file.seek(offset)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()

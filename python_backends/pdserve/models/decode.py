@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pdserve import config
 from pdserve.engines import build
 from pdserve.engines.decode import DecodeInstance
+from pdserve.engines.relayed.decode import RelayedDecode
 from pdserve.metrics import Registry
 from pdserve.models.instance import InstanceModel
-from pdserve.transfer import plane
+from pdserve.transfer import key, plane
 
 
 class TritonPythonModel(InstanceModel):
-    def make(self, name: str, deployment: config.Deployment, metrics: Registry) -> DecodeInstance:
+    def make(
+        self, name: str, deployment: config.Deployment, metrics: Registry
+    ) -> DecodeInstance | RelayedDecode:
+        limits = deployment.decode
+        peers = len(deployment.instances("decode"))
+        if deployment.engine.relayed:
+            secret = key.load(Path(deployment.transfer.key_file))
+            relayed = build.relayed(name, "decode", deployment)
+            kind = deployment.engine.kind
+            return RelayedDecode(name, relayed, kind, limits, secret, peers, metrics)
         model = build.model(deployment)
-        engine = build.decode(model, deployment.decode)
+        engine = build.decode(model, limits)
         terms = plane.terms(deployment, model.fingerprint, model.layout)
         receiver = plane.receiver(deployment, terms, engine.pool)
         pulls = deployment.transfer.pulls
-        peers = len(deployment.instances("decode"))
         turn_tokens = deployment.prefill.batch_tokens
         return DecodeInstance(
-            name, model, engine, deployment.decode, receiver, pulls, turn_tokens, peers, metrics
+            name, model, engine, limits, receiver, pulls, turn_tokens, peers, metrics
         )

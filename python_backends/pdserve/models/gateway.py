@@ -66,10 +66,7 @@ class GatewayModel(ABC):
         self._file = DeploymentFile(triton.deployment_path(args))
         self.deployment = self._file.deployment
         self.tokenizer = Tokenizer(Path(self.deployment.model))
-        decode = self.deployment.decode
-        self._longest = min(
-            build.context_length(self.deployment), decode.blocks * decode.block_size
-        )
+        self._longest = build.longest(self.deployment)
         """Tokens of prompt and answer together, at most."""
         self._name = args["model_name"]
         self._traces = tracing.start(

@@ -15,6 +15,8 @@ from pdserve import config, errors, messages
 from pdserve.channels.answers import Answers, Call
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import PrefillInstance
+from pdserve.engines.relayed.decode import RelayedDecode
+from pdserve.engines.relayed.prefill import RelayedPrefill
 from pdserve.messages import (
     DecodeRequest,
     Describe,
@@ -22,6 +24,7 @@ from pdserve.messages import (
     Join,
     PrefillRequest,
     Release,
+    Taken,
     Watch,
 )
 from pdserve.metrics import Registry
@@ -40,7 +43,7 @@ class InstanceModel(ABC):
     @abstractmethod
     def make(
         self, name: str, deployment: config.Deployment, metrics: Registry
-    ) -> PrefillInstance | DecodeInstance:
+    ) -> PrefillInstance | RelayedPrefill | DecodeInstance | RelayedDecode:
         """The instance; its model is loaded here."""
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -93,13 +96,15 @@ class InstanceModel(ABC):
                 self._instance.release(released, send)
             case instance, Watch() as request:
                 instance.watch(request, send)
-            case PrefillInstance() as prefill, PrefillRequest() as request:
+            case RelayedPrefill() as prefill, Taken(id=taken):
+                prefill.taken(taken, send)
+            case PrefillInstance() | RelayedPrefill() as prefill, PrefillRequest() as request:
                 prefill.submit(request, send)
-            case PrefillInstance() as prefill, Describe():
+            case PrefillInstance() | RelayedPrefill() as prefill, Describe():
                 prefill.describe(send)
-            case DecodeInstance() as decode, DecodeRequest() as request:
+            case DecodeInstance() | RelayedDecode() as decode, DecodeRequest() as request:
                 decode.submit(request, send)
-            case DecodeInstance() as decode, Join() as request:
+            case DecodeInstance() | RelayedDecode() as decode, Join() as request:
                 decode.join(request, send)
             case instance, request:
                 raise errors.InstanceError(

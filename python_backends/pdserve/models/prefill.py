@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pdserve import config
 from pdserve.engines import build
 from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.engines.relayed.prefill import RelayedPrefill
 from pdserve.metrics import Registry
 from pdserve.models.instance import InstanceModel
-from pdserve.transfer import plane
+from pdserve.transfer import key, plane
 
 
 class TritonPythonModel(InstanceModel):
-    def make(self, name: str, deployment: config.Deployment, metrics: Registry) -> PrefillInstance:
+    def make(
+        self, name: str, deployment: config.Deployment, metrics: Registry
+    ) -> PrefillInstance | RelayedPrefill:
+        limits = deployment.prefill
+        if deployment.engine.relayed:
+            secret = key.load(Path(deployment.transfer.key_file))
+            engine = build.relayed(name, "prefill", deployment)
+            return RelayedPrefill(name, engine, limits, secret, metrics)
         model = build.model(deployment)
         terms = plane.terms(deployment, model.fingerprint, model.layout)
-        slots = deployment.prefill.slots + MAX_QUARANTINED
-        holder = plane.holder(deployment, name, terms, slots)
+        holder = plane.holder(deployment, name, terms, limits.slots + MAX_QUARANTINED)
         return PrefillInstance(
-            name, model, build.prefill(model), deployment.prefill, holder, terms.cut, metrics
+            name, model, build.prefill(model), limits, holder, terms.cut, metrics
         )

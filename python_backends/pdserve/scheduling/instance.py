@@ -8,7 +8,18 @@ import uuid
 
 from pdserve import errors
 from pdserve.channels.protocol import Channel, NoAnswer, Replies
-from pdserve.messages import Busy, Failed, Freed, Release, Reply, Request, Stranger, Tokens, Watch
+from pdserve.messages import (
+    Busy,
+    Failed,
+    Freed,
+    Release,
+    Reply,
+    Request,
+    Stranger,
+    Taken,
+    Tokens,
+    Watch,
+)
 from pdserve.scheduling.breaker import Breaker
 
 
@@ -58,6 +69,13 @@ class Call:
         """The instance has computed what it was to; it only holds the result."""
         self._computed = 1
         self._instance.computed += 1
+
+    def taken(self, tell: bool) -> None:
+        """A decode has the result: the instance has let go of it, or does when it is told."""
+        self.done = True
+        if tell:
+            self._instance.tell(Taken(self._id))
+        self.close()
 
     def close(self) -> None:
         """End the call, telling the instance to let go unless it has already; once is enough."""
@@ -137,10 +155,15 @@ class Instance:
             self._release(call_id)
 
     def _release(self, call_id: str) -> None:
-        # Nobody waits for the answer. If this message is lost, a prefill's lease ends
-        # it, and a decode's request runs to its end.
-        call = f"{call_id}-release"
-        self._channel.open(call, Release(call_id))
+        self.tell(Release(call_id))
+
+    def tell(self, message: Release | Taken) -> None:
+        """Nobody waits for the answer.
+
+        If it is lost, a prefill's lease ends it, and a decode's request runs to its end.
+        """
+        call = f"{message.id}-over"
+        self._channel.open(call, message)
         self._channel.forget(call)
 
     async def close(self) -> None:

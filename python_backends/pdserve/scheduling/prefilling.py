@@ -32,8 +32,7 @@ class Computed(NamedTuple):
 
     def taken(self) -> None:
         """The KV cache has left the prefill: its slot is free."""
-        self.call.done = True
-        self.call.close()
+        self.call.taken(tell=self.result.unseen)
         self.prefills.freed(self.prefill)
 
     def close(self) -> None:
@@ -64,9 +63,10 @@ class Prefilling:
         self._prefixes = Prefixes()
         self._pace = Pace()
         """From an offer to the first token. A request that still waits when it would come after its
-        limit could only be computed in vain, in the place of one that is in time. Used for leaving
-        the line and for nothing else: whoever finds an idle prefill is computed, whatever the
-        guess, so that a wrong one is put right and refuses nobody whom a prefill could serve."""
+        limit could only be computed in vain, in the place of one that is in time; with nobody in
+        line but itself it waits somewhat longer. Used for leaving the line and for nothing else:
+        whoever finds an idle prefill is computed, whatever the guess, so that a wrong one is put
+        right and refuses nobody whom a prefill could serve."""
 
     async def compute(self, request: Request, prefills: Forwarding[Offered]) -> Computed:
         """Wait for an idle one of ``prefills``, and for what it makes of the request.
@@ -100,12 +100,14 @@ class Prefilling:
                     prefill.tokens -= uncached(prefill)
             return taken
 
-        order, takes = request.order, 0.0
+        order, takes, alone = request.order, 0.0, 0.0
         if prefills.queue:
             order = False, request.arrived
         else:
-            takes = self._pace.expected(tokens - max(cached.values(), default=0))
-        taken = await prefills.take(order, request.deadline - takes, cost, ask)
+            fewest = tokens - max(cached.values(), default=0)
+            takes, alone = self._pace.expected(fewest), self._pace.usual(fewest)
+        limit = request.deadline
+        taken = await prefills.take(order, limit - takes, cost, ask, limit - alone)
         if taken is None:
             raise late(prefills.why_not(), request, takes)
         request.attempts += 1
@@ -137,6 +139,8 @@ class Prefilling:
             gateway=self._calls.gateway,
             hurry=hurry,
             layered=self._meetings.layered(prefill.name, request.prompt_tokens),
+            only=request.max_tokens - request.output_tokens == 1,
+            ignore_eos=request.ignore_eos,
             trace=request.trace,
         )
         self._metrics.add("pdserve_forward_attempts")

@@ -1,0 +1,50 @@
+"""A model's files, as far as they are read without a library for models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from pdserve.errors import DeploymentError
+
+SAMPLE_BYTES = 1 << 16
+
+
+def fingerprint(path: Path, about: str) -> str:
+    """Equal for two processes with the same weights that say the same ``about`` them.
+
+    Of each file of weights it takes the name, the size and a sample of the bytes.
+    """
+    digest = hashlib.sha256(about.encode())
+    files = (
+        [path]
+        if path.is_file()
+        else sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")])
+    )
+    for name in files:
+        size = name.stat().st_size
+        digest.update(f"{name.name} {size} ".encode())
+        with name.open("rb") as file:
+            for offset in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+                file.seek(offset)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def eos_ids(path: Path) -> list[int]:
+    """What ends an answer, the first of them first: generation_config.json's word, else config's.
+
+    Raises:
+        DeploymentError: there is no configuration, or it names none.
+    """
+    for name in ("generation_config.json", "config.json"):
+        try:
+            ids = json.loads((path / name).read_bytes()).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise DeploymentError(f"{path / name}: {error}") from error
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    raise DeploymentError(f"{path}: its configuration names no eos_token_id")

@@ -1,0 +1,258 @@
+"""A decode whose engine fetches KV caches and batches by itself; its slots are counted here."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pdserve import config, errors
+from pdserve.engines.decode import ACCEPTED_AFTER_S, TICK_S, interval_s
+from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
+from pdserve.engines.relayed.protocol import Asked, GenerationEngine, Piece
+from pdserve.engines.relayed.reports import Reports
+from pdserve.engines.watches import Send, Watches
+from pdserve.kvcache.handle import unseal
+from pdserve.messages import (
+    Accepted,
+    Busy,
+    DecodeRequest,
+    Failed,
+    Join,
+    Joined,
+    Released,
+    Reply,
+    Stranger,
+    Tokens,
+    Watch,
+)
+from pdserve.metrics import Registry
+from pdserve.transfer.reports import Met, Pulled
+
+# Nothing is known of the engine's own link: all pairs are alike to who chooses among them.
+UNKNOWN_RATE = 1e12
+
+
+@dataclass(slots=True, eq=False)
+class _Opened:
+    """A request that has been accepted, until its end."""
+
+    request: DecodeRequest
+    send: Send
+    began: float
+    sent: int
+    """Tokens of the answer that have been told, the prefill's first one included."""
+    sent_at: float = 0.0
+    unsent: list[int] = field(default_factory=list)
+    pulled: Pulled | None = None
+    """How the KV cache came, until it has been told."""
+    arrived: bool = False
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+    def tell(self, reply: Reply, last: bool) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.send(reply, last)
+
+
+class RelayedDecode:
+    """One engine in the decode role. Closed with the instance.
+
+    Args:
+        transport: what the engine's link is called in ``stats``.
+        key: of the deployment, under which handles are sealed.
+        peers: decodes that a gateway spreads its streams over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: GenerationEngine,
+        transport: str,
+        limits: config.Decode,
+        key: bytes,
+        peers: int,
+        metrics: Registry,
+    ) -> None:
+        self._name = name
+        self._engine = engine
+        self._transport = transport
+        self._limits = limits
+        self._key = key
+        self._peers = peers
+        self._metrics = metrics
+        self._met: dict[bytes, str] = {}
+        """Prefills by epoch."""
+        self._watches = Watches()
+        self._reports = Reports(name, engine, metrics)
+        self._refused = False
+        """Somebody, since the last request ended."""
+        self._open: dict[str, _Opened] = {}
+        self._unwanted = Failed(errors.Cancelled.code, "released")
+        """What is said of an answer that is given up."""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to keep time; called once in the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._tasks = [
+            asyncio.create_task(work) for work in (self._keep_time(), self._reports.run())
+        ]
+
+    async def close(self) -> None:
+        self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
+        tasks = [*self._tasks, *(opened.task for opened in self._open.values() if opened.task)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._watches.close(self._unwanted)
+        await self._engine.close()
+
+    def join(self, request: Join, send: Send) -> None:
+        """Meet a prefill: make sure that its KV caches are of use here."""
+        try:
+            holder = unseal(request.description, RelayedDescription, self._key)
+            if holder.fingerprint != self._engine.fingerprint:
+                raise errors.HandleError(
+                    f"{holder.name} is {holder.fingerprint}; this instance "
+                    f"{self._engine.fingerprint}"
+                )
+        except errors.HandleError as error:
+            send(Failed(error.code, f"{self._name}: {error}"), True)
+            return
+        former = [epoch for epoch, name in self._met.items() if name == holder.name]
+        for epoch in former:
+            del self._met[epoch]
+        self._met[holder.epoch] = holder.name
+        met = Met(self._transport, "", 0.0, UNKNOWN_RATE, {}, False)
+        send(Joined(holder.name, met, 0), True)
+
+    # ---------------------------------------------------------------- admission
+
+    def submit(self, request: DecodeRequest, send: Send) -> None:
+        """Accept or reject, at once; ``send`` gets the rejection or, later, the tokens."""
+        length = len(request.prompt) // 4 + request.max_tokens
+        if length > self._engine.context_length:
+            message = (
+                f"prompt and max_tokens are {length} tokens; {self._name} takes "
+                f"{self._engine.context_length}"
+            )
+            send(Failed(errors.InvalidRequest.code, message), True)
+            return
+        if request.id in self._open:
+            send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
+            return
+        if len(self._open) >= self._limits.slots:
+            self._refused = True
+            send(Busy("slots"), True)
+            return
+        link = b""
+        if request.handle:
+            try:
+                handle = unseal(request.handle, RelayedHandle, self._key)
+                if handle.epoch not in self._met:
+                    send(Stranger(), True)
+                    return
+                if handle.prompt != digest(request.prompt):
+                    raise errors.HandleError("the handle is of another prompt")
+                if not handle.link:
+                    raise errors.HandleError("the prefill has kept nothing")
+            except errors.HandleError as error:
+                send(Failed(error.code, f"{self._name}: {error}"), True)
+                return
+            link = handle.link
+        now = self._loop.time()
+        opened = _Opened(request, send, now, 0 if request.first_token is None else 1, now)
+        self._open[request.id] = opened
+        opened.timer = self._loop.call_later(ACCEPTED_AFTER_S, send, Accepted(), False)
+        opened.task = asyncio.create_task(self._run(opened, link))
+
+    def release(self, request_id: str, send: Send) -> None:
+        """Nobody wants the tokens any more."""
+        opened = self._open.get(request_id)
+        if opened is not None:
+            assert opened.task is not None
+            opened.task.cancel()
+        self._watches.release(request_id)
+        send(Released(), True)
+
+    def watch(self, request: Watch, send: Send) -> None:
+        """Say once that a request has ended since; at once if there is none."""
+        self._watches.add(request, send)
+        ended = not self._refused and len(self._open) < self._limits.slots
+        if ended or not self._open:
+            self._tell_watches()
+
+    def _tell_watches(self) -> None:
+        self._refused = False
+        self._watches.tell(sys.maxsize, self._loop.time())
+
+    # ------------------------------------------------------------------- decode
+
+    async def _run(self, opened: _Opened, link: bytes) -> None:
+        request = opened.request
+        asked = Asked(
+            prompt=np.frombuffer(request.prompt, "<i4"),
+            sampling=request.sampling,
+            max_tokens=request.max_tokens,
+            ignore_eos=request.ignore_eos,
+            outputs=request.outputs,
+        )
+        reply: Reply = Failed(errors.InstanceError.code, f"{self._name}: the answer has no end")
+        try:
+            answer = self._engine.generate(asked, request.first_token, link)
+            async with aclosing(answer) as pieces:
+                async for piece in pieces:
+                    ended = self._append(opened, piece)
+                    if ended is not None:
+                        reply = ended
+                        break
+        except errors.PDServeError as error:
+            reply = Failed(error.code, f"{self._name}: {error}")
+        except asyncio.CancelledError:
+            reply = self._unwanted
+            raise
+        except Exception as error:  # one bad answer may not end the instance
+            reply = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
+        finally:
+            del self._open[request.id]
+            opened.tell(reply, True)
+            self._tell_watches()
+
+    def _append(self, opened: _Opened, piece: Piece) -> Tokens | None:
+        """Take in new tokens; the last reply, if they end the answer."""
+        request, now = opened.request, self._loop.time()
+        if not opened.arrived:
+            opened.arrived = True
+            first = (
+                next(iter(piece.ids), -1) if request.first_token is None else request.first_token
+            )
+            ms = (now - opened.began) * 1e3
+            opened.pulled = Pulled(0, self._transport, "engine", ms, ms, 0.0, first)
+        opened.unsent += piece.ids
+        interval = interval_s(self._limits, len(self._open), self._peers)
+        quiet = now - opened.sent_at < max(interval, request.min_interval_ms / 1e3)
+        # What frees the prefill's slot does not wait.
+        if quiet and not piece.finish_reason and opened.pulled is None:
+            return None
+        ids = np.array(opened.unsent, "<i4").tobytes()
+        reply = Tokens(opened.sent, ids, piece.finish_reason, opened.pulled)
+        opened.sent += len(opened.unsent)
+        opened.sent_at, opened.unsent, opened.pulled = now, [], None
+        if piece.finish_reason:
+            return reply
+        opened.tell(reply, False)
+        return None
+
+    async def _keep_time(self) -> None:
+        gauge = self._metrics.set
+        while True:
+            used = len(self._open)
+            gauge("pdserve_slots", used, instance=self._name, state="used")
+            gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
+            gauge("pdserve_watches", len(self._watches), instance=self._name)
+            await asyncio.sleep(TICK_S)

@@ -1,0 +1,40 @@
+"""What travels from a relayed prefill to a decode, sealed like every handle of the deployment."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from pdserve.kvcache.handle import Epoch, Fingerprint
+
+MAX_LINK_BYTES = 1 << 20
+PROMPT_BYTES = 16
+
+
+class RelayedDescription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a prefill says of itself, once, to those who will take from it."""
+
+    version: Literal[1] = 1
+    name: Annotated[str, Meta(max_length=128)]
+    epoch: Epoch
+    fingerprint: Fingerprint
+
+
+class RelayedHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One prompt's KV cache in another engine."""
+
+    version: Literal[1] = 1
+    epoch: Epoch
+    """Of the prefill."""
+    prompt: Annotated[bytes, Meta(min_length=PROMPT_BYTES, max_length=PROMPT_BYTES)]
+    """``digest`` of its token ids: the link is of no use to another prompt."""
+    link: Annotated[bytes, Meta(max_length=MAX_LINK_BYTES)]
+    """The engine's own."""
+
+
+def digest(prompt: bytes) -> bytes:
+    """Of token ids, little-endian int32."""
+    return hashlib.blake2b(prompt, digest_size=PROMPT_BYTES).digest()

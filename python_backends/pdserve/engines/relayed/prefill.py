@@ -1,0 +1,249 @@
+"""A prefill whose engine queues, batches and keeps KV caches by itself.
+
+What an idle engine is, is counted here: it would take any number of requests, and never say that it
+is busy. A request holds a slot:
+
+    submit ──► COMPUTING ──► WAITING ──────────► over   a decode has taken the KV cache
+                  │             │ release
+                  │ release     ▼
+                  ▼           PINNED ──────────► over   the engine has let go of it by itself
+                over
+
+The engine offers no way to free a KV cache that nobody takes; it does so after ``keeps_s``. Until
+then the slot stays taken, so that what is accepted always finds memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from pdserve import config, errors
+from pdserve.engines.prefill import ACCEPTED_AFTER_S, ACCEPTED_AGAIN_S, TICK_S
+from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
+from pdserve.engines.relayed.protocol import Asked, Context, ContextEngine
+from pdserve.engines.relayed.reports import Reports
+from pdserve.engines.watches import Send, Watches
+from pdserve.kvcache.handle import EPOCH_BYTES, seal
+from pdserve.messages import (
+    Accepted,
+    Busy,
+    Described,
+    Failed,
+    Prefilled,
+    PrefillRequest,
+    Released,
+    Reply,
+    Watch,
+)
+from pdserve.metrics import Registry
+
+
+class Phase(Enum):
+    COMPUTING = "computing"
+    WAITING = "waiting"
+    PINNED = "pinned"
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """What a slot is taken by."""
+
+    request: PrefillRequest
+    send: Send
+    began: float
+    phase: Phase = Phase.COMPUTING
+    until: float = 0.0
+    """When the engine lets go of the KV cache by itself."""
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+class RelayedPrefill:
+    """One engine in the prefill role. Closed with the instance.
+
+    Args:
+        key: of the deployment, under which handles are sealed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: ContextEngine,
+        limits: config.Prefill,
+        key: bytes,
+        metrics: Registry,
+    ) -> None:
+        self._name = name
+        self._engine = engine
+        self._limits = limits
+        self._key = key
+        self._metrics = metrics
+        self._epoch = secrets.token_bytes(EPOCH_BYTES)
+        self._held: dict[str, _Held] = {}
+        self._watches = Watches()
+        self._reports = Reports(name, engine, metrics)
+        self._unwanted = Failed(errors.Cancelled.code, "released")
+        """What is said of a prompt that is given up."""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to keep time; called once in the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._tasks = [
+            asyncio.create_task(work) for work in (self._keep_time(), self._reports.run())
+        ]
+
+    async def close(self) -> None:
+        self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
+        tasks = [*self._tasks, *(held.task for held in self._held.values() if held.task)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._watches.close(self._unwanted)
+        await self._engine.close()
+
+    def describe(self, send: Send) -> None:
+        """Whose KV caches these are; the memory's ways are the engine's own matter."""
+        described = RelayedDescription(
+            name=self._name, epoch=self._epoch, fingerprint=self._engine.fingerprint
+        )
+        send(Described(seal(described, self._key)), True)
+
+    # ---------------------------------------------------------------- admission
+
+    def submit(self, request: PrefillRequest, send: Send) -> None:
+        """Accept or reject, at once; ``send`` gets the rejection or, later, the result."""
+        tokens = len(request.prompt) // 4
+        if tokens >= self._engine.context_length:
+            message = (
+                f"{tokens} prompt tokens; {self._name} takes fewer than "
+                f"{self._engine.context_length}"
+            )
+            self._watches.took(request.gateway)
+            send(Failed(errors.InvalidRequest.code, message), True)
+            return
+        if request.id in self._held:
+            send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
+            return
+        self._look(offering=request.gateway)
+        if not self._watches.admits(request.gateway, self._free()):
+            send(Busy("slots"), True)
+            return
+        self._watches.took(request.gateway)
+        held = self._held[request.id] = _Held(request, send, self._loop.time())
+        if request.hurry:
+            self._say_accepted(held)
+        else:
+            held.timer = self._loop.call_later(ACCEPTED_AFTER_S, self._say_accepted, held)
+        held.task = asyncio.create_task(self._compute(held))
+
+    def _say_accepted(self, held: _Held) -> None:
+        held.send(Accepted(), False)
+        held.timer = self._loop.call_later(ACCEPTED_AGAIN_S, self._say_accepted, held)
+
+    def watch(self, request: Watch, send: Send) -> None:
+        """Say once when a slot is free for this gateway, which may be now."""
+        self._watches.add(request, send)
+        self._look()
+
+    def _look(self, offering: str | None = None) -> None:
+        """See what the engine has let go of, and tell whose turn it is."""
+        now = self._loop.time()
+        for held in list(self._held.values()):
+            if held.phase is not Phase.COMPUTING and now >= held.until:
+                del self._held[held.request.id]
+        self._watches.tell(self._free(), now, offering)
+
+    def _free(self) -> int:
+        """Slots that could be taken."""
+        computing = sum(held.phase is Phase.COMPUTING for held in self._held.values())
+        return min(self._limits.batch - computing, self._limits.slots - len(self._held))
+
+    def release(self, request_id: str, send: Send) -> None:
+        """Whatever is held for the request, or a watch, is wanted no longer."""
+        self._watches.release(request_id)
+        held = self._held.get(request_id)
+        if held is not None and held.task is not None:
+            held.phase = Phase.PINNED if held.task.done() else held.phase
+            held.task.cancel()
+        self._look()
+        send(Released(), True)
+
+    def taken(self, request_id: str, send: Send) -> None:
+        """A decode has the KV cache."""
+        held = self._held.get(request_id)
+        if held is not None and held.phase is Phase.WAITING:
+            del self._held[request_id]
+        self._look()
+        send(Released(), True)
+
+    # ------------------------------------------------------------------ compute
+
+    async def _compute(self, held: _Held) -> None:
+        request = held.request
+        asked = Asked(
+            prompt=np.frombuffer(request.prompt, "<i4"),
+            sampling=request.sampling,
+            max_tokens=1,
+            ignore_eos=request.ignore_eos,
+            outputs=request.outputs,
+        )
+        try:
+            context = await self._engine.context(asked, keep=not request.only)
+        except errors.PDServeError as error:
+            self._end(held, Failed(error.code, f"{self._name}: {error}"))
+        except asyncio.CancelledError:
+            self._end(held, self._unwanted)
+            raise
+        except Exception as error:  # one bad prompt may not end the instance
+            self._end(held, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
+        else:
+            self._hand_over(held, context)
+        self._look()
+
+    def _hand_over(self, held: _Held, context: Context) -> None:
+        now = self._loop.time()
+        if held.timer is not None:
+            held.timer.cancel()
+        if context.link:
+            held.phase, held.until = Phase.WAITING, now + self._engine.keeps_s
+        else:
+            del self._held[held.request.id]
+        handle = RelayedHandle(
+            epoch=self._epoch, prompt=digest(held.request.prompt), link=context.link
+        )
+        self._metrics.add("pdserve_steps_total", instance=self._name)
+        prefilled = Prefilled(
+            context.token,
+            context.eos,
+            seal(handle, self._key),
+            context.cached,
+            (now - held.began) * 1e3,
+            unseen=True,
+        )
+        held.send(prefilled, True)
+
+    def _end(self, held: _Held, reply: Reply) -> None:
+        """Before its first token the request has failed or is unwanted."""
+        if held.timer is not None:
+            held.timer.cancel()
+        del self._held[held.request.id]
+        held.send(reply, True)
+
+    async def _keep_time(self) -> None:
+        while True:
+            self._look()
+            gauge, used = self._metrics.set, len(self._held)
+            gauge("pdserve_slots", used, instance=self._name, state="used")
+            gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
+            gauge("pdserve_watches", len(self._watches), instance=self._name)
+            phases = [held.phase for held in self._held.values()]
+            for phase in Phase:
+                count = phases.count(phase)
+                gauge("pdserve_kv_leases", count, instance=self._name, state=phase.value)
+            await asyncio.sleep(TICK_S)

@@ -1,0 +1,37 @@
+"""What an engine says of its own memory, as metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from pdserve.engines.relayed.protocol import EngineTerms
+from pdserve.metrics import Registry
+
+_log = logging.getLogger(__name__)
+
+REPORT_S = 2.0
+
+
+class Reports:
+    """Of one instance."""
+
+    def __init__(self, name: str, engine: EngineTerms, metrics: Registry) -> None:
+        self._name = name
+        self._engine = engine
+        self._metrics = metrics
+
+    async def run(self) -> None:
+        """Until cancelled; an engine that fails at this is not asked again."""
+        try:
+            while True:
+                report = await self._engine.report()
+                for state, blocks in report.blocks.items():
+                    self._metrics.set("pdserve_kv_blocks", blocks, instance=self._name, state=state)
+                for kind, count in report.events.items():
+                    self._metrics.add(
+                        "pdserve_kv_events_total", count, instance=self._name, type=kind
+                    )
+                await asyncio.sleep(REPORT_S)
+        except Exception as error:  # metrics are no reason to end an instance
+            _log.warning("%s: no metrics of the engine's memory: %r", self._name, error)

@@ -1,0 +1,224 @@
+"""``context_only`` and ``generation_only`` requests to one ``LLM``, which does all the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+from collections import Counter
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pdserve import config, errors
+from pdserve.engines import checkpoint
+from pdserve.engines.relayed.protocol import Asked, Context, FinishReason, Piece, Report
+from pdserve.engines.tensorrt_llm import sampling
+from pdserve.engines.tensorrt_llm.api import Api
+from pdserve.engines.tensorrt_llm.link import pack, unpack
+
+_log = logging.getLogger(__name__)
+
+CONTEXT, GENERATION = "context_only", "generation_only"
+# Ids below are the engine's own (disagg_utils.py: MIN_GLOBAL_ID); it has 64 signed bits for them.
+FIRST_ID, LAST_ID = 1 << 40, (1 << 63) - 1
+# For statistics and events that have come already; waiting is done elsewhere.
+LOOK_S = 0.01
+# docs/source/features/disagg-serving.md: context requests go with the plain scheduler alone; 1.0
+# refuses them otherwise.
+DEFAULTS: dict[config.Role, dict[str, Any]] = {
+    "prefill": {"disable_overlap_scheduler": True},
+    "decode": {},
+}
+FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+class TensorRTLLM:
+    """One ``LLM`` in one role: a ``ContextEngine`` or a ``GenerationEngine``.
+
+    Its calls are made in one event loop, that of the instance; it computes in processes of its own.
+
+    Args:
+        context_length: of the model.
+
+    Raises:
+        DeploymentError: not installed, of an unknown version, or it refuses its arguments.
+    """
+
+    def __init__(
+        self, name: str, role: config.Role, deployment: config.Deployment, context_length: int
+    ) -> None:
+        engine, limits = deployment.engine, getattr(deployment, role)
+        options = engine.tensorrt_llm
+        arguments = getattr(options, role)
+        self.context_length = min(context_length, arguments.max_seq_len or context_length)
+        model = Path(deployment.model)
+        self._eos_ids = checkpoint.eos_ids(model)
+        self._api = api = Api(engine.gpus.get(name, ()))
+        sampling.check(api.sampling_fields)
+        lease_s = deployment.prefill.lease_s
+        transceiver = _transceiver(api, options.cache_transceiver_config, lease_s)
+        self.keeps_s = lease_s if api.has_timeout else math.inf
+        if role == "prefill" and not api.has_timeout:
+            _log.warning(
+                "%s: tensorrt_llm %s keeps for ever what no decode takes; each such KV cache costs "
+                "a slot until the instance is restarted",
+                name,
+                api.version,
+            )
+        pool = msgspec.to_builtins(arguments.kv_cache_config)
+        link = {"version": api.version, **transceiver, "pool": pool.get("dtype", "auto")}
+        link["block"] = arguments.kv_cache_config.tokens_per_block
+        link["dtype"] = arguments.dtype
+        self.fingerprint = f"{api.version}:{checkpoint.fingerprint(model, repr(link))}"
+        try:
+            self._llm: Any = api.llm(
+                model=str(model),
+                backend="pytorch",
+                skip_tokenizer_init=True,
+                tensor_parallel_size=limits.tensor_parallel,
+                max_batch_size=limits.slots,
+                kv_cache_config=api.kv_cache_config(**pool),
+                cache_transceiver_config=api.cache_transceiver_config(**transceiver),
+                **(DEFAULTS[role] | arguments.given()),
+            )
+        except (TypeError, ValueError) as error:
+            raise errors.DeploymentError(f"engine tensorrt_llm, {name}: {error}") from error
+        self._shows_pool = bool(arguments.enable_iter_perf_stats)
+        self._tells_events = bool(arguments.kv_cache_config.event_buffer_max_size)
+
+    # ------------------------------------------------------------------ context
+
+    async def context(self, asked: Asked, keep: bool) -> Context:
+        """Implements ``ContextEngine``."""
+        params = None
+        if keep:
+            params = self._api.disaggregated_params(request_type=CONTEXT, **self._new_id())
+        output = self._begin(asked, params, streaming=False)
+        try:
+            await output.aresult()
+        except Exception as error:
+            raise errors.InstanceError(f"context_only: {error!r}") from error
+        finally:
+            _abort(output)
+        [completion] = output.outputs
+        if completion.finish_reason not in FINISHED or len(completion.token_ids) != 1:
+            raise errors.InstanceError(
+                f"context_only: {len(completion.token_ids)} tokens, {completion.finish_reason}"
+            )
+        [token] = completion.token_ids
+        made = completion.disaggregated_params
+        if keep and made is not None and made.ctx_request_id is not None:
+            # Versions differ in whether one that has ended is kept, too: it counts as kept.
+            return Context(token, token in self._eos_ids, pack(made), 0)
+        if keep and completion.finish_reason != "stop":
+            raise errors.InstanceError("context_only: no link came back")
+        return Context(token, token in self._eos_ids, b"", 0)
+
+    def _new_id(self) -> dict[str, int]:
+        """For each attempt another: a retry with the old one would meet its own past."""
+        if not self._api.has_own_ids:
+            return {}
+        return {"disagg_request_id": FIRST_ID + secrets.randbelow(LAST_ID - FIRST_ID)}
+
+    # --------------------------------------------------------------- generation
+
+    async def generate(
+        self, asked: Asked, first: int | None, link: bytes
+    ) -> AsyncGenerator[Piece, None]:
+        """Implements ``GenerationEngine``."""
+        params = None
+        if first is not None:
+            params = unpack(link, self._api.disaggregated_params, GENERATION)
+        output = self._begin(asked, params, streaming=True)
+        told = [] if first is None else [first]
+        try:
+            async for part in output:
+                [completion] = part.outputs
+                reason = completion.finish_reason
+                if reason is not None and reason not in FINISHED:
+                    raise errors.InstanceError(f"the engine ended the answer: {reason}")
+                # All so far, from the context's token on. token_ids_diff leaves that one out only
+                # where it comes with exactly one more.
+                ids = completion.token_ids
+                if list(ids[:1]) != told[:1] and told and ids:
+                    raise errors.InstanceError(f"the answer begins with {ids[0]}, not {told[0]}")
+                new = list(ids[len(told) :])
+                told += new
+                if new or reason is not None:
+                    yield Piece(new, "" if reason is None else FINISHED[reason])
+        except errors.PDServeError:
+            raise
+        except Exception as error:
+            raise errors.InstanceError(f"generation: {error!r}") from error
+        finally:
+            _abort(output)
+
+    # --------------------------------------------------------------------- both
+
+    def _begin(self, asked: Asked, params: Any, *, streaming: bool) -> Any:
+        """Raises: InvalidRequest, InstanceError."""
+        arguments = sampling.arguments(asked, self._eos_ids, self._api.sampling_fields)
+        try:
+            # The order of its parameters differs between versions.
+            return self._llm.generate_async(
+                inputs=asked.prompt.tolist(),
+                sampling_params=self._api.sampling_params(**arguments),
+                streaming=streaming,
+                disaggregated_params=params,
+            )
+        except (TypeError, ValueError) as error:
+            raise errors.InvalidRequest(str(error)) from error
+        except RuntimeError as error:
+            raise errors.InstanceError(str(error)) from error
+
+    async def report(self) -> Report:
+        """Implements ``EngineTerms``."""
+        blocks: dict[str, float] = {}
+        events: Counter[str] = Counter()
+        if self._shows_pool:
+            async for stats in self._llm.get_stats_async(timeout=LOOK_S):
+                blocks |= _blocks(stats.get("kvCacheStats") or {})
+        if self._tells_events:
+            async for event in self._llm.get_kv_cache_events_async(timeout=LOOK_S):
+                events[event["data"]["type"]] += 1
+        return Report(blocks, events)
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self._llm.shutdown)
+
+
+def _blocks(stats: dict[str, float]) -> dict[str, float]:
+    states = {"used": "usedNumBlocks", "free": "freeNumBlocks"}
+    return {state: stats[name] for state, name in states.items() if name in stats}
+
+
+def _abort(output: Any) -> None:
+    """Of one that has ended it is nothing."""
+    if not output.finished:
+        output.abort()
+
+
+def _transceiver(api: Api, wanted: Any, lease_s: float) -> dict[str, Any]:
+    """Keyword arguments of a CacheTransceiverConfig.
+
+    Raises:
+        DeploymentError: this version has no such option.
+    """
+    options = {"backend": "DEFAULT", **msgspec.to_builtins(wanted)}
+    if api.has_timeout:  # nobody else frees a KV cache that no decode has taken
+        options["kv_transfer_timeout_ms"] = int(lease_s * 1e3)
+    if api.has_runtimes:
+        # "auto" decides by each server's own environment, and only its log says what.
+        nixl = options["backend"] in ("DEFAULT", "NIXL")
+        options.setdefault("transceiver_runtime", "PYTHON" if nixl else "CPP")
+    for name in sorted(set(options) - api.transceiver_fields):
+        allowed = ", ".join(sorted(api.transceiver_fields))
+        raise errors.DeploymentError(
+            f"engine.tensorrt_llm.cache_transceiver_config.{name}: tensorrt_llm {api.version} has "
+            f"no such option; allowed: {allowed}"
+        )
+    return options

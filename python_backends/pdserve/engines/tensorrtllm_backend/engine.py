@@ -1,0 +1,131 @@
+"""A context and a generation model of the C++ backend, reached over gRPC.
+
+A request is a stream of its own on one connection: to end the stream is to cancel the request, and
+no other.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import grpc
+from tritonclient.grpc import InferInput
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from pdserve import config, errors
+from pdserve.engines import checkpoint
+from pdserve.engines.relayed.protocol import Asked, Context, Piece, Report
+from pdserve.engines.tensorrtllm_backend import tensors
+from pdserve.engines.tensorrtllm_backend.tensors import Answer, Tensors
+
+
+class BackendModel:
+    """One model in one role: a ``ContextEngine`` or a ``GenerationEngine``.
+
+    Args:
+        context_length: of the model.
+
+    Raises:
+        DeploymentError: the model's files say nothing of how an answer ends.
+    """
+
+    def __init__(self, name: str, deployment: config.Deployment, context_length: int) -> None:
+        place = deployment.engine.models[name]
+        model = Path(deployment.model)
+        self._place = place
+        self._client: InferenceServerClient | None = None
+        self._eos_ids = checkpoint.eos_ids(model)
+        # How long an engine really keeps a KV cache cannot be set, nor asked, from here.
+        self.keeps_s = deployment.prefill.lease_s
+        self.context_length = context_length
+        self.fingerprint = f"tensorrtllm:{checkpoint.fingerprint(model, '')}"
+
+    async def context(self, asked: Asked, keep: bool) -> Context:
+        """Implements ``ContextEngine``."""
+        request = tensors.request(asked, self._eos_ids, streaming=False)
+        kind = {tensors.REQUEST_TYPE: tensors.CONTEXT} if keep else {}
+        async with aclosing(self._answers(request, kind)) as answers:
+            made = [answer async for answer in answers]
+        if len(made) != 1:
+            raise errors.InstanceError(f"{self._place.model}: {len(made)} responses to a context")
+        [(ids, link)] = made
+        if keep and ids and not link:
+            raise errors.InstanceError(f"{self._place.model}: a context without {tensors.LINK}")
+        # An end of the answer is no token of it.
+        token = ids[0] if ids else self._eos_ids[0]
+        return Context(token, token in self._eos_ids, link, 0)
+
+    async def generate(
+        self, asked: Asked, first: int | None, link: bytes
+    ) -> AsyncGenerator[Piece, None]:
+        """Implements ``GenerationEngine``."""
+        request = tensors.request(asked, self._eos_ids, streaming=True, link=link)
+        kind = {} if first is None else {tensors.REQUEST_TYPE: tensors.GENERATION}
+        told, untold = list[int](), list[int]()
+        async with aclosing(self._answers(request, kind)) as answers:
+            async for ids, _ in answers:
+                untold += ids
+                if first is not None and not told and ids:
+                    # It repeats the context's token, for callers who have passed on nothing yet.
+                    if ids[0] != first:
+                        raise errors.InstanceError(f"the answer begins with {ids[0]}, not {first}")
+                    del untold[0]
+                told += ids
+                # The last of them are told with the reason, which is not in any response.
+                if untold and len(told) < asked.max_tokens:
+                    yield Piece(untold, "")
+                    untold = []
+        stopped = not asked.ignore_eos and told[-1:] and told[-1] in self._eos_ids
+        yield Piece(untold, "stop" if stopped or len(told) < asked.max_tokens else "length")
+
+    async def _answers(
+        self, request: Tensors, kind: dict[str, str]
+    ) -> AsyncGenerator[Answer, None]:
+        """The responses to a request; closed early, it is cancelled. Raises: InstanceError."""
+        inputs = []
+        for name, array in request.items():
+            tensor = InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
+            tensor.set_data_from_numpy(array)
+            inputs.append(tensor)
+
+        async def only() -> AsyncIterator[dict[str, Any]]:
+            yield {
+                "model_name": self._place.model,
+                "inputs": inputs,
+                "request_id": uuid.uuid4().hex,
+                "parameters": kind,
+                "enable_empty_final_response": True,
+            }
+
+        if self._client is None:
+            self._client = InferenceServerClient(self._place.address)
+        responses = self._client.stream_infer(only())
+        try:
+            async for result, error in responses:
+                if error is not None:
+                    raise errors.InstanceError(f"{self._place.model}: {error.message()}")
+                response = result.get_response()
+                if response.outputs:
+                    yield tensors.answer(
+                        {one.name: result.as_numpy(one.name) for one in response.outputs}
+                    )
+                if response.parameters["triton_final_response"].bool_param:
+                    return
+        except (grpc.RpcError, InferenceServerException) as error:
+            raise errors.InstanceError(f"{self._place.address}: {error}") from error
+        finally:
+            responses.cancel()
+
+    async def report(self) -> Report:
+        """Implements ``EngineTerms``; the backend has metrics of its own."""
+        return Report({}, {})
+
+    async def close(self) -> None:
+        """Leave it; its server is not ours."""
+        if self._client is not None:
+            await self._client.close()

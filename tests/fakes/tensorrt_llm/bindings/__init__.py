@@ -1,0 +1,1 @@
+"""In the library, what is bound from C++."""

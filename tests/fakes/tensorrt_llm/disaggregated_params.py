@@ -1,0 +1,71 @@
+"""What travels between a context request and its generation request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from tensorrt_llm.bindings.executor import ContextPhaseParams, RequestType
+from tensorrt_llm.version import NEWEST, OLDEST
+
+_TYPES = {
+    "context_only": RequestType.REQUEST_TYPE_CONTEXT_ONLY,
+    "generation_only": RequestType.REQUEST_TYPE_GENERATION_ONLY,
+    "context_and_generation": RequestType.REQUEST_TYPE_CONTEXT_AND_GENERATION,
+}
+
+
+class DisaggScheduleStyle(IntEnum):
+    CONTEXT_FIRST = 0
+    GENERATION_FIRST = 1
+
+
+@dataclass(slots=True, kw_only=True)
+class DisaggregatedParams:
+    """Of a request; and, of a context engine's answer, the link for the generation engine."""
+
+    request_type: str | None = None
+    first_gen_tokens: list[int] | None = None
+    if NEWEST:
+        first_gen_log_probs: list[Any] | None = None
+        first_gen_logits: list[Any] | None = None
+    ctx_request_id: int | None = None
+    opaque_state: bytes | None = None
+    draft_tokens: list[int] | None = None
+    if NEWEST:
+        disagg_request_id: int | None = None
+        ctx_dp_rank: int | None = None
+        ctx_info_endpoint: str | None = None
+        schedule_style: DisaggScheduleStyle | None = None
+    if not OLDEST:
+        multimodal_embedding_handles: list[dict[str, Any]] | None = None
+        multimodal_hashes: list[list[int]] | None = None
+    if NEWEST:
+        mrope_position_ids_handle: dict[str, Any] | None = None
+        mrope_position_deltas_handle: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.request_type is not None:
+            self.request_type = self.request_type.lower()
+            self.get_request_type()
+
+    def get_request_type(self) -> RequestType:
+        """Raises: ValueError: it is none of the three."""
+        if self.request_type not in _TYPES:
+            raise ValueError(
+                f"request_type {self.request_type} is not known; allowed are {', '.join(_TYPES)}"
+            )
+        return _TYPES[self.request_type]
+
+    def get_context_phase_params(self) -> ContextPhaseParams:
+        """The link as the executor takes it."""
+        params = ContextPhaseParams(
+            self.first_gen_tokens, self.ctx_request_id, self.opaque_state, self.draft_tokens
+        )
+        if NEWEST:
+            if self.disagg_request_id is not None:
+                params.req_id = self.disagg_request_id
+            params.ctx_dp_rank = self.ctx_dp_rank
+            params.disagg_info_endpoint = self.ctx_info_endpoint
+        return params

@@ -1,0 +1,5 @@
+"""In the library, what runs requests."""
+
+from tensorrt_llm.executor.utils import RequestError
+
+__all__ = ["RequestError"]

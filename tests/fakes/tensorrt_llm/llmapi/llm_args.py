@@ -1,0 +1,159 @@
+"""Arguments of `LLM`, and the configurations among them."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+from tensorrt_llm.llmapi.strict import StrictBaseModel
+from tensorrt_llm.version import NEWEST, OLDEST
+
+Positive = Annotated[int, Meta(gt=0)]
+Fraction = Annotated[float, Meta(gt=0, le=1)]
+
+# Where the backend is DEFAULT, the first of these that is "1" decides.
+_BACKENDS = ("NIXL", "UCX", "MOONCAKE", "MPI")
+
+
+class CacheTransceiverConfig(StrictBaseModel):
+    """How KV caches move. Without a backend they do not."""
+
+    if OLDEST:
+        backend: Literal["DEFAULT", "UCX", "NIXL", "MPI"] | None = None
+    else:
+        backend: Literal["DEFAULT", "UCX", "NIXL", "MOONCAKE", "MPI"] | None = None  # type: ignore[no-redef]
+    if NEWEST:
+        transceiver_runtime: Literal["CPP", "PYTHON", "auto"] | None = "auto"
+    max_tokens_in_buffer: int | None = None
+    if not OLDEST:
+        kv_transfer_timeout_ms: Positive | None = 60000 if NEWEST else None
+        kv_transfer_sender_future_timeout_ms: Positive | None = 1000
+    if NEWEST:
+        kv_transfer_poll_interval_ms: Positive | None = 5000
+        kv_cache_bounce_size_mb: Annotated[int, Meta(ge=0)] = 0
+        enable_pipelined_transfer: bool = False
+
+    @property
+    def _timeout_s(self) -> float | None:
+        timeout_ms = None if OLDEST else self.kv_transfer_timeout_ms
+        return None if timeout_ms is None else timeout_ms / 1e3
+
+    @property
+    def _resolved(self) -> str | None:
+        if self.backend != "DEFAULT":
+            return self.backend
+        chosen = (name for name in _BACKENDS if os.environ.get(f"TRTLLM_USE_{name}_KVCACHE") == "1")
+        return next(chosen, "NIXL")
+
+    @property
+    def _runtime(self) -> Literal["CPP", "PYTHON"] | None:
+        """Which transceiver it asks for; None: none.
+
+        Raises:
+            ValueError: the Python one, and what that cannot do.
+        """
+        backend = self._resolved
+        if backend is None:
+            return None
+        asked = self.transceiver_runtime if NEWEST else "CPP"
+        possible = backend == "NIXL" and self._timeout_s is not None
+        if asked == "PYTHON" and not possible:
+            raise ValueError(
+                f"the Python transceiver needs the backend NIXL, not {backend}, and a "
+                f"kv_transfer_timeout_ms, not {self.kv_transfer_timeout_ms}"
+            )
+        return "PYTHON" if asked == "PYTHON" or (asked == "auto" and possible) else "CPP"
+
+
+class KvCacheConfig(StrictBaseModel):
+    """The pool of KV cache blocks."""
+
+    enable_block_reuse: bool = True
+    max_tokens: int | None = None
+    max_attention_window: list[int] | None = None
+    sink_token_length: int | None = None
+    free_gpu_memory_fraction: Fraction | None = 0.9
+    host_cache_size: int | None = None
+    onboard_blocks: bool = True
+    cross_kv_cache_fraction: float | None = None
+    secondary_offload_min_priority: int | None = None
+    event_buffer_max_size: int = 0
+    attention_dp_events_gather_period_ms: int = 5
+    enable_partial_reuse: bool = True
+    copy_on_partial_reuse: bool = True
+    use_uvm: bool = False
+    dtype: str = "auto"
+    tokens_per_block: Positive = 32
+    if not OLDEST:
+        max_gpu_total_bytes: int | None = 0
+    if NEWEST:
+        disk_cache_size: int | None = None
+        disk_cache_path: str | None = None
+        iteration_stats_interval: Positive = 1
+        use_kv_cache_manager_v2: bool | Literal["auto"] = "auto"
+        kv_events_config: Any = None
+        kv_cache_event_hash_algo: Literal["auto", "v1_block_key", "v2_sha256", "v2_sha256_64"] = (
+            "auto"
+        )
+        block_reuse_config: Any = None
+
+
+class TorchLlmArgs(StrictBaseModel):
+    """Of the PyTorch backend. `Any`: accepted, and without effect."""
+
+    model: Any
+    tokenizer: Any = None
+    tokenizer_mode: Literal["auto", "slow"] = "auto"
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    tensor_parallel_size: Positive = 1
+    dtype: str = "auto"
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    backend: Literal["pytorch"] | None = "pytorch"
+    pipeline_parallel_size: Positive = 1
+    context_parallel_size: Positive = 1
+    gpus_per_node: Any = None
+    moe_tensor_parallel_size: Any = None
+    moe_expert_parallel_size: Any = None
+    moe_config: Any = None
+    enable_attention_dp: bool = False
+    attention_dp_config: Any = None
+    max_batch_size: Positive | None = 2048
+    max_num_tokens: Positive | None = 8192
+    max_seq_len: Positive | None = None
+    max_input_len: Positive | None = 1024
+    max_beam_width: Positive | None = 1
+    kv_cache_config: KvCacheConfig | None = None
+    cache_transceiver_config: CacheTransceiverConfig | None = None
+    enable_chunked_prefill: bool = False
+    disable_overlap_scheduler: bool = False
+    scheduler_config: Any = None
+    sampler_type: Any = "auto"
+    attn_backend: str = "TRTLLM"
+    cuda_graph_config: Any = None
+    torch_compile_config: Any = None
+    load_format: Any = "auto"
+    enable_iter_perf_stats: bool = False
+    enable_iter_req_stats: bool = False
+    iter_stats_max_iterations: int | None = None
+    request_stats_max_iterations: int | None = None
+    print_iter_log: bool = False
+    return_perf_metrics: bool = False
+    stream_interval: Positive = 1
+    num_postprocess_workers: int = 0
+    postprocess_tokenizer_dir: str | None = None
+    reasoning_parser: str | None = None
+    guided_decoding_backend: Any = None
+    speculative_config: None = None
+    enable_lora: Literal[False] = False
+    lora_config: None = None
+    garbage_collection_gen0_threshold: int = 20000
+    if not OLDEST:
+        perf_metrics_max_requests: int = 0
+        otlp_traces_endpoint: str | None = None
+        orchestrator_type: str | None = None
+    if NEWEST:
+        env_overrides: dict[str, str] | None = None
+        max_stats_len: int = 1000

@@ -1,0 +1,471 @@
+"""The ``tensorrt_llm`` engine over a fake of TensorRT-LLM: every version, both kinds of link."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import sys
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from pdserve import config, errors, messages
+from pdserve.engines import build
+from pdserve.engines.relayed.protocol import Asked
+from pdserve.engines.tensorrt_llm import api, link, sampling
+from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
+from pdserve.llm_options import CacheTransceiverConfig, KvCacheConfig, LlmArguments, LlmOptions
+from tests.unit.inprocess import EOS, VOCABULARY, model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FAKES = Path(__file__).parents[1] / "fakes"
+VERSIONS = ("1.0.0", "1.2.0", "1.3.0rc25")
+# Each version, and of the newest both transceivers.
+VARIANTS = [(version, None) for version in VERSIONS] + [("1.3.0rc25", "CPP")]
+PROMPT = np.arange(10, 42, dtype=np.int32)
+
+
+@contextmanager
+def installed(version: str) -> Iterator[Any]:
+    """The fake is what ``import tensorrt_llm`` finds, in this version."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]:
+            del sys.modules[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKE_TENSORRT_LLM_VERSION", version)
+        patch.syspath_prepend(FAKES)
+        forget()
+        try:
+            yield patch
+        finally:
+            forget()
+
+
+def deployment(folder: Path, options: LlmOptions | None = None, **engine: Any) -> config.Deployment:
+    model(folder)
+    names = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "max_position_embeddings": 4096}
+    (folder / "config.json").write_text(json.dumps(names))
+    server = config.Server("local", prefill=("prefill_0",), decode=("decode_0",))
+    kind = config.Engine(kind="tensorrt_llm", tensorrt_llm=options or LlmOptions(), **engine)
+    return config.Deployment(
+        str(folder), (server,), kind, prefill=config.Prefill(slots=4, lease_s=1.0)
+    )
+
+
+def runtime(name: Any) -> LlmOptions:
+    return LlmOptions(CacheTransceiverConfig(transceiver_runtime=name))
+
+
+def engine(role: config.Role, wanted: config.Deployment) -> TensorRTLLM:
+    made = build.relayed(f"{role}_0", role, wanted)
+    assert isinstance(made, TensorRTLLM)
+    return made
+
+
+def asked(max_tokens: int = 8, prompt: Any = PROMPT, **fields: Any) -> Asked:
+    return Asked(prompt, messages.Sampling(), max_tokens, False, 0)._replace(**fields)
+
+
+async def answer(decode: TensorRTLLM, request: Asked, first: int | None, way: bytes) -> list[int]:
+    ids, reason = [], ""
+    async with aclosing(decode.generate(request, first, way)) as pieces:
+        async for piece in pieces:
+            assert not reason
+            ids += piece.ids
+            reason = piece.finish_reason
+    assert reason
+    return ids
+
+
+@pytest.mark.parametrize(("version", "kind"), VARIANTS)
+def test_context_and_generation(tmp_path: Path, version: str, kind: Any) -> None:
+    """Opaque state and id (C++), or endpoint, rank and id (Python): the adapter cannot tell."""
+    with installed(version):
+        wanted = deployment(tmp_path, runtime(kind))
+        prefill, decode = engine("prefill", wanted), engine("decode", wanted)
+        expected = model(tmp_path)
+
+        async def run() -> None:
+            request = asked()
+            context = await prefill.context(request._replace(max_tokens=1), keep=True)
+            assert context.token == expected.token(PROMPT, 0)
+            assert not context.eos
+            fields = msgspec.msgpack.decode(context.link)
+            python = version == "1.3.0rc25" and kind is None
+            assert ("opaque_state" in fields) != python
+            assert ("ctx_info_endpoint" in fields) == python
+            ids = await answer(decode, request, context.token, context.link)
+            assert [context.token, *ids] == [expected.token(PROMPT, i) for i in range(8)]
+            # It has gone: a late error, of this request alone.
+            with pytest.raises(errors.InstanceError, match="generation"):
+                await answer(decode, request, context.token, context.link)
+            whole = await answer(decode, request, None, b"")
+            assert whole == [context.token, *ids]
+            await prefill.close()
+            await decode.close()
+
+        asyncio.run(run())
+        assert prefill.fingerprint == decode.fingerprint
+
+
+def test_ids_are_never_the_same(tmp_path: Path) -> None:
+    with installed("1.3.0rc25"):
+        prefill = engine("prefill", deployment(tmp_path))
+
+        async def run() -> None:
+            made = [await prefill.context(asked(1), keep=True) for _ in range(3)]
+            ids = [msgspec.msgpack.decode(one.link)["disagg_request_id"] for one in made]
+            assert len(set(ids)) == 3
+            assert all(1 << 40 <= one < 1 << 63 for one in ids)
+            await prefill.close()
+
+        asyncio.run(run())
+
+
+def test_a_kv_cache_that_nobody_takes_is_let_go_of(tmp_path: Path) -> None:
+    """By the engine, after the lease; what comes too late is told so."""
+    with installed("1.3.0rc25"):
+        wanted = deployment(tmp_path)
+        prefill, decode = engine("prefill", wanted), engine("decode", wanted)
+
+        async def run() -> None:
+            context = await prefill.context(asked(1), keep=True)
+            assert prefill.keeps_s == wanted.prefill.lease_s
+            await asyncio.sleep(prefill.keeps_s + 0.3)
+            with pytest.raises(errors.InstanceError):
+                await answer(decode, asked(), context.token, context.link)
+            await prefill.close()
+            await decode.close()
+
+        asyncio.run(run())
+
+
+def test_without_a_time_limit_it_is_kept_for_ever_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with installed("1.0.0"):
+        prefill = engine("prefill", deployment(tmp_path))
+        assert prefill.keeps_s == float("inf")
+        assert "keeps for ever" in caplog.text
+        asyncio.run(prefill.close())
+
+
+def test_a_request_that_only_wants_its_first_token_leaves_nothing(tmp_path: Path) -> None:
+    with installed("1.3.0rc25"):
+        prefill = engine("prefill", deployment(tmp_path))
+
+        async def run() -> None:
+            context = await prefill.context(asked(1), keep=False)
+            assert context.link == b""
+            assert context.token == model(tmp_path).token(PROMPT, 0)
+            await prefill.close()
+
+        asyncio.run(run())
+
+
+def test_cancelled_is_aborted(tmp_path: Path) -> None:
+    with installed("1.3.0rc25"):
+        wanted = deployment(tmp_path)
+        Path(tmp_path / "profile.yaml").write_text("{speed: 1, decode: {base_ms: 5}}")
+        decode = engine("decode", wanted)
+        aborted = []
+        llm = decode._llm
+        begin = llm.generate_async
+
+        def generate_async(**arguments: Any) -> Any:
+            output = begin(**arguments)
+            abort = output.abort
+            output.abort = lambda: (aborted.append(output), abort())
+            return output
+
+        llm.generate_async = generate_async
+
+        async def run() -> None:
+            async with aclosing(decode.generate(asked(500), None, b"")) as pieces:
+                async for _ in pieces:
+                    break
+            assert len(aborted) == 1
+            task = asyncio.create_task(decode.context(asked(1, np.arange(3, 900)), keep=False))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert len(aborted) == 2
+            await answer(decode, asked(3), None, b"")
+            assert len(aborted) == 2, "what has ended is not aborted"
+            await decode.close()
+
+        asyncio.run(run())
+
+
+def test_closed_is_said(tmp_path: Path) -> None:
+    with installed("1.3.0rc25"):
+        decode = engine("decode", deployment(tmp_path))
+
+        async def run() -> None:
+            await decode.close()
+            with pytest.raises(errors.InstanceError, match="shutting down"):
+                await answer(decode, asked(), None, b"")
+
+        asyncio.run(run())
+
+
+def test_blocks_and_events_of_the_engine(tmp_path: Path) -> None:
+    pool = KvCacheConfig(event_buffer_max_size=64)
+    arguments = LlmArguments(enable_iter_perf_stats=True, kv_cache_config=pool)
+    with installed("1.3.0rc25"):
+        decode = engine("decode", deployment(tmp_path, LlmOptions(decode=arguments)))
+
+        async def run() -> None:
+            await answer(decode, asked(40), None, b"")
+            report = await decode.report()
+            assert set(report.blocks) == {"used", "free"}
+            assert report.blocks["free"] > 0
+            assert sum(report.events.values()) > 0
+            await decode.close()
+
+        asyncio.run(run())
+
+
+# ---------------------------------------------------------------------- sampling
+
+
+def test_every_kind_of_sampling_is_mapped() -> None:
+    """A field that is added to ours and forgotten here fails."""
+    mapped = {
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.9,
+        "seed": 3,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": 0.3,
+    }
+    assert set(mapped) == set(messages.Sampling.__struct_fields__)
+    request = asked(sampling=messages.Sampling(**mapped), ignore_eos=True)
+    given = sampling.arguments(request, [EOS], sampling.NEEDED)
+    assert {name: given[name] for name in mapped} == mapped
+    assert given["ignore_eos"]
+    assert set(given) <= set(sampling.NEEDED)
+
+
+def test_greedy_is_said_by_top_k_and_sampling_by_top_p() -> None:
+    """A temperature alone samples in some versions only."""
+    greedy = sampling.arguments(asked(), [EOS, 7], sampling.NEEDED)
+    assert greedy["top_k"] == 1
+    assert "temperature" not in greedy
+    assert (greedy["end_id"], greedy["stop_token_ids"]) == (EOS, [7])
+    assert greedy["include_stop_str_in_output"]
+    free = sampling.arguments(
+        asked(sampling=messages.Sampling(temperature=1.5)), [EOS], sampling.NEEDED
+    )
+    assert (free["temperature"], free["top_p"]) == (1.5, 1.0)
+    assert "top_k" not in free
+
+
+def test_penalties_count_the_answer_alone_where_that_can_be_said() -> None:
+    request = asked(sampling=messages.Sampling(presence_penalty=1.0), outputs=5)
+    fields = (*sampling.NEEDED, "prompt_ignore_length")
+    given = sampling.arguments(request, [EOS], fields)
+    assert given["prompt_ignore_length"] == len(PROMPT) - 5
+    assert "prompt_ignore_length" not in sampling.arguments(request, [EOS], sampling.NEEDED)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_given_is_taken_by_every_version(version: str) -> None:
+    with installed(version):
+        made = api.Api(())
+        sampling.check(made.sampling_fields)
+        request = asked(sampling=messages.Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
+        made.sampling_params(**sampling.arguments(request, [2, 3], made.sampling_fields))
+
+
+def test_each_call_has_parameters_of_its_own(tmp_path: Path) -> None:
+    """context_only writes to them."""
+    with installed("1.3.0rc25"):
+        prefill = engine("prefill", deployment(tmp_path))
+        seen = []
+        begin = prefill._llm.generate_async
+
+        def generate_async(**arguments: Any) -> Any:
+            seen.append(arguments["sampling_params"])
+            return begin(**arguments)
+
+        prefill._llm.generate_async = generate_async
+
+        async def run() -> None:
+            request = asked(5)
+            for _ in range(2):
+                await prefill.context(request, keep=True)
+            assert request.max_tokens == 5
+            await prefill.close()
+
+        asyncio.run(run())
+        assert seen[0] is not seen[1]
+        assert [one.max_tokens for one in seen] == [1, 1]
+
+
+# -------------------------------------------------------------------------- link
+
+
+@dataclasses.dataclass
+class Params:
+    """A version of DisaggregatedParams that is not there yet."""
+
+    request_type: str | None = None
+    opaque_state: bytes | None = None
+    ctx_request_id: int | None = None
+    something_new: dict[str, Any] | None = None
+    endpoints: list[str] | None = None
+
+
+def test_every_field_goes_over_whatever_it_is() -> None:
+    params = Params("context_only", bytes(range(256)), (1 << 63) - 1, {"a": [1.5]}, ["h:1", "h:2"])
+    there = link.unpack(link.pack(params), Params, "generation_only")
+    assert there == dataclasses.replace(params, request_type="generation_only")
+
+
+def test_links_that_cannot_be() -> None:
+    with pytest.raises(errors.HandleError, match="cannot be passed on"):
+        link.pack(Params(something_new={"tensor": object()}))
+    for data in (b"", b"\xc1", msgspec.msgpack.encode([1]), msgspec.msgpack.encode({"other": 1})):
+        with pytest.raises(errors.HandleError):
+            link.unpack(data, Params, "generation_only")
+
+
+# ----------------------------------------------------------------------- the API
+
+
+@pytest.mark.parametrize("version", ["0.21.0", "1.4.0", "2.0", "main"])
+def test_versions_that_are_not_known(version: str) -> None:
+    with pytest.raises(errors.DeploymentError, match=rf"{version}; allowed: 1.0 up to 1.3.x"):
+        api.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.0.0rc4", "1.1", "1.2.1", "1.3.0rc25", "1.3.9"])
+def test_versions_that_are_known(version: str) -> None:
+    if version == "1.0.0rc4":
+        with pytest.raises(errors.DeploymentError):
+            api.check_version(version)
+    else:
+        api.check_version(version)
+
+
+def test_not_installed(tmp_path: Path) -> None:
+    with pytest.raises(errors.DeploymentError, match="cannot be imported"):
+        engine("prefill", deployment(tmp_path))
+
+
+def test_gpus_and_mpi_before_the_import() -> None:
+    with installed("1.3.0rc25") as patch:
+        for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_FD", "OMPI_MCA_orte_x", "ORTE_Y"):
+            patch.setenv(name, "1")
+        patch.setenv("OMPI_MCA_btl", "tcp")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+        patch.setenv("TRTLLM_VISIBLE_DEVICES", "")
+        api.Api((2, 3))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+        left = [name for name in os.environ if name.startswith(("OMPI_", "PMI", "ORTE_"))]
+        assert left == ["OMPI_MCA_btl"]
+
+
+def test_what_this_version_does_not_have_is_refused(tmp_path: Path) -> None:
+    options = LlmOptions(CacheTransceiverConfig(kv_cache_bounce_size_mb=64))
+    with (
+        installed("1.2.0"),
+        pytest.raises(
+            errors.DeploymentError,
+            match=r"kv_cache_bounce_size_mb: tensorrt_llm 1.2.0 has no such option; allowed: back",
+        ),
+    ):
+        engine("prefill", deployment(tmp_path, options))
+
+
+def test_versions_and_layouts_that_cannot_exchange_differ(tmp_path: Path) -> None:
+    prints = set()
+    variants = [
+        ("1.2.0", LlmOptions()),
+        ("1.3.0rc25", LlmOptions()),
+        ("1.3.0rc25", runtime("CPP")),
+        ("1.3.0rc25", LlmOptions(prefill=LlmArguments(kv_cache_config=KvCacheConfig(dtype="fp8")))),
+        (
+            "1.3.0rc25",
+            LlmOptions(prefill=LlmArguments(kv_cache_config=KvCacheConfig(tokens_per_block=64))),
+        ),
+    ]
+    for version, options in variants:
+        with installed(version):
+            made = engine("prefill", deployment(tmp_path, options))
+            prints.add(made.fingerprint)
+            asyncio.run(made.close())
+    assert len(prints) == len(variants)
+    assert all(one.isascii() and len(one) <= 128 and " " not in one for one in prints)
+
+
+def test_stop_words_of_a_model_with_several_ends(tmp_path: Path) -> None:
+    """The others end an answer, too, and are told as they are."""
+    with installed("1.3.0rc25"):
+        expected = model(tmp_path)
+        wanted = deployment(tmp_path)
+        third = expected.token(PROMPT, 3)
+        ends = {"eos_token_id": [EOS, third]}
+        (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+        decode = engine("decode", wanted)
+
+        async def run() -> None:
+            ids = await answer(decode, asked(8), None, b"")
+            assert ids == [expected.token(PROMPT, i) for i in range(4)]
+            await decode.close()
+
+        asyncio.run(run())
+
+
+# ----------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tensorrt_llm: {prefill: {max_token: 3}}", "max_token"),
+        ("tensorrt_llm: {cache_transceiver_config: {backend: nixl}}", "nixl"),
+        ("tensorrt_llm: {cache_transceiver_config: {kv_transfer_timeout_ms: 5}}", "timeout_ms"),
+        ("tensorrt_llm: {decode: {kv_cache_config: {tokens_per_block: 64}}}", "tokens_per_block"),
+        ("tensorrt_llm: {decode: {dtype: float16}}", "dtype is auto of prefill and float16"),
+        (
+            "tensorrt_llm: {cache_transceiver_config: {max_tokens_in_buffer: 100}}",
+            "100 is no multiple of tokens_per_block, 32",
+        ),
+        ("gpus: {prefill_9: [0]}", "there is no instance prefill_9"),
+        ("gpus: {prefill_0: [0, 1]}", "prefill_0 has 2; a prefill has 1 ranks"),
+        ("models: {prefill_0: {address: 'a:1', model: m}}", "is of kind tensorrtllm_backend"),
+    ],
+)
+def test_options_are_checked_before_anything_starts(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "deployment.yaml"
+    file.write_text(
+        "model: m\n"
+        "servers: [{name: a, prefill: [prefill_0], decode: [decode_0]}]\n"
+        f"engine:\n  kind: tensorrt_llm\n  {text}\n"
+    )
+    with pytest.raises(errors.DeploymentError, match=words.replace("(", r"\(")):
+        config.load(file)
+
+
+def test_the_longest_answer_is_what_both_roles_take(tmp_path: Path) -> None:
+    wanted = deployment(tmp_path)
+    assert build.longest(wanted) == 4096
+    short = LlmOptions(decode=LlmArguments(max_seq_len=1000))
+    wanted = msgspec.structs.replace(
+        wanted, engine=msgspec.structs.replace(wanted.engine, tensorrt_llm=short)
+    )
+    assert build.longest(wanted) == 1000

@@ -1,0 +1,233 @@
+"""The table of docs/tensorrt-llm.md has every name of TensorRT-LLM that is used, and no other."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from pdctl import network
+from pdctl.paths import ROOT
+from pdserve import config, messages
+from pdserve.engines.tensorrt_llm import api, sampling
+from pdserve.engines.tensorrtllm_backend import tensors
+from pdserve.llm_options import CacheTransceiverConfig, KvCacheConfig, LlmArguments, LlmOptions
+from tests.unit.test_tensorrt_llm import VERSIONS, answer, asked, deployment, engine, installed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TABLE = re.compile(r"^\| ([\w ,*\\]+) \| (.+) \| ([^|]+) \|$", re.MULTILINE)
+
+
+def table() -> dict[str, set[str]]:
+    """Names by kind."""
+    text = (ROOT / "docs" / "tensorrt-llm.md").read_text()
+    _, _, section = text.partition("## Every name that is used")
+    found: dict[str, set[str]] = defaultdict(set)
+    for kind, names, source in TABLE.findall(section):
+        if kind in ("kind", "---"):
+            continue
+        assert source.strip(), kind
+        found[kind] |= set(re.findall(r"`([^`]+)`", names))
+    return found
+
+
+class Seen:
+    """Stands before an object of TensorRT-LLM, and notes what is asked of it."""
+
+    def __init__(self, kind: str, of: Any, notes: dict[str, set[str]]) -> None:
+        self.__dict__.update(_kind=kind, _of=of, _notes=notes)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._of, name)
+        if name.startswith("__"):
+            return value
+        self._notes[self._kind].add(name)
+        if name == "outputs":
+            return [Seen("CompletionOutput", one, self._notes) for one in value]
+        if name == "generate_async":
+            return self._generate_async
+        if name.startswith("get_"):
+            return self._get(value)
+        return value
+
+    def _generate_async(self, **arguments: Any) -> Seen:
+        self._notes["argument of generate_async"] |= set(arguments)
+        return Seen("result", self._of.generate_async(**arguments), self._notes)
+
+    def _get(self, method: Any) -> Any:
+        def get(**arguments: Any) -> Any:
+            self._notes[r"argument of get_\*"] |= set(arguments)
+            return method(**arguments)
+
+        return get
+
+    def __aiter__(self) -> Any:
+        self._notes[self._kind].add("async for")
+        results = self._of.__aiter__()
+
+        async def iterate() -> Any:
+            async for one in results:
+                yield Seen("result", one, self._notes)
+
+        return iterate()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_used_of_the_api_is_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    notes: dict[str, set[str]] = defaultdict(set)
+    there = table()
+    pool = KvCacheConfig(event_buffer_max_size=64)
+    arguments = LlmArguments(enable_iter_perf_stats=True, kv_cache_config=pool)
+    with installed(version):
+        made = api.Api(())
+        for kind, name in (
+            ("argument of LLM", "llm"),
+            ("SamplingParams", "sampling_params"),
+            ("DisaggregatedParams", "disaggregated_params"),
+            ("KvCacheConfig", "kv_cache_config"),
+            ("CacheTransceiverConfig", "cache_transceiver_config"),
+        ):
+            notes["class"].add(getattr(made, name).__name__)
+            monkeypatch.setattr(made, name, noting(kind, getattr(made, name), notes))
+        monkeypatch.setattr("pdserve.engines.tensorrt_llm.engine.Api", lambda gpus: made)
+        wanted = deployment(tmp_path, LlmOptions(prefill=arguments, decode=arguments))
+        prefill, decode = engine("prefill", wanted), engine("decode", wanted)
+        for one in (prefill, decode):
+            one._llm = Seen("method of LLM", one._llm, notes)
+
+        async def run() -> None:
+            context = await prefill.context(asked(1), keep=True)
+            await answer(decode, asked(), context.token, context.link)
+            for one in (prefill, decode):
+                await one.report()
+                await one.close()
+            task = asyncio.create_task(prefill.context(asked(1), keep=True))
+            await asyncio.gather(task, return_exceptions=True)
+
+        asyncio.run(run())
+
+    notes["result"].add("abort")  # of one that has not ended; tests of cancellation see it
+    for kind, names in notes.items():
+        assert names <= there[kind], kind
+    for kind in (
+        *("class", "method of LLM", "argument of generate_async", "result", "CompletionOutput"),
+    ):
+        assert notes[kind] == there[kind], kind
+
+
+def noting(kind: str, of: Any, notes: dict[str, set[str]]) -> Any:
+    def make(**arguments: Any) -> Any:
+        # Of another engine's link every field goes over, known or not.
+        if arguments.get("request_type") != "generation_only":
+            notes[kind] |= set(arguments)
+        return of(**arguments)
+
+    return make
+
+
+def test_options_and_sampling_are_in_the_table() -> None:
+    there = table()
+    fixed = {
+        *("model", "backend", "skip_tokenizer_init", "tensor_parallel_size", "max_batch_size"),
+        *("kv_cache_config", "cache_transceiver_config"),
+    }
+    assert there["argument of LLM"] == fixed | set(LlmArguments.__struct_fields__)
+    assert there["KvCacheConfig"] == set(KvCacheConfig.__struct_fields__)
+    assert there["CacheTransceiverConfig"] == {
+        *CacheTransceiverConfig.__struct_fields__,
+        "kv_transfer_timeout_ms",
+    }
+    assert there["SamplingParams"] == {*sampling.NEEDED, sampling.IGNORED_PROMPT}
+
+
+def test_tensors_are_in_the_table() -> None:
+    there = table()
+    sampled = asked(sampling=messages.Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
+    given = {
+        *tensors.request(asked(), [2, 3], streaming=True, link=b"x"),
+        *tensors.request(sampled, [2], streaming=False),
+    }
+    assert given == there["input tensor"]
+    assert there["output tensor"] == {tensors.IDS, tensors.LENGTH, tensors.LINK}
+    assert there["request parameter"] == {
+        tensors.REQUEST_TYPE,
+        tensors.CONTEXT,
+        tensors.GENERATION,
+    }
+
+
+def test_variables_are_in_the_table() -> None:
+    """Those that are set for UCX and TensorRT-LLM, anywhere."""
+    there = table()["environment, set"]
+    everything = config.Network(("a",), 1, 2, 3, "eth0")
+    assert there == {*network.variables(everything), *api.GPUS}
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "python_backends", "tools"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    used = set()
+    for name in listed:
+        if (ROOT / name).suffix == ".py":
+            used |= set(re.findall(r'"((?:TRTLLM|TLLM)_[A-Z0-9_]+)"', (ROOT / name).read_text()))
+    assert used <= there
+
+
+def test_shapes_of_the_tensors() -> None:
+    """Each with its batch dimension, in the type that the backend's configuration has."""
+    request = asked(sampling=messages.Sampling(0.5, 3, 0.5, (1 << 64) - 1))
+    given = tensors.request(request, [2, 3, 4], streaming=True, link=bytes(range(9)))
+    assert all(tensor.shape[0] == 1 for tensor in given.values())
+    assert given["input_ids"].shape == (1, 32)
+    assert given["stop_words_list"].tolist() == [[[3, 4], [1, 2]]]
+    assert given["seed"].dtype == np.uint64
+    assert given["context_phase_params"].dtype == np.uint8
+    assert given["streaming"].dtype == np.bool_
+    for name in ("temperature", "runtime_top_p", "presence_penalty"):
+        assert given[name].dtype == np.float32
+    for name in ("input_ids", "input_lengths", "request_output_len", "end_id", "runtime_top_k"):
+        assert given[name].dtype == np.int32
+    endless = tensors.request(request._replace(ignore_eos=True), [2, 3], streaming=True)
+    assert not {"end_id", "stop_words_list"} & set(endless)
+
+
+def test_answers_are_read() -> None:
+    ids = np.array([[[5, 6, 7, 0]]], np.int32)
+    found = tensors.answer({"output_ids": ids, "sequence_length": np.array([[3]], np.int32)})
+    assert found == ([5, 6, 7], b"")
+    with pytest.raises(Exception, match="without output_ids or sequence_length"):
+        tensors.answer({"sequence_length": np.array([[3]], np.int32)})
+
+
+def test_the_deployments_that_are_shown() -> None:
+    """They are read as they stand, and each is of the kind that its name says."""
+    kinds = {
+        path.stem: config.load(path).engine.kind for path in (ROOT / "deployments").glob("*.yaml")
+    }
+    assert kinds["one-host-two-gpus"] == kinds["two-hosts-roce"] == "tensorrt_llm"
+    assert kinds["tp2-prefill-tp4-decode"] == "tensorrt_llm"
+    assert kinds["tensorrtllm-backend"] == "tensorrtllm_backend"
+    roce = config.load(ROOT / "deployments" / "two-hosts-roce.yaml").transfer.network
+    assert network.variables(roce) == {
+        "UCX_NET_DEVICES": "mlx5_0:1",
+        "UCX_IB_GID_INDEX": "3",
+        "UCX_IB_TRAFFIC_CLASS": "106",
+        "UCX_MAX_RNDV_RAILS": "1",
+        "TRTLLM_UCX_INTERFACE": "eth0",
+        "TRTLLM_NIXL_INTERFACE": "eth0",
+    }
+    assert network.variables(config.Network()) == {}
+    with pytest.raises(msgspec.ValidationError, match="gid_index"):
+        msgspec.convert({"gid_index": 300}, config.Network)

@@ -1,0 +1,1 @@
+"""What an inventory means for a deployment; nothing here looks at the host."""

@@ -1,0 +1,87 @@
+"""Everything that an inventory means for a deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from msgspec import Struct
+
+from pdctl.doctor.advice.finding import Finding
+from pdctl.doctor.advice.gpus import gpus
+from pdctl.doctor.advice.memory import memory
+from pdctl.doctor.advice.needs import needs
+from pdctl.doctor.advice.network import network
+from pdctl.doctor.advice.rdma import rdma
+from pdctl.doctor.advice.servers import servers
+from pdctl.doctor.advice.software import engines, software
+from pdctl.doctor.advice.transports import transports
+from pdctl.doctor.advice.ways import WayName, ways
+from pdctl.doctor.inventory import Inventory
+from pdserve.config import Deployment
+
+_BY_HAND = {
+    "GPUs": "nvidia-smi (in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)",
+    "GPU topology": "nvidia-smi topo -m",
+    "UCX": "pip install --force-reinstall --no-deps nixl-cu12, if nixl is wanted",
+}
+
+
+class Conclusion(Struct, frozen=True, kw_only=True):
+    """What it comes down to."""
+
+    engine: str
+    """The deployment's."""
+    engines: dict[str, str]
+    """What this host could run, with why not; empty: it could."""
+    transports: dict[WayName, str]
+    """The same, of ways to move KV caches."""
+    served: bool
+    """The deployment can be served here."""
+
+
+def advice(inventory: Inventory, deployment: Deployment) -> list[Finding]:
+    """What was found, in the order of the ground up."""
+    wanted = needs(deployment, inventory.servers)
+    return [
+        *_platform(inventory),
+        *software(inventory, wanted),
+        *gpus(inventory, wanted),
+        *rdma(inventory, wanted),
+        *network(inventory, wanted, deployment.transfer.network),
+        *memory(inventory, wanted),
+        *transports(inventory, wanted),
+        *servers(inventory, deployment),
+        *_unknown(inventory),
+    ]
+
+
+def conclusion(inventory: Inventory, deployment: Deployment, findings: list[Finding]) -> Conclusion:
+    wanted = needs(deployment, inventory.servers)
+    return Conclusion(
+        engine=f"{wanted.engine} {wanted.device}",
+        engines=engines(inventory),
+        transports=ways(inventory),
+        served=all(finding.state != "problem" for finding in findings),
+    )
+
+
+def _platform(inventory: Inventory) -> Iterator[Finding]:
+    machine = inventory.system.machine
+    if machine not in ("x86_64", ""):
+        yield Finding(
+            about="machine",
+            state="problem",
+            found=f"{machine}; the lease table is made for the memory order of x86_64",
+            mend="an x86_64 host",
+        )
+
+
+def _unknown(inventory: Inventory) -> Iterator[Finding]:
+    for what, why in inventory.unknown.items():
+        yield Finding(
+            about=what,
+            state="note",
+            found=f"not known: {why}",
+            unused="it counts as if there were none",
+            mend=_BY_HAND.get(what, "see what this user may read of /proc and /sys"),
+        )

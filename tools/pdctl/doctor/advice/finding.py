@@ -1,0 +1,24 @@
+"""One thing about a host, and what it means."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+State = Literal["ok", "note", "missing", "problem"]
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """`problem`: the deployment cannot be served here until it is mended. `missing`: not there, and
+    the deployment does without. `note`: it works, at a cost."""
+
+    about: str
+    state: State
+    found: str
+    used: str = ""
+    """What is used because of it."""
+    unused: str = ""
+    """What is not."""
+    mend: str = ""
+    """A command, or a change."""

@@ -1,0 +1,44 @@
+"""The deployment's servers: which of them are of this host, and whether their ports are free."""
+
+from __future__ import annotations
+
+import socket
+
+from pdctl import ports
+from pdctl.doctor.inventory import Port, Server
+from pdctl.server import Server as Running
+from pdserve.config import Deployment
+
+USES = ("http", "grpc", "metrics")
+
+
+def servers(deployment: Deployment) -> tuple[Server, ...]:
+    here = [spec for spec in deployment.servers if ports.is_here(spec)]
+    pids = {spec.name: Running(deployment, spec).pid for spec in here}
+    return tuple(
+        Server(
+            name=spec.name,
+            here=spec in here,
+            pid=pids.get(spec.name),
+            ports=tuple(
+                Port(use=use, number=number, holder=_holder(spec.host, number, pids))
+                for use, number in zip(USES, spec.ports, strict=True)
+            )
+            if spec in here and pids[spec.name] is None
+            else (),
+        )
+        for spec in deployment.servers
+    )
+
+
+def _holder(host: str, number: int, pids: dict[str, int | None]) -> str:
+    """Who has a port, in words; empty: nobody."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, number))
+        except OSError as error:
+            who = ports.holder(number) or error.strerror or str(error)
+            ours = (f", server {name}" for name, pid in pids.items() if f"(process {pid})" in who)
+            return who + next(ours, "")
+    return ""

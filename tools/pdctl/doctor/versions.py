@@ -1,0 +1,47 @@
+"""The versions that the project works with."""
+
+from __future__ import annotations
+
+import re
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+SUPPORTED = {
+    name: SpecifierSet(versions, prereleases=True)
+    for name, versions in {
+        "Python": ">=3.10,<3.13",
+        "glibc": ">=2.35",
+        "Triton": ">=2.51",
+        "numpy": ">=1.26,<2",
+        "tritonclient": ">=2.50",
+        "torch": ">=2.13,<3",
+        "nixl-cu12": ">=1.5.1,<2",
+        "nixl-cu13": ">=1.5.1,<2",
+        "cuda-bindings": ">=12.9,<14",
+        "tensorrt_llm": ">=1.0,<1.4.dev0",
+    }.items()
+}
+PACKAGES = tuple(name for name in SUPPORTED if name not in ("Python", "glibc", "Triton"))
+NIXL = ("nixl-cu12", "nixl-cu13")
+"""In the order in which they are tried."""
+NUMPY_1 = SpecifierSet("==2.51.*")
+"""The Triton servers, 24.10, whose stubs corrupt tensors under numpy 2."""
+DRIVERS = {12: 525, 13: 580}
+"""The first driver for each CUDA."""
+PYTRITON = {"0.7.0": "2.51.0"}
+"""The Triton server in releases of nvidia-pytriton, where nothing else tells."""
+
+
+def within(version: str, versions: SpecifierSet) -> bool:
+    """What is no version, such as none at all, is not."""
+    try:
+        return Version(version) in versions
+    except InvalidVersion:
+        return False
+
+
+def major(version: str) -> int:
+    """The number that it begins with; 0: there is none."""
+    found = re.match(r"\d+", version)
+    return int(found[0]) if found else 0
