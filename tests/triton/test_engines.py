@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,7 @@ KINDS = ("torch", "emulated", "tensorrt_llm", "tensorrtllm_backend")
 LEASE_S = 2.0
 """After so long an engine of TensorRT-LLM lets go of what nobody has taken."""
 GONE_S = LEASE_S + 1.0
-TOKENS = 12
+TOKENS = 8
 PROMPT = "The capital of France is"
 LONG = 700
 """Tokens of a prompt that takes a while."""
@@ -57,14 +58,19 @@ POOL = LlmArguments(kv_cache_config=KvCacheConfig(max_tokens=4096))
 
 @contextlib.contextmanager
 def serving(kind: str, folder: Path) -> Iterator[Running]:
-    """Two prefills and two decodes of a kind of engine behind one gateway."""
+    """A prefill and a decode beside the gateway, and one of each in a server that may be lost."""
     sections: dict[str, Any] = {
+        "servers": (
+            config.Server("local", prefill=("prefill_0",), decode=("decode_0",)),
+            config.Server("other", gateway=False, prefill=("prefill_1",), decode=("decode_1",)),
+        ),
         "prefill": Prefill(lease_s=LEASE_S),
         "gateway": Gateway(stall_s=5.0, ttft_limit_ms=30_000),
     }
     if kind == "emulated":
         profile = {"prefill": {"per_token_ms": 2}, "decode": {"base_ms": 20}}
-        with running(emulated_deployment(folder, profile, 2, **sections), folder) as server:
+        wanted = msgspec.structs.replace(emulated_deployment(folder, profile), **sections)
+        with running(wanted, folder) as server:
             yield server
         return
     wanted = msgspec.structs.replace(default_deployment("torch"), **sections)
@@ -136,6 +142,20 @@ def streamed(server: Running, ids: list[int], tokens: int = TOKENS, **inputs: An
     return asyncio.run(run())
 
 
+def parts_of(server: Running) -> list[Running]:
+    """Each of its servers, so that its metrics are seen."""
+    return [dataclasses.replace(server, metrics=one.metrics) for one in server.servers]
+
+
+def wait_all_idle(server: Running, within: float) -> None:
+    for part in parts_of(server):
+        wait_idle(part, within)
+
+
+def all_held(server: Running) -> dict[str, float]:
+    return {key: value for part in parts_of(server) for key, value in held(part).items()}
+
+
 @contextlib.contextmanager
 def decodes_stopped(server: Running) -> Iterator[None]:
     stopped = [stub(server, name) for name in server.deployment.instances("decode")]
@@ -161,7 +181,7 @@ def test_streaming(server: Running, reference: Reference, answers: Any) -> None:
     assert answer.stats["decode"].startswith("decode_")
     whole = generate(server, text_input=PROMPT, max_tokens=TOKENS)
     assert whole.text == reference.decode(answer.ids)
-    wait_idle(server, GONE_S)
+    wait_all_idle(server, GONE_S)
 
 
 def test_many_at_once(server: Running, answers: Any) -> None:
@@ -172,7 +192,7 @@ def test_many_at_once(server: Running, answers: Any) -> None:
     assert [answer.ids for answer in found] == [answers(prompt, 4) for prompt in prompts]
     for role in ("prefill", "decode"):
         assert {answer.stats[role] for answer in found} == set(server.deployment.instances(role))
-    wait_idle(server, GONE_S)
+    wait_all_idle(server, GONE_S)
 
 
 def test_the_first_token_waits_for_no_decode(
@@ -194,7 +214,7 @@ def test_the_first_token_waits_for_no_decode(
     parts = asyncio.run(run())
     assert [token for part in parts for token in part.ids] == answers(prompt, TOKENS)
     assert parts[1].at - parts[0].at > 0.3
-    wait_idle(server, GONE_S)
+    wait_all_idle(server, GONE_S)
 
 
 def test_one_token_is_the_prefills_alone(
@@ -206,7 +226,7 @@ def test_one_token_is_the_prefills_alone(
         assert answer.ids == answers(prompt, 1)
         assert answer.finish_reason == "length"
         assert not answer.stats["decode"]
-    wait_idle(server, 1.0)
+    wait_all_idle(server, 1.0)
 
 
 def test_sampling(server: Running) -> None:
@@ -220,7 +240,7 @@ def test_sampling(server: Running) -> None:
     assert greedy[0] == greedy[1]
     repeated = generate(server, text_input=PROMPT, max_tokens=TOKENS, repetition_penalty=2.0)
     assert repeated.text != greedy[0]
-    wait_idle(server, GONE_S)
+    wait_all_idle(server, GONE_S)
 
 
 def test_the_end_as_first_token(server: Running, reference: Reference) -> None:
@@ -238,7 +258,7 @@ def test_the_end_as_first_token(server: Running, reference: Reference) -> None:
     assert ended.ids in ([], answer[-1:])
     longer = streamed(server, [*prompt, *answer[:-1]], ignore_eos=True)
     assert longer.stats["output_tokens"] == TOKENS
-    wait_idle(server, GONE_S)
+    wait_all_idle(server, GONE_S)
 
 
 def leave(server: Running, prompt: list[int], parts: int, ready: Callable[[], bool]) -> None:
@@ -261,19 +281,19 @@ def leave(server: Running, prompt: list[int], parts: int, ready: Callable[[], bo
 
 
 def test_cancelled_in_prefill(server: Running) -> None:
-    leave(server, [7] * LONG, 0, lambda: any("prefill_" in key for key in held(server)))
-    wait_idle(server, GONE_S)
+    leave(server, [7] * LONG, 0, lambda: any("prefill_" in key for key in all_held(server)))
+    wait_all_idle(server, GONE_S)
 
 
 def test_cancelled_while_it_waits_for_a_decode(server: Running) -> None:
     with decodes_stopped(server):
         leave(server, [7] * 20, 1, lambda: True)
-    wait_idle(server, GONE_S)
+    wait_all_idle(server, GONE_S)
 
 
 def test_cancelled_in_decode(server: Running) -> None:
-    leave(server, [7] * 20, 3, lambda: any("decode_" in key for key in held(server)))
-    wait_idle(server, GONE_S)
+    leave(server, [7] * 20, 3, lambda: any("decode_" in key for key in all_held(server)))
+    wait_all_idle(server, GONE_S)
 
 
 def test_a_limit_that_passes(server: Running) -> None:
@@ -281,36 +301,37 @@ def test_a_limit_that_passes(server: Running) -> None:
         generate(server, "scheduler", input_ids=[7] * LONG, max_tokens=4, ttft_limit_ms=30)
     with pytest.raises(Refused, match=r"max_tokens: 100000; allowed: 1 to"):
         generate(server, text_input=PROMPT, max_tokens=100_000)
-    wait_idle(server, GONE_S)
+    wait_all_idle(server, GONE_S)
 
 
 def test_lost_instances_cost_no_request(server: Running, answers: Any) -> None:
     """The last one here: it breaks its server."""
-    prompts = [[number + 60, 8, 400 + number] for number in range(6)]
+    prompts = [[number + 60, 8, 400 + number] for number in range(4)]
 
     async def run() -> list[list[Part]]:
         async with connected(server) as client:
 
             async def one(prompt: list[int]) -> list[Part]:
-                asked = {"input_ids": prompt, "max_tokens": 30, "stream": True}
+                asked = {"input_ids": prompt, "max_tokens": 24, "stream": True}
                 return [part async for part in stream(client, "scheduler", **asked)]
 
             streams = [asyncio.create_task(one(prompt)) for prompt in prompts]
-            wait = asyncio.to_thread(
-                wait_until, lambda: any("decode_0" in key for key in held(server)), 10
+            decodes = asyncio.to_thread(
+                wait_until, lambda: any("decode_1" in key for key in all_held(server)), 10
             )
-            await wait
-            stub(server, "decode_0").kill()
-            stub(server, "prefill_0").kill()
+            await decodes
+            server.servers[1].kill()
             return await asyncio.gather(*streams)
 
     found = asyncio.run(run())
     assert max(parts[-1].stats["attempts"] for parts in found if parts[-1].stats) > 1
     for prompt, parts in zip(prompts, found, strict=True):
         assert parts[-1].finish_reason
-        assert [token for part in parts for token in part.ids] == answers(prompt, 30)
-        assert parts[-1].stats is not None
-        assert parts[-1].stats["decode"] == "decode_1"
+        assert [token for part in parts for token in part.ids] == answers(prompt, 24)
+        stats = parts[-1].stats
+        assert stats is not None
+        # A short answer may have ended before.
+        assert stats["decode"] == "decode_0" or stats["attempts"] == 1
 
 
 # ------------------------------------------------------------ versions and links

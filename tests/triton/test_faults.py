@@ -103,15 +103,20 @@ def test_a_decode_killed_in_mid_stream_costs_no_request(pair: Running) -> None:
 
     answers = asyncio.run(run())
 
+    def undisturbed(number: int) -> list[int]:
+        asked = {"input_ids": [number + 5] * 20, "max_tokens": tokens}
+        return generate(pair, "scheduler", **asked).ids
+
+    with ThreadPoolExecutor(len(answers)) as pool:
+        whole = list(pool.map(undisturbed, range(len(answers))))
     again = 0
-    for number, parts in enumerate(answers):
+    for ids, parts in zip(whole, answers, strict=True):
         last = parts[-1]
         assert last.finish_reason == "length"
         assert last.stats is not None
         assert last.stats["decode"] == "decode_1"
         again += last.stats["attempts"] > 1
-        whole = generate(pair, "scheduler", input_ids=[number + 5] * 20, max_tokens=tokens)
-        assert [token for part in parts for token in part.ids] == whole.ids
+        assert [token for part in parts for token in part.ids] == ids
     assert again == 4
     # The gauges of the dead stay as they were; everybody else holds nothing.
     wait_until(lambda: not _of_the_living(pair, "decode_0"), 6, lambda: f"{held(pair)}")

@@ -168,9 +168,11 @@ class RelayedPrefill:
         """Whatever is held for the request, or a watch, is wanted no longer."""
         self._watches.release(request_id)
         held = self._held.get(request_id)
-        if held is not None and held.task is not None:
-            held.phase = Phase.PINNED if held.task.done() else held.phase
+        if held is not None and held.phase is Phase.COMPUTING:
+            assert held.task is not None
             held.task.cancel()
+        elif held is not None:
+            held.phase = Phase.PINNED
         self._look()
         send(Released(), True)
 
