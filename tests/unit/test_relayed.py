@@ -21,6 +21,7 @@ from pdserve.messages import (
     Prefilled,
     PrefillRequest,
     Release,
+    Released,
     Reply,
     Sampling,
     Stranger,
@@ -139,6 +140,21 @@ async def test_cancelled_at_every_stage(tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
             assert site.world.computing == site.world.decoding == 0
             await site.idle(KEEPS_S + 0.1)
+
+
+@virtual
+async def test_given_up_in_the_moment_in_which_it_was_accepted(tmp_path: Path) -> None:
+    async with Relay(tmp_path) as site:
+        prompt = site.prompt(5)
+        client = Direct()
+        site.p[0].submit(PrefillRequest("one", prompt, Sampling(), "", 1e4), client.send)
+        site.p[0].release("one", client.send)
+        request = asks(site, prompt, b"", None)
+        site.d[0].submit(request, client.send)
+        site.d[0].release(request.id, client.send)
+        await asyncio.sleep(0.001)
+        assert site.held() == {}
+        assert [type(reply) for reply in client.replies] == [Released, Released, Failed, Failed]
 
 
 @virtual

@@ -6,6 +6,8 @@ import asyncio
 import sys
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +52,7 @@ class _Opened:
     pulled: Pulled | None = None
     """How the KV cache came, until it has been told."""
     arrived: bool = False
-    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    task: asyncio.Task[Reply] | None = field(default=None, repr=False)
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
     def tell(self, reply: Reply, last: bool) -> None:
@@ -105,7 +107,8 @@ class RelayedDecode:
 
     async def close(self) -> None:
         self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
-        tasks = [*self._tasks, *(opened.task for opened in self._open.values() if opened.task)]
+        answering = [opened.task for opened in self._open.values() if opened.task]
+        tasks: list[asyncio.Task[Any]] = [*self._tasks, *answering]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -170,6 +173,7 @@ class RelayedDecode:
         self._open[request.id] = opened
         opened.timer = self._loop.call_later(ACCEPTED_AFTER_S, send, Accepted(), False)
         opened.task = asyncio.create_task(self._run(opened, link))
+        opened.task.add_done_callback(partial(self._ended, opened))
 
     def release(self, request_id: str, send: Send) -> None:
         """Nobody wants the tokens any more."""
@@ -193,7 +197,8 @@ class RelayedDecode:
 
     # ------------------------------------------------------------------- decode
 
-    async def _run(self, opened: _Opened, link: bytes) -> None:
+    async def _run(self, opened: _Opened, link: bytes) -> Reply:
+        """Tell tokens as they come; the last reply."""
         request = opened.request
         asked = Asked(
             prompt=np.frombuffer(request.prompt, "<i4"),
@@ -202,26 +207,24 @@ class RelayedDecode:
             ignore_eos=request.ignore_eos,
             outputs=request.outputs,
         )
-        reply: Reply = Failed(errors.InstanceError.code, f"{self._name}: the answer has no end")
         try:
             answer = self._engine.generate(asked, request.first_token, link)
             async with aclosing(answer) as pieces:
                 async for piece in pieces:
                     ended = self._append(opened, piece)
                     if ended is not None:
-                        reply = ended
-                        break
+                        return ended
         except errors.PDServeError as error:
-            reply = Failed(error.code, f"{self._name}: {error}")
-        except asyncio.CancelledError:
-            reply = self._unwanted
-            raise
+            return Failed(error.code, f"{self._name}: {error}")
         except Exception as error:  # one bad answer may not end the instance
-            reply = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
-        finally:
-            del self._open[request.id]
-            opened.tell(reply, True)
-            self._tell_watches()
+            return Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
+        return Failed(errors.InstanceError.code, f"{self._name}: the answer has no end")
+
+    def _ended(self, opened: _Opened, task: asyncio.Task[Reply]) -> None:
+        del self._open[opened.request.id]
+        # Cancelled before its first step, perhaps: nothing in it would know.
+        opened.tell(self._unwanted if task.cancelled() else task.result(), True)
+        self._tell_watches()
 
     def _append(self, opened: _Opened, piece: Piece) -> Tokens | None:
         """Take in new tokens; the last reply, if they end the answer."""

@@ -19,6 +19,7 @@ import asyncio
 import secrets
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 import numpy as np
 
@@ -141,6 +142,7 @@ class RelayedPrefill:
         else:
             held.timer = self._loop.call_later(ACCEPTED_AFTER_S, self._say_accepted, held)
         held.task = asyncio.create_task(self._compute(held))
+        held.task.add_done_callback(partial(self._computed, held))
 
     def _say_accepted(self, held: _Held) -> None:
         held.send(Accepted(), False)
@@ -199,13 +201,14 @@ class RelayedPrefill:
             context = await self._engine.context(asked, keep=not request.only)
         except errors.PDServeError as error:
             self._end(held, Failed(error.code, f"{self._name}: {error}"))
-        except asyncio.CancelledError:
-            self._end(held, self._unwanted)
-            raise
         except Exception as error:  # one bad prompt may not end the instance
             self._end(held, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
         else:
             self._hand_over(held, context)
+
+    def _computed(self, held: _Held, task: asyncio.Task[None]) -> None:
+        if task.cancelled():  # before its first step, perhaps: nothing in it would know
+            self._end(held, self._unwanted)
         self._look()
 
     def _hand_over(self, held: _Held, context: Context) -> None:
