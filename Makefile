@@ -18,8 +18,13 @@ demo: setup ## Start the servers, stream one answer with its timeline, stop
 serve: setup ## Start the servers and stay until Ctrl-C
 	@$(BIN)/pdctl serve $(ARGS)
 
-test: setup ## Every test that is not marked full
+test: setup ## Every test that is not marked full; ARGS=...: those that pytest is told
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/pytest -m "not full" --numprocesses 2 --dist worksteal tests/unit
+	@$(BIN)/pytest -m "not full" --ignore tests/unit
+else
 	@$(BIN)/pytest -m "not full" $(ARGS)
+endif
 
 test-full: setup ## Every test
 	@$(BIN)/pytest $(ARGS)
