@@ -9,7 +9,7 @@ import time
 from tests.servers import Running
 
 from pdserve.channels.grpc import GrpcChannel
-from pdserve.messages import Accepted, Busy, Prefilled, PrefillRequest, Reply, Sampling
+from pdserve.messages import Accepted, Busy, Prefilled, PrefillRequest, Release, Reply, Sampling
 from pdserve.scheduling.instance import Call, Instance
 from perf.budgets import Budget
 from perf.processes import cpu_s, ids
@@ -41,6 +41,9 @@ async def _cost(server: Running) -> list[Budget]:
         cpu = sum(cpu_s(watched).values()) - before + time.process_time() - mine
         for call in held:
             call.close()
+        # Answered when all that was said before has been heard: a stream that is closed at once
+        # takes along what it has not sent, and the slots would be held until their leases end.
+        await instance.ask(Release(instance.new_id()), ANSWER_S)
     finally:
         await instance.close()
     return [

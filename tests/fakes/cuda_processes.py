@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from pdserve.transfer.protocol import Memory, Unreachable
 from pdserve.transfer.region import SharedRegion
 from tests.fakes.cuda_runtime import FakeCuda
 
-A, B = uuid4(), uuid4()
+A, B = UUID(int=0xA), UUID(int=0xB)
 SIZE, OFFSET = 1 << 16, 1 << 12
 OLD, NEW = b"o" * SIZE, bytes(range(256)) * (SIZE // 256)
 NOTHING = {"allocations": 0, "mappings": 0, "pinned": 0, "events": 0, "streams": 0}
