@@ -87,7 +87,8 @@ def test_other_lengths(example: Example, answer: int, batch: int) -> None:
 
 def test_what_servers_have_shown() -> None:
     shown = results("scheduling")["results"]
-    points = shown["points"]
+    # Measured again since.
+    points = [*shown["points"], *results("scheduling-poisson")["results"]["points"]]
     ours = {(p["part"], p["level"]): p for p in points if p["policy"] == "on_demand"}
     at_most, gateways = (ours[key]["good_per_s"] for key in (("poisson", 150), ("4 gateways", 150)))
     assert f"answered {at_most:.2f} a second within their limits" in PROSE
