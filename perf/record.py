@@ -33,7 +33,7 @@ class Record:
     def write(self, results: Any) -> Path:
         """Write the results, anything msgspec can encode, in the place of the run before."""
         document = {
-            "command": f"python -m {_module()} {shlex.join(sys.argv[1:])}".strip(),
+            "command": _command(),
             "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._began)),
             "seconds": round(time.time() - self._began),
             "load_average_before": [round(value, 2) for value in self._load],
@@ -48,9 +48,12 @@ class Record:
         return path
 
 
-def _module() -> str:
+def _command() -> str:
+    """As it was typed, but for where things lie on this machine."""
     spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else Path(sys.argv[0]).stem
+    module = spec.name if spec else Path(sys.argv[0]).stem
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return f"python -m {module} {shlex.join(given)}".strip()
 
 
 def _machine() -> dict[str, Any]:

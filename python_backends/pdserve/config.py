@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pdserve.errors import DeploymentError
-from pdserve.llm_options import LlmOptions
+from pdserve.llm_options import LlmArguments, LlmOptions
 
 Count = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -269,6 +269,12 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
         )
         return (*gpu, "shm", *far)
 
+    def ranks(self, role: Role) -> int:
+        """GPUs of one instance of TensorRT-LLM."""
+        arguments: LlmArguments = getattr(self.engine.tensorrt_llm, role)
+        tensor_parallel: int = getattr(self, role).tensor_parallel
+        return tensor_parallel * arguments.pipeline_parallel_size * arguments.context_parallel_size
+
     def instances(self, role: Role) -> dict[str, Server]:
         """Every instance of a role, with the server that holds it."""
         return {name: server for server in self.servers for name in getattr(server, role)}
@@ -349,6 +355,8 @@ def _misfit(deployment: Deployment) -> Iterator[str]:
             if name not in instances:
                 there_are = ", ".join(instances)
                 yield f"engine.{field}: there is no instance {name}; there are: {there_are}"
+    if engine.tensorrt_llm != LlmOptions() and engine.kind != "tensorrt_llm":
+        yield f"engine.tensorrt_llm: this deployment's kind of engine is {engine.kind}"
     if engine.relayed:
         yield from _unrelayable(deployment, instances)
 
@@ -366,9 +374,7 @@ def _unrelayable(deployment: Deployment, instances: dict[str, Role]) -> Iterator
     yield from engine.tensorrt_llm.problems()
     for name, gpus in engine.gpus.items():
         role = instances[name]
-        arguments = getattr(engine.tensorrt_llm, role)
-        ranks = getattr(deployment, role).tensor_parallel * arguments.pipeline_parallel_size
-        ranks *= arguments.context_parallel_size
+        ranks = deployment.ranks(role)
         if len(gpus) != ranks:
             yield f"engine.gpus: {name} has {len(gpus)}; a {role} has {ranks} ranks"
 

@@ -42,6 +42,8 @@ class World:
     most: int = 0
     """That were computed at once."""
     decoding: int = 0
+    hangs: bool = False
+    """No context comes any more."""
     context_failures: list[BaseException] = field(default_factory=list)
     generation_failures: list[BaseException] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
@@ -64,7 +66,7 @@ class ScriptedContext:
         world.computing += 1
         world.most = max(world.most, world.computing)
         try:
-            await asyncio.sleep(PREFILL_S)
+            await asyncio.sleep(1e6 if world.hangs else PREFILL_S)
         finally:
             world.computing -= 1
         if world.context_failures:

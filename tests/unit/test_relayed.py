@@ -158,6 +158,19 @@ async def test_given_up_in_the_moment_in_which_it_was_accepted(tmp_path: Path) -
 
 
 @virtual
+async def test_a_context_that_never_comes_ends_with_its_limit(tmp_path: Path) -> None:
+    """TensorRT-LLM's transfers may wedge an engine: it is told to give up, and the slot is free."""
+    async with Relay(tmp_path) as site:
+        site.world.hangs = True
+        request = site.request(ttft_limit_s=1.0)
+        with pytest.raises(errors.Late, match="no first token within the TTFT limit of 1000 ms"):
+            await site.answer(request)
+        assert request.ended - request.arrived == pytest.approx(1.0, abs=0.01)
+        assert site.world.computing == 0
+        await site.idle()
+
+
+@virtual
 async def test_a_context_that_fails_is_tried_elsewhere(tmp_path: Path) -> None:
     async with Relay(tmp_path, prefills=2) as site:
         site.world.context_failures = [InstanceError("KV transfer timed out")]

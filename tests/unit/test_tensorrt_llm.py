@@ -461,6 +461,17 @@ def test_options_are_checked_before_anything_starts(tmp_path: Path, text: str, w
         config.load(file)
 
 
+def test_options_of_another_kind_of_engine_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "deployment.yaml"
+    file.write_text(
+        "model: m\n"
+        "servers: [{name: a, prefill: [prefill_0], decode: [decode_0]}]\n"
+        "engine: {tensorrt_llm: {decode: {max_seq_len: 9}}}\n"
+    )
+    with pytest.raises(errors.DeploymentError, match="this deployment's kind of engine is torch"):
+        config.load(file)
+
+
 def test_the_longest_answer_is_what_both_roles_take(tmp_path: Path) -> None:
     wanted = deployment(tmp_path)
     assert build.longest(wanted) == 4096

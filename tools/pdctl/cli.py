@@ -272,9 +272,11 @@ def _held(servers: list[Server], timeout: float | None) -> Iterator[list[Server]
 
 
 def _start(servers: list[Server], *, held: bool, timeout: float | None) -> None:
-    for deployment in {id(server.deployment): server.deployment for server in servers}.values():
-        for name, value in network.variables(deployment.transfer.network).items():
-            out.print(f"{name}={value}", markup=False)
+    if not servers:
+        return
+    deployment = servers[0].deployment
+    for name, value in network.variables(deployment.transfer.network).items():
+        out.print(f"{name}={value}", markup=False)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -299,7 +301,7 @@ def _start(servers: list[Server], *, held: bool, timeout: float | None) -> None:
             )
 
         begin = time.monotonic()
-        limit = timeout or max((one.deployment.engine.load_s for one in servers), default=0.0)
+        limit = timeout or deployment.engine.load_s
         fleet.start(servers, held=held, timeout_s=limit, progress=progress)
     for server in servers:
         out.print(

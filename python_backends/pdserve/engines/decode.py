@@ -10,7 +10,6 @@ A request without a KV cache has its prompt computed here, between two steps.
 from __future__ import annotations
 
 import asyncio
-import sys
 from functools import partial
 
 import numpy as np
@@ -20,7 +19,8 @@ from pdserve.engines.arrivals import Arrivals
 from pdserve.engines.opened import Opened
 from pdserve.engines.prompts import Prompts
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
-from pdserve.engines.watches import Send, Watches
+from pdserve.engines.slots import show
+from pdserve.engines.watches import EndWatches, Send
 from pdserve.kvcache.blocks import Blocks
 from pdserve.messages import (
     Accepted,
@@ -87,9 +87,7 @@ class DecodeInstance:
         self._capacity = limits.blocks * limits.block_size
         self._arrivals = Arrivals(name, engine, receiver, pulls, metrics)
         self._prompts = Prompts(name, engine, turn_tokens, metrics, self._arrived)
-        self._watches = Watches()
-        self._refused = False
-        """Somebody, since the last request ended."""
+        self._watches = EndWatches()
         self._open: dict[str, Opened] = {}
         self._running: dict[str, Opened] = {}
         self._work = asyncio.Event()
@@ -176,20 +174,12 @@ class DecodeInstance:
 
     def watch(self, request: Watch, send: Send) -> None:
         """Say once that a request has ended since; at once if there is none."""
-        self._watches.add(request, send)
-        # One may have ended while the refusal was on its way to who watches now.
-        ended = not self._refused and len(self._open) < self._limits.slots
-        if ended or not self._open:
-            self._tell_watches()
+        used, slots = len(self._open), self._limits.slots
+        self._watches.wait(request, send, used, slots, self._loop.time())
 
     def _refuse(self, reason: str, send: Send) -> None:
-        self._refused = True
+        self._watches.refused()
         send(Busy(reason), True)
-
-    def _tell_watches(self) -> None:
-        self._refused = False
-        # Nobody says how many blocks they wait for: all are told.
-        self._watches.tell(sys.maxsize, self._loop.time())
 
     # ----------------------------------------------------------------- transfer
 
@@ -218,7 +208,7 @@ class DecodeInstance:
             self._running[opened.request.id] = opened
             if opened.local:
                 self._append(opened, pulled.token, self._loop.time(), 0.0)
-                self._tell_watches()  # there is room for another prompt
+                self._watches.ended(self._loop.time())  # there is room for another prompt
                 return
             if not opened.sequence.tokens:
                 opened.sequence.tokens.append(pulled.token)
@@ -292,17 +282,15 @@ class DecodeInstance:
         elif not opened.lost:
             self._blocks.free(opened.reserved)
         opened.tell(reply or Failed(errors.Cancelled.code, "released"), True)
-        self._tell_watches()
+        self._watches.ended(self._loop.time())
 
     # ------------------------------------------------------------------ metrics
 
     async def _keep_time(self) -> None:
         gauge = self._metrics.set
         while True:
-            used = len(self._open)
-            gauge("pdserve_slots", used, instance=self._name, state="used")
-            gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
-            gauge("pdserve_watches", len(self._watches), instance=self._name)
+            used, slots = len(self._open), self._limits.slots
+            show(self._metrics, self._name, used, slots, self._watches)
             pool = self._blocks.pool
             for state, blocks in (
                 ("used", pool.used_blocks),

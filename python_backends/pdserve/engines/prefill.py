@@ -17,6 +17,7 @@ import numpy as np
 from pdserve import config, errors
 from pdserve.engines.forwards import Forwards
 from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
+from pdserve.engines.slots import show
 from pdserve.engines.watches import Send, Watches
 from pdserve.kvcache.arena import Range, State
 from pdserve.kvcache.cut import Cut
@@ -372,11 +373,8 @@ class PrefillInstance:
             await asyncio.sleep(TICK_S)
 
     def _publish(self) -> None:
-        used = len(self._held)
+        show(self._metrics, self._name, len(self._held), self._limits.slots, self._watches)
         gauge = self._metrics.set
-        gauge("pdserve_slots", used, instance=self._name, state="used")
-        gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
-        gauge("pdserve_watches", len(self._watches), instance=self._name)
         for state, (ranges, _) in self._lending.counts().items():
             if state is not State.FREE:
                 gauge("pdserve_kv_leases", ranges, instance=self._name, state=state.value)

@@ -14,6 +14,7 @@ or often, is not served before one that has waited.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -103,3 +104,33 @@ class Watches:
         waiting, self._waiting = self._waiting, {}
         for one in waiting.values():
             one.send(reply, True)
+
+
+class EndWatches(Watches):
+    """Of a decode: nobody says how much they wait for, so all are told when a request has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._refused = False
+        """Somebody, since the last end."""
+
+    def refused(self) -> None:
+        """Somebody has been, and may watch."""
+        self._refused = True
+
+    def wait(self, watch: Watch, send: Send, used: int, slots: int, now: float) -> None:
+        """Say once that a request has ended since; at once if there is none.
+
+        Args:
+            used: of so many ``slots``.
+        """
+        self.add(watch, send)
+        # One may have ended while the refusal was on its way to who watches now.
+        ended = not self._refused and used < slots
+        if ended or not used:
+            self.ended(now)
+
+    def ended(self, now: float) -> None:
+        """A request has, or something else has become free."""
+        self._refused = False
+        self.tell(sys.maxsize, now)

@@ -7,6 +7,8 @@ import re
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from pdserve.engines.tensorrt_llm.api import VERSIONS
+
 SUPPORTED = {
     name: SpecifierSet(versions, prereleases=True)
     for name, versions in {
@@ -19,9 +21,8 @@ SUPPORTED = {
         "nixl-cu12": ">=1.5.1,<2",
         "nixl-cu13": ">=1.5.1,<2",
         "cuda-bindings": ">=12.9,<14",
-        "tensorrt_llm": ">=1.0,<1.4.dev0",
     }.items()
-}
+} | {"tensorrt_llm": VERSIONS}
 PACKAGES = tuple(name for name in SUPPORTED if name not in ("Python", "glibc", "Triton"))
 NIXL = ("nixl-cu12", "nixl-cu13")
 """In the order in which they are tried."""

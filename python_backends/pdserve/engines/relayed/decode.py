@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,8 @@ from pdserve.engines.decode import ACCEPTED_AFTER_S, TICK_S, interval_s
 from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
 from pdserve.engines.relayed.protocol import Asked, GenerationEngine, Piece
 from pdserve.engines.relayed.reports import Reports
-from pdserve.engines.watches import Send, Watches
+from pdserve.engines.slots import show
+from pdserve.engines.watches import EndWatches, Send
 from pdserve.kvcache.handle import unseal
 from pdserve.messages import (
     Accepted,
@@ -89,10 +89,8 @@ class RelayedDecode:
         self._metrics = metrics
         self._met: dict[bytes, str] = {}
         """Prefills by epoch."""
-        self._watches = Watches()
+        self._watches = EndWatches()
         self._reports = Reports(name, engine, metrics)
-        self._refused = False
-        """Somebody, since the last request ended."""
         self._open: dict[str, _Opened] = {}
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """What is said of an answer that is given up."""
@@ -150,7 +148,7 @@ class RelayedDecode:
             send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
             return
         if len(self._open) >= self._limits.slots:
-            self._refused = True
+            self._watches.refused()
             send(Busy("slots"), True)
             return
         link = b""
@@ -186,14 +184,8 @@ class RelayedDecode:
 
     def watch(self, request: Watch, send: Send) -> None:
         """Say once that a request has ended since; at once if there is none."""
-        self._watches.add(request, send)
-        ended = not self._refused and len(self._open) < self._limits.slots
-        if ended or not self._open:
-            self._tell_watches()
-
-    def _tell_watches(self) -> None:
-        self._refused = False
-        self._watches.tell(sys.maxsize, self._loop.time())
+        used, slots = len(self._open), self._limits.slots
+        self._watches.wait(request, send, used, slots, self._loop.time())
 
     # ------------------------------------------------------------------- decode
 
@@ -224,7 +216,7 @@ class RelayedDecode:
         del self._open[opened.request.id]
         # Cancelled before its first step, perhaps: nothing in it would know.
         opened.tell(self._unwanted if task.cancelled() else task.result(), True)
-        self._tell_watches()
+        self._watches.ended(self._loop.time())
 
     def _append(self, opened: _Opened, piece: Piece) -> Tokens | None:
         """Take in new tokens; the last reply, if they end the answer."""
@@ -252,10 +244,7 @@ class RelayedDecode:
         return None
 
     async def _keep_time(self) -> None:
-        gauge = self._metrics.set
         while True:
-            used = len(self._open)
-            gauge("pdserve_slots", used, instance=self._name, state="used")
-            gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
-            gauge("pdserve_watches", len(self._watches), instance=self._name)
+            used, slots = len(self._open), self._limits.slots
+            show(self._metrics, self._name, used, slots, self._watches)
             await asyncio.sleep(TICK_S)

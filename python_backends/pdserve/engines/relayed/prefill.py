@@ -28,6 +28,7 @@ from pdserve.engines.prefill import ACCEPTED_AFTER_S, ACCEPTED_AGAIN_S, TICK_S
 from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
 from pdserve.engines.relayed.protocol import Asked, Context, ContextEngine
 from pdserve.engines.relayed.reports import Reports
+from pdserve.engines.slots import show
 from pdserve.engines.watches import Send, Watches
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
 from pdserve.messages import (
@@ -198,7 +199,13 @@ class RelayedPrefill:
             outputs=request.outputs,
         )
         try:
-            context = await self._engine.context(asked, keep=not request.only)
+            # Told again and again that it is being computed, a gateway would wait for ever.
+            context = await asyncio.wait_for(
+                self._engine.context(asked, keep=not request.only), request.deadline_ms / 1e3
+            )
+        except asyncio.TimeoutError:
+            message = f"{self._name}: no first token within its limit"
+            self._end(held, Failed(errors.Unavailable.code, message))
         except errors.PDServeError as error:
             self._end(held, Failed(error.code, f"{self._name}: {error}"))
         except Exception as error:  # one bad prompt may not end the instance
@@ -243,12 +250,11 @@ class RelayedPrefill:
     async def _keep_time(self) -> None:
         while True:
             self._look()
-            gauge, used = self._metrics.set, len(self._held)
-            gauge("pdserve_slots", used, instance=self._name, state="used")
-            gauge("pdserve_slots", self._limits.slots - used, instance=self._name, state="free")
-            gauge("pdserve_watches", len(self._watches), instance=self._name)
+            show(self._metrics, self._name, len(self._held), self._limits.slots, self._watches)
             phases = [held.phase for held in self._held.values()]
             for phase in Phase:
                 count = phases.count(phase)
-                gauge("pdserve_kv_leases", count, instance=self._name, state=phase.value)
+                self._metrics.set(
+                    "pdserve_kv_leases", count, instance=self._name, state=phase.value
+                )
             await asyncio.sleep(TICK_S)

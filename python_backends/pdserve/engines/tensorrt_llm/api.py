@@ -9,11 +9,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from pdserve.errors import DeploymentError
 
-OLDEST, BEYOND = Version("1.0"), Version("1.4.dev0")
+VERSIONS = SpecifierSet(">=1.0,<1.4.dev0", prereleases=True)
 """What the code was written by: 1.0 to the 1.3 series."""
 # What a launcher has left would make its workers join, or wait for, a job that is not theirs. What
 # configures MPI stays. So, by other means, does triton_backend/all_models/llmapi.
@@ -80,7 +81,7 @@ def _is_of_a_job(variable: str) -> bool:
 def check_version(version: str) -> None:
     """Raises: DeploymentError: not of a series that is known here."""
     try:
-        known = OLDEST <= Version(version) < BEYOND
+        known = Version(version) in VERSIONS
     except InvalidVersion:
         known = False
     if not known:

@@ -80,6 +80,8 @@ class BackendModel:
                 if untold and len(told) < asked.max_tokens:
                     yield Piece(untold, "")
                     untold = []
+        if first is not None and not told:
+            raise errors.InstanceError(f"{self._place.model}: an answer without any token")
         stopped = not asked.ignore_eos and told[-1:] and told[-1] in self._eos_ids
         yield Piece(untold, "stop" if stopped or len(told) < asked.max_tokens else "length")
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pdctl.doctor.inventory import Server
 from pdctl.repository import models
-from pdserve.config import ROLES, Deployment, Role, TransportName
+from pdserve.config import ROLES, Deployment, TransportName
 
 _MODEL_SHM_MIB = 1
 """What Triton takes of /dev/shm for each model as it starts."""
@@ -94,10 +94,4 @@ def _gpus(deployment: Deployment, here: set[str]) -> Iterable[int]:
         for role in ROLES:
             for name, server in deployment.instances(role).items():
                 if server.name in here:
-                    yield from engine.gpus.get(name, range(_ranks(deployment, role)))
-
-
-def _ranks(deployment: Deployment, role: Role) -> int:
-    arguments = getattr(deployment.engine.tensorrt_llm, role)
-    ranks: int = getattr(deployment, role).tensor_parallel * arguments.pipeline_parallel_size
-    return ranks * int(arguments.context_parallel_size)
+                    yield from engine.gpus.get(name, range(deployment.ranks(role)))

@@ -1,0 +1,13 @@
+"""The slots of an instance, as metrics: the same of every kind of engine and of both roles."""
+
+from __future__ import annotations
+
+from pdserve.engines.watches import Watches
+from pdserve.metrics import Registry
+
+
+def show(metrics: Registry, name: str, used: int, slots: int, watches: Watches) -> None:
+    """So many of them are used, and so many gateways wait."""
+    metrics.set("pdserve_slots", used, instance=name, state="used")
+    metrics.set("pdserve_slots", slots - used, instance=name, state="free")
+    metrics.set("pdserve_watches", len(watches), instance=name)
