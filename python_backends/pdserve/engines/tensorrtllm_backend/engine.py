@@ -40,6 +40,9 @@ class BackendModel:
         self._place = place
         self._client: InferenceServerClient | None = None
         self._eos_ids = checkpoint.eos_ids(model)
+        # The backend ends an answer before its end_id; here, as with other engines, that is its
+        # last token.
+        self._cut_off = self._eos_ids[0]
         # How long an engine really keeps a KV cache cannot be set, nor asked, from here.
         self.keeps_s = deployment.prefill.lease_s
         self.context_length = context_length
@@ -56,8 +59,7 @@ class BackendModel:
         [(ids, link)] = made
         if keep and ids and not link:
             raise errors.InstanceError(f"{self._place.model}: a context without {tensors.LINK}")
-        # An end of the answer is no token of it.
-        token = ids[0] if ids else self._eos_ids[0]
+        token = ids[0] if ids else self._cut_off
         return Context(token, token in self._eos_ids, link, 0)
 
     async def generate(
@@ -82,8 +84,11 @@ class BackendModel:
                     untold = []
         if first is not None and not told:
             raise errors.InstanceError(f"{self._place.model}: an answer without any token")
-        stopped = not asked.ignore_eos and told[-1:] and told[-1] in self._eos_ids
-        yield Piece(untold, "stop" if stopped or len(told) < asked.max_tokens else "length")
+        eos = bool(told) and told[-1] in self._eos_ids
+        stopped = not asked.ignore_eos and (eos or len(told) < asked.max_tokens)
+        if stopped and not eos:
+            untold.append(self._cut_off)
+        yield Piece(untold, "stop" if stopped else "length")
 
     async def _answers(
         self, request: Tensors, kind: dict[str, str]
