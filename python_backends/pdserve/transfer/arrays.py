@@ -124,9 +124,8 @@ def _scatter(source: torch.Tensor, pool: torch.Tensor, runs: Runs) -> None:
     import torch  # noqa: PLC0415 - see above
 
     firsts, counts = np.array(runs, np.int64).T
-    # Each token's row: those of its run, from the run's first on.
-    index = np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(source.shape[1])
-    pool.index_copy_(1, torch.from_numpy(index).to(pool.device), source)
+    index = torch.from_numpy(host.each(firsts, counts))
+    pool.index_copy_(1, index.to(pool.device), source)
 
 
 def _widened(*tensors: torch.Tensor) -> list[torch.Tensor]:

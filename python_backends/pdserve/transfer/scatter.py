@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Runs = Sequence[tuple[int, int]]
-"""(first row, rows) each: where consecutive tokens go."""
-
+Runs: TypeAlias = Sequence[tuple[int, int]] | NDArray[np.int64]
+"""(first row, rows) each: where consecutive tokens go. Thousands of them are an array, [n, 2]."""
 
 # Segments from this size on are copied run by run: the fewest calls. Smaller ones go plane by
 # plane, since a run's place in the next plane is megabytes away and every copy a TLB miss. Against
@@ -28,24 +27,24 @@ def scatter(source: NDArray[np.uint8], pool: NDArray[np.uint8], runs: Runs) -> N
         ValueError: the runs do not match the source, or are not inside the pool.
     """
     check(runs, source.shape[1], pool.shape[1])
+    runs = _array(runs)
     unit = _unit(runs, pool)
     if unit == 0 or source.shape[1] * source.shape[2] >= LONG * len(runs):
         _by_run(source, pool, runs)
         return
-    whole = runs[-1][1] // unit * unit
-    last = source.shape[1] - runs[-1][1] + whole
-    numbers = [np.arange(first // unit, (first + rows) // unit) for first, rows in runs[:-1]]
-    numbers.append(np.arange(whole // unit) + runs[-1][0] // unit)
-    places = np.concatenate(numbers)
+    firsts, counts = runs.T // unit
+    places = each(firsts, counts)
+    last = len(places) * unit
     rows, row_bytes = pool.shape[1] // unit * unit, pool.shape[2]
     for to, plane in zip(pool, source, strict=True):
         blocks = to[:rows].reshape(-1, unit * row_bytes) if unit > 1 else to
         blocks[places] = plane[:last].reshape(len(places), -1)
     if last < source.shape[1]:
-        _by_run(source[:, last:], pool, [(runs[-1][0] + whole, source.shape[1] - last)])
+        left = source.shape[1] - last
+        _by_run(source[:, last:], pool, [(runs[-1].sum() - left, left)])
 
 
-def _unit(runs: Runs, pool: NDArray[np.uint8]) -> int:
+def _unit(runs: NDArray[np.int64], pool: NDArray[np.uint8]) -> int:
     """The largest block that all runs but the end of the last one are made of; 0: none needed.
 
     Rows of a pool that are only filled in part are blocks of their own.
@@ -54,7 +53,7 @@ def _unit(runs: Runs, pool: NDArray[np.uint8]) -> int:
         return 0
     if pool.strides[1] != pool.shape[2]:
         return 1
-    return gcd(*(first for first, _ in runs), *(rows for _, rows in runs[:-1]))
+    return int(np.gcd.reduce(runs.ravel()[:-1]))
 
 
 def _by_run(source: NDArray[np.uint8], pool: NDArray[np.uint8], runs: Runs) -> None:
@@ -70,22 +69,33 @@ def check(runs: Runs, tokens: int, limit: int) -> None:
     Raises:
         ValueError: the runs do not match the source, or are not inside the pool.
     """
-    for first, rows in runs:
-        # A slice beyond the end would be cut short without a word.
-        if first < 0 or rows < 1 or first + rows > limit:
-            raise ValueError(f"run {(first, rows)} is not inside the pool's {limit} rows")
-    if sum(rows for _, rows in runs) != tokens:
-        raise ValueError(f"runs {list(runs)} do not have {tokens} rows")
+    firsts, rows = _array(runs).T
+    # A slice beyond the end would be cut short without a word.
+    outside = (firsts < 0) | (rows < 1) | (firsts + rows > limit)
+    if outside.any():
+        worst = int(outside.argmax())
+        run = int(firsts[worst]), int(rows[worst])
+        raise ValueError(f"run {run} is not inside the pool's {limit} rows")
+    if rows.sum() != tokens:
+        raise ValueError(f"the runs have {rows.sum()} rows, for {tokens} tokens")
 
 
-def part_of(runs: Runs, start: int, tokens: int) -> list[tuple[int, int]]:
-    """The runs of tokens `start` to `start + tokens` of those that `runs` are for."""
-    cut = []
-    for first, rows in runs:
-        skipped = min(start, rows)
-        taken = min(rows - skipped, tokens)
-        if taken:
-            cut.append((first + skipped, taken))
-        start -= skipped
-        tokens -= taken
-    return cut
+def _array(runs: Runs) -> NDArray[np.int64]:
+    return np.asarray(runs, np.int64).reshape(-1, 2)
+
+
+def each(firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers of all runs, one after the other: int64 [sum of the counts]."""
+    starts = np.cumsum(counts) - counts
+    numbers: NDArray[np.int64] = np.repeat(firsts - starts, counts)
+    return numbers + np.arange(len(numbers))
+
+
+def part_of(runs: Runs, start: int, tokens: int) -> NDArray[np.int64]:
+    """The runs of tokens `start` to `start + tokens` of those that `runs` are for: [n, 2]."""
+    firsts, rows = _array(runs).T
+    starts = np.cumsum(rows) - rows
+    skipped = np.clip(start - starts, 0, rows)
+    taken = np.clip(start + tokens - starts, 0, rows) - skipped
+    parts: NDArray[np.int64] = np.stack([firsts + skipped, taken], 1)[taken > 0]
+    return parts

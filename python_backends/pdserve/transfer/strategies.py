@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.protocol import Link, Pending, Spans
-from pdserve.transfer.scatter import Runs, part_of
+from pdserve.transfer.scatter import Runs, each, part_of
 from pdserve.transfer.staging import Staging
 
-# Between two pieces the receiver can say that it is alive.
-MAPPED_PIECE = 64 << 20
+# Between two pieces, of some 30 ms, the receiver can say that it is alive.
+MAPPED_PIECE = 256 << 20
 # Pieces under way at once: one arrives while the other is scattered.
 DEPTH = 2
 
@@ -215,5 +215,5 @@ def _along_tokens(move: Move) -> tuple[NDArray[np.int64], NDArray[np.int64], NDA
     firsts, rows = np.array(move.runs, np.int64).T
     if move.fills_rows:
         return move.tokens.start + np.cumsum(rows) - rows, rows, firsts
-    each = np.concatenate([np.arange(n) + first for first, n in zip(firsts, rows, strict=True)])
-    return np.arange(move.tokens.start, move.tokens.stop), np.ones(len(each), np.int64), each
+    alone = np.ones(len(move.tokens), np.int64)
+    return np.arange(move.tokens.start, move.tokens.stop), alone, each(firsts, rows)
