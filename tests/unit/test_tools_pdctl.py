@@ -17,9 +17,10 @@ import pytest
 from pdctl import cli, footprint, links, log, ports
 from pdctl.chat import Question, ask
 from pdctl.errors import PortTaken, ServerError
+from pdctl.overview import summary
 from pdctl.repository import models, render
 from pdctl.server import Server
-from pdctl.status import summary, values
+from pdctl.status import values
 from pdctl.timeline import phases, timeline
 from pdserve import config
 from pdserve.config import Deployment, Transfer

@@ -13,18 +13,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from pdctl import fleet, links, network, paths, probe, watchers
 from pdctl.chat import Question, ask
 from pdctl.doctor.examination import examine
 from pdctl.doctor.report import report
 from pdctl.errors import ServerError
+from pdctl.overview import page
 from pdctl.reload import Reload, plan
 from pdctl.repository import models
 from pdctl.server import Server
 from pdctl.signals import Interrupted, interruptible
-from pdctl.status import scrape, summary
+from pdctl.status import scrape
 from pdctl.status import status as status_of
 from pdctl.timeline import timeline
 from pdserve import config
@@ -115,7 +115,7 @@ def status(file: File = paths.DEPLOYMENT, only: Only = None, as_json: Json = Fal
         print(json.dumps(found, indent=2))
     else:
         for entry in found:
-            _print_status(entry)
+            out.print(page(entry))
     if any(entry["state"] != "ready" for entry in found):
         raise typer.Exit(NOT_READY)
 
@@ -325,33 +325,6 @@ def _converse(server: Server, question: Question, as_json: bool) -> None:
         out.print(f"\n[dim]({finish_reason})[/dim]\n")
         if stats is not None:
             out.print(timeline(stats))
-
-
-def _print_status(entry: dict[str, Any]) -> None:
-    process = f", process {entry['pid']}" if entry["pid"] else ""
-    out.print(f"[bold]{entry['server']}[/bold] {entry['state']}{process}")
-    out.print(f"  HTTP {entry['http']}, gRPC {entry['grpc']}, metrics {entry['metrics']}")
-    if entry["pid"]:
-        out.print(f"  {_watchdog(entry['watchdog'])}")
-    for rows in (entry["models"], summary(entry["values"])):
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-        for row in rows.items():
-            table.add_row(*row)
-        out.print(table)
-
-
-def _watchdog(found: dict[str, Any] | None) -> str:
-    """What a watchdog says, in a line and one more for each thing that is not as it should be."""
-    if found is None:
-        return "no watchdog: nothing is repaired (`pdctl up` starts it)"
-    lines = [f"watchdog process {found['pid']}, {time.time() - found['at']:.0f} s ago:"]
-    for thing, health in found["things"].items():
-        if health["repairs"] or health["state"] != "healthy":
-            lines.append(
-                f"{thing} {health['state']}, {health['repairs']} repairs, "
-                f"the last took {health['down_s']:.1f} s; {health['reason']}"
-            )
-    return "\n    ".join(lines if len(lines) > 1 else [f"{lines[0]} all is well"])
 
 
 def main() -> None:

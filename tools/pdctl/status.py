@@ -12,7 +12,6 @@ from pdctl.repository import models
 from pdctl.server import Server
 
 _SAMPLE = re.compile(r"^(pdserve_\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
-_LABEL = re.compile(r'="([^"]*)"')
 
 
 def status(server: Server) -> dict[str, Any]:
@@ -58,24 +57,6 @@ def scrape(server: Server) -> dict[str, float]:
     """`values` of a running server, on this host or another. Raises: OSError."""
     with urllib.request.urlopen(server.metrics, timeout=5) as answer:
         return values(answer.read().decode())
-
-
-def summary(values: dict[str, float]) -> dict[str, str]:
-    """A few words for each metric: totals by label, means of histograms."""
-    found: dict[str, list[str]] = {}
-    for series, value in values.items():
-        name, _, labels = series.partition("{")
-        words = " ".join(_LABEL.findall(labels))
-        if name.endswith("_count") and value:
-            mean = values[series.replace("_count", "_sum", 1)] / value
-            text = f"{words} mean {mean * 1e3:.1f} ms of {value:.0f}"
-            found.setdefault(name.removesuffix("_count"), []).append(text)
-        elif value and not name.endswith(("_sum", "_count")):
-            found.setdefault(name, []).append(f"{words} {value:.0f}")
-    return {
-        name.removeprefix("pdserve_"): ", ".join(text.strip() for text in sorted(texts))
-        for name, texts in sorted(found.items())
-    }
 
 
 def values(text: str) -> dict[str, float]:
