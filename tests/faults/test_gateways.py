@@ -80,7 +80,7 @@ def test_a_dead_gateway_among_others(workers: Running, fault: Fault) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_dead_gateway_among_others_again_and_again(workers: Running, fault: Fault) -> None:
-    for _ in range(10):
+    for _ in range(50):
         test_a_dead_gateway_among_others(workers, fault)
         time.sleep(10)
 

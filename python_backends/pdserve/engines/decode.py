@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 
 from pdserve import config, errors
+from pdserve.engines.acceptance import AFTER_S
 from pdserve.engines.arrivals import Arrivals
 from pdserve.engines.opened import Opened
 from pdserve.engines.prompts import Prompts
@@ -42,8 +43,6 @@ from pdserve.transfer.receiver import Receiver
 from pdserve.transfer.reports import Met, Pulled
 
 TICK_S = 0.1
-# Tokens that come sooner than this speak for themselves; else the acceptance is told first.
-ACCEPTED_AFTER_S = 0.005
 
 
 def interval_s(limits: config.Decode, streams: int, peers: int) -> float:
@@ -155,7 +154,7 @@ class DecodeInstance:
             outputs=request.outputs,
         )
         opened = self._open[request.id] = Opened(request, send, reserved, sequence)
-        opened.timer = self._loop.call_later(ACCEPTED_AFTER_S, send, Accepted(), False)
+        opened.timer = self._loop.call_later(AFTER_S, send, Accepted(), False)
         if handle is not None:
             self._arrivals.pull(handle, reserved, sequence, partial(self._arrived, opened))
         else:

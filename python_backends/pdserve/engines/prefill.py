@@ -10,11 +10,12 @@ waiting for an offer. Gateways that found it busy may watch, and are told in tur
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from pdserve import config, errors
+from pdserve.engines.acceptance import Acceptance
 from pdserve.engines.forwards import Forwards
 from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
 from pdserve.engines.slots import show
@@ -24,7 +25,6 @@ from pdserve.kvcache.cut import Cut
 from pdserve.kvcache.prefix import PrefixIndex, shorten
 from pdserve.kvcache.ranges import KVRange
 from pdserve.messages import (
-    Accepted,
     Busy,
     Described,
     Failed,
@@ -42,10 +42,6 @@ TICK_S = 0.02
 # So often, while somebody waits, it is looked at what decodes have taken: from then on a slot is
 # idle. To wake up and look takes some 50 us.
 LOOK_S = 0.001
-# A result that comes sooner than this speaks for itself; else the acceptance is told first,
-# and told again while the computation lasts.
-ACCEPTED_AFTER_S = 0.005
-ACCEPTED_AGAIN_S = 5.0
 # Ranges whose lease ended while a decode was reading them; with more, nothing is accepted.
 MAX_QUARANTINED = 16
 
@@ -56,6 +52,7 @@ class _Held:
 
     request: PrefillRequest
     send: Send
+    acceptance: Acceptance
     loan: Loan
     kv: KVRange
     job: PrefillJob
@@ -65,7 +62,6 @@ class _Held:
     computing: bool = True
     """The first token is not known yet."""
     cancelled: bool = False
-    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
 class PrefillInstance:
@@ -160,6 +156,7 @@ class PrefillInstance:
         held = _Held(
             request=request,
             send=send,
+            acceptance=Acceptance(send),
             loan=loan,
             kv=kv,
             job=PrefillJob(tokens, kv.whole, request.sampling, kv.publish, request.outputs),
@@ -169,10 +166,8 @@ class PrefillInstance:
         self._held[request.id] = held
         if request.layered:
             self._open_early(held)
-        elif request.hurry:
-            self._say_accepted(held)
         else:
-            held.timer = self._loop.call_later(ACCEPTED_AFTER_S, self._say_accepted, held)
+            held.acceptance.begin(request.hurry)
         self._pending.append(held)
         self._work.set()
 
@@ -192,12 +187,7 @@ class PrefillInstance:
             self._lending.fill(held.loan, planes)
 
         held.job.filled = filled
-        held.send(Accepted(handle), False)
-        held.timer = self._loop.call_later(ACCEPTED_AGAIN_S, self._say_accepted, held)
-
-    def _say_accepted(self, held: _Held) -> None:
-        held.send(Accepted(), False)
-        held.timer = self._loop.call_later(ACCEPTED_AGAIN_S, self._say_accepted, held)
+        held.acceptance.say(handle)
 
     def watch(self, request: Watch, send: Send) -> None:
         """Say once when a slot is free for this gateway, which may be now."""
@@ -319,8 +309,7 @@ class PrefillInstance:
         if held.cancelled:
             self._end(held, Failed(errors.Cancelled.code, "released"))
             return
-        if held.timer is not None:
-            held.timer.cancel()
+        held.acceptance.end()
         held.computing = False
         self._stirred.set()
         planes = self._model.layout.planes
@@ -336,8 +325,7 @@ class PrefillInstance:
 
     def _end(self, held: _Held, reply: Reply) -> None:
         """Before its first token the request has failed or is unwanted."""
-        if held.timer is not None:
-            held.timer.cancel()
+        held.acceptance.end()
         self._take_back(held)
         held.send(reply, True)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdserve import errors
+from pdserve.engines.acceptance import AGAIN_S
 from pdserve.engines.opened import Opened
 from pdserve.engines.protocol import DecodeEngine
 from pdserve.messages import Accepted
@@ -20,8 +21,6 @@ from pdserve.metrics import Registry
 from pdserve.transfer import arrays
 from pdserve.transfer.reports import Pulled
 
-# A prompt of many turns says so often that it is being computed: silence would be a stall.
-ACCEPTED_AGAIN_S = 5.0
 # Below this many bytes a copy costs less than handing it to another thread.
 INLINE_COPY = 256 << 10
 
@@ -107,7 +106,7 @@ class Prompts:
             )
             ms, cached = prompt.seconds * 1e3, opened.reserved.held
             self._end(prompt, Pulled(0, "local", "", ms, 0.0, 0.0, token, cached))
-        elif now - opened.sent_at >= ACCEPTED_AGAIN_S:
+        elif now - opened.sent_at >= AGAIN_S:
             opened.sent_at = now
             opened.send(Accepted(), False)
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pdserve import config, errors
-from pdserve.engines.decode import ACCEPTED_AFTER_S, TICK_S, interval_s
+from pdserve.engines.acceptance import AFTER_S
+from pdserve.engines.decode import TICK_S, interval_s
 from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
 from pdserve.engines.relayed.protocol import Asked, GenerationEngine, Piece
 from pdserve.engines.relayed.reports import Reports
@@ -169,7 +170,7 @@ class RelayedDecode:
         now = self._loop.time()
         opened = _Opened(request, send, now, 0 if request.first_token is None else 1, now)
         self._open[request.id] = opened
-        opened.timer = self._loop.call_later(ACCEPTED_AFTER_S, send, Accepted(), False)
+        opened.timer = self._loop.call_later(AFTER_S, send, Accepted(), False)
         opened.task = asyncio.create_task(self._run(opened, link))
         opened.task.add_done_callback(partial(self._ended, opened))
 

@@ -24,7 +24,8 @@ from functools import partial
 import numpy as np
 
 from pdserve import config, errors
-from pdserve.engines.prefill import ACCEPTED_AFTER_S, ACCEPTED_AGAIN_S, TICK_S
+from pdserve.engines.acceptance import Acceptance
+from pdserve.engines.prefill import TICK_S
 from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
 from pdserve.engines.relayed.protocol import Asked, Context, ContextEngine
 from pdserve.engines.relayed.reports import Reports
@@ -32,7 +33,6 @@ from pdserve.engines.slots import show
 from pdserve.engines.watches import Send, Watches
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
 from pdserve.messages import (
-    Accepted,
     Busy,
     Described,
     Failed,
@@ -57,12 +57,12 @@ class _Held:
 
     request: PrefillRequest
     send: Send
+    acceptance: Acceptance
     began: float
     phase: Phase = Phase.COMPUTING
     until: float = 0.0
     """When the engine lets go of the KV cache by itself."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
-    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
 class RelayedPrefill:
@@ -137,17 +137,10 @@ class RelayedPrefill:
             send(Busy("slots"), True)
             return
         self._watches.took(request.gateway)
-        held = self._held[request.id] = _Held(request, send, self._loop.time())
-        if request.hurry:
-            self._say_accepted(held)
-        else:
-            held.timer = self._loop.call_later(ACCEPTED_AFTER_S, self._say_accepted, held)
+        held = self._held[request.id] = _Held(request, send, Acceptance(send), self._loop.time())
+        held.acceptance.begin(request.hurry)
         held.task = asyncio.create_task(self._compute(held))
         held.task.add_done_callback(partial(self._computed, held))
-
-    def _say_accepted(self, held: _Held) -> None:
-        held.send(Accepted(), False)
-        held.timer = self._loop.call_later(ACCEPTED_AGAIN_S, self._say_accepted, held)
 
     def watch(self, request: Watch, send: Send) -> None:
         """Say once when a slot is free for this gateway, which may be now."""
@@ -220,8 +213,7 @@ class RelayedPrefill:
 
     def _hand_over(self, held: _Held, context: Context) -> None:
         now = self._loop.time()
-        if held.timer is not None:
-            held.timer.cancel()
+        held.acceptance.end()
         if context.link:
             held.phase, held.until = Phase.WAITING, now + self._engine.keeps_s
         else:
@@ -242,8 +234,7 @@ class RelayedPrefill:
 
     def _end(self, held: _Held, reply: Reply) -> None:
         """Before its first token the request has failed or is unwanted."""
-        if held.timer is not None:
-            held.timer.cancel()
+        held.acceptance.end()
         del self._held[held.request.id]
         held.send(reply, True)
 

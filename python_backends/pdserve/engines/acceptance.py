@@ -1,0 +1,37 @@
+"""How a gateway is told that its request has been accepted, and that it is still worked on."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pdserve.engines.watches import Send
+from pdserve.messages import Accepted
+
+# A result that comes sooner than this speaks for itself; else the acceptance is told first,
+# and told again while the computation lasts: silence would be a stall.
+AFTER_S = 0.005
+AGAIN_S = 5.0
+
+
+class Acceptance:
+    """Of one request; told until it is ended. In the event loop."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, hurry: bool) -> None:
+        """Told at once if that is urgent."""
+        if hurry:
+            self.say()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(AFTER_S, self.say)
+
+    def say(self, handle: bytes | None = None) -> None:
+        """Now, and again."""
+        self._send(Accepted(handle), False)
+        self._timer = asyncio.get_running_loop().call_later(AGAIN_S, self.say)
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
