@@ -80,7 +80,7 @@ def measure(name: str, link: Link, layout: str, quick: bool) -> list[Point]:
         sizes_mib=sizes,
         blocks=[16, 32] if quick else BLOCKS,
         handshakes=link.handshakes,
-        repeats=2 if quick else 3,
+        repeats=2 if quick else 5,
     )
     # Whole blocks of the largest size, in rows of all layouts.
     nbytes = (max(sizes) << 20) + (16 << 20)

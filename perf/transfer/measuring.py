@@ -34,7 +34,7 @@ from perf.transfer.raw import RawReader
 
 STAGING_BUFFERS = 4
 # Up to so many bytes a stray millisecond is much: more turns.
-SMALL, MORE = 64 << 20, 3
+SMALL, MORE = 64 << 20, 2
 
 
 class Spec(Struct):

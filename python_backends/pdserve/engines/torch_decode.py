@@ -12,6 +12,7 @@ from pdserve.engines.torch_attention import DecodeMemory, PrefillMemory
 from pdserve.engines.torch_fixed import FIXED_ROWS, replay
 from pdserve.engines.torch_model import TorchModel
 from pdserve.engines.torch_sampling import Choice, sample
+from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
 
 
@@ -25,20 +26,17 @@ class TorchDecode:
     """
 
     def __init__(self, model: TorchModel, blocks: int, block_size: int) -> None:
-        layout = model.layout
-        self._model = model
-        self._pool = torch.zeros(
-            (layout.layers, 2, blocks * block_size, layout.kv_heads, layout.head_dim),
-            dtype=getattr(torch, layout.dtype),
-            device=model.device,
+        layout, rows = model.layout, blocks * block_size
+        place, shape = model.device, layout.shape(rows)
+        self.pool: Array = (
+            arrays.aligned(shape)
+            if place.type == "cpu"
+            else torch.zeros(shape, dtype=torch.uint8, device=place)
         )
-
-    @property
-    def pool(self) -> Array:
         """The pool as bytes, [planes, rows, row_bytes]."""
-        rows = self._pool.flatten(3).flatten(0, 1)
-        seen = rows.view(torch.uint8)
-        return seen if seen.is_cuda else seen.numpy()
+        seen = torch.as_tensor(self.pool).view(getattr(torch, layout.dtype))
+        self._pool = seen.view(layout.layers, 2, rows, layout.kv_heads, layout.head_dim)
+        self._model = model
 
     def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
         """Compute tokens `begin` to `end` of a prompt; the first token, if that is its end.

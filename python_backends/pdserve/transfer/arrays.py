@@ -58,14 +58,15 @@ def seen(data: NDArray[np.uint8] | Memory) -> Array:
 
 
 def aligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Host memory that begins with a page, every page written to.
+    """Host memory that begins with a page, zeros, every page written to.
 
     numpy's own begins 16 bytes behind one, and to copy to there takes twice as long (glibc's memcpy
     on an AMD EPYC, in pieces of 8 KiB to 1 MiB: those of a scatter). A page that was never written
-    to makes a first arrival 20 times slower.
+    to makes a first arrival 20 times slower. numpy asks for huge pages, torch does not: a scatter
+    of 44 MiB into torch's memory takes 15 % longer.
     """
     nbytes = math.prod(shape)
-    room = np.ones(nbytes + mmap.PAGESIZE, np.uint8)
+    room = np.full(nbytes + mmap.PAGESIZE, 0, np.uint8)  # np.zeros writes nothing
     start = -room.ctypes.data % mmap.PAGESIZE
     return room[start : start + nbytes].reshape(shape)
 
