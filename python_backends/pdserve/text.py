@@ -13,13 +13,13 @@ from pdserve.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pdserve.tokenizer import Tokenizer
+    from pdserve.vocabulary import Vocabulary
 
 
 class TextStream:
     """The text of one answer, pushed as ids and taken as text that will not change any more.
 
-    What ``push`` and ``finish`` return adds up to ``tokenizer.decode`` of all ids, however they
+    What ``push`` and ``finish`` return adds up to ``Vocabulary.decode`` of all ids, however they
     were cut into pushes, or to its part before a stop string. The stop string that *ends* first
     counts (no later token could change that, so the engine may stop at once), and the longest of
     those that end there.
@@ -27,7 +27,7 @@ class TextStream:
     Not thread-safe. Raises InvalidRequest: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = ()) -> None:
         if "" in stop:
             at = list(stop).index("")
             raise InvalidRequest(f"stop_words[{at}] is empty; at least 1 character is needed")
@@ -35,7 +35,7 @@ class TextStream:
         """A stop string was found: the answer has ended before it."""
         self.tokens_used = 0
         """Ids of the answer so far, the one that completed a stop string included, none after."""
-        self._decoder = _Bytes(tokenizer) if tokenizer.byte_level else _Pieces(tokenizer)
+        self._decoder = _Bytes(vocabulary) if vocabulary.byte_level else _Pieces(vocabulary)
         self._stop = tuple(stop)
         self._first = re.compile("|".join(re.escape(c) for c in {word[0] for word in stop}))
         self._held = ""
@@ -101,8 +101,8 @@ class TextStream:
 class _Bytes:
     """A byte-level vocabulary: every token is some bytes, the answer is all of them as UTF-8."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._token = tokenizer.token
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._token = vocabulary.token
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def step(self, token_id: int) -> str:
@@ -136,13 +136,13 @@ class _Pieces:
     all of it: such a run can only be shown once it has ended.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
         self._before: list[int] = []
         self._run: list[int] = []
 
     def step(self, token_id: int) -> str:
-        token = self._tokenizer.token(token_id)
+        token = self._vocabulary.token(token_id)
         if token is None:
             return ""
         self._run.append(token_id)
@@ -153,7 +153,7 @@ class _Pieces:
     def finish(self) -> str:
         if not self._run:
             return ""
-        before = self._tokenizer.decode(self._before)
-        text = self._tokenizer.decode(self._before + self._run)
+        before = self._vocabulary.decode(self._before)
+        text = self._vocabulary.decode(self._before + self._run)
         self._before, self._run = self._run[-1:], []
         return text[len(before) :]

@@ -1,69 +1,40 @@
 """From what a client sends to token ids: the prompt's checks, the chat template, the tokenizer.
 
-Everything is read through ``transformers.PreTrainedTokenizerFast``: next to the bare
-``tokenizers`` library and a chat template rendered by hand it costs nothing measurable at
-start-up (both about 1 s, the import of transformers), knows every place a special token or a
-template may be written down, reads GGUF as well, and, unlike ``AutoTokenizer`` (about 3 s),
-does not import torch for a model directory.
+``transformers.PreTrainedTokenizerFast`` reads tokenizer and template, wherever they are written
+down; unlike ``AutoTokenizer`` (about 3 s), it does not import torch for a model directory.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import jinja2
 import msgspec
 import numpy as np
 from msgspec import Meta, Struct
-from tokenizers.decoders import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
-from pdserve.errors import DeploymentError, InvalidRequest
+from pdserve.errors import InvalidRequest, brief
+from pdserve.vocabulary import Vocabulary, fast
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import tokenizers
     from numpy.typing import NDArray
 
 Conversation: TypeAlias = list[dict[str, str]]
 """Turns, oldest first: ``{"role": "system" | "user" | "assistant", "content": str}``."""
 
 
-class Tokenizer:
+class Tokenizer(Vocabulary):
     """The model's own tokenizer and chat template; safe to share between threads."""
 
     def __init__(self, path: Path) -> None:
-        """Read a model directory (``tokenizer.json``, ...) or a GGUF file.
-
-        What a GGUF file says is converted by transformers, which imports torch for it.
-
-        Raises:
-            DeploymentError: there is no tokenizer at ``path``.
-        """
-        if not (path.is_file() or (path / "tokenizer.json").is_file()):
-            raise DeploymentError(f"{path}: neither a GGUF file nor a folder with tokenizer.json")
-        where, gguf_file = (path, None) if path.is_dir() else (path.parent, path.name)
-        try:
-            self._fast: Any = PreTrainedTokenizerFast.from_pretrained(
-                where, gguf_file=gguf_file, local_files_only=True
-            )
-        except Exception as error:  # transformers and its readers share no narrower base
-            raise DeploymentError(f"{path}: no readable tokenizer: {_brief(error)}") from error
-        self._backend: tokenizers.Tokenizer = self._fast.backend_tokenizer
+        """Read a model directory (``tokenizer.json``, ...) or a GGUF file; raises as ``fast``."""
+        self._fast = fast(path)
+        super().__init__(self._fast.backend_tokenizer)
         self._backend.no_truncation()  # a tokenizer.json may ask for either; a prompt wants neither
         self._backend.no_padding()
-        self._special = frozenset(
-            i for i, token in self._backend.get_added_tokens_decoder().items() if token.special
-        )
-        self.byte_level = isinstance(self._backend.decoder, ByteLevel)
-        """Tokens stand for bytes (GPT-2 and most since), not for pieces of text (SentencePiece)."""
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Token ids are less than this, added tokens included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Ids of a plain prompt, int32 ``[tokens]``, with the special tokens the model adds."""
@@ -92,17 +63,9 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(
-                f"text_input: the model's chat template refuses the conversation: {_brief(error)}"
+                f"text_input: the model's chat template refuses the conversation: {brief(error)}"
             ) from error
         return text
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of a whole answer; special and unknown ids are skipped, bad bytes are U+FFFD."""
-        return self._backend.decode(ids)
-
-    def token(self, token_id: int) -> str | None:
-        """A token as the vocabulary writes it; None: it has no text (special, or unknown)."""
-        return None if token_id in self._special else self._backend.id_to_token(token_id)
 
 
 class Turn(Struct, forbid_unknown_fields=True):
@@ -141,23 +104,17 @@ def parse_prompt(data: bytes, chat: bool) -> str | Conversation:
     except (msgspec.DecodeError, RecursionError) as error:
         if re.match(r"\s*\[\s*\{", text):
             raise InvalidRequest(
-                f"text_input is a bad JSON chat of {len(data)} bytes: {_brief(error)}"
+                f"text_input is a bad JSON chat of {len(data)} bytes: {brief(error)}"
             ) from error
         return user_turn
     try:
         turns = msgspec.convert(conversation, _TURNS)
     except msgspec.ValidationError as error:
         raise InvalidRequest(
-            f"text_input is not a conversation: {_brief(error)}; {_SHAPE}"
+            f"text_input is not a conversation: {brief(error)}; {_SHAPE}"
         ) from error
     if turns[-1].role == "assistant":
         raise InvalidRequest(
             f"text_input[{len(turns) - 1}].role is 'assistant'; the last role is user or system"
         )
     return conversation
-
-
-def _brief(error: Exception) -> str:
-    """An error may quote the client's value; gRPC carries no message of more than some KiB."""
-    text = str(error)
-    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock, patch
 
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
+from pdserve import vocabulary
 from pdserve.errors import DeploymentError, InvalidRequest
 from pdserve.text import TextStream
 from pdserve.tokenizer import Tokenizer
@@ -253,8 +256,9 @@ def test_a_model_without_chat_template_refuses_chat(llama: Path, tmp_path: Path)
 def test_no_tokenizer_is_a_deployment_error(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"nonsense")
     for path in (tmp_path, tmp_path / "missing", tmp_path / "model.gguf"):
-        with pytest.raises(DeploymentError, match=str(path)):
-            Tokenizer(path)
+        for read in (Tokenizer, vocabulary.read):
+            with pytest.raises(DeploymentError, match=str(path)):
+                read(path)
 
 
 @pytest.mark.parametrize("subject", [smollm2], indirect=True)
@@ -264,6 +268,57 @@ def test_a_gguf_file_has_a_tokenizer_too(subject: Subject) -> None:
         assert ours.encode(text).tolist() == subject.theirs(text).input_ids
     turns = [{"role": "user", "content": "x"}]
     assert ours.encode_chat(turns).tolist() == subject.ours.encode_chat(turns).tolist()
+
+
+def test_a_vocabulary_alone_is_the_tokenizers(subject: Subject) -> None:
+    alone, whole = vocabulary.read(subject.path), subject.ours
+    assert (alone.size, alone.byte_level) == (whole.size, whole.byte_level)
+    every = range(-1, whole.size + 1)
+    assert [alone.token(max(i, 0)) for i in every] == [whole.token(max(i, 0)) for i in every]
+    ids = list(range(0, whole.size, 7))
+    assert alone.decode(ids) == whole.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("tokenizer_config.json", {"pad_token": "<pad>"}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<image>"}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<tool é>"]}),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"400": {"content": "<pad>", "special": False}}},
+        ),
+        ("special_tokens_map.json", {"pad_token": {"content": "<pad>"}}),
+        ("added_tokens.json", {"<pad>": 400}),
+    ],
+)
+def test_tokens_that_stand_elsewhere_are_read_by_transformers(
+    llama: Path, tmp_path: Path, name: str, more: Any
+) -> None:
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / name
+    before = json.loads(file.read_bytes()) if file.exists() else {}
+    file.write_text(json.dumps(before | more))
+    read = Mock(wraps=vocabulary.fast)
+    with patch.object(vocabulary, "fast", read):
+        found = vocabulary.read(tmp_path)
+    read.assert_called_once_with(tmp_path)
+    whole = Tokenizer(tmp_path)
+    assert found.size == whole.size
+    assert [found.token(i) for i in range(found.size)] == [
+        whole.token(i) for i in range(whole.size)
+    ]
+
+
+def test_a_vocabulary_alone_does_without_transformers(subject: Subject) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pdserve import vocabulary;"
+        "from pdserve.text import TextStream;"
+        "TextStream(vocabulary.read(Path(sys.argv[1]))).push([5]);"
+        "sys.exit('transformers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(subject.path)], check=True)
 
 
 def test_no_torch_is_imported(llama: Path) -> None:

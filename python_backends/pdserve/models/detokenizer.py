@@ -7,14 +7,13 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from pdserve import errors
+from pdserve import errors, vocabulary
 from pdserve.models import triton
-from pdserve.tokenizer import Tokenizer
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self._tokenizer = Tokenizer(Path(triton.deployment(args).model))
+        self._vocabulary = vocabulary.read(Path(triton.deployment(args).model))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -22,11 +21,11 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         try:
             ids = triton.tensors(request)["output_ids"].reshape(-1)
-            size = self._tokenizer.vocabulary_size
+            size = self._vocabulary.size
             wrong = ids[(ids < 0) | (ids >= size)]
             if wrong.size:
                 raise errors.InvalidRequest(f"output_ids: {wrong[0]}; allowed: 0 to {size - 1}")
         except errors.PDServeError as error:
             return triton.error(error)
-        text = self._tokenizer.decode(ids.tolist())
+        text = self._vocabulary.decode(ids.tolist())
         return pb_utils.InferenceResponse([triton.text("text_output", text)])

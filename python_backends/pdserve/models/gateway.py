@@ -35,8 +35,8 @@ from pdserve.scheduling.groups import Group, Groups
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.scenarios import Asked, Router
 from pdserve.text import TextStream
-from pdserve.tokenizer import Tokenizer
 from pdserve.transfer import key
+from pdserve.vocabulary import Vocabulary
 
 # A client that has gone is noticed within this time.
 CANCEL_LOOK_S = 0.08
@@ -65,7 +65,7 @@ class GatewayModel(ABC):
     def initialize(self, args: dict[str, str]) -> None:
         self._file = DeploymentFile(triton.deployment_path(args))
         self.deployment = self._file.deployment
-        self.tokenizer = Tokenizer(Path(self.deployment.model))
+        self.vocabulary = self.read(Path(self.deployment.model))
         self._longest = build.longest(self.deployment)
         """Tokens of prompt and answer together, at most."""
         self._name = args["model_name"]
@@ -81,6 +81,10 @@ class GatewayModel(ABC):
         self._losses = Losses(key.load(Path(self.deployment.transfer.key_file)))
         self._loop = LoopThread()
         self._loop.run(self._start())
+
+    @abstractmethod
+    def read(self, model: Path) -> Vocabulary:
+        """Raises: DeploymentError: it has no tokenizer."""
 
     @abstractmethod
     async def prompt(self, inputs: parameters.Tensors) -> Prompt:
@@ -160,7 +164,7 @@ class GatewayModel(ABC):
         group = scenario.next_group()
         self._metrics.add("pdserve_routed_total", scenario=job.scenario, group=group.name)
         trace.carry(job)
-        text = TextStream(self.tokenizer, asked.stop)
+        text = TextStream(self.vocabulary, asked.stop)
         reads_text = self.answers_in_text or bool(asked.stop)
         piece, ids, told = prompt.echo, list[int](), 0
         with group.serving(job) as scheduler:

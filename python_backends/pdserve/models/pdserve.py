@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from pdserve.engines.protocol import Tokens
@@ -10,7 +11,8 @@ from pdserve.errors import InvalidRequest
 from pdserve.models import triton
 from pdserve.models.gateway import GatewayModel, Prompt
 from pdserve.parameters import Tensors, scalar
-from pdserve.tokenizer import parse_prompt
+from pdserve.tokenizer import Tokenizer, parse_prompt
+from pdserve.vocabulary import Vocabulary
 
 # A longer text is tokenized in another thread, so that the streams of others go on.
 LONG_TEXT = 16 << 10
@@ -19,6 +21,10 @@ LONG_TEXT = 16 << 10
 class TritonPythonModel(GatewayModel):
     prompt_input = "text_input"
     answers_in_text = True
+
+    def read(self, model: Path) -> Vocabulary:
+        self._tokenizer = Tokenizer(model)
+        return self._tokenizer
 
     async def prompt(self, inputs: Tensors) -> Prompt:
         data: bytes = scalar(inputs, "text_input")
@@ -40,8 +46,8 @@ class TritonPythonModel(GatewayModel):
         """Token ids, and the text that rules look at: of a conversation, its first turn."""
         prompt = parse_prompt(data, chat)
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt), prompt
-        return self.tokenizer.encode_chat(prompt), prompt[0]["content"]
+            return self._tokenizer.encode(prompt), prompt
+        return self._tokenizer.encode_chat(prompt), prompt[0]["content"]
 
     def outputs(self, text: str, ids: list[int]) -> list[Any]:
         return [triton.text("text_output", text)]

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from pdserve import vocabulary
 from pdserve.errors import InvalidRequest
 from pdserve.models.gateway import GatewayModel, Prompt
 from pdserve.parameters import Tensors
+from pdserve.vocabulary import Vocabulary
 
 
 class TritonPythonModel(GatewayModel):
     prompt_input = "input_ids"
     answers_in_text = False
 
+    def read(self, model: Path) -> Vocabulary:
+        return vocabulary.read(model)
+
     async def prompt(self, inputs: Tensors) -> Prompt:
         ids = inputs[self.prompt_input].reshape(-1)
         if not ids.size:
             raise InvalidRequest("input_ids: empty; at least 1 token is needed")
-        size = self.tokenizer.vocabulary_size
+        size = self.vocabulary.size
         wrong = ids[(ids < 0) | (ids >= size)]
         if wrong.size:
             raise InvalidRequest(f"input_ids: {wrong[0]}; allowed: 0 to {size - 1}")
