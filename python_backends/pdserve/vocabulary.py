@@ -60,10 +60,10 @@ def fast(path: Path) -> Any:
     Raises:
         DeploymentError: there is no tokenizer at ``path``.
     """
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - see above
-
     if not (path.is_file() or (path / "tokenizer.json").is_file()):
         raise DeploymentError(f"{path}: neither a GGUF file nor a folder with tokenizer.json")
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - see above
+
     where, gguf_file = (path, None) if path.is_dir() else (path.parent, path.name)
     try:
         return PreTrainedTokenizerFast.from_pretrained(

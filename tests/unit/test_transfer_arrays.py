@@ -79,7 +79,7 @@ def test_runs_that_do_not_fit_are_refused_before_anything_is_written(
     wrong: list[tuple[int, int]],
 ) -> None:
     pool = torch.zeros(2, 8, 16, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"for 4 tokens|not inside the pool's 8 rows"):
+    with pytest.raises(ValueError, match=r"do not have 4 rows|not inside the pool's 8 rows"):
         arrays.scatter(torch.ones(2, 4, 16, dtype=torch.uint8), pool, wrong)
     assert not pool.any()
 

@@ -306,8 +306,8 @@ def test_scatter_fills_the_runs_in_order_and_nothing_else(
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        ([(0, 3)], "for 4 tokens"),
-        ([(0, 5)], "for 4 tokens"),
+        ([(0, 3)], "do not have 4 rows"),
+        ([(0, 5)], "do not have 4 rows"),
         ([(5, 4)], "not inside the pool's 8 rows"),
         ([(0, 3), (8, 1)], "not inside"),
         ([(-1, 4)], "not inside"),

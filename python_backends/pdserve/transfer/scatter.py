@@ -77,7 +77,7 @@ def check(runs: Runs, tokens: int, limit: int) -> None:
         run = int(firsts[worst]), int(rows[worst])
         raise ValueError(f"run {run} is not inside the pool's {limit} rows")
     if rows.sum() != tokens:
-        raise ValueError(f"the runs have {rows.sum()} rows, for {tokens} tokens")
+        raise ValueError(f"runs of {rows.sum()} rows do not have {tokens} rows")
 
 
 def _array(runs: Runs) -> NDArray[np.int64]:
@@ -93,9 +93,13 @@ def each(firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int
 
 def part_of(runs: Runs, start: int, tokens: int) -> NDArray[np.int64]:
     """The runs of tokens `start` to `start + tokens` of those that `runs` are for: [n, 2]."""
-    firsts, rows = _array(runs).T
-    starts = np.cumsum(rows) - rows
-    skipped = np.clip(start - starts, 0, rows)
-    taken = np.clip(start + tokens - starts, 0, rows) - skipped
-    parts: NDArray[np.int64] = np.stack([firsts + skipped, taken], 1)[taken > 0]
-    return parts
+    array = _array(runs)
+    ends = np.cumsum(array[:, 1])
+    # Found, not filtered: every piece of a KV cache asks, of thousands of runs.
+    begin = np.searchsorted(ends, start, "right")
+    part = array[begin : np.searchsorted(ends, start + tokens) + 1].copy() if tokens else array[:0]
+    if len(part):
+        skipped = start - (ends[begin] - part[0, 1])
+        part[0] += skipped, -skipped
+        part[-1, 1] -= part[:, 1].sum() - tokens
+    return part
