@@ -37,8 +37,9 @@ T = TypeVar("T")
 # answers; if we die before the last of the answers, UCX ends the process on the other side
 # ("Fatal: unexpected error"). PROTO_INFO is what `pdserve.transfer.nixl.ucx` reads. TCP_SYN_CNT: to
 # connect to a host that does not answer blocks for 135 s otherwise, with 1 for 3 s; other links
-# and other threads go on meanwhile.
-_ENGINE = "PROTO_EMULATION_ENABLE=n,PROTO_INFO=remote memory*,TCP_SYN_CNT=1"
+# and other threads go on meanwhile. CMA_SEG_SIZE: what CMA copies in one call of the kernel, else
+# 512 KiB: a contiguous pull takes 6 % less time.
+_ENGINE = "PROTO_EMULATION_ENABLE=n,PROTO_INFO=remote memory*,TCP_SYN_CNT=1,CMA_SEG_SIZE=64m"
 
 MOVED_S = 20e-6
 """A step forward that takes longer has moved bytes, or waited for one that has: go on at once.
