@@ -13,6 +13,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
+from pdserve import documents
 from pdserve.errors import DeploymentError
 from pdserve.llm_options import LlmArguments, LlmOptions
 
@@ -284,10 +285,11 @@ def load(path: Path) -> Deployment:
     """Read and check a deployment; its paths come back absolute.
 
     Raises:
-        DeploymentError: unreadable, not YAML, or a field is wrong; the message names it.
+        DeploymentError: unreadable, not YAML, or a field is wrong or stands twice; the message
+            names it.
     """
     try:
-        deployment = msgspec.yaml.decode(path.read_bytes(), type=Deployment)
+        deployment = documents.decode(path.read_bytes(), Deployment)
     except OSError as error:
         raise DeploymentError(f"{path}: {error.strerror}") from error
     except msgspec.MsgspecError as error:

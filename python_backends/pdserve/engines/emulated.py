@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from pdserve import errors
+from pdserve import documents, errors
 from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
 from pdserve.kvcache.layout import KVLayout
 from pdserve.transfer.arrays import aligned
@@ -73,7 +73,7 @@ class EmulatedModel:
     def __init__(self, model: str, profile: str | None) -> None:
         try:
             self.profile = (
-                msgspec.yaml.decode(Path(profile).read_bytes(), type=Profile)
+                documents.decode(Path(profile).read_bytes(), Profile)
                 if profile
                 else Profile(speed=0)
             )
