@@ -26,6 +26,7 @@ from tests.unit.transfers import (
     KEY,
     LAYOUT,
     MODEL,
+    ROWS,
     TOKENS,
     Child,
     Offer,
@@ -110,6 +111,29 @@ def test_only_the_missing_tail_is_moved(way: str, strategy: Strategy) -> None:
         pulled = taker.take(offer, runs, first)
         assert pulled.nbytes == LAYOUT.nbytes(tail)
         taker.check(offer, runs, first)
+    taker.close()
+    sender.close()
+
+
+@pytest.mark.parametrize("strategy", ["whole", "direct"])
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([(70, 20), (3, 29)], "runs of 49 rows do not have 50 rows"),
+        ([(70, 20), (3, 31)], "runs of 51 rows do not have 50 rows"),
+        ([(3, 20), (ROWS - 29, 30)], f"not inside the pool's {ROWS} rows"),
+    ],
+)
+def test_rows_that_are_not_this_request_s_are_not_written(
+    way: str, strategy: Strategy, runs: list[tuple[int, int]], message: str
+) -> None:
+    sender, taker = Sender(way), Taker(way, strategy=strategy)
+    taker.meet(sender)
+    offer = sender.offer()
+    with pytest.raises(ValueError, match=message):
+        taker.take(offer, runs)
+    assert not taker.pool.any()
+    assert sender.leases.state(offer.slot) is Pull.DONE
     taker.close()
     sender.close()
 

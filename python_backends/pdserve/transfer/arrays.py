@@ -100,7 +100,7 @@ def scatter(source: Array, pool: Array, runs: Runs) -> None:
         host.scatter(source, pool, runs)
         return
     assert not isinstance(pool, np.ndarray)
-    host.check(runs, source.shape[1], pool.shape[1])
+    runs = host.checked(runs, source.shape[1], pool.shape[1])
     if not pool.is_cuda:
         _scatter(source, pool, runs)
         return

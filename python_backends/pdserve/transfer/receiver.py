@@ -25,7 +25,7 @@ from pdserve.transfer.following import Lease
 from pdserve.transfer.peers import Peer, Peers, Stranger
 from pdserve.transfer.protocol import Link, TransferError, Transport
 from pdserve.transfer.reports import Met, Pulled
-from pdserve.transfer.scatter import Runs, part_of
+from pdserve.transfer.scatter import Runs, checked
 from pdserve.transfer.staging import Staging
 from pdserve.transfer.strategies import Move, Part
 from pdserve.transfer.tuner import Seen, Strategy
@@ -119,6 +119,7 @@ class Receiver:
             HandleError: the lease is over, used, or ended meanwhile; what was copied is not valid.
             TransferError: the bytes could not be moved; the link is closed.
             Stranger: the link has failed since `open`.
+            ValueError: the runs have not as many rows as there are tokens, or are not in the pool.
         """
         peer = self.peers.find(handle.epoch)
         began = time.monotonic()
@@ -164,6 +165,8 @@ class Receiver:
         deadline: float,
         alive: Callable[[], None],
     ) -> Move:
+        # Whatever the way: rows of another request are not written, and none of this one left out.
+        runs = checked(runs, handle.tokens - first, self._pool.shape[1])
         cut, layout = handle.cut, self._terms.layout
         part_bytes = handle.nbytes // cut.parts
         head_bytes = layout.row_bytes // layout.kv_heads
@@ -184,7 +187,7 @@ class Receiver:
             tokens=range(first, handle.tokens),
             planes=range(layout.planes),
             pool=self._pool,
-            runs=part_of(runs, 0, handle.tokens - first),
+            runs=runs,
             deadline=deadline,
             alive=alive,
         )

@@ -26,8 +26,7 @@ def scatter(source: NDArray[np.uint8], pool: NDArray[np.uint8], runs: Runs) -> N
     Raises:
         ValueError: the runs do not match the source, or are not inside the pool.
     """
-    check(runs, source.shape[1], pool.shape[1])
-    runs = _array(runs)
+    runs = checked(runs, source.shape[1], pool.shape[1])
     unit = _unit(runs, pool)
     if unit == 0 or source.shape[1] * source.shape[2] >= LONG * len(runs):
         _by_run(source, pool, runs)
@@ -63,13 +62,14 @@ def _by_run(source: NDArray[np.uint8], pool: NDArray[np.uint8], runs: Runs) -> N
         start += rows
 
 
-def check(runs: Runs, tokens: int, limit: int) -> None:
-    """Make sure that runs have `tokens` rows, of a pool of `limit`.
+def checked(runs: Runs, tokens: int, limit: int) -> NDArray[np.int64]:
+    """Runs that have `tokens` rows, of a pool of `limit`: [n, 2].
 
     Raises:
         ValueError: the runs do not match the source, or are not inside the pool.
     """
-    firsts, rows = _array(runs).T
+    array = _array(runs)
+    firsts, rows = array.T
     # A slice beyond the end would be cut short without a word.
     outside = (firsts < 0) | (rows < 1) | (firsts + rows > limit)
     if outside.any():
@@ -78,6 +78,7 @@ def check(runs: Runs, tokens: int, limit: int) -> None:
         raise ValueError(f"run {run} is not inside the pool's {limit} rows")
     if rows.sum() != tokens:
         raise ValueError(f"runs of {rows.sum()} rows do not have {tokens} rows")
+    return array
 
 
 def _array(runs: Runs) -> NDArray[np.int64]:
@@ -92,7 +93,7 @@ def each(firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int
 
 
 def part_of(runs: Runs, start: int, tokens: int) -> NDArray[np.int64]:
-    """The runs of tokens `start` to `start + tokens` of those that `runs` are for: [n, 2]."""
+    """The runs of tokens `start` to `start + tokens`, as far as `runs` have rows: [n, 2]."""
     array = _array(runs)
     ends = np.cumsum(array[:, 1])
     # Found, not filtered: every piece of a KV cache asks, of thousands of runs.
@@ -101,5 +102,5 @@ def part_of(runs: Runs, start: int, tokens: int) -> NDArray[np.int64]:
     if len(part):
         skipped = start - (ends[begin] - part[0, 1])
         part[0] += skipped, -skipped
-        part[-1, 1] -= part[:, 1].sum() - tokens
+        part[-1, 1] -= max(part[:, 1].sum() - tokens, 0)
     return part
