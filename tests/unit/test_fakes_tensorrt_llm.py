@@ -268,6 +268,8 @@ async def test_arguments_that_cannot_be(site: Site) -> None:
 
 @real
 async def test_more_than_a_batch_waits(site: Site) -> None:
+    # So that none has its tokens before all have been submitted, however busy the machine.
+    (site.folder / "profile.yaml").write_text("decode: {base_ms: 50}\n")
     llm = site.llm(max_batch_size=2, enable_iter_perf_stats=True)
     results = [llm.generate_async([3, n], site.sampling()) for n in range(3, 9)]
     for n, result in enumerate(results, 3):

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -20,7 +21,7 @@ from pdserve.transfer import region as regions
 from pdserve.transfer.description import Description, host_id
 from pdserve.transfer.holder import Holder
 from pdserve.transfer.peers import Stranger
-from pdserve.transfer.protocol import Memory, TransferError, Transport, Unreachable
+from pdserve.transfer.protocol import Memory, Spans, TransferError, Transport, Unreachable
 from pdserve.transfer.receiver import Receiver
 from pdserve.transfer.reports import Met
 from pdserve.transfer.shm import ShmTransport
@@ -186,6 +187,53 @@ def test_a_holder_that_is_known_is_not_met_again() -> None:
     assert len(transport.links[0].pulls) == pulls, "nor probed"
     joined.close()
     assert transport.links[0].closed
+    made.close()
+
+
+def test_a_link_that_has_failed_is_made_again_at_once() -> None:
+    """What it costs is known; that bytes come over the new one is seen, not believed."""
+    made, transport = holder(MemcpyTransport()), MemcpyTransport()
+    joined = receiver(transport)
+    first = met(joined, made)
+    peer = joined.peers.find(made.epoch)
+    joined.peers.leave(peer)
+    again = met(joined, made)
+    assert (again.bytes_per_s, again.detail) == (first.bytes_per_s, first.detail)
+    assert joined.peers.find(made.epoch).tuner is peer.tuner
+    former, link = transport.links
+    assert (former.closed, link.closed, link.spans) == (True, False, 1)
+    joined.close()
+    made.close()
+
+
+def test_a_link_over_something_else_or_to_a_new_life_is_measured() -> None:
+    made, transport = holder(MemcpyTransport()), MemcpyTransport()
+    joined = receiver(transport)
+    met(joined, made)
+    joined.peers.leave(joined.peers.find(made.epoch))
+    with mock.patch.object(MemcpyLink, "detail", "eth0"):
+        assert met(joined, made).detail == "eth0"
+        next_life = holder(MemcpyTransport())
+        met(joined, next_life)
+    assert [link.spans > 1 for link in transport.links] == [True, True, True]
+    joined.close()
+    for one in (made, next_life):
+        one.close()
+
+
+def test_a_link_over_which_nothing_comes_is_not_taken_again() -> None:
+    made, dead = holder(MemcpyTransport(), ShmTransport()), MemcpyTransport()
+    joined = receiver(dead, ShmTransport())
+    assert met(joined, made).transport == "memcpy"
+    joined.peers.leave(joined.peers.find(made.epoch))
+
+    def fail(self: MemcpyLink, spans: Spans, deadline: float) -> None:
+        raise TransferError("no bytes")
+
+    with mock.patch.object(MemcpyLink, "pull", fail):
+        found = met(joined, made)
+    assert (found.transport, found.refused) == ("shm", {"memcpy": "no bytes"})
+    joined.close()
     made.close()
 
 

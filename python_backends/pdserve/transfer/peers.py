@@ -60,6 +60,8 @@ class Peers:
         self._staging = staging
         self._rdma_only = rdma_only
         self._peers: dict[bytes, Peer] = {}
+        self._left: dict[str, tuple[bytes, Met, Tuner | None]] = {}
+        """By the holder's name: its epoch, and how it was reached last."""
         self._joining = threading.Lock()
         self._transports: list[Transport] = []
         self._unfit: dict[str, str] = {}
@@ -75,7 +77,8 @@ class Peers:
     def join(self, data: bytes) -> tuple[str, Met]:
         """Meet a holder by its sealed `Description`: its name, and how it is reached.
 
-        Blocks, for some seconds at most; for one that is known, not at all.
+        Blocks, for some seconds at most; for one that is known, not at all, and for one whose link
+        has failed only until there is another: a request may be waiting for that.
 
         Raises:
             HandleError: the description is forged, or of another model.
@@ -125,18 +128,29 @@ class Peers:
                     raise Unreachable(f"UCX has picked {link.detail}; transfer.require is rdma")
                 _log.warning("%s is reached over %s, without RDMA", holder.name, link.detail)
             latency = probe.latency(link)
-            tuner = None
-            if link.data is None:
-                tuner = Tuner(probe.moves(link, self._staging, holder.data_bytes))
-                large = probe.LARGE
-                rate = large / min(c.seconds(1, large) for c in tuner.costs.values())
-            else:
-                rate = probe.mapped(link, self._staging, holder.data_bytes)
+            rate, tuner = self._known(holder, link) or self._measured(holder, link)
         except BaseException:
             link.close()
             raise
         met = Met(link.transport, link.detail, latency, rate, dict(refused), fallback)
         return Peer(holder, link, met, tuner)
+
+    def _known(self, holder: Description, link: Link) -> tuple[float, Tuner | None] | None:
+        """Bytes per second of a link like the one before it, and its tuner, which goes on."""
+        epoch, met, tuner = self._left.get(holder.name, (b"", None, None))
+        if met is None or epoch != holder.epoch:
+            return None
+        if (met.transport, met.detail) != (link.transport, link.detail):
+            return None
+        probe.once(link, self._staging, holder.data_bytes)
+        return met.bytes_per_s, tuner
+
+    def _measured(self, holder: Description, link: Link) -> tuple[float, Tuner | None]:
+        if link.data is not None:
+            return probe.mapped(link, self._staging, holder.data_bytes), None
+        tuner = Tuner(probe.moves(link, self._staging, holder.data_bytes))
+        large = probe.LARGE
+        return large / min(c.seconds(1, large) for c in tuner.costs.values()), tuner
 
     def find(self, epoch: bytes) -> Peer:
         """Raises: Stranger."""
@@ -148,6 +162,7 @@ class Peers:
     def leave(self, peer: Peer) -> None:
         """The link has failed; the holder may be met again."""
         self._peers.pop(peer.holder.epoch, None)
+        self._left[peer.holder.name] = peer.holder.epoch, peer.met, peer.tuner
         peer.link.close()
 
     def close(self) -> None:

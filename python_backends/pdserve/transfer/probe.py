@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from pdserve.transfer import arrays, strategies
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.protocol import Link
@@ -38,6 +40,8 @@ COLD = 48 << 20
 """Bytes written before each move: more than caches have, so that what moves is in none of them."""
 LARGE = 16 << 20
 """Bytes of the move that a link's rate is told by."""
+ONCE = 1 << 20
+"""Bytes of a move that only has to arrive: so many take another way than a look does."""
 
 
 def latency(link: Link) -> float:
@@ -52,6 +56,20 @@ def latency(link: Link) -> float:
         link.peek(0, time.monotonic() + PROBE_S)
         looks.append(time.perf_counter() - began)
     return statistics.median(looks)
+
+
+def once(link: Link, staging: Staging, data_bytes: int) -> None:
+    """Move something, to see that the link does.
+
+    Raises:
+        TransferError: it does not, or no buffer became free.
+    """
+    if link.data is not None:
+        return
+    deadline = time.monotonic() + PROBE_S
+    with staging.take(1, deadline) as (buffer,):
+        span = 0, arrays.address(buffer), min(ONCE, staging.piece_bytes, data_bytes)
+        link.pull(np.array([span], np.int64), deadline).wait()
 
 
 def moves(link: Link, staging: Staging, data_bytes: int) -> dict[Strategy, list[Seen]]:
