@@ -202,7 +202,11 @@ def test_a_link_that_has_failed_is_made_again_at_once() -> None:
     assert joined.peers.find(made.epoch).tuner is peer.tuner
     former, link = transport.links
     assert (former.closed, link.closed, link.spans) == (True, False, 1)
+    # A second pull over the former link may fail long after the first.
+    joined.peers.leave(peer)
+    assert joined.peers.find(made.epoch).link is link
     joined.close()
+    assert link.closed
     made.close()
 
 
@@ -219,6 +223,23 @@ def test_a_link_over_something_else_or_to_a_new_life_is_measured() -> None:
     joined.close()
     for one in (made, next_life):
         one.close()
+
+
+def test_what_is_known_of_a_link_outlasts_that_there_is_none() -> None:
+    made, transport = holder(MemcpyTransport()), MemcpyTransport()
+    joined = receiver(transport)
+    first = met(joined, made)
+    joined.peers.leave(joined.peers.find(made.epoch))
+    with (
+        mock.patch.object(transport, "open", side_effect=Unreachable("no route")),
+        pytest.raises(Unreachable),
+    ):
+        joined.join(made.description)
+    with pytest.raises(Stranger):
+        joined.peers.find(made.epoch)
+    assert met(joined, made).bytes_per_s == first.bytes_per_s
+    joined.close()
+    made.close()
 
 
 def test_a_link_over_which_nothing_comes_is_not_taken_again() -> None:

@@ -37,6 +37,12 @@ class Peer:
     met: Met
     tuner: Tuner | None
     """None: its memory is mapped, there is nothing to choose."""
+    failed: bool = False
+    """The link has; what it was like is still known."""
+
+    def over_the_same(self, link: Link) -> bool:
+        """As this one's: what was measured there is true here."""
+        return (self.met.transport, self.met.detail) == (link.transport, link.detail)
 
 
 class Peers:
@@ -60,8 +66,6 @@ class Peers:
         self._staging = staging
         self._rdma_only = rdma_only
         self._peers: dict[bytes, Peer] = {}
-        self._left: dict[str, tuple[bytes, Met, Tuner | None]] = {}
-        """By the holder's name: its epoch, and how it was reached last."""
         self._joining = threading.Lock()
         self._transports: list[Transport] = []
         self._unfit: dict[str, str] = {}
@@ -93,13 +97,17 @@ class Peers:
             )
         with self._joining:
             peer = self._peers.get(holder.epoch)
-            if peer is None:
-                for former in [p for p in self._peers.values() if p.holder.name == holder.name]:
-                    self.leave(former)
-                peer = self._peers[holder.epoch] = self._meet(holder)
+            if peer is None or peer.failed:
+                former = [p for p in self._peers.values() if p.holder.name == holder.name]
+                for one in former:
+                    self.leave(one)
+                peer = self._meet(holder, peer)
+                for one in former:
+                    del self._peers[one.holder.epoch]
+                self._peers[holder.epoch] = peer
         return holder.name, peer.met
 
-    def _meet(self, holder: Description) -> Peer:
+    def _meet(self, holder: Description, former: Peer | None) -> Peer:
         refused = dict(self._unfit)
         for transport in self._transports:
             way = holder.ways.get(transport.name)
@@ -107,7 +115,7 @@ class Peers:
                 refused[transport.name] = "not offered by the holder"
                 continue
             try:
-                peer = self._probed(holder, transport.open(way), refused)
+                peer = self._probed(holder, transport.open(way), refused, former)
             except (Unreachable, TransferError) as error:
                 refused[transport.name] = str(error)
             else:
@@ -117,7 +125,9 @@ class Peers:
         reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
         raise Unreachable(f"{holder.name} cannot be reached; {reasons}")
 
-    def _probed(self, holder: Description, link: Link, refused: dict[str, str]) -> Peer:
+    def _probed(
+        self, holder: Description, link: Link, refused: dict[str, str], former: Peer | None
+    ) -> Peer:
         try:
             # A link that does not say what it runs over is not trusted to have RDMA.
             fallback = link.transport == "nixl" and (
@@ -128,22 +138,16 @@ class Peers:
                     raise Unreachable(f"UCX has picked {link.detail}; transfer.require is rdma")
                 _log.warning("%s is reached over %s, without RDMA", holder.name, link.detail)
             latency = probe.latency(link)
-            rate, tuner = self._known(holder, link) or self._measured(holder, link)
+            if former is not None and former.over_the_same(link):
+                probe.once(link, self._staging, holder.data_bytes)
+                rate, tuner = former.met.bytes_per_s, former.tuner
+            else:
+                rate, tuner = self._measured(holder, link)
         except BaseException:
             link.close()
             raise
         met = Met(link.transport, link.detail, latency, rate, dict(refused), fallback)
         return Peer(holder, link, met, tuner)
-
-    def _known(self, holder: Description, link: Link) -> tuple[float, Tuner | None] | None:
-        """Bytes per second of a link like the one before it, and its tuner, which goes on."""
-        epoch, met, tuner = self._left.get(holder.name, (b"", None, None))
-        if met is None or epoch != holder.epoch:
-            return None
-        if (met.transport, met.detail) != (link.transport, link.detail):
-            return None
-        probe.once(link, self._staging, holder.data_bytes)
-        return met.bytes_per_s, tuner
 
     def _measured(self, holder: Description, link: Link) -> tuple[float, Tuner | None]:
         if link.data is not None:
@@ -155,14 +159,13 @@ class Peers:
     def find(self, epoch: bytes) -> Peer:
         """Raises: Stranger."""
         peer = self._peers.get(epoch)
-        if peer is None:
+        if peer is None or peer.failed:
             raise Stranger(f"holder {epoch.hex()} has not been met, or its link has failed")
         return peer
 
     def leave(self, peer: Peer) -> None:
         """The link has failed; the holder may be met again."""
-        self._peers.pop(peer.holder.epoch, None)
-        self._left[peer.holder.name] = peer.holder.epoch, peer.met, peer.tuner
+        peer.failed = True
         peer.link.close()
 
     def close(self) -> None:
