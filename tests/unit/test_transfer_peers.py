@@ -21,7 +21,7 @@ from pdserve.transfer import region as regions
 from pdserve.transfer.description import Description, host_id
 from pdserve.transfer.holder import Holder
 from pdserve.transfer.peers import Stranger
-from pdserve.transfer.protocol import Memory, Spans, TransferError, Transport, Unreachable
+from pdserve.transfer.protocol import Memory, Spans, Stuck, TransferError, Transport, Unreachable
 from pdserve.transfer.receiver import Receiver
 from pdserve.transfer.reports import Met
 from pdserve.transfer.shm import ShmTransport
@@ -287,6 +287,20 @@ def test_a_new_life_takes_the_place_of_the_former() -> None:
     joined.peers.find(other.epoch)
     joined.close()
     for one in (*lives, other):
+        one.close()
+
+
+def test_a_former_life_whose_link_does_not_end_is_told_once() -> None:
+    former, transport = holder(MemcpyTransport()), MemcpyTransport()
+    joined, made = receiver(transport), holder(MemcpyTransport())
+    joined.join(former.description)
+    with mock.patch.object(transport.links[0], "close", side_effect=Stuck("cuda:0")):
+        with pytest.raises(Stuck):
+            joined.join(made.description)
+        joined.join(made.description)
+    assert joined.peers.find(made.epoch).link is transport.links[1]
+    joined.close()
+    for one in (former, made):
         one.close()
 
 

@@ -100,7 +100,8 @@ class Peers:
             if peer is None or peer.failed:
                 former = [p for p in self._peers.values() if p.holder.name == holder.name]
                 for one in former:
-                    self.leave(one)
+                    if not one.failed:
+                        self.leave(one)
                 peer = self._meet(holder, peer)
                 for one in former:
                     del self._peers[one.holder.epoch]
