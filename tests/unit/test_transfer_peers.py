@@ -17,6 +17,7 @@ import pytest
 
 from pdserve.errors import DeploymentError
 from pdserve.kvcache.handle import KVHandle, unseal
+from pdserve.transfer import probe
 from pdserve.transfer import region as regions
 from pdserve.transfer.description import Description, host_id
 from pdserve.transfer.holder import Holder
@@ -26,6 +27,7 @@ from pdserve.transfer.receiver import Receiver
 from pdserve.transfer.reports import Met
 from pdserve.transfer.shm import ShmTransport
 from pdserve.transfer.staging import Staging
+from pdserve.transfer.tuner import Seen
 from tests.unit.memcpy import MemcpyLink, MemcpyTransport
 from tests.unit.transfers import KEY, LAYOUT, ROWS, Sender, Taker, pick, terms
 
@@ -223,6 +225,31 @@ def test_a_link_over_something_else_or_to_a_new_life_is_measured() -> None:
     joined.close()
     for one in (made, next_life):
         one.close()
+
+
+def test_a_link_made_again_is_as_fast_as_pulls_over_the_former_were() -> None:
+    made, joined = holder(MemcpyTransport()), receiver(MemcpyTransport())
+    first = met(joined, made)
+    peer = joined.peers.find(made.epoch)
+    assert peer.tuner is not None
+    for strategy in peer.tuner.costs:
+        for _ in range(20):
+            peer.tuner.saw(strategy, Seen(1, 16 << 20, 16.0))
+    joined.peers.leave(peer)
+    assert met(joined, made).bytes_per_s < first.bytes_per_s / 10
+    joined.close()
+    made.close()
+
+
+def test_a_mapped_link_made_again_is_not_measured() -> None:
+    made, joined = holder(ShmTransport()), receiver(ShmTransport())
+    first = met(joined, made)
+    joined.peers.leave(joined.peers.find(made.epoch))
+    with mock.patch.object(probe, "mapped", side_effect=AssertionError):
+        again = met(joined, made)
+    assert (again.detail, again.bytes_per_s) == ("mapped", first.bytes_per_s)
+    joined.close()
+    made.close()
 
 
 def test_what_is_known_of_a_link_outlasts_that_there_is_none() -> None:

@@ -41,7 +41,7 @@ class Peer:
     """The link has; what it was like is still known."""
 
     def over_the_same(self, link: Link) -> bool:
-        """As this one's: what was measured there is true here."""
+        """As this one's: what is known of that is true of it."""
         return (self.met.transport, self.met.detail) == (link.transport, link.detail)
 
 
@@ -139,21 +139,27 @@ class Peers:
                     raise Unreachable(f"UCX has picked {link.detail}; transfer.require is rdma")
                 _log.warning("%s is reached over %s, without RDMA", holder.name, link.detail)
             latency = probe.latency(link)
-            if former is not None and former.over_the_same(link):
-                probe.once(link, self._staging, holder.data_bytes)
-                rate, tuner = former.met.bytes_per_s, former.tuner
-            else:
-                rate, tuner = self._measured(holder, link)
+            like = former if former is not None and former.over_the_same(link) else None
+            rate, tuner = self._rate(holder, link, like)
         except BaseException:
             link.close()
             raise
         met = Met(link.transport, link.detail, latency, rate, dict(refused), fallback)
         return Peer(holder, link, met, tuner)
 
-    def _measured(self, holder: Description, link: Link) -> tuple[float, Tuner | None]:
+    def _rate(
+        self, holder: Description, link: Link, like: Peer | None
+    ) -> tuple[float, Tuner | None]:
+        """Bytes per second, and a tuner; not measured anew if there is a peer `like` it."""
         if link.data is not None:
+            if like is not None:
+                return like.met.bytes_per_s, None
             return probe.mapped(link, self._staging, holder.data_bytes), None
-        tuner = Tuner(probe.moves(link, self._staging, holder.data_bytes))
+        if like is not None and like.tuner is not None:
+            probe.once(link, self._staging, holder.data_bytes)
+            tuner = like.tuner
+        else:
+            tuner = Tuner(probe.moves(link, self._staging, holder.data_bytes))
         large = probe.LARGE
         return large / min(c.seconds(1, large) for c in tuner.costs.values()), tuner
 

@@ -59,13 +59,11 @@ def latency(link: Link) -> float:
 
 
 def once(link: Link, staging: Staging, data_bytes: int) -> None:
-    """Move something, to see that the link does.
+    """Move something, to see that the link, which is not mapped, does.
 
     Raises:
         TransferError: it does not, or no buffer became free.
     """
-    if link.data is not None:
-        return
     deadline = time.monotonic() + PROBE_S
     with staging.take(1, deadline) as (buffer,):
         span = 0, arrays.address(buffer), min(ONCE, staging.piece_bytes, data_bytes)
