@@ -276,7 +276,9 @@ async def test_more_than_a_batch_waits(site: Site) -> None:
         assert (await result).outputs[0].token_ids == site.expected([3, n])
     stats = [step async for step in llm.get_stats_async(timeout=0.05)]
     assert max(step["numActiveRequests"] for step in stats) == 2
-    assert max(step["numQueuedRequests"] for step in stats) == 4
+    # A first turn may have begun with the first request alone: then five wait for its end.
+    full = [step for step in stats if step["numActiveRequests"] == 2]
+    assert max(step["numQueuedRequests"] for step in full) == 4
 
 
 @real
