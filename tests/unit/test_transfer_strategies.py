@@ -106,6 +106,31 @@ def test_whole(made: tuple[Move, NDArray[np.uint8]], buffers: int, piece_bytes: 
     assert staging.free == staging.memory.nbytes
 
 
+@pytest.mark.parametrize("block", [8, 16, 64, 128, 256])
+def test_no_piece_begins_within_a_block(block: int) -> None:
+    """Where a plane is several pieces, of a size that no block divides."""
+    rng = np.random.default_rng(block)
+    link = MemcpyLink(None, rng.integers(0, 256, 2 * 1800 * 64, np.uint8))
+    firsts = rng.permutation(np.arange(0, 2048, block))[: -(-1500 // block)]
+    runs = [(int(first), block) for first in firsts[:-1]]
+    runs.append((int(firsts[-1]), 1500 - block * len(runs)))
+    pool = np.zeros((2, 2048, 64), np.uint8)
+    parts, tokens = (Part(0, 64, 0),), range(300, 1800)
+    move = Move(link, parts, 1800, tokens, range(2), pool, runs, time.monotonic() + LATER)
+    scattered: list[NDArray[np.int64]] = []
+
+    def watched(source: NDArray[np.uint8], pool: NDArray[np.uint8], runs: scattering.Runs) -> None:
+        scattered.append(np.asarray(runs))
+        scatter(source, pool, runs)
+
+    with patch.object(scattering, "scatter", watched):
+        strategies.whole(move, Staging(np.ones((2, 700 * 64), np.uint8)))
+    assert [runs[:, 1].sum() for runs in scattered] == [512, 512, 476] * 2
+    assert all((runs[:, 0] % block == 0).all() for runs in scattered)
+    rows = [row for first, count in runs for row in range(first, first + count)]
+    assert (pool[:, rows] == link.source.reshape(2, 1800, 64)[:, 300:]).all()
+
+
 @settings(deadline=None, max_examples=200)
 @given(moves())
 def test_direct(made: tuple[Move, NDArray[np.uint8]]) -> None:

@@ -28,6 +28,8 @@ from pdserve.transfer.staging import Staging
 MAPPED_PIECE = 256 << 20
 # Pieces under way at once: one arrives while the other is scattered.
 DEPTH = 2
+# Tokens: a multiple of what blocks have. A piece that begins within one is scattered row by row.
+BLOCKS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ def _pieces(move: Move, limit: int) -> Iterator[_Piece]:
                 yield _Piece(part, planes, move.tokens)
             continue
         step = max(limit // part.row_bytes, 1)
+        step -= step % BLOCKS if step > BLOCKS else 0
         for plane in move.planes:
             for first in range(move.tokens.start, move.tokens.stop, step):
                 tokens = range(first, min(first + step, move.tokens.stop))
