@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 Kind = Literal["counter", "gauge"]
@@ -102,13 +103,13 @@ class Registry:
         counts, self._counts = self._counts, {}
         histograms, self._histograms = self._histograms, defaultdict(_Histogram)
         for (name, labels), histogram in histograms.items():
-            count = 0
-            for bound, values in zip(BOUNDS, histogram.values, strict=True):
-                count += values
-                if count:
-                    counts[f"{name}_bucket", (*labels, ("le", bound))] = count
+            below = list(accumulate(histogram.values))
+            counts[f"{name}_count", labels] = below[-1]
             counts[f"{name}_sum", labels] = histogram.sum
-            counts[f"{name}_count", labels] = count
+            # The page may be read between two steps: no bucket is ever ahead of a higher one.
+            for bound, values in zip(reversed(BOUNDS), reversed(below), strict=True):
+                if values:
+                    counts[f"{name}_bucket", (*labels, ("le", bound))] = values
         for (name, labels), value in counts.items():
             yield Change("counter", name, _help(name), labels, value)
         for key, value in self._levels.items():

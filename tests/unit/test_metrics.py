@@ -76,6 +76,20 @@ def test_histogram_adds_up() -> None:
     assert found["pdserve_e2e_seconds_bucket", (("le", "+Inf"),)] == 5
 
 
+def test_no_bucket_is_ahead_of_a_higher_one() -> None:
+    """Whenever the page is read, and after whichever step."""
+    registry = Registry()
+    told = dict.fromkeys([*map(str, SECONDS), "+Inf"], 0.0)
+    for values in ([0.3, 0.0007], [0.004, 70.0, 0.0001]):
+        for value in values:
+            registry.observe("pdserve_e2e_seconds", value)
+        for change in registry.drain():
+            if change.name == "pdserve_e2e_seconds_bucket":
+                told[change.labels[-1][1]] += change.value
+                assert list(told.values()) == sorted(told.values())
+    assert told["+Inf"] == 5
+
+
 @pytest.mark.parametrize("name", COUNTERS)
 def test_counters_have_help(name: str) -> None:
     registry = Registry()
