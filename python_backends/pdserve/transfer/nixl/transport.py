@@ -71,7 +71,6 @@ class NixlTransport:
         return msgspec.msgpack.encode(way)
 
     def open(self, way: bytes) -> Link:
-        deadline = time.monotonic() + OPEN_S
         try:
             wanted = msgspec.msgpack.decode(way, type=Way)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -80,7 +79,7 @@ class NixlTransport:
         try:
             for memory in self._memories:
                 agent.register(memory)
-            link = self._connect(agent, wanted, deadline)
+            link = self._connect(agent, wanted, time.monotonic() + OPEN_S)
         except TransferError as error:
             agent.close()
             raise Unreachable(f"nixl: {error}") from error
