@@ -10,12 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tests.servers import Running, default_deployment, running
 
 if TYPE_CHECKING:
     from tests.reference import Reference
+
+
+# A busy machine is no fault of what is tested.
+hypothesis.settings.register_profile("whenever", deadline=None)
+hypothesis.settings.load_profile("whenever")
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def test_a_lone_stream_does_not_wait_until_its_decode_counts_as_stalled(
     one_server: Running,
 ) -> None:
     """Triton says nothing of a dead stub to those who wait for it; its watchdog does."""
-    with Load(one_server, rate=0.2, tokens=150) as load:
+    with Load(one_server, rate=0.02, tokens=250) as load:
         time.sleep(1)
         # Nothing else is asked of it that would fail at once.
         for instance in ("decode_0", "decode_1"):
@@ -73,7 +73,7 @@ def test_a_lone_stream_does_not_wait_until_its_decode_counts_as_stalled(
     assert not load.wrong
     assert stream.attempts > 1
     assert stream.gap < STALL_S / 2
-    assert stream.ended - stream.began < 150 * STEP_MS / 1e3 + STALL_S
+    assert stream.ended - stream.began < 250 * STEP_MS / 1e3 + STALL_S
 
 
 @pytest.mark.full

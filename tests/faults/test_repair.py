@@ -97,10 +97,16 @@ def test_a_model_that_cannot_be_loaded_leaves_the_rest_in_service(one_server: Ru
         wait_until(
             lambda: "no weights" in str(watchers.reported(one.folder)), on_this_machine(RELOADED_S)
         )
-        state = status(one)
-        assert state["state"] == "unhealthy"
-        assert state["models"]["prefill_1"] == "UNAVAILABLE"
-        assert state["watchdog"]["things"]["prefill_1"]["state"] != "healthy"
+
+        def told() -> bool:
+            state = status(one)
+            return (
+                state["state"] == "unhealthy"
+                and state["models"]["prefill_1"] == "UNAVAILABLE"  # between two attempts
+                and state["watchdog"]["things"]["prefill_1"]["state"] != "healthy"
+            )
+
+        wait_until(told, on_this_machine(RELOADED_S), lambda: str(status(one)))
         assert serves(one_server)
     wait_until(one.ready, on_this_machine(2 * RELOADED_S))
     assert one.pid == before

@@ -378,7 +378,7 @@ def test_tokenizer_and_detokenizer_are_inverse(emulated_server: Running, protoco
 @pytest.fixture(scope="module")
 def slow_decode(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("slow-decode")
-    profile = {"prefill": {"base_ms": 30}, "decode": {"base_ms": 600}}
+    profile = {"prefill": {"base_ms": 30}, "decode": {"base_ms": 1200}}
     with running(emulated_deployment(folder, profile), folder) as server:
         yield server
 

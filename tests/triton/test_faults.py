@@ -25,6 +25,7 @@ from tests.clients import (
     stream,
     stub,
     wait_idle,
+    wait_met,
     wait_until,
 )
 from tests.servers import Running, emulated_deployment, running
@@ -49,6 +50,7 @@ def pair(tmp_path: Path) -> Iterator[Running]:
         gateway=Gateway(stall_s=STALL_S, ttft_limit_ms=10_000),
     )
     with running(deployment, tmp_path) as server:
+        wait_met(server)
         yield server
 
 
@@ -73,11 +75,12 @@ def test_a_killed_prefill_costs_no_request(pair: Running) -> None:
 
 def test_a_prefill_killed_at_work_costs_no_request(pair: Running) -> None:
     """Nothing of the answer is out yet: another prefill computes it."""
-    asked = {"input_ids": [7] * 500, "max_tokens": 4}
+    asked = {"input_ids": [7] * 600, "max_tokens": 4}
+    victim = stub(pair, "prefill_0")
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(generate, pair, "scheduler", **asked)
-        time.sleep(0.4)
-        stub(pair, "prefill_0").kill()
+        wait_until(lambda: any("'prefill_0'" in key for key in held(pair)), 5)
+        victim.kill()
         stats = answer.result(timeout=15).stats
 
     assert stats["prefill"] == "prefill_1"
@@ -91,13 +94,20 @@ def test_a_decode_killed_in_mid_stream_costs_no_request(pair: Running) -> None:
 
     async def run() -> list[list[Part]]:
         async with connected(pair) as client:
+            decoding = [asyncio.Event() for _ in range(8)]
 
             async def one(number: int) -> list[Part]:
                 asked = {"input_ids": [number + 5] * 20, "max_tokens": tokens, "stream": True}
-                return [part async for part in stream(client, "scheduler", **asked)]
+                parts = []
+                async for part in stream(client, "scheduler", **asked):
+                    parts.append(part)
+                    if len(parts) == 2:
+                        decoding[number].set()
+                return parts
 
             streams = [asyncio.create_task(one(number)) for number in range(8)]
-            await asyncio.sleep(1.5)
+            for event in decoding:
+                await asyncio.wait_for(event.wait(), 10)
             stub(pair, "decode_0").kill()
             return await asyncio.gather(*streams)
 

@@ -235,9 +235,9 @@ def test_port_taken(launcher: Launcher) -> None:
 
 def test_not_ready_in_time(launcher: Launcher) -> None:
     launcher.write_model("decode", "import time\ntime.sleep(60)\n" + MODEL)
-    status, output = launcher.run("up", "--timeout", "2")
+    status, output = launcher.run("up", "--timeout", "6")
     assert status == 1
-    assert "not ready after 2 s; still loading: d_0" in output
+    assert "not ready after 6 s; still loading: d_0" in output
     assert launcher.traces() == []
 
 

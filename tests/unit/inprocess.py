@@ -12,6 +12,7 @@ import copy
 import functools
 import json
 import random
+import time
 from collections import defaultdict
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -500,3 +501,10 @@ class Site:
                 f"{decode._name} pulls": len(decode._arrivals),
             }
         return {what: count for what, count in counts.items() if count}
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.005)

@@ -10,8 +10,7 @@ import json
 import secrets
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from pdserve.engines.emulated import EmulatedModel
 from pdserve.transfer.region import SHM
 from tests.fakes.importing import tensorrt_llm
 from tests.servers import default_deployment
-from tests.unit.inprocess import real
+from tests.unit.inprocess import real, until
 
 if TYPE_CHECKING:
     from tests.reference import Reference
@@ -120,13 +119,6 @@ def site(newest: ModuleType, folder: Path) -> Iterator[Site]:
     site = Site(newest, folder)
     yield site
     site.close()
-
-
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.005)
 
 
 # ------------------------------------------------------------------------- signatures
@@ -525,10 +517,10 @@ async def test_faults(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_an_abort_waits_for_the_transfer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     path = site.folder / "faults.json"
     monkeypatch.setenv("FAKE_TENSORRT_LLM_FAULTS", str(path))
-    path.write_text('[{"at": "pull", "do": "stall", "seconds": 0.3}]')
+    path.write_text('[{"at": "pull", "do": "stall", "seconds": 1.0}]')
     ours, theirs = site.llm(), site.llm()
     result = site.generation(theirs, await site.link(ours))
-    await asyncio.sleep(0.05)
+    await until(lambda: theirs._engine.used_blocks > 0)
     result.abort()
     await asyncio.sleep(0.1)
     assert theirs._engine.used_blocks > 0

@@ -6,7 +6,7 @@ import math
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.errors import HandleError
@@ -47,7 +47,6 @@ handles = st.builds(
 keys = st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES)
 
 
-@settings(deadline=None)
 @given(handles, keys)
 def test_round_trip_in_less_than_a_kibibyte(handle: KVHandle, key: bytes) -> None:
     data = seal(handle, key)
@@ -59,7 +58,6 @@ def test_one_of_a_usual_model_is_small() -> None:
     assert len(seal(GOOD, KEY)) < 200
 
 
-@settings(deadline=None)
 @given(handles, st.data())
 def test_truncated_is_refused(handle: KVHandle, data: st.DataObject) -> None:
     sealed = seal(handle, KEY)
@@ -67,14 +65,12 @@ def test_truncated_is_refused(handle: KVHandle, data: st.DataObject) -> None:
         unseal(sealed[: data.draw(st.integers(0, len(sealed) - 1))], KVHandle, KEY)
 
 
-@settings(deadline=None)
 @given(handles, st.binary(min_size=1, max_size=64))
 def test_longer_is_refused(handle: KVHandle, more: bytes) -> None:
     with pytest.raises(HandleError, match="its MAC is wrong"):
         unseal(seal(handle, KEY) + more, KVHandle, KEY)
 
 
-@settings(deadline=None)
 @given(handles, st.data())
 def test_flipped_bits_are_refused(handle: KVHandle, data: st.DataObject) -> None:
     sealed = bytearray(seal(handle, KEY))
@@ -85,7 +81,6 @@ def test_flipped_bits_are_refused(handle: KVHandle, data: st.DataObject) -> None
         unseal(bytes(sealed), KVHandle, KEY)
 
 
-@settings(deadline=None)
 @given(handles, keys, keys)
 def test_another_key_is_refused(handle: KVHandle, key: bytes, other: bytes) -> None:
     if key != other:
@@ -93,7 +88,6 @@ def test_another_key_is_refused(handle: KVHandle, key: bytes, other: bytes) -> N
             unseal(seal(handle, key), KVHandle, other)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_random_bytes_are_refused(data: bytes) -> None:
     for kind in (KVHandle, Description):

@@ -139,10 +139,9 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestBlockPool = PoolMachine.TestCase
-TestBlockPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBlockPool.settings = settings(max_examples=60, stateful_step_count=40)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=5), st.data())
 def test_rows_are_the_first_tokens_of_the_runs(
     runs: list[tuple[int, int]], data: st.DataObject
@@ -243,7 +242,6 @@ def test_more_tokens_than_the_blocks_hold_are_not_kept() -> None:
 run_lists = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(run_lists, run_lists, st.data())
 def test_copies_pair_the_rows_of_the_same_tokens(
     ours: list[tuple[int, int]], theirs: list[tuple[int, int]], data: st.DataObject

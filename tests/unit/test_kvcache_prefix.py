@@ -105,7 +105,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
 
 TestPrefixIndex = PrefixMachine.TestCase
-TestPrefixIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPrefixIndex.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def kv(tokens: list[int], salt: str) -> np.ndarray:
@@ -226,7 +226,7 @@ class DecodeMachine(RuleBasedStateMachine):
 
 
 TestDecode = DecodeMachine.TestCase
-TestDecode.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestDecode.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def filled(arena: Arena) -> Range:

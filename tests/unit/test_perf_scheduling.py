@@ -155,7 +155,7 @@ def test_ideal_asks_nothing_after_the_end() -> None:
     assert len(found) == 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), prefills=st.integers(1, 4), by_limit=st.booleans())
 def test_ideal_leaves_no_prefill_idle_and_computes_nothing_in_vain(
     seed: int, prefills: int, by_limit: bool

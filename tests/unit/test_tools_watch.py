@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,8 @@ class TestStubs:
         }
         one.send_signal(signal.SIGSTOP)
         two.kill()
-        time.sleep(0.1)
+        os.waitid(os.P_PID, one.pid, os.WSTOPPED | os.WNOWAIT)
+        os.waitid(os.P_PID, two.pid, os.WEXITED | os.WNOWAIT)
         lives = stubs.look()
         assert (lives["one"], lives["two"]) == (Life.STOPPED, Life.GONE)
         assert psutil.Process(two.pid).status() == psutil.STATUS_ZOMBIE

@@ -45,7 +45,7 @@ def content(*shape: int) -> Any:
 
 @pytest.mark.parametrize("row_bytes", CACHES.values(), ids=CACHES)
 @given(runs=runs(), left=COLUMNS, right=COLUMNS, planes=st.integers(1, 4))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_tensor_is_scattered_like_an_array(
     row_bytes: int, runs: list[tuple[int, int]], left: int, right: int, planes: int
 ) -> None:

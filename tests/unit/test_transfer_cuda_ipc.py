@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from pdserve.transfer.cuda import lane as cuda_lane
-from pdserve.transfer.cuda.calls import load
+from pdserve.transfer.cuda.calls import load, until
 from pdserve.transfer.cuda.memory import DeviceMemory
 from pdserve.transfer.cuda.transport import CudaIpcTransport
 from pdserve.transfer.protocol import Memory, Stuck, TransferError, Unreachable
@@ -327,8 +327,6 @@ def test_closing_lets_no_copy_go_on(pair: Pair) -> None:
     pair.holder.finish(pair.holder.compute())
     pair.receiver.fake.copying.clear()
     pending = pair.pull()
-    timer = threading.Timer(0.1, pair.receiver.fake.copying.set)
-    timer.start()
 
     def close() -> bytes:
         pair.link.close()
@@ -336,9 +334,11 @@ def test_closing_lets_no_copy_go_on(pair: Pair) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         waited = pool.submit(pending.wait)
-        time.sleep(0.02)
+        closers = [pool.submit(close) for _ in range(2)]
+        assert until(lambda: pair.link._lane._closed, soon())
+        pair.receiver.fake.copying.set()
         # Whoever closes it may use its memory again, not only the first.
-        assert {closing.result(5) for closing in [pool.submit(close) for _ in range(2)]} == {NEW}
+        assert {closer.result(5) for closer in closers} == {NEW}
         with pytest.raises(TransferError, match="closed"):
             waited.result(5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import queue
 import secrets
 import threading
 import time
@@ -20,7 +21,7 @@ from pdserve.kvcache.handle import KVHandle, unseal
 from pdserve.transfer import probe
 from pdserve.transfer import region as regions
 from pdserve.transfer.description import Description, host_id
-from pdserve.transfer.holder import Holder
+from pdserve.transfer.holder import BUSY_S, IDLE_S, Holder
 from pdserve.transfer.peers import Stranger
 from pdserve.transfer.protocol import Memory, Spans, Stuck, TransferError, Transport, Unreachable
 from pdserve.transfer.receiver import Receiver
@@ -29,7 +30,7 @@ from pdserve.transfer.shm import ShmTransport
 from pdserve.transfer.staging import Staging
 from pdserve.transfer.tuner import Cost
 from tests.unit.memcpy import MemcpyLink, MemcpyTransport
-from tests.unit.transfers import KEY, LAYOUT, ROWS, Sender, Taker, pick, terms
+from tests.unit.transfers import KEY, LAYOUT, LIMIT_S, ROWS, Sender, Taker, pick, terms
 
 
 class Other(MemcpyTransport):
@@ -93,22 +94,33 @@ def test_a_transport_that_cannot_export_the_memory_is_left_out() -> None:
 
 def test_transports_that_need_it_are_moved_on_without_a_pause() -> None:
     """Sooner while a lease is on: a peer may be waiting."""
+    pauses = queue.SimpleQueue[float]()
     moves: list[float] = []
 
     class Passive(MemcpyTransport):
         def progress(self) -> None:
             moves.append(time.monotonic())
 
-    made = holder(Passive())
-    time.sleep(0.1)
-    idle = len(moves)
-    assert 3 < idle < 50
+    class Closing(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout is not None:  # a thread that starts is waited for, too
+                pauses.put(timeout)
+            return super().wait(timeout)
+
+    with mock.patch.object(threading, "Event", Closing):
+        made = holder(Passive())
+
+    def next_pauses() -> set[float]:
+        return {pauses.get(timeout=LIMIT_S) for _ in range(20)}
+
+    assert next_pauses() == {IDLE_S}
     slot, _ = made.leases.grant(1.0)
-    time.sleep(0.1)
-    assert len(moves) - idle > 2 * idle
+    next_pauses()  # a pause that began before may be among them
+    assert next_pauses() == {BUSY_S}
     made.leases.free(slot)
     made.close()
     count = len(moves)
+    assert count >= 50
     time.sleep(0.05)
     assert len(moves) == count, "it moves on after its end"
 

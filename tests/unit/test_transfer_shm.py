@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.errors import DeploymentError, HandleError
@@ -113,7 +113,6 @@ def test_a_region_of_another_life_is_told_apart(region: SharedRegion) -> None:
         ShmTransport().open(way(region.name, b"another!"))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=64))
 def test_a_way_of_random_bytes_is_unreachable(data: bytes) -> None:
     with pytest.raises(Unreachable, match="shm: "):

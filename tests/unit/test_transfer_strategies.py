@@ -93,7 +93,7 @@ def moved_bytes(move: Move) -> int:
     return int(sum(spans[:, 2].sum() for spans in move.link.pulls))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(moves(), st.integers(1, 3), st.integers(1, 300))
 def test_whole(made: tuple[Move, NDArray[np.uint8]], buffers: int, piece_bytes: int) -> None:
     move, expected = made
@@ -131,7 +131,7 @@ def test_no_piece_begins_within_a_block(block: int) -> None:
     assert (pool[:, rows] == link.source.reshape(2, 1800, 64)[:, 300:]).all()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(moves())
 def test_direct(made: tuple[Move, NDArray[np.uint8]]) -> None:
     move, expected = made
@@ -143,7 +143,7 @@ def test_direct(made: tuple[Move, NDArray[np.uint8]]) -> None:
     assert moved_bytes(move) == move.nbytes
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(moves(), st.integers(1, 300))
 def test_mapped(made: tuple[Move, NDArray[np.uint8]], piece_bytes: int) -> None:
     move, expected = made
@@ -153,7 +153,6 @@ def test_mapped(made: tuple[Move, NDArray[np.uint8]], piece_bytes: int) -> None:
     assert (move.pool == expected).all()
 
 
-@settings(deadline=None)
 @given(moves(), st.data())
 def test_some_planes_after_the_others(
     made: tuple[Move, NDArray[np.uint8]], data: st.DataObject
@@ -307,7 +306,6 @@ def test_life_is_shown_between_pieces() -> None:
 
 @pytest.mark.parametrize("long", [1, scattering.LONG])
 @given(st.data(), st.integers(1, 60), st.integers(1, 4), st.integers(1, 9))
-@settings(deadline=None)
 def test_scatter_fills_the_runs_in_order_and_nothing_else(
     long: int, data: st.DataObject, tokens: int, planes: int, row_bytes: int
 ) -> None:

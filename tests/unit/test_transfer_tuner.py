@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.transfer import probe
@@ -51,7 +51,6 @@ def error(found: Cost, real: Cost, segments: int, nbytes: int) -> float:
 
 
 @given(coefficients)
-@settings(deadline=None)
 def test_a_fit_foretells_what_it_was_fitted_on(cost: Cost) -> None:
     """Where one term dwarfs another, the small one does not matter, and may be off."""
     found = fit(sums(seen(cost)))
@@ -75,7 +74,6 @@ def test_a_fit_foretells_moves_that_it_was_not_fitted_on(cost: Cost) -> None:
 
 
 @given(st.lists(measured, max_size=20))
-@settings(deadline=None)
 def test_no_coefficient_is_negative(moves: list[Seen]) -> None:
     """Nor infinite, nor none at all, whatever was measured."""
     found = fit(sums(moves))
@@ -83,7 +81,6 @@ def test_no_coefficient_is_negative(moves: list[Seen]) -> None:
 
 
 @given(st.lists(measured, min_size=1, max_size=12))
-@settings(deadline=None)
 def test_no_other_coefficients_fit_better(moves: list[Seen]) -> None:
     """Least squared relative error, against coefficients nearby."""
 
