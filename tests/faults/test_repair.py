@@ -106,7 +106,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_rest_in_service(one_server: Ru
                 and state["watchdog"]["things"]["prefill_1"]["state"] != "healthy"
             )
 
-        wait_until(told, on_this_machine(RELOADED_S), lambda: str(status(one)))
+        wait_until(told, on_this_machine(KNOWN_S), lambda: str(status(one)))
         assert serves(one_server)
     wait_until(one.ready, on_this_machine(2 * RELOADED_S))
     assert one.pid == before

@@ -300,7 +300,8 @@ def test_a_limit_that_passes(server: Running) -> None:
 
 def test_lost_instances_cost_no_request(server: Running, answers: Any) -> None:
     """The last one here: it breaks its server."""
-    # Long answers: one that lacks its last token only needs no decode after the loss.
+    # Long answers: one that lacks its last token only needs no decode after the loss. The emulated
+    # engine has 48 tokens in a second, which is no more than it takes to see and to kill.
     tokens = 150 if server.deployment.engine.kind == "emulated" else 48
     prompts = [[number + 60, 8, 400 + number] for number in range(3, 7)]
 

@@ -504,6 +504,7 @@ class Site:
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Look again and again, in real time; fails after ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

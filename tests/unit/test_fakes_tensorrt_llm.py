@@ -249,7 +249,7 @@ async def test_arguments_that_cannot_be(site: Site) -> None:
         llm.generate_async(PROMPT, site.sampling())
     with pytest.raises(TypeError):
         llm.generate_async(None, site.sampling())
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="logprobs: not in the fake"):
         llm.generate_async([3], site.sampling(logprobs=1))
     chunked = site.llm(max_num_tokens=50, enable_chunked_prefill=True)
     result = await chunked.generate_async(PROMPT, site.sampling())

@@ -25,7 +25,7 @@ from pdserve.messages import (
     Tokens,
 )
 from pdserve.transfer.reports import Met
-from tests.unit.inprocess import EOS, Site, real, until, virtual
+from tests.unit.inprocess import CLEAN_S, EOS, Site, real, until, virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -325,11 +325,11 @@ async def test_release_during_a_pull(tmp_path: Path) -> None:
         used = site.d[0]._blocks.pool.used_blocks
         await asyncio.sleep(0.02)
         client.release("a")
-        await until(lambda: len(client.tokens("other")) == 39)
+        await until(lambda: len(client.tokens("other")) == 39, 2)
         assert site.held()["decode_0 pulls"] == 1
         assert 0 < site.d[0]._blocks.pool.used_blocks < used
         going.set()
-        await until(lambda: len(client.of("a")) == 2)
+        await until(lambda: len(client.of("a")) == 2, CLEAN_S)
         assert client.of("a") == [Accepted(), Failed("CANCELLED", "released")]
         await site.idle(0.05)
 

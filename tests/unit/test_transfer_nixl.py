@@ -367,7 +367,7 @@ def test_a_way_that_leads_nowhere_is_refused(
 @both
 def test_closed_links_leave_nothing_behind(holder: Holder, receiver: Receiver) -> None:
     receiver.open(holder).close()
-    gc.collect()
+    gc.collect()  # what an earlier test has left has files, too
     before = len(list(Path("/proc/self/fd").iterdir()))
     at_holder = len(list(Path(f"/proc/{holder.pid}/fd").iterdir()))
     for _ in range(5):
@@ -376,9 +376,9 @@ def test_closed_links_leave_nothing_behind(holder: Holder, receiver: Receiver) -
         link.close()
     receiver.open(holder).close()  # the holder looks for who has gone when somebody comes
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-    until = soon()
+    deadline = soon(1.0)
     while len(list(Path(f"/proc/{holder.pid}/fd").iterdir())) > at_holder + 4:
-        assert time.monotonic() < until, "the holder has not let go of them"
+        assert time.monotonic() < deadline, "the holder has not let go of them"
         time.sleep(0.01)
 
 

@@ -28,8 +28,9 @@ from pdserve.transfer.staging import Staging
 MAPPED_PIECE = 256 << 20
 # Pieces under way at once: one arrives while the other is scattered.
 DEPTH = 2
-# Tokens: a multiple of what blocks have. A piece that begins within one is scattered row by row.
-BLOCKS = 256
+# Tokens: a multiple of all usual blocks. A piece that begins within one is scattered row by row; in
+# blocks that are larger, run by run.
+WHOLE_BLOCKS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def _pieces(move: Move, limit: int) -> Iterator[_Piece]:
                 yield _Piece(part, planes, move.tokens)
             continue
         step = max(limit // part.row_bytes, 1)
-        step -= step % BLOCKS if step > BLOCKS else 0
+        step -= step % WHOLE_BLOCKS if step > WHOLE_BLOCKS else 0
         for plane in move.planes:
             for first in range(move.tokens.start, move.tokens.stop, step):
                 tokens = range(first, min(first + step, move.tokens.stop))
