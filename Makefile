@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-full lint format bench bench-transfer bench-scheduling clean
+.PHONY: help setup demo serve test test-full fuzz lint format bench bench-transfer bench-scheduling clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ endif
 
 test-full: setup ## Every test
 	@$(BIN)/pytest $(ARGS)
+
+fuzz: setup ## Random requests and messages at a server; ARGS="--fuzz-count 20000 --fuzz-seconds 900"
+	@$(BIN)/pytest tests/fuzz --fuzz-seconds 900 $(ARGS)
 
 lint: setup ## ruff, mypy and, on the Dockerfile, hadolint
 	$(BIN)/ruff check

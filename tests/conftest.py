@@ -24,6 +24,12 @@ hypothesis.settings.register_profile("whenever", deadline=None)
 hypothesis.settings.load_profile("whenever")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much random input `tests/fuzz` makes: in `make test` a little, in `make fuzz` all."""
+    parser.addoption("--fuzz-count", type=int, default=20_000, help="inputs of each test, at most")
+    parser.addoption("--fuzz-seconds", type=float, default=8.0, help="of each test, at most")
+
+
 @pytest.fixture(scope="session")
 def emulated_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Two prefills and two decodes of the emulated engine behind one gateway, in one server."""

@@ -1,0 +1,62 @@
+"""What must be so after any input: nobody has ended, nothing is held, others were served."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING
+
+from tests.clients import generate, stub, wait_idle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.servers import Running
+
+IDLE_S = 40.0
+"""A lease that nobody takes lasts 30 s."""
+TOKENS = 40
+
+
+@contextlib.contextmanager
+def unharmed(server: Running) -> Iterator[None]:
+    """Whatever is done meanwhile ends no process, leaves nothing held and stops nobody else."""
+    before = processes(server)
+    with bystander(server):
+        yield
+    assert processes(server) == before, "a process has ended"
+    wait_idle(server, IDLE_S)
+    assert processes(server) == before, "a process has ended"
+
+
+def processes(server: Running) -> dict[str, int]:
+    """Process ids by model."""
+    models = [*server.deployment.instances("prefill"), *server.deployment.instances("decode")]
+    return {model: stub(server, model).pid for model in ("pdserve", "scheduler", *models)}
+
+
+@contextlib.contextmanager
+def bystander(server: Running) -> Iterator[None]:
+    """A client asks one thing after the other meanwhile, and always gets the same whole answer."""
+    over, texts, failures = threading.Event(), set[str](), list[Exception]()
+
+    def ask() -> None:
+        while not (over.is_set() and texts) and not failures:
+            try:
+                answer = generate(
+                    server, text_input="a bystander", max_tokens=TOKENS, ignore_eos=True
+                )
+                assert answer.stats["output_tokens"] == TOKENS
+                texts.add(answer.text)
+            except Exception as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert not failures, failures
+    assert len(texts) == 1, texts

@@ -1,0 +1,27 @@
+"""A server to be fed, and with how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.clients import wait_met
+from tests.fuzz.budget import Budget
+from tests.servers import Running, default_deployment, running
+
+
+@pytest.fixture(scope="session")
+def budget(request: pytest.FixtureRequest) -> Budget:
+    """Of each test; see the options in ``tests/conftest.py``."""
+    return Budget(
+        request.config.getoption("--fuzz-count"), request.config.getoption("--fuzz-seconds")
+    )
+
+
+@pytest.fixture(scope="package")
+def fuzzed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Two prefills and two decodes of the emulated engine behind one gateway, in one server."""
+    with running(default_deployment("emulated"), tmp_path_factory.mktemp("fuzz")) as server:
+        wait_met(server)
+        yield server
