@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -59,3 +61,22 @@ def brief(error: Exception) -> str:
     """An error may quote the client's value; gRPC carries no message of more than some KiB."""
     text = str(error)
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+
+
+def shown(value: object) -> str:
+    """A value that a client has sent, as an error may quote it: its beginning."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def loggable(error: BaseException) -> str:
+    """What a log may say of an error: short, and nothing of what a client has sent.
+
+    The messages of this package's own errors are made for that. Of any other exception, which may
+    quote a prompt, only the kind is told, and where it was raised.
+    """
+    if isinstance(error, PDServeError):
+        return f"{type(error).__name__}: {brief(error)}"
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    where = ", ".join(f"{Path(one.filename).name}:{one.lineno} in {one.name}" for one in frames)
+    return f"{type(error).__name__} ({where or 'nowhere'})"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pdserve.errors import InvalidRequest
+from pdserve.errors import InvalidRequest, shown
 
 DEFAULT_MAX_TOKENS = 128
 MAX_LABEL_BYTES = 64
@@ -75,7 +75,7 @@ def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Pa
         # fields such as bad_words empty.
         if name not in (*PARAMETERS, "id") and value not in ("", None):
             raise InvalidRequest(
-                f"unknown field {name!r}; request parameters allowed: {', '.join(PARAMETERS)}"
+                f"unknown field {shown(name)}; request parameters allowed: {', '.join(PARAMETERS)}"
             )
     routing = {name: extra[name] for name in ROUTING if name in extra}
     routing |= {name: scalar(tensors, name) for name in ROUTING if name in tensors}
@@ -140,20 +140,20 @@ def _number(tensors: Tensors, name: str, low: float, high: float, above: bool = 
 
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(f"{name}: {value!r}; an integer is allowed")
+        raise InvalidRequest(f"{name}: {shown(value)}; an integer is allowed")
     return value
 
 
 def _microseconds(name: str, value: Any) -> int:
     if _integer(name, value) < 0:
-        raise InvalidRequest(f"{name}: {value}; allowed: 0 or more microseconds")
+        raise InvalidRequest(f"{name}: {shown(value)}; allowed: 0 or more microseconds")
     return value  # type: ignore[no-any-return]
 
 
 def _label(name: str, value: bytes | str) -> str:
     text = _utf8(name, value) if isinstance(value, bytes) else value
     if not isinstance(text, str):
-        raise InvalidRequest(f"{name}: {value!r}; a string is allowed")
+        raise InvalidRequest(f"{name}: {shown(value)}; a string is allowed")
     # In this order: a lone surrogate, which JSON can carry, is not printable and has no bytes.
     if not text.isprintable() or len(text.encode()) > MAX_LABEL_BYTES:
         raise InvalidRequest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -213,6 +214,43 @@ BODIES = [
     Body("nested-without-end", b'{"text_input":' + b"[" * 100_000, 500, ("failed to parse",)),
     Body("lone-surrogate", b'{"text_input": "\\ud800"}', 500, ("surrogate",)),
     Body("invalid-utf8", b'{"text_input": "ab\xff"}', 400, ("not valid UTF-8", "0xff", "offset 2")),
+    Body(
+        "parameter-invalid-utf8",
+        b'{"text_input": "SECRET", "who": "a\xff"}',
+        400,
+        ("INVALID_ARG: 'who': invalid UTF-8 at byte 1",),
+    ),
+    Body(
+        "parameter-name-invalid-utf8",
+        b'{"text_input": "SECRET", "other": "SECRET", "wh\xfeo": 1}',
+        400,
+        ("INVALID_ARG: 'wh", "invalid UTF-8 at byte 2"),
+    ),
+    Body(
+        "tenant-invalid-utf8",
+        b'{"text_input": "SECRET", "tenant": "SECRET\xff"}',
+        400,
+        ("INVALID_ARG: tenant: invalid UTF-8 at byte 6",),
+    ),
+    Body(
+        "id-invalid-utf8",
+        b'{"text_input": "SECRET", "id": "\xff"}',
+        400,
+        ("INVALID_ARG: 'id': invalid UTF-8 at byte 0",),
+    ),
+    Body(
+        "tokenizer-invalid-utf8",
+        b'{"text_input": "SECRET\xff"}',
+        400,
+        ("not valid UTF-8", "offset 6"),
+        "/v2/models/tokenizer/generate",
+    ),
+    Body(
+        "unknown-field-long",
+        {"text_input": "a", "SECRET" * 1000: "SECRET" * 1000},
+        400,
+        ("unknown field 'SECRET", "...; request parameters allowed"),
+    ),
     Body("nothing-given", {}, 400, ("missing required input(s) ['text_input']",)),
     Body("twice", b'{"text_input": "a", "text_input": "b"}', 400, ("already exists",)),
     Body("unknown-field", {"text_input": "a", "top_q": 1}, 400, ("'top_q'", "scenario, tenant")),
@@ -364,6 +402,25 @@ def test_http_body(emulated_server: Running, bad: Body) -> None:
 
     assert status == bad.status, answer
     check(answer["error"], bad.says)
+
+
+def test_the_log_holds_nothing_that_a_client_has_sent(emulated_server: Running) -> None:
+    """A prompt may stand beside the field that is wrong."""
+    for bad in BODIES:
+        if b"SECRET" in (
+            bad.body if isinstance(bad.body, bytes) else json.dumps(bad.body).encode()
+        ):
+            assert post(emulated_server, bad.path, bad.body, TIMEOUT_S)[0] == 400
+    assert "SECRET" not in emulated_server.servers[0].read_log()
+
+
+@pytest.mark.parametrize("model", ["prefill_0", "decode_0"])
+def test_an_instance_ignores_an_id_that_is_not_utf8(emulated_server: Running, model: str) -> None:
+    """It is read before anything else: what fails there would leave its caller without answer."""
+    body = b'{"request": [1], "id": "a\xff"}'
+    status, answer = post(emulated_server, f"/v2/models/{model}/generate", body, TIMEOUT_S)
+    assert status == 200
+    assert "reply" in str(answer)
 
 
 @pytest.mark.parametrize("model", ["prefill_0", "decode_0"])

@@ -16,16 +16,13 @@ class TritonPythonModel:
         self._vocabulary = vocabulary.read(Path(triton.deployment(args).model))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [self._answer(request) for request in requests]
+        return [triton.answered(request, self._answer) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        try:
-            ids = triton.tensors(request)["output_ids"].reshape(-1)
-            size = self._vocabulary.size
-            wrong = ids[(ids < 0) | (ids >= size)]
-            if wrong.size:
-                raise errors.InvalidRequest(f"output_ids: {wrong[0]}; allowed: 0 to {size - 1}")
-        except errors.PDServeError as error:
-            return triton.error(error)
+        ids = triton.tensors(request)["output_ids"].reshape(-1)
+        size = self._vocabulary.size
+        wrong = ids[(ids < 0) | (ids >= size)]
+        if wrong.size:
+            raise errors.InvalidRequest(f"output_ids: {wrong[0]}; allowed: 0 to {size - 1}")
         text = self._vocabulary.decode(ids.tolist())
         return pb_utils.InferenceResponse([triton.text("text_output", text)])

@@ -116,22 +116,22 @@ class GatewayModel(ABC):
         self._count_open()
 
     async def _serve(self, key: str, request: Any) -> Any:
-        """The last response, whatever happens: without it Triton would leave the client waiting."""
-        try:
-            given = triton.parameters(request)
-            if (lost := given.get("lost")) is not None:
-                return self._lose(str(lost))
-            with self._traces.begin(given) as trace:
-                return await self._answer(key, request, trace)
-        except errors.PDServeError as error:
-            known = error.code != errors.PDServeError.code
-            return triton.error(error if known else _logged(error))
-        except Exception as error:
-            return triton.error(_logged(error))
+        """The last response. Raises: whatever has failed."""
+        given = triton.parameters(request)
+        if (lost := given.get("lost")) is not None:
+            return self._lose(str(lost))
+        with self._traces.begin(given) as trace:
+            return await self._answer(key, request, trace)
 
     def _end(self, key: str, task: asyncio.Task[Any]) -> None:
+        """The last response is sent, whatever has happened: the client would wait for ever."""
         del self._serving[key]
-        response = triton.error(_GONE) if task.cancelled() else task.result()
+        if task.cancelled():
+            response = triton.error(_GONE)
+        elif (failure := task.exception()) is not None:
+            response = triton.failed(failure)
+        else:
+            response = task.result()
         self._outbox(key).send(key, response, last=True)
         self._count_open()
 
@@ -315,10 +315,3 @@ def _within_limits(job: Request, terms: config.Scenario) -> bool:
     limit = terms.tpot_limit_ms
     steps = max(job.output_tokens - 1, 1)
     return limit is None or (job.ended - job.first_token) * 1e3 <= limit * steps
-
-
-def _logged(error: Exception) -> errors.PDServeError:
-    """An internal error as the client sees it: with an id that is in the log."""
-    number = secrets.token_hex(4)
-    pb_utils.Logger.log_error(f"error {number}: {error!r}")
-    return errors.PDServeError(f"{error} (error {number} in the server's log)")

@@ -77,7 +77,7 @@ class InstanceModel(ABC):
     def _accept(self, requests: list[Any]) -> None:
         for request in requests:
             # Whoever calls this model past a gateway may give any id, or none.
-            call = Call(f"{next(self._keys)}", request.request_id())
+            call = Call(f"{next(self._keys)}", _id(request))
             self._outbox.open(call.key, request.get_response_sender())
             self._answers.open(call)
             try:
@@ -85,8 +85,9 @@ class InstanceModel(ABC):
             except errors.PDServeError as error:
                 self._answers.reply(call, Failed(error.code, str(error)), True)
             except Exception as error:  # an exception here would leave the caller without an answer
-                pb_utils.Logger.log_error(f"request not accepted: {error!r}")
-                failed = Failed(errors.InstanceError.code, repr(error))
+                told = errors.loggable(error)
+                pb_utils.Logger.log_error(f"request not accepted: {told}")
+                failed = Failed(errors.InstanceError.code, told)
                 self._answers.reply(call, failed, True)
 
     def _submit(self, call: Call, data: bytes) -> None:
@@ -125,3 +126,11 @@ class InstanceModel(ABC):
         """The gateway has died: one that lives says so by a Release."""
         for call in self._answers.abandon(key):
             self._instance.release(call, lambda _reply, _last: None)
+
+
+def _id(request: Any) -> str:
+    """The request id; one that is not UTF-8, which no gateway sends, counts as none."""
+    try:
+        return request.request_id()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        return ""

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pdserve import errors
 from pdserve.models import triton
 from pdserve.parameters import scalar
 from pdserve.tokenizer import Tokenizer, parse_prompt
@@ -19,14 +18,11 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer(Path(triton.deployment(args).model))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [self._answer(request) for request in requests]
+        return [triton.answered(request, self._answer) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        try:
-            inputs = triton.tensors(request)
-            prompt = parse_prompt(scalar(inputs, "text_input"), bool(scalar(inputs, "chat")))
-        except errors.PDServeError as error:
-            return triton.error(error)
+        inputs = triton.tensors(request)
+        prompt = parse_prompt(scalar(inputs, "text_input"), bool(scalar(inputs, "chat")))
         if isinstance(prompt, str):
             ids = self._tokenizer.encode(prompt)
         else:

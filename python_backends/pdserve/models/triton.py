@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -38,9 +39,9 @@ def tensors(request: Any) -> dict[str, NDArray[Any]]:
     """A request's inputs by name, each with a batch dimension of one.
 
     Raises:
-        InvalidRequest: a batch of another size.
+        InvalidRequest: a batch of another size, or strings that do not fill their buffer.
     """
-    inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+    inputs = {tensor.name(): _array(tensor) for tensor in request.inputs()}
     for name, tensor in inputs.items():
         if len(tensor) != 1:
             raise errors.InvalidRequest(
@@ -49,9 +50,59 @@ def tensors(request: Any) -> dict[str, NDArray[Any]]:
     return inputs
 
 
+def _array(tensor: Any) -> NDArray[Any]:
+    try:
+        return tensor.as_numpy()  # type: ignore[no-any-return]
+    except Exception as error:  # only a client's bytes decide whether it works
+        raise errors.InvalidRequest(f"{tensor.name()}: no tensor can be read from it") from error
+
+
 def parameters(request: Any) -> dict[str, Any]:
-    """A request's parameters."""
-    return json.loads(request.parameters() or "{}")  # type: ignore[no-any-return]
+    """A request's parameters.
+
+    Raises:
+        InvalidRequest: one of them is not UTF-8, or all of them are no JSON.
+    """
+    try:
+        return json.loads(request.parameters() or "{}")  # type: ignore[no-any-return]
+    except UnicodeDecodeError as error:
+        raise errors.InvalidRequest(_not_utf8(error.object)) from None  # it holds all of them
+    except ValueError:
+        raise errors.InvalidRequest("the request parameters are no JSON") from None
+
+
+def _not_utf8(data: bytes) -> str:
+    """Which of the parameters, and where."""
+    for name, value in json.loads(data.decode(errors="surrogateescape")).items():
+        for part in (name, value) if isinstance(value, str) else (name,):
+            try:
+                part.encode("utf-8", "surrogateescape").decode()
+            except UnicodeDecodeError as error:
+                return f"{errors.shown(name)}: invalid UTF-8 at byte {error.start}"
+    return "the request parameters are not valid UTF-8"
+
+
+def answered(request: Any, answer: Callable[[Any], Any]) -> Any:
+    """The response of ``answer`` to a request, or what its failure looks like."""
+    try:
+        return answer(request)
+    except BaseException as failure:  # a panic of the tokenizers library is no Exception
+        return failed(failure)
+
+
+def failed(failure: BaseException) -> Any:
+    """The response to a request that has ended in ``failure``.
+
+    An internal error, whatever it is, is told with an id that is in the log, and no more than
+    ``errors.loggable`` says of it.
+    """
+    if isinstance(failure, errors.PDServeError) and failure.code != errors.PDServeError.code:
+        return error(failure)
+    number = secrets.token_hex(4)
+    told = errors.loggable(failure)
+    pb_utils.Logger.log_error(f"error {number}: {told}")
+    said = errors.brief(failure) if isinstance(failure, errors.PDServeError) else told
+    return error(errors.PDServeError(f"{said} (error {number} in the server's log)"))
 
 
 def error(failure: errors.PDServeError) -> Any:
@@ -156,7 +207,8 @@ class Outbox:
         try:
             work()
         except Exception as failure:  # the thread serves every request: it may not end
-            pb_utils.Logger.log_error(f"a response could not be sent: {failure!r}")
+            told = f"{type(failure).__name__}: {errors.brief(failure)}"
+            pb_utils.Logger.log_error(f"a response could not be sent: {told}")
 
     def _send(self, key: str, response: Any | None, last: bool) -> None:
         if not last:
