@@ -39,6 +39,10 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
     metrics_port: Port = 8002
     gateway: bool = True
     """Holds pdserve, scheduler, tokenizer and detokenizer."""
+    client_shared_memory: Literal["off", "key"] = "off"
+    """``key``: clients that bring a key may have the server read and write shared memory of this
+    host. The server opens it as the user that it runs as: whoever has the key can read whatever
+    shared memory that user has, KV caches included."""
     prefill: tuple[Name, ...] = ()
     decode: tuple[Name, ...] = ()
 

@@ -97,7 +97,7 @@ def test_nothing_is_pulled_over_it(region: SharedRegion) -> None:
 def test_slots_that_are_none(region: SharedRegion, slot: int) -> None:
     link = ShmTransport().open(offered(region))
     for touch in (lambda: link.peek(slot, 0.0), lambda: link.mark(slot, 0, 0.0)):
-        with pytest.raises(HandleError, match=f"lease slot {slot} of {region.name}, which has 2"):
+        with pytest.raises(HandleError, match=f"lease slot {slot} of a table that has 2"):
             touch()
     link.close()
 
@@ -109,8 +109,10 @@ def test_memory_that_is_not_shared_cannot_be_offered() -> None:
 
 
 def test_a_region_of_another_life_is_told_apart(region: SharedRegion) -> None:
-    with pytest.raises(Unreachable, match=f"{region.name} is of another life of its holder"):
+    """In an error that may reach a client, so that it does not tell the region's name."""
+    with pytest.raises(Unreachable, match="region is of another life of its holder") as caught:
         ShmTransport().open(way(region.name, b"another!"))
+    assert region.name not in str(caught.value)
 
 
 @given(st.binary(max_size=64))
@@ -121,7 +123,7 @@ def test_a_way_of_random_bytes_is_unreachable(data: bytes) -> None:
 
 @pytest.mark.parametrize("bad", ["../etc/passwd", "/etc/passwd", "pdserve-there-is-none", "."])
 def test_a_way_to_what_is_no_region(bad: str) -> None:
-    with pytest.raises(Unreachable, match="shm: region"):
+    with pytest.raises(Unreachable, match="shm: "):
         ShmTransport().open(way(bad))
 
 
@@ -139,8 +141,9 @@ def test_files_that_are_no_regions(name: str, content: bytes, message: str) -> N
     path = regions.SHM / name
     path.write_bytes(content)
     try:
-        with pytest.raises(Unreachable, match=message):
+        with pytest.raises(Unreachable, match=message) as caught:
             ShmTransport().open(way(name))
+        assert name not in str(caught.value)
     finally:
         path.unlink()
 

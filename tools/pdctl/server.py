@@ -2,8 +2,8 @@
 
 What it needs and leaves lies in its folder ``<run>/<name>/``: ``models/`` (its repository),
 ``log`` (and ``log.old``, of the start before), ``token`` (marks its processes and shared
-memory, see footprint.py), ``key`` (for the calls that change what it runs), and what its
-watchdog keeps (see watchers.py).
+memory, see footprint.py), ``key`` (for the calls that change what it runs), perhaps
+``shared-memory.key`` (see protocols.py), and what its watchdog keeps (see watchers.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pdctl import footprint, log, network, ports, triton, watchers
+from pdctl import footprint, log, network, ports, protocols, triton, watchers
 from pdctl.errors import AlreadyRunning, ServerError
 from pdctl.guard import Guard
 from pdctl.paths import MODEL_REPOSITORY, RUN
@@ -99,12 +99,14 @@ class Server:
             self.clean()
             ports.check(self.spec)
             found = triton.locate()
+            known = triton.options(found)
             if not again:
                 self.render()
             token = footprint.new_token(self.spec.name)
-            key = secrets.token_hex(16)
+            shared_memory = protocols.shared_memory_key(self.spec, self.folder, again=again)
+            keys = triton.Keys(secrets.token_hex(16), shared_memory)
             (self.folder / "key").touch(mode=0o600)
-            (self.folder / "key").write_text(key)
+            (self.folder / "key").write_text(keys.admin)
             (self.folder / "token").write_text(token)
             if self.log.exists():
                 self.log.replace(self.folder / "log.old")
@@ -112,7 +114,7 @@ class Server:
                 self._guard = Guard(self.folder)
             with self.log.open("wb") as output:
                 self._process = subprocess.Popen(
-                    triton.command(found, self.spec, self.repository, token, key),
+                    triton.command(found, known, self.spec, self.repository, token, keys),
                     env=triton.environment(found, token)
                     | network.variables(self.deployment.transfer.network),
                     stdin=subprocess.DEVNULL,
@@ -203,7 +205,7 @@ class Server:
     def _post(self, path: str, timeout_s: float) -> bytes:
         key = (self.folder / "key").read_text()
         request = urllib.request.Request(
-            self.http + path, method="POST", headers={triton.KEY_HEADER: key}
+            self.http + path, method="POST", headers={protocols.ADMIN_HEADER: key}
         )
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             data: bytes = answer.read()

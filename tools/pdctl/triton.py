@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdctl import protocols
 from pdctl.errors import ServerError
 from pdctl.paths import BACKENDS
 from pdserve.config import Server
 
 EXIT_TIMEOUT_S = 5
 """How long Triton waits for requests in flight when it is told to stop."""
-KEY_HEADER = "pdctl-key"
-RESTRICTED = "model-repository,trace,logging"
+HELP_TIMEOUT_S = 30
 FORWARDED = "^traceparent$"
 """gRPC metadata that becomes a request parameter. Of HTTP's headers, generate passes on none."""
 
@@ -52,12 +54,84 @@ def locate() -> Triton:
     return Triton(bundled, (f"--backend-directory={BACKENDS}",), environment)
 
 
-def command(triton: Triton, server: Server, repository: Path, token: str, key: str) -> list[str]:
-    """The command line of a server.
+@dataclass(frozen=True)
+class Options:
+    """What a ``tritonserver`` can be told, by its own help."""
 
-    ``key`` must come with every call that could change what the server runs. It keeps out
-    other machines and web pages, not other users of this machine, who can read command lines.
+    names: frozenset[str]
+    """Of its options, without the dashes."""
+    http_protocols: tuple[str, ...]
+    """Those that ``--http-restricted-api`` knows."""
+    grpc_protocols: tuple[str, ...]
+    """Those that ``--grpc-restricted-protocol`` knows."""
+
+
+def options(triton: Triton) -> Options:
+    """Ask a ``tritonserver`` what it can be told; this takes 0.02 s.
+
+    Raises:
+        ServerError: it does not say, or nothing of it can be restricted.
     """
+    try:
+        done = subprocess.run(
+            [triton.binary, "--help"],
+            env={**os.environ, **triton.environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=HELP_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ServerError(f"{triton.binary} --help: {error}") from error
+    return parse_help(done.stdout + done.stderr)
+
+
+def parse_help(text: str) -> Options:
+    """The options in the text of ``tritonserver --help``.
+
+    Raises:
+        ServerError: it names no protocols that can be restricted.
+    """
+    about = dict(re.findall(r"^  --([a-z0-9-]+)(.*?)(?=^  --|\Z)", text, re.MULTILINE | re.DOTALL))
+
+    def known(option: str) -> tuple[str, ...]:
+        listed = re.search(r"Allowed \w+:\s*([a-z-]+(?:,\s*[a-z-]+)*)", about.get(option, ""))
+        if listed is None:
+            raise ServerError(f"tritonserver --help names no protocols for --{option}")
+        return tuple(re.split(r",\s*", listed[1]))
+
+    return Options(
+        frozenset(about), known("http-restricted-api"), known("grpc-restricted-protocol")
+    )
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What must come with calls that are not open to everyone; see protocols.py.
+
+    Whoever can read the command lines of this machine's processes can read them: they keep out
+    other machines and web pages, not other users of this machine.
+    """
+
+    admin: str
+    shared_memory: str
+
+
+def command(
+    triton: Triton, known: Options, server: Server, repository: Path, token: str, keys: Keys
+) -> list[str]:
+    """The command line of a server."""
+    restricted = {
+        "http-restricted-api": known.http_protocols,
+        "grpc-restricted-protocol": known.grpc_protocols,
+    }
+    # Options that only some builds and versions have.
+    optional = {
+        "allow-client-shm": "false" if server.client_shared_memory == "off" else "true",
+        # An environment variable would turn it on, at another port and on every address.
+        "allow-vertex-ai": "false",
+        "allow-sagemaker": "false",
+    }
     return [
         str(triton.binary),
         *triton.flags,
@@ -72,8 +146,12 @@ def command(triton: Triton, server: Server, repository: Path, token: str, key: s
         f"--http-port={server.http_port}",
         f"--grpc-port={server.grpc_port}",
         f"--metrics-port={server.metrics_port}",
-        f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={key}",
-        f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={key}",
+        *(
+            f"--{option}={group}"
+            for option, names in restricted.items()
+            for group in protocols.restrictions(names, keys.admin, keys.shared_memory)
+        ),
+        *(f"--{name}={value}" for name, value in optional.items() if name in known.names),
         f"--grpc-header-forward-pattern={FORWARDED}",
         f"--backend-config=python,shm-region-prefix-name={token}-triton-",
     ]

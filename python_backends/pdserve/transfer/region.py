@@ -37,22 +37,23 @@ class SharedRegion:
     """`data` uint8 [data_bytes] under a name in shared memory, with a lease table.
 
     `data` is writable for the process that created it, and read-only for one that opened it.
+    Errors do not tell the name: they reach clients.
     """
 
     def __init__(self, name: str, fd: int, *, writable: bool) -> None:
         status = os.fstat(fd)
         header = os.pread(fd, _HEADER.size, 0)
         if len(header) < _HEADER.size:
-            raise HandleError(f"region {name} is no KV region: {status.st_size} bytes")
+            raise HandleError(f"it is no KV region: {status.st_size} bytes")
         magic, version, slots, _, data_bytes = _HEADER.unpack(header)
         if magic != _MAGIC:
-            raise HandleError(f"region {name} is no KV region: it begins with {magic!r}")
+            raise HandleError(f"it is no KV region: it begins with {magic!r}")
         if version != _VERSION:
-            raise HandleError(f"region {name} has version {version}; this is version {_VERSION}")
+            raise HandleError(f"the region has version {version}; this is version {_VERSION}")
         start = _data_start(slots)
         if status.st_size < start + data_bytes:
             raise HandleError(
-                f"region {name} is cut short: {status.st_size} of {start + data_bytes} bytes"
+                f"the region is cut short: {status.st_size} of {start + data_bytes} bytes"
             )
         self.name = name
         self.slots: int = slots
@@ -113,11 +114,11 @@ class SharedRegion:
         try:
             fd = os.open(SHM / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            raise HandleError(f"region {name}: {error.strerror}; has its holder ended?") from error
+            raise HandleError(f"the region: {error.strerror}; has its holder ended?") from error
         try:
             return cls(name, fd, writable=False)
         except OSError as error:
-            raise HandleError(f"region {name} cannot be mapped: {error.strerror}") from error
+            raise HandleError(f"the region cannot be mapped: {error.strerror}") from error
         finally:
             os.close(fd)
 
@@ -172,7 +173,7 @@ class SharedRegion:
 
     def _start(self, slot: int) -> int:
         if not 0 <= slot < self.slots:
-            raise HandleError(f"lease slot {slot} of {self.name}, which has {self.slots}")
+            raise HandleError(f"lease slot {slot} of a table that has {self.slots}")
         return _PAGE + slot * SLOT_BYTES
 
 

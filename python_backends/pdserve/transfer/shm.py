@@ -69,7 +69,7 @@ class ShmTransport:
         except (msgspec.MsgspecError, UnicodeDecodeError, HandleError) as error:
             raise Unreachable(f"shm: {error}") from error
         if region.epoch != wanted.epoch:
-            raise Unreachable(f"shm: region {wanted.region} is of another life of its holder")
+            raise Unreachable("shm: the region is of another life of its holder")
         return ShmLink(region)
 
     def written(self) -> None:
