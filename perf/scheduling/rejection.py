@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from pathlib import Path
 
 from tests.servers import Running
 
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.messages import Accepted, Busy, Prefilled, PrefillRequest, Release, Reply, Sampling
 from pdserve.scheduling.instance import Call, Instance
+from pdserve.transfer import key
 from perf.budgets import Budget
 from perf.processes import cpu_s, ids
 
@@ -26,7 +28,8 @@ def cost(server: Running) -> list[Budget]:
 
 
 async def _cost(server: Running) -> list[Budget]:
-    instance = Instance(PREFILL, GrpcChannel(server.grpc, PREFILL))
+    secret = key.load(Path(server.deployment.transfer.key_file))
+    instance = Instance(PREFILL, GrpcChannel(server.grpc, PREFILL, secret))
     watched = ids(server.servers[0])
     try:
         held = [await _fill(instance) for _ in range(server.deployment.prefill.slots)]

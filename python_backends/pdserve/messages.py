@@ -1,7 +1,8 @@
-"""What the scheduler and the instances say to each other, version 4.
+"""What the scheduler and the instances say to each other, version 5.
 
 A message is msgpack in one UINT8 tensor: ``request`` on the way in; on the way out
 ``reply``, any number of replies with the ids of the calls that they belong to.
+A request travels sealed (``pdserve.channels.seal``).
 Nothing here is part of the public contract; both ends of a deployment run the
 same version, and a message of another version is refused.
 Token ids are little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
@@ -18,7 +19,10 @@ from msgspec import Meta, Struct
 from pdserve.errors import InstanceError
 from pdserve.transfer.reports import Met, Pulled
 
-VERSION = 4
+VERSION = 5
+
+MAX_BESIDE_PROMPT = 2 << 20
+"""Bytes of a request without its prompt: a description, or the link of an engine's own."""
 
 
 class Sampling(Struct, frozen=True, array_like=True):
@@ -225,6 +229,11 @@ _replies: msgspec.msgpack.Decoder[list[tuple[str, Reply]]] = msgspec.msgpack.Dec
 )
 
 T = TypeVar("T")
+
+
+def longest(context_length: int) -> int:
+    """Bytes of a request to an instance of this context, at most."""
+    return 4 * context_length + MAX_BESIDE_PROMPT
 
 
 def encode(message: Request) -> bytes:

@@ -30,6 +30,7 @@ COUNTERS = {
     "pdserve_prefill_rejections_total": "Offers that a busy prefill refused",
     "pdserve_decode_rejections_total": "Offers that a full decode refused",
     "pdserve_retries_total": "Calls to an instance that failed and were tried elsewhere",
+    "pdserve_unsealed_messages_total": "Messages to an instance that were not of its deployment",
     "pdserve_steps_total": "Forwards of a prefill, steps of a decode",
     "pdserve_kv_transfers_total": "KV caches moved from a prefill to a decode",
     "pdserve_kv_events_total": "Changes of an engine's own pool of KV blocks, by type",

@@ -423,17 +423,6 @@ def test_an_instance_ignores_an_id_that_is_not_utf8(emulated_server: Running, mo
     assert "reply" in str(answer)
 
 
-@pytest.mark.parametrize("model", ["prefill_0", "decode_0"])
-def test_an_instance_answers_garbage_and_goes_on(emulated_server: Running, model: str) -> None:
-    """Its tensors are internal, but its model can be called by anybody on this machine."""
-    for payload in (b"", b"\xff" * 9, b"\x81\xa4type\xa6decode", bytes(100_000)):
-        tensor = raw("request", "UINT8", np.frombuffer(payload, np.uint8))
-        fields = {"text_input": None, "request": tensor}
-        (answer,) = over_grpc(emulated_server, Bad("garbage", fields, (), model))
-        assert isinstance(answer, Answer)
-        assert len(answer.parts) == 1
-
-
 def test_bad_ones_beside_good_ones_harm_none(emulated_server: Running) -> None:
     expected = burst(emulated_server)
     with ThreadPoolExecutor(2) as pool:

@@ -31,7 +31,7 @@ async def test_a_stream_that_the_server_ends_leaves_nothing_behind() -> None:
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Ending(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    channel = GrpcChannel(f"127.0.0.1:{port}", "prefill_0")
+    channel = GrpcChannel(f"127.0.0.1:{port}", "prefill_0", bytes(32))
     for number in range(3):
         replies = channel.open(f"{number}", Release("nothing"))
         with pytest.raises(InstanceError, match=rf"127\.0\.0\.1:{port}: UNAVAILABLE: going away"):

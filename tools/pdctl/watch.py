@@ -133,16 +133,17 @@ class Channels:
 
     def __init__(self, tended: Tended) -> None:
         self._tended = tended
+        self._secret = key.load(Path(tended.deployment.transfer.key_file))
         self._made: dict[str, Channel] = {}
 
     def __call__(self, instance: str) -> Channel:
         deployment = self._tended.deployment
         server = (deployment.instances("prefill") | deployment.instances("decode"))[instance]
         address = f"{server.host}:{server.grpc_port}"
-        key = f"{address}/{instance}"
-        if key not in self._made:
-            self._made[key] = GrpcChannel(address, instance)
-        return self._made[key]
+        place = f"{address}/{instance}"
+        if place not in self._made:
+            self._made[place] = GrpcChannel(address, instance, self._secret)
+        return self._made[place]
 
 
 def probe_limits(deployment: Deployment) -> Limits:

@@ -16,23 +16,29 @@ import numpy as np
 
 from pdserve import messages
 from pdserve.channels.protocol import Calls, Replies
+from pdserve.channels.seal import Seal
 from pdserve.errors import InstanceError
 from pdserve.messages import Request
 
 
 class BlsChannel:
-    """A channel to Triton model ``model`` of this server; ``pb_utils`` is the stub's module."""
+    """A channel to Triton model ``model`` of this server; ``pb_utils`` is the stub's module.
 
-    def __init__(self, pb_utils: ModuleType, model: str, threads: int) -> None:
+    Args:
+        key: of the deployment; what is sent is sealed with it.
+    """
+
+    def __init__(self, pb_utils: ModuleType, model: str, key: bytes, threads: int) -> None:
         self._pb = pb_utils
         self._model = model
+        self._seal = Seal(key, model)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"bls-{model}")
         self._stream = uuid.uuid4().hex
         self._calls = Calls()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def open(self, call: str, request: Request) -> Replies:
-        task = asyncio.create_task(self._run(call, messages.encode(request)))
+        task = asyncio.create_task(self._run(call, self._seal.close(messages.encode(request))))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return self._calls.open(call)

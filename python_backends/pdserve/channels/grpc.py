@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from pdserve import messages
 from pdserve.channels.protocol import Calls, Replies
+from pdserve.channels.seal import Seal
 from pdserve.errors import InstanceError
 from pdserve.messages import Request
 
@@ -35,23 +36,31 @@ Outgoing: TypeAlias = "asyncio.Queue[service_pb2.ModelInferRequest | None]"
 
 
 class GrpcChannel:
-    """A channel to Triton model ``model`` of the server at ``address`` (host:port)."""
+    """A channel to Triton model ``model`` of the server at ``address`` (host:port).
 
-    def __init__(self, address: str, model: str) -> None:
+    Args:
+        key: of the deployment; what is sent is sealed with it.
+    """
+
+    def __init__(self, address: str, model: str, key: bytes) -> None:
         self._address = address
         self._model = model
+        self._seal = Seal(key, model)
         self._calls = Calls()
         self._stream = ""
         self._outgoing: Outgoing | None = None
         self._reader: asyncio.Task[None] | None = None
 
     def open(self, call: str, request: Request) -> Replies:
+        return self.send(call, self._seal.close(messages.encode(request)))
+
+    def send(self, call: str, payload: bytes) -> Replies:
+        """As ``open``, of what has been encoded and sealed."""
         if self._reader is None or self._reader.done():
             self._stream = uuid.uuid4().hex
             self._outgoing = asyncio.Queue()
             self._reader = asyncio.create_task(self._read(self._outgoing))
         assert self._outgoing is not None
-        payload = messages.encode(request)
         tensor = service_pb2.ModelInferRequest.InferInputTensor(
             name="request", datatype="UINT8", shape=[len(payload)]
         )

@@ -109,6 +109,11 @@ class DecodeInstance:
         for opened in list(self._open.values()):
             self._end(opened, failed)
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return self._model.context_length
+
     # ---------------------------------------------------------------- admission
 
     def submit(self, request: DecodeRequest, send: Send) -> None:

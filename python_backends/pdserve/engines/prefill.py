@@ -121,6 +121,11 @@ class PrefillInstance:
         self._watches.close(failed)
         self._holder.close()
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return self._model.context_length
+
     def describe(self, send: Send) -> None:
         """How its memory is reached."""
         send(Described(self._holder.description), True)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pdserve import config
 from pdserve.engines import build
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.relayed.decode import RelayedDecode
 from pdserve.metrics import Registry
 from pdserve.models.instance import InstanceModel
-from pdserve.transfer import key, plane
+from pdserve.transfer import plane
 
 
 class TritonPythonModel(InstanceModel):
     def make(
-        self, name: str, deployment: config.Deployment, metrics: Registry
+        self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
     ) -> DecodeInstance | RelayedDecode:
         limits = deployment.decode
         peers = len(deployment.instances("decode"))
         if deployment.engine.relayed:
-            secret = key.load(Path(deployment.transfer.key_file))
             relayed = build.relayed(name, "decode", deployment)
             kind = deployment.engine.kind
             return RelayedDecode(name, relayed, kind, limits, secret, peers, metrics)

@@ -78,7 +78,8 @@ class GatewayModel(ABC):
         self._ids = itertools.count()
         self._serving: dict[str, asyncio.Task[Any]] = {}
         self._channels: dict[str, Channel] = {}
-        self._losses = Losses(key.load(Path(self.deployment.transfer.key_file)))
+        self._key = key.load(Path(self.deployment.transfer.key_file))
+        self._losses = Losses(self._key)
         self._loop = LoopThread()
         self._loop.run(self._start())
 
@@ -284,9 +285,9 @@ class GatewayModel(ABC):
     def _channel(self, name: str, server: config.Server) -> Channel:
         channel: Channel
         if self.deployment.gateway.channel == "bls":
-            channel = BlsChannel(pb_utils, name, BLS_THREADS)
+            channel = BlsChannel(pb_utils, name, self._key, BLS_THREADS)
         else:
-            channel = GrpcChannel(f"{server.host}:{server.grpc_port}", name)
+            channel = GrpcChannel(f"{server.host}:{server.grpc_port}", name, self._key)
         self._channels[name] = channel
         return channel
 

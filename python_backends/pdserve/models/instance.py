@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from abc import ABC, abstractmethod
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors, messages
 from pdserve.channels.answers import Answers, Call
+from pdserve.channels.seal import Refusals, Seal, Unsealed
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import PrefillInstance
 from pdserve.engines.relayed.decode import RelayedDecode
@@ -29,6 +31,7 @@ from pdserve.messages import (
 )
 from pdserve.metrics import Registry
 from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment
+from pdserve.transfer import key
 
 # What a gateway held that has died is let go of within this time.
 ORPHAN_LOOK_S = 1.0
@@ -37,19 +40,24 @@ ORPHAN_LOOK_S = 1.0
 class InstanceModel(ABC):
     """A Triton model around one instance, which a subclass makes.
 
-    Input ``request`` and output ``reply`` are UINT8 [-1]; see ``pdserve.messages``.
+    Input ``request`` and output ``reply`` are UINT8 [-1]; see ``pdserve.messages``. A request is
+    sealed (``pdserve.channels.seal``): what is not is refused unread.
     """
 
     @abstractmethod
     def make(
-        self, name: str, deployment: config.Deployment, metrics: Registry
+        self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
     ) -> PrefillInstance | RelayedPrefill | DecodeInstance | RelayedDecode:
         """The instance; its model is loaded here."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        metrics = Registry()
-        self._instance = self.make(args["model_name"], deployment(args), metrics)
-        self._publisher = Publisher(metrics)
+        self._name, asked = args["model_name"], deployment(args)
+        self._metrics = Registry()
+        secret = key.load(Path(asked.transfer.key_file))
+        self._seal, self._refusals = Seal(secret, self._name), Refusals()
+        self._instance = self.make(self._name, asked, secret, self._metrics)
+        self._longest = messages.longest(self._instance.context_length)
+        self._publisher = Publisher(self._metrics)
         self._keys = itertools.count()
         self._outbox = Outbox(ORPHAN_LOOK_S, self._sender_dead)
         self._answers = Answers(self._send)
@@ -81,7 +89,12 @@ class InstanceModel(ABC):
             self._outbox.open(call.key, request.get_response_sender())
             self._answers.open(call)
             try:
-                self._submit(call, request.inputs()[0].as_numpy().tobytes())
+                self._submit(call, self._opened(request))
+            except Unsealed as error:
+                self._answers.reply(call, Failed(error.code, str(error)), True)
+                self._metrics.add("pdserve_unsealed_messages_total", instance=self._name)
+                if (line := self._refusals.refused(self._name)) is not None:
+                    pb_utils.Logger.log_warn(line)
             except errors.PDServeError as error:
                 self._answers.reply(call, Failed(error.code, str(error)), True)
             except Exception as error:  # an exception here would leave the caller without an answer
@@ -90,7 +103,15 @@ class InstanceModel(ABC):
                 failed = Failed(errors.InstanceError.code, told)
                 self._answers.reply(call, failed, True)
 
-    def _submit(self, call: Call, data: bytes) -> None:
+    def _opened(self, request: Any) -> memoryview:
+        """Raises: Unsealed: not a message of this deployment to this instance."""
+        try:
+            data = memoryview(request.inputs()[0].as_numpy())
+        except pb_utils.TritonModelException as error:
+            raise Unsealed from error
+        return self._seal.open(data, self._longest)
+
+    def _submit(self, call: Call, data: memoryview) -> None:
         send = partial(self._answers.reply, call)
         match self._instance, messages.decode_request(data):
             case _, Release(id=released):

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pdserve import config
 from pdserve.engines import build
 from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.engines.relayed.prefill import RelayedPrefill
 from pdserve.metrics import Registry
 from pdserve.models.instance import InstanceModel
-from pdserve.transfer import key, plane
+from pdserve.transfer import plane
 
 
 class TritonPythonModel(InstanceModel):
     def make(
-        self, name: str, deployment: config.Deployment, metrics: Registry
+        self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
     ) -> PrefillInstance | RelayedPrefill:
         limits = deployment.prefill
         if deployment.engine.relayed:
-            secret = key.load(Path(deployment.transfer.key_file))
             engine = build.relayed(name, "prefill", deployment)
             return RelayedPrefill(name, engine, limits, secret, metrics)
         model = build.model(deployment)

@@ -12,10 +12,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve import messages, parameters
+from pdserve.channels.seal import Seal
 from pdserve.errors import InstanceError
 from pdserve.models import triton
 from pdserve.text import TextStream
 from pdserve.tokenizer import Tokenizer
+from pdserve.transfer import key
 
 WHOLE_ANSWER_MS = 1e9
 
@@ -27,6 +29,8 @@ class TritonPythonModel:
         self._prefill = next(iter(deployment.instances("prefill")))
         self._decode = next(iter(deployment.instances("decode")))
         self._ids = itertools.count()
+        secret = key.load(Path(deployment.transfer.key_file))
+        self._seals = {name: Seal(secret, name) for name in (self._prefill, self._decode)}
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -84,7 +88,7 @@ class TritonPythonModel:
         )
 
     def _call(self, model: str, message: messages.Request) -> Iterator[messages.Reply]:
-        data = np.frombuffer(messages.encode(message), np.uint8)
+        data = np.frombuffer(self._seals[model].close(messages.encode(message)), np.uint8)
         request = pb_utils.InferenceRequest(
             model_name=model,
             request_id=message.id,

@@ -114,6 +114,11 @@ class RelayedDecode:
         self._watches.close(self._unwanted)
         await self._engine.close()
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return self._engine.context_length
+
     def join(self, request: Join, send: Send) -> None:
         """Meet a prefill: make sure that its KV caches are of use here."""
         try:

@@ -109,6 +109,11 @@ class RelayedPrefill:
         self._watches.close(self._unwanted)
         await self._engine.close()
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return self._engine.context_length
+
     def describe(self, send: Send) -> None:
         """Whose KV caches these are; the memory's ways are the engine's own matter."""
         described = RelayedDescription(

@@ -1,0 +1,81 @@
+"""Messages to an instance behind a MAC: only who has the deployment's key is listened to.
+
+A sealed message is 16 bytes of MAC (keyed BLAKE2b) and the message. The MAC's key is derived from
+the deployment's and the instance's name, so that a message to one instance is none to another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from hmac import compare_digest
+
+from pdserve.errors import PDServeError
+
+MAC_BYTES = 16
+_PERSON = b"pdserve message"
+
+LOG_EVERY_S = 10.0
+"""Whoever reaches the port can send anything, as often as he likes."""
+
+
+class Unsealed(PDServeError):
+    """Not a message of this deployment; always in the same words, which tell nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the message is not sealed with the key of this deployment "
+            "(transfer.key_file has to be the same file on all hosts)"
+        )
+
+
+class Seal:
+    """Of one instance, under the deployment's key."""
+
+    def __init__(self, key: bytes, instance: str) -> None:
+        own = hashlib.blake2b(instance.encode(), key=key, person=_PERSON).digest()
+        self._keyed = hashlib.blake2b(digest_size=MAC_BYTES, key=own, person=_PERSON)
+
+    def close(self, message: bytes) -> bytes:
+        """The message behind its MAC."""
+        return self._mac(message) + message
+
+    def open(self, data: memoryview, most: int) -> memoryview:
+        """The message, once its MAC has been found good.
+
+        Args:
+            most: bytes of a message; of more than that not even the MAC is computed.
+
+        Raises:
+            Unsealed: cut short, altered, too long, for another instance or under another key.
+        """
+        mac, message = bytes(data[:MAC_BYTES]), data[MAC_BYTES:]
+        if len(message) > most or not compare_digest(mac, self._mac(message)):
+            raise Unsealed
+        return message
+
+    def _mac(self, message: bytes | memoryview) -> bytes:
+        keyed = self._keyed.copy()
+        keyed.update(message)
+        return keyed.digest()
+
+
+class Refusals:
+    """Counts what was not sealed, to say so now and then."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._next = 0.0
+
+    def refused(self, instance: str) -> str | None:
+        """One more: what to log, at most once every ``LOG_EVERY_S``."""
+        self._count += 1
+        now = time.monotonic()
+        if now < self._next:
+            return None
+        self._next = now + LOG_EVERY_S
+        count, self._count = self._count, 0
+        return (
+            f"{instance}: {count} messages were not sealed with this deployment's key: "
+            f"a stranger's, or those of a host whose transfer.key_file is another"
+        )

@@ -1,0 +1,155 @@
+"""The models of instances can be called by whoever reaches the port: they answer their own."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from pdctl import fleet
+from pdctl.server import Server
+from pdserve import messages
+from pdserve.channels.grpc import GrpcChannel
+from pdserve.channels.seal import Seal, Unsealed
+from pdserve.config import Deployment, Gateway
+from pdserve.config import Server as Spec
+from pdserve.messages import (
+    Describe,
+    Described,
+    Failed,
+    PrefillRequest,
+    Release,
+    Released,
+    Sampling,
+)
+from pdserve.transfer import key
+from tests.clients import Refused, generate, metrics
+from tests.servers import START_TIMEOUT_S, default_deployment, on_free_ports
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pdserve.messages import Reply
+    from tests.servers import Running
+
+pytestmark = pytest.mark.triton
+
+WITHIN_S = 10.0
+REFUSED = Failed(Unsealed.code, str(Unsealed()))
+PROMPT = PrefillRequest("stranger", b"\1\0\0\0", Sampling(), "", 1000.0)
+
+
+def secret(deployment: Deployment) -> bytes:
+    return key.load(Path(deployment.transfer.key_file))
+
+
+def said(server: Running, model: str, *payloads: bytes) -> list[Reply]:
+    """An instance's first reply to each."""
+
+    async def run() -> list[Reply]:
+        channel = GrpcChannel(server.grpc, model, secret(server.deployment))
+        calls = [channel.send(f"{n}", payload) for n, payload in enumerate(payloads)]
+        try:
+            return [await replies.get(WITHIN_S) for replies in calls]
+        finally:
+            await channel.close()
+
+    return asyncio.run(run())
+
+
+def refusals(server: Running, model: str) -> float:
+    return sum(
+        sample.value
+        for sample in metrics(server)
+        if sample.name == "pdserve_unsealed_messages_total" and sample.labels["instance"] == model
+    )
+
+
+@pytest.mark.parametrize("model", ["prefill_0", "decode_0"])
+def test_a_stranger_is_told_nothing(emulated_server: Running, model: str) -> None:
+    own = Seal(secret(emulated_server.deployment), model)
+    message = messages.encode(PROMPT)
+    sealed = own.close(message)
+    strange = [
+        b"",
+        b"\xff" * 9,
+        b"\x81\xa4type\xa6decode",
+        bytes(100_000),
+        bytes(8 << 20),
+        message,
+        messages.encode(Describe("stranger")),
+        sealed[:-1],
+        sealed[:20] + b"\0" + sealed[21:],
+        Seal(secret(emulated_server.deployment), "prefill_1").close(message),
+        Seal(secrets.token_bytes(32), model).close(message),
+    ]
+    before = refusals(emulated_server, model)
+    assert said(emulated_server, model, *strange) == [REFUSED] * len(strange)
+    assert said(emulated_server, model, own.close(messages.encode(Release("it")))) == [Released()]
+    for _ in range(100):
+        if refusals(emulated_server, model) == before + len(strange):
+            break
+        asyncio.run(asyncio.sleep(0.05))
+    assert refusals(emulated_server, model) == before + len(strange)
+    lines = [
+        line
+        for line in emulated_server.servers[0].read_log().splitlines()
+        if f"{model}: " in line and "not sealed" in line
+    ]
+    assert len(lines) == 1, "one line for all of them"
+    assert "key_file" in lines[0]
+
+
+def test_a_message_to_one_prefill_is_none_to_another(emulated_server: Running) -> None:
+    own = Seal(secret(emulated_server.deployment), "prefill_1")
+    describe = own.close(messages.encode(Describe("it")))
+    assert said(emulated_server, "prefill_0", describe) == [REFUSED]
+    [described] = said(emulated_server, "prefill_1", describe)
+    assert isinstance(described, Described)
+
+
+@pytest.fixture
+def two_keys(tmp_path: Path) -> Iterator[list[Server]]:
+    """A gateway and its worker, whose key files differ."""
+    whole = on_free_ports(
+        msgspec.structs.replace(
+            default_deployment("emulated"),
+            servers=(
+                Spec(name="front"),
+                Spec(name="worker", gateway=False, prefill=("prefill_0",), decode=("decode_0",)),
+            ),
+            gateway=Gateway(ttft_limit_ms=5000),
+        )
+    )
+    servers = []
+    for spec in whole.servers:
+        file = tmp_path / f"{spec.name}.key"
+        file.write_bytes(secrets.token_bytes(32))
+        file.chmod(0o600)
+        own = msgspec.structs.replace(
+            whole, transfer=msgspec.structs.replace(whole.transfer, key_file=str(file))
+        )
+        servers.append(Server(own, spec, tmp_path / "run"))
+    fleet.start(servers, held=True, timeout_s=START_TIMEOUT_S, progress=lambda *_: None)
+    yield servers
+    fleet.stop(servers)
+
+
+def test_hosts_with_different_keys_say_so(two_keys: list[Server]) -> None:
+    front, worker = two_keys
+    address = _Address(front.http)
+    with pytest.raises(Refused, match=r"not sealed with .*transfer\.key_file") as refused:
+        generate(address, text_input="Who is there?", max_tokens=4)  # type: ignore[arg-type]
+    assert refused.value.status in (400, 500)
+    log = worker.read_log()
+    assert "prefill_0: " in log
+    assert "transfer.key_file is another" in log
+
+
+class _Address:
+    def __init__(self, http: str) -> None:
+        self.http = http

@@ -1,0 +1,69 @@
+"""Messages to an instance are sealed: what is accepted, what is refused, and what is said of it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdserve.channels import seal
+from pdserve.channels.seal import MAC_BYTES, Refusals, Seal, Unsealed
+
+KEY, OTHER_KEY = bytes(32), b"\1" + bytes(31)
+MOST = 1000
+MESSAGE = b"any message"
+WORDS = str(Unsealed())
+
+
+def opened(data: bytes, key: bytes = KEY, instance: str = "prefill_0") -> bytes:
+    return bytes(Seal(key, instance).open(memoryview(data), MOST))
+
+
+@given(st.binary(max_size=MOST))
+def test_a_sealed_message_is_opened(message: bytes) -> None:
+    assert opened(Seal(KEY, "prefill_0").close(message)) == message
+
+
+@given(st.data(), st.binary(min_size=1, max_size=40))
+def test_one_that_was_altered_is_not(data: st.DataObject, message: bytes) -> None:
+    sealed = bytearray(Seal(KEY, "prefill_0").close(message))
+    place = data.draw(st.integers(0, len(sealed) - 1))
+    sealed[place] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(Unsealed):
+        opened(bytes(sealed))
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "instance"),
+    [
+        (b"", KEY, "prefill_0"),
+        (bytes(MAC_BYTES), KEY, "prefill_0"),
+        (MESSAGE, KEY, "prefill_0"),
+        (bytes(MAC_BYTES) + MESSAGE, KEY, "prefill_0"),
+        (Seal(KEY, "prefill_0").close(MESSAGE)[:-1], KEY, "prefill_0"),
+        (Seal(KEY, "prefill_0").close(MESSAGE) + b"\0", KEY, "prefill_0"),
+        (Seal(KEY, "prefill_0").close(MESSAGE), OTHER_KEY, "prefill_0"),
+        (Seal(KEY, "prefill_0").close(MESSAGE), KEY, "prefill_1"),
+        (Seal(KEY, "prefill_0").close(bytes(MOST + 1)), KEY, "prefill_0"),
+    ],
+)
+def test_others_are_refused_in_the_same_words(data: bytes, key: bytes, instance: str) -> None:
+    with pytest.raises(Unsealed) as refused:
+        opened(data, key, instance)
+    assert str(refused.value) == WORDS
+    assert "prefill" not in WORDS
+
+
+def test_refusals_are_logged_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("pdserve.channels.seal.time.monotonic", lambda: now)
+    refusals = Refusals()
+    first = refusals.refused("prefill_0")
+    assert first is not None
+    assert "prefill_0: 1 message" in first
+    assert "key_file" in first
+    assert [refusals.refused("prefill_0") for _ in range(100)] == [None] * 100
+    now += seal.LOG_EVERY_S
+    later = refusals.refused("prefill_0")
+    assert later is not None
+    assert "prefill_0: 101 messages" in later
