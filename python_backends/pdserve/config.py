@@ -17,16 +17,16 @@ from pdserve import documents
 from pdserve.errors import DeploymentError
 from pdserve.llm_options import LlmArguments, LlmOptions
 
-Count = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=1e7)]
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = get_args(Role)
 TransportName = Literal["cuda_ipc", "shm", "nixl"]
 PolicyName = Literal[
     "on_demand", "round_robin", "fewest_streams", "shortest_queue", "pending_tokens"
 ]
-Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,63}\Z")]
 
 
 class Server(Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +55,7 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
 class TritonModel(Struct, frozen=True, forbid_unknown_fields=True):
     """A model of a Triton server that exists already."""
 
-    address: Annotated[str, Meta(pattern=r"^[^\s/]+:[0-9]{1,5}$")]
+    address: Annotated[str, Meta(pattern=r"^[^\s/]+:[0-9]{1,5}\Z")]
     """host:port of its gRPC endpoint."""
     model: str
 
@@ -66,7 +66,7 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["torch", "emulated", "tensorrt_llm", "tensorrtllm_backend"] = "torch"
     """``tensorrt_llm``: its LLM API, in the instance's own process. ``tensorrtllm_backend``: a
     model of the C++ backend in some Triton server, named in ``models``."""
-    device: Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
+    device: Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)\Z")] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: Annotated[int, Meta(ge=0)] = 0
     """CPU threads of one instance; 0 means every core."""
@@ -128,14 +128,14 @@ class Decode(Struct, frozen=True, forbid_unknown_fields=True):
 class Network(Struct, frozen=True, forbid_unknown_fields=True):
     """What hosts are linked by, for UCX and for TensorRT-LLM; not given: they find out."""
 
-    devices: tuple[Annotated[str, Meta(pattern=r"^[\w.:/-]+$")], ...] = ()
+    devices: tuple[Annotated[str, Meta(pattern=r"^[\w.:/-]+\Z")], ...] = ()
     """Such as ``mlx5_0:1``: a device of RDMA and its port; or the name of an interface."""
     gid_index: Annotated[int, Meta(ge=0, le=255)] | None = None
     """Of RoCE v2 in the port's GID table."""
     traffic_class: Annotated[int, Meta(ge=0, le=255)] | None = None
     rails: Count | None = None
     """Devices that share one transfer, at most."""
-    interface: Annotated[str, Meta(pattern=r"^[\w.-]{1,15}$")] | None = None
+    interface: Annotated[str, Meta(pattern=r"^[\w.-]{1,15}\Z")] | None = None
     """Of the connections by which TensorRT-LLM's engines find each other."""
 
 

@@ -1,17 +1,28 @@
-"""YAML as types, by PyYAML and msgspec; a key that stands twice in a mapping is an error.
+"""YAML as types, by PyYAML and msgspec.
 
-PyYAML takes the last of them without a word: a section that was added at the end of a file would
-silently replace the first one of that name.
+Each plain word is read as its field has it (see ``scalars``). An error names the key or the value,
+its place and its line, and what is allowed. A key that stands twice in a mapping is an error:
+PyYAML takes the last of them without a word, and a section that was added at the end of a file
+would silently replace the first one of that name.
 """
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
 import yaml
+from msgspec import inspect
+
+from pdserve import scalars
 
 T = TypeVar("T")
+_PLACE = re.compile(r" - at `(?:key in )?\$([^`]*)`$")
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,9 +41,126 @@ class _Loader(yaml.SafeLoader):
 
 
 def decode(data: bytes, type: type[T]) -> T:  # noqa: A002 - as msgspec.yaml.decode has it
-    """Raises: msgspec.MsgspecError: not YAML, a key stands twice, or a value is not of its type."""
+    """Raises: msgspec.MsgspecError: not YAML, a key stands twice or is unknown, or a value is not
+    of its type."""
+    info = inspect.type_info(type)
+    root = None
     try:
-        found = yaml.load(data, _Loader)  # noqa: S506 - it is a SafeLoader
+        loader = _Loader(data)
+        try:
+            root = loader.get_single_node()
+            fitted = None if root is None else _fitted(root, info, "$", info)
+            found = None if fitted is None else loader.construct_document(fitted)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         raise msgspec.DecodeError(str(error)) from error
-    return msgspec.convert(found, type)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, msgspec.MsgspecError):
+            raise
+        # PyYAML, of a value that is not of the type that its tag says.
+        raise msgspec.DecodeError(f"a value is not as its tag says: {error}") from error
+    except RecursionError as error:
+        raise msgspec.DecodeError("it is nested too deeply") from error
+    try:
+        return msgspec.convert(found, type)
+    except msgspec.ValidationError as error:
+        raise msgspec.ValidationError(f"{error}{_given(root, str(error))}") from error
+
+
+def _fitted(node: yaml.Node, info: inspect.Type, place: str, root: inspect.Type) -> yaml.Node:
+    """The node with each plain word as its field takes it.
+
+    Raises:
+        msgspec.ValidationError: a key that no field has, or a word that its field cannot mean.
+    """
+    if isinstance(info, inspect.UnionType):
+        null = node.tag.endswith(":null")
+        others = [one for one in info.types if not isinstance(one, inspect.NoneType)]
+        return node if null or len(others) > 1 else _fitted(node, others[0], place, root)
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            return scalars.fitted(node, info)
+        except ValueError as error:
+            raise msgspec.ValidationError(f"{error} - at `{place}`, {_line(node)}") from error
+    if isinstance(node, yaml.SequenceNode) and isinstance(
+        info, inspect.VarTupleType | inspect.ListType
+    ):
+        items = [
+            _fitted(item, info.item_type, f"{place}[{number}]", root)
+            for number, item in enumerate(node.value)
+        ]
+        return yaml.SequenceNode(node.tag, items, node.start_mark, node.end_mark)
+    if isinstance(node, yaml.MappingNode) and isinstance(
+        info, inspect.StructType | inspect.DictType
+    ):
+        pairs = [_pair(key, value, info, place, root) for key, value in node.value]
+        return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
+    return node
+
+
+def _pair(
+    key: yaml.Node,
+    value: yaml.Node,
+    info: inspect.StructType | inspect.DictType,
+    place: str,
+    root: inspect.Type,
+) -> tuple[yaml.Node, yaml.Node]:
+    """A key with its value, of a mapping of this type."""
+    if key.tag == _MERGE:
+        merged = inspect.ListType(info) if isinstance(value, yaml.SequenceNode) else info
+        return key, _fitted(value, merged, place, root)
+    if not isinstance(key, yaml.ScalarNode):
+        return key, value
+    inside = f"{place}.{key.value}"
+    if isinstance(info, inspect.DictType):
+        return scalars.fitted(key, info.key_type), _fitted(value, info.value_type, inside, root)
+    fields = {field.encode_name: field.type for field in info.fields}
+    if key.value not in fields:
+        raise msgspec.ValidationError(
+            f"unknown key {key.value!r} - at `{place}`, {_line(key)}; "
+            f"{_meant(key.value, list(fields), root)}allowed: {', '.join(fields)}"
+        )
+    return scalars.as_text(key), _fitted(value, fields[key.value], inside, root)
+
+
+def _meant(key: str, fields: list[str], root: inspect.Type) -> str:
+    """What the writer of an unknown key may have had in mind."""
+    homes = sorted(set(_homes(key, root, "")))
+    close = homes or difflib.get_close_matches(key, fields, n=1)
+    return f"did you mean {' or '.join(close)}? " if close else ""
+
+
+def _homes(key: str, info: inspect.Type, place: str) -> Iterator[str]:
+    """Where in a document a key of this name stands."""
+    if isinstance(info, inspect.UnionType):
+        for one in info.types:
+            yield from _homes(key, one, place)
+    elif isinstance(info, inspect.VarTupleType):
+        yield from _homes(key, info.item_type, f"{place}[]")
+    elif isinstance(info, inspect.StructType):
+        for field in info.fields:
+            inside = f"{place}.{field.encode_name}".lstrip(".")
+            if field.encode_name == key:
+                yield inside
+            yield from _homes(key, field.type, inside)
+
+
+def _given(node: yaml.Node | None, message: str) -> str:
+    """What stands at the place that an error of msgspec names, and in which line."""
+    found = _PLACE.search(message)
+    for name, index in _STEP.findall(found[1] if found else ""):
+        if isinstance(node, yaml.MappingNode):
+            node = next((value for key, value in node.value if key.value == name), None)
+        elif isinstance(node, yaml.SequenceNode) and index:
+            node = node.value[int(index)]
+        else:
+            node = None
+    if found is None or node is None:
+        return ""
+    shown = f"; given: {node.value!r}" if isinstance(node, yaml.ScalarNode) else ""
+    return f", {_line(node)}{shown}"
+
+
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"

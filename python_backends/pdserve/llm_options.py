@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-Count = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 
 
 class CacheTransceiverConfig(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
