@@ -6,22 +6,21 @@ type and what is allowed. Paths in the file are relative to the file.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from pdserve import documents
+from pdserve import addresses, consistency, documents, names
 from pdserve.errors import DeploymentError
 from pdserve.llm_options import LlmArguments, LlmOptions
 
+Role = names.Role
+ROLES = names.ROLES
 Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=1e7)]
-Role = Literal["prefill", "decode"]
-ROLES: tuple[Role, ...] = get_args(Role)
 TransportName = Literal["cuda_ipc", "shm", "nixl"]
 PolicyName = Literal[
     "on_demand", "round_robin", "fewest_streams", "shortest_queue", "pending_tokens"
@@ -46,6 +45,9 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
     prefill: tuple[Name, ...] = ()
     decode: tuple[Name, ...] = ()
 
+    def __post_init__(self) -> None:
+        addresses.resolved(self.host)
+
     @property
     def ports(self) -> tuple[int, int, int]:
         """HTTP, gRPC, metrics."""
@@ -58,6 +60,9 @@ class TritonModel(Struct, frozen=True, forbid_unknown_fields=True):
     address: Annotated[str, Meta(pattern=r"^[^\s/]+:[0-9]{1,5}\Z")]
     """host:port of its gRPC endpoint."""
     model: str
+
+    def __post_init__(self) -> None:
+        addresses.check_endpoint(self.address)
 
 
 class Engine(Struct, frozen=True, forbid_unknown_fields=True):
@@ -270,7 +275,7 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
             return self.transfer.transports
         gpu: tuple[TransportName, ...] = ("cuda_ipc",) if self.engine.gpu is not None else ()
         far: tuple[TransportName, ...] = (
-            ("nixl",) if len({s.host for s in self.servers}) > 1 else ()
+            ("nixl",) if len({addresses.machine(s.host) for s in self.servers}) > 1 else ()
         )
         return (*gpu, "shm", *far)
 
@@ -298,12 +303,20 @@ def load(path: Path) -> Deployment:
         raise DeploymentError(f"{path}: {error.strerror}") from error
     except msgspec.MsgspecError as error:
         raise DeploymentError(f"{path}: {error}") from error
-    problem = next(_problems(deployment), None)
+    servers = tuple(
+        msgspec.structs.replace(server, host=addresses.resolved(server.host))
+        for server in deployment.servers
+    )
+    deployment = msgspec.structs.replace(deployment, servers=servers)
+    problem = next(consistency.problems(deployment), None)
     if problem is not None:
         raise DeploymentError(f"{path}: {problem}")
 
     def absolute(value: str) -> str:
-        return str((path.parent / Path(value).expanduser()).resolve())
+        try:
+            return str((path.parent / Path(value).expanduser()).resolve())
+        except (RuntimeError, ValueError, OSError) as error:
+            raise DeploymentError(f"{path}: {value!r} is no path: {error}") from error
 
     engine = deployment.engine
     if engine.profile is not None:
@@ -311,91 +324,8 @@ def load(path: Path) -> Deployment:
     transfer = deployment.transfer
     transfer = msgspec.structs.replace(transfer, key_file=absolute(transfer.key_file))
     return msgspec.structs.replace(
-        deployment, model=absolute(deployment.model), engine=engine, transfer=transfer
+        deployment,
+        model=absolute(deployment.model),
+        engine=engine,
+        transfer=transfer,
     )
-
-
-def _problems(deployment: Deployment) -> Iterator[str]:
-    """What is wrong with a deployment whose fields are right one by one."""
-    servers = deployment.servers
-    groups = [group for scenario in deployment.scenarios for group in scenario.groups]
-    for what, names in (
-        ("server", [server.name for server in servers]),
-        ("instance", [name for server in servers for name in (*server.prefill, *server.decode)]),
-        ("address", [f"{s.host}:{port}" for s in servers for port in s.ports]),
-        ("scenario", [scenario.name for scenario in deployment.scenarios]),
-        ("group", [group.name for group in groups]),
-    ):
-        for name in names:
-            if names.count(name) > 1:
-                yield f"{what} {name} is used more than once"
-    for role in ROLES:
-        instances = deployment.instances(role)
-        if not instances:
-            yield f"no server has a {role} instance; at least 1 is needed"
-        if deployment.scenarios:
-            yield from _misplaced(role, instances, groups)
-    yield from _misfit(deployment)
-    for scenario in deployment.scenarios:
-        if not any(group.share for group in scenario.groups):
-            yield f"scenario {scenario.name}: every group's share is 0; at least 1 must have one"
-    scenarios = [scenario.name for scenario in deployment.served]
-    default = deployment.gateway.default_scenario
-    if default not in scenarios:
-        yield f"gateway.default_scenario: {default} is none of: {', '.join(scenarios)}"
-
-
-def _misfit(deployment: Deployment) -> Iterator[str]:
-    """What the kind of engine does not go with."""
-    engine = deployment.engine
-    instances: dict[str, Role] = {
-        name: role for role in ROLES for name in deployment.instances(role)
-    }
-    for field, kind, names in (
-        ("gpus", "tensorrt_llm", engine.gpus),
-        ("models", "tensorrtllm_backend", engine.models),
-    ):
-        if names and engine.kind != kind:
-            yield f"engine.{field} is of kind {kind}; this deployment's is {engine.kind}"
-        for name in names:
-            if name not in instances:
-                there_are = ", ".join(instances)
-                yield f"engine.{field}: there is no instance {name}; there are: {there_are}"
-    if engine.tensorrt_llm != LlmOptions() and engine.kind != "tensorrt_llm":
-        yield f"engine.tensorrt_llm: this deployment's kind of engine is {engine.kind}"
-    if engine.relayed:
-        yield from _unrelayable(deployment, instances)
-
-
-def _unrelayable(deployment: Deployment, instances: dict[str, Role]) -> Iterator[str]:
-    """What does not go with an engine that moves KV caches itself."""
-    engine, transfer = deployment.engine, deployment.transfer
-    if transfer.strategy != "auto" or transfer.transports is not None:
-        yield f"transfer: engine {engine.kind} moves KV caches itself: no strategy, no transports"
-    if engine.kind == "tensorrtllm_backend":
-        for name in instances:
-            if name not in engine.models:
-                yield f"engine.models: no model for {name}"
-        return
-    yield from engine.tensorrt_llm.problems()
-    for name, gpus in engine.gpus.items():
-        role = instances[name]
-        ranks = deployment.ranks(role)
-        if len(gpus) != ranks:
-            yield f"engine.gpus: {name} has {len(gpus)}; a {role} has {ranks} ranks"
-
-
-def _misplaced(role: Role, instances: Collection[str], groups: Iterable[Group]) -> Iterator[str]:
-    """Instances of a role that are not in exactly one group, and names that are no instance."""
-    homes: dict[str, str] = {}
-    for group in groups:
-        for name in getattr(group, role):
-            if name not in instances:
-                there_are = ", ".join(instances)
-                yield f"group {group.name}: no server has a {role} {name}; there are: {there_are}"
-            if name in homes:
-                yield f"{role} {name} is in the groups {homes[name]} and {group.name}"
-            homes[name] = group.name
-    for name in instances:
-        if name not in homes:
-            yield f"{role} {name} is in no group; with scenarios, every instance is in one"

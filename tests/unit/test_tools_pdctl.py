@@ -229,11 +229,6 @@ class TestPorts:
             assert ports.listens("127.0.0.1", port)
         assert not ports.listens("127.0.0.1", port)
 
-    def test_an_address_of_another_machine(self) -> None:
-        spec = msgspec.structs.replace(SPEC, host="192.0.2.1")
-        with pytest.raises(PortTaken, match=r"on 192\.0\.2\.1 cannot be used: Cannot assign"):
-            ports.check(spec)
-
 
 class TestFootprint:
     def test_token_of_any_server_name(self) -> None:

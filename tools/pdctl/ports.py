@@ -2,28 +2,64 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 import psutil
 
-from pdctl.errors import PortTaken
+from pdctl.errors import PortTaken, ServerError
 from pdserve.config import Server
 
 
 def check(server: Server) -> None:
-    """Raises: PortTaken: naming the port, what it is for, and the process that holds it."""
+    """Raises: PortTaken, naming the port, what it is for, and the process that holds it;
+    ServerError: it cannot be used for another reason."""
     for use in ("http", "grpc", "metrics"):
         port: int = getattr(server, f"{use}_port")
-        try:
-            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((server.host, port))
-        except OSError as error:
-            raise PortTaken(
+        reason = obstacle(server.host, port)
+        if reason is not None:
+            error, words, mend = reason
+            raise error(
                 f"server {server.name}: {use}_port {port} on {server.host} cannot be used: "
-                f"{holder(port) or error.strerror}. "
-                "End that process or choose another port in the deployment."
-            ) from error
+                f"{words}. {mend}."
+            )
+
+
+Obstacle = tuple[type[ServerError], str, str]
+
+
+def obstacle(host: str, port: int) -> Obstacle | None:
+    """Why nothing can listen at an address, as an error, its reason and what to do; None: it can.
+
+    Port 0 asks about the host alone.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            here = ", ".join(own_addresses())
+            mend = (
+                f"Start that server on its own host (--server names one), or give it an address "
+                f"of this one: {here}"
+            )
+            return ServerError, f"{host} is an address of another machine", mend
+        if error.errno == errno.EACCES:
+            return ServerError, "this user may not listen at it", "Choose a port above 1023"
+        reason = holder(port) or error.strerror or str(error)
+        return PortTaken, reason, "End that process or choose another port in the deployment"
+    return None
+
+
+def own_addresses() -> list[str]:
+    """This machine's IPv4 addresses."""
+    return sorted(
+        address.address
+        for interface in psutil.net_if_addrs().values()
+        for address in interface
+        if address.family == socket.AF_INET
+    )
 
 
 def listens(host: str, port: int) -> bool:
@@ -35,12 +71,7 @@ def listens(host: str, port: int) -> bool:
 
 def is_here(server: Server) -> bool:
     """Its host is this machine, or this part of its network."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.bind((server.host, 0))
-    except OSError:
-        return False
-    return True
+    return obstacle(server.host, 0) is None
 
 
 def holder(port: int) -> str | None:

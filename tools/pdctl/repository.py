@@ -9,10 +9,11 @@ from pathlib import Path
 
 import msgspec
 
+from pdserve import names
 from pdserve.config import Deployment, Server
 from pdserve.errors import DeploymentError
 
-GATEWAY_MODELS = ("pdserve", "scheduler", "tokenizer", "detokenizer")
+GATEWAY_MODELS = names.GATEWAY_MODELS
 _NAME = re.compile(r'^name:\s*"[^"]*"', re.MULTILINE)
 
 

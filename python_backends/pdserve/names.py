@@ -1,0 +1,9 @@
+"""Names that are fixed: the roles of instances, the models of a gateway."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Role = Literal["prefill", "decode"]
+ROLES: tuple[Role, ...] = get_args(Role)
+GATEWAY_MODELS = ("pdserve", "scheduler", "tokenizer", "detokenizer")
