@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from pdctl.status import scrape
 from pdctl.stubs import Stubs
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.channels.protocol import Channel
-from pdserve.cluster import loss
+from pdserve.cluster import loss, pulse
 from pdserve.cluster.health import Life
+from pdserve.cluster.liveness import Liveness, Read
 from pdserve.cluster.probes import Limits, Probes
 from pdserve.cluster.watchdog import SERVER, Check, NotRestored, Watchdog
 from pdserve.config import Deployment
@@ -80,6 +81,15 @@ class Tended:
         """How many an instance of this server has made. Raises: OSError."""
         values = await asyncio.to_thread(scrape, self.server)
         return values.get(f'pdserve_steps_total{{instance="{instance}"}}', 0.0)
+
+    def pulse(self, *models: str) -> Read:
+        """Reads what the threads of these models have counted."""
+
+        def read() -> list[pulse.Beats]:
+            token = self.server.token or ""
+            return [beats for model in models for beats in pulse.read(pulse.path(token, model))]
+
+        return read
 
     def look(self) -> Mapping[str, Life]:
         return self._stubs.look()
@@ -158,7 +168,10 @@ def probe_limits(deployment: Deployment) -> Limits:
 def checks(tended: Tended, probes: Probes, limits: Limits) -> Iterator[Check]:
     """All that a server and its models are asked."""
     address = tended.server.grpc
-    yield Check(SERVER, partial(questions.live, address), ALIVE_EVERY_S, ALIVE_WITHIN_S)
+    live = partial(questions.live, address)
+    of_all = tended.pulse(*tended.models)
+    # A model that stands still has a check of its own.
+    yield _alive(SERVER, lambda: [beats._replace(turns=0) for beats in of_all()], live)
     for model, template in tended.models.items():
         if template in ("prefill", "decode"):
             alive = partial(probes.alive, model)
@@ -168,7 +181,12 @@ def checks(tended: Tended, probes: Probes, limits: Limits) -> Iterator[Check]:
             alive = partial(questions.gateway, address, model)
         else:
             alive = partial(questions.tokens, address, model)
-        yield Check(model, alive, ALIVE_EVERY_S, ALIVE_WITHIN_S)
+        yield _alive(model, tended.pulse(model), alive)
+
+
+def _alive(thing: str, read: Read, ask: Callable[[], Awaitable[bool]]) -> Check:
+    # The limit is kept by what is asked; the check's own is for a watchdog that is late itself.
+    return Check(thing, Liveness(read, ask, ALIVE_WITHIN_S), ALIVE_EVERY_S, 2 * ALIVE_WITHIN_S)
 
 
 async def watch(folder: Path) -> None:

@@ -38,7 +38,9 @@ from pdserve.text import TextStream
 from pdserve.transfer import key
 from pdserve.vocabulary import Vocabulary
 
-# A client that has gone is noticed within this time.
+# So many requests of clients are open at once; more are refused before anything is done for them.
+MAX_OPEN = 4096
+# How often it is asked of each request whether its client has gone: see ``Outbox``.
 CANCEL_LOOK_S = 0.08
 BLS_THREADS = 64
 # A deployment that has changed is taken over within this time.
@@ -74,13 +76,19 @@ class GatewayModel(ABC):
         )
         self._unfinished = triton.text("finish_reason", "")
         self._metrics = Registry()
-        self._outboxes = [Outbox(CANCEL_LOOK_S, self._client_gone) for _ in range(OUTBOXES)]
+        self._pulse = triton.own_pulse(args, 1 + OUTBOXES)
+        self._outboxes = [
+            Outbox(CANCEL_LOOK_S, self._client_gone, self._pulse, 1 + number)
+            for number in range(OUTBOXES)
+        ]
         self._ids = itertools.count()
         self._serving: dict[str, asyncio.Task[Any]] = {}
+        self._open = 0
+        """Requests of clients that are served, or wait."""
         self._channels: dict[str, Channel] = {}
         self._key = key.load(Path(self.deployment.transfer.key_file))
         self._losses = Losses(self._key)
-        self._loop = LoopThread()
+        self._loop = LoopThread(self._pulse)
         self._loop.run(self._start())
 
     @abstractmethod
@@ -121,8 +129,18 @@ class GatewayModel(ABC):
         given = triton.parameters(request)
         if (lost := given.get("lost")) is not None:
             return self._lose(str(lost))
-        with self._traces.begin(given) as trace:
-            return await self._answer(key, request, trace)
+        if self._open >= MAX_OPEN:
+            name = self._router.default.terms.name
+            self._metrics.add("pdserve_requests_total", scenario=name, outcome="rejected")
+            raise errors.Unavailable(f"{MAX_OPEN} requests are open here already; try again later")
+        self._open += 1
+        self._pulse.turned(0)  # a burst is one pass of the loop
+        self._pulse.worked(0)
+        try:
+            with self._traces.begin(given) as trace:
+                return await self._answer(key, request, trace)
+        finally:
+            self._open -= 1
 
     def _end(self, key: str, task: asyncio.Task[Any]) -> None:
         """The last response is sent, whatever has happened: the client would wait for ever."""

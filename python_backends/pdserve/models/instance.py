@@ -30,7 +30,7 @@ from pdserve.messages import (
     Watch,
 )
 from pdserve.metrics import Registry
-from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment
+from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment, own_pulse
 from pdserve.transfer import key
 
 # What a gateway held that has died is let go of within this time.
@@ -59,9 +59,10 @@ class InstanceModel(ABC):
         self._longest = messages.longest(self._instance.context_length)
         self._publisher = Publisher(self._metrics)
         self._keys = itertools.count()
-        self._outbox = Outbox(ORPHAN_LOOK_S, self._sender_dead)
+        self._pulse = own_pulse(args, threads=2)
+        self._outbox = Outbox(ORPHAN_LOOK_S, self._sender_dead, self._pulse, thread=1)
         self._answers = Answers(self._send)
-        self._loop = LoopThread()
+        self._loop = LoopThread(self._pulse)
         self._loop.run(self._start())
 
     def execute(self, requests: list[Any]) -> None:
@@ -84,6 +85,8 @@ class InstanceModel(ABC):
 
     def _accept(self, requests: list[Any]) -> None:
         for request in requests:
+            self._pulse.turned(0)  # a burst is one pass of the loop
+            self._pulse.worked(0)
             # Whoever calls this model past a gateway may give any id, or none.
             call = Call(f"{next(self._keys)}", _id(request))
             self._outbox.open(call.key, request.get_response_sender())

@@ -16,9 +16,10 @@ from pdserve.tokenizer import Tokenizer, parse_prompt
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         self._tokenizer = Tokenizer(Path(triton.deployment(args).model))
+        self._pulse = triton.own_pulse(args, threads=1)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [triton.answered(request, self._answer) for request in requests]
+        return [triton.answered(request, self._answer, self._pulse) for request in requests]
 
     def _answer(self, request: Any) -> Any:
         inputs = triton.tensors(request)

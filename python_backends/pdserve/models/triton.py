@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import queue
 import secrets
 import threading
@@ -20,10 +21,16 @@ import uvloop
 from numpy.typing import NDArray
 
 from pdserve import config, errors
+from pdserve.cluster import pulse
+from pdserve.cluster.pulse import Pulse
 from pdserve.metrics import Registry
 
 PUBLISH_S = 0.25
+BEAT_S = 0.25
 CLOSE_S = 5.0
+# Looks at open requests take a fifth of a sending thread's time, a moment each.
+LOOK_SHARE = 0.2
+LOOK_MOMENT_S = 0.005
 
 
 def deployment_path(args: dict[str, str]) -> Path:
@@ -33,6 +40,12 @@ def deployment_path(args: dict[str, str]) -> Path:
 
 def deployment(args: dict[str, str]) -> config.Deployment:
     return config.load(deployment_path(args))
+
+
+def own_pulse(args: dict[str, str], threads: int) -> Pulse:
+    """That of a model's process, read by the watchdog of its server if ``pdctl`` started it."""
+    token = os.environ.get("PDSERVE_SHM_PREFIX")
+    return Pulse(pulse.path(token, args["model_name"]) if token else None, threads)
 
 
 def tensors(request: Any) -> dict[str, NDArray[Any]]:
@@ -82,12 +95,14 @@ def _not_utf8(data: bytes) -> str:
     return "the request parameters are not valid UTF-8"
 
 
-def answered(request: Any, answer: Callable[[Any], Any]) -> Any:
+def answered(request: Any, answer: Callable[[Any], Any], pulse: Pulse) -> Any:
     """The response of ``answer`` to a request, or what its failure looks like."""
     try:
         return answer(request)
     except BaseException as failure:  # a panic of the tokenizers library is no Exception
         return failed(failure)
+    finally:
+        pulse.worked(0)
 
 
 def failed(failure: BaseException) -> Any:
@@ -134,10 +149,15 @@ class LoopThread:
 
     Not the stub's own loop: that one only runs while requests do, and keeps every
     ``execute`` that ends before it has been noted (seen in 24.10).
+
+    Args:
+        pulse: the loop is its first thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
         self._loop = _Loop()
+        self._loop.call_soon(self._beat)
         self._thread = threading.Thread(target=self._loop.run_forever, name="loop", daemon=True)
         self._thread.start()
 
@@ -148,6 +168,10 @@ class LoopThread:
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run ``work`` in the loop and wait for it, CLOSE_S seconds at most."""
         asyncio.run_coroutine_threadsafe(work, self._loop).result(CLOSE_S)
+
+    def _beat(self) -> None:
+        self._pulse.turned(0)
+        self._loop.call_later(BEAT_S, self._beat)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -162,17 +186,25 @@ class Outbox:
     and crashes when it is asked about it afterwards.
 
     Args:
-        look_s: how often it is asked whether a client has gone; each look at each request
-            is a round trip to the server.
+        look_s: how often it is asked of each request whether its client has gone. Each look is a
+            round trip to the server, so that many requests are looked at in turn: all looks
+            together take LOOK_SHARE of the thread's time, which is then what bounds how often.
         gone: called once, in the outbox's thread, with the key of a request whose client has.
+        pulse: where it counts as ``thread``.
     """
 
-    def __init__(self, look_s: float, gone: Callable[[str], None]) -> None:
+    def __init__(
+        self, look_s: float, gone: Callable[[str], None], pulse: Pulse, thread: int
+    ) -> None:
         self._look_s = look_s
         self._gone = gone
+        self._pulse = pulse
+        self._number = thread
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # Filled by ``open``, from then on the thread's.
         self._senders: dict[str, Any] = {}
+        self._round: list[str] = []
+        """Those that are still to be looked at, in this round."""
         self._watched: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
@@ -192,16 +224,25 @@ class Outbox:
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
-        next_look = 0.0
+        next_look = next_round = 0.0
         while True:
+            self._pulse.turned(self._number)
             with suppress(queue.Empty):
                 work = self._queue.get(timeout=max(0.0, next_look - time.monotonic()))
                 if work is None:
                     return
                 self._do(work)
-            if time.monotonic() >= next_look:
-                self._do(self._look)
-                next_look = time.monotonic() + self._look_s
+            if (now := time.monotonic()) < next_look:
+                continue
+            if not self._round:
+                self._round = list(self._watched)
+                next_round = now + self._look_s
+            self._do(self._look)
+            ended = time.monotonic()
+            # The moment of the last look is paid for before the next.
+            next_look = ended + (ended - now) * (1 / LOOK_SHARE - 1)
+            if not self._round:
+                next_look = max(next_look, next_round)
 
     def _do(self, work: Callable[[], None]) -> None:
         try:
@@ -213,15 +254,19 @@ class Outbox:
     def _send(self, key: str, response: Any | None, last: bool) -> None:
         if not last:
             self._senders[key].send(response)
-            return
-        self._watched.discard(key)
-        sender = self._senders.pop(key)
-        answer = () if response is None else (response,)
-        sender.send(*answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        else:
+            self._watched.discard(key)
+            sender = self._senders.pop(key)
+            answer = () if response is None else (response,)
+            sender.send(*answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._pulse.worked(self._number)
 
     def _look(self) -> None:
-        for key in list(self._watched):
-            if self._senders[key].is_cancelled():
+        """Look at the next requests of the round, for a moment."""
+        end = time.monotonic() + LOOK_MOMENT_S
+        while self._round and time.monotonic() < end:
+            key = self._round.pop()
+            if key in self._watched and self._senders[key].is_cancelled():
                 self._watched.remove(key)
                 self._gone(key)
 

@@ -1,0 +1,76 @@
+"""How often the threads of a model have turned, and what they have done, in shared memory.
+
+A watchdog reads it without asking anybody, so that it needs no place behind the requests of
+clients. There is one for each model of a server that ``pdctl`` has started.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+SHM = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies
+WORD = 8
+
+
+class Beats(NamedTuple):
+    """What one thread has counted since its start."""
+
+    turns: int
+    """Passes of its loop, which goes on when there is nothing to do; 0: it has no such loop."""
+    work: int
+    """Requests that it has taken, and responses that it has given."""
+
+
+def path(token: str, model: str) -> Path:
+    """Where the pulse of a model is; the token is that of its server's start."""
+    return SHM / f"{token}-{model}.pulse"
+
+
+class Pulse:
+    """The pulse of this process: each of its threads counts for itself.
+
+    Args:
+        path: of the shared memory, which replaces what a former life has left there; None: nobody
+            will read it.
+        threads: how many threads count.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+
+    def __init__(self, path: Path | None, threads: int) -> None:
+        size = 2 * WORD * threads
+        if path is None:
+            memory = memoryview(bytearray(size))
+        else:
+            with suppress(FileNotFoundError):
+                path.unlink()
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                # Without this, a full file system would show as SIGBUS at the first count.
+                os.posix_fallocate(fd, 0, size)
+                memory = memoryview(mmap.mmap(fd, size))
+            finally:
+                os.close(fd)
+        self._words = memory.cast("Q")
+
+    def turned(self, thread: int) -> None:
+        """The thread goes on."""
+        self._words[2 * thread] += 1
+
+    def worked(self, thread: int) -> None:
+        """The thread has taken a request, or given a response."""
+        self._words[2 * thread + 1] += 1
+
+
+def read(path: Path) -> list[Beats]:
+    """What each thread has counted, the first thread first; empty: there is no pulse."""
+    try:
+        words = memoryview(path.read_bytes()).cast("Q").tolist()
+    except OSError:
+        return []
+    return [Beats(*words[at : at + 2]) for at in range(0, len(words), 2)]
