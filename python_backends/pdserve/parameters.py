@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.errors import InvalidRequest, shown
+from pdserve.messages import Sampling
 
 DEFAULT_MAX_TOKENS = 128
 MAX_LABEL_BYTES = 64
@@ -82,8 +84,8 @@ def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Pa
     sampling = {
         "temperature": _number(tensors, "temperature", 0.0, 100.0),
         "top_k": _number(tensors, "top_k", 0, 1 << 24),
-        "top_p": _number(tensors, "top_p", 0.0, 1.0, above=True),
-        "seed": scalar(tensors, "seed"),
+        "top_p": _number(tensors, "top_p", 0.0, 1.0),
+        "seed": _seed(tensors),
         "repetition_penalty": _number(tensors, "repetition_penalty", 0.0, 10.0, above=True),
         "presence_penalty": _number(tensors, "presence_penalty", -2.0, 2.0),
         "frequency_penalty": _number(tensors, "frequency_penalty", -2.0, 2.0),
@@ -100,6 +102,15 @@ def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Pa
         ttft_limit_ms=_number(tensors, "ttft_limit_ms", 1, (1 << 31) - 1),
         timeout_us=_microseconds("timeout", extra.get("timeout", 0)),
     )
+
+
+def sampling(given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> Sampling:
+    """How tokens are chosen: as a request says, and else as its scenario does.
+
+    A ``top_p`` of 0 is off, as in TensorRT-LLM.
+    """
+    made = Sampling(**{**otherwise, **given})
+    return made if made.top_p else msgspec.structs.replace(made, top_p=1.0)
 
 
 def answer_length(
@@ -136,6 +147,14 @@ def _number(tensors: Tensors, name: str, low: float, high: float, above: bool = 
     shown = f"{value:.8g}" if isinstance(value, float) else value
     bounds = f"{'more than' if above else 'from'} {low} to {high}"
     raise InvalidRequest(f"{name}: {shown}; allowed: {bounds}")
+
+
+def _seed(tensors: Tensors) -> int | None:
+    """The value of ``seed``, or of ``random_seed``, which is TensorRT-LLM's older name of it."""
+    seed, older = scalar(tensors, "seed"), scalar(tensors, "random_seed")
+    if seed is not None and older is not None and seed != older:
+        raise InvalidRequest(f"random_seed: {older}; allowed: what seed says, {seed}, or none")
+    return older if seed is None else seed  # type: ignore[no-any-return]
 
 
 def _integer(name: str, value: Any) -> int:

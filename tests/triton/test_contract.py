@@ -16,6 +16,7 @@ import tritonclient.http as http
 
 from pdctl import footprint
 from pdserve.config import Gateway
+from pdserve.neutral import NEUTRAL
 from tests.clients import (
     Answer,
     Part,
@@ -213,7 +214,9 @@ def test_every_input_of_the_contract_is_in_the_model_s_configuration(
     with urllib.request.urlopen(f"{emulated_server.http}/v2/models/pdserve") as answer:
         described = json.load(answer)
 
-    assert {entry["name"] for entry in described["inputs"]} == {"text_input", *INPUTS}
+    of_tensorrt_llm = {*NEUTRAL, "random_seed", "end_id", "pad_id", "accumulate_tokens"}
+    known = {"text_input", *INPUTS, *of_tensorrt_llm}
+    assert {entry["name"] for entry in described["inputs"]} == known
     assert [entry["name"] for entry in described["outputs"]] == [
         "text_output",
         "finish_reason",

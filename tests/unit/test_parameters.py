@@ -20,6 +20,7 @@ from pdserve.parameters import (
     Parameters,
     answer_length,
     parse,
+    sampling,
     scalar,
 )
 
@@ -29,6 +30,7 @@ DTYPES: dict[str, Any] = {
     "top_k": np.int32,
     "top_p": np.float32,
     "seed": np.uint64,
+    "random_seed": np.uint64,
     "repetition_penalty": np.float32,
     "presence_penalty": np.float32,
     "frequency_penalty": np.float32,
@@ -88,7 +90,8 @@ def test_a_scenario_may_set_what_a_client_may_ask_for(name: str) -> None:
             parsed(**{name: value})
         except InvalidRequest:
             continue
-        if type(value) is int or DTYPES[name] is np.float32:
+        off = name == "top_p" and value == 0  # a way of TensorRT-LLM's clients to say none
+        if not off and (type(value) is int or DTYPES[name] is np.float32):
             allowed.append(value)
     for value in values:
         try:
@@ -110,6 +113,7 @@ def test_a_scenario_may_set_what_a_client_may_ask_for(name: str) -> None:
         ("temperature", 100.0),
         ("top_k", 0),
         ("top_k", 1 << 24),
+        ("top_p", 0.0),
         ("top_p", TINY),
         ("top_p", 1.0),
         ("seed", 0),
@@ -157,7 +161,7 @@ NOT_FINITE = [
         ("top_k", -1, "-1"),
         ("top_k", (1 << 24) + 1, "16777217"),
         ("top_k", INT32, "2147483647"),
-        ("top_p", 0.0, "0"),
+        ("top_p", -TINY, "-1.4012985e-45"),
         ("top_p", -0.5, "-0.5"),
         ("top_p", ABOVE_1, "1.0000001"),
         ("repetition_penalty", 0.0, "0"),
@@ -177,7 +181,7 @@ def test_not_allowed(name: str, value: Any, shown: str) -> None:
     allowed = {
         "temperature": "from 0.0 to 100.0",
         "top_k": "from 0 to 16777216",
-        "top_p": "more than 0.0 to 1.0",
+        "top_p": "from 0.0 to 1.0",
         "repetition_penalty": "more than 0.0 to 10.0",
         "presence_penalty": "from -2.0 to 2.0",
         "frequency_penalty": "from -2.0 to 2.0",
@@ -201,6 +205,24 @@ def test_scalar() -> None:
     assert scalar({}, "top_k") is None
     assert scalar({"top_k": np.array(3)}, "top_k") == 3
     assert scalar({"x": np.array([[b"a"]], object)}, "x") == b"a"
+
+
+# ------------------------------------------------------------- seed, and top_p off
+
+
+def test_random_seed_is_the_seed() -> None:
+    assert parsed(random_seed=7) == parsed(seed=7) == parsed(seed=7, random_seed=7)
+    assert parsed(random_seed=0).sampling == {"seed": 0}
+    with pytest.raises(InvalidRequest) as caught:
+        parsed(seed=7, random_seed=0)
+    assert str(caught.value) == "random_seed: 0; allowed: what seed says, 7, or none"
+
+
+def test_top_p_0_is_off() -> None:
+    scenario = msgspec.structs.asdict(config.Sampling(temperature=0.5, top_p=0.25))
+    assert sampling({}, scenario).top_p == 0.25
+    assert sampling(parsed(top_p=0.0).sampling, scenario) == Sampling(temperature=0.5)
+    assert sampling(parsed(top_p=0.5).sampling, scenario).top_p == 0.5
 
 
 # ---------------------------------------------------------------------- routing

@@ -32,6 +32,14 @@ def fingerprint(path: Path, about: str) -> str:
     return digest.hexdigest()
 
 
+def known_eos_ids(path: Path) -> list[int]:
+    """As ``eos_ids``; empty where the model's files do not say it."""
+    try:
+        return eos_ids(path)
+    except DeploymentError:
+        return []
+
+
 def eos_ids(path: Path) -> list[int]:
     """What ends an answer, the first of them first: generation_config.json's word, else config's.
 

@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 import msgspec
 import triton_python_backend_utils as pb_utils
 
-from pdserve import config, errors, parameters, tracing
+from pdserve import config, errors, neutral, parameters, tracing
 from pdserve.channels.bls import BlsChannel
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.channels.protocol import Channel
 from pdserve.cluster.loss import Losses
-from pdserve.engines import build
+from pdserve.engines import build, checkpoint
 from pdserve.engines.protocol import Tokens
-from pdserve.messages import Sampling
 from pdserve.metrics import Registry
 from pdserve.models import triton
 from pdserve.models.triton import LoopThread, Outbox, Publisher
@@ -68,6 +67,7 @@ class GatewayModel(ABC):
         self._file = DeploymentFile(triton.deployment_path(args))
         self.deployment = self._file.deployment
         self.vocabulary = self.read(Path(self.deployment.model))
+        self._end_ids = checkpoint.known_eos_ids(Path(self.deployment.model))
         self._longest = build.longest(self.deployment)
         """Tokens of prompt and answer together, at most."""
         self._name = args["model_name"]
@@ -218,6 +218,7 @@ class GatewayModel(ABC):
             raise errors.InvalidRequest(f"{self.prompt_input} is missing; every request needs it")
         most = self.deployment.gateway.max_stop_words
         asked = parameters.parse(inputs, triton.parameters(request), most)
+        neutral.check(inputs, self._end_ids, self.vocabulary.size)
         return asked, await self.prompt(inputs)
 
     def _request(
@@ -241,7 +242,7 @@ class GatewayModel(ABC):
             max_tokens=parameters.answer_length(
                 asked.max_tokens, terms.max_tokens, len(prompt), self._longest
             ),
-            sampling=Sampling(**{**msgspec.structs.asdict(terms.sampling), **asked.sampling}),
+            sampling=parameters.sampling(asked.sampling, msgspec.structs.asdict(terms.sampling)),
             stream=asked.stream or bool(asked.stop),
             ignore_eos=asked.ignore_eos,
             tenant="" if terms.shared_prefixes else asked.tenant,

@@ -6,9 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
 from pdserve.engines.protocol import Tokens
 from pdserve.errors import InvalidRequest
-from pdserve.models import triton
 from pdserve.models.gateway import GatewayModel, Prompt
 from pdserve.parameters import Tensors, scalar
 from pdserve.tokenizer import Tokenizer, parse_prompt
@@ -50,4 +52,5 @@ class TritonPythonModel(GatewayModel):
         return self._tokenizer.encode_chat(prompt), prompt[0]["content"]
 
     def outputs(self, text: str, ids: list[int]) -> list[Any]:
-        return [triton.text("text_output", text)]
+        # Without a batch dimension, as TensorRT-LLM's: its clients read ``as_numpy(...)[0]``.
+        return [pb_utils.Tensor("text_output", np.array([text.encode()], object))]
