@@ -166,11 +166,18 @@ def test_tensors_are_in_the_table() -> None:
     }
 
 
+def linked_by(given: config.Network) -> config.Deployment:
+    """A deployment of two hosts."""
+    hosts = ("10.0.0.1", "10.0.0.2")
+    servers = tuple(config.Server(f"s{number}", host) for number, host in enumerate(hosts))
+    return config.Deployment("m", servers, transfer=config.Transfer(network=given))
+
+
 def test_variables_are_in_the_table() -> None:
     """Those that are set for UCX and TensorRT-LLM, anywhere."""
     there = table()["environment, set"]
     everything = config.Network(("a",), 1, 2, 3, "eth0")
-    assert there == {*network.variables(everything), *api.GPUS}
+    assert there == {*network.variables(linked_by(everything)), *api.GPUS}
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "python_backends", "tools"],
         cwd=ROOT,
@@ -219,7 +226,7 @@ def test_the_deployments_that_are_shown() -> None:
     assert kinds["one-host-two-gpus"] == kinds["two-hosts-roce"] == "tensorrt_llm"
     assert kinds["tp2-prefill-tp4-decode"] == "tensorrt_llm"
     assert kinds["tensorrtllm-backend"] == "tensorrtllm_backend"
-    roce = config.load(ROOT / "deployments" / "two-hosts-roce.yaml").transfer.network
+    roce = config.load(ROOT / "deployments" / "two-hosts-roce.yaml")
     assert network.variables(roce) == {
         "UCX_NET_DEVICES": "mlx5_0:1",
         "UCX_IB_GID_INDEX": "3",
@@ -228,6 +235,6 @@ def test_the_deployments_that_are_shown() -> None:
         "TRTLLM_UCX_INTERFACE": "eth0",
         "TRTLLM_NIXL_INTERFACE": "eth0",
     }
-    assert network.variables(config.Network()) == {}
+    assert network.variables(linked_by(config.Network())) == {}
     with pytest.raises(msgspec.ValidationError, match="gid_index"):
         msgspec.convert({"gid_index": 300}, config.Network)

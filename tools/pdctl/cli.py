@@ -275,7 +275,7 @@ def _start(servers: list[Server], *, held: bool, timeout: float | None) -> None:
     if not servers:
         return
     deployment = servers[0].deployment
-    for name, value in network.variables(deployment.transfer.network).items():
+    for name, value in network.variables(deployment).items():
         out.print(f"{name}={value}", markup=False)
     columns = (
         SpinnerColumn(),

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from pdserve.config import Network
+import ipaddress
+import os
+from collections.abc import Mapping
+
+from pdserve.config import Deployment
 
 
-def variables(network: Network) -> dict[str, str]:
-    """Those that the deployment says something about; whatever else is set stays as it is."""
+def variables(
+    deployment: Deployment, environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """Those that the deployment says something about; whatever else is set stays as it is.
+
+    UCX listens on every interface that it may use. Where all hosts are loopback, and nobody has
+    named its devices, it may use that one only.
+    """
+    network = deployment.transfer.network
     given = {
-        "UCX_NET_DEVICES": ",".join(network.devices) or None,
+        "UCX_NET_DEVICES": ",".join(network.devices) or _loopback(deployment, environment),
         "UCX_IB_GID_INDEX": network.gid_index,
         "UCX_IB_TRAFFIC_CLASS": network.traffic_class,
         "UCX_MAX_RNDV_RAILS": network.rails,
@@ -16,3 +27,17 @@ def variables(network: Network) -> dict[str, str]:
         "TRTLLM_NIXL_INTERFACE": network.interface,
     }
     return {name: str(value) for name, value in given.items() if value is not None}
+
+
+def _loopback(deployment: Deployment, environment: Mapping[str, str]) -> str | None:
+    uses_ucx = "nixl" in deployment.transports or deployment.engine.relayed
+    chosen = "UCX_NET_DEVICES" in environment
+    near = all(map(_is_loopback, (server.host for server in deployment.servers)))
+    return "lo" if uses_ucx and near and not chosen else None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

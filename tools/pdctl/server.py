@@ -115,8 +115,7 @@ class Server:
             with self.log.open("wb") as output:
                 self._process = subprocess.Popen(
                     triton.command(found, known, self.spec, self.repository, token, keys),
-                    env=triton.environment(found, token)
-                    | network.variables(self.deployment.transfer.network),
+                    env=triton.environment(found, token) | network.variables(self.deployment),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -30,7 +30,7 @@ def probe(deployment: Deployment, root: Path = Path("/")) -> Inventory:
     """
     unknown: dict[str, str] = {}
     # What its servers will find there.
-    environment = os.environ | network.variables(deployment.transfer.network)
+    environment = os.environ | network.variables(deployment)
 
     def known(what: str, found: Callable[[], T], otherwise: T) -> T:
         try:
