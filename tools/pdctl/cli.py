@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pdctl import fleet, links, network, paths, probe, watchers
+from pdctl import fleet, links, network, paths, private, probe, watchers
 from pdctl.chat import Question, ask
 from pdctl.doctor.examination import examine
 from pdctl.doctor.report import report
@@ -328,6 +329,7 @@ def _converse(server: Server, question: Question, as_json: bool) -> None:
 
 
 def main() -> None:
+    os.umask(private.UMASK)
     try:
         with interruptible():
             app()

@@ -68,6 +68,17 @@ def regions(token: str) -> list[Path]:
     return sorted(SHM.glob(f"{token}-*"))
 
 
+def narrow(token: str) -> None:
+    """Make the shared memory of a server its user's alone.
+
+    Triton makes its regions with mode 0644, whatever the umask. The models of this project see to
+    theirs before they are READY (pdserve.models.stub); this is for all others.
+    """
+    for region in regions(token) if is_token(token) else ():
+        with contextlib.suppress(FileNotFoundError):
+            region.chmod(0o600)
+
+
 def erase(tokens: Collection[str], grace_s: float = EXIT_TIMEOUT_S + 3) -> None:
     """End the servers of the tokens and remove what they left; bounded by ``grace_s`` + 5 s.
 

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Collection
 from pathlib import Path
 
+from pdctl import private
 from pdserve.config import Server
 
 OPEN = {
@@ -60,7 +61,5 @@ def shared_memory_key(server: Server, folder: Path, *, again: bool) -> str:
         # Users of this machine can read command lines. No header carries a line feed.
         return f"{secrets.token_hex(32)}\n"
     if not (again and file.exists()):
-        file.unlink(missing_ok=True)
-        file.touch(mode=0o600)
-        file.write_text(secrets.token_hex(16))
+        private.write(file, secrets.token_hex(16).encode())
     return file.read_text()

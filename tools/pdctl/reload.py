@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
+from pdctl import private
 from pdctl.errors import ServerError
 from pdctl.server import Server
 from pdctl.status import scrape
@@ -41,7 +42,7 @@ class Reload:
         if self.server.spec.gateway:
             self._counted = self._count()
         new = self._file.with_name("deployment.new")
-        new.write_bytes(msgspec.yaml.encode(self._after))
+        private.write(new, msgspec.yaml.encode(self._after))
         new.replace(self._file)
 
     def wait(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from pdctl import private
 from pdserve import names
 from pdserve.config import Deployment, Server
 from pdserve.errors import DeploymentError
@@ -28,13 +29,14 @@ def models(server: Server) -> Iterator[tuple[str, str]]:
 def render(deployment: Deployment, server: Server, source: Path, target: Path) -> None:
     """Write a server's repository to ``target``, in the place of whatever was there.
 
-    The deployment lies beside the models as ``deployment.yaml``; every model reads it.
+    The deployment lies beside the models as ``deployment.yaml``; every model reads it. All of it is
+    this user's alone: it is code that the server runs.
 
     Raises:
         DeploymentError: ``source`` lacks a model that the server needs.
     """
     shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+    private.folder(target)  # before anything lies there
     for name, template in models(server):
         if not (source / template / "config.pbtxt").is_file():
             raise DeploymentError(f"{source / template}: no config.pbtxt for the model {name}")
@@ -46,4 +48,5 @@ def render(deployment: Deployment, server: Server, source: Path, target: Path) -
         if found != 1:
             raise DeploymentError(f"{source / template / 'config.pbtxt'}: needs one line name")
         config.write_text(text)
-    (target / "deployment.yaml").write_bytes(msgspec.yaml.encode(deployment))
+    private.write(target / "deployment.yaml", msgspec.yaml.encode(deployment))
+    private.tree(target)

@@ -19,7 +19,16 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pdctl import footprint, log, network, ports, protocols, triton, watchers
+from pdctl import (
+    footprint,
+    log,
+    network,
+    ports,
+    private,
+    protocols,
+    triton,
+    watchers,
+)
 from pdctl.errors import AlreadyRunning, ServerError
 from pdctl.guard import Guard
 from pdctl.paths import MODEL_REPOSITORY, RUN
@@ -79,6 +88,7 @@ class Server:
 
     def render(self) -> None:
         """Write the repository. Raises: DeploymentError, as repository.render."""
+        self._make_folder()
         render(self.deployment, self.spec, self._source, self.repository)
 
     def start(self, *, held: bool, again: bool = False) -> None:
@@ -91,7 +101,7 @@ class Server:
         Raises:
             AlreadyRunning, PortTaken, ServerError, DeploymentError.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         with self._starting():
             pid = self.pid
             if pid is not None:
@@ -105,26 +115,30 @@ class Server:
             token = footprint.new_token(self.spec.name)
             shared_memory = protocols.shared_memory_key(self.spec, self.folder, again=again)
             keys = triton.Keys(secrets.token_hex(16), shared_memory)
-            (self.folder / "key").touch(mode=0o600)
-            (self.folder / "key").write_text(keys.admin)
-            (self.folder / "token").write_text(token)
+            private.write(self.folder / "key", keys.admin.encode())
+            private.write(self.folder / "token", token.encode())
             if self.log.exists():
                 self.log.replace(self.folder / "log.old")
             if held:
                 self._guard = Guard(self.folder)
-            with self.log.open("wb") as output:
+            with private.opened(self.log) as output:
                 self._process = subprocess.Popen(
                     triton.command(found, known, self.spec, self.repository, token, keys),
                     env=triton.environment(found, token) | network.variables(self.deployment),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
+                    umask=private.UMASK,
                     start_new_session=True,  # Ctrl-C is for pdctl, which then stops the server
                 )
 
+    def _make_folder(self) -> None:
+        private.folder(self.folder.parent)
+        private.folder(self.folder)
+
     @contextlib.contextmanager
     def _starting(self) -> Iterator[None]:
-        with (self.folder / "lock").open("w") as lock:
+        with private.opened(self.folder / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -142,6 +156,7 @@ class Server:
         # Triton opens the port of its metrics last, 40 ms after it has said that it is ready.
         while not (self.ready() and ports.listens(self.spec.host, self.spec.metrics_port)):
             self.check_alive()
+            footprint.narrow(self.token or "")
             loaded = log.loaded(self.read_log()) & expected
             if time.monotonic() > deadline:
                 raise ServerError(
@@ -150,6 +165,7 @@ class Server:
                 )
             progress(self, loaded, expected - loaded)
             time.sleep(0.1)
+        footprint.narrow(self.token or "")
         progress(self, expected, set())
 
     def check_alive(self) -> None:
@@ -196,6 +212,7 @@ class Server:
         except urllib.error.HTTPError as error:
             reason, *_ = json.loads(error.read())["error"].splitlines()
             raise ServerError(f"model {model} cannot be loaded: {reason}") from error
+        footprint.narrow(self.token or "")
 
     def unload(self, model: str, timeout_s: float = 5) -> None:
         """No new request reaches a model, and it is not ready, from now on. Raises: OSError."""

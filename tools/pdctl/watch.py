@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pdctl import questions, watchers
+from pdctl import private, questions, watchers
 from pdctl.errors import ServerError
 from pdctl.repository import GATEWAY_MODELS, models
 from pdctl.server import Server
@@ -240,6 +240,7 @@ def state(dog: Watchdog) -> dict[str, Any]:
 
 
 def main() -> None:
+    os.umask(private.UMASK)
     folder = Path(sys.argv[1])
     watchers.announce(folder)
     form = logging.Formatter(f"%(asctime)s {folder.name}: %(message)s")

@@ -8,11 +8,12 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from pdserve import errors, vocabulary
-from pdserve.models import triton
+from pdserve.models import stub, triton
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        stub.prepare()
         self._vocabulary = vocabulary.read(Path(triton.deployment(args).model))
         self._pulse = triton.own_pulse(args, threads=1)
 

@@ -27,7 +27,7 @@ from pdserve.cluster.loss import Losses
 from pdserve.engines import build, checkpoint
 from pdserve.engines.protocol import Tokens
 from pdserve.metrics import Registry
-from pdserve.models import triton
+from pdserve.models import stub, triton
 from pdserve.models.triton import LoopThread, Outbox, Publisher
 from pdserve.reloading import DeploymentFile, changes, taken_over
 from pdserve.scheduling.groups import Group, Groups
@@ -64,6 +64,7 @@ class GatewayModel(ABC):
     answers_in_text: bool
 
     def initialize(self, args: dict[str, str]) -> None:
+        stub.prepare()
         self._file = DeploymentFile(triton.deployment_path(args))
         self.deployment = self._file.deployment
         self.vocabulary = self.read(Path(self.deployment.model))

@@ -30,6 +30,7 @@ from pdserve.messages import (
     Watch,
 )
 from pdserve.metrics import Registry
+from pdserve.models import stub
 from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment, own_pulse
 from pdserve.transfer import key
 
@@ -51,6 +52,7 @@ class InstanceModel(ABC):
         """The instance; its model is loaded here."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        stub.prepare()
         self._name, asked = args["model_name"], deployment(args)
         self._metrics = Registry()
         secret = key.load(Path(asked.transfer.key_file))

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pdserve.models import triton
+from pdserve.models import stub, triton
 from pdserve.parameters import scalar
 from pdserve.tokenizer import Tokenizer, parse_prompt
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        stub.prepare()
         self._tokenizer = Tokenizer(Path(triton.deployment(args).model))
         self._pulse = triton.own_pulse(args, threads=1)
 
