@@ -31,7 +31,8 @@ KEYS = triton.Keys("admin", "shared")
 
 def lines(server: Server, text: str = HELP) -> list[str]:
     found = triton.Triton(Path("/bin/tritonserver"), (), {})
-    return triton.command(found, triton.parse_help(text), server, Path("/m"), "token", KEYS)
+    known = triton.parse_help(text)
+    return triton.command(found, known, server, Path("/m"), "token", KEYS, 1 << 20)
 
 
 def test_what_is_not_listed_as_open_is_restricted() -> None:
@@ -80,6 +81,14 @@ def test_newer_servers_own_switch(allowed: str, flag: str) -> None:
     assert f"--allow-client-shm={flag}" in lines(server)
     without = HELP.partition("Shared Memory:")[0]
     assert not [line for line in lines(server, without) if "client-shm" in line]
+
+
+def test_newer_servers_own_limit_of_bodies() -> None:
+    """Room for the longest prompt, however it is written, and no more than that."""
+    option = "  --http-max-input-size <integer>\n\tMaximum allowed HTTP request input size.\n"
+
+    assert f"--http-max-input-size={10 << 20}" in lines(Server("local"), HELP + option)
+    assert not [line for line in lines(Server("local")) if "max-input-size" in line]
 
 
 def test_a_key_that_is_off_cannot_be_sent_and_is_told_nobody(tmp_path: Path) -> None:

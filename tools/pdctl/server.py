@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pdctl import (
     footprint,
+    limits,
     log,
     network,
     ports,
@@ -121,10 +122,20 @@ class Server:
                 self.log.replace(self.folder / "log.old")
             if held:
                 self._guard = Guard(self.folder)
-            with private.opened(self.log) as output:
+            with private.opened(self.log) as output, limits.raised() as variables:
                 self._process = subprocess.Popen(
-                    triton.command(found, known, self.spec, self.repository, token, keys),
-                    env=triton.environment(found, token) | network.variables(self.deployment),
+                    triton.command(
+                        found,
+                        known,
+                        self.spec,
+                        self.repository,
+                        token,
+                        keys,
+                        self.deployment.gateway.max_prompt_bytes,
+                    ),
+                    env=triton.environment(found, token)
+                    | network.variables(self.deployment)
+                    | variables,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -19,6 +19,10 @@ from pdserve.config import Server
 EXIT_TIMEOUT_S = 5
 """How long Triton waits for requests in flight when it is told to stop."""
 HELP_TIMEOUT_S = 30
+BYTES_IN_JSON = 6
+"""What a byte of a prompt takes in JSON, at most: ``\\u0000``."""
+REST_BYTES = 4 << 20
+"""For whatever else a request has, and for prompts of token ids."""
 FORWARDED = "^traceparent$"
 """gRPC metadata that becomes a request parameter. Of HTTP's headers, generate passes on none."""
 
@@ -118,15 +122,26 @@ class Keys:
 
 
 def command(
-    triton: Triton, known: Options, server: Server, repository: Path, token: str, keys: Keys
+    triton: Triton,
+    known: Options,
+    server: Server,
+    repository: Path,
+    token: str,
+    keys: Keys,
+    prompt_bytes: int,
 ) -> list[str]:
-    """The command line of a server."""
+    """The command line of a server.
+
+    Args:
+        prompt_bytes: of the longest prompt that a gateway takes.
+    """
     restricted = {
         "http-restricted-api": known.http_protocols,
         "grpc-restricted-protocol": known.grpc_protocols,
     }
     # Options that only some builds and versions have.
     optional = {
+        "http-max-input-size": f"{BYTES_IN_JSON * prompt_bytes + REST_BYTES}",
         "allow-client-shm": "false" if server.client_shared_memory == "off" else "true",
         # An environment variable would turn it on, at another port and on every address.
         "allow-vertex-ai": "false",
