@@ -10,13 +10,15 @@ Token ids are little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Annotated, TypeVar
+from contextlib import suppress
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
 
-from pdserve.errors import InstanceError
+from pdserve.errors import InstanceError, InvalidRequest
 from pdserve.transfer.reports import Met, Pulled
 
 VERSION = 5
@@ -24,21 +26,36 @@ VERSION = 5
 MAX_BESIDE_PROMPT = 2 << 20
 """Bytes of a request without its prompt: a description, or the link of an engine's own."""
 
+MAX_TOKENS = 1 << 24
+"""Of prompt and answer together, whatever the model; what it takes itself may be less."""
+
+Id = Annotated[str, Meta(min_length=1, max_length=256)]
+Count = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+"""Of tokens."""
+Token = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+"""An id; an instance knows its vocabulary."""
+Ids = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1 << 31)]
+Sealed = Annotated[bytes, Meta(max_length=MAX_BESIDE_PROMPT - (1 << 10))]
+Label = Annotated[str, Meta(max_length=128)]
+Version = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+
 
 class Sampling(Struct, frozen=True, array_like=True):
-    """How the next token is chosen; the defaults are greedy.
+    """How the next token is chosen; greedy by default, in the ranges of a client's request.
 
     Penalties as in OpenAI's API (presence, frequency: over the output) and in
     transformers (repetition: over prompt and output).
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_k: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Meta(ge=0)] | None = None
+    """Of 64 bits."""
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
 
     @property
     def greedy(self) -> bool:
@@ -61,15 +78,15 @@ class Sampling(Struct, frozen=True, array_like=True):
 class PrefillRequest(Struct, frozen=True, tag="prefill"):
     """Compute the KV cache of a prompt and its first token; refuse at once if busy."""
 
-    id: str
-    prompt: bytes
+    id: Id
+    prompt: Ids
     sampling: Sampling
-    tenant: str
-    deadline_ms: float
+    tenant: Label
+    deadline_ms: Milliseconds
     """Milliseconds from now after which the first token is worthless."""
-    outputs: int = 0
+    outputs: Count = 0
     """So many of the prompt's last tokens are of the answer already: another pair began it."""
-    gateway: str = ""
+    gateway: Label = ""
     """Who asks: what has become free is kept for who has watched for it the longest."""
     hurry: bool = False
     """Others wait for this answer: tell the acceptance at once."""
@@ -78,76 +95,76 @@ class PrefillRequest(Struct, frozen=True, tag="prefill"):
     only: bool = False
     """No decode will follow: the answer ends with the first token."""
     ignore_eos: bool = False
-    trace: str = ""
+    trace: Label = ""
     """W3C traceparent of the attempt; empty: it is not traced."""
-    version: int = VERSION
+    version: Version = VERSION
 
 
 class Watch(Struct, frozen=True, tag="watch"):
     """Say once when something has become free; a ``Release`` with its id ends it."""
 
-    id: str
-    gateway: str
-    version: int = VERSION
+    id: Id
+    gateway: Label
+    version: Version = VERSION
 
 
 class Release(Struct, frozen=True, tag="release"):
     """Give up whatever the instance holds for a request: compute, lease, blocks."""
 
-    id: str
-    version: int = VERSION
+    id: Id
+    version: Version = VERSION
 
 
 class Taken(Struct, frozen=True, tag="taken"):
     """A decode has the KV cache of a prefill that does not see it by itself."""
 
-    id: str
-    version: int = VERSION
+    id: Id
+    version: Version = VERSION
 
 
 class DecodeRequest(Struct, frozen=True, tag="decode"):
     """Pull a KV cache and go on from its first token; refuse at once if full."""
 
-    id: str
-    prompt: bytes
-    first_token: int | None
+    id: Id
+    prompt: Ids
+    first_token: Token | None
     """None: it is not computed yet, and will stand in the lease."""
-    handle: bytes
+    handle: Sealed
     """A sealed ``KVHandle``; empty: the decode computes the prompt itself."""
     sampling: Sampling
-    tenant: str
-    max_tokens: int
+    tenant: Label
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     """Tokens that are to come, the first one included."""
     ignore_eos: bool
-    min_interval_ms: float
+    min_interval_ms: Milliseconds
     """At least this long between two replies with tokens."""
-    outputs: int = 0
+    outputs: Count = 0
     """So many of the prompt's last tokens are of the answer already: another pair began it."""
-    trace: str = ""
+    trace: Label = ""
     """W3C traceparent of the attempt; empty: it is not traced."""
-    version: int = VERSION
+    version: Version = VERSION
 
 
 class Describe(Struct, frozen=True, tag="describe"):
     """A prefill says how its memory is reached."""
 
-    id: str
-    version: int = VERSION
+    id: Id
+    version: Version = VERSION
 
 
 class Join(Struct, frozen=True, tag="join"):
     """A decode meets a prefill: connects, probes, warms. For one that it knows, nothing is done."""
 
-    id: str
-    description: bytes
+    id: Id
+    description: Sealed
     """A sealed ``Description``, as a prefill has told it."""
-    version: int = VERSION
+    version: Version = VERSION
 
 
 class Busy(Struct, frozen=True, tag="busy"):
     """Not accepted; nothing is held for the request."""
 
-    reason: str
+    reason: Label
 
 
 class Freed(Struct, frozen=True, tag="freed"):
@@ -157,27 +174,27 @@ class Freed(Struct, frozen=True, tag="freed"):
 class Failed(Struct, frozen=True, tag="failed"):
     """Accepted, but it ended in an error; nothing is held for the request any more."""
 
-    code: str
-    message: str
+    code: Label
+    message: Annotated[str, Meta(max_length=1 << 20)]
 
 
 class Accepted(Struct, frozen=True, tag="accepted"):
     """An instance has taken the request; sent only where the result takes longer than a moment."""
 
-    handle: bytes | None = None
+    handle: Sealed | None = None
     """A prefill's, where the request is ``layered``: the KV cache may be followed from now on."""
 
 
 class Prefilled(Struct, frozen=True, tag="prefilled"):
     """The first token, and where the KV cache waits."""
 
-    token: int
+    token: Token
     eos: bool
-    handle: bytes
+    handle: Sealed
     """A sealed ``KVHandle``."""
-    cached_tokens: int
-    compute_ms: float
-    stored: bytes = b""
+    cached_tokens: Count
+    compute_ms: Milliseconds
+    stored: Annotated[bytes, Meta(max_length=MAX_TOKENS // 4)] = b""
     """Chained hashes, 8 bytes each, of the prompt's prefixes that are cached here from now on."""
     unseen: bool = False
     """The prefill does not see when a decode has taken the KV cache: it wants a ``Taken``."""
@@ -186,9 +203,9 @@ class Prefilled(Struct, frozen=True, tag="prefilled"):
 class Tokens(Struct, frozen=True, tag="tokens"):
     """New tokens of a stream; the last reply carries the finish reason."""
 
-    start: int
+    start: Count
     """Index of the first of them in the answer: a reply that was lost on the way is noticed."""
-    ids: bytes
+    ids: Ids
     finish_reason: Annotated[str, Meta(pattern="^(stop|length|)$")] = ""
     pulled: Pulled | None = None
     """On the first reply: how the KV cache came; where the decode has computed it, no bytes."""
@@ -201,15 +218,15 @@ class Stranger(Struct, frozen=True, tag="stranger"):
 class Described(Struct, frozen=True, tag="described"):
     """How a prefill's memory is reached; the same bytes for as long as it lives."""
 
-    description: bytes
+    description: Sealed
 
 
 class Joined(Struct, frozen=True, tag="joined"):
     """How the decode reaches the prefill."""
 
-    prefill: str
+    prefill: Label
     met: Met
-    bytes_per_token: int
+    bytes_per_token: Annotated[int, Meta(ge=0, le=1 << 40)]
     """Of a KV cache."""
 
 
@@ -228,8 +245,6 @@ _replies: msgspec.msgpack.Decoder[list[tuple[str, Reply]]] = msgspec.msgpack.Dec
     list[tuple[str, Reply]]
 )
 
-T = TypeVar("T")
-
 
 def longest(context_length: int) -> int:
     """Bytes of a request to an instance of this context, at most."""
@@ -246,22 +261,57 @@ def encode_replies(replies: Sequence[tuple[str, Reply]]) -> bytes:
 
 
 def decode_request(data: bytes | memoryview) -> Request:
-    """Raises: InstanceError: not a request of this version."""
-    message = _decode(_requests, data)
-    if message.version != VERSION:
-        raise InstanceError(
-            f"message version {message.version}; this instance speaks version {VERSION}"
-        )
+    """The request, whose numbers are in their ranges.
+
+    Raises:
+        InvalidRequest: they are not, or it is no request at all; the message names the field.
+        InstanceError: one of another version.
+    """
+    try:
+        message = _requests.decode(data)
+        version = message.version
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        # One of another version may have other fields.
+        version = _version(data)
+        if version == VERSION:
+            raise InvalidRequest(f"malformed message: {error}{_given(data, error)}") from error
+    if version != VERSION:
+        raise InstanceError(f"message version {version}; this instance speaks version {VERSION}")
     return message
 
 
 def decode_replies(data: bytes | memoryview) -> list[tuple[str, Reply]]:
     """Raises: InstanceError: these are no replies."""
-    return _decode(_replies, data)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes | memoryview) -> T:
     try:
-        return decoder.decode(data)
+        replies = _replies.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InstanceError(f"malformed message between scheduler and instance: {error}") from error
+    for _, reply in replies:
+        if isinstance(reply, Tokens) and len(reply.ids) % 4:
+            raise InstanceError(f"malformed message: ids of {len(reply.ids)} bytes; 4 are one id")
+    return replies
+
+
+class _Versioned(Struct):
+    version: int = VERSION
+
+
+_versions = msgspec.msgpack.Decoder(_Versioned)
+
+
+def _version(data: bytes | memoryview) -> int:
+    try:
+        return _versions.decode(data).version
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return VERSION
+
+
+def _given(data: bytes | memoryview, error: Exception) -> str:
+    """The number that is out of its range; anything else may be a prompt, and is not repeated."""
+    place = re.search(r"`\$\.(\w+)(?:\[(\d+)\])?`", str(error))
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):
+        value = msgspec.msgpack.decode(data)[place[1] if place else ""]
+        value = value[int(place[2])] if place and place[2] else value
+        if isinstance(value, int | float):
+            return f", not {value}"
+    return ""

@@ -58,6 +58,7 @@ class ScriptedContext:
     def __init__(self, world: World, fingerprint: str) -> None:
         self.world, self.fingerprint = world, fingerprint
         self.context_length = world.model.context_length
+        self.vocabulary = world.model.vocabulary
         self.closed = False
 
     async def context(self, asked: Asked, keep: bool) -> Context:
@@ -90,6 +91,7 @@ class ScriptedGeneration:
     def __init__(self, world: World, fingerprint: str) -> None:
         self.world, self.fingerprint = world, fingerprint
         self.context_length = world.model.context_length
+        self.vocabulary = world.model.vocabulary
         self.closed = False
 
     async def generate(

@@ -188,7 +188,8 @@ async def test_no_more_than_so_many_wait(tmp_path: Path, monkeypatch: pytest.Mon
 
 @virtual
 async def test_prompt_that_no_arena_can_hold_is_refused(tmp_path: Path) -> None:
-    async with Site(tmp_path, prefill={"arena_mib": 1}) as site:
+    profile = {"context_length": 16_384}
+    async with Site(tmp_path, profile=profile, prefill={"arena_mib": 1}) as site:
         huge = site.request(8193)
         with pytest.raises(
             errors.InvalidRequest,

@@ -167,7 +167,7 @@ def test_what_is_known_of_a_model(pair: Pair) -> None:
     layout = pair.model.layout
     assert (layout.layers, layout.kv_heads, layout.head_dim, layout.dtype) == (3, 2, 16, "float32")
     assert pair.model.context_length == 256
-    assert pair.model.vocab_size == 331
+    assert pair.model.vocabulary == 331
     assert pair.model.eos_ids == {2}
 
 

@@ -40,6 +40,20 @@ def known_eos_ids(path: Path) -> list[int]:
         return []
 
 
+def vocabulary(path: Path) -> int:
+    """Token ids are below it: config.json's ``vocab_size``, in ``text_config`` for some models.
+
+    Raises:
+        DeploymentError: there is no such configuration.
+    """
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+        return int(config.get("text_config", config)["vocab_size"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DeploymentError(f"{file}: names no vocab_size: {error!r}") from error
+
+
 def eos_ids(path: Path) -> list[int]:
     """What ends an answer, the first of them first: generation_config.json's word, else config's.
 

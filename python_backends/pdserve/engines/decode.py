@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 
 from pdserve import config, errors
+from pdserve.engines import admission
 from pdserve.engines.acceptance import AFTER_S
 from pdserve.engines.arrivals import Arrivals
 from pdserve.engines.opened import Opened
@@ -118,7 +119,12 @@ class DecodeInstance:
 
     def submit(self, request: DecodeRequest, send: Send) -> None:
         """Accept or reject, at once; ``send`` gets the rejection or, later, the tokens."""
-        prompt = np.frombuffer(request.prompt, "<i4")
+        try:
+            model = self._model
+            prompt = admission.prompt(request, model.context_length, model.vocabulary)
+        except errors.InvalidRequest as error:
+            send(Failed(error.code, f"{self._name}: {error}"), True)
+            return
         length = len(prompt) + request.max_tokens
         if length > self._capacity:
             message = (

@@ -78,7 +78,7 @@ class EmulatedModel:
                 else Profile(speed=0)
             )
             names = json.loads((Path(model) / "config.json").read_bytes())
-            self._vocabulary = int(names["vocab_size"])
+            self.vocabulary = int(names["vocab_size"])
         except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
             raise errors.DeploymentError(f"emulated engine: {profile or model}: {error}") from error
         self.layout = KVLayout(
@@ -91,9 +91,9 @@ class EmulatedModel:
 
     def token(self, prompt: Tokens, position: int) -> int:
         """The token at ``position`` of the output that follows ``prompt``; never the end."""
-        token = (zlib.crc32(prompt.tobytes()) + 2654435761 * position) % self._vocabulary
+        token = (zlib.crc32(prompt.tobytes()) + 2654435761 * position) % self.vocabulary
         while token in self.eos_ids:
-            token = (token + 1) % self._vocabulary
+            token = (token + 1) % self.vocabulary
         return token
 
     def next(self, prompt: Tokens, outputs: int, new: int) -> int:

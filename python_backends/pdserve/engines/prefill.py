@@ -12,9 +12,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-import numpy as np
-
 from pdserve import config, errors
+from pdserve.engines import admission
 from pdserve.engines.acceptance import Acceptance
 from pdserve.engines.forwards import Forwards
 from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
@@ -134,7 +133,13 @@ class PrefillInstance:
 
     def submit(self, request: PrefillRequest, send: Send) -> None:
         """Accept or reject, at once; ``send`` gets the rejection or, later, the result."""
-        tokens = np.frombuffer(request.prompt, "<i4")
+        try:
+            model = self._model
+            tokens = admission.prompt(request, model.context_length, model.vocabulary)
+        except errors.InvalidRequest as error:
+            self._watches.took(request.gateway)
+            send(Failed(error.code, f"{self._name}: {error}"), True)
+            return
         nbytes = self._cut.nbytes(self._model.layout, len(tokens))
         if nbytes > self._lending.arena.capacity:
             message = (

@@ -108,6 +108,10 @@ class EngineModel(Protocol):
         """Tokens of prompt and output together, at most."""
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
+
+    @property
     def eos_ids(self) -> frozenset[int]: ...
 
 

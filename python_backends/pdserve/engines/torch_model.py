@@ -64,7 +64,7 @@ class TorchModel:
             torch_linear.adapt(self._model)
         config = self._model.config.get_text_config(decoder=True)
         self.context_length: int = config.max_position_embeddings
-        self.vocab_size: int = config.vocab_size
+        self.vocabulary: int = config.vocab_size
         self.layout = self._probe(path, config, dtype)
         self.fingerprint = fingerprint(place, repr(self.layout))
 

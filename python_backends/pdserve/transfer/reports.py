@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+Word = Annotated[str, Meta(max_length=256)]
+Finite = Annotated[float, Meta(ge=-1e15, le=1e15)]
 
 
 class Met(Struct, frozen=True, array_like=True):
     """How a holder is reached."""
 
-    transport: str
-    detail: str
+    transport: Word
+    detail: Word
     """What it runs over: the transport that UCX picked, the device; empty if there is no choice."""
-    latency_s: float
+    latency_s: Annotated[float, Meta(ge=0, le=1e9)]
     """Of looking at one lease slot."""
-    bytes_per_s: float
+    bytes_per_s: Annotated[float, Meta(gt=0, le=1e18)]
     """Of a contiguous pull, scatter included, as measured when they met."""
-    refused: dict[str, str]
+    refused: Annotated[dict[Word, Annotated[str, Meta(max_length=1 << 16)]], Meta(max_length=16)]
     """Why each better transport is not used."""
     fallback: bool
     """It is a network without RDMA."""
@@ -24,18 +29,18 @@ class Met(Struct, frozen=True, array_like=True):
 class Pulled(Struct, frozen=True, array_like=True):
     """What became of a pull."""
 
-    nbytes: int
+    nbytes: Annotated[int, Meta(ge=0, le=1 << 62)]
     """That were moved: the missing tail where the pool had a prefix."""
-    transport: str
-    strategy: str
-    ms: float
-    exposed_ms: float
+    transport: Word
+    strategy: Word
+    ms: Finite
+    exposed_ms: Finite
     """Of that, what came after the last plane had been computed."""
-    expected_ms: float
+    expected_ms: Finite
     """What was expected of `exposed_ms` when the strategy was chosen."""
-    token: int
+    token: Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)]
     """The first token, as the holder's words tell it."""
-    cached: int = 0
+    cached: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] = 0
     """Tokens of the prompt that the pool had, where the decode has computed the others itself."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pdserve import config, errors
+from pdserve.engines import admission
 from pdserve.engines.acceptance import AFTER_S
 from pdserve.engines.decode import TICK_S, interval_s
 from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
@@ -142,13 +143,11 @@ class RelayedDecode:
 
     def submit(self, request: DecodeRequest, send: Send) -> None:
         """Accept or reject, at once; ``send`` gets the rejection or, later, the tokens."""
-        length = len(request.prompt) // 4 + request.max_tokens
-        if length > self._engine.context_length:
-            message = (
-                f"prompt and max_tokens are {length} tokens; {self._name} takes "
-                f"{self._engine.context_length}"
-            )
-            send(Failed(errors.InvalidRequest.code, message), True)
+        try:
+            engine = self._engine
+            admission.prompt(request, engine.context_length, engine.vocabulary)
+        except errors.InvalidRequest as error:
+            send(Failed(error.code, f"{self._name}: {error}"), True)
             return
         if request.id in self._open:
             send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)

@@ -24,6 +24,7 @@ from functools import partial
 import numpy as np
 
 from pdserve import config, errors
+from pdserve.engines import admission
 from pdserve.engines.acceptance import Acceptance
 from pdserve.engines.prefill import TICK_S
 from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
@@ -125,14 +126,12 @@ class RelayedPrefill:
 
     def submit(self, request: PrefillRequest, send: Send) -> None:
         """Accept or reject, at once; ``send`` gets the rejection or, later, the result."""
-        tokens = len(request.prompt) // 4
-        if tokens >= self._engine.context_length:
-            message = (
-                f"{tokens} prompt tokens; {self._name} takes fewer than "
-                f"{self._engine.context_length}"
-            )
+        try:
+            engine = self._engine
+            admission.prompt(request, engine.context_length, engine.vocabulary)
+        except errors.InvalidRequest as error:
             self._watches.took(request.gateway)
-            send(Failed(errors.InvalidRequest.code, message), True)
+            send(Failed(error.code, f"{self._name}: {error}"), True)
             return
         if request.id in self._held:
             send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)

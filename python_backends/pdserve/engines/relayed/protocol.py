@@ -68,6 +68,10 @@ class EngineTerms(Protocol):
     def context_length(self) -> int:
         """Tokens of prompt and answer together, at most."""
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
+
     async def report(self) -> Report:
         """What it says of its memory since it was asked last; called from time to time."""
 

@@ -57,6 +57,7 @@ class TensorRTLLM:
         self.context_length = min(context_length, arguments.max_seq_len or context_length)
         model = Path(deployment.model)
         self._eos_ids = checkpoint.eos_ids(model)
+        self.vocabulary = checkpoint.vocabulary(model)
         self._api = api = Api(engine.gpus.get(name, ()))
         sampling.check(api.sampling_fields)
         lease_s = deployment.prefill.lease_s

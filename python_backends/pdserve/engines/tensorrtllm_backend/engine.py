@@ -46,6 +46,7 @@ class BackendModel:
         # How long an engine really keeps a KV cache cannot be set, nor asked, from here.
         self.keeps_s = deployment.prefill.lease_s
         self.context_length = context_length
+        self.vocabulary = checkpoint.vocabulary(model)
         self.fingerprint = f"tensorrtllm:{checkpoint.fingerprint(model, '')}"
 
     async def context(self, asked: Asked, keep: bool) -> Context:

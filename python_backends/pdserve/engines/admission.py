@@ -1,0 +1,44 @@
+"""What an instance alone can check of a request: whether it fits the model."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pdserve.engines.protocol import Tokens
+from pdserve.errors import InvalidRequest
+from pdserve.messages import DecodeRequest, PrefillRequest
+
+
+def prompt(request: PrefillRequest | DecodeRequest, context_length: int, vocabulary: int) -> Tokens:
+    """The prompt's token ids, int32 [n], of a request that the model can compute.
+
+    Args:
+        context_length: tokens of prompt and answer together, at most.
+        vocabulary: token ids are below it.
+
+    Raises:
+        InvalidRequest: no or broken ids, ids of no token, more tokens than there is room for, or
+            more of them said to be output than there are.
+    """
+    size = len(request.prompt)
+    if size == 0 or size % 4:
+        raise InvalidRequest(f"prompt: {size} bytes; allowed: 4 for each token, and at least one")
+    tokens = np.frombuffer(request.prompt, "<i4")
+    answer = request.max_tokens if isinstance(request, DecodeRequest) else 1
+    if len(tokens) + answer > context_length:
+        raise InvalidRequest(
+            f"prompt and max_tokens: {len(tokens)} and {answer}; "
+            f"allowed: {context_length} tokens together"
+        )
+    if request.outputs >= len(tokens):
+        raise InvalidRequest(
+            f"outputs: {request.outputs} of a prompt of {len(tokens)} tokens; "
+            f"allowed: 0 to {len(tokens) - 1}"
+        )
+    first = request.first_token if isinstance(request, DecodeRequest) else None
+    # Seen without a sign, a negative id is above all others.
+    highest = max(int(tokens.view("<u4").max()), first or 0)
+    if highest >= vocabulary:
+        wrong = first if first == highest else int(np.uint32(highest).view(np.int32))
+        raise InvalidRequest(f"token id: {wrong}; allowed: 0 to {vocabulary - 1}")
+    return tokens
