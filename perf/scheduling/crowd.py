@@ -111,7 +111,7 @@ class _Prefill(_Channel):
             done = Prefilled(100, False, self._name, 0, 0.0)
             asyncio.get_running_loop().call_later(self._seconds, self.reply, call, done)
         elif isinstance(request, Watch):
-            self._watches.add(request, lambda reply, _: self.reply(call, reply))
+            self._watches.add(request, request.gateway, lambda reply, _: self.reply(call, reply))
             self._tell()
         elif isinstance(request, Release):
             self._watches.release(request.id)

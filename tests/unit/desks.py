@@ -88,7 +88,7 @@ class Desk:
                 self._later(reply, partial(replies.put, reply))
 
         if isinstance(request, Watch):
-            self._watches.add(request, answer)
+            self._watches.add(request, request.gateway, answer)
             self._look()
         elif isinstance(request, Release):
             self._watches.release(request.id)

@@ -203,7 +203,7 @@ def submit(
     if isinstance(request, Release):
         instance.release(request.id, send)
     elif isinstance(request, Watch):
-        instance.watch(request, send)
+        instance.watch(request, request.gateway, send)
     elif isinstance(request, Taken):
         assert isinstance(instance, RelayedPrefill)
         instance.taken(request.id, send)

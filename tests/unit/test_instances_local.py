@@ -248,7 +248,9 @@ async def test_prompts_do_not_queue_up(tmp_path: Path) -> None:
         client.compute("b", 100)
         client.compute("c", 1)
         assert client.of("c") == [Busy("prompts")]
-        site.d[0].watch(Watch("w", "gateway"), lambda reply, last: told.append((reply, last)))
+        site.d[0].watch(
+            Watch("w", "gateway"), "gateway", lambda reply, last: told.append((reply, last))
+        )
         await client.submit("handed over", 20)
         assert told == []
         await asyncio.sleep(0.035)
@@ -484,7 +486,7 @@ class Watcher:
 
     def watch(self, name: str, gateway: str = "gateway") -> None:
         self.site.d[0].watch(
-            Watch(name, gateway), lambda reply, last: self.told.append((name, reply, last))
+            Watch(name, gateway), gateway, lambda reply, last: self.told.append((name, reply, last))
         )
 
 

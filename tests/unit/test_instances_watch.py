@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve.engines.prefill import LOOK_S, MAX_QUARANTINED
-from pdserve.engines.watches import RESERVED_S
+from pdserve.engines.watches import MAX_WATCHES, RESERVED_S
 from pdserve.messages import Accepted, Busy, Failed, Freed, Prefilled, Released, Reply, Watch
 from tests.unit.inprocess import Site, virtual
 from tests.unit.test_instances_prefill import TIMES, Client
@@ -40,7 +40,7 @@ class Gateway(Client):
             self.replies.append((watch.id, reply, last))
 
         watch = Watch(f"{self.name} {call}", self.name)
-        self.site.p[0].watch(watch, send)
+        self.site.p[0].watch(watch, self.name, send)
 
     def release(self, name: str) -> None:
         super().release(f"{self.name} {name}")
@@ -384,3 +384,58 @@ async def test_hurry_is_accepted_at_once(tmp_path: Path) -> None:
         assert [type(reply) for reply in client.of("a")] == [Accepted, Accepted, Prefilled]
         client.release("a")
         await site.idle(0.0)
+
+
+# ----------------------------------------------------------------------- bounds
+
+
+@virtual
+async def test_a_connection_has_one_turn_whatever_names_it_gives(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 1}) as site:
+        owner, other = gateways(site, "ab")
+        await fill(site, owner)
+        ends: list[Reply] = []
+        for number in range(3000):
+            watch = Watch(f"{number}", f"gateway {number}")
+            site.p[0].watch(watch, "one connection", lambda reply, _last: ends.append(reply))
+        assert ends == [Released()] * 2999
+        assert len(site.p[0]._watches) == 1
+        other.watch()
+        owner.release("held 0")
+        await asyncio.sleep(SOON_S)
+        assert ends[2999:] == TOLD, "it was there first"
+        assert other.of("watch") == []
+        await asyncio.sleep(RESERVED_S + LOOK_S)
+        assert other.of("watch") == TOLD
+        assert other.offer("call") is None
+
+
+@virtual
+async def test_so_many_may_watch(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 1}) as site:
+        (owner,) = gateways(site, "a")
+        await fill(site, owner)
+        crowd = [Gateway(site, f"gateway {number}") for number in range(MAX_WATCHES + 1)]
+        for one in crowd:
+            one.watch()
+        [refused] = crowd[-1].of("watch")
+        assert isinstance(refused, Failed)
+        assert refused.message == f"{MAX_WATCHES} gateways wait already"
+        assert not any(one.of("watch") for one in crowd[:-1])
+        crowd[3].watch("again")
+        assert crowd[3].of("watch") == [Released()], "one that has a place may still ask again"
+        assert crowd[3].of("again") == []
+
+
+@virtual
+async def test_a_gateway_that_has_no_place_waits_as_if_it_had_heard_nothing(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 1}) as site:
+        (owner,) = gateways(site, "a")
+        await fill(site, owner)
+        for number in range(MAX_WATCHES):
+            Gateway(site, f"gateway {number}").watch()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        [prefills, _] = site.instances
+        assert not await prefills[0].watch("late", timeout=0.5)
+        assert loop.time() - began == pytest.approx(0.5, abs=0.1)

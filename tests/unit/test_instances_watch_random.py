@@ -72,7 +72,7 @@ class Gateway:
         return functools.partial(self.site.p[0].submit, request)
 
     def watch(self, call: str) -> Callable[[Send], None]:
-        return functools.partial(self.site.p[0].watch, Watch(f"{call} watch", self.name))
+        return functools.partial(self.site.p[0].watch, Watch(f"{call} watch", self.name), self.name)
 
 
 @virtual
@@ -144,7 +144,7 @@ def test_any_history_of_a_line() -> None:
                     former = [one for one in line if one[0] == gateway]
                     line = [call if one in former else one for one in line]
                     line += [] if former else [call]
-                    watches.add(Watch(call, gateway), functools.partial(hear, call, ended))
+                    watches.add(Watch(call, gateway), gateway, functools.partial(hear, call, ended))
                     assert [ended[one] for one in former] == [1] * len(former)
                 case 1 if watches.admits(gateway, free):
                     watches.took(gateway)

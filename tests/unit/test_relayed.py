@@ -311,7 +311,7 @@ async def test_who_waits_is_told_when_a_decode_has_taken_it(tmp_path: Path) -> N
         client = Direct()
         site.p[0].submit(PrefillRequest("two", site.prompt(5), Sampling(), "", 1e4), client.send)
         assert client.replies == [Busy("slots")]
-        site.p[0].watch(Watch("w", "gateway"), client.send)
+        site.p[0].watch(Watch("w", "gateway"), "gateway", client.send)
         assert client.replies == [Busy("slots")]
         site.p[0].taken("one", lambda reply, last: None)
         assert client.replies == [Busy("slots"), Freed()]

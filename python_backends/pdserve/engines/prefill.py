@@ -199,9 +199,9 @@ class PrefillInstance:
         held.job.filled = filled
         held.acceptance.say(handle)
 
-    def watch(self, request: Watch, send: Send) -> None:
+    def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Say once when a slot is free for this gateway, which may be now."""
-        self._watches.add(request, send)
+        self._watches.add(request, stream, send)
         self._look()
         self._stirred.set()
 

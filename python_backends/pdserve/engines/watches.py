@@ -1,6 +1,6 @@
 """Gateways that wait until an instance has something free: told in turn, and given a moment.
 
-    watch ──► waiting, one watch to a gateway, first come first
+    watch ──► waiting, one watch to a gateway and to a connection, first come first
                 │ a slot is free and kept for nobody
                 ▼
               told (Freed), the slot is kept for RESERVED_S
@@ -9,7 +9,8 @@
               over
 
 An offer finds a slot unless all that are free are kept for others; so a gateway that comes late,
-or often, is not served before one that has waited.
+or often, is not served before one that has waited; and one that gives itself many names has one
+turn, as long as it has one connection.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pdserve.messages import Freed, Released, Reply, Watch
+from pdserve import errors
+from pdserve.messages import Failed, Freed, Released, Reply, Watch
 
 Send = Callable[[Reply, bool], None]
 """Sends a reply; True with the last one."""
@@ -26,10 +28,15 @@ Send = Callable[[Reply, bool], None]
 # An offer follows within a few milliseconds, ten of them where the gateway is busy. If none does,
 # the slot has been idle for so long.
 RESERVED_S = 0.02
+# Each may make those behind it wait for RESERVED_S.
+MAX_WATCHES = 256
+_FULL = Failed(errors.Unavailable.code, f"{MAX_WATCHES} gateways wait already")
 
 
 class _Waiting(NamedTuple):
     id: str
+    gateway: str
+    stream: str
     send: Send
 
 
@@ -48,28 +55,40 @@ class Watches:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[str, _Waiting] = {}
-        """By gateway, in the order in which they are told."""
+        self._waiting: list[_Waiting] = []
+        """In the order in which they are told."""
         self.kept: list[Kept] = []
 
     def __len__(self) -> int:
         """Gateways that wait."""
         return len(self._waiting)
 
-    def add(self, watch: Watch, send: Send) -> None:
-        """A gateway waits. One that waits already keeps its place, and its former watch is over."""
-        former = self._waiting.get(watch.gateway)
-        self._waiting[watch.gateway] = _Waiting(watch.id, send)
-        if former is not None:
+    def add(self, watch: Watch, stream: str, send: Send) -> None:
+        """A gateway waits. One that waits already keeps its place, and its former watch is over.
+
+        Args:
+            stream: its connection, which has one watch, whatever names it gives.
+        """
+        waiting = _Waiting(watch.id, watch.gateway, stream, send)
+        formers = [
+            one for one in self._waiting if one.gateway == watch.gateway or one.stream == stream
+        ]
+        if formers:
+            self._waiting[self._waiting.index(formers[0])] = waiting
+            self._waiting = [one for one in self._waiting if one not in formers]
+        elif len(self._waiting) < MAX_WATCHES:
+            self._waiting.append(waiting)
+        else:
+            send(_FULL, True)
+        for former in formers:
             former.send(Released(), True)
 
     def release(self, watch_id: str) -> None:
         """A watch is wanted no longer, nor is the slot that is kept for it."""
         self.kept = [kept for kept in self.kept if kept.id != watch_id]
-        for gateway, waiting in list(self._waiting.items()):
-            if waiting.id == watch_id:
-                del self._waiting[gateway]
-                waiting.send(Released(), True)
+        for waiting in [one for one in self._waiting if one.id == watch_id]:
+            self._waiting.remove(waiting)
+            waiting.send(Released(), True)
 
     def tell(self, free: int, now: float, offering: str | None = None) -> None:
         """``free`` slots could be taken: each that is not kept yet is, for the next who waits.
@@ -79,11 +98,10 @@ class Watches:
         """
         self.kept = [kept for kept in self.kept if now < kept.until]
         while self._waiting and len(self.kept) < free:
-            gateway = next(iter(self._waiting))
-            waiting = self._waiting.pop(gateway)
-            self.kept.append(Kept(waiting.id, gateway, now + RESERVED_S))
-            if gateway == offering:
-                self._waiting[gateway] = waiting
+            waiting = self._waiting.pop(0)
+            self.kept.append(Kept(waiting.id, waiting.gateway, now + RESERVED_S))
+            if waiting.gateway == offering:
+                self._waiting.append(waiting)
                 offering = None
             else:
                 waiting.send(Freed(), True)
@@ -101,8 +119,8 @@ class Watches:
 
     def close(self, reply: Reply) -> None:
         """Nothing will become free any more."""
-        waiting, self._waiting = self._waiting, {}
-        for one in waiting.values():
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
             one.send(reply, True)
 
 
@@ -118,13 +136,15 @@ class EndWatches(Watches):
         """Somebody has been, and may watch."""
         self._refused = True
 
-    def wait(self, watch: Watch, send: Send, used: int, slots: int, now: float) -> None:
+    def wait(
+        self, watch: Watch, stream: str, send: Send, used: int, slots: int, now: float
+    ) -> None:
         """Say once that a request has ended since; at once if there is none.
 
         Args:
             used: of so many ``slots``.
         """
-        self.add(watch, send)
+        self.add(watch, stream, send)
         # One may have ended while the refusal was on its way to who watches now.
         ended = not self._refused and used < slots
         if ended or not used:

@@ -122,7 +122,7 @@ class InstanceModel(ABC):
             case _, Release(id=released):
                 self._instance.release(released, send)
             case instance, Watch() as request:
-                instance.watch(request, send)
+                instance.watch(request, call.stream, send)
             case RelayedPrefill() as prefill, Taken(id=taken):
                 prefill.taken(taken, send)
             case PrefillInstance() | RelayedPrefill() as prefill, PrefillRequest() as request:

@@ -135,7 +135,10 @@ class Instance:
         watch = Watch(self.new_id(), gateway)
         replies = self._channel.open(watch.id, watch)
         try:
-            return isinstance(await replies.get(timeout), Freed)
+            freed = isinstance(await replies.get(timeout), Freed)
+            if not freed:  # so many wait there that it has no place: as if it said nothing
+                await asyncio.sleep(timeout)
+            return freed
         except NoAnswer:
             return False
         except asyncio.CancelledError:

@@ -187,10 +187,10 @@ class RelayedDecode:
         self._watches.release(request_id)
         send(Released(), True)
 
-    def watch(self, request: Watch, send: Send) -> None:
+    def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Say once that a request has ended since; at once if there is none."""
         used, slots = len(self._open), self._limits.slots
-        self._watches.wait(request, send, used, slots, self._loop.time())
+        self._watches.wait(request, stream, send, used, slots, self._loop.time())
 
     # ------------------------------------------------------------------- decode
 

@@ -146,9 +146,9 @@ class RelayedPrefill:
         held.task = asyncio.create_task(self._compute(held))
         held.task.add_done_callback(partial(self._computed, held))
 
-    def watch(self, request: Watch, send: Send) -> None:
+    def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Say once when a slot is free for this gateway, which may be now."""
-        self._watches.add(request, send)
+        self._watches.add(request, stream, send)
         self._look()
 
     def _look(self, offering: str | None = None) -> None:
