@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import pytest
 
 from pdserve import messages
-from pdserve.channels.answers import Answers, Call
+from pdserve.channels.answers import MAX_RESPONSES, Answers, Call
 from pdserve.channels.protocol import Calls
 from pdserve.errors import InstanceError
 from pdserve.messages import Accepted, Failed, Released, Reply, Tokens
@@ -142,3 +143,59 @@ async def test_a_failed_carrier_fails_what_it_brought() -> None:
 def test_malformed_replies_are_one_clear_error() -> None:
     with pytest.raises(InstanceError, match="malformed message"):
         Calls().deliver("1", b"\x91\x92\xa1a\x81\xa4type\xa5later")
+
+
+@virtual
+async def test_a_carrier_is_retired_after_so_many_responses() -> None:
+    """Triton keeps something of every response until the request has ended."""
+    wire = Wire()
+    first, second = wire.call("1"), wire.call("2")
+    wire.answers.reply(first, tokens(1), False)
+    wire.answers.reply(second, tokens(1), False)
+    await wire.flushed()
+    for start in range(2, MAX_RESPONSES + 1):
+        wire.answers.reply(first, tokens(start), False)
+        assert await wire.flushed() == [("1", [("id-1", tokens(start))], False)]
+    third = wire.call("3")
+    wire.answers.reply(third, tokens(1), False)
+    assert await wire.flushed() == [("1", None, True), ("3", [("id-3", tokens(1))], False)]
+    wire.answers.reply(first, tokens(9, "stop"), True)
+    wire.answers.reply(second, tokens(2), False)
+    assert await wire.flushed() == [
+        ("3", [("id-1", tokens(9, "stop")), ("id-2", tokens(2))], False)
+    ]
+    assert wire.answers.abandon("1") == []
+    assert sorted(wire.answers.abandon("3")) == ["id-2", "id-3"]
+
+
+@virtual
+async def test_one_that_is_retired_says_first_what_it_was_about_to_say() -> None:
+    wire = Wire()
+    first = wire.call("1")
+    for start in range(MAX_RESPONSES):
+        wire.answers.reply(first, tokens(start), False)
+        await wire.flushed()
+    second, late = wire.call("2"), tokens(MAX_RESPONSES)
+    wire.answers.reply(first, late, False)
+    wire.answers.reply(second, tokens(1), False)
+    wire.answers.reply(first, tokens(MAX_RESPONSES + 1, "stop"), True)
+    assert await wire.flushed() == [
+        ("1", [("id-1", late)], True),
+        ("2", [("id-2", tokens(1)), ("id-1", tokens(MAX_RESPONSES + 1, "stop"))], False),
+    ]
+    wire.answers.reply(second, tokens(2, "stop"), True)
+    assert await wire.flushed() == [("2", [("id-2", tokens(2, "stop"))], True)]
+
+
+@virtual
+async def test_under_steady_load_no_request_carries_for_ever() -> None:
+    """As one that ends only with the last answer would: there is always another."""
+    wire, open_calls, most = Wire(), list[Call](), Counter[str]()
+    for number in range(20 * MAX_RESPONSES):
+        open_calls.append(wire.call(f"{number}"))
+        wire.answers.reply(open_calls[-1], tokens(1), False)
+        if len(open_calls) > 3:
+            wire.answers.reply(open_calls.pop(0), tokens(2, "stop"), True)
+        most.update(key for key, replies, _ in await wire.flushed() if replies is not None)
+    assert max(most.values()) <= MAX_RESPONSES
+    assert len(most) >= 20

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pdserve import messages
 from pdserve.messages import Reply
 
+MAX_RESPONSES = 256
+"""By one request, before another takes over: Triton keeps something of each until it has ended."""
+
 
 class Call:
     """One request to this instance, until its last reply has been given.
@@ -30,6 +33,7 @@ class _Carrier:
 
     def __init__(self, key: str) -> None:
         self.key = key
+        self.responses = 0
         self.calls: dict[str, Call] = {}
         """Those that are being answered, by key."""
         self.batch: list[tuple[str, Reply]] = []
@@ -42,7 +46,7 @@ class Answers:
     stream share a *carrier*: the first of them lends its request until none is left, and what
     is said to all of them at one moment is one response. So a step of many sequences costs one
     message, and an idle stream keeps nothing open that Triton would wait for before it unloads
-    the model.
+    the model. After MAX_RESPONSES the next answer's request takes over.
 
     Args:
         send: given a call's key, a response to it (None: nothing more to say) and whether it is
@@ -84,17 +88,29 @@ class Answers:
 
     def _carry(self, call: Call) -> _Carrier:
         carrier = self._carriers.get(call.stream)
-        if carrier is None:
-            carrier = self._carriers[call.stream] = _Carrier(call.key)
-        else:
+        if carrier is not None and carrier.responses < MAX_RESPONSES:
             self._send(call.key, None, True)
+        else:
+            former, carrier = carrier, _Carrier(call.key)
+            self._carriers[call.stream] = carrier
+            if former is not None:
+                self._retire(former, carrier)
         carrier.calls[call.key] = call
         call.carrier = carrier
         return carrier
+
+    def _retire(self, former: _Carrier, carrier: _Carrier) -> None:
+        """Another answers from now on what ``former`` has answered so far."""
+        for call in former.calls.values():
+            call.carrier = carrier
+        carrier.calls, former.calls = former.calls, {}
+        if not former.batch:  # else it ends with what it is about to say
+            self._send(former.key, None, True)
 
     def _flush(self, stream: str, carrier: _Carrier) -> None:
         over = not carrier.calls
         if over and self._carriers.get(stream) is carrier:
             del self._carriers[stream]
         self._send(carrier.key, messages.encode_replies(carrier.batch), over)
+        carrier.responses += 1
         carrier.batch = []
