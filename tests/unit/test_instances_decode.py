@@ -8,7 +8,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
+from pdserve import errors
+from pdserve.engines.decode import MAX_JOINS
 from pdserve.messages import (
     Accepted,
     Busy,
@@ -28,6 +31,7 @@ from pdserve.transfer.reports import Met
 from tests.unit.inprocess import CLEAN_S, EOS, Site, real, until, virtual
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 TIMES = {"prefill": {"base_ms": 0.0}, "decode": {"base_ms": 10.0}}
@@ -464,3 +468,26 @@ async def test_close_ends_every_answer(tmp_path: Path) -> None:
             assert [last for who, _, last in client.replies if who == name][-1]
         assert site.d[0]._blocks.pool.used_blocks == 0
         site.d[0].close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+
+
+@virtual
+async def test_so_many_meetings_are_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Site(tmp_path) as site:
+        decode, told = site.d[0], list[Reply]()
+        meeting: list[Callable[..., None]] = []
+        monkeypatch.setattr(decode._arrivals, "join", lambda _, done: meeting.append(done))
+
+        def join() -> None:
+            decode.join(Join("call", b"description"), lambda reply, _last: told.append(reply))
+
+        for _ in range(MAX_JOINS + 1):
+            join()
+        assert len(meeting) == MAX_JOINS
+        (refused,) = told
+        assert isinstance(refused, Failed)
+        assert refused.message == f"decode_0: {MAX_JOINS} meetings are under way already"
+        meeting.pop()(errors.HandleError("forged"))
+        join()
+        assert len(meeting) == MAX_JOINS

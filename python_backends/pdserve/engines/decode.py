@@ -44,6 +44,8 @@ from pdserve.transfer.receiver import Receiver
 from pdserve.transfer.reports import Met, Pulled
 
 TICK_S = 0.1
+# Meetings under way, which go one after the other; every gateway asks for each of its pairs.
+MAX_JOINS = 1024
 
 
 def interval_s(limits: config.Decode, streams: int, peers: int) -> float:
@@ -88,6 +90,7 @@ class DecodeInstance:
         self._arrivals = Arrivals(name, engine, receiver, pulls, metrics)
         self._prompts = Prompts(name, engine, turn_tokens, metrics, self._arrived)
         self._watches = EndWatches()
+        self._joins = 0
         self._open: dict[str, Opened] = {}
         self._running: dict[str, Opened] = {}
         self._work = asyncio.Event()
@@ -195,8 +198,14 @@ class DecodeInstance:
 
     def join(self, request: Join, send: Send) -> None:
         """Meet a prefill; ``send`` gets how it is reached, or why it is not."""
+        if self._joins >= MAX_JOINS:
+            message = f"{self._name}: {MAX_JOINS} meetings are under way already"
+            send(Failed(errors.Unavailable.code, message), True)
+            return
+        self._joins += 1
 
         def done(result: tuple[str, Met] | errors.PDServeError) -> None:
+            self._joins -= 1
             if isinstance(result, errors.PDServeError):
                 send(Failed(result.code, f"{self._name}: {result}"), True)
             else:
