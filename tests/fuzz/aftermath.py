@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.servers import Running
 
 IDLE_S = 40.0
-"""A lease that nobody takes lasts 30 s."""
+"""Until what nobody has taken is given up: some leases, one after another, on a busy machine."""
 TOKENS = 40
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
+from pdserve.config import Prefill
 from tests.clients import wait_met
 from tests.fuzz.budget import Budget
 from tests.servers import Running, default_deployment, running
+
+LEASE_S = 3.0
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +26,9 @@ def budget(request: pytest.FixtureRequest) -> Budget:
 @pytest.fixture(scope="package")
 def fuzzed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Two prefills and two decodes of the emulated engine behind one gateway, in one server."""
-    with running(default_deployment("emulated"), tmp_path_factory.mktemp("fuzz")) as server:
+    deployment = msgspec.structs.replace(
+        default_deployment("emulated"), prefill=Prefill(lease_s=LEASE_S)
+    )
+    with running(deployment, tmp_path_factory.mktemp("fuzz")) as server:
         wait_met(server)
         yield server
