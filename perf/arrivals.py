@@ -22,6 +22,7 @@ from msgspec import Struct
 from rich.console import Console
 
 from pdserve import config
+from pdserve.connections import GRPC_OPTIONS
 from perf import budgets
 from perf.budgets import Budget
 from perf.client import message, one_stream
@@ -48,7 +49,7 @@ class Phase(Struct):
 
 
 async def _phase(address: str, seconds: float, arriving: bool, seed: int) -> Phase:
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, options=GRPC_OPTIONS) as channel:
         tokens = int((seconds + SETTLE_S) * 50)
         texts = prompts(STREAMS, 64, seed)
         streams = [

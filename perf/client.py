@@ -21,6 +21,7 @@ import grpc.aio
 import msgspec
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from pdserve.connections import GRPC_OPTIONS
 from perf import processes
 from perf.answers import Answer
 from perf.prompts import prompts
@@ -108,7 +109,7 @@ async def _run_all(load: Load) -> Measured:
         for stream in range(load.streams)
     ]
     connections = [
-        grpc.aio.insecure_channel(load.address, options=[("grpc.use_local_subchannel_pool", 1)])
+        grpc.aio.insecure_channel(load.address, options=GRPC_OPTIONS)
         for _ in range(-(-load.streams // STREAMS_PER_CONNECTION))
     ]
     before, cpu = processes.cpu_s(load.watch), time.process_time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from pdctl.paths import ROOT
+from pdserve import connections
 from perf.answers import Answer
 from perf.prompts import prompts
 
@@ -74,7 +76,13 @@ def run(address: str, model: str, workload: Workload, kind: Kind, level: float) 
             *("--request-count", str(workload.requests), "--profile-export-file", str(profile)),
             *(f"--{kind}-range", f"{level:g}"),
         ]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            line,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=connections.without_proxies(os.environ),
+        )
         if done.returncode or not profile.exists():
             words = (done.stdout + done.stderr).partition("Usage:")[0].strip().splitlines()
             raise Failed(

@@ -26,6 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from pdserve.connections import GRPC_OPTIONS
 from perf import budgets, client, processes
 from perf.budgets import Budget
 from perf.processes import Usage
@@ -65,7 +66,7 @@ async def put_load(address: str, requests: int, seed: int, progress: Progress) -
     """
     rng = random.Random(seed)
     task = progress.add_task(f"{requests} requests", total=requests)
-    connection = grpc.aio.insecure_channel(address)
+    connection = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
     numbers = iter(range(requests))
     cancelled = await asyncio.gather(
         *(_work(connection, numbers, rng, lambda: progress.advance(task)) for _ in range(WORKERS))

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from pdserve.connections import GRPC_OPTIONS
 from perf.scheduling.samples import Sample
 from perf.scheduling.workload import Ask, Chain
 
@@ -80,9 +81,7 @@ class _Gateway:
         self.number = number
         self._began = began
         self._way_s = way_s
-        self._channel = grpc.aio.insecure_channel(
-            address, options=[("grpc.use_local_subchannel_pool", 1)]
-        )
+        self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
         self._idle: list[_Stream] = []
 
     async def answer(self, sample: Sample) -> None:

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import requests
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
@@ -37,6 +38,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from pdserve import errors
+from pdserve.connections import is_loopback
 from pdserve.scheduling.request import Answer, Offer, Request, State
 from pdserve.tracing import Log, Trace, Traces
 from pdserve.transfer.reports import NOTHING_PULLED
@@ -176,8 +178,18 @@ def exported(endpoint: str, gateway: str, log: Log) -> RecordedTraces:
     complaints.propagate = False
     resource = Resource.create({SERVICE_NAME: "pdserve"}).merge(OTELResourceDetector().detect())
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+    exporter = OTLPSpanExporter(endpoint, session=_session(endpoint))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     return RecordedTraces(provider, gateway, log)
+
+
+def _session(endpoint: str) -> requests.Session | None:
+    """None: OpenTelemetry's own, which takes proxies and certificates from the environment."""
+    if not is_loopback(endpoint):
+        return None
+    session = requests.Session()
+    session.trust_env = False
+    return session
 
 
 def phases(request: Request) -> Iterator[Phase]:

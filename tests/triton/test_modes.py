@@ -3,64 +3,25 @@
 from __future__ import annotations
 
 import stat
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from pdctl import footprint
-from pdctl.server import Server
-from pdserve import config
 from tests.clients import generate, stub, wait_until
-from tests.servers import Running, emulated_deployment, on_free_ports
+from tests.commandline import Pdctl
+from tests.servers import Running, emulated_deployment
 
 pytestmark = pytest.mark.triton
 
-DRIVER = """
-import sys
-from pathlib import Path
-from pdctl import cli
-from pdctl.server import Server
-run = Path(sys.argv.pop(1))
-servers = cli._servers
-cli._servers = lambda *given: [Server(s.deployment, s.spec, run) for s in servers(*given)]
-cli.main()
-"""
-"""The command line as it is, but for where its state lies."""
 
-
-@contextmanager
-def up(folder: Path, umask: int, *, gateway: bool = True, watch: bool = False) -> Iterator[Running]:
-    """``pdctl up`` in a shell of this umask, and ``pdctl down`` at the end."""
-    deployment = on_free_ports(emulated_deployment(folder, {}))
+def pdctl(folder: Path, umask: int, *, gateway: bool = True) -> Pdctl:
+    """One server, with or without a gateway."""
+    deployment = emulated_deployment(folder, {})
     (spec,) = deployment.servers
     spec = msgspec.structs.replace(spec, gateway=gateway, client_shared_memory="key")
-    deployment = msgspec.structs.replace(deployment, servers=(spec,))
-    file = folder / "deployment.yaml"
-    file.write_bytes(msgspec.yaml.encode(deployment))
-    deployment = config.load(file)
-    server = Server(deployment, deployment.servers[0], folder / "run")
-
-    def pdctl(command: str, *options: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, folder / "run", command, *options, "--file", file],
-            capture_output=True,
-            text=True,
-            check=False,
-            umask=umask,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    try:
-        pdctl("up", "--watch" if watch else "--no-watch")
-        yield Running(server.http, server.grpc, server.metrics, deployment, [server])
-    finally:
-        pdctl("down")
+    return Pdctl(msgspec.structs.replace(deployment, servers=(spec,)), folder, umask)
 
 
 def modes(paths: list[Path]) -> dict[str, int]:
@@ -85,13 +46,13 @@ def wrong(server: Running, folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids="{:03o}".format)
 def test_nothing_of_a_worker_is_anybody_elses(tmp_path: Path, umask: int) -> None:
-    with up(tmp_path, umask, gateway=False) as server:
+    with pdctl(tmp_path, umask, gateway=False).up("--no-watch") as server:
         assert wrong(server, tmp_path) == {}
 
 
 def test_nothing_of_a_server_is_anybody_elses_without_a_umask(tmp_path: Path) -> None:
     """After requests, and after a repair, too: a region of Triton's is made again by it."""
-    with up(tmp_path, 0o000, watch=True) as server:
+    with pdctl(tmp_path, 0o000).up() as server:
         assert wrong(server, tmp_path) == {}
         (one,) = server.servers
         regions = footprint.regions(one.token or "")

@@ -14,6 +14,7 @@ import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
 from pdctl.errors import ServerError
+from pdserve.connections import GRPC_OPTIONS
 
 ANSWER_TIMEOUT_S = 300.0
 """The longest wait for the next response."""
@@ -62,7 +63,7 @@ def ask(url: str, question: Question) -> Iterator[Part]:
         ServerError: refused, failed, or the server is gone; with the server's words.
     """
     answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
-    client = grpc.InferenceServerClient(url)
+    client = grpc.InferenceServerClient(url, channel_args=GRPC_OPTIONS)
     try:
         client.start_stream(lambda result, error: answers.put((result, error)))
         # If the stream has broken already, this raises, and the callback is told why.

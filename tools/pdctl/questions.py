@@ -12,11 +12,11 @@ import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from pdserve.cluster.probes import TENANT
+from pdserve.connections import GRPC_OPTIONS
 from pdserve.errors import InstanceError
 
 _FIRST = 1000
 """A priority: before all that waits, whose levels are few."""
-_OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 
 
 async def live(address: str) -> bool:
@@ -112,7 +112,7 @@ def _bytes(data: bytes) -> bytes:
 @asynccontextmanager
 async def _reached(address: str) -> AsyncIterator[Any]:
     """Raises: InstanceError: no connection, or the server answers with an error."""
-    async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+    async with grpc.aio.insecure_channel(address, options=GRPC_OPTIONS) as channel:
         try:
             yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
         except grpc.RpcError as error:

@@ -34,6 +34,7 @@ from pdctl.errors import AlreadyRunning, ServerError
 from pdctl.guard import Guard
 from pdctl.paths import MODEL_REPOSITORY, RUN
 from pdctl.repository import models, render
+from pdserve import connections
 from pdserve.config import Deployment
 from pdserve.config import Server as Spec
 
@@ -191,7 +192,7 @@ class Server:
         """Whether every model of the server, or one of them, can be used."""
         what = "health" if model is None else f"models/{model}"
         try:
-            with urllib.request.urlopen(f"{self.http}/v2/{what}/ready", timeout=2) as answer:
+            with connections.urlopen(f"{self.http}/v2/{what}/ready", 2) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -234,7 +235,7 @@ class Server:
         request = urllib.request.Request(
             self.http + path, method="POST", headers={protocols.ADMIN_HEADER: key}
         )
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        with connections.urlopen(request, timeout_s) as answer:
             data: bytes = answer.read()
             return data
 

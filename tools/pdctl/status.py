@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import urllib.request
 from typing import Any
 
 from pdctl import ports, watchers
 from pdctl.errors import ServerError
 from pdctl.repository import models
 from pdctl.server import Server
+from pdserve import connections
 
 _SAMPLE = re.compile(r"^(pdserve_\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
 
@@ -55,7 +55,7 @@ def _asked(server: Server) -> dict[str, str]:
 
 def scrape(server: Server) -> dict[str, float]:
     """`values` of a running server, on this host or another. Raises: OSError."""
-    with urllib.request.urlopen(server.metrics, timeout=5) as answer:
+    with connections.urlopen(server.metrics, 5) as answer:
         return values(answer.read().decode())
 
 

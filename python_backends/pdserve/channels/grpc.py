@@ -19,17 +19,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from pdserve import messages
 from pdserve.channels.protocol import Calls, Replies
 from pdserve.channels.seal import Seal
+from pdserve.connections import GRPC_OPTIONS
 from pdserve.errors import InstanceError
 from pdserve.messages import Request
-
-_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # A connection that has failed is made anew by the next call, and at once: shared ones would
-    # keep the pause, up to two minutes, that grpc makes between two tries.
-    ("grpc.use_local_subchannel_pool", 1),
-]
-
 
 Outgoing: TypeAlias = "asyncio.Queue[service_pb2.ModelInferRequest | None]"
 """None: there are no more."""
@@ -93,7 +85,7 @@ class GrpcChannel:
             while (request := await outgoing.get()) is not None:
                 yield request
 
-        connection = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+        connection = grpc.aio.insecure_channel(self._address, options=GRPC_OPTIONS)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         reason = "the stream was closed"
         try:

@@ -18,6 +18,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from pdserve import config, errors
+from pdserve.connections import GRPC_OPTIONS
 from pdserve.engines import checkpoint
 from pdserve.engines.relayed.protocol import Asked, Context, Piece, Report
 from pdserve.engines.tensorrtllm_backend import tensors
@@ -111,7 +112,7 @@ class BackendModel:
             }
 
         if self._client is None:
-            self._client = InferenceServerClient(self._place.address)
+            self._client = InferenceServerClient(self._place.address, channel_args=GRPC_OPTIONS)
         responses = self._client.stream_infer(only())
         try:
             async for result, error in responses:

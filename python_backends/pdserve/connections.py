@@ -1,0 +1,45 @@
+"""How servers of a deployment are reached: never by a proxy that the environment names.
+
+gRPC, urllib and requests take ``http_proxy`` and its like for loopback, too, unless they are told
+otherwise. Servers are reached at the addresses that the deployment says.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+GRPC_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A connection that has failed is made anew by the next call, and at once: shared ones would
+    # keep the pause, up to two minutes, that grpc makes between two tries.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+"""Of every channel; for tritonclient as ``channel_args``."""
+
+_PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def urlopen(url: str | urllib.request.Request, timeout: float) -> Any:
+    """As urllib's, ``timeout`` in seconds. Raises: OSError, urllib.error.HTTPError among them."""
+    return _opener.open(url, timeout=timeout)
+
+
+def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a program that cannot be told otherwise."""
+    return {name: value for name, value in environment.items() if name.lower() not in _PROXIES}
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the host of a URL is this one, by its name or number."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,65 @@
+"""Connections past the proxies of the environment."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from pdserve import connections, spans
+from tests.servers import free_ports
+
+
+class Page(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"page")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def page() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_page_is_read_past_a_proxy(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
+
+    with connections.urlopen(page, 5) as answer:
+        assert answer.read() == b"page"
+
+
+def test_programs_get_an_environment_without_them() -> None:
+    given = {"PATH": "/bin", "http_proxy": "x", "HTTPS_PROXY": "x", "grpc_proxy": "x"}
+
+    assert connections.without_proxies(given) == {"PATH": "/bin"}
+
+
+@pytest.mark.parametrize(
+    ("url", "near"),
+    [
+        ("http://127.0.0.1:4318/v1/traces", True),
+        ("https://[::1]:4318/", True),
+        ("http://localhost/v1", True),
+        ("http://collector.example:4318/v1/traces", False),
+        ("http://10.0.0.1:4318/", False),
+    ],
+)
+def test_a_collector_elsewhere_may_be_behind_one(url: str, near: bool) -> None:
+    """Where OpenTelemetry's own session takes it from the environment; one here never is."""
+    session = spans._session(url)
+
+    assert connections.is_loopback(url) is near
+    assert (session is None) is not near
+    assert session is None or not session.trust_env
