@@ -171,8 +171,11 @@ def raw(name: str, dtype: str, array: np.ndarray[Any, Any]) -> grpc.InferInput:
 
 
 @asynccontextmanager
-async def connected(server: Running) -> AsyncIterator[aio.InferenceServerClient]:
-    async with aio.InferenceServerClient(server.grpc) as client:
+async def connected(
+    server: Running, options: list[tuple[str, int]] | None = None
+) -> AsyncIterator[aio.InferenceServerClient]:
+    """A client of the server; ``options``: of its channel, where they are not the usual ones."""
+    async with aio.InferenceServerClient(server.grpc, channel_args=options) as client:
         yield client
 
 

@@ -19,6 +19,10 @@ from pdserve.config import Server
 EXIT_TIMEOUT_S = 5
 """How long Triton waits for requests in flight when it is told to stop."""
 HELP_TIMEOUT_S = 30
+PING_MS = 1000
+"""Clients may ping so often, and while nothing is sent: whoever does so more often three times is
+disconnected ("too_many_pings"). gRPC's own default is five minutes, which keep-alive pings of a
+client whose answer takes long would break."""
 BYTES_IN_JSON = 6
 """What a byte of a prompt takes in JSON, at most: ``\\u0000``."""
 REST_BYTES = 4 << 20
@@ -168,6 +172,8 @@ def command(
         ),
         *(f"--{name}={value}" for name, value in optional.items() if name in known.names),
         f"--grpc-header-forward-pattern={FORWARDED}",
+        f"--grpc-http2-min-recv-ping-interval-without-data={PING_MS}",
+        "--grpc-keepalive-permit-without-calls=1",
         f"--backend-config=python,shm-region-prefix-name={token}-triton-",
     ]
 
