@@ -486,6 +486,16 @@ class TestMemory:
             *("note", "open files: 1,024; locked memory: 8,192 KiB"),
         )
 
+    @pytest.mark.parametrize(
+        ("files", "state"), [(64, "problem"), (256, "note"), (4095, "note"), (4096, "ok")]
+    )
+    def test_open_files_that_servers_can_have(self, files: int, state: str) -> None:
+        host = differing(LAPTOP, process={"nofile": files})
+        found = one(host, CPU, "limits")
+        assert found.state == state
+        assert ("cannot start" in found.unused) == (files == 64)
+        assert (list(problems(host, CPU)) == ["limits"]) == (files == 64)
+
     def test_namespaces(self) -> None:
         process = {"container": "docker", "private": ("ipc", "pid")}
         found = one(differing(LAPTOP, process=process), CPU, "container")

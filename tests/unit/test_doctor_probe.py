@@ -228,10 +228,10 @@ class TestSystem:
     def test_limits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import resource
 
-        limits = {resource.RLIMIT_MEMLOCK: 64 << 10, resource.RLIMIT_NOFILE: -1}
-        monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], -1))
+        limits = {resource.RLIMIT_MEMLOCK: (64 << 10, -1), resource.RLIMIT_NOFILE: (256, 4096)}
+        monkeypatch.setattr(resource, "getrlimit", lambda which: limits[which])
         found = system.process(self.tree(tmp_path), {})
-        assert (found.memlock_kib, found.nofile) == (64, None)
+        assert (found.memlock_kib, found.nofile) == (64, 4096)
 
 
 class TestGPUs:

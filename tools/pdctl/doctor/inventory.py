@@ -35,8 +35,9 @@ class Process(Struct, frozen=True, kw_only=True):
     """What a process started here may do."""
 
     nofile: int | None = None
-    """Limits, soft; None: there is none."""
+    """The hard limit of open files, which servers raise theirs to; None: there is none."""
     memlock_kib: int | None = None
+    """The soft limit; None: there is none."""
     capabilities: tuple[str, ...] = ()
     """Of those that matter here: IPC_LOCK, SYS_PTRACE."""
     seccomp: bool = False

@@ -12,6 +12,8 @@ from pdctl.doctor.inventory import Inventory, Process
 SHM = "/dev/shm"  # noqa: S108 - where POSIX shared memory lies
 FILES = 4096
 """A gateway's line is so long: each of its requests has a connection."""
+START_FILES = 96
+"""Fewer, and a server of eight models does not start: it has 72 to 76 open with nobody there."""
 
 
 def memory(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
@@ -58,13 +60,20 @@ def _shm(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
 def _limits(process: Process) -> Iterator[Finding]:
     files, locked = process.nofile, process.memlock_kib
     few = files is not None and files < FILES
+    none = files is not None and files < START_FILES
     said = "any" if locked is None or "IPC_LOCK" in process.capabilities else f"{locked:,} KiB"
     yield Finding(
         about="limits",
-        state="note" if few else "ok",
+        state="problem" if none else "note" if few else "ok",
         found=f"open files: {'any' if files is None else f'{files:,}'}; locked memory: {said}",
-        unused=f"a gateway's whole line, {FILES:,} requests" if few else "",
-        mend="ulimit -n 65536 (container: --ulimit nofile=65536)" if few else "",
+        unused=f"servers cannot start: each needs {START_FILES} open files and more"
+        if none
+        else f"a gateway's whole line, {FILES:,} requests"
+        if few
+        else "",
+        mend="a higher hard limit, ulimit -Hn 65536 (container: --ulimit nofile=65536)"
+        if few
+        else "",
     )
 
 

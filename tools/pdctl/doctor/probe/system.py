@@ -52,9 +52,10 @@ def process(root: Path, environment: Mapping[str, str]) -> Process:
     status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
     effective = int(status["CapEff"], 16)
     scope = root / "proc/sys/kernel/yama/ptrace_scope"
-    memlock = _limit(resource.RLIMIT_MEMLOCK)
+    memlock, _ = _limits(resource.RLIMIT_MEMLOCK)
+    _, files = _limits(resource.RLIMIT_NOFILE)
     return Process(
-        nofile=_limit(resource.RLIMIT_NOFILE),
+        nofile=files,
         memlock_kib=None if memlock is None else memlock >> 10,
         capabilities=tuple(name for bit, name in _CAPABILITIES.items() if effective >> bit & 1),
         seccomp=status.get("Seccomp", "0") != "0",
@@ -69,9 +70,9 @@ def process(root: Path, environment: Mapping[str, str]) -> Process:
     )
 
 
-def _limit(which: int) -> int | None:
-    soft, _ = resource.getrlimit(which)
-    return None if soft == resource.RLIM_INFINITY else soft
+def _limits(which: int) -> list[int | None]:
+    """Soft and hard; None: there is none."""
+    return [None if one == resource.RLIM_INFINITY else one for one in resource.getrlimit(which)]
 
 
 def _container(root: Path, environment: Mapping[str, str]) -> str:
