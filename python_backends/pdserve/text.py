@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import codecs
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers.pre_tokenizers import ByteLevel
 
 from pdserve.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from pdserve.vocabulary import Vocabulary
 
@@ -20,9 +20,10 @@ class TextStream:
     """The text of one answer, pushed as ids and taken as text that will not change any more.
 
     What ``push`` and ``finish`` return adds up to ``Vocabulary.decode`` of all ids, however they
-    were cut into pushes, or to its part before a stop string. The stop string that *ends* first
-    counts (no later token could change that, so the engine may stop at once), and the longest of
-    those that end there.
+    were cut into pushes, or to its part before a stop string. Stop strings are looked for in the
+    text with its special tokens, which are never shown. The stop string that *ends* first counts
+    (no later token could change that, so the engine may stop at once), and the longest of those
+    that end there. A special token within a character of several tokens stands before it.
 
     Not thread-safe. Raises InvalidRequest: a stop string is empty.
     """
@@ -35,10 +36,11 @@ class TextStream:
         """A stop string was found: the answer has ended before it."""
         self.tokens_used = 0
         """Ids of the answer so far, the one that completed a stop string included, none after."""
+        self._special = vocabulary.special
         self._decoder = _Bytes(vocabulary) if vocabulary.byte_level else _Pieces(vocabulary)
         self._stop = tuple(stop)
         self._first = re.compile("|".join(re.escape(c) for c in {word[0] for word in stop}))
-        self._held = ""
+        self._held: list[_Part] = []
         self._ended = False
 
     def push(self, ids: Sequence[int]) -> str:
@@ -55,7 +57,11 @@ class TextStream:
         texts = []
         for token_id in ids:
             self.tokens_used += 1
-            texts.append(self._release(self._decoder.step(token_id)))
+            special = self._special(token_id)
+            if special is None:
+                texts.append(self._release(self._decoder.step(token_id)))
+            elif self._stop:
+                texts.append(self._after(_Part(special, False)))
             if self.stopped:
                 break
         return "".join(texts)
@@ -64,26 +70,47 @@ class TextStream:
         """What was held back: there are no more ids. Empty after a stop string."""
         if self._ended:
             return ""
-        text = self._release(self._decoder.finish()) + self._held
+        text = self._release(self._decoder.finish())
+        text += "".join(part.text for part in self._held if part.shown)
         self._ended = True
         return text
 
-    def _release(self, new: str) -> str:
-        """The part of the text so far that no stop string can reach."""
-        if not self._stop or not new:
-            return new
-        text = self._held + new
+    def _after(self, special: _Part) -> str:
+        """As ``_release``; what has been held back may end before the special token, or go on."""
+        pending = self._decoder.pending()
+        if self._find(_joined([*self._held, *pending, special])) is not None:
+            return self._release([*pending, special])
+        return self._release(self._decoder.within(special))
+
+    def _release(self, new: list[_Part]) -> str:
+        """The part of the text so far that no stop string can reach, as far as it is shown."""
+        if not self._stop:
+            return _joined(part for part in new if part.shown)
+        self._held += (part for part in new if part.text)
+        if not self._held:
+            return ""
+        text = _joined(self._held)
+        found = self._find(text)
+        cut = self._open_end(text) if found is None else found
+        shown, held = [], []
+        for part in self._held:
+            if part.shown:
+                shown.append(part.text[: max(cut, 0)])
+            if len(part.text) > cut:
+                held.append(_Part(part.text[max(cut, 0) :], part.shown))
+            cut -= len(part.text)
+        self._held = held
+        if found is not None:
+            self._held = []
+            self.stopped = self._ended = True
+        return "".join(shown)
+
+    def _find(self, text: str) -> int | None:
+        """Where the first stop string to end begins; None: there is none."""
         ends = [
             (start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0
         ]
-        if ends:
-            _, cut = min(ends)
-            self._held = ""
-            self.stopped = self._ended = True
-        else:
-            cut = self._open_end(text)
-            self._held = text[cut:]
-        return text[:cut]
+        return min(ends)[1] if ends else None
 
     def _open_end(self, text: str) -> int:
         """Where the longest end of the text begins that a stop string may still go on from."""
@@ -92,6 +119,17 @@ class TextStream:
             if any(word.startswith(tail) for word in self._stop):
                 return found.start()
         return len(text)
+
+
+class _Part(NamedTuple):
+    """Of the text that stop strings are looked for in."""
+
+    text: str
+    shown: bool
+
+
+def _joined(parts: Iterable[_Part]) -> str:
+    return "".join(part.text for part in parts)
 
 
 # ``tokenizers.decoders.DecodeStream`` fails on a byte token that spoils the run before it, keeps
@@ -105,17 +143,26 @@ class _Bytes:
         self._token = vocabulary.token
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def step(self, token_id: int) -> str:
+    def step(self, token_id: int) -> list[_Part]:
         token = self._token(token_id)
         if token is None:
-            return ""
+            return []
         try:
-            return self._utf8.decode(bytes([_BYTES[char] for char in token]))
+            data = bytes([_BYTES[char] for char in token])
         except KeyError:  # an added token is text as it stands if it can be nothing else
-            return self._utf8.decode(token.encode())
+            data = token.encode()
+        return [_Part(self._utf8.decode(data), True)]
 
-    def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+    def within(self, special: _Part) -> list[_Part]:
+        """A special token stands here; what it adds to the text that is known."""
+        return [special]
+
+    def pending(self) -> list[_Part]:
+        """What ``finish`` would return now."""
+        return [_Part(self._utf8.getstate()[0].decode(errors="replace"), True)]
+
+    def finish(self) -> list[_Part]:
+        return [_Part(self._utf8.decode(b"", final=True), True)]
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -140,20 +187,45 @@ class _Pieces:
         self._vocabulary = vocabulary
         self._before: list[int] = []
         self._run: list[int] = []
+        self._within: list[tuple[int, _Part]] = []
+        """Special tokens, each with the number of the run's ids before it."""
 
-    def step(self, token_id: int) -> str:
+    def step(self, token_id: int) -> list[_Part]:
         token = self._vocabulary.token(token_id)
         if token is None:
-            return ""
+            return []
         self._run.append(token_id)
         if len(token) == 6 and token.startswith("<0x"):
-            return ""
+            return []
         return self.finish()
 
-    def finish(self) -> str:
+    def within(self, special: _Part) -> list[_Part]:
+        """A special token stands here; what it adds to the text that is known."""
         if not self._run:
+            return [special]
+        self._within.append((len(self._run), special))
+        return []
+
+    def pending(self) -> list[_Part]:
+        """What ``finish`` would return now."""
+        text = self._text(self._run)
+        parts, at = [], 0
+        for count, special in self._within:
+            before = self._text(self._run[:count])
+            end = max(at, len(before)) if text.startswith(before) else at
+            parts += [_Part(text[at:end], True), special]
+            at = end
+        return [*parts, _Part(text[at:], True)]
+
+    def finish(self) -> list[_Part]:
+        parts = self.pending()
+        if self._run:
+            self._before, self._run, self._within = self._run[-1:], [], []
+        return parts
+
+    def _text(self, run: list[int]) -> str:
+        """What it adds to what comes before it."""
+        if not run:
             return ""
         before = self._vocabulary.decode(self._before)
-        text = self._vocabulary.decode(self._before + self._run)
-        self._before, self._run = self._run[-1:], []
-        return text[len(before) :]
+        return self._vocabulary.decode(self._before + run)[len(before) :]

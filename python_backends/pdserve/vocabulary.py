@@ -22,9 +22,11 @@ class Vocabulary:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        self._special = frozenset(
-            i for i, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        self._special = {
+            token_id: token.content
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
         self.byte_level = isinstance(backend.decoder, ByteLevel)
         """Tokens stand for bytes (GPT-2 and most since), not for pieces of text (SentencePiece)."""
 
@@ -36,6 +38,10 @@ class Vocabulary:
     def decode(self, ids: list[int]) -> str:
         """Text of a whole answer; special and unknown ids are skipped, bad bytes are U+FFFD."""
         return self._backend.decode(ids)
+
+    def special(self, token_id: int) -> str | None:
+        """A special token as it is written, which no answer shows; None: it is none."""
+        return self._special.get(token_id)
 
     def token(self, token_id: int) -> str | None:
         """A token as the vocabulary writes it; None: it has no text (special, or unknown)."""

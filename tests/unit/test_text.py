@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock, patch
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -206,6 +206,35 @@ def before_stop(text: str, stop: Sequence[str]) -> str:
     return text
 
 
+def with_special(subject: Subject, ids: list[int]) -> tuple[str, list[bool]]:
+    """The text with its special tokens, and of each character whether it is shown."""
+    text, shown = "", list[bool]()
+    plain = 0
+    for at, token_id in enumerate(ids):
+        special = (
+            subject.theirs.convert_ids_to_tokens(token_id) if special_id(subject, token_id) else ""
+        )
+        before = subject.ours.decode(ids[:at]) if special else ""
+        if special:
+            text += before[plain:] + special
+            shown += [True] * (len(before) - plain) + [False] * len(special)
+            plain = len(before)
+    rest = subject.ours.decode(ids)[plain:]
+    return text + rest, shown + [True] * len(rest)
+
+
+def special_id(subject: Subject, token_id: int) -> bool:
+    added = subject.theirs.added_tokens_decoder.get(token_id)
+    return added is not None and added.special
+
+
+def cuts_no_character(subject: Subject, ids: list[int]) -> bool:
+    """No special token stands within a character, or within bytes that are read together."""
+    whole = subject.ours.decode(ids)
+    places = (at for at, token_id in enumerate(ids) if special_id(subject, token_id))
+    return all(whole.startswith(subject.ours.decode(ids[:at])) for at in places)
+
+
 # --- tokenizer -----------------------------------------------------------------------------------
 
 
@@ -344,7 +373,8 @@ def test_stream_adds_up_to_decode(subject: Subject, data: st.DataObject) -> None
 @given(st.data())
 def test_stream_ends_before_the_first_stop_string(subject: Subject, data: st.DataObject) -> None:
     ids = data.draw(answers(subject))
-    text = subject.ours.decode(ids)
+    assume(cuts_no_character(subject, ids))
+    text, shown = with_special(subject, ids)
     cuts = st.tuples(st.integers(0, max(len(text) - 1, 0)), st.integers(1, 8))
     words = st.one_of(
         cuts.map(lambda cut: text[cut[0] : cut[0] + cut[1]] or "x"),
@@ -353,10 +383,61 @@ def test_stream_ends_before_the_first_stop_string(subject: Subject, data: st.Dat
     )
     stop = data.draw(st.lists(words, min_size=1, max_size=4))
     got, used = stream(subject, pushes(data, ids), stop)
-    assert got == before_stop(text, stop)
+    kept = before_stop(text, stop)
+    assert got == "".join(char for char, seen in zip(kept, shown, strict=False) if seen)
     assert (got, used) == stream(subject, [[token_id] for token_id in ids], stop)
-    if got == text:
+    if kept == text:
         assert used == len(ids)
+
+
+@given(st.data())
+def test_special_tokens_are_never_shown(subject: Subject, data: st.DataObject) -> None:
+    """Whatever they stand in, and whatever is a stop string."""
+    ids = data.draw(answers(subject))
+    special = st.sampled_from(sorted(set(subject.theirs.all_special_tokens)))
+    stop = data.draw(st.lists(st.one_of(special, st.text("ab<|>s", min_size=1)), max_size=3))
+    got, used = stream(subject, pushes(data, ids), stop)
+    assert (got, used) == stream(subject, [[token_id] for token_id in ids], stop)
+    assert subject.ours.decode(ids[:used]).startswith(got)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one{end}two", ["{end}"], "one"),
+        ("one{end}two", ["e{end}{gap}t"], "on"),
+        ("one{end}two", ["{end}{gap}two"], "one"),
+        ("one{end}two", ["{end}{gap}tx"], "one{gap}two"),
+        ("one{end}{end}two", ["{end}{end}"], "one"),
+        ("{end}", ["{end}"], ""),
+        ("one 世{end}two", ["{end}"], "one 世"),
+        ("one 世{end}two", ["世{end}"], "one "),
+        ("onetwo{end}", ["two{end}!"], "onetwo"),
+    ],
+)
+def test_stop_strings_with_special_tokens(
+    subject: Subject, text: str, stop: list[str], expected: str
+) -> None:
+    end = subject.theirs.eos_token
+    ids = subject.theirs(text.replace("{end}", end), add_special_tokens=False).input_ids
+    gap = "" if subject.ours.byte_level else " "  # this vocabulary begins each text with one
+    expected = expected.replace("{gap}", gap)
+    stop = [word.replace("{end}", end).replace("{gap}", gap) for word in stop]
+    assert stream(subject, [ids], stop)[0].lstrip() == expected.lstrip()
+    assert stream(subject, [[token_id] for token_id in ids], stop)[0].lstrip() == expected.lstrip()
+
+
+def test_a_stop_string_ends_the_answer_with_the_token_that_completes_it(subject: Subject) -> None:
+    """Bytes that might have gone on after a special token do not."""
+    end = subject.theirs.eos_token_id
+    ids = [*subject.ids("世".encode()), end, *subject.ids(b"ab")]
+    answer = TextStream(subject.ours, [subject.theirs.eos_token])
+    assert answer.push(ids) == "世"
+    assert answer.stopped
+    assert answer.tokens_used == len(subject.ids("世".encode())) + 1
+    cut = [*subject.ids("世".encode()[:2]), end]
+    answer = TextStream(subject.ours, [subject.theirs.eos_token])
+    assert answer.push(cut) == subject.ours.decode(cut)
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=6), max_size=5))
