@@ -1,7 +1,7 @@
 """Errors that a client may see, each with the code it is reported under.
 
 ``code`` is the name of a Triton error code; Triton maps it to an HTTP status
-(INVALID_ARG 400, NOT_FOUND 404, UNAVAILABLE 503, INTERNAL 500).
+(INVALID_ARG 400, NOT_FOUND 404, UNSUPPORTED 501, UNAVAILABLE 503, INTERNAL 500).
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ class InvalidRequest(PDServeError):
     """The request can never be served; the message names the value and what is allowed."""
 
     code = "INVALID_ARG"
+
+
+class Unsupported(InvalidRequest):
+    """The model cannot do what is asked, whatever else the request says; it is not its fault."""
+
+    code = "UNSUPPORTED"
 
 
 class NotFound(PDServeError):

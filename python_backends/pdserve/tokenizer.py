@@ -6,6 +6,7 @@ down; unlike ``AutoTokenizer`` (about 3 s), it does not import torch for a model
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
@@ -14,13 +15,15 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from pdserve.errors import InvalidRequest, brief
+from pdserve.errors import InvalidRequest, Unsupported, brief, loggable
 from pdserve.vocabulary import Vocabulary, fast
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+_log = logging.getLogger(__name__)
 
 Conversation: TypeAlias = list[dict[str, str]]
 """Turns, oldest first: ``{"role": "system" | "user" | "assistant", "content": str}``."""
@@ -35,6 +38,11 @@ class Tokenizer(Vocabulary):
         super().__init__(self._fast.backend_tokenizer)
         self._backend.no_truncation()  # a tokenizer.json may ask for either; a prompt wants neither
         self._backend.no_padding()
+        self.no_chat = self._why_no_chat()
+        """Why no conversation can be rendered, whatever it is; empty: some can."""
+        if self.no_chat and self._fast.chat_template:
+            _log.error("%s: chat is refused: %s", path, self.no_chat)
+        self._fault_logged = False
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Ids of a plain prompt, int32 ``[tokens]``, with the special tokens the model adds."""
@@ -53,18 +61,45 @@ class Tokenizer(Vocabulary):
         """The conversation as the model's chat template writes it, up to the answer's beginning.
 
         Raises:
-            InvalidRequest: the model has no chat template, or its template refuses the turns.
+            Unsupported: the model has no chat template, or a faulty one.
+            InvalidRequest: its template refuses the turns.
         """
-        if not self._fast.chat_template:
-            raise InvalidRequest("chat is true, but the model has no chat template; allowed: false")
+        if self.no_chat:
+            raise Unsupported(f"chat is true, but {self.no_chat}; allowed: false")
         try:
-            text: str = self._fast.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(
-                f"text_input: the model's chat template refuses the conversation: {brief(error)}"
+            return self._render(conversation)
+        except Exception as error:
+            if type(error) is jinja2.TemplateError:  # what the template itself raises
+                raise InvalidRequest(
+                    "text_input: the model's chat template refuses the conversation: "
+                    f"{brief(error)}"
+                ) from error
+            if not self._fault_logged:
+                self._fault_logged = True
+                _log.error("the model's chat template is faulty: %s", loggable(error))
+            raise Unsupported(
+                f"the model's chat template is faulty: {type(error).__name__}: {brief(error)}"
             ) from error
+
+    def _why_no_chat(self) -> str:
+        if not self._fast.chat_template:
+            return "the model has no chat template"
+        try:
+            self._fast.get_chat_template()
+            self._render([{"role": "user", "content": "a"}])
+        except jinja2.TemplateSyntaxError as error:
+            return f"the model's chat template is faulty: line {error.lineno}: {brief(error)}"
+        except ValueError:
+            names = ", ".join(sorted(self._fast.chat_template))
+            return f"the model has several chat templates and none is its default: {names}"
+        except Exception:  # it may be about this conversation alone
+            return ""
+        return ""
+
+    def _render(self, conversation: Conversation) -> str:
+        text: str = self._fast.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True
+        )
         return text
 
 

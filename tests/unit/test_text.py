@@ -20,12 +20,12 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from pdserve import vocabulary
-from pdserve.errors import DeploymentError, InvalidRequest
+from pdserve.errors import DeploymentError, InvalidRequest, Unsupported
 from pdserve.text import TextStream
 from pdserve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 PREPARED = Path(__file__).parents[2] / ".cache/models/SmolLM2-135M-Instruct"
 
@@ -280,6 +280,83 @@ def test_a_model_without_chat_template_refuses_chat(llama: Path, tmp_path: Path)
     (tmp_path / "tokenizer.json").write_bytes((llama / "tokenizer.json").read_bytes())
     with pytest.raises(InvalidRequest, match="no chat template"):
         Tokenizer(tmp_path).render([{"role": "user", "content": "x"}])
+
+
+@pytest.fixture
+def with_template(llama: Path, tmp_path: Path) -> Callable[[Any], Tokenizer]:
+    """The same model with another chat template."""
+
+    def make(template: Any) -> Tokenizer:
+        shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_bytes()) | {"chat_template": template}))
+        return Tokenizer(tmp_path)
+
+    return make
+
+
+TURNS = [{"role": "user", "content": "a secret"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for turn in messages %}{{ turn.content }", "faulty: line 1: unexpected '}'"),
+        ("{% for turn in messages %}\n{{ turn.content }}", "faulty: line 2: Unexpected end"),
+        ("{{ messages | no_such_filter }}", "faulty: line 1: No filter named 'no_such_filter'"),
+        (
+            [{"name": "rag", "template": "x"}, {"name": "tool", "template": "y"}],
+            "several chat templates and none is its default: rag, tool",
+        ),
+    ],
+)
+def test_a_faulty_chat_template_is_found_at_load_and_is_the_model_s_fault(
+    with_template: Callable[[Any], Tokenizer],
+    caplog: pytest.LogCaptureFixture,
+    template: Any,
+    says: str,
+) -> None:
+    faulty = with_template(template)
+    assert says in faulty.no_chat
+    for _ in range(3):
+        with pytest.raises(Unsupported) as refused:
+            faulty.render(TURNS)
+        assert says in str(refused.value)
+        assert refused.value.code == "UNSUPPORTED"
+    assert [says in record.getMessage() for record in caplog.records] == [True]
+    assert faulty.encode("the rest works").size
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content.no.such }}", "{{ 1 // 0 }}", "{{ messages + 1 }}"]
+)
+def test_a_template_that_fails_is_the_model_s_fault(
+    with_template: Callable[[Any], Tokenizer], caplog: pytest.LogCaptureFixture, template: str
+) -> None:
+    faulty = with_template(template)
+    for _ in range(3):
+        with pytest.raises(Unsupported, match="the model's chat template is faulty: "):
+            faulty.render(TURNS)
+    assert len(caplog.records) == 1
+    assert "secret" not in caplog.text
+
+
+def test_a_template_that_refuses_the_trial_may_take_others(
+    with_template: Callable[[Any], Tokenizer], caplog: pytest.LogCaptureFixture
+) -> None:
+    picky = with_template(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}x"
+    )
+    assert picky.render([{"role": "system", "content": "y"}]) == "x"
+    with pytest.raises(InvalidRequest, match="refuses the conversation: system first") as refused:
+        picky.render(TURNS)
+    assert refused.value.code == "INVALID_ARG"
+    assert not caplog.records
+
+
+def test_several_templates_with_a_default(with_template: Callable[[Any], Tokenizer]) -> None:
+    several = [{"name": "rag", "template": "x"}, {"name": "default", "template": "y"}]
+    assert with_template(several).render(TURNS) == "y"
 
 
 def test_no_tokenizer_is_a_deployment_error(tmp_path: Path) -> None:
