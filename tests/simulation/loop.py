@@ -158,7 +158,13 @@ class Loop(async_solipsism.EventLoop):  # type: ignore[misc]
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run it to its end, then close; an error that nobody has heard of is one, too."""
         unheard: list[str] = []
-        self.set_exception_handler(lambda _, context: unheard.append(repr(context)))
+
+        def hear(_: object, context: dict[str, Any]) -> None:
+            process = _process.get()
+            if process is None or process.alive:  # else all that it does is ended
+                unheard.append(repr(context))
+
+        self.set_exception_handler(hear)
         task = self.create_task(work)
         try:
             self.run_until_complete(task)

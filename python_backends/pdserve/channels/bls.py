@@ -74,5 +74,6 @@ class BlsChannel:
                     raise InstanceError(response.error().message())
                 for tensor in response.output_tensors():
                     self._calls.deliver(call, tensor.as_numpy().tobytes())
-        except (self._pb.TritonModelException, InstanceError) as error:
-            self._calls.fail(call, InstanceError(str(error)))
+        except Exception as error:  # whatever it is: whoever asked may not wait in vain
+            known = isinstance(error, self._pb.TritonModelException | InstanceError)
+            self._calls.fail(call, InstanceError(str(error) if known else repr(error)))

@@ -8,6 +8,7 @@ so that a restart on either side needs nobody's help.
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator
 from typing import TypeAlias
@@ -22,6 +23,8 @@ from pdserve.channels.seal import Seal
 from pdserve.connections import GRPC_OPTIONS
 from pdserve.errors import InstanceError
 from pdserve.messages import Request
+
+_log = logging.getLogger(__name__)
 
 Outgoing: TypeAlias = "asyncio.Queue[service_pb2.ModelInferRequest | None]"
 """None: there are no more."""
@@ -95,6 +98,9 @@ class GrpcChannel:
             reason = f"{error.code().name}: {error.details()}"
         except InstanceError as error:
             reason = str(error)
+        except Exception as error:
+            _log.exception("%s: its stream of replies has ended", self._address)
+            reason = repr(error)
         finally:
             if self._reader is asyncio.current_task():
                 self._reader = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from pdserve import errors
@@ -13,6 +13,7 @@ from pdserve.engines.protocol import DecodeEngine, DecodeSequence
 from pdserve.kvcache.blocks import Reserved
 from pdserve.kvcache.handle import KVHandle
 from pdserve.metrics import Registry
+from pdserve.supervision import Background
 from pdserve.transfer import arrays
 from pdserve.transfer.receiver import Receiver
 from pdserve.transfer.reports import Met, Pulled
@@ -47,7 +48,7 @@ class Arrivals:
         self._joiner = ThreadPoolExecutor(1, "join", initializer=_step_back)
         self._links: dict[str, dict[str, str]] = {}
         """Labels of the link to each prefill."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Background()
 
     def __len__(self) -> int:
         """Pulls and joins under way outside the loop."""
@@ -70,7 +71,7 @@ class Arrivals:
         self, description: bytes, done: Callable[[tuple[str, Met] | errors.PDServeError], None]
     ) -> None:
         """Meet a prefill; `done` gets its name and how it is reached, or why it is not."""
-        self._start(self._join(description, done))
+        self._tasks.start(self._join(description, done))
 
     async def _join(
         self, description: bytes, done: Callable[[tuple[str, Met] | errors.PDServeError], None]
@@ -82,9 +83,8 @@ class Arrivals:
             )
         except errors.PDServeError as error:
             done(error)
-        except BaseException as error:  # whoever asked would wait in vain
+        except Exception as error:  # whoever asked would wait in vain
             done(errors.InstanceError(f"{error!r}"))
-            raise
         else:
             self._publish(prefill, met)
             done((prefill, met))
@@ -101,7 +101,7 @@ class Arrivals:
         if small and sequence.tokens:  # else it is still being computed
             self._end(self._pull(handle, reserved, sequence), done)
         else:
-            self._start(self._pull_aside(handle, reserved, sequence, done))
+            self._tasks.start(self._pull_aside(handle, reserved, sequence, done))
 
     async def _pull_aside(
         self,
@@ -113,8 +113,12 @@ class Arrivals:
         loop = asyncio.get_running_loop()
         computed = bool(sequence.tokens)
         threads = self._puller if computed else self._follower
-        pull = loop.run_in_executor(threads, self._pull, handle, reserved, sequence)
-        self._end(await pull, done)
+        pulled: Pulled | Exception
+        try:
+            pulled = await loop.run_in_executor(threads, self._pull, handle, reserved, sequence)
+        except Exception as error:  # it was not begun, and its request may not wait for it
+            pulled = error
+        self._end(pulled, done)
 
     def _pull(
         self, handle: KVHandle, reserved: Reserved, sequence: DecodeSequence
@@ -142,17 +146,10 @@ class Arrivals:
 
     async def close(self) -> None:
         """End all of it: pulls fail as their links close."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         self._receiver.close()
         for threads in (self._puller, self._follower, self._joiner):
             threads.shutdown(wait=True, cancel_futures=True)
-
-    def _start(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def _publish(self, prefill: str, met: Met) -> None:
         labels = {

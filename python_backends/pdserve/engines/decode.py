@@ -38,6 +38,7 @@ from pdserve.messages import (
     Watch,
 )
 from pdserve.metrics import Registry
+from pdserve.supervision import Background
 from pdserve.transfer import peers
 from pdserve.transfer.protocol import Stuck
 from pdserve.transfer.receiver import Receiver
@@ -94,18 +95,16 @@ class DecodeInstance:
         self._open: dict[str, Opened] = {}
         self._running: dict[str, Opened] = {}
         self._work = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = Background()
 
     def start(self) -> None:
         """Begin to decode and to keep time; called once in the running loop."""
         # An event loop's clock is CLOCK_MONOTONIC, which leases and handles count by.
         self._loop = asyncio.get_running_loop()
-        self._tasks = [asyncio.create_task(self._decode()), asyncio.create_task(self._keep_time())]
+        self._tasks.start(self._decode(), self._keep_time())
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await self._arrivals.close()
         self._engine.close()
         failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")

@@ -34,6 +34,7 @@ from pdserve.messages import (
     Watch,
 )
 from pdserve.metrics import Registry
+from pdserve.supervision import Background
 from pdserve.transfer.holder import Holder
 from pdserve.transfer.lending import Lending, Loan
 
@@ -99,20 +100,17 @@ class PrefillInstance:
         self._forwards = Forwards(nearly_over=self._stirred.set)
         self._refused_with = -1
         """Bytes that the arena had to give when they were too few; -1: some have come since."""
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = Background()
 
     def start(self) -> None:
         """Begin to compute and to keep time; called once in the running loop."""
         # An event loop's clock is CLOCK_MONOTONIC, which leases and handles count by.
         self._loop = asyncio.get_running_loop()
-        work = self._compute(), self._keep_time(), self._attend()
-        self._tasks = [asyncio.create_task(task) for task in work]
+        self._tasks.start(self._compute(), self._keep_time(), self._attend())
 
     async def close(self) -> None:
         """Stop, and let go of the memory: who has it mapped may still take what is leased."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         self._engine.close()
         failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
         for held in [held for held in self._held.values() if held.computing]:

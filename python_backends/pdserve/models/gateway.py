@@ -10,7 +10,6 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -28,11 +27,12 @@ from pdserve.engines import build, checkpoint
 from pdserve.engines.protocol import Tokens
 from pdserve.metrics import Registry
 from pdserve.models import stub, triton
-from pdserve.models.triton import LoopThread, Outbox, Publisher
+from pdserve.models.triton import ASIDE, LoopThread, Outbox, Publisher
 from pdserve.reloading import DeploymentFile, changes, taken_over
 from pdserve.scheduling.groups import Group, Groups
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.scenarios import Asked, Router
+from pdserve.supervision import Background, repeat
 from pdserve.text import TextStream
 from pdserve.transfer import key
 from pdserve.vocabulary import Vocabulary
@@ -89,7 +89,10 @@ class GatewayModel(ABC):
         self._channels: dict[str, Channel] = {}
         self._key = key.load(Path(self.deployment.transfer.key_file))
         self._losses = Losses(self._key)
-        self._loop = LoopThread(self._pulse)
+        self._always = Background()
+        # async_exec of BLS keeps a thread of the default pool until the first response.
+        bls = self.deployment.gateway.channel == "bls"
+        self._loop = LoopThread(self._pulse, BLS_THREADS if bls else ASIDE)
         self._loop.run(self._start())
 
     @abstractmethod
@@ -120,7 +123,11 @@ class GatewayModel(ABC):
     def _accept(self, requests: list[Any]) -> None:
         for request in requests:
             key = str(next(self._ids))
-            self._outbox(key).open(key, request.get_response_sender())
+            try:
+                self._outbox(key).open(key, request.get_response_sender())
+            except Exception as error:  # it cannot be answered; those after it can
+                pb_utils.Logger.log_error(f"request not accepted: {error!r}")
+                continue
             task = self._serving[key] = asyncio.create_task(self._serve(key, request))
             task.add_done_callback(partial(self._end, key))
         self._count_open()
@@ -255,48 +262,43 @@ class GatewayModel(ABC):
     # -------------------------------------------------------- beginning and end
 
     async def _start(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self.deployment.gateway.channel == "bls":
-            # async_exec keeps a thread of the default pool until the first response.
-            loop.set_default_executor(ThreadPoolExecutor(BLS_THREADS))
         rng = random.Random(secrets.randbits(128))
         self._groups = Groups(self._name, self._channel, self._metrics, rng)
         self._take(self.deployment)
-        self._always = [
-            loop.create_task(Publisher(self._metrics).run()),
-            loop.create_task(self._reload()),
-        ]
+        self._always.start(
+            Publisher(self._metrics).run(), repeat("the look at the deployment", self._reload)
+        )
 
     def _take(self, deployment: config.Deployment) -> None:
         """Serve by this deployment from now on."""
+        groups = self._groups.take(deployment)
         self.deployment = deployment
         self._router: Router[Group] = Router(
             deployment.served,
-            self._groups.take(deployment),
+            groups,
             deployment.gateway.default_scenario,
             deployment.gateway.strict,
             self._metrics,
         )
 
-    async def _reload(self) -> None:
-        """Take over the deployment whenever its file has changed, until cancelled."""
+    async def _reload(self) -> float:
+        """Take over the deployment if its file has changed; the seconds until the next look."""
         loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(RELOAD_LOOK_S)
-            await self._groups.sweep()
-            try:
-                if not await loop.run_in_executor(None, self._file.changed):
-                    continue
-            except errors.DeploymentError as error:
-                self._log(pb_utils.Logger.log_error, "refused, the old one stays", str(error))
-                self._metrics.add("pdserve_reloads_total", gateway=self._name, outcome="refused")
-                continue
-            wanted = self._file.deployment
-            able = taken_over(self.deployment, wanted)
-            self._log(pb_utils.Logger.log_info, "taken over", *changes(self.deployment, able))
-            self._log(pb_utils.Logger.log_warn, "waits for a restart", *changes(able, wanted))
-            self._take(able)
-            self._metrics.add("pdserve_reloads_total", gateway=self._name, outcome="taken")
+        await self._groups.sweep()
+        try:
+            if not await loop.run_in_executor(None, self._file.changed):
+                return RELOAD_LOOK_S
+        except errors.DeploymentError as error:
+            self._log(pb_utils.Logger.log_error, "refused, the old one stays", str(error))
+            self._metrics.add("pdserve_reloads_total", gateway=self._name, outcome="refused")
+            return RELOAD_LOOK_S
+        wanted = self._file.deployment
+        able = taken_over(self.deployment, wanted)
+        self._log(pb_utils.Logger.log_info, "taken over", *changes(self.deployment, able))
+        self._log(pb_utils.Logger.log_warn, "waits for a restart", *changes(able, wanted))
+        self._take(able)
+        self._metrics.add("pdserve_reloads_total", gateway=self._name, outcome="taken")
+        return RELOAD_LOOK_S
 
     def _log(self, log: Callable[[str], None], what: str, *lines: str) -> None:
         if lines:
@@ -324,7 +326,8 @@ class GatewayModel(ABC):
         return pb_utils.InferenceResponse([self._unfinished])
 
     async def _close(self) -> None:
-        tasks = (*self._serving.values(), *self._always)
+        await self._always.close()
+        tasks = list(self._serving.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

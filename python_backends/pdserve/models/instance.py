@@ -32,6 +32,7 @@ from pdserve.messages import (
 from pdserve.metrics import Registry
 from pdserve.models import stub
 from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment, own_pulse
+from pdserve.supervision import Background
 from pdserve.transfer import key
 
 # What a gateway held that has died is let go of within this time.
@@ -60,6 +61,7 @@ class InstanceModel(ABC):
         self._instance = self.make(self._name, asked, secret, self._metrics)
         self._longest = messages.longest(self._instance.context_length)
         self._publisher = Publisher(self._metrics)
+        self._publishing = Background()
         self._keys = itertools.count()
         self._pulse = own_pulse(args, threads=2)
         self._outbox = Outbox(ORPHAN_LOOK_S, self._sender_dead, self._pulse, thread=1)
@@ -78,10 +80,10 @@ class InstanceModel(ABC):
 
     async def _start(self) -> None:
         self._instance.start()
-        self._publishing = asyncio.create_task(self._publisher.run())
+        self._publishing.start(self._publisher.run())
 
     async def _close(self) -> None:
-        self._publishing.cancel()
+        await self._publishing.close()
         await self._instance.close()
         await asyncio.sleep(0)  # what it has said last is sent in the next turn of the loop
 
@@ -91,7 +93,11 @@ class InstanceModel(ABC):
             self._pulse.worked(0)
             # Whoever calls this model past a gateway may give any id, or none.
             call = Call(f"{next(self._keys)}", _id(request))
-            self._outbox.open(call.key, request.get_response_sender())
+            try:
+                self._outbox.open(call.key, request.get_response_sender())
+            except Exception as error:  # it cannot be answered; those after it can
+                pb_utils.Logger.log_error(f"request not accepted: {error!r}")
+                continue
             self._answers.open(call)
             try:
                 self._submit(call, self._opened(request))

@@ -7,9 +7,10 @@ import json
 import os
 import queue
 import secrets
-import threading
+import sys
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import triton_python_backend_utils as pb_utils
 import uvloop
 from numpy.typing import NDArray
 
-from pdserve import config, errors
+from pdserve import config, errors, supervision
 from pdserve.cluster import pulse
 from pdserve.cluster.pulse import Pulse
 from pdserve.metrics import Registry
@@ -31,6 +32,8 @@ CLOSE_S = 5.0
 # Looks at open requests take a fifth of a sending thread's time, a moment each.
 LOOK_SHARE = 0.2
 LOOK_MOMENT_S = 0.005
+# Threads for what a loop does aside: to publish metrics, to tokenize long texts, to copy.
+ASIDE = 8
 
 
 def deployment_path(args: dict[str, str]) -> Path:
@@ -137,6 +140,14 @@ def text(name: str, *values: str) -> Any:
     return pb_utils.Tensor(name, array)
 
 
+def _end_process(reason: str) -> None:
+    """End this stub, so that its watchdog puts it back. Triton's log has its stderr."""
+    # Not Triton's logger: it hands lines to a thread, which would end with them unsent.
+    with suppress(OSError, ValueError):
+        print(f"pdserve: {reason}\npdserve: this process ends", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 class _Loop(uvloop.Loop):
     """uvloop's own clock counts whole milliseconds."""
 
@@ -150,15 +161,23 @@ class LoopThread:
     Not the stub's own loop: that one only runs while requests do, and keeps every
     ``execute`` that ends before it has been noted (seen in 24.10).
 
+    What runs here or in a thread for as long as the model does, and fails, ends the process.
+
     Args:
         pulse: the loop is its first thread.
+        threads: of the loop's default executor.
+
+    Raises:
+        DeploymentError: they cannot be started.
     """
 
-    def __init__(self, pulse: Pulse) -> None:
+    def __init__(self, pulse: Pulse, threads: int = ASIDE) -> None:
         self._pulse = pulse
         self._loop = _Loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(threads, "aside"))
+        supervision.install(self._loop, _end_process)
         self._loop.call_soon(self._beat)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="loop", daemon=True)
+        self._thread = supervision.Thread(target=self._loop.run_forever, name="loop", daemon=True)
         self._thread.start()
 
     def call(self, function: Callable[..., None], *args: Any) -> None:
@@ -206,7 +225,7 @@ class Outbox:
         self._round: list[str] = []
         """Those that are still to be looked at, in this round."""
         self._watched: set[str] = set()
-        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread = supervision.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
     def open(self, key: str, sender: Any) -> None:
@@ -281,22 +300,32 @@ class Publisher:
 
     async def run(self) -> None:
         """Publish until cancelled, from another thread: each call waits for the server."""
-        loop = asyncio.get_running_loop()
-        while True:
-            changes = list(self._registry.drain())
-            if changes:
-                await loop.run_in_executor(None, self._publish, changes)
-            await asyncio.sleep(PUBLISH_S)
+        await supervision.repeat("publishing metrics", self._turn)
+
+    async def _turn(self) -> float:
+        changes = list(self._registry.drain())
+        if changes:
+            await asyncio.get_running_loop().run_in_executor(None, self._publish, changes)
+        return PUBLISH_S
 
     def _publish(self, changes: list[Any]) -> None:
+        failures = []
         for change in changes:
-            metric = self._metrics.get((change.name, change.labels))
-            if metric is None:
-                metric = self._metrics[change.name, change.labels] = self._metric(change)
-            if change.kind == "counter":
-                metric.increment(change.value)
-            else:
-                metric.set(change.value)
+            try:
+                self._hand_over(change)
+            except Exception as failure:  # the others are published all the same
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+
+    def _hand_over(self, change: Any) -> None:
+        metric = self._metrics.get((change.name, change.labels))
+        if metric is None:
+            metric = self._metrics[change.name, change.labels] = self._metric(change)
+        if change.kind == "counter":
+            metric.increment(change.value)
+        else:
+            metric.set(change.value)
 
     def _metric(self, change: Any) -> Any:
         family = self._families.get(change.name)

@@ -11,6 +11,7 @@ again: the net under messages that were lost.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
@@ -18,6 +19,8 @@ from typing import Generic, TypeVar
 from pdserve import errors
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.waiting import Order, Place, WaitingLine
+
+_log = logging.getLogger(__name__)
 
 # With jitter, so that gateways do not ask together.
 WATCH_S = (0.5, 1.0)
@@ -232,6 +235,10 @@ class Forwarding(Generic[T]):
                 self._tell(instance)  # or so it may be: it is asked again
         except errors.InstanceError as error:
             self._failure = error
+            instance.failed()
+        except Exception as error:  # else nobody would hear again of what becomes free there
+            _log.exception("watching %s has failed", instance.name)
+            self._failure = errors.InstanceError(f"{instance.name}: {error!r}")
             instance.failed()
         del self._watching[instance]
         self._tell(instance)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.scheduler import Scheduler
+from pdserve.supervision import Background
 
 Connect = Callable[[str, config.Server], Channel]
 _Key = tuple[config.Role, str, str, int]
@@ -31,7 +31,8 @@ class Group:
         self.open = 0
         """Requests that it serves."""
         self._scheduler = scheduler
-        self._meeting = asyncio.get_running_loop().create_task(meetings.run())
+        self._meeting = Background()
+        self._meeting.start(meetings.run())
 
     @property
     def healthy(self) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 
 from pdserve import errors
 from pdserve.messages import Describe, Described, Join, Joined
 from pdserve.metrics import Registry
 from pdserve.scheduling.instance import Instance
+from pdserve.supervision import repeat
 
 _log = logging.getLogger(__name__)
 
@@ -62,19 +62,19 @@ class Meetings:
     async def run(self) -> None:
         """Introduce whom nobody has yet, until cancelled."""
         try:
-            await self._rounds()
+            await repeat("introducing prefills and decodes", self._introductions)
         finally:
             for task in list(self._joining.values()):
                 task.cancel()
             self._tell(met=0, refused=0, unknown=0)
 
-    async def _rounds(self) -> None:
-        while True:
-            await asyncio.gather(*map(self._round, self._prefills))
-            pairs = len(self._prefills) * len(self._decodes)
-            met, refused = len(self._joined), len(self._refused)
-            self._tell(met=met, refused=refused, unknown=pairs - met - refused)
-            await asyncio.sleep(HASTE_S if pairs > met + refused else ROUND_S)
+    async def _introductions(self) -> float:
+        """One round; the seconds until the next."""
+        await asyncio.gather(*map(self._round, self._prefills))
+        pairs = len(self._prefills) * len(self._decodes)
+        met, refused = len(self._joined), len(self._refused)
+        self._tell(met=met, refused=refused, unknown=pairs - met - refused)
+        return HASTE_S if pairs > met + refused else ROUND_S
 
     def _tell(self, **pairs: int) -> None:
         for state, count in pairs.items():
@@ -98,8 +98,12 @@ class Meetings:
         del self._joining[pair]
 
     async def _try(self, prefill: Instance, decode: Instance, description: bytes) -> None:
-        with suppress(errors.PDServeError):  # told in the log where it is an answer
+        try:
             await self._join(prefill, decode, description)
+        except errors.PDServeError:
+            pass  # told in the log where it is an answer
+        except Exception:  # they are introduced again in the next round
+            _log.exception("%s and %s: the introduction has failed", prefill.name, decode.name)
 
     async def introduce(self, prefill: Instance, decode: Instance) -> None:
         """A decode has said that it does not know the prefill: it has a new life.

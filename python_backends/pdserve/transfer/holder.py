@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from pdserve.errors import DeploymentError
 from pdserve.kvcache.handle import EPOCH_BYTES, KVHandle, seal
+from pdserve.supervision import Thread
 from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.description import Description, Terms, host_id
@@ -79,7 +80,7 @@ class Holder:
             terms.key,
         )
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._progress, name="progress", daemon=True)
+        self._thread = Thread(target=self._progress, name="progress", daemon=True)
         # Shared memory needs no help from its holder.
         if set(ways) - {"shm"}:
             self._thread.start()

@@ -24,11 +24,7 @@ class TritonPythonModel(pdserve.TritonPythonModel):
         await super()._start()
         aggregated = Aggregated(self.deployment)
         self._router.default.next_group = lambda: aggregated  # type: ignore[assignment]
-        self._computing = asyncio.create_task(aggregated.compute())
-
-    async def _close(self) -> None:
-        self._computing.cancel()
-        await super()._close()
+        self._always.start(aggregated.compute())
 
 
 @dataclass(slots=True, eq=False)

@@ -6,7 +6,6 @@ import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from pdserve.messages import (
     Watch,
 )
 from pdserve.metrics import Registry
+from pdserve.supervision import Background
 from pdserve.transfer.reports import Met, Pulled
 
 # Nothing is known of the engine's own link: all pairs are alike to who chooses among them.
@@ -96,19 +96,17 @@ class RelayedDecode:
         self._open: dict[str, _Opened] = {}
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """What is said of an answer that is given up."""
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = Background()
 
     def start(self) -> None:
         """Begin to keep time; called once in the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._tasks = [
-            asyncio.create_task(work) for work in (self._keep_time(), self._reports.run())
-        ]
+        self._tasks.start(self._keep_time(), self._reports.run())
 
     async def close(self) -> None:
         self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
-        answering = [opened.task for opened in self._open.values() if opened.task]
-        tasks: list[asyncio.Task[Any]] = [*self._tasks, *answering]
+        await self._tasks.close()
+        tasks = [opened.task for opened in self._open.values() if opened.task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -220,7 +218,13 @@ class RelayedDecode:
     def _ended(self, opened: _Opened, task: asyncio.Task[Reply]) -> None:
         del self._open[opened.request.id]
         # Cancelled before its first step, perhaps: nothing in it would know.
-        opened.tell(self._unwanted if task.cancelled() else task.result(), True)
+        if task.cancelled():
+            reply: Reply = self._unwanted
+        elif error := task.exception():
+            reply = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
+        else:
+            reply = task.result()
+        opened.tell(reply, True)
         self._watches.ended(self._loop.time())
 
     def _append(self, opened: _Opened, piece: Piece) -> Tokens | None:

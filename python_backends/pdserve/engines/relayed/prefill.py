@@ -44,6 +44,7 @@ from pdserve.messages import (
     Watch,
 )
 from pdserve.metrics import Registry
+from pdserve.supervision import Background
 
 
 class Phase(Enum):
@@ -92,18 +93,17 @@ class RelayedPrefill:
         self._reports = Reports(name, engine, metrics)
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """What is said of a prompt that is given up."""
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = Background()
 
     def start(self) -> None:
         """Begin to keep time; called once in the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._tasks = [
-            asyncio.create_task(work) for work in (self._keep_time(), self._reports.run())
-        ]
+        self._tasks.start(self._keep_time(), self._reports.run())
 
     async def close(self) -> None:
         self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
-        tasks = [*self._tasks, *(held.task for held in self._held.values() if held.task)]
+        await self._tasks.close()
+        tasks = [held.task for held in self._held.values() if held.task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -213,6 +213,8 @@ class RelayedPrefill:
     def _computed(self, held: _Held, task: asyncio.Task[None]) -> None:
         if task.cancelled():  # before its first step, perhaps: nothing in it would know
             self._end(held, self._unwanted)
+        elif (error := task.exception()) and self._held.get(held.request.id) is held:
+            self._end(held, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
         self._look()
 
     def _hand_over(self, held: _Held, context: Context) -> None:

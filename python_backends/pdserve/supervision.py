@@ -1,0 +1,119 @@
+"""Work that runs as long as its process: tasks and threads whose unexpected end is the process's.
+
+A process that has lost its decode loop, say, still accepts requests and never answers one, and
+nobody notices for as long as a stall is allowed to be. One that has ended is noticed and put back
+within half a second. So what must not end is started here; `install` says how a process ends.
+Without it (in tests, in a simulation) an end is only reported to the loop's exception handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+"""Pause after a failed turn of `repeat`; one that fails for good is logged that often."""
+_FATAL = "fatal"
+"""Key of a context of the loop's exception handler: the process cannot go on."""
+
+
+class Background:
+    """Tasks that run until they return, or until their owner ends them.
+
+    One that raises, or is cancelled by anybody else, is reported with its traceback as fatal.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._over = False
+
+    def __len__(self) -> int:
+        """Tasks that have not ended."""
+        return len(self._tasks)
+
+    def start(self, *works: Coroutine[Any, Any, None]) -> None:
+        """Run each in the running loop."""
+        for work in works:
+            task = asyncio.get_running_loop().create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    def cancel(self) -> None:
+        """End them all, soon; again is no error."""
+        self._over = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def close(self) -> None:
+        """End them all, and wait until they have ended."""
+        self.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error: BaseException | None = None
+        if not task.cancelled():
+            error = task.exception()
+        elif not self._over:
+            error = asyncio.CancelledError("cancelled by nobody who may")
+        if error is not None:
+            what = getattr(task.get_coro(), "__qualname__", task.get_name())
+            context = {"message": f"{what} has ended", "exception": error, _FATAL: True}
+            task.get_loop().call_exception_handler(context)
+
+
+class Thread(threading.Thread):
+    """A thread whose exception is fatal."""
+
+
+async def repeat(what: str, turn: Callable[[], Awaitable[float]]) -> None:
+    """Call `turn` again and again until cancelled, for work whose failure harms no request.
+
+    Args:
+        what: the work, for the log.
+        turn: returns the seconds until it is called again. If it raises, that is logged with its
+            traceback, and it is called again after `RETRY_S`.
+    """
+    while True:
+        try:
+            pause_s = await turn()
+        except Exception:
+            _log.exception("%s has failed, and is tried again in %g s", what, RETRY_S)
+            pause_s = RETRY_S
+        await asyncio.sleep(pause_s)
+
+
+def install(loop: asyncio.AbstractEventLoop, end: Callable[[str], None]) -> None:
+    """Let what is fatal end this process.
+
+    Exceptions of callbacks and of other tasks and threads, which nobody has handled, are logged.
+
+    Args:
+        end: given the reason with its traceback; it does not return.
+    """
+
+    def unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        text = _told(context["message"], context.get("exception"))
+        if context.get(_FATAL):
+            end(text)
+        _log.error(text)
+
+    def uncaught(args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread else "a thread"
+        text = _told(f"thread {name} has ended", args.exc_value)
+        if isinstance(args.thread, Thread):
+            end(text)
+        _log.error(text)
+
+    loop.set_exception_handler(unhandled)
+    threading.excepthook = uncaught
+
+
+def _told(message: str, error: BaseException | None) -> str:
+    return "\n".join([message, *traceback.format_exception(error)]) if error else message
