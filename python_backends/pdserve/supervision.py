@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from pdserve import errors
+
 _log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
@@ -83,8 +85,10 @@ async def repeat(what: str, turn: Callable[[], Awaitable[float]]) -> None:
     while True:
         try:
             pause_s = await turn()
-        except Exception:
-            _log.exception("%s has failed, and is tried again in %g s", what, RETRY_S)
+        except Exception as error:
+            _log.error(
+                "%s has failed, and is tried again in %g s\n%s", what, RETRY_S, traced(error)
+            )
             pause_s = RETRY_S
         await asyncio.sleep(pause_s)
 
@@ -115,5 +119,11 @@ def install(loop: asyncio.AbstractEventLoop, end: Callable[[str], None]) -> None
     threading.excepthook = uncaught
 
 
+def traced(error: BaseException) -> str:
+    """An error's traceback for the log, with what may be said of the error itself."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    return f"Traceback (most recent call last):\n{frames}{errors.loggable(error)}"
+
+
 def _told(message: str, error: BaseException | None) -> str:
-    return "\n".join([message, *traceback.format_exception(error)]) if error else message
+    return f"{message}\n{traced(error)}" if error else message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,11 +55,10 @@ def test_background_work_that_dies_is_noticed_at_once(fragile: Running, tmp_path
     assert not load.lost
     assert not load.wrong
     assert load.retried
-    assert load.gap < STALL_S / 2
+    assert load.gap < STALL_S, "its death was noticed, not its silence"
     log = server.log.read_text()
     for what in ("DecodeInstance._decode", "PrefillInstance._compute", "thread outbox"):
         assert f"pdserve: {what} has ended" in log
-    for death in dying.DEATHS:
-        assert f"RuntimeError: a test has asked for the end of the {death}" in log
+    assert len(re.findall(r"\nRuntimeError \(.*dying\.py:", log)) == len(dying.DEATHS)
     assert log.count("Traceback (most recent call last)") >= len(dying.DEATHS)
     assert log.count("pdserve: this process ends") == len(dying.DEATHS)

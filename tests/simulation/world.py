@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from pdserve import messages
+from pdserve import messages, pools
 from pdserve.transfer import following, probe, receiver, staging
 from tests.simulation import faults
 from tests.simulation.channels import Weather
@@ -204,6 +205,8 @@ def simulate(plan: Plan, trace: list[str] | None = None) -> World:
     with ExitStack() as patches:
         for module in (following, receiver, staging, probe):
             patches.enter_context(mock.patch.object(module, "time", loop.clock))
+        # Calls run in threads of virtual time: those of the pools need not be there.
+        patches.enter_context(mock.patch.object(pools, "started", ThreadPoolExecutor))
         # What a link can do is what the plan says; to measure it takes long and much memory.
         for name, value in (("SHAPES", ((1, 1, 1), (1, 4, 2))), ("TURNS", 1), ("COLD", 1024)):
             patches.enter_context(mock.patch.object(probe, name, value))

@@ -41,7 +41,9 @@ async def test_a_task_that_raises_ends_the_process() -> None:
     assert reason.startswith("fail has ended\n")
     assert "Traceback" in reason
     assert "in fail" in reason
-    assert "ValueError: -39 tokens" in reason
+    assert reason.endswith(" in fail)")
+    assert "\nValueError (" in reason
+    assert "-39" not in reason.rpartition("\n")[2], "it may be a client's value"
     assert len(background) == 0
 
 
@@ -89,7 +91,7 @@ async def test_failures_of_others_are_logged_and_end_nothing(
     thread.start()
     thread.join()
     assert not reasons
-    assert "KeyError: 'of a callback'" in caplog.text
+    assert "\nKeyError (" in caplog.text
     assert "thread somebody's has ended" in caplog.text
     assert caplog.text.count("Traceback") == 2
 
@@ -106,7 +108,7 @@ async def test_a_thread_that_raises_ends_the_process() -> None:
     thread.join()
     (reason,) = reasons
     assert reason.startswith("thread outbox has ended\n")
-    assert "SystemExit: 3" in reason
+    assert "\nSystemExit (" in reason
 
 
 @virtual
@@ -129,8 +131,9 @@ async def test_work_that_harms_nobody_is_tried_again(caplog: pytest.LogCaptureFi
     assert not reasons
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
-    assert record.getMessage() == "publishing has failed, and is tried again in 5 s"
-    assert "OSError: no metrics today" in caplog.text
+    said = "publishing has failed, and is tried again in 5 s\n"
+    assert record.getMessage().startswith(said)
+    assert "\nOSError (" in caplog.text
 
 
 @virtual

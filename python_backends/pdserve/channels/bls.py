@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
 
-from pdserve import messages
+from pdserve import messages, pools
 from pdserve.channels.protocol import Calls, Replies
 from pdserve.channels.seal import Seal
 from pdserve.errors import InstanceError
@@ -32,7 +31,7 @@ class BlsChannel:
         self._pb = pb_utils
         self._model = model
         self._seal = Seal(key, model)
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"bls-{model}")
+        self._threads = pools.started(threads, f"bls-{model}")
         self._stream = uuid.uuid4().hex
         self._calls = Calls()
         self._tasks: set[asyncio.Task[None]] = set()

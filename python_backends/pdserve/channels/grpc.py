@@ -17,12 +17,13 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from pdserve import messages
+from pdserve import errors, messages
 from pdserve.channels.protocol import Calls, Replies
 from pdserve.channels.seal import Seal
 from pdserve.connections import GRPC_OPTIONS
 from pdserve.errors import InstanceError
 from pdserve.messages import Request
+from pdserve.supervision import traced
 
 _log = logging.getLogger(__name__)
 
@@ -99,8 +100,8 @@ class GrpcChannel:
         except InstanceError as error:
             reason = str(error)
         except Exception as error:
-            _log.exception("%s: its stream of replies has ended", self._address)
-            reason = repr(error)
+            _log.error("%s: its stream of replies has ended\n%s", self._address, traced(error))
+            reason = errors.loggable(error)
         finally:
             if self._reader is asyncio.current_task():
                 self._reader = None

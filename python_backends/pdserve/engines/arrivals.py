@@ -6,9 +6,8 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
-from pdserve import errors
+from pdserve import errors, pools
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence
 from pdserve.kvcache.blocks import Reserved
 from pdserve.kvcache.handle import KVHandle
@@ -43,9 +42,9 @@ class Arrivals:
         self._engine = engine
         self._receiver = receiver
         self._metrics = metrics
-        self._puller = ThreadPoolExecutor(pulls, "pull", initializer=_step_back)
-        self._follower = ThreadPoolExecutor(FOLLOWERS, "follow", initializer=_step_back)
-        self._joiner = ThreadPoolExecutor(1, "join", initializer=_step_back)
+        self._puller = pools.started(pulls, "pull", _step_back)
+        self._follower = pools.started(FOLLOWERS, "follow", _step_back)
+        self._joiner = pools.started(1, "join", _step_back)
         self._links: dict[str, dict[str, str]] = {}
         """Labels of the link to each prefill."""
         self._tasks = Background()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
+from pdserve import pools
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.engines.torch_decode import TorchDecode
 from pdserve.engines.torch_model import TorchModel
@@ -18,7 +18,7 @@ class ThreadedPrefill:
 
     def __init__(self, model: TorchModel) -> None:
         self._compute = TorchPrefill(model)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefill")
+        self._thread = pools.started(1, "prefill")
 
     async def prefill(self, jobs: Sequence[PrefillJob]) -> list[int]:
         loop = asyncio.get_running_loop()
@@ -38,7 +38,7 @@ class ThreadedDecode:
 
     def __init__(self, model: TorchModel, blocks: int, block_size: int) -> None:
         self._compute = TorchDecode(model, blocks, block_size)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._thread = pools.started(1, "decode")
 
     @property
     def pool(self) -> Array:

@@ -10,7 +10,6 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import triton_python_backend_utils as pb_utils
 import uvloop
 from numpy.typing import NDArray
 
-from pdserve import config, errors, supervision
+from pdserve import config, errors, pools, supervision
 from pdserve.cluster import pulse
 from pdserve.cluster.pulse import Pulse
 from pdserve.metrics import Registry
@@ -174,7 +173,7 @@ class LoopThread:
     def __init__(self, pulse: Pulse, threads: int = ASIDE) -> None:
         self._pulse = pulse
         self._loop = _Loop()
-        self._loop.set_default_executor(ThreadPoolExecutor(threads, "aside"))
+        self._loop.set_default_executor(pools.started(threads, "aside"))
         supervision.install(self._loop, _end_process)
         self._loop.call_soon(self._beat)
         self._thread = supervision.Thread(target=self._loop.run_forever, name="loop", daemon=True)

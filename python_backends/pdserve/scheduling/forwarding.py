@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 from pdserve import errors
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.waiting import Order, Place, WaitingLine
+from pdserve.supervision import traced
 
 _log = logging.getLogger(__name__)
 
@@ -237,8 +238,8 @@ class Forwarding(Generic[T]):
             self._failure = error
             instance.failed()
         except Exception as error:  # else nobody would hear again of what becomes free there
-            _log.exception("watching %s has failed", instance.name)
-            self._failure = errors.InstanceError(f"{instance.name}: {error!r}")
+            _log.error("watching %s has failed\n%s", instance.name, traced(error))
+            self._failure = errors.InstanceError(f"{instance.name}: {errors.loggable(error)}")
             instance.failed()
         del self._watching[instance]
         self._tell(instance)

@@ -15,7 +15,7 @@ from pdserve import errors
 from pdserve.messages import Describe, Described, Join, Joined
 from pdserve.metrics import Registry
 from pdserve.scheduling.instance import Instance
-from pdserve.supervision import repeat
+from pdserve.supervision import repeat, traced
 
 _log = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ class Meetings:
             await self._join(prefill, decode, description)
         except errors.PDServeError:
             pass  # told in the log where it is an answer
-        except Exception:  # they are introduced again in the next round
-            _log.exception("%s and %s: the introduction has failed", prefill.name, decode.name)
+        except Exception as error:  # they are introduced again in the next round
+            _log.error("%s and %s cannot meet\n%s", prefill.name, decode.name, traced(error))
 
     async def introduce(self, prefill: Instance, decode: Instance) -> None:
         """A decode has said that it does not know the prefill: it has a new life.
