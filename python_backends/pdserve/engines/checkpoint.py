@@ -54,6 +54,18 @@ def vocabulary(path: Path) -> int:
         raise DeploymentError(f"{file}: names no vocab_size: {error!r}") from error
 
 
+def shards(path: Path) -> list[Path]:
+    """The safetensors files of a directory, by its index if there is one."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        return [
+            path / name
+            for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        ]
+    single = path / "model.safetensors"
+    return [single] if single.exists() else []
+
+
 def eos_ids(path: Path) -> list[int]:
     """What ends an answer, the first of them first: generation_config.json's word, else config's.
 

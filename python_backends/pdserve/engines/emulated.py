@@ -79,7 +79,11 @@ class EmulatedModel:
             )
             names = json.loads((Path(model) / "config.json").read_bytes())
             self.vocabulary = int(names["vocab_size"])
-        except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
+        except OSError as error:
+            raise errors.DeploymentError(
+                f"emulated engine: {error.filename}: {error.strerror}"
+            ) from error
+        except (ValueError, KeyError, TypeError, msgspec.MsgspecError) as error:
             raise errors.DeploymentError(f"emulated engine: {profile or model}: {error}") from error
         self.layout = KVLayout(
             self.profile.layers, self.profile.kv_heads, self.profile.head_dim, "float32"

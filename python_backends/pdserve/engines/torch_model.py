@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from pdserve.engines import torch_linear
-from pdserve.engines.checkpoint import fingerprint
+from pdserve.engines import checkpoint, torch_linear
 from pdserve.engines.torch_attention import NAME, KVMemory
 from pdserve.errors import DeploymentError
 from pdserve.kvcache.layout import KVLayout
@@ -66,7 +64,7 @@ class TorchModel:
         self.context_length: int = config.max_position_embeddings
         self.vocabulary: int = config.vocab_size
         self.layout = self._probe(path, config, dtype)
-        self.fingerprint = fingerprint(place, repr(self.layout))
+        self.fingerprint = checkpoint.fingerprint(place, repr(self.layout))
 
     @torch.inference_mode()
     def forward(
@@ -145,7 +143,7 @@ def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": NAME}
     if path.is_file():
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
-    shards = _shards(path)
+    shards = checkpoint.shards(path)
     config = AutoConfig.from_pretrained(path)
     if not shards or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM.from_pretrained(path, **options)
@@ -160,18 +158,6 @@ def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         None, config=config, state_dict=weights, **options
     )
     return model
-
-
-def _shards(path: Path) -> list[Path]:
-    """The safetensors files of a directory, by its index if there is one."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        return [
-            path / name
-            for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        ]
-    single = path / "model.safetensors"
-    return [single] if single.exists() else []
 
 
 def _eos_ids(path: Path, config: PretrainedConfig) -> frozenset[int]:

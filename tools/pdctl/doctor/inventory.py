@@ -165,8 +165,9 @@ class Inventory(Struct, frozen=True, kw_only=True):
     """None: no nixl."""
     cma: str
     """What process_vm_readv between two processes says; empty: it works."""
-    model: bool
-    """The deployment's model is there."""
+    model: str
+    """Why the deployment's model, or what the engine reads beside it, cannot be used; empty: it
+    can."""
     servers: tuple[Server, ...]
     unknown: dict[str, str]
     """What could not be found out, and why; its fields are as if there were nothing."""

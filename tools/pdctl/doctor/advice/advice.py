@@ -12,7 +12,7 @@ from pdctl.doctor.advice.memory import memory
 from pdctl.doctor.advice.needs import needs
 from pdctl.doctor.advice.network import network
 from pdctl.doctor.advice.rdma import rdma
-from pdctl.doctor.advice.servers import servers
+from pdctl.doctor.advice.servers import gateways, model, servers
 from pdctl.doctor.advice.software import engines, software
 from pdctl.doctor.advice.transports import transports
 from pdctl.doctor.advice.ways import WayName, ways
@@ -51,8 +51,26 @@ def advice(inventory: Inventory, deployment: Deployment) -> list[Finding]:
         *memory(inventory, wanted),
         *transports(inventory, wanted),
         *servers(inventory, deployment),
+        *gateways(deployment),
+        *model(inventory),
         *_unknown(inventory),
     ]
+
+
+def hindrances(inventory: Inventory, deployment: Deployment) -> list[Finding]:
+    """Problems that an inventory of essentials shows, and what is to be said before a start.
+
+    Ports are left to the start itself, which looks at them when nobody else can take them.
+    """
+    wanted = needs(deployment, inventory.servers)
+    judged = [
+        *_platform(inventory),
+        *software(inventory, wanted),
+        *gpus(inventory, wanted),
+        *memory(inventory, wanted),
+        *model(inventory),
+    ]
+    return [finding for finding in judged if finding.state == "problem"] + [*gateways(deployment)]
 
 
 def conclusion(inventory: Inventory, deployment: Deployment, findings: list[Finding]) -> Conclusion:

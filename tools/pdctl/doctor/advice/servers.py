@@ -38,10 +38,26 @@ def servers(inventory: Inventory, deployment: Deployment) -> Iterator[Finding]:
                     found=f"{port.use}_port {port.number}: {port.holder}",
                     mend=f"end that process, or another servers[].{port.use}_port",
                 )
-    if not inventory.model:
+
+
+def model(inventory: Inventory) -> Iterator[Finding]:
+    """What is wrong with the model, if anything is."""
+    if inventory.model:
         yield Finding(
             about="model",
             state="problem",
-            found=f"{deployment.model} is not there",
-            mend="make setup, for the default one; or another path for model",
+            found=inventory.model,
+            mend="make setup, for the default one; or what the deployment names in its place",
+        )
+
+
+def gateways(deployment: Deployment) -> Iterator[Finding]:
+    """Nobody can be asked, if that is so."""
+    if not any(server.gateway for server in deployment.servers):
+        yield Finding(
+            about="gateways",
+            state="note",
+            found="no server has gateway: true",
+            unused="the instances, by clients: nobody takes their requests",
+            mend="servers[].gateway: true, for one at least",
         )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from pdctl import network
 from pdctl.doctor.inventory import GPU, Direct, Inventory, Process, System, Topology
 from pdctl.doctor.probe.cma import cma
 from pdctl.doctor.probe.command import Unknown
 from pdctl.doctor.probe.gpus import direct, gpus, topology
+from pdctl.doctor.probe.model import model
 from pdctl.doctor.probe.rdma import ports
 from pdctl.doctor.probe.servers import servers
 from pdctl.doctor.probe.software import software
@@ -20,6 +23,44 @@ from pdctl.doctor.probe.ucx import ucx
 from pdserve.config import Deployment
 
 T = TypeVar("T")
+
+
+def essentials(deployment: Deployment, names: Collection[str], root: Path = Path("/")) -> Inventory:
+    """What decides whether servers of this host can be started, and nothing that takes long.
+
+    Args:
+        names: the servers that are to be.
+        root: where proc, sys and dev lie.
+    """
+    unknown: dict[str, str] = {}
+    asked = tuple(
+        msgspec.structs.replace(server, here=server.here and server.name in names)
+        for server in servers(deployment)
+    )
+    computing = deployment.engine.gpu is not None or deployment.engine.kind == "tensorrt_llm"
+    return Inventory(
+        software=software(),
+        system=_known("system", lambda: system(root), System(), unknown),
+        process=_known("process", lambda: process(root, os.environ), Process(), unknown),
+        gpus=_known("GPUs", lambda: gpus(root), (), unknown) if computing else (),
+        topology=Topology(),
+        direct=Direct(),
+        rdma=(),
+        ucx=None,
+        cma="not tried",
+        model=model(deployment),
+        servers=asked,
+        unknown=unknown,
+    )
+
+
+def _known(what: str, found: Callable[[], T], otherwise: T, unknown: dict[str, str]) -> T:
+    """What is found; where it cannot be, the reason is added to ``unknown``."""
+    try:
+        return found()
+    except (Unknown, OSError, ValueError, LookupError) as error:
+        unknown[what] = str(error)
+        return otherwise
 
 
 def probe(deployment: Deployment, root: Path = Path("/")) -> Inventory:
@@ -33,11 +74,7 @@ def probe(deployment: Deployment, root: Path = Path("/")) -> Inventory:
     environment = os.environ | network.variables(deployment)
 
     def known(what: str, found: Callable[[], T], otherwise: T) -> T:
-        try:
-            return found()
-        except (Unknown, OSError, ValueError, LookupError) as error:
-            unknown[what] = str(error)
-            return otherwise
+        return _known(what, found, otherwise, unknown)
 
     devices: tuple[GPU, ...] = known("GPUs", lambda: gpus(root), ())
     return Inventory(
@@ -50,7 +87,7 @@ def probe(deployment: Deployment, root: Path = Path("/")) -> Inventory:
         rdma=known("RDMA", lambda: ports(root), ()),
         ucx=known("UCX", lambda: ucx(environment), None),
         cma=known("CMA", cma, "not tried"),
-        model=Path(deployment.model).exists(),
+        model=model(deployment),
         servers=servers(deployment),
         unknown=unknown,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 from pdctl import ports
 from pdctl.doctor.inventory import Port, Server
 from pdctl.server import Server as Running
@@ -33,12 +31,9 @@ def servers(deployment: Deployment) -> tuple[Server, ...]:
 
 def _holder(host: str, number: int, pids: dict[str, int | None]) -> str:
     """Who has a port, in words; empty: nobody."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, number))
-        except OSError as error:
-            who = ports.holder(number) or error.strerror or str(error)
-            ours = (f", server {name}" for name, pid in pids.items() if f"(process {pid})" in who)
-            return who + next(ours, "")
-    return ""
+    reason = ports.obstacle(host, number)
+    if reason is None:
+        return ""
+    _, who, _ = reason
+    ours = (f", server {name}" for name, pid in pids.items() if f"(process {pid})" in who)
+    return who + next(ours, "")

@@ -1,0 +1,109 @@
+"""The files of the deployment's model, opened as the engine will, without loading them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pdserve.config import Deployment
+from pdserve.engines import checkpoint
+from pdserve.engines.emulated import EmulatedModel
+from pdserve.errors import DeploymentError
+from pdserve.kvcache.cut import cut_for
+
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
+
+def model(deployment: Deployment) -> str:
+    """Why it cannot be served, naming the file or the field; empty: nothing stands in its way."""
+    path, ranks = Path(deployment.model), _ranks(deployment)
+    try:
+        if not path.exists():
+            return f"{path} is not there"
+        if deployment.engine.kind == "emulated":
+            heads = EmulatedModel(deployment.model, deployment.engine.profile).layout.kv_heads
+        else:
+            heads = _heads(path, deployment) or max(ranks)
+        if any(server.gateway for server in deployment.servers):
+            _check_tokenizer(path)
+        if not deployment.engine.relayed:
+            cut_for(*ranks, heads)
+    except OSError as error:
+        return f"{error.filename or path}: {error.strerror or error}"
+    except (DeploymentError, SafetensorError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _ranks(deployment: Deployment) -> tuple[int, int]:
+    return deployment.prefill.tensor_parallel, deployment.decode.tensor_parallel
+
+
+def _heads(path: Path, deployment: Deployment) -> int | None:
+    """KV heads, by its configuration, once its weights have been opened; None: it does not say.
+
+    Raises:
+        OSError, ValueError, SafetensorError: a file is missing, unreadable or not what it should
+            be; the message names it.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{path} is a file, and no GGUF: name the model's directory")
+        return None
+    configuration = _json(path / "config.json")
+    if deployment.engine.kind == "torch":
+        _check_weights(path)
+    text = configuration.get("text_config") or configuration
+    names = ("num_key_value_heads", "num_attention_heads", "n_head")
+    return next((text[name] for name in names if isinstance(text.get(name), int)), None)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no configuration: it holds no object")
+    return found
+
+
+def _check_weights(path: Path) -> None:
+    """Open every file of weights."""
+    shards = checkpoint.shards(path)
+    for shard in shards:
+        with shard.open("rb"):  # safe_open does not say what the system says
+            pass
+        try:
+            with safe_open(shard, "np"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{shard} holds no whole safetensors: {error}") from error
+    others = [] if shards else sorted(path.glob("pytorch_model*.bin"))
+    for other in others:
+        with other.open("rb"):
+            pass
+    if not shards and not others:
+        raise ValueError(f"{path} has no weights: neither model.safetensors nor an index of shards")
+
+
+def _check_tokenizer(path: Path) -> None:
+    found = [path / name for name in TOKENIZERS if (path / name).exists()]
+    if path.is_dir() and not found:
+        raise ValueError(f"{path} has no tokenizer; looked for: {', '.join(TOKENIZERS)}")
+    for file in found:
+        with file.open("rb"):
+            pass
