@@ -153,6 +153,8 @@ def check_python() -> None:
         raise SetupError(
             f"Linux on x86_64 is needed; this is {sys.platform} on {platform.machine()}."
         )
+    if reason := unfit(ROOT):
+        raise SetupError(f"{reason}. Move the checkout, and run this again.")
     missing = []
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         missing.append(f"python{VERSION}-venv")
@@ -163,6 +165,27 @@ def check_python() -> None:
             f"{found} lacks what the set-up needs. On Debian or Ubuntu:\n"
             f"  sudo apt-get install {' '.join(missing)}"
         )
+
+
+def unfit(path: Path) -> str:
+    """Why nothing can be set up and served in a folder of this name; empty: it can.
+
+    ``:`` and ``;`` part lists of paths (PATH, LD_LIBRARY_PATH); ``"``, ``$``, a backtick and a
+    backslash mean something in the first lines of pip's scripts; Triton's stub, which knows no
+    locale, reads no path that is not ASCII.
+    """
+    bad = {
+        mark
+        for mark in str(path)
+        if mark in ':;"$`\\' or not (mark.isascii() and mark.isprintable())
+    }
+    if not bad:
+        return ""
+    named = " ".join(sorted(map(ascii, bad)))
+    return (
+        f"the path {str(path)!r} has {named} in it, which scripts and Triton's processes cannot "
+        "take; allowed are blanks and the other characters of ASCII"
+    )
 
 
 def has_libpython() -> bool:

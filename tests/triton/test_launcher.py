@@ -166,6 +166,23 @@ def test_up_status_down(launcher: Launcher) -> None:
     assert "was not running" in launcher.run("down")[1]
 
 
+@pytest.mark.parametrize("name", ["two words", 'it\'s "$HOME" `x` #1; a=b,c & (é) [d] \\\\ *'])
+def test_a_path_that_a_shell_would_take_apart(tmp_path: Path, name: str) -> None:
+    """The Python backend quotes nothing where it starts a stub."""
+    folder = tmp_path / name
+    folder.mkdir()
+    launcher = Launcher(folder)
+    try:
+        status, output = launcher.run("up", "--timeout", "30")
+        assert status == 0, output
+        assert launcher.server.index() == {"p_0": "READY", "d_0": "READY"}
+        assert launcher.run("down")[0] == 0
+        assert launcher.traces() == []
+    finally:
+        launcher.remember()
+        footprint.erase(launcher.tokens)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_leaves_nothing(launcher: Launcher, number: signal.Signals) -> None:
     serve = launcher.serve()

@@ -113,6 +113,7 @@ LAPTOP = Inventory(
     rdma=(),
     ucx=UCX(version="1.23.0", transports=("self/memory", "tcp/wlp2s0", "tcp/lo", "cma/memory")),
     cma="",
+    checkout="",
     model="",
     servers=(server("local"),),
     unknown={},

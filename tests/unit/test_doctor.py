@@ -601,6 +601,9 @@ class TestServers:
         found = problems(host, PAIR)["servers"]
         assert "10.0.0.1, 10.0.0.2" in found.found
 
+    def test_a_checkout_where_nothing_can_be_served(self) -> None:
+        assert problems(differing(LAPTOP, checkout="the path has 'é'"), CPU)["checkout"].mend
+
     def test_no_model(self) -> None:
         host = differing(LAPTOP, model="/models/m is not there")
         assert problems(host, CPU)["model"].found.startswith("/models/m")

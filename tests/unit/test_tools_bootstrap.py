@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -99,6 +100,17 @@ def test_unsupported_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "SUPPORTED", ((3, 9),))
     with pytest.raises(SetupError, match="make PYTHON="):
         bootstrap.check_python()
+
+
+@pytest.mark.parametrize("mark", [":", ";", '"', "$", "`", "\\", "\n", "é", "日"])
+def test_a_checkout_in_a_path_that_cannot_be(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    monkeypatch.setattr(bootstrap, "ROOT", Path(f"/home/a{mark}b/checkout"))
+    with pytest.raises(SetupError, match=re.escape(ascii(mark))):
+        bootstrap.check_python()
+
+
+def test_a_checkout_in_a_path_that_can_be() -> None:
+    assert bootstrap.unfit(Path("/home/two words/it's #1 a=b,c & (d) [e] * ~")) == ""
 
 
 def test_missing_packages_are_named_together(monkeypatch: pytest.MonkeyPatch) -> None:

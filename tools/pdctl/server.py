@@ -110,7 +110,7 @@ class Server:
                 raise AlreadyRunning(f"server {self.spec.name} runs already (process {pid})")
             self.clean()
             ports.check(self.spec)
-            found = triton.locate()
+            found = triton.linked(triton.locate(), self.folder)
             known = triton.options(found)
             if not again:
                 self.render()
@@ -129,11 +129,12 @@ class Server:
                         found,
                         known,
                         self.spec,
-                        self.repository,
+                        Path(self.repository.name),
                         token,
                         keys,
                         self.deployment.gateway.max_prompt_bytes,
                     ),
+                    cwd=self.folder,
                     env=triton.environment(found, token)
                     | network.variables(self.deployment)
                     | variables,

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdctl import protocols
@@ -60,6 +60,20 @@ def locate() -> Triton:
         "LD_LIBRARY_PATH": ":".join(filter(None, (library, os.environ.get("LD_LIBRARY_PATH")))),
     }
     return Triton(bundled, (f"--backend-directory={BACKENDS}",), environment)
+
+
+def linked(triton: Triton, folder: Path) -> Triton:
+    """The same, as it is called from a server's folder, without a path from outside it.
+
+    The Python backend starts each stub by a line for bash in which nothing is quoted: a blank in
+    the path of the checkout, and no stub would ever start.
+    """
+    if not triton.flags:
+        return triton
+    link = folder / "backends"
+    link.unlink(missing_ok=True)
+    link.symlink_to(BACKENDS)
+    return replace(triton, flags=(f"--backend-directory={link.name}",))
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,7 @@ def command(
     """The command line of a server.
 
     Args:
+        repository: relative to the server's folder, as `linked` says.
         prompt_bytes: of the longest prompt that a gateway takes.
     """
     restricted = {

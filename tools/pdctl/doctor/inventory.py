@@ -165,6 +165,8 @@ class Inventory(Struct, frozen=True, kw_only=True):
     """None: no nixl."""
     cma: str
     """What process_vm_readv between two processes says; empty: it works."""
+    checkout: str
+    """Why nothing can be served from where this lies; empty: it can."""
     model: str
     """Why the deployment's model, or what the engine reads beside it, cannot be used; empty: it
     can."""

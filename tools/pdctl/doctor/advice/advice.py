@@ -92,6 +92,13 @@ def _platform(inventory: Inventory) -> Iterator[Finding]:
             found=f"{machine}; the lease table is made for the memory order of x86_64",
             mend="an x86_64 host",
         )
+    if inventory.checkout:
+        yield Finding(
+            about="checkout",
+            state="problem",
+            found=inventory.checkout,
+            mend="move it, and make setup there",
+        )
 
 
 def _unknown(inventory: Inventory) -> Iterator[Finding]:

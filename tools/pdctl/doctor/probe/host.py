@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import msgspec
 
-from pdctl import network
+import bootstrap
+from pdctl import network, paths
 from pdctl.doctor.inventory import GPU, Direct, Inventory, Process, System, Topology
 from pdctl.doctor.probe.cma import cma
 from pdctl.doctor.probe.command import Unknown
@@ -48,6 +49,7 @@ def essentials(deployment: Deployment, names: Collection[str], root: Path = Path
         rdma=(),
         ucx=None,
         cma="not tried",
+        checkout=bootstrap.unfit(paths.ROOT),
         model=model(deployment),
         servers=asked,
         unknown=unknown,
@@ -87,6 +89,7 @@ def probe(deployment: Deployment, root: Path = Path("/")) -> Inventory:
         rdma=known("RDMA", lambda: ports(root), ()),
         ucx=known("UCX", lambda: ucx(environment), None),
         cma=known("CMA", cma, "not tried"),
+        checkout=bootstrap.unfit(paths.ROOT),
         model=model(deployment),
         servers=servers(deployment),
         unknown=unknown,
