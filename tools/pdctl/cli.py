@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -20,6 +22,7 @@ from pdctl.chat import Question, ask
 from pdctl.doctor import examination
 from pdctl.doctor.report import report
 from pdctl.errors import ServerError
+from pdctl.output import Output
 from pdctl.overview import page
 from pdctl.reload import Reload, plan
 from pdctl.repository import models
@@ -262,7 +265,7 @@ def _gateway(servers: list[Server]) -> Server:
     raise ServerError(f"no gateway is ready: {names}; `pdctl up` starts them")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _held(servers: list[Server], timeout: float | None) -> Iterator[list[Server]]:
     """The servers, for as long as the block lasts."""
     try:
@@ -319,6 +322,8 @@ def _converse(server: Server, question: Question, as_json: bool) -> None:
         if not as_json:
             sys.stdout.write(part.text)
             sys.stdout.flush()
+            if isinstance(sys.stdout, Output) and sys.stdout.lost:
+                return  # nobody reads: the request is cancelled
         text += part.text
         finish_reason = part.finish_reason or finish_reason
         stats = part.stats or stats
@@ -332,13 +337,37 @@ def _converse(server: Server, question: Question, as_json: bool) -> None:
 
 def main() -> None:
     os.umask(private.UMASK)
+    output = Output(sys.stdout)
+    # Everything that prints asks sys for it at each time: rich, typer, print.
+    with contextlib.redirect_stdout(output):
+        status = _status()
+        output.flush()
+    if output.lost is not None and output.lost.errno != errno.EPIPE:
+        _complain(f"standard output cannot be written: {output.lost.strerror}")
+    sys.exit(output.status or status)
+
+
+def _status() -> int | str | None:
+    """Run the command; its exit status. What is nobody's mistake in this code is one line."""
     try:
         with interruptible():
             app()
-    except (ServerError, DeploymentError) as error:
-        err.print("[red]pdctl:[/red] ", end="")
-        err.print(str(error), markup=False)
-        sys.exit(1)
+    except SystemExit as ended:
+        return ended.code
+    except (ServerError, DeploymentError, msgspec.MsgspecError, UnicodeError) as error:
+        _complain(str(error))
+    except json.JSONDecodeError as error:
+        _complain(f"an answer is no JSON: {error}")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        _complain(f"{error.filename}: {reason}" if error.filename else reason)
     except Interrupted as interrupted:
         err.print("interrupted")
-        sys.exit(interrupted.status)
+        return interrupted.status
+    return 1
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):
+        err.print("[red]pdctl:[/red] ", end="")
+        err.print(message, markup=False)
