@@ -63,7 +63,7 @@ class DeploymentError(Exception):
     """deployment.yaml, or the machine it is for, cannot work as it stands."""
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """An error may quote the client's value; gRPC carries no message of more than some KiB."""
     text = str(error)
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"

@@ -124,7 +124,9 @@ class RecordedTrace(Trace):
             self._below(request)
         self._root.set_attributes(_named({"outcome": outcome}))
         if error is not None and outcome != "cancelled":
-            self._root.set_status(Status(StatusCode.ERROR, str(error)))
+            ours = isinstance(error, errors.PDServeError)
+            said = errors.brief(error) if ours else errors.loggable(error)
+            self._root.set_status(Status(StatusCode.ERROR, said))
         self._root.end(ended)
 
     def _below(self, request: Request) -> None:

@@ -423,6 +423,21 @@ async def test_request_that_is_refused_at_the_door() -> None:
     assert f"{root.context.trace_id:032x}" == TRACE_ID
 
 
+@virtual
+async def test_a_span_tells_nothing_of_a_prompt_that_an_exception_quotes() -> None:
+    recorder = Recorder()
+
+    async def fail() -> None:
+        raise KeyError("a prompt of another tenant")
+
+    with pytest.raises(KeyError):
+        await recorder.run(None, fail, SAMPLED)
+    [root] = recorder.all()
+    assert root.status.description is not None
+    assert root.status.description.startswith("KeyError (")
+    assert "tenant" not in root.status.description
+
+
 @pytest.mark.parametrize("seed", range(3))
 @virtual
 async def test_every_request_has_one_whole_tree(tmp_path: Path, seed: int) -> None:
