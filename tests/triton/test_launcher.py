@@ -149,7 +149,10 @@ def test_up_status_down(launcher: Launcher) -> None:
     assert status == 0, output
     assert "launch_test is ready after" in output
     assert launcher.server.index() == {"p_0": "READY", "d_0": "READY"}
-    assert len(footprint.regions(launcher.remember())) == 4  # two of Triton's, two of the models'
+    regions = footprint.regions(launcher.remember())
+    assert len(regions) == 4  # two of Triton's, two of the models'
+    # These models do nothing about it themselves.
+    assert {region.stat().st_mode & 0o777 for region in regions} == {0o600}
     assert (launcher.server.folder / "key").stat().st_mode & 0o777 == 0o600
 
     assert launcher.run("status")[0] == 0

@@ -191,7 +191,7 @@ def test_what_is_no_route_is_not_there(emulated_server: Running, path: str) -> N
 
 
 def test_nobody_is_told_the_key_of_shared_memory_that_is_off(emulated_server: Running) -> None:
-    """Not even who can read the command line can send it: no header carries a line feed."""
+    """Who can read the command line cannot send it over HTTP: no header carries a line feed."""
     (server,) = emulated_server.servers
     words = psutil.Process(server.pid).cmdline()
     (key,) = {word.rpartition("=")[2] for word in words if "shared-memory:" in word}
