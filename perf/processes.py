@@ -17,6 +17,8 @@ class Usage(Struct):
     rss_kib: int
     pss_kib: int
     descriptors: int
+    uss_kib: int = 0
+    """What would be freed if it ended: no page that others have mapped."""
 
 
 def ids(server: Server) -> dict[str, int]:
@@ -44,7 +46,9 @@ def usage(server: Server) -> dict[str, Usage]:
     for name, pid in ids(server).items():
         process = psutil.Process(pid)
         memory = process.memory_full_info()
-        used[name] = Usage(memory.rss // 1024, memory.pss // 1024, process.num_fds())
+        used[name] = Usage(
+            memory.rss // 1024, memory.pss // 1024, process.num_fds(), memory.uss // 1024
+        )
     return used
 
 

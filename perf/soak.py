@@ -1,10 +1,11 @@
 """Many short requests, and what they leave behind in the server's processes.
 
-    python -m perf.soak [--requests 20000]
+    python -m perf.soak [--requests 20000] [--seconds 300]
 
 Prompts and answers of 1 to 4 tokens from the emulated engine, streams and single responses mixed,
 one in a hundred cancelled at a random moment. After the warm-up and at the end, with nothing in
-flight, memory, file descriptors and shared memory are compared.
+flight, memory, file descriptors and shared memory are compared. Then comes load without a gap for
+``--seconds`` (`perf.steady`), and what every process grows by for 1,000 responses is bounded.
 
 The prefills' arenas are small, so that the warm-up goes through all of them: a page of an arena
 counts for every process that has touched it, and would pass for growth until the last one has been.
@@ -27,7 +28,7 @@ from rich.table import Table
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from pdserve.connections import GRPC_OPTIONS
-from perf import budgets, client, processes
+from perf import budgets, client, processes, steady
 from perf.budgets import Budget
 from perf.processes import Usage
 from perf.prompts import prompts
@@ -42,6 +43,7 @@ CANCELLED = 0.01
 CANCEL_WITHIN_S = 0.05
 SETTLE_S = 5.0
 GROWTH = 5.0
+STEADY_WARM_S = 20.0
 console = Console()
 
 
@@ -158,7 +160,7 @@ def show(snapshots: list[Snapshot]) -> None:
     console.print(table)
 
 
-def run(requests: int) -> list[Budget]:
+def run(requests: int, seconds: float) -> list[Budget]:
     """Soak, show, write ``perf/results/soak.json``."""
     record = Record("soak")
     step = max((requests - WARM_UP) // 4, 1)
@@ -172,18 +174,29 @@ def run(requests: int) -> list[Budget]:
             cancelled += asyncio.run(put_load(server.grpc, count, made, progress))
             made += count
             snapshots.append(snapshot(server, made))
+    with serving(deployment("token_10ms", arena_mib=ARENA_MIB)) as server:
+        without_gap = steady.grown(server, STEADY_WARM_S, seconds)
     grown = growth(snapshots[0], snapshots[-1])
     show(snapshots)
     console.print(budgets.table(grown[:10]))
-    console.print(record.write({"cancelled": cancelled, "budgets": grown, "snapshots": snapshots}))
+    console.print(budgets.table(without_gap.budgets()))
+    grown += without_gap.budgets()
+    results = {
+        "cancelled": cancelled,
+        "budgets": grown,
+        "snapshots": snapshots,
+        "without_gap": without_gap,
+    }
+    console.print(record.write(results))
     return grown
 
 
 def main(
     requests: Annotated[int, typer.Option(help=f"{WARM_UP} of them are the warm-up")] = 20_000,
+    seconds: Annotated[float, typer.Option(help="of load without a gap")] = 300.0,
 ) -> None:
     """Many short requests, and what they leave behind in the server's processes."""
-    run(requests)
+    run(requests, seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Near the limit of what can be computed, with a fault every 20 s and clients that leave."""
+"""Near the limit of what can be computed, with a fault every 20 s and clients that leave.
+
+And as much as can be answered, without a fault and without a gap.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from perf import steady
 from perf.processes import usage
 
 from pdctl import footprint
@@ -24,6 +28,7 @@ from tests.faults.serving import (
     watched,
 )
 from tests.servers import Running, emulated_deployment
+from tests.servers import running as running_server
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +95,25 @@ def test_nothing_is_lost_and_nothing_is_left(tmp_path: Path, seconds: float) -> 
         if after[name] > old * (1 + GROWTH) + NOISE_KIB
     }
     assert not grown
+
+
+@pytest.mark.parametrize(
+    ("warm_s", "seconds"), [(15, 30), pytest.param(60, 3600, marks=pytest.mark.full)]
+)
+def test_memory_is_flat_under_load_without_a_gap(
+    tmp_path: Path, warm_s: float, seconds: float
+) -> None:
+    """What Triton keeps of a response until its request has ended does not add up."""
+    profile = {"prefill": {"base_ms": 1}, "decode": {"base_ms": 10}}
+    deployment = emulated_deployment(
+        tmp_path, profile, instances=2, prefill=Prefill(arena_mib=2, lease_s=LEASE_S)
+    )
+    with running_server(deployment, tmp_path) as running:
+        grown = steady.grown(running.servers[0], warm_s, seconds)
+    print(f"\n{grown}")
+    assert grown.answers > seconds
+    for budget in grown.budgets():
+        assert budget.met(budget.limit), budget
 
 
 def tokens(running: Running) -> set[str]:

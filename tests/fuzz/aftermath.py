@@ -6,7 +6,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
-from tests.clients import generate, stub, wait_idle
+from tests.clients import generate, metrics, stub, wait_idle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 IDLE_S = 40.0
 """Until what nobody has taken is given up: some leases, one after another, on a busy machine."""
 TOKENS = 40
+MOST_SERIES = 150
+"""That come into being with the first of something: outcomes, buckets of histograms."""
 
 
 @contextlib.contextmanager
 def unharmed(server: Running) -> Iterator[None]:
     """Whatever is done meanwhile ends no process, leaves nothing held and stops nobody else."""
-    before = processes(server)
+    before, series = processes(server), len(metrics(server))
     with bystander(server):
         yield
     assert processes(server) == before, "a process has ended"
     wait_idle(server, IDLE_S)
+    assert len(metrics(server)) < series + MOST_SERIES, "labels are made of what is fed"
     assert processes(server) == before, "a process has ended"
 
 

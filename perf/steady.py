@@ -1,0 +1,114 @@
+"""Load without a gap, and what each process of a server grows by with every response.
+
+Whatever is kept until nothing is open any more is never given back here: there is always an answer
+on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+
+import grpc.aio
+from msgspec import Struct
+from tritonclient.grpc import service_pb2_grpc
+
+from pdctl.server import Server
+from pdserve.connections import GRPC_OPTIONS
+from perf import client, processes
+from perf.budgets import Budget
+from perf.prompts import prompts
+
+STREAMS = 16
+PROMPT_TOKENS, TOKENS = 8, 100
+LIMIT_KIB = 10.0
+"""For 1,000 responses to clients, of one process."""
+NOISE_KIB = 4096
+"""What a process may take once, whatever the load."""
+
+
+class Grown(Struct):
+    """What happened between two looks."""
+
+    seconds: float
+    answers: int
+    responses: int
+    """To clients; a decode says one thing to all its streams at once."""
+    kib: dict[str, int]
+    """By process: what its own memory has grown by."""
+
+    def budgets(self) -> list[Budget]:
+        """For 1,000 responses, the worst process first."""
+        thousands = self.responses / 1000
+        return [
+            Budget(
+                f"{name}: {kib} KiB in {self.seconds:.0f} s, {self.responses} responses",
+                round(max(0, kib - NOISE_KIB) / thousands, 3),
+                "KiB / 1000",
+                "at most",
+                LIMIT_KIB,
+            )
+            for name, kib in sorted(self.kib.items(), key=lambda one: -one[1])
+        ]
+
+
+def grown(server: Server, warm_s: float, seconds: float) -> Grown:
+    """Put load on a server, and look at it after ``warm_s`` and ``seconds`` later.
+
+    Raises:
+        RuntimeError: the server answered with an error.
+    """
+    return asyncio.run(_grown(server, warm_s, seconds))
+
+
+async def _grown(server: Server, warm_s: float, seconds: float) -> Grown:
+    made = _Made()
+    async with grpc.aio.insecure_channel(server.grpc, options=GRPC_OPTIONS) as connection:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
+        streams = [asyncio.create_task(_stream(stub, n, made)) for n in range(STREAMS)]
+        looks: list[tuple[float, int, int, dict[str, int]]] = []
+        for wait_s in (warm_s, seconds):
+            ended, _ = await asyncio.wait(
+                streams, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            for stream in ended:
+                stream.result()
+            memory = await asyncio.to_thread(_memory_kib, server)
+            looks.append((time.monotonic(), made.answers, made.responses, memory))
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    (began, answers, responses, before), (ended_at, *counts, after) = looks
+    return Grown(
+        ended_at - began,
+        counts[0] - answers,
+        counts[1] - responses,
+        {name: after[name] - kib for name, kib in before.items()},
+    )
+
+
+def _memory_kib(server: Server) -> dict[str, int]:
+    return {name: used.uss_kib for name, used in processes.usage(server).items()}
+
+
+class _Made:
+    """What has come so far."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.responses = 0
+
+
+async def _stream(
+    stub: service_pb2_grpc.GRPCInferenceServiceStub, number: int, made: _Made
+) -> None:
+    """One answer after the other, over one connection, without end."""
+    for turn in itertools.count():
+        (text,) = prompts(1, PROMPT_TOKENS, (number << 32) + turn)
+        request = client.message("pdserve", f"{number}-{turn}", text, TOKENS, True)
+        async for reply in stub.ModelStreamInfer(iter([request])):
+            if reply.error_message:
+                raise RuntimeError(reply.error_message)
+            made.responses += 1
+        made.answers += 1
