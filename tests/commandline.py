@@ -19,11 +19,9 @@ TIMEOUT_S = 300
 _DRIVER = """
 import sys
 from pathlib import Path
+from pdctl import paths
+paths.RUN = Path(sys.argv.pop(1))
 from pdctl import cli
-from pdctl.server import Server
-run = Path(sys.argv.pop(1))
-servers = cli._servers
-cli._servers = lambda *given: [Server(s.deployment, s.spec, run) for s in servers(*given)]
 cli.main()
 """
 

@@ -85,7 +85,7 @@ class _Channel(ABC):
     def forget(self, call: str) -> None:
         self._calls.forget(call)
 
-    def lose(self) -> None:
+    def lose(self, _epoch: bytes = b"") -> None:
         self._calls.fail_all(InstanceError("it is gone"))
 
     async def close(self) -> None:

@@ -1,8 +1,8 @@
 """What the scheduler and the instances say to each other, version 5.
 
 A message is msgpack in one UINT8 tensor: ``request`` on the way in; on the way out
-``reply``, any number of replies with the ids of the calls that they belong to.
-A request travels sealed (``pdserve.channels.seal``).
+``reply``, any number of replies with the ids of the calls that they belong to, and the epoch of
+the process that gives them. A request travels sealed (``pdserve.channels.seal``).
 Nothing here is part of the public contract; both ends of a deployment run the
 same version, and a message of another version is refused.
 Token ids are little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
@@ -239,11 +239,19 @@ Reply = (
     Busy | Freed | Accepted | Failed | Prefilled | Tokens | Released | Stranger | Described | Joined
 )
 
+
+class Batch(Struct, frozen=True, array_like=True):
+    """What an instance says in one response."""
+
+    epoch: bytes
+    """Names its process; see `pdserve.cluster.epoch`. Empty: it does not say."""
+    replies: Sequence[tuple[str, Reply]]
+    """Call ids and a reply to each."""
+
+
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_replies: msgspec.msgpack.Decoder[list[tuple[str, Reply]]] = msgspec.msgpack.Decoder(
-    list[tuple[str, Reply]]
-)
+_batches: msgspec.msgpack.Decoder[Batch] = msgspec.msgpack.Decoder(Batch)
 
 
 def longest(context_length: int) -> int:
@@ -255,9 +263,9 @@ def encode(message: Request) -> bytes:
     return _encoder.encode(message)
 
 
-def encode_replies(replies: Sequence[tuple[str, Reply]]) -> bytes:
-    """Call ids and a reply to each."""
-    return _encoder.encode(replies)
+def encode_replies(replies: Sequence[tuple[str, Reply]], epoch: bytes = b"") -> bytes:
+    """A ``Batch``."""
+    return _encoder.encode(Batch(epoch, replies))
 
 
 def decode_request(data: bytes | memoryview) -> Request:
@@ -280,16 +288,16 @@ def decode_request(data: bytes | memoryview) -> Request:
     return message
 
 
-def decode_replies(data: bytes | memoryview) -> list[tuple[str, Reply]]:
+def decode_replies(data: bytes | memoryview) -> Batch:
     """Raises: InstanceError: these are no replies."""
     try:
-        replies = _replies.decode(data)
+        batch = _batches.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InstanceError(f"malformed message between scheduler and instance: {error}") from error
-    for _, reply in replies:
+    for _, reply in batch.replies:
         if isinstance(reply, Tokens) and len(reply.ids) % 4:
             raise InstanceError(f"malformed message: ids of {len(reply.ids)} bytes; 4 are one id")
-    return replies
+    return batch
 
 
 class _Versioned(Struct):

@@ -210,7 +210,7 @@ class Wire:
     def forget(self, call: str) -> None:
         self.calls.forget(call)
 
-    def lose(self) -> None:
+    def lose(self, _epoch: bytes = b"") -> None:
         if self.connection is not None:
             self.connection.break_("its process is gone")
 

@@ -182,7 +182,7 @@ class World:
 
     def got(self, gateway: Gateway, worker: str, data: bytes) -> None:
         if self._trace is not None:
-            for call, reply in messages.decode_replies(data):
+            for call, reply in messages.decode_replies(data).replies:
                 self.note(f"{gateway.name} <- {worker} {call} {_brief(reply)}")
 
     def broke(self, gateway: Gateway, worker: str, calls: Sequence[str]) -> None:

@@ -45,11 +45,9 @@ BROKEN = MODEL.replace("name =", "raise ValueError('no weights in /nowhere')\n  
 DRIVER = """
 import sys
 from pathlib import Path
+from pdctl import paths
+paths.RUN, paths.MODEL_REPOSITORY = map(Path, sys.argv[1:3])
 from pdctl import cli
-from pdctl.server import Server
-run, source = map(Path, sys.argv[1:3])
-servers = cli._servers
-cli._servers = lambda *given: [Server(s.deployment, s.spec, run, source) for s in servers(*given)]
 del sys.argv[1:3]
 cli.main()
 """

@@ -169,7 +169,7 @@ class Link:
 
     def arrive_back(self, key: str, data: bytes) -> None:
         try:
-            replies = messages.decode_replies(data)
+            replies = messages.decode_replies(data).replies
             self.replies += replies
             if not self.broken:
                 heard = [(call, reply) for call, reply in replies if not self.lose(reply)]

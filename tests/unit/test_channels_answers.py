@@ -25,7 +25,8 @@ class Wire:
         self.answers = Answers(self._send)
 
     def _send(self, key: str, data: bytes | None, last: bool) -> None:
-        self.sent.append((key, None if data is None else messages.decode_replies(data), last))
+        replies = None if data is None else list(messages.decode_replies(data).replies)
+        self.sent.append((key, replies, last))
 
     def call(self, key: str, stream: str = "s") -> Call:
         call = Call(key, f"{stream}/id-{key}")

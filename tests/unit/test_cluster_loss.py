@@ -1,36 +1,33 @@
-"""Only a watchdog of the deployment may say that an instance is lost, and once for each time."""
+"""Only a watchdog of the deployment may say that an instance is lost: of one life of it alone."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 
-from pdserve.cluster.loss import FRESH_S, Losses, Lost, told
-from pdserve.errors import InvalidRequest
+from pdserve import messages
+from pdserve.channels.grpc import GrpcChannel
+from pdserve.channels.protocol import Calls
+from pdserve.cluster import epoch
+from pdserve.cluster.loss import Lost, heard, told
+from pdserve.errors import InstanceError, InvalidRequest
+from pdserve.kvcache.handle import EPOCH_BYTES
+from pdserve.messages import Accepted, Released
+from tests.unit.inprocess import virtual
 
-KEY, NOW = b"k" * 32, 1e9
-
-
-def test_what_is_said_is_heard_once() -> None:
-    losses = Losses(KEY)
-    text = told(Lost("decode_0", NOW), KEY)
-    assert losses.heard(text, NOW + 1) == "decode_0"
-    with pytest.raises(InvalidRequest, match=r"lost: decode_0: said 2\.0 s ago, or before"):
-        losses.heard(text, NOW + 2)
-    assert losses.heard(told(Lost("decode_1", NOW), KEY), NOW + 2) == "decode_1"
-    assert losses.heard(told(Lost("decode_0", NOW + 3), KEY), NOW + 3) == "decode_0"
+KEY, OLD, NEW = b"k" * 32, b"former..", b"present."
 
 
-def test_what_was_said_before_is_heard_no_more() -> None:
-    losses = Losses(KEY)
-    losses.heard(told(Lost("decode_0", NOW), KEY), NOW)
-    with pytest.raises(InvalidRequest, match="or before"):
-        losses.heard(told(Lost("decode_0", NOW - 1), KEY), NOW)
-
-
-@pytest.mark.parametrize("late", [FRESH_S, -FRESH_S, float("nan")])
-def test_what_is_not_of_this_moment_is_refused(late: float) -> None:
-    with pytest.raises(InvalidRequest, match="lost: decode_0: said"):
-        Losses(KEY).heard(told(Lost("decode_0", NOW - late), KEY), NOW)
+def test_what_is_told_is_heard_whatever_the_clocks_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = told(Lost("decode_0", OLD), KEY)
+    for offset in (0.0, -3600.0, 3600.0, -1e9):
+        monkeypatch.setattr(time, "time", lambda offset=offset: 1e9 + offset)
+        assert heard(text, KEY) == Lost("decode_0", OLD)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +37,114 @@ def test_what_is_not_of_this_moment_is_refused(late: float) -> None:
         "",
         "not base64!",
         "ü",
-        told(Lost("decode_0", NOW), b"another key, as long as 32 bytes"),
-        told(Lost("decode_0", NOW), KEY)[:-8],
+        told(Lost("decode_0", OLD), b"another key, as long as 32 bytes"),
+        told(Lost("decode_0", OLD), KEY)[:-8],
+        told(Lost("decode_0", b"short"), KEY),
     ],
 )
 def test_what_anybody_could_say_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match="lost: only a watchdog of this deployment"):
-        Losses(KEY).heard(text, NOW)
+        heard(text, KEY)
+
+
+class TestEpoch:
+    def test_it_is_seen_from_outside_as_from_inside(self) -> None:
+        script = (
+            "import os; from pdserve.cluster import epoch\n"
+            "print(epoch.of(os.getpid()).hex(), flush=True); input()"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            said = process.stdout.readline().strip()
+            assert said == epoch.of(process.pid).hex()
+            process.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            assert said == epoch.of(process.pid).hex(), "of a zombie, too"
+        assert len(bytes.fromhex(said)) == EPOCH_BYTES
+        with pytest.raises(OSError, match=str(process.pid)):
+            epoch.of(process.pid)
+
+    def test_every_process_has_one_of_its_own(self) -> None:
+        processes = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+        try:
+            assert len({epoch.of(one.pid) for one in processes} | {epoch.of(os.getpid())}) == 4
+        finally:
+            for one in processes:
+                one.kill()
+                one.wait()
+
+
+def said(calls: Calls, call: str, by: bytes, reply: messages.Reply | None = None) -> None:
+    calls.deliver(call, messages.encode_replies([(call, reply or Accepted())], by))
+
+
+class TestCalls:
+    def test_the_life_that_has_spoken_last_is_lost_once(self) -> None:
+        calls = Calls()
+        calls.open("1")
+        assert not calls.lost(OLD), "nothing is known of it"
+        said(calls, "1", OLD)
+        assert not calls.lost(NEW)
+        assert not calls.lost(b"")
+        assert calls.lost(OLD)
+        assert not calls.lost(OLD), "said again, it does nothing"
+
+    def test_of_a_former_life_nothing_is_lost(self) -> None:
+        calls = Calls()
+        calls.open("1")
+        said(calls, "1", OLD)
+        said(calls, "1", NEW)
+        assert not calls.lost(OLD)
+        assert calls.lost(NEW)
+
+    @virtual
+    async def test_a_new_life_ends_what_the_former_one_had_begun(self) -> None:
+        """Also where nobody has told of its end."""
+        calls = Calls()
+        begun, waiting = calls.open("begun"), calls.open("waiting")
+        said(calls, "begun", OLD)
+        said(calls, "waiting", NEW, Released())
+        assert await begun.get(1) == Accepted()
+        with pytest.raises(InstanceError, match="its process is gone"):
+            await begun.get(1)
+        assert await waiting.get(1) == Released(), "it may have come to the new one"
+
+    @virtual
+    async def test_what_a_dead_one_had_sent_does_not_bring_it_back(self) -> None:
+        calls = Calls()
+        calls.open("1")
+        said(calls, "1", OLD)
+        assert calls.lost(OLD)
+        late = calls.open("1")
+        said(calls, "1", OLD)
+        with pytest.raises(InstanceError, match="no answer"):
+            await late.get(1)
+        assert not calls.lost(OLD)
+
+    @virtual
+    async def test_what_does_not_name_its_life_is_heard(self) -> None:
+        calls = Calls()
+        replies = calls.open("1")
+        said(calls, "1", OLD)
+        said(calls, "1", b"", Released())
+        assert [await replies.get(1), await replies.get(1)] == [Accepted(), Released()]
+
+
+def test_a_channel_goes_on_when_another_life_is_said_to_be_lost() -> None:
+    async def scenario() -> None:
+        channel = GrpcChannel("127.0.0.1:1", "decode_0", KEY)
+        replies = channel.open("1", messages.Release("1"))
+        said(channel._calls, "1", NEW)
+        channel.lose(OLD)
+        assert await replies.get(1) == Accepted()
+        channel.lose(NEW)
+        with pytest.raises(InstanceError, match="its process is gone"):
+            await replies.get(1)
+        await channel.close()
+
+    asyncio.run(scenario())

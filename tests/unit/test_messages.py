@@ -96,7 +96,9 @@ def test_so_is_one_of_sampling(place: int, value: float) -> None:
 
 @pytest.mark.parametrize(("good", "field", "value"), BAD_REPLIES)
 def test_so_is_a_reply(good: Reply, field: str, value: Any) -> None:
-    assert messages.decode_replies(messages.encode_replies([("call", good)])) == [("call", good)]
+    assert messages.decode_replies(messages.encode_replies([("call", good)])).replies == [
+        ("call", good)
+    ]
     bad = msgspec.structs.replace(good, **{field: value})
     with pytest.raises(InstanceError, match="malformed"):
         messages.decode_replies(messages.encode_replies([("call", bad)]))
@@ -129,7 +131,9 @@ def test_nothing_is_without_a_range(kind: type) -> None:
 
 def test_the_defaults_are_in_range() -> None:
     reply = Tokens(0, b"", "stop", NOTHING_PULLED)
-    assert messages.decode_replies(messages.encode_replies([("call", reply)])) == [("call", reply)]
+    assert messages.decode_replies(messages.encode_replies([("call", reply)])).replies == [
+        ("call", reply)
+    ]
 
 
 def _unbounded(kind: inspect.Type, name: str) -> Iterator[str]:

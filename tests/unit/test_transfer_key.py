@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pdserve.config import Deployment, Transfer
 from pdserve.errors import DeploymentError
 from pdserve.kvcache.handle import KEY_BYTES
 from pdserve.transfer import key
@@ -16,11 +17,12 @@ from pdserve.transfer import key
 
 def test_it_is_made_where_it_does_not_exist(tmp_path: Path) -> None:
     path = tmp_path / "kv.key"
-    made = key.load(path)
+    made = key.make(path)
     assert len(made) == KEY_BYTES
     assert path.stat().st_mode & 0o777 == 0o600
     assert key.load(path) == made
-    assert key.load(tmp_path / "other.key") != made
+    assert key.make(path) == made
+    assert key.make(tmp_path / "other.key") != made
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["kv.key", "other.key"]
 
 
@@ -28,7 +30,7 @@ def test_of_several_makers_one_wins(tmp_path: Path) -> None:
     """Every server of a deployment starts at the same moment."""
     script = (
         "import sys; from pathlib import Path; from pdserve.transfer import key\n"
-        "sys.stdin.read(1); print(key.load(Path(sys.argv[1])).hex())"
+        "sys.stdin.read(1); print(key.make(Path(sys.argv[1])).hex())"
     )
     path = tmp_path / "kv.key"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -58,15 +60,19 @@ def test_a_loser_takes_the_winner_s(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         link(source, target)
 
     monkeypatch.setattr(os, "link", late)
-    assert key.load(path) == theirs
+    assert key.make(path) == theirs
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
-def test_one_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+def test_one_that_others_may_read_is_refused(
+    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "kv.key"
-    key.load(path)
+    key.make(path)
     path.chmod(mode)
+    monkeypatch.setattr(os, "getegid", lambda: 4711)
+    monkeypatch.setattr(os, "getgroups", list)
     with pytest.raises(DeploymentError, match=r"kv\.key may be read by others; allowed: mode 06"):
         key.load(path)
     path.chmod(0o400)
@@ -84,6 +90,53 @@ def test_one_of_another_size_is_refused(tmp_path: Path, size: int) -> None:
 
 def test_one_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(DeploymentError, match=r"key_file .*there/kv\.key: No such file"):
-        key.load(tmp_path / "not" / "there" / "kv.key")
+        key.make(tmp_path / "not" / "there" / "kv.key")
     with pytest.raises(DeploymentError, match="Is a directory"):
         key.load(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o440, 0o640, 0o400])
+def test_one_that_our_own_group_may_read_is_a_secret_of_kubernetes(
+    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fsGroup: its owner is root, its group is one of the process's."""
+    path = tmp_path / "kv.key"
+    made = key.make(path)
+    path.chmod(mode)
+    group = path.stat().st_gid
+    monkeypatch.setattr(os, "getegid", lambda: 4711)
+    monkeypatch.setattr(os, "getgroups", lambda: [42, group])
+    assert key.load(path) == made
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o660, 0o450, 0o441])
+def test_nobody_else_may_read_it_nor_the_group_write_it(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "kv.key"
+    key.make(path)
+    path.chmod(mode)
+    with pytest.raises(DeploymentError, match=f"may be read by others.*it has {mode:04o}"):
+        key.load(path)
+
+
+def test_reading_makes_none(tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match="No such file"):
+        key.load(tmp_path / "kv.key")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_of_a_server_reads_its_servers_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And makes none where that is gone: it could meet nobody with it."""
+    file, copy = tmp_path / "kv.key", tmp_path / "copy"
+    deployment = Deployment(model="m", servers=(), transfer=Transfer(key_file=str(file)))
+    key.copy(b"c" * KEY_BYTES, copy)
+    assert copy.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv(key.VARIABLE, str(copy))
+    assert key.of(deployment) == b"c" * KEY_BYTES
+    copy.unlink()
+    with pytest.raises(DeploymentError, match="copy: No such file"):
+        key.of(deployment)
+    assert not file.exists()
+    monkeypatch.delenv(key.VARIABLE)
+    assert key.of(deployment) == file.read_bytes()

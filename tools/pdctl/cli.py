@@ -8,17 +8,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pdctl import fleet, links, network, paths, private, probe, watchers
+from pdctl import fleet, links, paths, private, probe, starting, watchers
 from pdctl.chat import Question, ask
+from pdctl.console import err, out
 from pdctl.doctor import examination
 from pdctl.doctor.report import report
 from pdctl.errors import ServerError
@@ -28,7 +26,7 @@ from pdctl.reload import Reload, plan
 from pdctl.repository import models
 from pdctl.server import Server
 from pdctl.signals import Interrupted, interruptible
-from pdctl.status import scrape
+from pdctl.status import looked_after, scrape
 from pdctl.status import status as status_of
 from pdctl.timeline import timeline
 from pdserve import config
@@ -39,8 +37,6 @@ NOT_READY = 3
 """Exit status of ``status``, ``links``, ``probe``, ``doctor`` when not all is as it should be."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 File = Annotated[Path, typer.Option("--file", "-f", help="The deployment.", show_default=False)]
 Only = Annotated[
@@ -74,12 +70,11 @@ def up(
 ) -> None:
     """Start the servers and leave them running."""
     servers = _servers(file, only)
-    running = [server for server in servers if server.pid is not None]
-    for server in running:
-        out.print(f"{server.spec.name} runs already (process {server.pid})")
-    _start([server for server in servers if server not in running], held=False, timeout=timeout)
-    if watch:
-        fleet.watch(servers, held=False)
+    for server in servers:
+        if (pid := server.pid) is not None:
+            out.print(f"{server.spec.name} runs already (process {pid})")
+    starting.start(servers, keep=False, timeout=timeout)
+    fleet.watch(servers, held=False, wanted=watch)
 
 
 @app.command()
@@ -87,14 +82,13 @@ def serve(
     file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = None, watch: Watched = True
 ) -> None:
     """Start the servers and stay until Ctrl-C; they end when this command ends."""
-    with _held(_servers(file, only), timeout) as servers:
-        if watch:
-            fleet.watch(servers, held=True)
+    with starting.held(_servers(file, only), timeout) as servers:
+        fleet.watch(servers, held=True, wanted=watch)
         try:
             out.print("Ctrl-C ends it.")
             while True:
                 for server in servers:
-                    if watchers.pid(server.folder) is None and server.pid is None:
+                    if not watchers.watched(server.folder) and server.pid is None:
                         server.check_alive()
                 time.sleep(0.5)
         except Interrupted:
@@ -113,14 +107,14 @@ def down(file: File = paths.DEPLOYMENT, only: Only = None) -> None:
 
 @app.command()
 def status(file: File = paths.DEPLOYMENT, only: Only = None, as_json: Json = False) -> None:
-    """Servers, models, ports and counters; exit status 3 unless all are ready."""
+    """Servers, models, ports and counters; exit status 3 unless all are ready and looked after."""
     found = [status_of(server) for server in _servers(file, only)]
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         for entry in found:
             out.print(page(entry))
-    if any(entry["state"] != "ready" for entry in found):
+    if not all(entry["state"] == "ready" and looked_after(entry) for entry in found):
         raise typer.Exit(NOT_READY)
 
 
@@ -204,7 +198,7 @@ def demo(
     max_tokens: MaxTokens = 96,
 ) -> None:
     """Start the servers, stream one answer with its timeline, stop."""
-    with _held(_servers(file), timeout) as servers:
+    with starting.held(_servers(file), timeout) as servers:
         out.print(f"\n[bold]> {prompt}[/bold]")
         question = Question(prompt, options={"max_tokens": ("INT32", max_tokens)})
         _converse(_gateway(servers), question, as_json=False)
@@ -245,11 +239,13 @@ def render_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None
 
 def _servers(file: Path, only: str | None = None) -> list[Server]:
     deployment = config.load(file)
-    servers = [Server(deployment, spec) for spec in deployment.servers]
+    servers = [Server(deployment, spec, file=file) for spec in deployment.servers]
     found = [server for server in servers if only in (None, server.spec.name)]
     if not found:
         names = ", ".join(server.spec.name for server in servers)
         raise DeploymentError(f"{file}: no server is named {only}; there are: {names}")
+    for server in found:
+        server.refuse_other()
     return found
 
 
@@ -263,57 +259,6 @@ def _gateway(servers: list[Server]) -> Server:
             return server
     names = ", ".join(f"{server.spec.name} ({server.http})" for server in gateways)
     raise ServerError(f"no gateway is ready: {names}; `pdctl up` starts them")
-
-
-@contextlib.contextmanager
-def _held(servers: list[Server], timeout: float | None) -> Iterator[list[Server]]:
-    """The servers, for as long as the block lasts."""
-    try:
-        _start(servers, held=True, timeout=timeout)
-        yield servers
-    finally:
-        fleet.stop([server for server in servers if server.held])
-
-
-def _start(servers: list[Server], *, held: bool, timeout: float | None) -> None:
-    if not servers:
-        return
-    deployment = servers[0].deployment
-    for line in examination.check(deployment, [server.spec.name for server in servers]):
-        out.print(line, markup=False)
-    for name, value in network.variables(deployment).items():
-        out.print(f"{name}={value}", markup=False)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        TextColumn("{task.completed}/{task.total} models  {task.fields[loading]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=out, disable=not out.is_terminal, transient=True) as bar:
-        total = sum(len(list(models(server.spec))) for server in servers)
-        task = bar.add_task("starting", total=total, loading="")
-        ready: dict[str, set[str]] = {}
-
-        def progress(server: Server, loaded: set[str], loading: set[str]) -> None:
-            if not out.is_terminal:
-                for name in sorted(loaded - ready.get(server.spec.name, set())):
-                    out.print(f"{server.spec.name}: {name} loaded")
-            ready[server.spec.name] = loaded
-            bar.update(
-                task,
-                completed=sum(map(len, ready.values())),
-                loading=", ".join(sorted(loading)[:3]),
-            )
-
-        begin = time.monotonic()
-        limit = timeout or deployment.engine.load_s
-        fleet.start(servers, held=held, timeout_s=limit, progress=progress)
-    for server in servers:
-        out.print(
-            f"{server.spec.name} is ready after {time.monotonic() - begin:.1f} s: "
-            f"HTTP {server.http}, gRPC {server.grpc}, metrics {server.metrics}"
-        )
 
 
 def _converse(server: Server, question: Question, as_json: bool) -> None:

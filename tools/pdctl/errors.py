@@ -13,3 +13,7 @@ class PortTaken(ServerError):
 
 class AlreadyRunning(ServerError):
     """The server runs already; nothing was changed."""
+
+
+class Stopped(ServerError):
+    """The server has been stopped in good order: it is not to be started again."""

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import msgspec
+
+from pdctl import started as records
 from pdctl import watchers
 from pdctl.errors import AlreadyRunning
 from pdctl.server import Progress, Server
 
+_log = logging.getLogger(__name__)
+
 
 def start(servers: Sequence[Server], *, held: bool, timeout_s: float, progress: Progress) -> None:
-    """Start every server and wait until all are ready; if one fails, none stays.
+    """Start every server and wait until all are ready; if one fails, none of them stays.
+
+    One that another process has started already is waited for, too, and left alone if it fails;
+    but not where the servers are to be ``held``.
 
     Raises:
         AlreadyRunning, PortTaken, ServerError, DeploymentError: as the first that failed.
@@ -24,22 +34,40 @@ def start(servers: Sequence[Server], *, held: bool, timeout_s: float, progress: 
                 server.start(held=held)
             except AlreadyRunning:
                 started.remove(server)
-                raise
+                if held:
+                    raise
+                server.refuse_other()
         for server in servers:
             server.wait_ready(timeout_s, progress)
     except BaseException:
-        stop(started)
+        stop(started, own=True)
         raise
 
 
-def watch(servers: Sequence[Server], *, held: bool) -> None:
-    """Look after the servers from now on, each by a watchdog of its own; see watchers.py."""
+def watch(servers: Sequence[Server], *, held: bool, wanted: bool = True) -> None:
+    """Look after the servers from now on, each by a watchdog of its own; see watchers.py.
+
+    Args:
+        wanted: otherwise they are meant to run without, which is kept for ``status``. One that is
+            looked after already stays so.
+
+    Raises:
+        ServerError: one of them does not begin.
+    """
     for server in servers:
-        watchers.start(server.folder, held=held)
+        started = server.started
+        if started and started.watched != (wanted or watchers.watched(server.folder)):
+            try:
+                records.note(server.folder, msgspec.structs.replace(started, watched=wanted))
+            except OSError as error:  # the watchdog itself needs no room
+                _log.warning("%s: %s", error.filename, error.strerror)
+    begun = [watchers.start(server.folder, held=held) for server in servers if wanted]
+    for wait in begun:
+        wait()
 
 
-def stop(servers: Sequence[Server]) -> None:
-    """Stop the servers, all at the same time."""
+def stop(servers: Sequence[Server], *, own: bool = False) -> None:
+    """Stop the servers, all at the same time; see ``Server.stop``."""
     if servers:
         with ThreadPoolExecutor(len(servers)) as pool:
-            list(pool.map(Server.stop, servers))
+            list(pool.map(partial(Server.stop, own=own), servers))

@@ -42,10 +42,15 @@ def token(folder: Path) -> str | None:
 
 def processes(tokens: Collection[str]) -> list[psutil.Process]:
     """Every process that carries one of the tokens, zombies left out."""
+    return carrying(VARIABLE, tokens)
+
+
+def carrying(variable: str, values: Collection[str]) -> list[psutil.Process]:
+    """Every process whose environment has a variable with one of some values."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(VARIABLE) in tokens:
+            if process.environ().get(variable) in values:
                 found.append(process)
         except psutil.Error:  # gone, a zombie, or somebody else's
             continue

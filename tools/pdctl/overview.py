@@ -21,9 +21,9 @@ def page(entry: dict[str, Any]) -> Group:
         f"  HTTP {entry['http']}, gRPC {entry['grpc']}, metrics {entry['metrics']}",
     ]
     if entry["pid"]:
-        lines.append(f"  {escape(_watchdog(entry['watchdog']))}")
+        lines.append(f"  {escape(_watchdog(entry))}")
     tables = []
-    for rows in (entry["models"], summary(entry["values"])):
+    for rows in (_models(entry), summary(entry["values"])):
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
         for row in rows.items():
             table.add_row(*row)
@@ -31,10 +31,26 @@ def page(entry: dict[str, Any]) -> Group:
     return Group(*lines, *tables)
 
 
-def _watchdog(found: dict[str, Any] | None) -> str:
+def _models(entry: dict[str, Any]) -> dict[str, str]:
+    """Each model's state, and that of each version where there are several."""
+    rows = dict(entry["models"])
+    for name, versions in entry["versions"].items():
+        each = ", ".join(f"version {version} {state}" for version, state in versions.items())
+        rows[name] = f"{rows[name]} ({each})"
+    return rows
+
+
+def _watchdog(entry: dict[str, Any]) -> str:
     """What a watchdog says, in a line and one more for each thing that is not as it should be."""
+    found = entry["watchdog"]
+    if found is None and entry["state"] == "starting":
+        return "it still loads: `pdctl up` waits for it, and has it looked after then"
+    if found is None and entry["unwatched"]:
+        return "no watchdog, as it was started: nothing is repaired"
     if found is None:
         return "no watchdog: nothing is repaired (`pdctl up` starts it)"
+    if found["at"] is None:
+        return f"watchdog process {found['pid']}, which has not said anything yet"
     lines = [f"watchdog process {found['pid']}, {time.time() - found['at']:.0f} s ago:"]
     for thing, health in found["things"].items():
         if health["repairs"] or health["state"] != "healthy":

@@ -108,7 +108,8 @@ def _left_behind(reloads: Sequence[Reload]) -> dict[str, int]:
     for one in reloads:
         wanted = {spec.name for spec in one.server.deployment.servers}
         for spec in one.before.servers:
-            pid = Server(one.before, spec, one.server.folder.parent).pid
-            if spec.name not in wanted and pid is not None:
-                found[spec.name] = pid
+            left = Server(one.before, spec, one.server.folder.parent)
+            left.file = one.server.file
+            if spec.name not in wanted and left.pid is not None and not left.foreign:
+                found[spec.name] = left.pid
     return found

@@ -3,25 +3,27 @@
 What it needs and leaves lies in its folder ``<run>/<name>/``: ``models/`` (its repository),
 ``log`` (and ``log.old``, of the start before), ``token`` (marks its processes and shared
 memory, see footprint.py), ``key`` (for the calls that change what it runs), perhaps
-``shared-memory.key`` (see protocols.py), and what its watchdog keeps (see watchers.py).
+``shared-memory.key`` (see protocols.py), ``kv.key`` (its copy of the deployment's, see keys.py),
+``started`` (what it was started as, see started.py), and what its watchdog keeps (see watchers.py).
+A server that is started again needs all this, and writes none.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
+import logging
+import os
 import secrets
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from pdctl import (
     footprint,
+    keys,
     limits,
+    locks,
     log,
     network,
     ports,
@@ -30,17 +32,27 @@ from pdctl import (
     triton,
     watchers,
 )
-from pdctl.errors import AlreadyRunning, ServerError
+from pdctl import started as records
+from pdctl.endpoint import Endpoint
+from pdctl.errors import AlreadyRunning, ServerError, Stopped
 from pdctl.guard import Guard
 from pdctl.paths import MODEL_REPOSITORY, RUN
 from pdctl.repository import models, render
-from pdserve import connections
 from pdserve.config import Deployment
 from pdserve.config import Server as Spec
+from pdserve.transfer import key as kv_key
+
+_log = logging.getLogger(__name__)
 
 
-class Server:
-    """One ``tritonserver``, running or not."""
+class Server(Endpoint):
+    """One ``tritonserver``, running or not.
+
+    Args:
+        run: where the folders of servers lie.
+        source: what repositories are made of.
+        file: the deployment's, if it came from one.
+    """
 
     def __init__(
         self,
@@ -48,13 +60,16 @@ class Server:
         spec: Spec,
         run: Path = RUN,
         source: Path = MODEL_REPOSITORY,
+        file: Path | None = None,
     ) -> None:
         self.spec = spec
         self.deployment = deployment
+        self.file = str(file.resolve()) if file is not None else ""
         self.folder = run.resolve() / spec.name
-        self.repository = self.folder / "models"
         self.log = self.folder / "log"
         self._source = source
+        self._token: str | None = None
+        """Of the start that this process has made."""
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: Guard | None = None
 
@@ -64,16 +79,49 @@ class Server:
         return self._guard is not None
 
     @property
+    def actual(self) -> Spec:
+        """As it was started; if it has not been, as the deployment has it."""
+        started = self.started
+        return self.spec if started is None else started.spec
+
+    @property
+    def started(self) -> records.Started | None:
+        """What the latest start was; None: never started, or stopped in good order."""
+        return None if self.token is None else records.noted(self.folder)
+
+    def others(self) -> Iterator[Server]:
+        """The other servers of its deployment that are not of another one in fact."""
+        for spec in self.deployment.servers:
+            one = Server(self.deployment, spec, self.folder.parent, self._source)
+            one.file = self.file
+            if spec.name != self.spec.name and not one.foreign:
+                yield one
+
+    @property
+    def foreign(self) -> str:
+        """In words, whose server was started last under this name; empty: one of ours."""
+        started = self.started
+        return started.other(self.deployment, self.spec, self.file) if started else ""
+
+    def refuse_other(self) -> None:
+        """Raises: ServerError: another deployment runs a server of this name."""
+        if (other := self.foreign) and (pid := self.pid) is not None:
+            raise ServerError(
+                f"server {self.spec.name} runs (process {pid}), but it is one of {other}. Give "
+                "this one another name, or stop that one first, by its own deployment."
+            )
+
+    @property
     def http(self) -> str:
-        return f"http://{self.spec.host}:{self.spec.http_port}"
+        return f"http://{self.actual.host}:{self.actual.http_port}"
 
     @property
     def grpc(self) -> str:
-        return f"{self.spec.host}:{self.spec.grpc_port}"
+        return f"{self.actual.host}:{self.actual.grpc_port}"
 
     @property
     def metrics(self) -> str:
-        return f"http://{self.spec.host}:{self.spec.metrics_port}/metrics"
+        return f"http://{self.actual.host}:{self.actual.metrics_port}/metrics"
 
     @property
     def token(self) -> str | None:
@@ -89,7 +137,19 @@ class Server:
         return process.pid if process else None
 
     def render(self) -> None:
-        """Write the repository. Raises: DeploymentError, as repository.render."""
+        """Write the repository.
+
+        Raises:
+            ServerError: it runs, and what runs would take up what is written.
+            DeploymentError: as repository.render.
+        """
+        if (pid := self.pid) is not None:
+            started = self.started
+            file = f" from {started.file}" if started and started.file else ""
+            raise ServerError(
+                f"server {self.spec.name} runs (process {pid}, started{file}) on the repository "
+                f"{self.repository}: `pdctl reload` has it take over another deployment"
+            )
         self._make_folder()
         render(self.deployment, self.spec, self._source, self.repository)
 
@@ -98,46 +158,52 @@ class Server:
 
         Args:
             held: the server ends with this process, however that ends.
-            again: the repository stays as it is.
+            again: the server is as it was, repository, keys and mark: nothing has to be written.
 
         Raises:
+            Stopped: it is not to run again.
             AlreadyRunning, PortTaken, ServerError, DeploymentError.
         """
-        self._make_folder()
-        with self._starting():
+        if not again:
+            self._make_folder()
+        with locks.locked(self.folder):
             pid = self.pid
             if pid is not None:
                 raise AlreadyRunning(f"server {self.spec.name} runs already (process {pid})")
-            self.clean()
-            ports.check(self.spec)
+            if again:
+                if self.token is None:
+                    raise Stopped(f"server {self.spec.name} has been stopped")
+                self._token = self.token
+                footprint.erase([self.token], grace_s=0)
+            else:
+                self.clean()
+            spec = self.actual
+            ports.check(spec)
             found = triton.linked(triton.locate(), self.folder)
             known = triton.options(found)
             if not again:
-                self.render()
-            token = footprint.new_token(self.spec.name)
-            shared_memory = protocols.shared_memory_key(self.spec, self.folder, again=again)
-            keys = triton.Keys(secrets.token_hex(16), shared_memory)
-            private.write(self.folder / "key", keys.admin.encode())
-            private.write(self.folder / "token", token.encode())
-            if self.log.exists():
-                self.log.replace(self.folder / "log.old")
+                self._prepare()
+            token = self.token or ""
+            shared_memory = protocols.shared_memory_key(spec, self.folder, again=again)
+            given = triton.Keys((self.folder / "key").read_text(), shared_memory)
             if held:
                 self._guard = Guard(self.folder)
-            with private.opened(self.log) as output, limits.raised() as variables:
+            with self._new_log() as output, limits.raised() as variables:
                 self._process = subprocess.Popen(
                     triton.command(
                         found,
                         known,
-                        self.spec,
+                        spec,
                         Path(self.repository.name),
                         token,
-                        keys,
+                        given,
                         self.deployment.gateway.max_prompt_bytes,
                     ),
                     cwd=self.folder,
                     env=triton.environment(found, token)
                     | network.variables(self.deployment)
-                    | variables,
+                    | variables
+                    | {kv_key.VARIABLE: str(keys.copy(self.folder))},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -149,14 +215,32 @@ class Server:
         private.folder(self.folder.parent)
         private.folder(self.folder)
 
-    @contextlib.contextmanager
-    def _starting(self) -> Iterator[None]:
-        with private.opened(self.folder / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _prepare(self) -> None:
+        """Write what a new start needs. Raises: ServerError, DeploymentError, OSError."""
+        self.render()
+        private.write(keys.copy(self.folder), keys.find(self))
+        given = self.deployment
+        started = records.Started(self.file, given.model, given.transfer.key_file, self.spec)
+        records.note(self.folder, started)
+        private.write(self.folder / "key", secrets.token_hex(16).encode())
+        self._token = footprint.new_token(self.spec.name)
+        # Last: what has a token is complete.
+        private.write(self.folder / "token", self._token.encode())
+
+    def _new_log(self) -> IO[bytes]:
+        try:
+            if self.log.exists():
+                self.log.replace(self.folder / "log.old")
+            return private.opened(self.log)
+        except OSError as error:  # better a server without a log than none
+            _log.warning("%s: nothing is logged: %s", self.log, error.strerror)
+            return Path(os.devnull).open("wb")
 
     def wait_ready(self, timeout_s: float, progress: Progress = lambda *_: None) -> None:
-        """Wait until every model of a server that this process started can be used.
+        """Wait until every model of a server can be used.
+
+        One that another process has started need not be ready, if it has been before: then it is
+        for its watchdog to repair.
 
         Args:
             progress: called often with this server, the models that are loaded, and the others.
@@ -164,10 +248,12 @@ class Server:
         Raises:
             ServerError: it died, or was not ready in time; the message has the log's words.
         """
-        expected = {name for name, _ in models(self.spec)}
+        spec = self.actual
+        expected = {name for name, _ in models(spec)}
         deadline = time.monotonic() + timeout_s
+        usable = self.ready if self._process is not None else self.live
         # Triton opens the port of its metrics last, 40 ms after it has said that it is ready.
-        while not (self.ready() and ports.listens(self.spec.host, self.spec.metrics_port)):
+        while not (usable() and ports.listens(spec.host, spec.metrics_port)):
             self.check_alive()
             footprint.narrow(self.token or "")
             loaded = log.loaded(self.read_log()) & expected
@@ -182,71 +268,36 @@ class Server:
         progress(self, expected, set())
 
     def check_alive(self) -> None:
-        """Raises: ServerError: the server that this process started is dead; says why."""
-        assert self._process is not None
-        status = self._process.poll()
-        if status is not None:
+        """Raises: ServerError: the server is dead; says why."""
+        if self._process is None:
+            if self.pid is not None:
+                return
+            how = "has ended"
+        else:
+            status = self._process.poll()
+            if status is None:
+                return
             how = f"was killed by signal {-status}" if status < 0 else f"ended with {status}"
-            raise ServerError(f"server {self.spec.name} {how}\n{self._excerpt()}")
+        if self.token is None or self._token not in (None, self.token):
+            how = f"was stopped by another pdctl; its log: {self.log}"
+            raise ServerError(f"server {self.spec.name} {how}")
+        raise ServerError(f"server {self.spec.name} {how}\n{self._excerpt()}")
 
-    def ready(self, model: str | None = None) -> bool:
-        """Whether every model of the server, or one of them, can be used."""
-        what = "health" if model is None else f"models/{model}"
-        try:
-            with connections.urlopen(f"{self.http}/v2/{what}/ready", 2) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def index(self) -> dict[str, str]:
-        """State of each model of a running server: READY, UNAVAILABLE, ...
-
-        Raises:
-            ServerError: the server does not answer.
-        """
-        try:
-            answer = self._post("/v2/repository/index", 5)
-        except OSError as error:
-            raise ServerError(f"server {self.spec.name} does not answer: {error}") from error
-        return {entry["name"]: entry.get("state", "") for entry in json.loads(answer)}
-
-    def load(self, model: str, timeout_s: float) -> None:
-        """Load a model of a running server anew, and wait until it is ready.
-
-        Raises:
-            ServerError: it cannot be loaded; says why.
-            OSError: the server does not answer.
-        """
-        # Files that have not changed would not be loaded again.
-        for file in (self.repository / model).rglob("model.py"):
-            file.touch()
-        try:
-            self._post(f"/v2/repository/models/{model}/load", timeout_s)
-        except urllib.error.HTTPError as error:
-            reason, *_ = json.loads(error.read())["error"].splitlines()
-            raise ServerError(f"model {model} cannot be loaded: {reason}") from error
-        footprint.narrow(self.token or "")
-
-    def unload(self, model: str, timeout_s: float = 5) -> None:
-        """No new request reaches a model, and it is not ready, from now on. Raises: OSError."""
-        self._post(f"/v2/repository/models/{model}/unload", timeout_s)
-
-    def _post(self, path: str, timeout_s: float) -> bytes:
-        key = (self.folder / "key").read_text()
-        request = urllib.request.Request(
-            self.http + path, method="POST", headers={protocols.ADMIN_HEADER: key}
-        )
-        with connections.urlopen(request, timeout_s) as answer:
-            data: bytes = answer.read()
-            return data
-
-    def stop(self) -> None:
+    def stop(self, *, own: bool = False) -> None:
         """End the server, wait for its end and remove what it left; nothing to do if it is not up.
 
         Its watchdog ends first. Takes at most EXIT_TIMEOUT_S and a few seconds more.
+
+        Args:
+            own: only if it still is the one that this process has started.
+
+        Raises:
+            ServerError: its watchdog does not end.
         """
-        watchers.end(self.folder)
-        self.clean()
+        if self.folder.exists() and not (own and self.token not in (None, self._token)):
+            watchers.end(self.folder)
+            with locks.locked(self.folder):
+                self.clean()
         if self._process is not None:
             self._process.wait()
         if self._guard is not None:
@@ -264,7 +315,7 @@ class Server:
         """Make sure that nothing of the latest start is left on this machine."""
         if self.token is not None:
             footprint.erase([self.token])
-            (self.folder / "token").unlink()
+            (self.folder / "token").unlink(missing_ok=True)
 
     def read_log(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from pdctl import ports, watchers
+from pdctl.endpoint import state_of
 from pdctl.errors import ServerError
 from pdctl.repository import models
 from pdctl.server import Server
@@ -19,31 +21,54 @@ def status(server: Server) -> dict[str, Any]:
 
     One of another host is asked at its ports, and ready, unhealthy or unreachable.
 
-    Keys: server, state, pid, watchdog (what it knows; None: there is none), http, grpc, metrics,
-    models (name to state), values (the pdserve_* series without the buckets of histograms).
+    Keys: server, state, pid, watchdog (what it knows; None: there is none), unwatched (it is meant
+    to run without), http, grpc, metrics, models (name to state), versions (of a model that has
+    several, each one's state), values (the pdserve_* series without the buckets of histograms).
     """
-    pid = server.pid
+    pid, started = server.pid, server.started
     found: dict[str, Any] = {
         "server": server.spec.name,
         "state": "stopped",
         "pid": pid,
-        "watchdog": watchers.reported(server.folder),
+        "watchdog": _watchdog(server.folder) if pid is not None else None,
+        "unwatched": started is not None and not started.watched,
         "http": server.http,
         "grpc": server.grpc,
         "metrics": server.metrics,
-        "models": {name: "-" for name, _ in models(server.spec)},
+        "models": {name: "-" for name, _ in models(server.actual)},
+        "versions": {},
         "values": {},
     }
     if pid is None and ports.is_here(server.spec):
         return found
     try:
-        found["models"] |= _asked(server) if pid is None else server.index()
+        if pid is None:
+            found["models"] |= _asked(server)
+        else:
+            versions = server.versions()
+            found["models"] |= {name: state_of(states) for name, states in versions.items()}
+            found["versions"] = {
+                name: states for name, states in versions.items() if len(states) > 1
+            }
         found["values"] = scrape(server)
     except (ServerError, OSError):
         silent = "unreachable" if pid is None else "starting"
         return found | {"state": "unhealthy" if server.ready() else silent}
     healthy = all(state == "READY" for state in found["models"].values())
     return found | {"state": "ready" if healthy else "unhealthy"}
+
+
+def looked_after(entry: dict[str, Any]) -> bool:
+    """Whether what `status` has found is watched as it is meant to be; here only, if it runs."""
+    return entry["pid"] is None or entry["watchdog"] is not None or entry["unwatched"]
+
+
+def _watchdog(folder: Path) -> dict[str, Any] | None:
+    """What a watchdog knows; the number of its process alone, if it has not been able to say."""
+    found = watchers.reported(folder)
+    if found is None and (pid := watchers.pid(folder)) is not None:
+        return {"pid": pid, "at": None, "things": {}}
+    return found
 
 
 def _asked(server: Server) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import psutil
 
 from pdctl import footprint
+from pdserve.cluster import epoch
 from pdserve.cluster.health import Life
 from pdserve.cluster.watchdog import SERVER
 
@@ -25,6 +26,7 @@ class Stubs:
         self._token = token
         self._things = (SERVER, *models)
         self._found: dict[str, psutil.Process] = {}
+        self._epochs: dict[str, bytes] = {}
         self._missing: set[str] = set()
 
     def look(self) -> dict[str, Life]:
@@ -45,9 +47,14 @@ class Stubs:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    def epoch(self, model: str) -> bytes | None:
+        """Of a model's latest process, which may be gone; None: it has not been seen alive."""
+        return self._epochs.get(model)
+
     def renewed(self, model: str) -> None:
         """A model has been loaded: its process is another one."""
         self._found.pop(model, None)
+        self._epochs.pop(model, None)
         self._missing.discard(model)
 
     def _lives(self) -> dict[str, Life]:
@@ -63,7 +70,9 @@ class Stubs:
                 continue
             model = next(filter(None, map(_MODEL.search, words)), None)
             if model is not None:
-                self._found.setdefault(model[1], process)
+                if self._found.setdefault(model[1], process) is process:
+                    with contextlib.suppress(OSError):
+                        self._epochs[model[1]] = epoch.of(process.pid)
             elif name == "tritonserver":
                 self._found[SERVER] = process  # the oldest: a stub to be looks like it at first
 

@@ -71,8 +71,9 @@ def linked(triton: Triton, folder: Path) -> Triton:
     if not triton.flags:
         return triton
     link = folder / "backends"
-    link.unlink(missing_ok=True)
-    link.symlink_to(BACKENDS)
+    if not (link.is_symlink() and link.readlink() == BACKENDS):  # a repair needs no room
+        link.unlink(missing_ok=True)
+        link.symlink_to(BACKENDS)
     return replace(triton, flags=(f"--backend-directory={link.name}",))
 
 

@@ -1,6 +1,7 @@
 """``python -m pdctl.watch FOLDER``: the watchdog of the server whose folder it is.
 
-It needs nothing but the folder: the deployment is the one that lies beside the server's models.
+It needs nothing but the folder, of which it only reads: the deployment is the one that lies beside
+the server's models.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pdctl import private, questions, watchers
-from pdctl.errors import ServerError
+from pdctl import footprint, keys, private, questions, watchers
+from pdctl import started as records
+from pdctl.errors import ServerError, Stopped
 from pdctl.repository import GATEWAY_MODELS, models
 from pdctl.server import Server
 from pdctl.status import scrape
@@ -28,18 +30,20 @@ from pdserve.cluster import loss, pulse
 from pdserve.cluster.health import Life
 from pdserve.cluster.liveness import Liveness, Read
 from pdserve.cluster.probes import Limits, Probes
-from pdserve.cluster.watchdog import SERVER, Check, NotRestored, Watchdog
+from pdserve.cluster.watchdog import SERVER, Check, Dismissed, NotRestored, Watchdog
 from pdserve.config import Deployment
-from pdserve.errors import DeploymentError
+from pdserve.errors import DeploymentError, InstanceError
 from pdserve.reloading import DeploymentFile
 from pdserve.transfer import key
 
 # How often each thing is asked whether it is alive, and how long it may think.
 ALIVE_EVERY_S, ALIVE_WITHIN_S = 1.0, 3.0
 PROBE_EVERY_S = 5.0
-TELL_S = 1.0
+TELL_S, TELL_TIMES = 1.0, 10
 """For a gateway to hear what has been lost."""
 REPORT_S = 0.5
+LOOK_S = 0.2
+"""How often a server that still loads is looked at."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,14 +53,30 @@ class Tended:
 
     def __init__(self, folder: Path) -> None:
         """Raises: ServerError, DeploymentError: this server does not run."""
+        self._folder = folder
+        self.token = footprint.token(folder)
+        started = records.noted(folder)
+        if self.token is None or started is None:
+            raise ServerError(f"server {folder.name} has not been started")
         self._file = DeploymentFile(folder / "models" / "deployment.yaml")
-        deployment = self._file.deployment
-        spec = next(one for one in deployment.servers if one.name == folder.name)
-        self.server = Server(deployment, spec, folder.parent)
-        if self.server.token is None:
-            raise ServerError(f"server {spec.name} has not been started")
-        self.models = dict(models(spec))
+        # A deployment that has been reloaded may have other ports and instances for it, or none.
+        self.server = Server(self._file.deployment, started.spec, folder.parent)
+        self.models = dict(models(started.spec))
+        self.key = key.load(keys.copy(folder))
         self._stubs = self._new_stubs()
+        self._telling: set[asyncio.Task[None]] = set()
+
+    async def begun(self) -> None:
+        """Wait until all models have been loaded, or the server has ended.
+
+        Until then a process that is not there is not gone: it has not begun yet.
+        """
+        leader = footprint.server_process(self.token or "")
+        deadline = time.monotonic() + self.deployment.engine.load_s
+        while leader is not None and not footprint.is_dead(leader):
+            if await asyncio.to_thread(self.server.live) or time.monotonic() > deadline:
+                return
+            await asyncio.sleep(LOOK_S)
 
     @property
     def deployment(self) -> Deployment:
@@ -78,8 +98,11 @@ class Tended:
         return {"pdserve", "scheduler"} & self.models.keys()
 
     async def steps(self, instance: str) -> float:
-        """How many an instance of this server has made. Raises: OSError."""
-        values = await asyncio.to_thread(scrape, self.server)
+        """How many an instance of this server has made. Raises: InstanceError: it does not say."""
+        try:
+            values = await asyncio.to_thread(scrape, self.server)
+        except OSError as error:
+            raise InstanceError(f"{self.server.metrics}: {error}") from error
         return values.get(f'pdserve_steps_total{{instance="{instance}"}}', 0.0)
 
     def pulse(self, *models: str) -> Read:
@@ -92,16 +115,23 @@ class Tended:
         return read
 
     def look(self) -> Mapping[str, Life]:
+        try:
+            stopped = (self._folder / "token").read_text() != self.token
+        except FileNotFoundError:
+            stopped = True
+        if stopped:
+            raise Dismissed(f"server {self._folder.name} has been stopped")
         return self._stubs.look()
 
     async def withdraw(self, thing: str) -> None:
         if thing == SERVER:
             await asyncio.to_thread(self.server.kill)
             return
+        epoch = self._stubs.epoch(thing)
         self._stubs.kill(thing)
         await asyncio.to_thread(self.server.unload, thing)
-        if thing not in GATEWAY_MODELS:
-            await self._tell_gateways(thing)
+        if thing not in GATEWAY_MODELS and epoch is not None:
+            self._tell_gateways(loss.Lost(thing, epoch))
 
     async def restore(self, thing: str) -> None:
         try:
@@ -110,6 +140,8 @@ class Tended:
             else:
                 await asyncio.to_thread(self.server.load, thing, self.deployment.engine.load_s)
                 self._stubs.renewed(thing)
+        except Stopped as error:
+            raise Dismissed(str(error)) from error
         except (ServerError, DeploymentError) as error:
             raise NotRestored(str(error)) from error
 
@@ -119,23 +151,30 @@ class Tended:
         self._stubs = self._new_stubs()
 
     def _new_stubs(self) -> Stubs:
-        return Stubs(self.server.token or "", self.models)
+        return Stubs(self.token or "", self.models)
 
-    async def _tell_gateways(self, instance: str) -> None:
-        """So that they wait no longer for what was open on it."""
-        secret = key.load(Path(self.deployment.transfer.key_file))
-        lost = loss.told(loss.Lost(instance, time.time()), secret)
-        told = [
-            asyncio.wait_for(
-                questions.gateway(f"{server.host}:{server.grpc_port}", model, lost), TELL_S
-            )
-            for server in self.deployment.servers
-            if server.gateway
-            for model in ("pdserve", "scheduler")
-        ]
-        for error in await asyncio.gather(*told, return_exceptions=True):
-            if isinstance(error, Exception):
-                _log.warning("a gateway does not hear that %s is lost: %r", instance, error)
+    def _tell_gateways(self, lost: loss.Lost) -> None:
+        """So that they wait no longer for what was open on it. The repair goes on meanwhile."""
+        told = loss.told(lost, self.key)
+        for server in self.deployment.servers:
+            for model in ("pdserve", "scheduler") if server.gateway else ():
+                address = f"{server.host}:{server.grpc_port}"
+                task = asyncio.create_task(self._tell(address, model, lost.instance, told))
+                self._telling.add(task)
+                task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, address: str, model: str, instance: str, told: str) -> None:
+        """One gateway, TELL_TIMES at most: it may be busy, or being repaired itself."""
+        for _ in range(TELL_TIMES):
+            began = time.monotonic()
+            try:
+                await asyncio.wait_for(questions.gateway(address, model, told), TELL_S)
+                return
+            except Exception as error:
+                _log.warning(
+                    "%s at %s does not hear that %s is lost: %r", model, address, instance, error
+                )
+            await asyncio.sleep(max(0.0, began + TELL_S - time.monotonic()))
 
 
 class Channels:
@@ -143,17 +182,24 @@ class Channels:
 
     def __init__(self, tended: Tended) -> None:
         self._tended = tended
-        self._secret = key.load(Path(tended.deployment.transfer.key_file))
         self._made: dict[str, Channel] = {}
 
     def __call__(self, instance: str) -> Channel:
+        address = self._address(instance)
+        name = f"{address}/{instance}"
+        if name not in self._made:
+            self._made[name] = GrpcChannel(address, instance, self._tended.key)
+        return self._made[name]
+
+    def _address(self, instance: str) -> str:
+        """Raises: InstanceError: there is no such instance any more."""
+        if instance in self._tended.models:  # whatever the deployment says of it now
+            return self._tended.server.grpc
         deployment = self._tended.deployment
-        server = (deployment.instances("prefill") | deployment.instances("decode"))[instance]
-        address = f"{server.host}:{server.grpc_port}"
-        place = f"{address}/{instance}"
-        if place not in self._made:
-            self._made[place] = GrpcChannel(address, instance, self._secret)
-        return self._made[place]
+        server = (deployment.instances("prefill") | deployment.instances("decode")).get(instance)
+        if server is None:
+            raise InstanceError(f"{instance} is not in the deployment any more")
+        return f"{server.host}:{server.grpc_port}"
 
 
 def probe_limits(deployment: Deployment) -> Limits:
@@ -190,8 +236,15 @@ def _alive(thing: str, read: Read, ask: Callable[[], Awaitable[bool]]) -> Check:
 
 
 async def watch(folder: Path) -> None:
-    """Look after a server until cancelled."""
+    """Look after a server until cancelled, or until it has been stopped.
+
+    Raises:
+        ServerError, DeploymentError: it does not run.
+        Dismissed: it has been stopped.
+    """
     tended = Tended(folder)
+    watchers.begun()
+    await tended.begun()
 
     def prefills() -> list[str]:
         return list(tended.deployment.instances("prefill"))
@@ -206,13 +259,28 @@ async def watch(folder: Path) -> None:
         load_s=tended.deployment.engine.load_s,
     )
 
-    async def report() -> None:
-        while True:
-            watchers.report(folder, state(dog))
-            await asyncio.sleep(REPORT_S)
-
     _log.info("looks after %s (process %d)", folder.name, os.getpid())
-    await asyncio.gather(dog.run(), report())
+    reporting = asyncio.create_task(report(folder, dog))
+    try:
+        await dog.run()
+    finally:
+        reporting.cancel()
+
+
+async def report(folder: Path, dog: Watchdog) -> None:
+    """Leave what it knows to whoever asks, again and again until cancelled.
+
+    Nothing depends on it: what cannot be written now is tried again.
+    """
+    failed = ""
+    while True:
+        try:
+            watchers.report(folder, state(dog))
+            failed = ""
+        except Exception as error:
+            if failed != (failed := repr(error)):
+                _log.warning("what it knows cannot be reported: %s", failed)
+        await asyncio.sleep(REPORT_S)
 
 
 def state(dog: Watchdog) -> dict[str, Any]:
@@ -242,16 +310,21 @@ def state(dog: Watchdog) -> dict[str, Any]:
 def main() -> None:
     os.umask(private.UMASK)
     folder = Path(sys.argv[1])
-    watchers.announce(folder)
     form = logging.Formatter(f"%(asctime)s {folder.name}: %(message)s")
-    for handler in (logging.FileHandler(folder / "watch.log"), logging.StreamHandler()):
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    with contextlib.suppress(OSError):  # it works without
+        handlers.append(logging.FileHandler(folder / "watch.log"))
+    for handler in handlers:
         handler.setFormatter(form)
         logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
     try:
         asyncio.run(watch(folder))
+    except Dismissed as error:
+        _log.info("ends: %s", error)
     except (ServerError, DeploymentError) as error:
-        sys.exit(str(error))
+        _log.error("%s", error)
+        sys.exit(1)
     except Exception:
         _log.exception("the watchdog itself has failed")
         raise

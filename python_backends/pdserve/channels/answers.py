@@ -51,10 +51,12 @@ class Answers:
     Args:
         send: given a call's key, a response to it (None: nothing more to say) and whether it is
             the last one.
+        epoch: names this process in each response.
     """
 
-    def __init__(self, send: Callable[[str, bytes | None, bool], None]) -> None:
+    def __init__(self, send: Callable[[str, bytes | None, bool], None], epoch: bytes = b"") -> None:
         self._send = send
+        self._epoch = epoch
         self._calls: dict[str, Call] = {}
         self._carriers: dict[str, _Carrier] = {}
 
@@ -66,7 +68,7 @@ class Answers:
         if last:
             del self._calls[call.key]
             if call.carrier is None:
-                self._send(call.key, messages.encode_replies([(call.id, reply)]), True)
+                self._send(call.key, messages.encode_replies([(call.id, reply)], self._epoch), True)
                 return
         carrier = call.carrier or self._carry(call)
         if not carrier.batch:
@@ -111,6 +113,6 @@ class Answers:
         over = not carrier.calls
         if over and self._carriers.get(stream) is carrier:
             del self._carriers[stream]
-        self._send(carrier.key, messages.encode_replies(carrier.batch), over)
+        self._send(carrier.key, messages.encode_replies(carrier.batch, self._epoch), over)
         carrier.responses += 1
         carrier.batch = []

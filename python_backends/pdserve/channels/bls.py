@@ -46,8 +46,9 @@ class BlsChannel:
         # The task itself goes on: a BLS call cannot be abandoned, only drained.
         self._calls.forget(call)
 
-    def lose(self) -> None:
-        self._calls.fail_all(InstanceError(f"{self._model}: its process is gone"))
+    def lose(self, epoch: bytes) -> None:
+        if self._calls.lost(epoch):
+            self._calls.fail_all(InstanceError(f"{self._model}: its process is gone"))
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -73,7 +73,9 @@ class GrpcChannel:
     def forget(self, call: str) -> None:
         self._calls.forget(call)
 
-    def lose(self) -> None:
+    def lose(self, epoch: bytes) -> None:
+        if not self._calls.lost(epoch):
+            return
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.cancel()

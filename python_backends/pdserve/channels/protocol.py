@@ -22,11 +22,13 @@ class Replies:
     that came before it have been read.
     """
 
-    __slots__ = ("_error", "_items", "_waiter", "carrier")
+    __slots__ = ("_error", "_items", "_waiter", "carrier", "epoch")
 
     def __init__(self, carrier: str = "") -> None:
         self.carrier = carrier
         """The call whose responses bring these replies; see ``pdserve.channels.answers``."""
+        self.epoch = b""
+        """Of the process that gave the latest of them."""
         self._items: deque[Reply] = deque()
         self._error: InstanceError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -69,6 +71,8 @@ class Calls:
 
     def __init__(self) -> None:
         self._replies: dict[str, Replies] = {}
+        self._epoch = self._over = b""
+        """Of the instance's process that has spoken last, and of the one before it."""
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -86,10 +90,34 @@ class Calls:
         Raises:
             InstanceError: it is malformed.
         """
-        for call, reply in messages.decode_replies(data):
+        batch = messages.decode_replies(data)
+        if batch.epoch and batch.epoch != self._epoch:
+            if batch.epoch == self._over:
+                return  # it was on its way when its sender was found dead
+            self._succeeded(batch.epoch)
+        for call, reply in batch.replies:
             if replies := self._replies.get(call):
                 replies.carrier = carrier
+                replies.epoch = batch.epoch
                 replies.put(reply)
+
+    def lost(self, epoch: bytes) -> bool:
+        """A process of the instance is gone: whether it is the one that has spoken last.
+
+        What any other one is said to have come to changes nothing.
+        """
+        if not epoch or epoch != self._epoch:
+            return False
+        self._over, self._epoch = self._epoch, b""
+        return True
+
+    def _succeeded(self, epoch: bytes) -> None:
+        """Another process speaks: the former one is gone, and with it what it had begun."""
+        former, self._epoch = self._epoch, epoch
+        if former:
+            self._over = former
+            for call in [call for call, one in self._replies.items() if one.epoch == former]:
+                self._replies.pop(call).fail(InstanceError("its process is gone"))
 
     def fail(self, carrier: str, error: InstanceError) -> None:
         """No response to ``carrier`` will come any more, nor what it brought to others."""
@@ -110,8 +138,9 @@ class Channel(Protocol):
     def forget(self, call: str) -> None:
         """No further reply to this call is wanted."""
 
-    def lose(self) -> None:
-        """The instance is gone: every open call fails, and the next one finds what comes after."""
+    def lose(self, epoch: bytes) -> None:
+        """A process of the instance is gone: if it is the one that has spoken last, every open call
+        fails, and the next one finds what comes after. Said of any other, it changes nothing."""
 
     async def close(self) -> None:
         """Give up every open call and the connection."""

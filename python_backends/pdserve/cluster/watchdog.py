@@ -24,11 +24,19 @@ class NotRestored(Exception):
     """An attempt to restore something has failed; the message says why. Another one may help."""
 
 
+class Dismissed(Exception):
+    """The server has been stopped in good order: there is nothing to look after any more."""
+
+
 class Ward(Protocol):
     """A server and its models, as its watchdog sees and handles them."""
 
     def look(self) -> Mapping[str, Life]:
-        """How the processes of the server and of its models are; does not wait."""
+        """How the processes of the server and of its models are; does not wait.
+
+        Raises:
+            Dismissed: the server is not to run any more.
+        """
 
     async def withdraw(self, thing: str) -> None:
         """Take it out of service at once, and tell those who wait for it."""
@@ -38,6 +46,7 @@ class Ward(Protocol):
 
         Raises:
             NotRestored: it could not be.
+            Dismissed: it is not to be.
         """
 
 
@@ -47,8 +56,9 @@ class Check:
 
     thing: str
     ask: Callable[[], Awaitable[bool]]
-    """Raises PDServeError or OSError where the thing has failed. The answer is whether it has shown
-    that it computes; a busy one has not, but it is alive."""
+    """Raises PDServeError where the thing has failed; with any other exception it could not be
+    asked, which says nothing of the thing. The answer is whether it has shown that it computes; a
+    busy one has not, but it is alive."""
     every_s: float
     within_s: float
     misses: int = 2
@@ -83,14 +93,37 @@ class Watchdog:
         self._stopped: dict[str, float] = {}
         """Since when, ``loop.time()``."""
         self._repairs: dict[str, asyncio.Task[None]] = {}
+        self._troubles: dict[str, str] = {}
+        """What the watchdog itself cannot do at the moment, and why."""
+        self._dismissed: asyncio.Future[None]
 
     async def run(self) -> None:
-        """Until cancelled; what is being repaired then, stays as it is."""
+        """Until cancelled; what is being repaired then, stays as it is.
+
+        Raises:
+            Dismissed: the server has been stopped.
+        """
+        self._dismissed = asyncio.get_running_loop().create_future()
+        endless: list[Callable[[], Awaitable[None]]] = [self._look]
+        endless += [partial(self._ask, check) for check in self._checks]
+        work = [asyncio.create_task(self._go_on(one)) for one in endless]
         try:
-            await asyncio.gather(self._look(), *map(self._ask, self._checks))
+            await self._dismissed
         finally:
-            for repair in self._repairs.values():
-                repair.cancel()
+            for task in (*work, *self._repairs.values()):
+                task.cancel()
+
+    async def _go_on(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Work that has no end does not end by an error, either."""
+        while True:
+            try:
+                await work()
+            except Dismissed as reason:
+                self._dismiss(reason)
+                return
+            except Exception as error:
+                self._trouble(f"{work}", error)
+            await asyncio.sleep(LOOK_S)
 
     # ----------------------------------------------------------------- noticing
 
@@ -117,14 +150,10 @@ class Watchdog:
             life = self._life(check.thing)
             if life is None:
                 continue
-            try:
-                computes = await asyncio.wait_for(check.ask(), check.within_s)
-            except asyncio.TimeoutError:
-                problem = f"no answer within {check.within_s:g} s"
-            except (PDServeError, OSError) as error:
-                problem = f"{error}"
-            else:
-                problem = ""
+            said = await self._say(check)
+            if said is None:
+                continue
+            problem, computes = said
             if life != self._life(check.thing):
                 misses = 0  # whatever was said or not was of a former life
             elif problem:
@@ -140,6 +169,33 @@ class Watchdog:
                 if computes:
                     health.proven = now()
                 health.to(State.HEALTHY, now())
+
+    async def _say(self, check: Check) -> tuple[str, bool] | None:
+        """What is wrong with a thing, if anything is, and whether it has shown that it computes.
+
+        None: it could not be asked.
+        """
+        try:
+            computes = await asyncio.wait_for(check.ask(), check.within_s)
+        except asyncio.TimeoutError:
+            return f"no answer within {check.within_s:g} s", False
+        except PDServeError as error:
+            return f"{error}" or repr(error), False
+        except Exception as error:
+            self._trouble(f"{check.thing} cannot be asked", error)
+            return None
+        self._troubles.pop(f"{check.thing} cannot be asked", None)
+        return "", computes
+
+    def _trouble(self, what: str, error: Exception) -> None:
+        """Of the watchdog's own, which is no failure of what it looks after; logged once."""
+        if self._troubles.get(what) != repr(error):
+            self._troubles[what] = repr(error)
+            _log.warning("%s: %r", what, error, exc_info=error)
+
+    def _dismiss(self, reason: Dismissed) -> None:
+        if not self._dismissed.done():
+            self._dismissed.set_exception(reason)
 
     def _life(self, thing: str) -> tuple[int, int] | None:
         """Which life of a thing this is; None: it is being repaired."""
@@ -194,6 +250,9 @@ class Watchdog:
         if repair.cancelled():
             return
         error = repair.exception()
+        if isinstance(error, Dismissed):
+            self._dismiss(error)
+            return
         if error is not None:
             what = "too slow" if isinstance(error, asyncio.TimeoutError) else repr(error)
             self._failed(SERVER, f"the repair of {thing} has failed: {what}")

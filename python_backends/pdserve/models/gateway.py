@@ -7,7 +7,6 @@ import itertools
 import math
 import random
 import secrets
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import aclosing
@@ -22,7 +21,7 @@ from pdserve import config, errors, neutral, parameters, tracing
 from pdserve.channels.bls import BlsChannel
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.channels.protocol import Channel
-from pdserve.cluster.loss import Losses
+from pdserve.cluster import loss
 from pdserve.engines import build, checkpoint
 from pdserve.engines.protocol import Tokens
 from pdserve.metrics import Registry
@@ -87,8 +86,7 @@ class GatewayModel(ABC):
         self._open = 0
         """Requests of clients that are served, or wait."""
         self._channels: dict[str, Channel] = {}
-        self._key = key.load(Path(self.deployment.transfer.key_file))
-        self._losses = Losses(self._key)
+        self._key = key.of(self.deployment)
         self._always = Background()
         # async_exec of BLS keeps a thread of the default pool until the first response.
         bls = self.deployment.gateway.channel == "bls"
@@ -320,9 +318,9 @@ class GatewayModel(ABC):
             InvalidRequest: it is not a watchdog that says so.
         """
         if lost:
-            instance = self._losses.heard(lost, time.time())
-            if instance in self._channels:
-                self._channels[instance].lose()
+            told = loss.heard(lost, self._key)
+            if told.instance in self._channels:
+                self._channels[told.instance].lose(told.epoch)
         return pb_utils.InferenceResponse([self._unfinished])
 
     async def _close(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from abc import ABC, abstractmethod
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import triton_python_backend_utils as pb_utils
 from pdserve import config, errors, messages
 from pdserve.channels.answers import Answers, Call
 from pdserve.channels.seal import Refusals, Seal, Unsealed
+from pdserve.cluster import epoch
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import PrefillInstance
 from pdserve.engines.relayed.decode import RelayedDecode
@@ -56,7 +57,7 @@ class InstanceModel(ABC):
         stub.prepare()
         self._name, asked = args["model_name"], deployment(args)
         self._metrics = Registry()
-        secret = key.load(Path(asked.transfer.key_file))
+        secret = key.of(asked)
         self._seal, self._refusals = Seal(secret, self._name), Refusals()
         self._instance = self.make(self._name, asked, secret, self._metrics)
         self._longest = messages.longest(self._instance.context_length)
@@ -65,7 +66,7 @@ class InstanceModel(ABC):
         self._keys = itertools.count()
         self._pulse = own_pulse(args, threads=2)
         self._outbox = Outbox(ORPHAN_LOOK_S, self._sender_dead, self._pulse, thread=1)
-        self._answers = Answers(self._send)
+        self._answers = Answers(self._send, epoch.of(os.getpid()))
         self._loop = LoopThread(self._pulse)
         self._loop.run(self._start())
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pdserve.config import Deployment
 from pdserve.errors import DeploymentError
 from pdserve.kvcache.cut import cut_for
@@ -26,7 +24,7 @@ PIECE = 4 << 20
 def terms(deployment: Deployment, fingerprint: str, layout: KVLayout) -> Terms:
     """Raises: DeploymentError: no key, or prefill and decode cannot be paired."""
     ranks = deployment.prefill.tensor_parallel, deployment.decode.tensor_parallel
-    secret = key.load(Path(deployment.transfer.key_file))
+    secret = key.of(deployment)
     return Terms(fingerprint, layout, secret, cut_for(*ranks, layout.kv_heads))
 
 

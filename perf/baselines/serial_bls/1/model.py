@@ -99,6 +99,6 @@ class TritonPythonModel:
             if response.has_error():
                 raise InstanceError(f"{model}: {response.error().message()}")
             for tensor in response.output_tensors():
-                for _, reply in messages.decode_replies(tensor.as_numpy().tobytes()):
+                for _, reply in messages.decode_replies(tensor.as_numpy().tobytes()).replies:
                     if not isinstance(reply, messages.Accepted):
                         yield reply

@@ -1,0 +1,108 @@
+"""What a running server is asked at its HTTP port, by whoever has its key."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import urllib.error
+import urllib.request
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from pdctl import footprint, protocols
+from pdctl.errors import ServerError
+from pdserve import connections
+
+
+class Endpoint(ABC):
+    """Of one server, whose folder has its key and its models."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    @abstractmethod
+    def http(self) -> str:
+        """http://host:port"""
+
+    @property
+    def repository(self) -> Path:
+        return self.folder / "models"
+
+    def live(self) -> bool:
+        """Whether it answers: it has loaded, or given up, every model that it began with."""
+        return self._says("health/live")
+
+    def ready(self, model: str | None = None) -> bool:
+        """Whether every model of the server, or one of them, can be used."""
+        return self._says("health/ready" if model is None else f"models/{model}/ready")
+
+    def _says(self, what: str) -> bool:
+        try:
+            with connections.urlopen(f"{self.http}/v2/{what}", 2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def index(self) -> dict[str, str]:
+        """State of each model of a running server: READY, UNAVAILABLE, ...; see `state_of`.
+
+        Raises:
+            ServerError: the server does not answer.
+        """
+        return {name: state_of(states) for name, states in self.versions().items()}
+
+    def versions(self) -> dict[str, dict[str, str]]:
+        """State of each version of each model; of one that Triton has never tried, of "" alone.
+
+        Raises:
+            ServerError: the server does not answer.
+        """
+        try:
+            answer = self._post("/v2/repository/index", 5)
+        except OSError as error:
+            raise ServerError(f"server {self.name} does not answer: {error}") from error
+        found: dict[str, dict[str, str]] = {}
+        for entry in json.loads(answer):
+            states = found.setdefault(entry["name"], {})
+            states[str(entry.get("version", ""))] = entry.get("state", "")
+        return found
+
+    def load(self, model: str, timeout_s: float) -> None:
+        """Load a model of a running server anew, and wait until it is ready.
+
+        Raises:
+            ServerError: it cannot be loaded; says why.
+            OSError: the server does not answer.
+        """
+        # Files that have not changed would not be loaded again, unless the model was unloaded.
+        for file in (self.repository / model).rglob("model.py"):
+            with contextlib.suppress(OSError):
+                file.touch()
+        try:
+            self._post(f"/v2/repository/models/{model}/load", timeout_s)
+        except urllib.error.HTTPError as error:
+            reason, *_ = json.loads(error.read())["error"].splitlines()
+            raise ServerError(f"model {model} cannot be loaded: {reason}") from error
+        footprint.narrow(footprint.token(self.folder) or "")
+
+    def unload(self, model: str, timeout_s: float = 5) -> None:
+        """No new request reaches a model, and it is not ready, from now on. Raises: OSError."""
+        self._post(f"/v2/repository/models/{model}/unload", timeout_s)
+
+    def _post(self, path: str, timeout_s: float) -> bytes:
+        key = (self.folder / "key").read_text()
+        request = urllib.request.Request(
+            self.http + path, method="POST", headers={protocols.ADMIN_HEADER: key}
+        )
+        with connections.urlopen(request, timeout_s) as answer:
+            data: bytes = answer.read()
+            return data
+
+
+def state_of(versions: dict[str, str]) -> str:
+    """A model's, by that of its versions: one that is READY serves."""
+    return "READY" if "READY" in versions.values() else next(reversed(versions.values()))

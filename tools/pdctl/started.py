@@ -1,0 +1,62 @@
+"""What a server was started as: ``started`` in its folder, for whoever deals with it later.
+
+The deployment's file may have been edited since, and another deployment may have a server of the
+same name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from pdctl import private
+from pdserve.config import Deployment, Server
+
+
+class Started(Struct, frozen=True):
+    """Of the latest start."""
+
+    file: str
+    """The deployment's, resolved; empty: it came from none."""
+    model: str
+    key_file: str
+    spec: Server
+    watched: bool = True
+    """A watchdog is meant to look after it."""
+
+    def other(self, deployment: Deployment, spec: Server, file: str) -> str:
+        """In words, how this is of another deployment; empty: it is of the same.
+
+        It is the same file, whatever has been edited in it, or the same model at the same ports,
+        wherever the file is now.
+        """
+        if self.file and self.file == file:
+            return ""
+        if (self.model, _ports(self.spec)) == (deployment.model, _ports(spec)):
+            return ""
+        return (
+            f"{self.file or 'another deployment'} (HTTP {self.spec.host}:{self.spec.http_port}, "
+            f"model {self.model}), and not of {file or 'this one'} "
+            f"(HTTP {spec.host}:{spec.http_port}, model {deployment.model})"
+        )
+
+
+def note(folder: Path, started: Started) -> None:
+    """Keep it. Raises: OSError."""
+    new = folder / "started.new"
+    private.write(new, msgspec.json.encode(started))
+    new.replace(folder / "started")
+
+
+def noted(folder: Path) -> Started | None:
+    """None: it has not been started, or by another version."""
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode((folder / "started").read_bytes(), type=Started)
+    return None
+
+
+def _ports(spec: Server) -> tuple[str, int, int, int]:
+    return spec.host, spec.http_port, spec.grpc_port, spec.metrics_port
