@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.servers import Running
 
+from pdserve import config
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.messages import Accepted, Busy, Prefilled, PrefillRequest, Release, Reply, Sampling
 from pdserve.scheduling.instance import Call, Instance
@@ -28,7 +29,8 @@ def cost(server: Running) -> list[Budget]:
 
 
 async def _cost(server: Running) -> list[Budget]:
-    secret = key.load(Path(server.deployment.transfer.key_file))
+    served = config.load(server.servers[0].repository / "deployment.yaml")
+    secret = key.load(Path(served.transfer.key_file))
     instance = Instance(PREFILL, GrpcChannel(server.grpc, PREFILL, secret))
     watched = ids(server.servers[0])
     try:
