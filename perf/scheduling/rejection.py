@@ -13,6 +13,8 @@ from pdserve import config
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.messages import Accepted, Busy, Prefilled, PrefillRequest, Release, Reply, Sampling
 from pdserve.scheduling.instance import Call, Instance
+from pdserve.scheduling.request import Request
+from pdserve.scheduling.suspicion import Stay
 from pdserve.transfer import key
 from perf.budgets import Budget
 from perf.processes import cpu_s, ids
@@ -68,7 +70,8 @@ async def _fill(instance: Instance) -> Call:
 
 async def _offer(instance: Instance) -> tuple[Call, Reply]:
     asked = PrefillRequest(instance.new_id(), PROMPT, Sampling(), "", deadline_ms=60_000)
-    call = instance.call(asked)
+    stay = Stay(Request(asked.id, asked.prompt, max_tokens=1), instance, "prefill")
+    call = instance.call(asked, stay)
     return call, await call.reply(ANSWER_S, time.monotonic() + ANSWER_S)
 
 

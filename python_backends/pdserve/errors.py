@@ -59,6 +59,14 @@ class InstanceError(PDServeError):
     """An instance failed or did not answer in time."""
 
 
+class InstanceEnded(InstanceError):
+    """An instance that had been answering has ended, or the connection to it has."""
+
+
+class Suspected(PDServeError):
+    """The request was open on so many instances when they ended that it is not tried again."""
+
+
 class DeploymentError(Exception):
     """deployment.yaml, or the machine it is for, cannot work as it stands."""
 

@@ -95,6 +95,9 @@ class PrefillRequest(Struct, frozen=True, tag="prefill"):
     only: bool = False
     """No decode will follow: the answer ends with the first token."""
     ignore_eos: bool = False
+    suspect: bool = False
+    """It may have ended an instance: tell the acceptance at once, and refuse it as busy while
+    another one is here without a token."""
     trace: Label = ""
     """W3C traceparent of the attempt; empty: it is not traced."""
     version: Version = VERSION
@@ -140,6 +143,9 @@ class DecodeRequest(Struct, frozen=True, tag="decode"):
     """At least this long between two replies with tokens."""
     outputs: Count = 0
     """So many of the prompt's last tokens are of the answer already: another pair began it."""
+    suspect: bool = False
+    """It may have ended an instance: tell the acceptance at once, and refuse it as busy while
+    another one is here without a token."""
     trace: Label = ""
     """W3C traceparent of the attempt; empty: it is not traced."""
     version: Version = VERSION
@@ -159,6 +165,10 @@ class Join(Struct, frozen=True, tag="join"):
     description: Sealed
     """A sealed ``Description``, as a prefill has told it."""
     version: Version = VERSION
+
+
+SUSPECT = "suspect"
+"""Reason of a ``Busy``: there is room, but for no other request that is ``suspect``."""
 
 
 class Busy(Struct, frozen=True, tag="busy"):

@@ -18,6 +18,8 @@ from typing import Any
 from pdctl.paths import MODEL_REPOSITORY, ROOT
 
 POISON = 31_337
+ENDED = "ended"
+"""A file with a line for each process that the poison has ended."""
 DEATHS = ("decode loop", "prefill loop", "outbox thread")
 
 
@@ -49,7 +51,7 @@ def install(role: str, folder: str) -> None:
         _fails(Outbox, "_do", Path(folder) / "outbox thread")
     else:
         _fails(DecodeInstance, "_append", Path(folder) / "decode loop")
-        _poisoned(EmulatedDecode)
+        _poisoned(EmulatedDecode, Path(folder) / ENDED)
 
 
 def _fails(owner: Any, method: str, file: Path) -> None:
@@ -66,11 +68,13 @@ def _fails(owner: Any, method: str, file: Path) -> None:
     setattr(owner, method, call)
 
 
-def _poisoned(engine: Any) -> None:
+def _poisoned(engine: Any, ended: Path) -> None:
     works = engine.step
 
     async def step(self: Any, batch: Any) -> list[int]:
         if any(POISON in one.prompt for one in batch):
+            with ended.open("a") as file:
+                file.write(f"{os.getpid()}\n")
             os._exit(1)
         return await works(self, batch)  # type: ignore[no-any-return]
 

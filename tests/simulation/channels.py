@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pdserve import messages
 from pdserve.channels.answers import Answers, Call
 from pdserve.channels.protocol import Calls, Replies
-from pdserve.errors import InstanceError, PDServeError
+from pdserve.errors import InstanceEnded, InstanceError, PDServeError
 from pdserve.messages import Busy, Failed
 from tests.unit.inprocess import submit
 
@@ -225,4 +225,5 @@ class Wire:
         if self.connection is connection:
             self.connection = None
             self.broke(list(self.calls._replies))
-            self.calls.fail_all(InstanceError(f"{self.worker.name}: {reason}"))
+            kind = InstanceError if connection.life is None else InstanceEnded
+            self.calls.fail_all(kind(f"{self.worker.name}: {reason}"))

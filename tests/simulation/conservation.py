@@ -97,7 +97,7 @@ class Conservation:
     def _owned(self, life: Life, owners: set[str]) -> None:
         instance, now = life.instance, self._world.loop.time()
         held = instance._held if isinstance(instance, PrefillInstance) else instance._open
-        watches = [waiting.id for waiting in instance._watches._waiting.values()]
+        watches = [waiting.id for waiting in instance._watches._waiting]
         for call in (*held, *watches):
             if call in owners:
                 self._orphans.pop((life, call), None)

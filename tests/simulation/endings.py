@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Pairs that may take a request: this module's own number, since the scheduler's is tried out.
 ATTEMPTS = 4
 PAGE = 4096
+POISON = (1).to_bytes(4, "little")
+"""A token that ends the process of an instance: no prompt that is drawn has it."""
 EXPECTED = 12
 """Times the longest forward that a first token may be thought to take."""
 
@@ -45,12 +47,21 @@ def wrong(client: Client, world: World) -> str:
             return "" if nbytes > plan.arena_bytes - PAGE else "it is not too large"
         case errors.Unavailable():
             return "all was well" if plan.calm else ""
-        case errors.InstanceError() if not plan.calm:
-            spent = client.gateway.scheduler._budget._left < 1
-            return "" if request.attempts >= ATTEMPTS or spent else "it was not tried again"
-        case errors.InstanceError():
-            return "all was well"
+        case errors.InstanceError() | errors.Suspected():
+            return _wrong_failure(client, world)
     return "no error that a client may see"
+
+
+def _wrong_failure(client: Client, world: World) -> str:
+    request = client.request
+    if isinstance(client.error, errors.Suspected):
+        # Two ends that it has nothing to do with look the same to its gateway.
+        shared = world.invariants.shared[client.gateway, request.id]
+        return "" if POISON in request.prompt or len(shared) > 1 else "it has ended nothing"
+    if world.plan.calm:
+        return "all was well"
+    spent = client.gateway.scheduler._budget._left < 1
+    return "" if request.attempts >= ATTEMPTS or spent else "it was not tried again"
 
 
 def _wrong_answer(client: Client, world: World) -> str:

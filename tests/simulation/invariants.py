@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from pdserve.engines.prefill import PrefillInstance
@@ -39,6 +40,8 @@ class Invariants:
         self._broken = ""
         self._look_at = 0.0
         self._progress: dict[Client, tuple[tuple[State, int, int], float]] = {}
+        self.shared: defaultdict[tuple[Gateway, str], list[str]] = defaultdict(list)
+        """By request, the workers whose connection broke with it."""
         self._ended: dict[Gateway, int] = {}
         self._failed_at: dict[tuple[Gateway, str], float] = {}
         self._offered: dict[tuple[Gateway, str], tuple[tuple[str, str], str]] = {}
@@ -126,6 +129,9 @@ class Invariants:
     def broke(self, gateway: Gateway, worker: str, calls: Sequence[str]) -> None:
         """A connection, with these calls open on it."""
         offers = gateway.scheduler._decoding._calls.gateway
+        for call in calls:
+            if call.startswith(offers):
+                self.shared[gateway, call.split("-")[1]].append(worker)
         now = self._world.loop.time()
         known = gateway.instances[worker].breaker.reopens > now
         if any(call.startswith(offers) for call in calls) and not known:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdserve.engines.prefill import PrefillInstance
 from pdserve.scheduling.request import State
+from pdserve.scheduling.suspicion import admits
 from tests.simulation.bounds import Bounds
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pdserve.scheduling.forwarding import Forwarding
     from pdserve.scheduling.instance import Instance
     from pdserve.scheduling.request import Request
+    from pdserve.scheduling.suspicion import Role
     from pdserve.scheduling.waiting import Order
     from tests.simulation.gateways import Client, Gateway
     from tests.simulation.world import World
@@ -110,6 +112,9 @@ class Waiting:
         life = gateway.wires[instance.name].worker.life
         assert life is not None
         one = life.instance
+        role: Role = "prefill" if isinstance(one, PrefillInstance) else "decode"
+        if not admits(instance, request, role, self._world.loop.time()):
+            return False
         if isinstance(one, PrefillInstance):
             nbytes = one._cut.nbytes(one._model.layout, len(request.so_far) // 4)
             return one._lending.arena._can_make_room(-(-nbytes // PAGE) * PAGE)

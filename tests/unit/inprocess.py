@@ -140,10 +140,10 @@ class Link:
     async def close(self) -> None:
         self.break_("the channel was closed")
 
-    def break_(self, reason: str) -> None:
+    def break_(self, reason: str, kind: type[InstanceError] = InstanceError) -> None:
         """Fail the open calls and, until `broken` is None again, every call to come."""
         self.broken = reason
-        self.calls.fail_all(InstanceError(f"{self._name}: {reason}"))
+        self.calls.fail_all(kind(f"{self._name}: {reason}"))
 
     def _arrive(self, call: str, payload: bytes) -> None:
         request = messages.decode_request(payload)

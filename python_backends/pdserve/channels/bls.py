@@ -16,7 +16,7 @@ import numpy as np
 from pdserve import messages, pools
 from pdserve.channels.protocol import Calls, Replies
 from pdserve.channels.seal import Seal
-from pdserve.errors import InstanceError
+from pdserve.errors import InstanceEnded, InstanceError
 from pdserve.messages import Request
 
 
@@ -48,7 +48,7 @@ class BlsChannel:
 
     def lose(self, epoch: bytes) -> None:
         if self._calls.lost(epoch):
-            self._calls.fail_all(InstanceError(f"{self._model}: its process is gone"))
+            self._calls.fail_all(InstanceEnded(f"{self._model}: its process is gone"))
 
     async def close(self) -> None:
         for task in self._tasks:

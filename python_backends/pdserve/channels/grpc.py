@@ -21,7 +21,7 @@ from pdserve import errors, messages
 from pdserve.channels.protocol import Calls, Replies
 from pdserve.channels.seal import Seal
 from pdserve.connections import GRPC_OPTIONS
-from pdserve.errors import InstanceError
+from pdserve.errors import InstanceEnded, InstanceError
 from pdserve.messages import Request
 from pdserve.supervision import traced
 
@@ -79,7 +79,7 @@ class GrpcChannel:
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.cancel()
-            self._calls.fail_all(self._error("its process is gone"))
+            self._calls.fail_all(self._ended("its process is gone"))
 
     async def close(self) -> None:
         if self._reader is not None:
@@ -93,21 +93,27 @@ class GrpcChannel:
 
         connection = grpc.aio.insecure_channel(self._address, options=GRPC_OPTIONS)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
-        reason = "the stream was closed"
+        connected = False
+        failure: InstanceError = self._ended("the stream was closed")
         try:
-            async for message in stub.ModelStreamInfer(requests()):
+            stream = stub.ModelStreamInfer(requests())
+            await stream.wait_for_connection()
+            connected = True
+            async for message in stream:
                 self._deliver(message)
         except grpc.RpcError as error:
             reason = f"{error.code().name}: {error.details()}"
+            # Where there was no connection, perhaps nobody was there.
+            failure = self._ended(reason) if connected else self._error(reason)
         except InstanceError as error:
-            reason = str(error)
+            failure = self._error(str(error))
         except Exception as error:
             _log.error("%s: its stream of replies has ended\n%s", self._address, traced(error))
-            reason = errors.loggable(error)
+            failure = self._error(errors.loggable(error))
         finally:
             if self._reader is asyncio.current_task():
                 self._reader = None
-                self._calls.fail_all(self._error(reason))
+                self._calls.fail_all(failure)
             # grpc's task that reads the requests does not end with a call that the server ends.
             outgoing.put_nowait(None)
             await connection.close()
@@ -123,6 +129,9 @@ class GrpcChannel:
             self._calls.fail(call, self._error(message.error_message))
         else:
             raise InstanceError(message.error_message)
+
+    def _ended(self, reason: str) -> InstanceEnded:
+        return InstanceEnded(f"{self._address}: {reason}")
 
     def _error(self, reason: str) -> InstanceError:
         return InstanceError(f"{self._address}: {reason}")

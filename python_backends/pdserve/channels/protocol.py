@@ -7,7 +7,7 @@ from collections import deque
 from typing import Protocol
 
 from pdserve import messages
-from pdserve.errors import InstanceError
+from pdserve.errors import InstanceEnded, InstanceError
 from pdserve.messages import Reply, Request
 
 
@@ -117,7 +117,7 @@ class Calls:
         if former:
             self._over = former
             for call in [call for call, one in self._replies.items() if one.epoch == former]:
-                self._replies.pop(call).fail(InstanceError("its process is gone"))
+                self._replies.pop(call).fail(InstanceEnded("its process is gone"))
 
     def fail(self, carrier: str, error: InstanceError) -> None:
         """No response to ``carrier`` will come any more, nor what it brought to others."""

@@ -11,6 +11,8 @@ from pdserve.messages import Accepted
 # and told again while the computation lasts: silence would be a stall.
 AFTER_S = 0.005
 AGAIN_S = 5.0
+# A suspect is begun so long after its acceptance, which has been told by then, whatever it does.
+TRIAL_S = 0.02
 
 
 class Acceptance:

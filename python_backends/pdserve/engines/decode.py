@@ -16,7 +16,7 @@ import numpy as np
 
 from pdserve import config, errors
 from pdserve.engines import admission
-from pdserve.engines.acceptance import AFTER_S
+from pdserve.engines.acceptance import AFTER_S, TRIAL_S
 from pdserve.engines.arrivals import Arrivals
 from pdserve.engines.opened import Opened
 from pdserve.engines.prompts import Prompts
@@ -24,7 +24,9 @@ from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
 from pdserve.engines.slots import show
 from pdserve.engines.watches import EndWatches, Send
 from pdserve.kvcache.blocks import Blocks
+from pdserve.kvcache.handle import KVHandle
 from pdserve.messages import (
+    SUSPECT,
     Accepted,
     Busy,
     DecodeRequest,
@@ -138,11 +140,8 @@ class DecodeInstance:
         if request.id in self._open:
             send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
             return
-        if len(self._open) >= self._limits.slots:
-            self._refuse("slots", send)
-            return
-        if not request.handle and self._prompts.full:
-            self._refuse("prompts", send)
+        if full := self._full(request):
+            self._refuse(full, send)
             return
         try:
             handle = self._arrivals.open(request.handle, len(prompt)) if request.handle else None
@@ -167,9 +166,25 @@ class DecodeInstance:
             outputs=request.outputs,
         )
         opened = self._open[request.id] = Opened(request, send, reserved, sequence)
-        opened.timer = self._loop.call_later(AFTER_S, send, Accepted(), False)
+        if request.suspect:
+            send(Accepted(), False)
+            opened.timer = self._loop.call_later(TRIAL_S, self._begin, opened, handle)
+        else:
+            opened.timer = self._loop.call_later(AFTER_S, send, Accepted(), False)
+            self._begin(opened, handle)
+
+    def _full(self, request: DecodeRequest) -> str:
+        """What there is no room for, blocks aside; empty: there is."""
+        if len(self._open) >= self._limits.slots:
+            return "slots"
+        if request.suspect and any(opened.on_trial for opened in self._open.values()):
+            return SUSPECT
+        return "prompts" if not request.handle and self._prompts.full else ""
+
+    def _begin(self, opened: Opened, handle: KVHandle | None) -> None:
         if handle is not None:
-            self._arrivals.pull(handle, reserved, sequence, partial(self._arrived, opened))
+            done = partial(self._arrived, opened)
+            self._arrivals.pull(handle, opened.reserved, opened.sequence, done)
         else:
             opened.sent_at = self._loop.time()
             self._prompts.add(opened)
@@ -285,6 +300,8 @@ class DecodeInstance:
         else:
             opened.tell(reply, False)
             opened.unsent.clear()
+            if opened.on_trial:
+                self._watches.ended(now)  # another one may be tried
             opened.pulled = None
             opened.sent_at = now
 

@@ -33,6 +33,11 @@ class Opened:
     """Tells the acceptance, unless something else is told before."""
 
     @property
+    def on_trial(self) -> bool:
+        """It may end this instance, and has had no token here yet."""
+        return self.request.suspect and (not self.arrived or self.pulled is not None)
+
+    @property
     def local(self) -> bool:
         """The decode computes the prompt itself."""
         return not self.request.handle

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pdserve import config, errors
 from pdserve.engines import admission
-from pdserve.engines.acceptance import Acceptance
+from pdserve.engines.acceptance import TRIAL_S, Acceptance
 from pdserve.engines.forwards import Forwards
 from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
 from pdserve.engines.slots import show
@@ -24,6 +24,7 @@ from pdserve.kvcache.cut import Cut
 from pdserve.kvcache.prefix import PrefixIndex, shorten
 from pdserve.kvcache.ranges import KVRange
 from pdserve.messages import (
+    SUSPECT,
     Busy,
     Described,
     Failed,
@@ -93,6 +94,8 @@ class PrefillInstance:
         self._lending = Lending(holder, self._prefixes.remove)
         self._held: dict[str, _Held] = {}
         self._pending: list[_Held] = []
+        self._on_trial: _Held | None = None
+        """A suspect that has been accepted and is not pending yet."""
         self._work = asyncio.Event()
         self._watches = Watches()
         self._stirred = asyncio.Event()
@@ -154,6 +157,11 @@ class PrefillInstance:
         if not self._watches.admits(request.gateway, self._free()):
             send(Busy("slots"), True)
             return
+        if request.suspect and any(
+            held.computing and held.request.suspect for held in self._held.values()
+        ):
+            send(Busy(SUSPECT), True)
+            return
         loan = self._lending.allocate(nbytes)
         if loan is None:
             self._refused_with = self._available()
@@ -175,9 +183,22 @@ class PrefillInstance:
         if request.layered:
             self._open_early(held)
         else:
-            held.acceptance.begin(request.hurry)
-        self._pending.append(held)
-        self._work.set()
+            held.acceptance.begin(request.hurry or request.suspect)
+        if request.suspect:
+            self._on_trial = held
+            self._loop.call_later(TRIAL_S, self._try, held)
+        else:
+            self._pending.append(held)
+            self._work.set()
+
+    def _try(self, held: _Held) -> None:
+        """A suspect's acceptance has been told: it is computed like others from here on."""
+        self._on_trial = None
+        if held.cancelled:
+            self._end(held, Failed(errors.Cancelled.code, "released"))
+        else:
+            self._pending.append(held)
+            self._work.set()
 
     def _kv(self, range_: Range) -> KVRange:
         layout = self._model.layout
@@ -217,7 +238,7 @@ class PrefillInstance:
         """Slots that could be taken."""
         if len(self._lending.quarantined) >= MAX_QUARANTINED:
             return 0
-        uncomputed = len(self._pending) + self._forwards.prompts
+        uncomputed = len(self._pending) + self._forwards.prompts + (self._on_trial is not None)
         return min(self._limits.batch - uncomputed, self._limits.slots - len(self._held))
 
     def _available(self) -> int:

@@ -16,6 +16,7 @@ from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.offering import Calls, Offered, offer
 from pdserve.scheduling.prefixes import Prefixes, digests
 from pdserve.scheduling.request import Request
+from pdserve.scheduling.suspicion import admits
 
 # Replies of an answer that nobody reads as it comes; often enough to show life.
 UNREAD_INTERVAL_MS = 1000.0
@@ -94,6 +95,9 @@ class Decoding:
             return await self._offer(request, decode, None, b"")
 
         def cost(decode: Instance) -> float | None:
+            now = asyncio.get_running_loop().time()
+            if not admits(decode, request, "decode", now):
+                return None
             uncached = request.tokens_so_far - cached.get(decode.name, 0)
             if uncached <= short or (congested and not decode.open):
                 return decode.open
@@ -132,6 +136,8 @@ class Decoding:
         pair = prefill.name, decode.name
         now = asyncio.get_running_loop().time()
         if self._meetings.refusal(*pair) or not self._pairs[pair].allows(now, 0):
+            return None
+        if not admits(decode, request, "decode", now):
             return None
         transfer_s = self._meetings.transfer_s(*pair, request.prompt_tokens)
         return decode.open + math.floor(transfer_s / STREAM_S)
@@ -179,6 +185,7 @@ class Decoding:
             ignore_eos=request.ignore_eos,
             min_interval_ms=0.0 if request.stream else UNREAD_INTERVAL_MS,
             outputs=request.output_tokens - told,
+            suspect=bool(request.ends["decode"]),
             trace=request.trace,
         )
         # A first token that does not come in time is worth no wait.

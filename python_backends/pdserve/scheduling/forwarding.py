@@ -218,7 +218,8 @@ class Forwarding(Generic[T]):
         if self._timer is None:
             loop = asyncio.get_running_loop()
             now = loop.time()
-            reopen = [one.breaker.reopens for one in self.instances if one.breaker.reopens > now]
+            opens = (max(one.breaker.reopens, one.suspects_from) for one in self.instances)
+            reopen = [when for when in opens if when > now]
             again = min([now + self._rng.uniform(*WATCH_S), *reopen])
             # A timer may come a moment early, and would be set again for the same moment.
             again = max(again, now + SHORTEST_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
+from typing import TYPE_CHECKING
 
 from pdserve import errors
 from pdserve.channels.protocol import Channel, NoAnswer, Replies
@@ -12,22 +13,28 @@ from pdserve.messages import (
     Busy,
     Failed,
     Freed,
+    Prefilled,
     Release,
     Reply,
-    Request,
     Stranger,
     Taken,
     Tokens,
     Watch,
 )
+from pdserve.messages import Request as Message
 from pdserve.scheduling.breaker import Breaker
+
+if TYPE_CHECKING:
+    from pdserve.scheduling.request import Request
+    from pdserve.scheduling.suspicion import Stay
 
 
 class Call:
     """One call to an instance, open until ``close``."""
 
-    def __init__(self, instance: Instance, call_id: str, replies: Replies) -> None:
+    def __init__(self, instance: Instance, call_id: str, replies: Replies, stay: Stay) -> None:
         self._instance = instance
+        self.stay = stay
         self._id = call_id
         self._replies = replies
         self.done = False
@@ -44,6 +51,7 @@ class Call:
 
         Raises:
             InstanceError: the instance failed, or said nothing for ``timeout`` seconds.
+            Suspected: it has ended, and the request is not tried again.
             Late: ``until`` has come.
         """
         left = until - asyncio.get_running_loop().time()
@@ -55,7 +63,12 @@ class Call:
             if left < timeout and isinstance(error, NoAnswer):
                 raise errors.Late("the request's own time limit has passed") from error
             self.blame()
+            if isinstance(error, errors.InstanceEnded):
+                self.stay.ended()
             raise errors.InstanceError(f"{self._instance.name}: {error}") from error
+        if isinstance(reply, Prefilled | Tokens):
+            self.stay.progress()
+        self.stay.answered = True
         self.done = isinstance(reply, Busy | Failed | Stranger) or (
             isinstance(reply, Tokens) and bool(reply.finish_reason)
         )
@@ -81,6 +94,7 @@ class Call:
         """End the call, telling the instance to let go unless it has already; once is enough."""
         if not self._closed:
             self._closed = True
+            self.stay.over()
             self._instance.computed -= self._computed
             self._instance.close_call(self._id, release=not self.done)
 
@@ -98,6 +112,10 @@ class Instance:
         """Of them, those that wait for nothing but a decode."""
         self.tokens = 0
         """Prompt tokens that it is computing for this gateway, cached ones left out."""
+        self.suspect: Request | None = None
+        """The one request there, of those that have made no progress there, that may end it."""
+        self.suspects_from = 0.0
+        """When one may be offered again (``loop.time()``), where another gateway's was there."""
         self.refused = self.asked = 0.0
         """When it was busy last, and offered something last."""
         self.breaker = Breaker()
@@ -112,7 +130,7 @@ class Instance:
         """For a request to it that is not a call, unique over all gateways."""
         return f"{self._ids}-{next(self._asked)}"
 
-    async def ask(self, request: Request, timeout: float) -> Reply:
+    async def ask(self, request: Message, timeout: float) -> Reply:
         """One question that holds nothing there.
 
         Raises:
@@ -147,9 +165,10 @@ class Instance:
         finally:
             self._channel.forget(watch.id)
 
-    def call(self, request: Request) -> Call:
+    def call(self, message: Message, stay: Stay) -> Call:
+        """Send a request to it; ``stay`` is of who is served by that."""
         self.open += 1
-        return Call(self, request.id, self._channel.open(request.id, request))
+        return Call(self, message.id, self._channel.open(message.id, message), stay)
 
     def close_call(self, call_id: str, release: bool) -> None:
         self.open -= 1

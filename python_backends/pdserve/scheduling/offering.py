@@ -12,12 +12,15 @@ from pdserve import errors, messages
 from pdserve.messages import Busy, Failed, Stranger
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.request import Answer, Offer, Request
+from pdserve.scheduling.suspicion import Role, Stay
 
 # An instance accepts or rejects at once: one that does neither for so long has failed.
 ANSWER_S = 2.0
 # And one that has kept a request until its limit, for so long: else those with short limits would
 # never find out that it is gone.
 KEPT_S = 0.25
+# Where another gateway's suspect is on trial, ours is not offered for so long.
+SUSPECT_S = 0.05
 
 
 class Offered(NamedTuple):
@@ -47,15 +50,19 @@ async def offer(
 
     Raises:
         InstanceError: it failed, or has not answered; whatever it may hold is released.
+        Suspected: it has ended, and the request is not tried again.
         Late: ``until`` (``loop.time()``) has come.
     """
     loop = asyncio.get_running_loop()
     began, answer = loop.time(), Answer.FAILED
-    call = instance.call(message)
+    role: Role = "prefill" if isinstance(message, messages.PrefillRequest) else "decode"
+    call = instance.call(message, Stay(request, instance, role))
     try:
         reply = await call.reply(ANSWER_S, until)
         if isinstance(reply, Busy):
             answer = Answer.BUSY
+            if reply.reason == messages.SUSPECT:
+                instance.suspects_from = loop.time() + SUSPECT_S
         elif not isinstance(reply, Stranger):
             answer = Answer.ACCEPTED
     except BaseException as error:

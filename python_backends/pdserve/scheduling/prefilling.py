@@ -16,6 +16,7 @@ from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.offering import Calls, Offered, failure, offer
 from pdserve.scheduling.prefixes import Prefixes, digests
 from pdserve.scheduling.request import RECOVER_S, Request, State
+from pdserve.scheduling.suspicion import admits
 
 
 class Computed(NamedTuple):
@@ -83,7 +84,10 @@ class Prefilling:
             return tokens - cached.get(prefill.name, 0)
 
         def cost(prefill: Instance) -> float | None:
+            now = asyncio.get_running_loop().time()
             if prefill.name in self._meetings.useless:
+                return None
+            if not admits(prefill, request, "prefill", now):
                 return None
             # What it computes for us already, then our own, in tokens that are not cached; among
             # equals the one with the fewest open calls.
@@ -141,6 +145,7 @@ class Prefilling:
             layered=self._meetings.layered(prefill.name, request.prompt_tokens),
             only=request.max_tokens - request.output_tokens == 1,
             ignore_eos=request.ignore_eos,
+            suspect=bool(request.ends["prefill"]),
             trace=request.trace,
         )
         self._metrics.add("pdserve_forward_attempts")

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from pdserve.messages import Sampling
+from pdserve.scheduling.suspicion import Role
 from pdserve.scheduling.waiting import Order
 from pdserve.transfer.reports import NOTHING_PULLED, Pulled
 
@@ -105,6 +106,10 @@ class Request:
     history: list[tuple[float, State]] = field(default_factory=list, repr=False)
     """When it has come to each state but the first."""
     offers: list[Offer] = field(default_factory=list, repr=False)
+    ends: dict[Role, list[str]] = field(
+        default_factory=lambda: {"prefill": [], "decode": []}, repr=False
+    )
+    """By role, instances that ended when it was there without progress; see `suspicion`."""
     finish_reason: FinishReason = ""
     output: bytearray = field(default_factory=bytearray, repr=False)
     """Token ids as in ``prompt``."""

@@ -84,6 +84,7 @@ class Scheduler:
             InvalidRequest: no instance can ever hold it.
             Unavailable: no prefill or no decode within the limit.
             InstanceError: an instance failed and no other could go on.
+            Suspected: two instances have ended with it.
         """
         loop = asyncio.get_running_loop()
         request.arrived = request.waiting_since = loop.time()
@@ -227,6 +228,8 @@ class Scheduler:
     def _arrived(self, request: Request, taken: Offered, computed: Computed | None) -> None:
         """The KV cache has left the prefill: its slot is free."""
         taken.instance.breaker.good()
+        if taken.call.stay.suspect:
+            self.decodes.freed(taken.instance)
         if computed is not None:
             request.to(State.DECODING, asyncio.get_running_loop().time())
             self._decoding.handed_over(computed.prefill.name, taken.instance.name)

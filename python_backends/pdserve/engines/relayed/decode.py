@@ -11,7 +11,7 @@ import numpy as np
 
 from pdserve import config, errors
 from pdserve.engines import admission
-from pdserve.engines.acceptance import AFTER_S
+from pdserve.engines.acceptance import AFTER_S, TRIAL_S
 from pdserve.engines.decode import TICK_S, interval_s
 from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
 from pdserve.engines.relayed.protocol import Asked, GenerationEngine, Piece
@@ -20,6 +20,7 @@ from pdserve.engines.slots import show
 from pdserve.engines.watches import EndWatches, Send
 from pdserve.kvcache.handle import unseal
 from pdserve.messages import (
+    SUSPECT,
     Accepted,
     Busy,
     DecodeRequest,
@@ -56,6 +57,11 @@ class _Opened:
     arrived: bool = False
     task: asyncio.Task[Reply] | None = field(default=None, repr=False)
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+    @property
+    def on_trial(self) -> bool:
+        """It may end this instance, and has had no token here yet."""
+        return self.request.suspect and (not self.arrived or self.pulled is not None)
 
     def tell(self, reply: Reply, last: bool) -> None:
         if self.timer is not None:
@@ -150,9 +156,9 @@ class RelayedDecode:
         if request.id in self._open:
             send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
             return
-        if len(self._open) >= self._limits.slots:
+        if full := self._full(request):
             self._watches.refused()
-            send(Busy("slots"), True)
+            send(Busy(full), True)
             return
         link = b""
         if request.handle:
@@ -172,9 +178,19 @@ class RelayedDecode:
         now = self._loop.time()
         opened = _Opened(request, send, now, 0 if request.first_token is None else 1, now)
         self._open[request.id] = opened
-        opened.timer = self._loop.call_later(AFTER_S, send, Accepted(), False)
+        if request.suspect:
+            send(Accepted(), False)
+        else:
+            opened.timer = self._loop.call_later(AFTER_S, send, Accepted(), False)
         opened.task = asyncio.create_task(self._run(opened, link))
         opened.task.add_done_callback(partial(self._ended, opened))
+
+    def _full(self, request: DecodeRequest) -> str:
+        """What there is no room for; empty: there is."""
+        if len(self._open) >= self._limits.slots:
+            return "slots"
+        on_trial = request.suspect and any(opened.on_trial for opened in self._open.values())
+        return SUSPECT if on_trial else ""
 
     def release(self, request_id: str, send: Send) -> None:
         """Nobody wants the tokens any more."""
@@ -203,6 +219,8 @@ class RelayedDecode:
             outputs=request.outputs,
         )
         try:
+            if request.suspect:
+                await asyncio.sleep(TRIAL_S)
             answer = self._engine.generate(asked, request.first_token, link)
             async with aclosing(answer) as pieces:
                 async for piece in pieces:
@@ -245,6 +263,8 @@ class RelayedDecode:
             return None
         ids = np.array(opened.unsent, "<i4").tobytes()
         reply = Tokens(opened.sent, ids, piece.finish_reason, opened.pulled)
+        if opened.on_trial:
+            self._watches.ended(now)  # another one may be tried
         opened.sent += len(opened.unsent)
         opened.sent_at, opened.unsent, opened.pulled = now, [], None
         if piece.finish_reason:

@@ -25,7 +25,7 @@ import numpy as np
 
 from pdserve import config, errors
 from pdserve.engines import admission
-from pdserve.engines.acceptance import Acceptance
+from pdserve.engines.acceptance import TRIAL_S, Acceptance
 from pdserve.engines.prefill import TICK_S
 from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
 from pdserve.engines.relayed.protocol import Asked, Context, ContextEngine
@@ -34,6 +34,7 @@ from pdserve.engines.slots import show
 from pdserve.engines.watches import Send, Watches
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
 from pdserve.messages import (
+    SUSPECT,
     Busy,
     Described,
     Failed,
@@ -140,9 +141,14 @@ class RelayedPrefill:
         if not self._watches.admits(request.gateway, self._free()):
             send(Busy("slots"), True)
             return
+        if request.suspect and any(
+            held.phase is Phase.COMPUTING and held.request.suspect for held in self._held.values()
+        ):
+            send(Busy(SUSPECT), True)
+            return
         self._watches.took(request.gateway)
         held = self._held[request.id] = _Held(request, send, Acceptance(send), self._loop.time())
-        held.acceptance.begin(request.hurry)
+        held.acceptance.begin(request.hurry or request.suspect)
         held.task = asyncio.create_task(self._compute(held))
         held.task.add_done_callback(partial(self._computed, held))
 
@@ -195,6 +201,8 @@ class RelayedPrefill:
             ignore_eos=request.ignore_eos,
             outputs=request.outputs,
         )
+        if request.suspect:
+            await asyncio.sleep(TRIAL_S)
         try:
             # Told again and again that it is being computed, a gateway would wait for ever.
             context = await asyncio.wait_for(
