@@ -26,6 +26,8 @@ from perf.perf_analyzer import Kind, Workload
 from perf.record import Record
 from perf.serving import deployment, serving
 
+INT32 = (1 << 31) - 1
+"""The largest number that the tensors of a request hold."""
 BASELINES = ("serial_bls", "aggregated")
 PERCENTILES = ("p50", "p90", "p99")
 console = Console()
@@ -95,19 +97,25 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="[default: pdserve]")] = None,
     concurrency: Annotated[str, typer.Option(help="from:to:step")] = "1:9:4",
     rate: Annotated[str, typer.Option(help="requests per second, instead: from:to:step")] = "",
-    requests: Annotated[int, typer.Option(help="at each level")] = 100,
-    prompt_tokens: int = 128,
-    output_tokens: int = 64,
+    requests: Annotated[int, typer.Option(help="at each level", min=1)] = 100,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=INT32)] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1, max=INT32)] = 64,
     stream: bool = True,
     baselines: Annotated[bool, typer.Option("--baselines", help="compare with them")] = False,
     profile: Annotated[str, typer.Option(help="of perf/profiles, for --baselines")] = "token_10ms",
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep", help="in perf/results/load.json, which git knows, not load-part.json"
+        ),
+    ] = False,
 ) -> None:
     """Load test with perf_analyzer: TTFT, ITL, E2E and throughput of models of a running server.
 
     With --baselines the same load is put on pdserve and on the two baselines of perf/baselines,
     one after the other, in a server of their own with emulated engines.
     """
-    record = Record("load")
+    record = Record("load" if keep else "load-part")
     workload = Workload(
         requests, prompt_tokens, output_tokens, stream, seed=random.randrange(1 << 30)
     )

@@ -26,6 +26,7 @@ from pdctl.doctor.probe.host import probe
 from pdctl.doctor.probe.model import model
 from pdctl.doctor.probe.servers import servers
 from pdserve.config import Decode, Deployment, Engine, Network, Prefill, Server, Transfer
+from pdserve.engines.build import context_length
 from pdserve.errors import DeploymentError
 from tests.servers import free_ports
 
@@ -472,6 +473,23 @@ class TestModel:
         for name, reason in (("empty", "config.json"), ("none", "is not there")):
             one = msgspec.structs.replace(deployment, model=str(tmp_path / name))
             assert reason in model(one)
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            {"model_type": "bloom", "n_head": 3},
+            {"model_type": "falcon", "alibi": True},
+            {"model_type": "mpt", "attn_config": {"alibi": True}},
+        ],
+    )
+    def test_position_biases_are_the_reason(
+        self, deployment: Deployment, tmp_path: Path, names: dict[str, Any]
+    ) -> None:
+        """Not that the configuration names no context length, which such a model has not."""
+        (tmp_path / "config.json").write_text(json.dumps(names))
+        assert f"a {names['model_type']} model with position biases (ALiBi)" in model(deployment)
+        with pytest.raises(DeploymentError, match=r"position biases \(ALiBi\)"):
+            context_length(deployment)
 
     def test_a_file_that_is_no_gguf(self, deployment: Deployment, tmp_path: Path) -> None:
         one = msgspec.structs.replace(deployment, model=str(tmp_path / "config.json"))

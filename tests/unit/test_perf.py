@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import typer
+from perf import load, record
 from perf.answers import Answer, summarize
 from perf.budgets import Budget
 from perf.load import levels
 from perf.processes import Usage
 from perf.soak import Snapshot, growth
+from typer.testing import CliRunner
 
 
 def test_times_of_one_answer() -> None:
@@ -91,3 +95,16 @@ def test_growth_is_that_of_each_process_and_of_shared_memory() -> None:
         "prefill PSS KiB": 0.0,
         "prefill descriptors": 100.0,
     }
+
+
+@pytest.mark.parametrize(("options", "name"), [([], "load-part.json"), (["--keep"], "load.json")])
+def test_a_run_by_hand_leaves_the_kept_results_alone(
+    options: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(load, "measure", lambda *_: [])
+    app = typer.Typer()
+    app.command()(load.main)
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.output
+    assert [file.name for file in tmp_path.iterdir()] == [name]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from pdctl import cli
 from pdctl.server import Server
@@ -79,3 +81,36 @@ def test_a_mistake_in_the_code_is_not_hidden(file: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", ["pdctl", "status", "-f", str(file)])
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("chat", "--max-tokens", "4294967300"),
+        ("chat", "--max-tokens", "2147483648"),
+        ("chat", "--max-tokens", "0"),
+        ("demo", "--max-tokens", "4294967300"),
+        ("chat", "--seed", "18446744073709551616"),
+        ("chat", "--seed", "-1"),
+        ("chat", "--temperature", "-0.1"),
+        ("chat", "--temperature", "1e9"),
+        ("probe", "--timeout", "1e9"),
+        ("probe", "--timeout", "inf"),
+        ("up", "--timeout", "inf"),
+    ],
+)
+def test_a_number_that_no_tensor_holds(command: str, option: str, value: str) -> None:
+    """It would be another number, or none, by the time it is asked for."""
+    words = ["Hello"] if command == "chat" else []
+    done = CliRunner().invoke(cli.app, [command, *words, option, value])
+    assert done.exit_code == 2
+    assert "Input should be" in done.output
+
+
+def test_version_and_help() -> None:
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"pdserve {version('pdserve')}\n")
+    done = CliRunner().invoke(cli.app, ["--help"])
+    assert ".run/SERVER/log" in done.output
+    done = CliRunner().invoke(cli.app, ["status", "--help"], env={"COLUMNS": "200"})
+    assert "deployment.yaml of the checkout" in done.output

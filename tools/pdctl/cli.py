@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,16 +30,27 @@ from pdctl.signals import Interrupted, interruptible
 from pdctl.status import looked_after, scrape
 from pdctl.status import status as status_of
 from pdctl.timeline import timeline
+from pdctl.wrap import Wrap
 from pdserve import config
 from pdserve.errors import DeploymentError
 
-DEMO_PROMPT = "Why is the sky blue? Answer in three sentences."
+DEMO_PROMPT = "Why is the sky blue? Answer in one sentence."
+"""To which the default model answers in 61 tokens, and ends."""
 NOT_READY = 3
 """Exit status of ``status``, ``links``, ``probe``, ``doctor`` when not all is as it should be."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 
-File = Annotated[Path, typer.Option("--file", "-f", help="The deployment.", show_default=False)]
+INT32, UINT64 = (1 << 31) - 1, (1 << 64) - 1
+"""The largest numbers that the tensors of a request hold."""
+DAY_S = 86400.0
+
+File = Annotated[
+    Path,
+    typer.Option(
+        "--file", "-f", help="The deployment.", show_default="deployment.yaml of the checkout"
+    ),
+]
 Only = Annotated[
     str | None,
     typer.Option("--server", help="Only this server of the deployment.", show_default="all"),
@@ -47,7 +59,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Timeout = Annotated[
     float | None,
     typer.Option(
-        help="Seconds until every model must be ready.", min=1, show_default="engine.load_s"
+        help="Seconds until every model must be ready.",
+        min=1,
+        max=DAY_S,
+        show_default="engine.load_s",
     ),
 ]
 Watched = Annotated[
@@ -56,12 +71,26 @@ Watched = Annotated[
         "--watch/--no-watch", help="Look after the servers and repair what fails in them."
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(help="Tokens of the answer at most.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens of the answer at most.", min=1, max=INT32)]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pdserve {metadata.version('pdserve')}")
+        raise typer.Exit
 
 
 @app.callback()
-def pdctl() -> None:
-    """Servers of a deployment: start, stop, look at, talk to."""
+def pdctl(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print it and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Servers of a deployment: start, stop, look at, talk to.
+
+    What a server says is in .run/SERVER/log of the checkout, what its watchdog does in watch.log
+    beside it.
+    """
 
 
 @app.command()
@@ -141,7 +170,9 @@ def links_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
 def probe_command(
     file: File = paths.DEPLOYMENT,
     only: Only = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until an answer.", min=0.1)] = 10,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds until an answer.", min=0.1, max=DAY_S)
+    ] = 10,
     as_json: Json = False,
 ) -> None:
     """A short request through each gateway; exit status 3 if any gives no answer."""
@@ -172,8 +203,12 @@ def chat(
     prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
     file: File = paths.DEPLOYMENT,
     max_tokens: MaxTokens = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 or absent: greedy.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.", min=0)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 or absent: greedy.", min=0, max=100)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed, the same answer.", min=0, max=UINT64)
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     no_chat: Annotated[bool, typer.Option("--no-chat", help="Continue the text as it is.")] = False,
     as_json: Json = False,
@@ -263,9 +298,10 @@ def _gateway(servers: list[Server]) -> Server:
 
 def _converse(server: Server, question: Question, as_json: bool) -> None:
     text, finish_reason, stats = "", "", None
+    wrap = Wrap(out.width if out.is_terminal else None)
     for part in ask(server.grpc, question):
         if not as_json:
-            sys.stdout.write(part.text)
+            sys.stdout.write(wrap.take(part.text))
             sys.stdout.flush()
             if isinstance(sys.stdout, Output) and sys.stdout.lost:
                 return  # nobody reads: the request is cancelled
@@ -275,6 +311,7 @@ def _converse(server: Server, question: Question, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"text": text, "finish_reason": finish_reason, "stats": stats}))
     else:
+        sys.stdout.write(wrap.rest())
         out.print(f"\n[dim]({finish_reason})[/dim]\n")
         if stats is not None:
             out.print(timeline(stats))

@@ -228,7 +228,7 @@ class Watchdog:
         while True:
             await self._ward.withdraw(thing)
             if pause := health.backoff.pause(loop.time()):
-                _log.warning("%s is repaired after a pause of %g s", thing, pause)
+                _log.warning("%s: next try in %g s", thing, pause)
                 await asyncio.sleep(pause)
             self._to(thing, State.REPAIRING, health.reason)
             try:

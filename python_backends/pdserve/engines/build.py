@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdserve import config
+from pdserve.engines import checkpoint
 from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill
 from pdserve.engines.protocol import DecodeEngine, PrefillEngine
 from pdserve.errors import DeploymentError
@@ -93,6 +94,9 @@ def context_length(deployment: config.Deployment) -> int:
         names = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
     else:
         names = json.loads((path / "config.json").read_bytes())
+    names = names.get("text_config") or names
+    if not deployment.engine.relayed:
+        checkpoint.check_attention(path, names)
     for name in ("max_position_embeddings", "n_positions"):
         if name in names:
             return int(names[name])

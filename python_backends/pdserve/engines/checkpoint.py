@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pdserve.errors import DeploymentError
 
@@ -82,3 +84,19 @@ def eos_ids(path: Path) -> list[int]:
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)
     raise DeploymentError(f"{path}: its configuration names no eos_token_id")
+
+
+def check_attention(path: Path, configuration: Mapping[str, Any]) -> None:
+    """Raises: DeploymentError: scores are biased by distance (ALiBi), which is not served.
+
+    Args:
+        configuration: config.json's, or that of a GGUF file.
+    """
+    kind = configuration.get("model_type")
+    told = configuration.get("alibi") or (configuration.get("attn_config") or {}).get("alibi")
+    # Bloom's is always so, and its configuration does not say it.
+    if kind == "bloom" or told:
+        raise DeploymentError(
+            f"{path}: a {kind} model with position biases (ALiBi), which is not served: its "
+            "scores depend on how far apart two tokens are"
+        )

@@ -61,6 +61,7 @@ class TorchModel:
         if self.device.type == "cpu":
             torch_linear.adapt(self._model)
         config = self._model.config.get_text_config(decoder=True)
+        checkpoint.check_attention(place, config.to_dict())
         self.context_length: int = config.max_position_embeddings
         self.vocabulary: int = config.vocab_size
         self.layout = self._probe(path, config, dtype)

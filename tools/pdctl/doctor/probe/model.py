@@ -64,9 +64,10 @@ def _heads(path: Path, deployment: Deployment) -> int | None:
                 raise ValueError(f"{path} is a file, and no GGUF: name the model's directory")
         return None
     configuration = _json(path / "config.json")
-    if deployment.engine.kind == "torch":
-        _check_weights(path)
     text = configuration.get("text_config") or configuration
+    if deployment.engine.kind == "torch":
+        checkpoint.check_attention(path, text)
+        _check_weights(path)
     names = ("num_key_value_heads", "num_attention_heads", "n_head")
     return next((text[name] for name in names if isinstance(text.get(name), int)), None)
 
