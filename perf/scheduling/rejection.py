@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from pathlib import Path
 
 from tests.servers import Running
 
-from pdserve import config
+from pdctl import keys
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.messages import Accepted, Busy, Prefilled, PrefillRequest, Release, Reply, Sampling
 from pdserve.scheduling.instance import Call, Instance
@@ -31,8 +30,7 @@ def cost(server: Running) -> list[Budget]:
 
 
 async def _cost(server: Running) -> list[Budget]:
-    served = config.load(server.servers[0].repository / "deployment.yaml")
-    secret = key.load(Path(served.transfer.key_file))
+    secret = key.load(keys.copy(server.servers[0].folder))
     instance = Instance(PREFILL, GrpcChannel(server.grpc, PREFILL, secret))
     watched = ids(server.servers[0])
     try:

@@ -32,9 +32,9 @@ def watching(server: Running) -> float:
 
 def test_many_names_have_one_turn(tmp_path: Path) -> None:
     deployment = emulated_deployment(tmp_path, {"prefill": {"base_ms": 5}})
-    secret = key.load(Path(deployment.transfer.key_file))
 
     async def run(server: Running) -> tuple[float, Answer]:
+        secret = key.load(Path(deployment.transfer.key_file))
         channel = GrpcChannel(server.grpc, "prefill_0", secret)
         for number in range(NAMES):
             call = f"watch {number}"

@@ -29,7 +29,7 @@ class TritonPythonModel:
         self._prefill = next(iter(deployment.instances("prefill")))
         self._decode = next(iter(deployment.instances("decode")))
         self._ids = itertools.count()
-        secret = key.load(Path(deployment.transfer.key_file))
+        secret = key.of(deployment)
         self._seals = {name: Seal(secret, name) for name in (self._prefill, self._decode)}
 
     def execute(self, requests: list[Any]) -> None:
