@@ -278,7 +278,9 @@ class Server(Endpoint):
             if status is None:
                 return
             how = f"was killed by signal {-status}" if status < 0 else f"ended with {status}"
-        if self.token is None or self._token not in (None, self.token):
+        with locks.locked(self.folder):  # whoever stops it has said so by then
+            token = self.token
+        if token is None or self._token not in (None, token):
             how = f"was stopped by another pdctl; its log: {self.log}"
             raise ServerError(f"server {self.spec.name} {how}")
         raise ServerError(f"server {self.spec.name} {how}\n{self._excerpt()}")
