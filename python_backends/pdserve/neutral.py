@@ -41,6 +41,9 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 """What each value of a field has to be. No value at all is neutral as well."""
 
+FIELDS = frozenset(NEUTRAL) | {"end_id", "pad_id", "accumulate_tokens"}
+"""All that are checked here: those that a client has no reason to send."""
+
 
 def check(
     tensors: Mapping[str, NDArray[Any]], end_ids: Collection[int], vocabulary_size: int

@@ -6,8 +6,9 @@ configuration by the time they come here; this checks what they hold.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +63,15 @@ def scalar(tensors: Tensors, name: str) -> Any:
     return tensor.reshape(-1)[0].item() if tensor.dtype != object else tensor.reshape(-1)[0]
 
 
-def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Parameters:
+def parse(
+    tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int, inputs: Collection[str]
+) -> Parameters:
     """Check everything that a request gives beside its prompt.
 
     Args:
         tensors: the request's inputs by name.
         extra: its request parameters.
+        inputs: names of the inputs that mean something, for the error of an unknown field.
 
     Raises:
         InvalidRequest: names the value and what is allowed.
@@ -76,9 +80,7 @@ def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Pa
         # HTTP's generate leaves the request id among them, and clients of other backends send
         # fields such as bad_words empty.
         if name not in (*PARAMETERS, "id") and value not in ("", None):
-            raise InvalidRequest(
-                f"unknown field {shown(name)}; request parameters allowed: {', '.join(PARAMETERS)}"
-            )
+            raise _unknown(name, inputs)
     routing = {name: extra[name] for name in ROUTING if name in extra}
     routing |= {name: scalar(tensors, name) for name in ROUTING if name in tensors}
     sampling = {
@@ -101,6 +103,17 @@ def parse(tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int) -> Pa
         priority=_integer("priority", routing["priority"]) if "priority" in routing else None,
         ttft_limit_ms=_number(tensors, "ttft_limit_ms", 1, (1 << 31) - 1),
         timeout_us=_microseconds("timeout", extra.get("timeout", 0)),
+    )
+
+
+def _unknown(name: str, inputs: Collection[str]) -> InvalidRequest:
+    if name in inputs:
+        return InvalidRequest(f"{name} is an input, and no request parameter")
+    close = difflib.get_close_matches(name[:MAX_LABEL_BYTES], [*inputs, *PARAMETERS], n=1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    return InvalidRequest(
+        f"unknown field {shown(name)}{meant}; inputs allowed: {', '.join(inputs)}; "
+        f"request parameters allowed: {', '.join(PARAMETERS)}"
     )
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pdserve.cluster.heartbeat import Beats, Heartbeat, read
 from pdserve.cluster.liveness import Liveness
-from pdserve.cluster.pulse import Beats, Pulse, read
 from pdserve.errors import InstanceError
 from tests.unit.inprocess import virtual
 
@@ -142,26 +142,26 @@ async def test_what_the_question_says_is_passed_on() -> None:
         await Liveness(list, ask, WITHIN_S)()
 
 
-def test_a_pulse_is_read_by_others(tmp_path: Path) -> None:
+def test_a_heartbeat_is_read_by_others(tmp_path: Path) -> None:
     os.umask(old := os.umask(0))
     try:
         os.umask(0)
-        path = tmp_path / "a.pulse"
+        path = tmp_path / "a.heartbeat"
         assert read(path) == []
-        pulse = Pulse(path, threads=3)
+        heartbeat = Heartbeat(path, threads=3)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     finally:
         os.umask(old)
-    pulse.turned(0)
+    heartbeat.turned(0)
     for _ in range(1000):
-        pulse.turned(2)
-    pulse.worked(2)
+        heartbeat.turned(2)
+    heartbeat.worked(2)
     assert read(path) == [(1, 0), (0, 0), (1000, 1)]
-    Pulse(path, threads=1)
+    Heartbeat(path, threads=1)
     assert read(path) == [(0, 0)], "a new life counts anew"
 
 
-def test_a_pulse_that_nobody_reads() -> None:
-    pulse = Pulse(None, threads=2)
-    pulse.turned(1)
-    pulse.worked(1)
+def test_a_heartbeat_that_nobody_reads() -> None:
+    heartbeat = Heartbeat(None, threads=2)
+    heartbeat.turned(1)
+    heartbeat.worked(1)

@@ -55,7 +55,7 @@ def tensor(name: str, *values: Any) -> np.ndarray[Any, Any]:
 
 def parsed(extra: dict[str, Any] | None = None, **fields: Any) -> Parameters:
     tensors = {name: tensor(name, value) for name, value in fields.items()}
-    return parse(tensors, extra or {}, max_stop_words=4)
+    return parse(tensors, extra or {}, max_stop_words=4, inputs=tuple(DTYPES))
 
 
 def field(parameters: Parameters, name: str) -> Any:
@@ -198,7 +198,7 @@ def test_not_allowed(name: str, value: Any, shown: str) -> None:
 def test_one_value_exactly(name: str, count: int) -> None:
     values = [b"a" if DTYPES[name] is object else 1] * count
     with pytest.raises(InvalidRequest, match=rf"^{name}: {count} values given; exactly 1 is"):
-        parse({name: tensor(name, *values)}, {}, 4)
+        parse({name: tensor(name, *values)}, {}, 4, ())
 
 
 def test_scalar() -> None:
@@ -299,22 +299,28 @@ def test_huge_priority_is_only_a_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "meant"),
     [
-        ("lora", 3),
-        ("Stream", True),
-        ("max_tokens", 5),
-        ("bad_words", "no"),
-        ("min_length", 0),
-        ("return_log_probs", False),
+        ("lora", ""),
+        ("Stream", " (did you mean stream?)"),
+        ("temprature", " (did you mean temperature?)"),
+        ("prioritys", " (did you mean priority?)"),
+        ("bad_words", " (did you mean stop_words?)"),
+        ("min_length", ""),
     ],
 )
-def test_unknown_parameters_are_refused_by_name(name: str, value: Any) -> None:
+def test_unknown_parameters_are_refused_by_name(name: str, meant: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parsed({name: value})
+        parsed({name: 3})
     assert str(caught.value) == (
-        f"unknown field {name!r}; request parameters allowed: {', '.join(PARAMETERS)}"
+        f"unknown field {name!r}{meant}; inputs allowed: {', '.join(DTYPES)}; "
+        f"request parameters allowed: {', '.join(PARAMETERS)}"
     )
+
+
+def test_an_input_among_the_parameters_is_said_to_be_one() -> None:
+    with pytest.raises(InvalidRequest, match=r"^max_tokens is an input, and no request parameter$"):
+        parsed({"max_tokens": 5})
 
 
 def test_empty_parameters_of_other_backends_clients_are_none() -> None:
@@ -326,7 +332,8 @@ def test_empty_parameters_of_other_backends_clients_are_none() -> None:
 
 
 def stops(*words: bytes) -> tuple[str, ...]:
-    return parse({"stop_words": tensor("stop_words", *words)}, {}, max_stop_words=4).stop
+    tensors = {"stop_words": tensor("stop_words", *words)}
+    return parse(tensors, {}, max_stop_words=4, inputs=tuple(DTYPES)).stop
 
 
 def test_stop_words() -> None:

@@ -26,7 +26,7 @@ from pdctl.status import scrape
 from pdctl.stubs import Stubs
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.channels.protocol import Channel
-from pdserve.cluster import loss, pulse
+from pdserve.cluster import heartbeat, loss
 from pdserve.cluster.health import Life
 from pdserve.cluster.liveness import Liveness, Read
 from pdserve.cluster.probes import Limits, Probes
@@ -105,12 +105,14 @@ class Tended:
             raise InstanceError(f"{self.server.metrics}: {error}") from error
         return values.get(f'pdserve_steps_total{{instance="{instance}"}}', 0.0)
 
-    def pulse(self, *models: str) -> Read:
+    def heartbeat(self, *models: str) -> Read:
         """Reads what the threads of these models have counted."""
 
-        def read() -> list[pulse.Beats]:
+        def read() -> list[heartbeat.Beats]:
             token = self.server.token or ""
-            return [beats for model in models for beats in pulse.read(pulse.path(token, model))]
+            return [
+                beats for model in models for beats in heartbeat.read(heartbeat.path(token, model))
+            ]
 
         return read
 
@@ -215,7 +217,7 @@ def checks(tended: Tended, probes: Probes, limits: Limits) -> Iterator[Check]:
     """All that a server and its models are asked."""
     address = tended.server.grpc
     live = partial(questions.live, address)
-    of_all = tended.pulse(*tended.models)
+    of_all = tended.heartbeat(*tended.models)
     # A model that stands still has a check of its own.
     yield _alive(SERVER, lambda: [beats._replace(turns=0) for beats in of_all()], live)
     for model, template in tended.models.items():
@@ -227,7 +229,7 @@ def checks(tended: Tended, probes: Probes, limits: Limits) -> Iterator[Check]:
             alive = partial(questions.gateway, address, model)
         else:
             alive = partial(questions.tokens, address, model)
-        yield _alive(model, tended.pulse(model), alive)
+        yield _alive(model, tended.heartbeat(model), alive)
 
 
 def _alive(thing: str, read: Read, ask: Callable[[], Awaitable[bool]]) -> Check:

@@ -1,25 +1,25 @@
-"""Whether a model is alive: by its pulse, and by a question where the pulse does not tell."""
+"""Tells whether a model is alive by its heartbeat, and by a question where that does not tell."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from pdserve.cluster.pulse import Beats
+from pdserve.cluster.heartbeat import Beats
 from pdserve.errors import InstanceError
 
 Read = Callable[[], Sequence[Beats]]
 
 
 class Liveness:
-    """Looks at the pulse of a model, again and again; called, it tells whether the model lives.
+    """Looks at the heartbeat of a model, again and again; called, it tells whether the model lives.
 
     Each of its threads has to go on. Who takes requests and answers them is alive: only a model
     that does nothing of the kind is asked, and so the question never waits behind a burst. If the
     question is not answered, but others are meanwhile, the model is alive as well.
 
     Args:
-        read: what each thread of the model has counted so far; empty: there is no pulse.
+        read: what each thread of the model has counted so far; empty: there is no heartbeat.
         ask: the question, by a request of its own. Raises: PDServeError, OSError: it has failed.
         within_s: how long a thread may stand still, and the answer may take.
     """

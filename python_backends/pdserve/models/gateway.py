@@ -74,11 +74,12 @@ class GatewayModel(ABC):
         self._traces = tracing.start(
             self.deployment.gateway.traces, self._name, pb_utils.Logger.log_warn
         )
+        self._inputs = [name for name in triton.inputs(args) if name not in neutral.FIELDS]
         self._unfinished = triton.text("finish_reason", "")
         self._metrics = Registry()
-        self._pulse = triton.own_pulse(args, 1 + OUTBOXES)
+        self._heartbeat = triton.own_heartbeat(args, 1 + OUTBOXES)
         self._outboxes = [
-            Outbox(CANCEL_LOOK_S, self._client_gone, self._pulse, 1 + number)
+            Outbox(CANCEL_LOOK_S, self._client_gone, self._heartbeat, 1 + number)
             for number in range(OUTBOXES)
         ]
         self._ids = itertools.count()
@@ -90,7 +91,7 @@ class GatewayModel(ABC):
         self._always = Background()
         # async_exec of BLS keeps a thread of the default pool until the first response.
         bls = self.deployment.gateway.channel == "bls"
-        self._loop = LoopThread(self._pulse, BLS_THREADS if bls else ASIDE)
+        self._loop = LoopThread(self._heartbeat, BLS_THREADS if bls else ASIDE)
         self._loop.run(self._start())
 
     @abstractmethod
@@ -140,8 +141,8 @@ class GatewayModel(ABC):
             self._metrics.add("pdserve_requests_total", scenario=name, outcome="rejected")
             raise errors.Unavailable(f"{MAX_OPEN} requests are open here already; try again later")
         self._open += 1
-        self._pulse.turned(0)  # a burst is one pass of the loop
-        self._pulse.worked(0)
+        self._heartbeat.turned(0)  # a burst is one pass of the loop
+        self._heartbeat.worked(0)
         try:
             with self._traces.begin(given) as trace:
                 return await self._answer(key, request, trace)
@@ -223,7 +224,7 @@ class GatewayModel(ABC):
         if self.prompt_input not in inputs:  # Triton counts the inputs, but does not look
             raise errors.InvalidRequest(f"{self.prompt_input} is missing; every request needs it")
         most = self.deployment.gateway.max_stop_words
-        asked = parameters.parse(inputs, triton.parameters(request), most)
+        asked = parameters.parse(inputs, triton.parameters(request), most, self._inputs)
         neutral.check(inputs, self._end_ids, self.vocabulary.size)
         return asked, await self.prompt(inputs)
 

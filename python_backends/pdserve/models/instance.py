@@ -32,7 +32,7 @@ from pdserve.messages import (
 )
 from pdserve.metrics import Registry
 from pdserve.models import stub
-from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment, own_pulse
+from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment, own_heartbeat
 from pdserve.supervision import Background
 from pdserve.transfer import key
 
@@ -64,10 +64,10 @@ class InstanceModel(ABC):
         self._publisher = Publisher(self._metrics)
         self._publishing = Background()
         self._keys = itertools.count()
-        self._pulse = own_pulse(args, threads=2)
-        self._outbox = Outbox(ORPHAN_LOOK_S, self._sender_dead, self._pulse, thread=1)
+        self._heartbeat = own_heartbeat(args, threads=2)
+        self._outbox = Outbox(ORPHAN_LOOK_S, self._sender_dead, self._heartbeat, thread=1)
         self._answers = Answers(self._send, epoch.of(os.getpid()))
-        self._loop = LoopThread(self._pulse)
+        self._loop = LoopThread(self._heartbeat)
         self._loop.run(self._start())
 
     def execute(self, requests: list[Any]) -> None:
@@ -90,8 +90,8 @@ class InstanceModel(ABC):
 
     def _accept(self, requests: list[Any]) -> None:
         for request in requests:
-            self._pulse.turned(0)  # a burst is one pass of the loop
-            self._pulse.worked(0)
+            self._heartbeat.turned(0)  # a burst is one pass of the loop
+            self._heartbeat.worked(0)
             # Whoever calls this model past a gateway may give any id, or none.
             call = Call(f"{next(self._keys)}", _id(request))
             try:

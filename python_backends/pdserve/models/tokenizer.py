@@ -17,10 +17,10 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
         self._tokenizer = Tokenizer(Path(triton.deployment(args).model))
-        self._pulse = triton.own_pulse(args, threads=1)
+        self._heartbeat = triton.own_heartbeat(args, threads=1)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [triton.answered(request, self._answer, self._pulse) for request in requests]
+        return [triton.answered(request, self._answer, self._heartbeat) for request in requests]
 
     def _answer(self, request: Any) -> Any:
         inputs = triton.tensors(request)

@@ -21,8 +21,8 @@ import uvloop
 from numpy.typing import NDArray
 
 from pdserve import config, errors, pools, supervision
-from pdserve.cluster import pulse
-from pdserve.cluster.pulse import Pulse
+from pdserve.cluster import heartbeat
+from pdserve.cluster.heartbeat import Heartbeat
 from pdserve.metrics import Registry
 
 PUBLISH_S = 0.25
@@ -44,10 +44,15 @@ def deployment(args: dict[str, str]) -> config.Deployment:
     return config.load(deployment_path(args))
 
 
-def own_pulse(args: dict[str, str], threads: int) -> Pulse:
+def inputs(args: dict[str, str]) -> tuple[str, ...]:
+    """Names of a model's inputs, in the order of its configuration."""
+    return tuple(one["name"] for one in json.loads(args["model_config"])["input"])
+
+
+def own_heartbeat(args: dict[str, str], threads: int) -> Heartbeat:
     """That of a model's process, read by the watchdog of its server if ``pdctl`` started it."""
     token = os.environ.get("PDSERVE_SHM_PREFIX")
-    return Pulse(pulse.path(token, args["model_name"]) if token else None, threads)
+    return Heartbeat(heartbeat.path(token, args["model_name"]) if token else None, threads)
 
 
 def tensors(request: Any) -> dict[str, NDArray[Any]]:
@@ -97,14 +102,14 @@ def _not_utf8(data: bytes) -> str:
     return "the request parameters are not valid UTF-8"
 
 
-def answered(request: Any, answer: Callable[[Any], Any], pulse: Pulse) -> Any:
+def answered(request: Any, answer: Callable[[Any], Any], heartbeat: Heartbeat) -> Any:
     """The response of ``answer`` to a request, or what its failure looks like."""
     try:
         return answer(request)
     except BaseException as failure:  # a panic of the tokenizers library is no Exception
         return failed(failure)
     finally:
-        pulse.worked(0)
+        heartbeat.worked(0)
 
 
 def failed(failure: BaseException) -> Any:
@@ -163,15 +168,15 @@ class LoopThread:
     What runs here or in a thread for as long as the model does, and fails, ends the process.
 
     Args:
-        pulse: the loop is its first thread.
+        heartbeat: the loop is its first thread.
         threads: of the loop's default executor.
 
     Raises:
         DeploymentError: they cannot be started.
     """
 
-    def __init__(self, pulse: Pulse, threads: int = ASIDE) -> None:
-        self._pulse = pulse
+    def __init__(self, heartbeat: Heartbeat, threads: int = ASIDE) -> None:
+        self._heartbeat = heartbeat
         self._loop = _Loop()
         self._loop.set_default_executor(pools.started(threads, "aside"))
         supervision.install(self._loop, _end_process)
@@ -188,7 +193,7 @@ class LoopThread:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(CLOSE_S)
 
     def _beat(self) -> None:
-        self._pulse.turned(0)
+        self._heartbeat.turned(0)
         self._loop.call_later(BEAT_S, self._beat)
 
     def close(self) -> None:
@@ -208,15 +213,15 @@ class Outbox:
             round trip to the server, so that many requests are looked at in turn: all looks
             together take LOOK_SHARE of the thread's time, which is then what bounds how often.
         gone: called once, in the outbox's thread, with the key of a request whose client has.
-        pulse: where it counts as ``thread``.
+        heartbeat: where it counts as ``thread``.
     """
 
     def __init__(
-        self, look_s: float, gone: Callable[[str], None], pulse: Pulse, thread: int
+        self, look_s: float, gone: Callable[[str], None], heartbeat: Heartbeat, thread: int
     ) -> None:
         self._look_s = look_s
         self._gone = gone
-        self._pulse = pulse
+        self._heartbeat = heartbeat
         self._number = thread
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # Filled by ``open``, from then on the thread's.
@@ -244,7 +249,7 @@ class Outbox:
     def _run(self) -> None:
         next_look = next_round = 0.0
         while True:
-            self._pulse.turned(self._number)
+            self._heartbeat.turned(self._number)
             with suppress(queue.Empty):
                 work = self._queue.get(timeout=max(0.0, next_look - time.monotonic()))
                 if work is None:
@@ -277,7 +282,7 @@ class Outbox:
             sender = self._senders.pop(key)
             answer = () if response is None else (response,)
             sender.send(*answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        self._pulse.worked(self._number)
+        self._heartbeat.worked(self._number)
 
     def _look(self) -> None:
         """Look at the next requests of the round, for a moment."""

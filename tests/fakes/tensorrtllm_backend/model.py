@@ -17,7 +17,7 @@ from tensorrt_llm._fake.work import Answer, Work
 from tensorrtllm_backend.params import ContextPhaseParams
 from tensorrtllm_backend.requests import KINDS, Asked, asked, samples
 
-from pdserve.cluster.pulse import Pulse
+from pdserve.cluster.heartbeat import Heartbeat
 from pdserve.models.triton import Outbox
 
 TOKENS_PER_BLOCK = 32
@@ -53,7 +53,7 @@ class Model:
         self._named: dict[str, str] = {}
         """Keys by the requests' own ids."""
         period_s = float(parameter("cancellation_check_period_ms")) / 1e3
-        self._outbox = Outbox(period_s, self._cancel, Pulse(None, threads=2), thread=1)
+        self._outbox = Outbox(period_s, self._cancel, Heartbeat(None, threads=2), thread=1)
 
     def close(self) -> None:
         self._engine.close()

@@ -26,12 +26,12 @@ class Beats(NamedTuple):
 
 
 def path(token: str, model: str) -> Path:
-    """Where the pulse of a model is; the token is that of its server's start."""
-    return SHM / f"{token}-{model}.pulse"
+    """Where the heartbeat of a model is; the token is that of its server's start."""
+    return SHM / f"{token}-{model}.heartbeat"
 
 
-class Pulse:
-    """The pulse of this process: each of its threads counts for itself.
+class Heartbeat:
+    """The heartbeat of this process: each of its threads counts for itself.
 
     Args:
         path: of the shared memory, which replaces what a former life has left there; None: nobody
@@ -68,7 +68,7 @@ class Pulse:
 
 
 def read(path: Path) -> list[Beats]:
-    """What each thread has counted, the first thread first; empty: there is no pulse."""
+    """What each thread has counted, the first thread first; empty: there is no heartbeat."""
     try:
         words = memoryview(path.read_bytes()).cast("Q").tolist()
     except OSError:
