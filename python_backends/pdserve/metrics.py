@@ -8,6 +8,7 @@ the API would take one call per observation.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
@@ -57,6 +58,12 @@ HISTOGRAMS = {
 }
 
 
+_OWNERS = ("instance", "decode")
+"""Labels that name who sets a gauge."""
+_SERIES = re.compile(r"^(pdserve_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
 class Change(NamedTuple):
     """A series' step (counter) or new value (gauge)."""
 
@@ -92,6 +99,17 @@ class Registry:
     def set(self, name: str, value: float, **labels: str) -> None:
         """A gauge is ``value`` now."""
         self._levels[name, tuple(labels.items())] = value
+
+    def retire(self, page: str, instance: str) -> None:
+        """Gauges that a former life of an instance has left on a page of metrics are 0.
+
+        Triton keeps what a stub that has died has set last, and this one may never set the same:
+        it may reach others by another way, or not at all.
+        """
+        for name, text, value in _SERIES.findall(page):
+            labels = dict(_LABEL.findall(text))
+            if name in GAUGES and float(value) and instance in map(labels.get, _OWNERS):
+                self.set(name, 0, **labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """One more value in a histogram."""

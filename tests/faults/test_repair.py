@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdctl import fleet, footprint, watchers
+from pdctl import fleet, footprint, links, watchers
 from pdctl.server import Server
-from pdctl.status import status
+from pdctl.status import scrape, status
 from tests.clients import wait_until
 from tests.faults.serving import (
     KNOWN_S,
@@ -110,6 +110,38 @@ def test_a_model_that_cannot_be_loaded_leaves_the_rest_in_service(one_server: Ru
         assert serves(one_server)
     wait_until(one.ready, on_this_machine(2 * RELOADED_S))
     assert one.pid == before
+
+
+def test_gauges_of_what_is_gone_are_nothing(one_server: Running) -> None:
+    """A decode's new life knows nothing of what it reached in the former one."""
+    one = one_server.servers[0]
+
+    def linked(decode: str) -> bool:
+        name, pair = "pdserve_kv_link_bytes_per_second", ("prefill_1", decode)
+        return any(
+            value
+            for series, value in scrape(one).items()
+            if series.startswith(name) and all(f'="{part}"' in series for part in pair)
+        )
+
+    def repaired(model: str) -> int:
+        state = watchers.reported(one.folder)
+        return int(state["things"][model]["repairs"]) if state else 0
+
+    wait_until(lambda: linked("decode_0"), on_this_machine(RELOADED_S))
+    with changed_code(one, "prefill_1") as code:
+        code.write_text("raise ValueError('no weights in /nowhere')")
+        stub(one, "prefill_1").kill()
+        wait_until(lambda: not ready(one, "prefill_1"), on_this_machine(KNOWN_S))
+        before = repaired("decode_0")
+        stub(one, "decode_0").kill()
+        wait_until(lambda: repaired("decode_0") > before, on_this_machine(RELOADED_S))
+        wait_until(lambda: not linked("decode_0"), on_this_machine(KNOWN_S))
+        found = links.links(one_server.deployment, [scrape(one)], gone={"prefill_1"})
+        over = {(link.prefill, link.decode): link.transport for link in found}
+        assert over["prefill_1", "decode_1"] == ""
+    wait_until(one.ready, on_this_machine(4 * RELOADED_S))
+    wait_until(lambda: linked("decode_0"), on_this_machine(RELOADED_S))
 
 
 def test_a_dead_server_is_started_again(one_server: Running) -> None:

@@ -109,3 +109,26 @@ def test_histograms_have_help(name: str) -> None:
     registry = Registry()
     registry.observe(name, 1.0)
     assert {change.help for change in registry.drain()} == {HISTOGRAMS[name]}
+
+
+def test_gauges_of_a_former_life_are_nothing() -> None:
+    """Those of the instance itself, and no others, and no counters."""
+    page = """
+# HELP pdserve_slots Slots of an instance
+pdserve_slots{instance="decode_0",state="used"} 3
+pdserve_slots{instance="decode_1",state="used"} 4
+pdserve_steps_total{instance="decode_0"} 5
+pdserve_kv_link_latency_seconds{decode="decode_0",detail="a b",prefill="p",transport="shm"} 2e-06
+pdserve_kv_link_latency_seconds{decode="decode_1",detail="",prefill="decode_0",transport="shm"} 1
+pdserve_kv_link_fallback{decode="decode_0",detail="",prefill="p",transport="nixl"} 0
+nv_other{instance="decode_0"} 1
+"""
+    registry = Registry()
+    registry.retire(page, "decode_0")
+    registry.set("pdserve_slots", 1, instance="decode_0", state="used")
+    levels = [(change.name, dict(change.labels), change.value) for change in registry.drain()]
+    link = {"decode": "decode_0", "detail": "a b", "prefill": "p", "transport": "shm"}
+    assert levels == [
+        ("pdserve_slots", {"instance": "decode_0", "state": "used"}, 1),
+        ("pdserve_kv_link_latency_seconds", link, 0),
+    ]

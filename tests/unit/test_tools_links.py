@@ -49,3 +49,10 @@ def test_a_fallback_and_a_pair_that_has_not_met_are_seen() -> None:
 
 def test_without_any_decode_that_answers_nobody_has_met() -> None:
     assert not any(link.transport for link in links.links(DEPLOYMENT, []))
+
+
+def test_what_is_said_of_who_is_gone_is_of_a_former_life() -> None:
+    found = links.links(DEPLOYMENT, [values(PAGE)], gone={"p_0"})
+    assert [link.transport for link in found] == ["", "", "", "shm"]
+    found = links.links(DEPLOYMENT, [values(PAGE)], gone={"d_1"})
+    assert [link.transport for link in found] == ["nixl", "", "", ""]

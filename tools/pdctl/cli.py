@@ -150,14 +150,17 @@ def status(file: File = paths.DEPLOYMENT, only: Only = None, as_json: Json = Fal
 @app.command("links")
 def links_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
     """Over what each decode pulls KV caches from each prefill; exit status 3 if any pair cannot."""
-    pages = []
+    pages, gone = [], set[str]()
     for server in _servers(file):
+        answers = server.live()
+        instances = (*server.spec.prefill, *server.spec.decode)
+        gone |= {name for name in instances if not (answers and server.ready(name))}
         if server.spec.decode:
             try:
                 pages.append(scrape(server))
             except OSError as error:
                 err.print(f"{server.spec.name} does not answer: {error}")
-    found = links.links(config.load(file), pages)
+    found = links.links(config.load(file), pages, gone)
     if as_json:
         print(json.dumps(links.rows(found), indent=2))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,8 +39,14 @@ class Link:
         return f"{self.transport}{over}\n{rate}, {self.latency_seconds * 1e6:.0f} us{warning}"
 
 
-def links(deployment: Deployment, pages: Iterable[dict[str, float]]) -> list[Link]:
-    """Every pair of a deployment, from its servers' series (`pdctl.status.values`)."""
+def links(
+    deployment: Deployment, pages: Iterable[dict[str, float]], gone: Collection[str] = ()
+) -> list[Link]:
+    """Every pair of a deployment, from its servers' series (`pdctl.status.values`).
+
+    Args:
+        gone: instances that are out of service: what is said of them is of a former life.
+    """
     pairs = {
         (prefill, decode): Link(prefill, decode)
         for prefill in deployment.instances("prefill")
@@ -50,7 +56,7 @@ def links(deployment: Deployment, pages: Iterable[dict[str, float]]) -> list[Lin
         name, _, text = series.partition("{")
         labels = dict(_LABELS.findall(text))
         pair = pairs.get((labels.get("prefill", ""), labels.get("decode", "")))
-        if pair is None or not value:
+        if pair is None or not value or pair.prefill in gone or pair.decode in gone:
             continue
         if name == _RATE:
             pair.transport, pair.detail = labels["transport"], labels["detail"]

@@ -31,7 +31,7 @@ from pdserve.messages import (
     Watch,
 )
 from pdserve.metrics import Registry
-from pdserve.models import stub
+from pdserve.models import former, stub
 from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment, own_heartbeat
 from pdserve.supervision import Background
 from pdserve.transfer import key
@@ -57,6 +57,7 @@ class InstanceModel(ABC):
         stub.prepare()
         self._name, asked = args["model_name"], deployment(args)
         self._metrics = Registry()
+        self._metrics.retire(former.page(asked, self._name), self._name)
         secret = key.of(asked)
         self._seal, self._refusals = Seal(secret, self._name), Refusals()
         self._instance = self.make(self._name, asked, secret, self._metrics)
