@@ -12,7 +12,15 @@ import pytest
 
 from pdserve.cluster.backoff import CALM_S, Backoff
 from pdserve.cluster.health import Life, State
-from pdserve.cluster.watchdog import LOOK_S, SERVER, STOPPED_S, Check, NotRestored, Watchdog
+from pdserve.cluster.watchdog import (
+    LOOK_S,
+    SERVER,
+    STOPPED_S,
+    Check,
+    Dismissed,
+    NotRestored,
+    Watchdog,
+)
 from pdserve.errors import InstanceError
 from tests.unit.inprocess import virtual
 
@@ -33,9 +41,19 @@ class Patient:
         """Seconds to restore it."""
         self.deaf = False
         """Its models cannot be withdrawn."""
+        self.trouble: Exception | None = None
+        """Why it cannot be asked."""
+        self.blind = False
+        """Its processes cannot be looked at."""
+        self.dismissed = ""
+        """Where it is found out that it has been stopped."""
         self.done: list[tuple[str, str, float]] = []
 
     def look(self) -> Mapping[str, Life]:
+        if self.blind:
+            raise OSError(24, "Too many open files")
+        if self.dismissed == "look":
+            raise Dismissed("it has been stopped")
         return dict(self.lives)
 
     async def withdraw(self, thing: str) -> None:
@@ -45,6 +63,8 @@ class Patient:
 
     async def restore(self, thing: str) -> None:
         self._note("restore", thing)
+        if self.dismissed == "restore":
+            raise Dismissed("it has been stopped")
         await asyncio.sleep(self.takes[thing])
         if thing in self.broken:
             raise self.broken[thing]
@@ -54,6 +74,8 @@ class Patient:
 
     async def ask(self, thing: str) -> bool:
         self._note("ask", thing)
+        if self.trouble is not None:
+            raise self.trouble
         if thing in self.silent:
             await asyncio.sleep(1e6)
         if self.lives[thing] is Life.GONE:
@@ -160,6 +182,69 @@ class TestNoticing:
             await asyncio.sleep(60)
             assert len(patient.times("withdraw", "one")) == 1
             assert dog.health["one"].state is State.HEALTHY
+
+
+class TestTroubles:
+    """Of the watchdog's own: none of them is a failure of what it looks after, or the end."""
+
+    @virtual
+    async def test_what_cannot_be_asked_has_not_failed(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        patient = Patient()
+        for trouble in (KeyError("prefill_1"), OSError(24, "Too many open files")):
+            patient.trouble = trouble
+            async with watched(patient, ["one", "two"]) as dog:
+                await asyncio.sleep(20)
+                assert not patient.times("withdraw", "one")
+                assert dog.health["one"].state is State.HEALTHY
+                said = [record for record in caplog.records if "cannot be asked" in record.message]
+                assert len(said) == 2, "said once of each, not each second"
+                caplog.clear()
+                patient.trouble = None
+                patient.silent.add("one")
+                await asyncio.sleep(20)
+                assert patient.times("withdraw", "one"), "it is asked again"
+            patient = Patient()
+
+    @virtual
+    async def test_misses_count_beside_what_cannot_be_asked(self) -> None:
+        patient = Patient()
+        async with watched(patient, ["one"]):
+            for _ in range(3):
+                patient.silent.add("one")
+                await asyncio.sleep(EVERY_S + WITHIN_S)
+                patient.silent.clear()
+                patient.trouble = KeyError("one")
+                await asyncio.sleep(3 * EVERY_S)
+                patient.trouble = None
+            assert patient.times("withdraw", "one")
+
+    @virtual
+    async def test_what_cannot_be_seen_is_looked_at_again(self) -> None:
+        patient = Patient()
+        async with watched(patient) as dog:
+            patient.blind = True
+            patient.lives["one"] = Life.GONE
+            await asyncio.sleep(5)
+            assert patient.done == []
+            patient.blind = False
+            await asyncio.sleep(2)
+            assert dog.health["one"].repairs == 1
+
+    @virtual
+    async def test_a_server_that_has_been_stopped_ends_it(self) -> None:
+        """Also in the middle of a repair."""
+        for what in ("look", "restore"):
+            patient = Patient()
+            dog = Watchdog(patient, MODELS, [], whole=(), load_s=LOAD_S)
+            running = asyncio.create_task(dog.run())
+            await asyncio.sleep(1)
+            patient.dismissed = what
+            patient.lives[SERVER] = Life.GONE
+            with pytest.raises(Dismissed, match="stopped"):
+                await asyncio.wait_for(running, 1)
+            assert len(patient.times("restore", SERVER)) == (what == "restore")
 
 
 class TestRepairing:

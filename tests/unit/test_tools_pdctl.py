@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,10 +14,13 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from rich.console import Console
 
 from pdctl import cli, footprint, links, log, ports
 from pdctl.chat import Question, ask
+from pdctl.endpoint import state_of
 from pdctl.errors import PortTaken, ServerError
+from pdctl.overview import page as page_of
 from pdctl.overview import summary
 from pdctl.repository import models, render
 from pdctl.server import Server
@@ -419,3 +423,28 @@ def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
     assert not server.ready()
     with pytest.raises(ServerError, match="server local does not answer"):
         server.index()
+
+
+class TestVersions:
+    def test_one_that_is_ready_serves(self) -> None:
+        assert state_of({"1": "READY", "2": "UNAVAILABLE"}) == "READY"
+        assert state_of({"1": "UNAVAILABLE", "2": "LOADING"}) == "LOADING"
+        assert state_of({"": ""}) == ""
+
+    def test_each_is_shown_where_there_are_several(self) -> None:
+        entry = {
+            **dict.fromkeys(("http", "grpc", "metrics"), "-"),
+            "server": "local",
+            "state": "ready",
+            "pid": None,
+            "watchdog": None,
+            "unwatched": False,
+            "models": {"decode_0": "READY", "decode_1": "READY"},
+            "versions": {"decode_0": {"2": "READY", "3": "UNAVAILABLE"}},
+            "values": {},
+        }
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(page_of(entry))
+        text = console.export_text()
+        assert "READY (version 2 READY, version 3 UNAVAILABLE)" in text
+        assert text.count("version") == 2
