@@ -75,6 +75,14 @@ class Sampling(Struct, frozen=True, array_like=True):
         )
 
 
+class Room(Struct, frozen=True, array_like=True):
+    """What a decode could still accept."""
+
+    slots: Count
+    blocks: Count
+    """Of KV cache, those included that are kept for prefixes only; ``MAX_TOKENS``: any number."""
+
+
 class PrefillRequest(Struct, frozen=True, tag="prefill"):
     """Compute the KV cache of a prompt and its first token; refuse at once if busy."""
 
@@ -108,6 +116,8 @@ class Watch(Struct, frozen=True, tag="watch"):
 
     id: Id
     gateway: Label
+    room: Room | None = None
+    """What a decode has told last: say so at once if it is more now, and not otherwise."""
     version: Version = VERSION
 
 
@@ -146,6 +156,8 @@ class DecodeRequest(Struct, frozen=True, tag="decode"):
     suspect: bool = False
     """It may have ended an instance: tell the acceptance at once, and refuse it as busy while
     another one is here without a token."""
+    hurry: bool = False
+    """The first token waits for this answer: tell the acceptance at once."""
     trace: Label = ""
     """W3C traceparent of the attempt; empty: it is not traced."""
     version: Version = VERSION
@@ -175,10 +187,14 @@ class Busy(Struct, frozen=True, tag="busy"):
     """Not accepted; nothing is held for the request."""
 
     reason: Label
+    room: Room | None = None
+    """Of a decode, as in all replies that have it."""
 
 
 class Freed(Struct, frozen=True, tag="freed"):
     """Something may be free now, and is kept for this gateway for a moment."""
+
+    room: Room | None = None
 
 
 class Failed(Struct, frozen=True, tag="failed"):
@@ -193,6 +209,7 @@ class Accepted(Struct, frozen=True, tag="accepted"):
 
     handle: Sealed | None = None
     """A prefill's, where the request is ``layered``: the KV cache may be followed from now on."""
+    room: Room | None = None
 
 
 class Prefilled(Struct, frozen=True, tag="prefilled"):
@@ -219,6 +236,8 @@ class Tokens(Struct, frozen=True, tag="tokens"):
     finish_reason: Annotated[str, Meta(pattern="^(stop|length|)$")] = ""
     pulled: Pulled | None = None
     """On the first reply: how the KV cache came; where the decode has computed it, no bytes."""
+    room: Room | None = None
+    """On the first and the last reply."""
 
 
 class Stranger(Struct, frozen=True, tag="stranger"):
@@ -238,6 +257,7 @@ class Joined(Struct, frozen=True, tag="joined"):
     met: Met
     bytes_per_token: Annotated[int, Meta(ge=0, le=1 << 40)]
     """Of a KV cache."""
+    room: Room | None = None
 
 
 class Released(Struct, frozen=True, tag="released"):

@@ -142,12 +142,15 @@ class Conservation:
                 f"{name}: waiting for a {line._role}": len(line),
                 f"{name}: watches for a {line._role}": len(line._watching),
                 f"{name}: timer for a {line._role}": line._timer,
+                f"{name}: waiting for room in a {line._role}": len(line._lookers),
             }
         for one in gateway.instances.values():
             counts |= {
                 f"{name}: calls to {one.name}": one.open,
                 f"{name}: offers to {one.name}": one.offers,
                 f"{name}: tokens at {one.name}": one.tokens,
+                f"{name}: promised of {one.name}": one.room.slots or one.room.blocks,
+                f"{name}: suspect at {one.name}": one.suspect,
             }
         counts[f"{name}: pairs that have not met"] = list(gateway.meetings._refused)
         tasks = [task for task in gateway.process.tasks if "Meetings" not in repr(task.get_coro())]

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import threading
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from pdserve.messages import (
     PrefillRequest,
     Released,
     Reply,
+    Room,
     Sampling,
     Stranger,
     Tokens,
@@ -120,7 +122,7 @@ async def test_first_reply_tells_the_transfer(tmp_path: Path) -> None:
         await client.submit("a", max_tokens=4)
         await asyncio.sleep(0.1)
         accepted, *tokens = client.of("a")
-        assert accepted == Accepted(), "a step takes longer than a moment"
+        assert accepted == Accepted(room=mock.ANY), "a step takes longer than a moment"
         told = [reply.pulled for reply in tokens if isinstance(reply, Tokens)]
         assert len(told) == 3
         assert told[0] is not None
@@ -137,7 +139,7 @@ async def test_quick_tokens_speak_for_themselves(tmp_path: Path) -> None:
         client = Client(site)
         await client.submit("a", max_tokens=4)
         await asyncio.sleep(1.0)
-        assert Accepted() not in client.of("a")
+        assert not any(isinstance(one, Accepted) for one in client.of("a"))
         assert client.tokens("a")
         await site.idle(0.0)
 
@@ -167,11 +169,11 @@ async def test_blocks_are_reserved_for_prompt_and_answer(tmp_path: Path) -> None
         await client.submit("a", 60, max_tokens=20)
         assert site.d[0]._blocks.pool.used_blocks == 5
         await client.submit("b", 60, max_tokens=21)
-        assert client.of("b") == [Busy("blocks")]
+        assert client.of("b") == [Busy("blocks", Room(63, 5))]
         assert site.d[0]._blocks.pool.used_blocks == 5
         await client.submit("c", 60, max_tokens=20)
         await client.submit("d", 1, max_tokens=2)
-        assert client.of("d") == [Busy("blocks")]
+        assert client.of("d") == [Busy("blocks", mock.ANY)]
         await asyncio.sleep(0.5)
         assert len(client.tokens("a")) == len(client.tokens("c")) == 19
         for name in "bd":
@@ -185,7 +187,7 @@ async def test_slots_are_bounded(tmp_path: Path) -> None:
         client = Client(site)
         for name in "abc":
             await client.submit(name)
-        assert client.of("c") == [Busy("slots")]
+        assert client.of("c") == [Busy("slots", mock.ANY)]
         site.p[0].release("c", lambda reply, last: None)
         await site.idle(0.3)
 
@@ -334,7 +336,7 @@ async def test_release_during_a_pull(tmp_path: Path) -> None:
         assert 0 < site.d[0]._blocks.pool.used_blocks < used
         going.set()
         await until(lambda: len(client.of("a")) == 2, CLEAN_S)
-        assert client.of("a") == [Accepted(), Failed("CANCELLED", "released")]
+        assert client.of("a") == [Accepted(room=mock.ANY), Failed("CANCELLED", "released")]
         await site.idle(0.05)
 
 
@@ -444,7 +446,9 @@ async def test_link_is_shown_as_it_is(tmp_path: Path) -> None:
             site.d[0].join(Join("j", b""), lambda reply, last: told.append(reply))
             await asyncio.sleep(0.001)
         per_token = site.model.layout.bytes_per_token
-        assert told == [Joined("prefill_0", met, per_token) for met in (links[0], *links)]
+        assert told == [
+            Joined("prefill_0", met, per_token, Room(64, 256)) for met in (links[0], *links)
+        ]
         for gauge, wanted in (("bytes_per_second", 1e8), ("latency_seconds", 1e-4)):
             for detail, value in (("rc_mlx5/mlx5_0:1", 0.0), ("tcp/eth0", wanted)):
                 labels = {"prefill": "prefill_0", "decode": "decode_0", "detail": detail}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ async def test_prompt_is_computed_where_there_is_no_handle(tmp_path: Path) -> No
         prompt = client.compute("a", 20)
         await asyncio.sleep(0.2)
         accepted, first, second, *_ = client.of("a")
-        assert accepted == Accepted()
+        assert accepted == Accepted(room=mock.ANY)
         assert client.tokens("a") == client.expected(prompt)
         assert isinstance(first, Tokens)
         assert isinstance(second, Tokens)
@@ -247,14 +248,14 @@ async def test_prompts_do_not_queue_up(tmp_path: Path) -> None:
         client.compute("a", 31)
         client.compute("b", 100)
         client.compute("c", 1)
-        assert client.of("c") == [Busy("prompts")]
+        assert client.of("c") == [Busy("prompts", mock.ANY)]
         site.d[0].watch(
             Watch("w", "gateway"), "gateway", lambda reply, last: told.append((reply, last))
         )
         await client.submit("handed over", 20)
         assert told == []
         await asyncio.sleep(0.035)
-        assert told == [(Freed(), True)], "one less waits"
+        assert told == [(Freed(mock.ANY), True)], "one less waits"
         await asyncio.sleep(0.3)
         client.compute("c", 1)
         await asyncio.sleep(0.3)
@@ -272,7 +273,7 @@ async def test_long_prompt_shows_life(tmp_path: Path) -> None:
         client = Local(site)
         client.compute("a", 200)
         await asyncio.sleep(21)
-        assert client.of("a")[0] == Accepted()
+        assert client.of("a")[0] == Accepted(room=mock.ANY)
         silences = np.diff([0.0, *client.at["a"]])
         assert len(silences) > 3
         assert silences.max() <= 5.0 + 3.2
@@ -293,8 +294,8 @@ async def test_room_is_reserved_on_acceptance(tmp_path: Path) -> None:
         client.compute("never", 100, max_tokens=61)
         client.compute("c", 60, max_tokens=20)
         client.compute("d", 1)
-        assert client.of("b") == [Busy("blocks")]
-        assert client.of("d") == [Busy("slots")]
+        assert client.of("b") == [Busy("blocks", mock.ANY)]
+        assert client.of("d") == [Busy("slots", mock.ANY)]
         [failed] = client.of("never")
         assert isinstance(failed, Failed)
         assert failed.code == "INVALID_ARG"
@@ -413,7 +414,7 @@ async def test_release_in_the_last_turn(tmp_path: Path) -> None:
         await asyncio.sleep(0.03)
         client.release("a")
         await asyncio.sleep(0.1)
-        assert client.of("a") == [Accepted(), Failed("CANCELLED", "released")]
+        assert client.of("a") == [Accepted(room=mock.ANY), Failed("CANCELLED", "released")]
         assert not site.d_engines[0].steps
         client.compute("b", prompt)
         await asyncio.sleep(0.3)
@@ -495,7 +496,7 @@ async def test_watch_of_an_idle_decode_is_told_at_once(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
         watcher = Watcher(site)
         watcher.watch("w")
-        assert watcher.told == [("w", Freed(), True)]
+        assert watcher.told == [("w", Freed(mock.ANY), True)]
 
 
 @virtual
@@ -506,19 +507,19 @@ async def test_watch_that_comes_after_the_end_is_told_at_once(tmp_path: Path) ->
         client.compute("a", max_tokens=3)
         client.compute("b", max_tokens=100)
         client.compute("c")
-        assert client.of("c") == [Busy("slots")]
+        assert client.of("c") == [Busy("slots", mock.ANY)]
         watcher.watch("w", "1")
         await asyncio.sleep(0.1)
-        assert watcher.told == [("w", Freed(), True)]
+        assert watcher.told == [("w", Freed(mock.ANY), True)]
         watcher.watch("late", "2")
-        assert watcher.told[1:] == [("late", Freed(), True)]
+        assert watcher.told[1:] == [("late", Freed(mock.ANY), True)]
         client.compute("d", 20, max_tokens=100)
         client.compute("e")
         watcher.watch("v", "2")
         assert watcher.told[2:] == []
         client.release("b")
         await asyncio.sleep(0.1)
-        assert watcher.told[2:] == [("v", Freed(), True)]
+        assert watcher.told[2:] == [("v", Freed(mock.ANY), True)]
         client.release("d")
         await site.idle(0.05)
 
@@ -543,7 +544,7 @@ def test_every_watch_is_told_of_an_end(tmp_path: Path, how: str) -> None:
             if how == "failure":
                 site.d_engines[0].failures.append(RuntimeError())
             await asyncio.sleep(0.015 if how != "end" else 0.1)
-            assert watcher.told == [("w", Freed(), True), ("v", Freed(), True)]
+            assert watcher.told == [("w", Freed(mock.ANY), True), ("v", Freed(mock.ANY), True)]
             client.release("b")
             await site.idle(0.05)
             assert len(watcher.told) == 2, "once"

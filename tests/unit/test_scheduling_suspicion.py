@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -152,16 +153,16 @@ async def test_a_decode_takes_one_suspect_at_a_time(tmp_path: Path) -> None:
             await asyncio.sleep(0.05)
             results[name] = client.last(f"p{name}")
         client.decode("a", prompts[0], results["a"], suspect=True)
-        assert client.replies["a"] == [Accepted()]
+        assert client.replies["a"] == [Accepted(room=mock.ANY)]
         client.decode("b", prompts[1], results["b"], suspect=True)
-        assert client.replies["b"] == [Busy(SUSPECT)]
+        assert client.replies["b"] == [Busy(SUSPECT, mock.ANY)]
         client.decode("c", prompts[2], results["c"])
         await asyncio.sleep(TRIAL_S / 2)
         assert not site.d_engines[0].steps or len(site.d_engines[0].steps[0]) == 1
         await asyncio.sleep(2 * TRIAL_S)
         assert isinstance(client.last("a"), Tokens)
         client.decode("b", prompts[1], results["b"], suspect=True)
-        assert client.last("b") == Accepted()
+        assert client.last("b") == Accepted(room=mock.ANY)
         await asyncio.sleep(0.5)
         for name, prompt in zip("abc", prompts, strict=True):
             tokens = [one for one in client.replies[name] if isinstance(one, Tokens)]

@@ -1,9 +1,10 @@
-"""How a gateway is told that its request has been accepted, and that it is still worked on."""
+"""How a gateway is told that its request has been accepted and is worked on, and how often."""
 
 from __future__ import annotations
 
 import asyncio
 
+from pdserve import config
 from pdserve.engines.watches import Send
 from pdserve.messages import Accepted
 
@@ -13,6 +14,15 @@ AFTER_S = 0.005
 AGAIN_S = 5.0
 # A suspect is begun so long after its acceptance, which has been told by then, whatever it does.
 TRIAL_S = 0.02
+
+
+def interval_s(limits: config.Decode, streams: int, peers: int) -> float:
+    """Seconds between two responses of a stream: what all of them together cost, bounded.
+
+    A decode's own open ``streams`` times ``peers`` stand for what the gateway has open, since the
+    gateway spreads them evenly.
+    """
+    return min(limits.response_cost_ms * streams * peers, limits.max_interval_ms) / 1e3
 
 
 class Acceptance:

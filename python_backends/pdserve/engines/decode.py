@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
+import msgspec
 import numpy as np
 
 from pdserve import config, errors
 from pdserve.engines import admission
-from pdserve.engines.acceptance import AFTER_S, TRIAL_S
+from pdserve.engines.acceptance import AFTER_S, TRIAL_S, interval_s
 from pdserve.engines.arrivals import Arrivals
 from pdserve.engines.opened import Opened
 from pdserve.engines.prompts import Prompts
@@ -35,6 +36,7 @@ from pdserve.messages import (
     Joined,
     Released,
     Reply,
+    Room,
     Stranger,
     Tokens,
     Watch,
@@ -49,15 +51,6 @@ from pdserve.transfer.reports import Met, Pulled
 TICK_S = 0.1
 # Meetings under way, which go one after the other; every gateway asks for each of its pairs.
 MAX_JOINS = 1024
-
-
-def interval_s(limits: config.Decode, streams: int, peers: int) -> float:
-    """Seconds between two responses of a stream: what all of them together cost, bounded.
-
-    A decode's own open ``streams`` times ``peers`` stand for what the gateway has open, since the
-    gateway spreads them evenly.
-    """
-    return min(limits.response_cost_ms * streams * peers, limits.max_interval_ms) / 1e3
 
 
 class DecodeInstance:
@@ -92,7 +85,7 @@ class DecodeInstance:
         self._capacity = limits.blocks * limits.block_size
         self._arrivals = Arrivals(name, engine, receiver, pulls, metrics)
         self._prompts = Prompts(name, engine, turn_tokens, metrics, self._arrived)
-        self._watches = EndWatches()
+        self._watches = EndWatches(self._room)
         self._joins = 0
         self._open: dict[str, Opened] = {}
         self._running: dict[str, Opened] = {}
@@ -166,12 +159,21 @@ class DecodeInstance:
             outputs=request.outputs,
         )
         opened = self._open[request.id] = Opened(request, send, reserved, sequence)
+        self._take_in(opened, handle)
+
+    def _take_in(self, opened: Opened, handle: KVHandle | None) -> None:
+        request = opened.request
+        if request.suspect or request.hurry:
+            self._accept(opened)
+        else:
+            opened.timer = self._loop.call_later(AFTER_S, self._accept, opened)
         if request.suspect:
-            send(Accepted(), False)
             opened.timer = self._loop.call_later(TRIAL_S, self._begin, opened, handle)
         else:
-            opened.timer = self._loop.call_later(AFTER_S, send, Accepted(), False)
             self._begin(opened, handle)
+
+    def _accept(self, opened: Opened) -> None:
+        opened.send(Accepted(room=self._room()), False)
 
     def _full(self, request: DecodeRequest) -> str:
         """What there is no room for, blocks aside; empty: there is."""
@@ -206,7 +208,11 @@ class DecodeInstance:
 
     def _refuse(self, reason: str, send: Send) -> None:
         self._watches.refused()
-        send(Busy(reason), True)
+        send(Busy(reason, self._room()), True)
+
+    def _room(self) -> Room:
+        pool = self._blocks.pool
+        return Room(self._limits.slots - len(self._open), pool.free_blocks + pool.cached_blocks)
 
     # ----------------------------------------------------------------- transfer
 
@@ -223,7 +229,7 @@ class DecodeInstance:
             if isinstance(result, errors.PDServeError):
                 send(Failed(result.code, f"{self._name}: {result}"), True)
             else:
-                send(Joined(*result, self._model.layout.bytes_per_token), True)
+                send(Joined(*result, self._model.layout.bytes_per_token, self._room()), True)
 
         self._arrivals.join(request.description, done)
 
@@ -294,7 +300,8 @@ class DecodeInstance:
             return
         ids = np.array(opened.unsent, "<i4").tobytes()
         start = len(sequence.tokens) - len(opened.unsent)
-        reply = Tokens(start, ids, reason, opened.pulled)
+        room = self._room() if opened.pulled is not None and not reason else None
+        reply = Tokens(start, ids, reason, opened.pulled, room)
         if reason:
             self._end(opened, reply)
         else:
@@ -316,6 +323,8 @@ class DecodeInstance:
             self._blocks.park(opened.reserved, known)
         elif not opened.lost:
             self._blocks.free(opened.reserved)
+        if isinstance(reply, Tokens):
+            reply = msgspec.structs.replace(reply, room=self._room())
         opened.tell(reply or Failed(errors.Cancelled.code, "released"), True)
         self._watches.ended(self._loop.time())
 

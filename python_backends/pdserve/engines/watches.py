@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pdserve import errors
-from pdserve.messages import Failed, Freed, Released, Reply, Watch
+from pdserve.messages import Failed, Freed, Released, Reply, Room, Watch
 
 Send = Callable[[Reply, bool], None]
 """Sends a reply; True with the last one."""
@@ -104,7 +104,10 @@ class Watches:
                 self._waiting.append(waiting)
                 offering = None
             else:
-                waiting.send(Freed(), True)
+                waiting.send(self._freed(), True)
+
+    def _freed(self) -> Freed:
+        return Freed()
 
     def admits(self, gateway: str, free: int) -> bool:
         """Whether one of ``free`` slots, as just told, is there for an offer of this gateway."""
@@ -127,8 +130,9 @@ class Watches:
 class EndWatches(Watches):
     """Of a decode: nobody says how much they wait for, so all are told when a request has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: Callable[[], Room]) -> None:
         super().__init__()
+        self._room = room
         self._refused = False
         """Somebody, since the last end."""
 
@@ -139,16 +143,23 @@ class EndWatches(Watches):
     def wait(
         self, watch: Watch, stream: str, send: Send, used: int, slots: int, now: float
     ) -> None:
-        """Say once that a request has ended since; at once if there is none.
+        """Say once that a request has ended since; at once if there is none, or more room.
 
         Args:
             used: of so many ``slots``.
         """
         self.add(watch, stream, send)
         # One may have ended while the refusal was on its way to who watches now.
-        ended = not self._refused and used < slots
-        if ended or not used:
+        if watch.room is not None:
+            room = self._room()
+            ended = room.slots > watch.room.slots or room.blocks > watch.room.blocks
+        else:
+            ended = (not self._refused and used < slots) or not used
+        if ended:
             self.ended(now)
+
+    def _freed(self) -> Freed:
+        return Freed(self._room())
 
     def ended(self, now: float) -> None:
         """A request has, or something else has become free."""

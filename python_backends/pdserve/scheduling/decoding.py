@@ -16,6 +16,7 @@ from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.offering import Calls, Offered, offer
 from pdserve.scheduling.prefixes import Prefixes, digests
 from pdserve.scheduling.request import Request
+from pdserve.scheduling.room import Promise, Rooms
 from pdserve.scheduling.suspicion import admits
 
 # Replies of an answer that nobody reads as it comes; often enough to show life.
@@ -24,6 +25,10 @@ UNREAD_INTERVAL_MS = 1000.0
 INTRODUCED_S = 5.0
 # One more stream on a decode counts as much as so long a transfer.
 STREAM_S = 0.02
+
+
+class NoRoom(errors.Unavailable):
+    """No decode has taken a KV cache for as long as its prefill keeps it."""
 
 
 class Decoding:
@@ -40,8 +45,10 @@ class Decoding:
         calls: Calls,
         metrics: Registry,
         lease_s: float,
+        rooms: Rooms,
     ) -> None:
         self.decodes = decodes
+        self._rooms = rooms
         self._meetings = meetings
         self._calls = calls
         self._metrics = metrics
@@ -49,28 +56,60 @@ class Decoding:
         self._prefixes = Prefixes()
         self._pairs: defaultdict[tuple[str, str], Breaker] = defaultdict(Breaker)
 
+    async def promise(self, request: Request) -> Promise | None:
+        """A place for a request whose prompt is to be computed, waited for if there is none.
+
+        None: there was none within its limit.
+
+        Raises:
+            Unavailable: too many wait.
+        """
+        only = request.max_tokens - request.output_tokens == 1
+        blocks = self._rooms.need(request.prompt_tokens + request.max_tokens)
+        if only or not blocks:
+            return Promise(None, 0)
+
+        def find() -> Promise | None:
+            decode = self._rooms.find(blocks)
+            return None if decode is None else Promise(decode, blocks, self.decodes.told)
+
+        return await self.decodes.look(request.order, request.deadline, find)
+
+    @property
+    def plenty(self) -> bool:
+        """There is room for all that may come: a first token need not wait for a decode."""
+        return self._rooms.plenty(asyncio.get_running_loop().time())
+
     async def reserve(
-        self, request: Request, prefill: Instance, token: int, handle: bytes
+        self, request: Request, prefill: Instance, token: int, handle: bytes, until: float
     ) -> Offered:
         """An idle decode that takes the KV cache; the prefill holds it meanwhile, slot and all.
 
+        Args:
+            until: the request's own limit for this (``loop.time()``).
+
         Raises:
             InvalidRequest: no decode can ever hold it.
-            Unavailable: none was idle in time, or none reaches the prefill.
+            Unavailable: none reaches the prefill, or all have failed.
+            NoRoom: none was idle in time.
         """
         self._check_reach(prefill)
-        until = min(asyncio.get_running_loop().time() + self._lease_s, request.ends_by)
+        kept_until = asyncio.get_running_loop().time() + self._lease_s
 
         async def ask(decode: Instance, _hurry: bool) -> Offered | None:
             return await self._introduced(request, prefill, decode, token, handle)
 
         taken = await self.decodes.take(
-            request.order, until, lambda decode: self._cost(request, prefill, decode), ask
+            request.order,
+            min(kept_until, until),
+            lambda decode: self._cost(request, prefill, decode),
+            ask,
         )
-        if taken is None and until == request.ends_by:
+        if taken is None and until <= kept_until:
             raise errors.Late("the request's own time limit has passed")
         if taken is None:
-            raise errors.Unavailable(f"{self.decodes.why_not()} within {self._lease_s:g} s")
+            kind = errors.Unavailable if self.decodes.all_failed() else NoRoom
+            raise kind(f"{self.decodes.why_not()} within {self._lease_s:g} s")
         return taken
 
     async def follow(self, request: Request, prefill: Instance, handle: bytes) -> Offered | None:
@@ -184,6 +223,7 @@ class Decoding:
             max_tokens=request.max_tokens - request.output_tokens + told,
             ignore_eos=request.ignore_eos,
             min_interval_ms=0.0 if request.stream else UNREAD_INTERVAL_MS,
+            hurry=request.held_back,
             outputs=request.output_tokens - told,
             suspect=bool(request.ends["decode"]),
             trace=request.trace,
@@ -198,4 +238,6 @@ class Decoding:
             raise
         if taken is None:
             self._metrics.add("pdserve_decode_rejections_total", instance=decode.name)
+        else:
+            request.promise.over()
         return taken

@@ -29,6 +29,7 @@ SHORTEST_S = 1e-3
 MAX_WAITING = 4096
 
 T = TypeVar("T")
+R = TypeVar("R")
 Offer = Callable[[Instance, bool], Awaitable[T | None]]
 """Offer it to an instance, in a hurry if others wait; None: it is busy. Raises: InstanceError."""
 Rank = Callable[[Instance], float | None]
@@ -66,6 +67,8 @@ class Forwarding(Generic[T]):
         self._batch = batch
         self._rng = rng
         self._line = WaitingLine()
+        self._lookers = WaitingLine()
+        """Those who offer nothing, and look at what instances have told."""
         self._busy: set[Instance] = set()
         self._told: set[Instance] = set()
         """Something is free there, though as far as is known here this gateway has all of it."""
@@ -101,15 +104,45 @@ class Forwarding(Generic[T]):
             return await self._wait(order, (until, alone_until), rank, offer)
         finally:
             self._line.wake()
-            if not self._line:
+            if not self._line and not self._lookers:
                 self._forget()
+
+    async def look(self, order: Order, until: float, find: Callable[[], R | None]) -> R | None:
+        """What `find` finds, tried at once and whenever something may have become free.
+
+        Only the first in line looks. None: there was nothing until `until` (``loop.time()``).
+
+        Raises:
+            Unavailable: too many wait.
+        """
+        found = find() if not self._lookers else None
+        if found is not None:
+            return found
+        if len(self._lookers) >= MAX_WAITING:
+            raise errors.Unavailable(f"{MAX_WAITING} requests wait for a {self._role} already")
+        place = self._lookers.join(order)
+        try:
+            while found is None:
+                self._look_out()
+                if not await place.turn(until):
+                    return None
+                found = find()
+            return found
+        finally:
+            place.leave()
+            if not self._line and not self._lookers:
+                self._forget()
+
+    def told(self) -> None:
+        """What instances have told, or have been promised, leaves more room than before."""
+        self._lookers.wake()
 
     async def once(self, rank: Rank, offer: Offer[T]) -> T | None:
         """The first offer that is accepted now; None: nobody accepts."""
         try:
             return await self._round(rank, offer)
         finally:
-            if not self._line:
+            if not self._line and not self._lookers:
                 self._forget()
 
     async def _round(self, rank: Rank, offer: Offer[T]) -> T | None:
@@ -137,6 +170,7 @@ class Forwarding(Generic[T]):
         """One of this gateway's own requests holds nothing there any more."""
         self._busy.discard(instance)
         self._line.wake()
+        self._lookers.wake()
 
     def why_not(self) -> str:
         """What the end of a wait in vain was like, for its error."""
@@ -213,7 +247,8 @@ class Forwarding(Generic[T]):
     def _look_out(self) -> None:
         """Somebody is about to wait: see to it that what becomes free, or well, wakes the line."""
         for instance in self.instances:
-            if instance in self._busy and instance not in self._watching:
+            waited_for = instance in self._busy or self._lookers
+            if waited_for and instance not in self._watching:
                 self._watching[instance] = asyncio.create_task(self._watch(instance))
         if self._timer is None:
             loop = asyncio.get_running_loop()
@@ -227,8 +262,9 @@ class Forwarding(Generic[T]):
 
     def _time_to_look(self) -> None:
         self._timer = None
-        if self._line:
+        if self._line or self._lookers:
             self._line.wake()
+            self._lookers.wake()
             self._look_out()
 
     async def _watch(self, instance: Instance) -> None:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from pdserve import errors
 from pdserve.channels.protocol import Channel, NoAnswer, Replies
 from pdserve.messages import (
+    Accepted,
     Busy,
     Failed,
     Freed,
+    Joined,
     Prefilled,
     Release,
     Reply,
@@ -23,6 +25,7 @@ from pdserve.messages import (
 )
 from pdserve.messages import Request as Message
 from pdserve.scheduling.breaker import Breaker
+from pdserve.scheduling.room import Room
 
 if TYPE_CHECKING:
     from pdserve.scheduling.request import Request
@@ -69,6 +72,7 @@ class Call:
         if isinstance(reply, Prefilled | Tokens):
             self.stay.progress()
         self.stay.answered = True
+        self._instance.heard(reply)
         self.done = isinstance(reply, Busy | Failed | Stranger) or (
             isinstance(reply, Tokens) and bool(reply.finish_reason)
         )
@@ -119,11 +123,19 @@ class Instance:
         self.refused = self.asked = 0.0
         """When it was busy last, and offered something last."""
         self.breaker = Breaker()
+        self.room = Room()
+        """Of a decode."""
         self._channel = channel
         self._ids = f"{uuid.uuid4().hex}-{name}"
         self._asked = itertools.count()
 
+    def heard(self, reply: Reply) -> None:
+        """Take in what a reply says of the instance itself."""
+        if isinstance(reply, Busy | Freed | Accepted | Tokens | Joined) and reply.room is not None:
+            self.room.tell(reply.room, asyncio.get_running_loop().time())
+
     def failed(self) -> None:
+        self.room.forget()
         self.breaker.failed(asyncio.get_running_loop().time())
 
     def new_id(self) -> str:
@@ -150,10 +162,12 @@ class Instance:
         Raises:
             InstanceError: it cannot be reached any more.
         """
-        watch = Watch(self.new_id(), gateway)
+        watch = Watch(self.new_id(), gateway, self.room.told)
         replies = self._channel.open(watch.id, watch)
         try:
-            freed = isinstance(await replies.get(timeout), Freed)
+            reply = await replies.get(timeout)
+            self.heard(reply)
+            freed = isinstance(reply, Freed)
             if not freed:  # so many wait there that it has no place: as if it said nothing
                 await asyncio.sleep(timeout)
             return freed

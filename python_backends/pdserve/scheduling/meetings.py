@@ -121,6 +121,7 @@ class Meetings:
             return
         self._joined.pop(pair, None)
         joined = await decode.ask(Join(decode.new_id(), description), JOIN_S)
+        decode.heard(joined)
         if not isinstance(joined, Joined):
             reason = getattr(joined, "message", f"{joined}")
             if self._refused.get(pair) != reason:

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from pdserve.messages import Sampling
+from pdserve.scheduling.room import Promise
 from pdserve.scheduling.suspicion import Role
 from pdserve.scheduling.waiting import Order
 from pdserve.transfer.reports import NOTHING_PULLED, Pulled
@@ -123,6 +124,10 @@ class Request:
     pulled: Pulled | None = None
     """How its KV cache came to the decode."""
     arrived: float = 0.0
+    promise: Promise = field(default_factory=lambda: Promise(None, 0), repr=False)
+    """Of a place in a decode."""
+    held_back: bool = False
+    """Its first token is not told before a decode has accepted it."""
     waiting_since: float = 0.0
     """Its arrival, or when the instance failed that had it."""
     forwarded: float = 0.0
@@ -175,6 +180,11 @@ class Request:
         self.output += ids
         self.output_tokens += len(ids) // 4
         return list(memoryview(ids).cast("i")) if ids else []
+
+    def take_back(self, tokens: int) -> None:
+        """The last tokens have been told to nobody, and will be computed again."""
+        del self.output[len(self.output) - 4 * tokens :]
+        self.output_tokens -= tokens
 
     def end_answer(self, output_tokens: int) -> None:
         """Called by who reads the tokens: a stop string is complete, nothing more is wanted."""

@@ -18,13 +18,14 @@ from pdserve.messages import Accepted, Tokens
 from pdserve.metrics import Registry
 from pdserve.scheduling import policies
 from pdserve.scheduling.breaker import Budget
-from pdserve.scheduling.decoding import Decoding
+from pdserve.scheduling.decoding import Decoding, NoRoom
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.offering import Calls, Offered, failure
 from pdserve.scheduling.prefilling import Computed, Prefilling, late
 from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
+from pdserve.scheduling.room import Rooms
 
 ATTEMPTS = 4
 """Pairs that may take a request: what fails again and again is its own fault."""
@@ -64,7 +65,9 @@ class Scheduler:
         self.policy = policies.build(gateway.policy, prefills, forwarding, gateway.report_ms / 1e3)
         slots = decode.slots
         self.decodes = Forwarding[Offered](decodes, "decode", calls.gateway, slots, slots, rng)
-        self._decoding = Decoding(self.decodes, meetings, calls, metrics, prefill.lease_s)
+        at_once = len(prefills) * prefill.slots
+        rooms = Rooms(decodes, decode.blocks, decode.block_size, at_once)
+        self._decoding = Decoding(self.decodes, meetings, calls, metrics, prefill.lease_s, rooms)
         self._prefilling = Prefilling(self._decoding, meetings, calls, metrics, gateway.stall_s)
         self._budget = Budget()
 
@@ -113,6 +116,16 @@ class Scheduler:
                 if self._local == "auto":
                     self._decoding.decoded(request)
                 return
+            except NoRoom:
+                # Without a token it goes on waiting within its limit; with one it has as many tries
+                # as if an instance had failed.
+                if request.output and request.attempts >= ATTEMPTS:
+                    raise
+                if not request.output:
+                    request.attempts -= 1
+                self._metrics.add("pdserve_retries_total", phase="room", reason="busy")
+                request.again(asyncio.get_running_loop().time())
+                continue
             except errors.InstanceError:
                 if request.attempts >= ATTEMPTS or not self._budget.spend():
                     raise
@@ -130,24 +143,72 @@ class Scheduler:
                 async for chunk in chunks:
                     yield chunk
             return
-        computed = await self._prefilling.compute(request, prefills)
+        promise = await self._decoding.promise(request)
+        if promise is None:
+            raise late("no decode with room", request)
+        request.promise = promise
         try:
-            request.to(State.PREFILLED, asyncio.get_running_loop().time())
-            self.policy.computed(request)
-            first = self._first(request, computed)
+            computed = await self._prefilling.compute(request, prefills)
+            try:
+                request.to(State.PREFILLED, asyncio.get_running_loop().time())
+                self.policy.computed(request)
+                async with aclosing(self._computed(request, computed)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            finally:
+                if computed.decode is not None:
+                    self._decoding.let_go(computed.decode)
+                computed.close()
+        finally:
+            promise.over()
+
+    async def _computed(self, request: Request, computed: Computed) -> AsyncGenerator[Chunk, None]:
+        """From a prompt that is computed to the end."""
+        loop, decode, limit = asyncio.get_running_loop(), computed.decode, request.deadline
+        first = self._first(request, computed)
+        request.held_back = not (decode or first.finish_reason or self._decoding.plenty)
+        if request.held_back:
+            decode = await self._hold_back(request, computed, limit)
+        try:
             yield first
-            if request.ended_by(first, asyncio.get_running_loop().time()):
+            if request.ended_by(first, loop.time()):
                 return
-            decode = computed.decode or await self._decoding.reserve(
-                request, computed.prefill, computed.result.token, computed.handle
-            )
+            decode = decode or await self._reserve(request, computed, request.ends_by)
             async with aclosing(self._decode(request, decode, computed)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         finally:
-            if computed.decode is not None:
-                self._decoding.let_go(computed.decode)
-            computed.close()
+            if decode is not None:
+                self._decoding.let_go(decode)
+
+    async def _reserve(self, request: Request, computed: Computed, until: float) -> Offered:
+        result = computed.result
+        return await self._decoding.reserve(
+            request, computed.prefill, result.token, computed.handle, until
+        )
+
+    async def _hold_back(self, request: Request, computed: Computed, until: float) -> Offered:
+        """A decode, before anybody is told the first token.
+
+        Raises:
+            Late: none was idle within the request's limit.
+            NoRoom: none was as long as the prefill keeps the KV cache.
+            InstanceError, InvalidRequest, Unavailable: as where the token had been told.
+        """
+        whole_answer = request.output_tokens == 1
+        decode = None
+        try:
+            decode = await self._reserve(request, computed, until)
+        except errors.Late as error:
+            raise errors.Late(f"{self.decodes.why_not()} within the request's limit") from error
+        finally:
+            request.held_back = False
+            if decode is None:
+                request.take_back(1)
+            if whole_answer:
+                told_at = asyncio.get_running_loop().time() if decode is not None else 0.0
+                request.first_token = told_at
+        return decode
 
     def _first(self, request: Request, computed: Computed) -> Chunk:
         """The token that the prefill has computed.

@@ -7,12 +7,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
+import msgspec
 import numpy as np
 
 from pdserve import config, errors
 from pdserve.engines import admission
-from pdserve.engines.acceptance import AFTER_S, TRIAL_S
-from pdserve.engines.decode import TICK_S, interval_s
+from pdserve.engines.acceptance import AFTER_S, TRIAL_S, interval_s
+from pdserve.engines.decode import TICK_S
 from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
 from pdserve.engines.relayed.protocol import Asked, GenerationEngine, Piece
 from pdserve.engines.relayed.reports import Reports
@@ -20,6 +21,7 @@ from pdserve.engines.slots import show
 from pdserve.engines.watches import EndWatches, Send
 from pdserve.kvcache.handle import unseal
 from pdserve.messages import (
+    MAX_TOKENS,
     SUSPECT,
     Accepted,
     Busy,
@@ -29,6 +31,7 @@ from pdserve.messages import (
     Joined,
     Released,
     Reply,
+    Room,
     Stranger,
     Tokens,
     Watch,
@@ -97,7 +100,7 @@ class RelayedDecode:
         self._metrics = metrics
         self._met: dict[bytes, str] = {}
         """Prefills by epoch."""
-        self._watches = EndWatches()
+        self._watches = EndWatches(self._room)
         self._reports = Reports(name, engine, metrics)
         self._open: dict[str, _Opened] = {}
         self._unwanted = Failed(errors.Cancelled.code, "released")
@@ -141,7 +144,7 @@ class RelayedDecode:
             del self._met[epoch]
         self._met[holder.epoch] = holder.name
         met = Met(self._transport, "", 0.0, UNKNOWN_RATE, {}, False)
-        send(Joined(holder.name, met, 0), True)
+        send(Joined(holder.name, met, 0, self._room()), True)
 
     # ---------------------------------------------------------------- admission
 
@@ -158,7 +161,7 @@ class RelayedDecode:
             return
         if full := self._full(request):
             self._watches.refused()
-            send(Busy(full), True)
+            send(Busy(full, self._room()), True)
             return
         link = b""
         if request.handle:
@@ -178,12 +181,19 @@ class RelayedDecode:
         now = self._loop.time()
         opened = _Opened(request, send, now, 0 if request.first_token is None else 1, now)
         self._open[request.id] = opened
-        if request.suspect:
-            send(Accepted(), False)
+        if request.suspect or request.hurry:
+            self._accept(opened)
         else:
-            opened.timer = self._loop.call_later(AFTER_S, send, Accepted(), False)
+            opened.timer = self._loop.call_later(AFTER_S, self._accept, opened)
         opened.task = asyncio.create_task(self._run(opened, link))
         opened.task.add_done_callback(partial(self._ended, opened))
+
+    def _accept(self, opened: _Opened) -> None:
+        opened.send(Accepted(room=self._room()), False)
+
+    def _room(self) -> Room:
+        """Blocks are the engine's own matter."""
+        return Room(self._limits.slots - len(self._open), MAX_TOKENS)
 
     def _full(self, request: DecodeRequest) -> str:
         """What there is no room for; empty: there is."""
@@ -242,6 +252,8 @@ class RelayedDecode:
             reply = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
         else:
             reply = task.result()
+        if isinstance(reply, Tokens):
+            reply = msgspec.structs.replace(reply, room=self._room())
         opened.tell(reply, True)
         self._watches.ended(self._loop.time())
 
@@ -262,7 +274,8 @@ class RelayedDecode:
         if quiet and not piece.finish_reason and opened.pulled is None:
             return None
         ids = np.array(opened.unsent, "<i4").tobytes()
-        reply = Tokens(opened.sent, ids, piece.finish_reason, opened.pulled)
+        room = self._room() if opened.pulled is not None and not piece.finish_reason else None
+        reply = Tokens(opened.sent, ids, piece.finish_reason, opened.pulled, room)
         if opened.on_trial:
             self._watches.ended(now)  # another one may be tried
         opened.sent += len(opened.unsent)

@@ -1,0 +1,124 @@
+"""Room in the decodes, asked for before a prompt is computed: who has no place waits without it.
+
+A decode tells what it could still accept with replies that go anyway. From that the gateway takes
+what it has promised since: to requests whose prompt waits or is being computed, and that no decode
+has accepted yet. What no decode has told is not known, and counts as room. Other gateways promise
+the same room: where there is not enough for all that could come at once, a first token is held back
+until a decode has accepted its request.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from pdserve import messages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pdserve.scheduling.instance import Instance
+
+KNOWN_S = 1.0
+"""So long what a decode has told is good enough to let a first token go before it has accepted."""
+# How fast the largest request that has been seen is forgotten, with each that comes.
+FADING = 0.99
+
+
+class Room:
+    """Of one decode, as one gateway knows it."""
+
+    def __init__(self) -> None:
+        self.told: messages.Room | None = None
+        self.told_at = -math.inf
+        self.slots = 0
+        """That are promised."""
+        self.blocks = 0
+        """The same."""
+
+    def tell(self, room: messages.Room, now: float) -> None:
+        self.told, self.told_at = room, now
+
+    def forget(self) -> None:
+        """It may have a new life."""
+        self.told, self.told_at = None, -math.inf
+
+    def fits(self, blocks: int) -> bool:
+        """Whether a request of so many blocks finds room, as far as is known."""
+        if self.told is None:
+            return True
+        return self.slots < self.told.slots and self.blocks + blocks <= self.told.blocks
+
+    def most(self, blocks: int) -> int:
+        """Requests of so many blocks that find room, as has been told."""
+        assert self.told is not None
+        free = (self.told.blocks - self.blocks) // blocks
+        return max(min(self.told.slots - self.slots, free), 0)
+
+
+class Promise:
+    """A place in a decode, until one has accepted the request or it does not need any.
+
+    Args:
+        decode: None: none is needed, or none has so much.
+        over: called once, at its end.
+    """
+
+    def __init__(
+        self, decode: Instance | None, blocks: int, over: Callable[[], None] = lambda: None
+    ) -> None:
+        self._decode = decode
+        self._blocks = blocks
+        self._over = over
+        if decode is not None:
+            decode.room.slots += 1
+            decode.room.blocks += blocks
+
+    def over(self) -> None:
+        """Again is no error."""
+        decode, self._decode = self._decode, None
+        if decode is not None:
+            decode.room.slots -= 1
+            decode.room.blocks -= self._blocks
+            self._over()
+
+
+class Rooms:
+    """Of the decodes of a group.
+
+    Args:
+        blocks: of each decode.
+        block_size: tokens of each block.
+        at_once: requests that all gateways together may bring before any of them hears of it.
+    """
+
+    def __init__(
+        self, decodes: Sequence[Instance], blocks: int, block_size: int, at_once: int
+    ) -> None:
+        self._decodes = decodes
+        self._blocks = blocks
+        self._block_size = block_size
+        self._at_once = at_once
+        self._largest = 1.0
+
+    def need(self, tokens: int) -> int:
+        """Blocks for so many tokens; what no decode has is 0, since it will be refused there."""
+        blocks = -(-tokens // self._block_size)
+        if blocks > self._blocks:
+            return 0
+        self._largest = max(blocks, self._largest * FADING)
+        return blocks
+
+    def find(self, blocks: int) -> Instance | None:
+        """The decode with room for them that serves the fewest."""
+        found = [decode for decode in self._decodes if decode.room.fits(blocks)]
+        return min(found, key=lambda one: one.open + one.room.slots) if found else None
+
+    def plenty(self, now: float) -> bool:
+        """Whether all that may come at once finds a place, whoever brings it."""
+        rooms = [one.room for one in self._decodes]
+        if any(room.told is None for room in rooms):
+            return True
+        blocks = math.ceil(self._largest)
+        known = (room.most(blocks) for room in rooms if now - room.told_at < KNOWN_S)
+        return sum(known) >= self._at_once

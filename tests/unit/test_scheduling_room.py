@@ -1,0 +1,182 @@
+"""A request waits before its prefill for room in a decode, and with a token for nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pdserve import errors, messages
+from pdserve.messages import DecodeRequest, PrefillRequest, Watch
+from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.request import State
+from pdserve.scheduling.room import KNOWN_S, Promise, Room, Rooms
+from tests.unit.desks import Desk
+from tests.unit.inprocess import Site, virtual
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pdserve.scheduling.request import Request
+
+TIMES = {"prefill": {"base_ms": 10.0}, "decode": {"base_ms": 5.0}}
+
+
+def told(slots: int, blocks: int) -> Room:
+    room = Room()
+    room.tell(messages.Room(slots, blocks), 0.0)
+    return room
+
+
+def test_what_is_promised_is_not_promised_again() -> None:
+    decodes = [Instance(f"decode_{number}", Desk()) for number in range(2)]
+    rooms = Rooms(decodes, blocks=100, block_size=16, at_once=3)
+    assert rooms.need(16) == 1
+    assert rooms.need(17) == 2
+    assert rooms.need(1601) == 0, "no decode has so much: it will be refused there"
+    assert rooms.find(100) is decodes[0], "what is not known is room"
+    assert rooms.plenty(0.0)
+    for decode in decodes:
+        decode.room = told(2, 100)
+    woken: list[int] = []
+    first = rooms.find(60)
+    assert first is decodes[0]
+    promise = Promise(first, 60, lambda: woken.append(1))
+    assert rooms.find(60) is decodes[1]
+    other = Promise(decodes[1], 60)
+    assert rooms.find(60) is None
+    assert rooms.find(40) is decodes[0]
+    third = Promise(decodes[0], 1)
+    assert not decodes[0].room.fits(1), "no slot"
+    third.over()
+    promise.over()
+    promise.over()
+    assert woken == [1]
+    assert rooms.find(60) is decodes[0]
+    other.over()
+    assert [(one.room.slots, one.room.blocks) for one in decodes] == [(0, 0), (0, 0)]
+
+
+def test_plenty_is_room_for_all_that_may_come_at_once_and_known_of_late() -> None:
+    decode = Instance("decode_0", Desk())
+    rooms = Rooms([decode], blocks=100, block_size=16, at_once=4)
+    rooms.need(16 * 25)
+    decode.room = told(4, 100)
+    assert rooms.plenty(KNOWN_S / 2)
+    assert not rooms.plenty(KNOWN_S)
+    decode.room = told(3, 100)
+    assert not rooms.plenty(0.0)
+    decode.room = told(4, 99)
+    assert not rooms.plenty(0.0)
+
+
+@virtual
+async def test_nobody_is_computed_before_there_is_room(tmp_path: Path) -> None:
+    """One decode, six answers of which two fit: each is whole, or has no token at all."""
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 6}, decode={"blocks": 64}) as site:
+        site.instances[1][0].room.tell(site.d[0]._room(), 0.0)  # as when it is introduced
+        requests = [site.request(20, max_tokens=480, ttft_limit_s=60.0) for _ in range(6)]
+        first, *others = map(site.start, requests)
+        await asyncio.sleep(0.2)
+        begun = [one for one in requests if one.state is not State.WAITING]
+        assert len(begun) == 2
+        assert sum(map(len, site.p_engines[0].forwards)) == 2
+        answers = await asyncio.gather(first, *others)
+        assert answers == [site.expected(one) for one in requests]
+        assert all(one.attempts == 1 for one in requests)
+        await site.idle()
+
+
+async def race(site: Site, tokens: int, limit_s: float) -> list[Request]:
+    """Two gateways ask for 16 long answers at once, some of them a little later."""
+    sites, rng = [site, site.beside()], random.Random(site.seed)
+    requests: list[Request] = []
+
+    async def ask(where: Site) -> None:
+        await asyncio.sleep(rng.choice((0.0, 0.0, rng.uniform(0.0, 3.0))))
+        request = where.request(rng.randrange(10, 60), max_tokens=tokens, ttft_limit_s=limit_s)
+        request.id = f"{sites.index(where)}{request.id}"
+        requests.append(request)
+        try:
+            assert await where.answer(request) == where.expected(request)
+        except errors.Unavailable:
+            assert not request.output, "a token, and then no decode"
+
+    for one in sites:  # as when they are introduced
+        for instance, decode in zip(one.instances[1], site.d, strict=True):
+            instance.room.tell(decode._room(), asyncio.get_running_loop().time())
+    await asyncio.gather(*(ask(sites[number % 2]) for number in range(16)))
+    return requests
+
+
+@pytest.mark.parametrize("seed", range(8))
+@virtual
+async def test_nobody_gets_a_token_and_then_no_decode(tmp_path: Path, seed: int) -> None:
+    """16 clients, two gateways that race for the room of two decodes, some with limits."""
+    limit_s = (3.0, 100.0)[seed % 2]
+    async with Site(
+        tmp_path,
+        prefills=2,
+        decodes=2,
+        profile=TIMES,
+        prefill={"slots": 4, "lease_s": 1.0},
+        decode={"blocks": 80},
+        seed=seed,
+    ) as site:
+        for link in (*site.p_links, *site.d_links):
+            link.delay = (1e-4, 2e-3)
+        requests = await race(site, 400, limit_s)
+        served = [one for one in requests if one.state is State.FINISHED]
+        assert len(served) == 16 or limit_s == 3.0
+        assert len(served) >= 4
+        await site.idle()
+
+
+@virtual
+async def test_a_wait_for_room_ends_with_its_limit_and_without_a_token(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, decode={"slots": 1}) as site:
+        running = site.start(site.request(max_tokens=200))
+        await asyncio.sleep(0.1)
+        late = site.request(ttft_limit_s=0.5)
+        with pytest.raises(errors.Late, match="no decode with room within the TTFT limit of 500"):
+            await site.answer(late)
+        assert (late.state, late.output_tokens, late.offers) == (State.EXPIRED, 0, [])
+        alone = site.request(max_tokens=1)
+        assert await site.answer(alone) == site.expected(alone), "it needs no decode"
+        await running
+        await site.idle()
+
+
+@virtual
+async def test_room_that_another_gateway_frees_is_heard_of(tmp_path: Path) -> None:
+    """By one watch, and not by asking again and again."""
+    async with Site(tmp_path, profile=TIMES, decode={"slots": 1}) as site:
+        other = site.beside()
+        running = other.start(other.request(max_tokens=200))
+        await asyncio.sleep(0.1)
+        site.instances[1][0].room.tell(site.d[0]._room(), asyncio.get_running_loop().time())
+        request = site.request()
+        task = site.start(request)
+        await asyncio.sleep(0.5)
+        assert not site.p_links[0].of(PrefillRequest)
+        await running
+        ended = asyncio.get_running_loop().time()
+        assert await task == site.expected(request)
+        assert request.first_token - ended < 0.02
+        assert len(site.d_links[0].of(DecodeRequest)) == 1
+        assert len(site.d_links[0].of(Watch)) <= 3
+        await site.idle()
+
+
+@virtual
+async def test_who_leaves_the_line_for_room_lets_the_next_one_look(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, decode={"slots": 1}) as site:
+        running = site.start(site.request(max_tokens=100))
+        await asyncio.sleep(0.1)
+        waiting = [site.start(site.request(max_tokens=4)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        waiting[0].cancel()
+        await asyncio.gather(running, *waiting[1:])
+        await site.idle()
