@@ -8,14 +8,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pdctl import fleet
+from pdserve.config import Gateway, Prefill
 from tests import clients
 from tests.clients import Refused, wait_idle
 from tests.fakes import dying
 from tests.faults.load import Load
-from tests.faults.serving import RESTARTED_S, all_in_one, on_this_machine, repairs, whole
+from tests.faults.serving import (
+    RESTARTED_S,
+    STALL_S,
+    all_in_one,
+    on_this_machine,
+    repairs,
+    whole,
+)
 from tests.servers import Running, running
 
 pytestmark = pytest.mark.triton
@@ -25,7 +34,13 @@ STREAMS, RATE = 64, 32
 
 @pytest.fixture
 def fragile(tmp_path: Path) -> Iterator[Running]:
-    with running(all_in_one(tmp_path), tmp_path, dying.models(tmp_path)) as started:
+    # How soon both decodes are back is not what is promised here.
+    deployment = msgspec.structs.replace(
+        all_in_one(tmp_path),
+        prefill=Prefill(arena_mib=16, lease_s=30.0),
+        gateway=Gateway(stall_s=STALL_S, ttft_limit_ms=60_000),
+    )
+    with running(deployment, tmp_path, dying.models(tmp_path)) as started:
         fleet.watch(started.servers, held=False)
         with whole(started):
             pass
