@@ -180,3 +180,20 @@ async def test_who_leaves_the_line_for_room_lets_the_next_one_look(tmp_path: Pat
         waiting[0].cancel()
         await asyncio.gather(running, *waiting[1:])
         await site.idle()
+
+
+@virtual
+async def test_a_token_held_back_outlives_the_lease_while_no_decode_can_be_reached(
+    tmp_path: Path,
+) -> None:
+    """Nothing has been told: the prompt is computed again, and a decode is there in time."""
+    async with Site(tmp_path, profile=TIMES, prefill={"lease_s": 1.0}) as site:
+        site.instances[1][0].room.tell(messages.Room(1, 1000), asyncio.get_running_loop().time())
+        site.d_links[0].broken = "connection refused"
+        request = site.request(ttft_limit_s=30.0)
+        task = site.start(request)
+        await asyncio.sleep(1.5)
+        assert len(site.p_engines[0].forwards) == 2
+        site.d_links[0].broken = None
+        assert await task == site.expected(request)
+        await site.idle()

@@ -90,7 +90,7 @@ class Decoding:
 
         Raises:
             InvalidRequest: no decode can ever hold it.
-            Unavailable: none reaches the prefill, or all have failed.
+            Unavailable: none reaches the prefill; or all have failed, and a token has been told.
             NoRoom: none was idle in time.
         """
         self._check_reach(prefill)
@@ -108,7 +108,9 @@ class Decoding:
         if taken is None and until <= kept_until:
             raise errors.Late("the request's own time limit has passed")
         if taken is None:
-            kind = errors.Unavailable if self.decodes.all_failed() else NoRoom
+            # Without a token told, it may wait for a decode that is repaired, within its limit.
+            told = request.output_tokens > request.held_back
+            kind = errors.Unavailable if told and self.decodes.all_failed() else NoRoom
             raise kind(f"{self.decodes.why_not()} within {self._lease_s:g} s")
         return taken
 

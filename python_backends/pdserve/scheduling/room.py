@@ -115,8 +115,11 @@ class Rooms:
         return min(found, key=lambda one: one.open + one.room.slots) if found else None
 
     def plenty(self, now: float) -> bool:
-        """Whether all that may come at once finds a place, whoever brings it."""
-        rooms = [one.room for one in self._decodes]
+        """Whether all that may come at once finds a place, whoever brings it.
+
+        A decode that has failed has none, until it has shown that it is well.
+        """
+        rooms = [one.room for one in self._decodes if one.breaker.closed]
         if any(room.told is None for room in rooms):
             return True
         blocks = math.ceil(self._largest)
