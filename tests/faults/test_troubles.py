@@ -257,7 +257,7 @@ def test_of_a_life_that_is_none_nothing_is_lost(server: Running) -> None:
 
 
 def _replaced(server: Server, model: str, before: psutil.Process) -> bool:
-    with contextlib.suppress(ValueError):  # there is none at the moment
+    with contextlib.suppress(ValueError, psutil.Error):  # there is none at the moment
         return stub(server, model).pid != before.pid
     return False
 
