@@ -39,10 +39,10 @@ from tests.servers import Running
 
 pytestmark = pytest.mark.triton
 
-GAP_S = STALL_S - 1
-"""A stream stands still for less, where a gateway does not have to find out by itself."""
+GAP_S = 0.8
+"""A stream stands still for so long at most, on free cores, when the stub of its instance dies."""
 LOAD_S = 1.5
-SLOW_S = 6.0
+SLOW_S = 8.0
 """To load a model, where only a notice can have been heard before."""
 ROOM_MIB = 8
 SHIFTED = """
@@ -196,7 +196,7 @@ def test_a_stub_dies_while_there_is_trouble(server: Running, trouble: str, model
         )
         assert not load.lost
         assert not load.wrong
-        assert load.gap < GAP_S
+        assert load.gap < min(on_this_machine(GAP_S), STALL_S - 1)
         assert watchers.pid(one.folder) == watchdog is not None
     wait_until(lambda: _met(server), on_this_machine(RELOADED_S))
 
