@@ -37,6 +37,7 @@ from tests.servers import Running, emulated_deployment, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
     import tritonclient.grpc.aio as aio
 
@@ -68,6 +69,7 @@ class GrpcCancel:
     """Cancels its stream."""
 
     timeout: float | None = None
+    model = "scheduler"
 
     def __init__(self, server: Running, **inputs: Any) -> None:
         self._arrived: queue.Queue[tuple[float, Any]] = queue.Queue()
@@ -77,7 +79,7 @@ class GrpcCancel:
             stream_timeout=self.timeout,
         )
         tensors = [tensor(name, value) for name, value in _streamed(inputs).items()]
-        self._client.async_stream_infer("scheduler", tensors)
+        self._client.async_stream_infer(self.model, tensors)
 
     def token(self) -> float:
         at, error = self._arrived.get(timeout=30)
@@ -89,6 +91,12 @@ class GrpcCancel:
         self._client.stop_stream(cancel_requests=True)
         self._client.close()
         return at
+
+
+class OfTheOtherGateway(GrpcCancel):
+    """Asks a gateway that promises the same room, and tells nobody."""
+
+    model = "pdserve"
 
 
 class GrpcTimeout(GrpcCancel):
@@ -139,7 +147,19 @@ WAYS = pytest.mark.parametrize("way", [GrpcCancel, HttpClose, GrpcTimeout])
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One prefill and one decode with one slot each; 10 ms a prompt token, 20 ms a step."""
-    folder = tmp_path_factory.mktemp("narrow")
+    with serving(tmp_path_factory.mktemp("narrow"), decode_slots=1) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The same with room for two of the longest answers in the decode."""
+    with serving(tmp_path_factory.mktemp("of_two"), decode_slots=2) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving(folder: Path, decode_slots: int) -> Iterator[Running]:
     deployment = emulated_deployment(
         folder,
         {
@@ -147,7 +167,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             "decode": {"base_ms": STEP_S * 1e3},
         },
         prefill=Prefill(slots=1, arena_mib=16),
-        decode=Decode(slots=1, blocks=64),
+        decode=Decode(slots=decode_slots, blocks=64),
         gateway=Gateway(ttft_limit_ms=20_000),
     )
     with running(deployment, folder) as server:
@@ -157,8 +177,8 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture(autouse=True)
 def idle_at_the_end(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if "narrow" in request.fixturenames:
-        wait_idle(request.getfixturevalue("narrow"), 2)
+    for name in {"narrow", "of_two"} & set(request.fixturenames):
+        wait_idle(request.getfixturevalue(name), 2)
 
 
 _numbers = itertools.count()
@@ -195,6 +215,30 @@ def test_in_decode(narrow: Running, way: type[Client]) -> None:
     print(f"free after {freed * 1e3:.0f} ms")
     assert freed < FREED_S
     wait_idle(narrow, FREED_S + SHOWN_S)
+
+
+@WAYS
+def test_while_its_kv_cache_waits_for_a_decode(of_two: Running, way: type[Client]) -> None:
+    """Its gateway has just been told of room, all of which the other one has taken since."""
+    generate(of_two, text_input="first", max_tokens=2)
+    generate(of_two, "scheduler", input_ids=prompt(5), max_tokens=2)
+    others = [OfTheOtherGateway(of_two, text_input=text) for text in ("second", "third")]
+    for client in others:
+        client.token()
+        client.token()
+    leaving = way(of_two, input_ids=prompt(5))
+    leaving.token()
+    staying = GrpcCancel(of_two, input_ids=prompt(5), max_tokens=1)
+    wait_until(lambda: shows(of_two, "pdserve_kv_leases", state="leased"), 1)
+
+    left = leaving.leave()
+    # Likewise the one slot of the prefill, which an untransferred KV cache keeps.
+    freed = staying.token() - left - 5 * PREFILL_TOKEN_S
+    for client in (*others, staying):
+        client.leave()
+
+    print(f"free after {freed * 1e3:.0f} ms")
+    assert freed < FREED_S
 
 
 @pytest.mark.parametrize("way", [GrpcCancel, GrpcTimeout])

@@ -70,9 +70,9 @@ async def test_nothing_is_let_in_ahead_of_a_forward_of_unknown_length(tmp_path: 
 
 @virtual
 async def test_one_is_computed_while_the_last_waits_for_a_decode(tmp_path: Path) -> None:
-    """And no more: full decodes show as rejections of the prefill all the same."""
+    """And no more: decodes that another gateway has filled show as rejections of the prefill."""
     async with Site(tmp_path, profile=TIMES, prefill=OVERLAPPED, decode={"slots": 1}) as site:
-        decoding = site.start(site.request(max_tokens=60))
+        decoding = site.beside().start(site.request(max_tokens=60))
         await asyncio.sleep(0.1)
         requests = [site.request(max_tokens=2) for _ in range(3)]
         tasks = [site.start(request) for request in requests]
