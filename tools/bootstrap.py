@@ -3,7 +3,7 @@
 
 A step makes one folder and leaves a stamp in it, with a hash of all that the step
 depends on, when it is complete: what was interrupted has no stamp and is made anew,
-what is complete is left alone. Only the standard library is used here.
+what is complete is left alone. Only the standard library is used here, and in what is imported.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pdctl import descriptors
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
@@ -339,6 +341,7 @@ def steps() -> list[Step]:
 
 
 def main() -> int:
+    descriptors.fill()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         check_python()

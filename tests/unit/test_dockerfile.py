@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -113,7 +115,9 @@ def test_every_command_exists(name: str) -> None:
 def test_the_set_up_has_all_that_it_reads(context: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "ROOT", context)
     assert [step.name for step in bootstrap.steps()][:2] == ["environment", "project"]
-    assert (context / "tools" / "bootstrap.py").is_file()
+    tools = context / "tools"
+    code = f"import sys; sys.path.insert(0, {str(tools)!r}); import bootstrap"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
 
 
 def test_the_project_is_installed_before_its_code_comes(

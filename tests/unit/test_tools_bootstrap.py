@@ -214,3 +214,29 @@ def test_orphan_of_a_killed_set_up_is_waited_for(tmp_path: Path) -> None:
         orphan = subprocess.Popen(["sleep", "0.5"], close_fds=False)
     with bootstrap.exclusive(tmp_path / "lock"):
         assert orphan.poll() is not None or orphan.wait(0.1) == 0
+
+
+CLOSED = """
+import os
+import sys
+from pathlib import Path
+
+import bootstrap
+
+folder = Path(sys.argv[1])
+
+def make():
+    found = [os.readlink(f"/proc/self/fd/{number}") for number in range(3)]
+    folder.with_name("found").write_text(" ".join(found))
+
+bootstrap.CACHE = folder
+bootstrap.steps = lambda: [bootstrap.Step("one", folder, [], make)]
+sys.exit(bootstrap.main())
+"""
+
+
+def test_standard_descriptors_that_are_closed_are_filled(tmp_path: Path) -> None:
+    """Else the lock would have the number of one of them, and be lost to child processes."""
+    command = [sys.executable, "-c", CLOSED, str(tmp_path / "cache")]
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=True)
+    assert (tmp_path / "found").read_text() == " ".join(["/dev/null"] * 3)
