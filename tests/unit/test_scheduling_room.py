@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +14,7 @@ from pdserve import errors, messages
 from pdserve.messages import DecodeRequest, PrefillRequest, Watch
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.request import State
-from pdserve.scheduling.room import KNOWN_S, Promise, Room, Rooms
+from pdserve.scheduling.room import HELD_S, KNOWN_S, Promise, Room, Rooms
 from tests.unit.desks import Desk
 from tests.unit.inprocess import Site, virtual
 
@@ -66,6 +68,7 @@ def test_plenty_is_room_for_all_that_may_come_at_once_and_known_of_late() -> Non
     decode.room = told(4, 100)
     assert rooms.plenty(KNOWN_S / 2)
     assert not rooms.plenty(KNOWN_S)
+    assert rooms.plenty(KNOWN_S, math.inf)
     decode.room = told(3, 100)
     assert not rooms.plenty(0.0)
     decode.room = told(4, 99)
@@ -196,4 +199,30 @@ async def test_a_token_held_back_outlives_the_lease_while_no_decode_can_be_reach
         assert len(site.p_engines[0].forwards) == 2
         site.d_links[0].broken = None
         assert await task == site.expected(request)
+        await site.idle()
+
+
+@pytest.mark.parametrize("slots", [8, 1])
+@virtual
+async def test_a_token_waits_a_moment_for_a_decode_that_does_not_answer(
+    tmp_path: Path, slots: int
+) -> None:
+    """Where it had room for all, if long ago; one that had no room for another is waited for."""
+    async with Site(tmp_path, profile=TIMES, decode={"slots": slots}) as site:
+        await site.answer(site.request())
+        await asyncio.sleep(KNOWN_S)
+        link = site.d_links[0]
+        link.lose = lambda message: isinstance(message, DecodeRequest)
+        request = site.request()
+        began = asyncio.get_running_loop().time()
+        async with aclosing(site.scheduler.run(request)) as chunks:
+            first = asyncio.ensure_future(anext(chunks))
+            await asyncio.sleep(0.5)
+            assert first.done() == (slots == 8)
+            link.lose = lambda message: False
+            ids = [*(await first).ids]
+            if slots == 8:
+                assert request.first_token - began == pytest.approx(0.01 + HELD_S, abs=2e-3)
+            ids += [token async for chunk in chunks for token in chunk.ids]
+        assert ids == site.expected(request)
         await site.idle()

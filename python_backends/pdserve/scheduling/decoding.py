@@ -75,10 +75,9 @@ class Decoding:
 
         return await self.decodes.look(request.order, request.deadline, find)
 
-    @property
-    def plenty(self) -> bool:
-        """There is room for all that may come: a first token need not wait for a decode."""
-        return self._rooms.plenty(asyncio.get_running_loop().time())
+    def plenty(self, age_s: float) -> bool:
+        """By what has been told within `age_s`, there is room for all that may come."""
+        return self._rooms.plenty(asyncio.get_running_loop().time(), age_s)
 
     async def reserve(
         self, request: Request, prefill: Instance, token: int, handle: bytes, until: float

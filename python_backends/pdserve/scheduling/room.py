@@ -4,7 +4,8 @@ A decode tells what it could still accept with replies that go anyway. From that
 what it has promised since: to requests whose prompt waits or is being computed, and that no decode
 has accepted yet. What no decode has told is not known, and counts as room. Other gateways promise
 the same room: where there is not enough for all that could come at once, a first token is held back
-until a decode has accepted its request.
+until a decode has accepted its request; for a moment at most where there was enough, as was told a
+while ago.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 KNOWN_S = 1.0
 """So long what a decode has told is good enough to let a first token go before it has accepted."""
+HELD_S = 0.1
+"""For a decode to accept, where what it has told is older: far more than one that is well needs."""
 # How fast the largest request that has been seen is forgotten, with each that comes.
 FADING = 0.99
 
@@ -114,14 +117,17 @@ class Rooms:
         found = [decode for decode in self._decodes if decode.room.fits(blocks)]
         return min(found, key=lambda one: one.open + one.room.slots) if found else None
 
-    def plenty(self, now: float) -> bool:
+    def plenty(self, now: float, age_s: float = KNOWN_S) -> bool:
         """Whether all that may come at once finds a place, whoever brings it.
 
         A decode that has failed has none, until it has shown that it is well.
+
+        Args:
+            age_s: what has been told longer ago counts for nothing.
         """
         rooms = [one.room for one in self._decodes if one.breaker.closed]
         if any(room.told is None for room in rooms):
             return True
         blocks = math.ceil(self._largest)
-        known = (room.most(blocks) for room in rooms if now - room.told_at < KNOWN_S)
+        known = (room.most(blocks) for room in rooms if now - room.told_at < age_s)
         return sum(known) >= self._at_once

@@ -25,7 +25,7 @@ from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.offering import Calls, Offered, failure
 from pdserve.scheduling.prefilling import Computed, Prefilling, late
 from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
-from pdserve.scheduling.room import Rooms
+from pdserve.scheduling.room import HELD_S, KNOWN_S, Rooms
 
 ATTEMPTS = 4
 """Pairs that may take a request: what fails again and again is its own fault."""
@@ -164,11 +164,10 @@ class Scheduler:
 
     async def _computed(self, request: Request, computed: Computed) -> AsyncGenerator[Chunk, None]:
         """From a prompt that is computed to the end."""
-        loop, decode, limit = asyncio.get_running_loop(), computed.decode, request.deadline
+        loop, decode = asyncio.get_running_loop(), computed.decode
         first = self._first(request, computed)
-        request.held_back = not (decode or first.finish_reason or self._decoding.plenty)
-        if request.held_back:
-            decode = await self._hold_back(request, computed, limit)
+        if not (decode or first.finish_reason or self._decoding.plenty(KNOWN_S)):
+            decode = await self._hold_back(request, computed)
         try:
             yield first
             if request.ended_by(first, loop.time()):
@@ -187,28 +186,39 @@ class Scheduler:
             request, computed.prefill, result.token, computed.handle, until
         )
 
-    async def _hold_back(self, request: Request, computed: Computed, until: float) -> Offered:
-        """A decode, before anybody is told the first token.
+    async def _hold_back(self, request: Request, computed: Computed) -> Offered | None:
+        """A decode, before anybody is told the first token; None: it need not wait any longer.
 
         Raises:
             Late: none was idle within the request's limit.
             NoRoom: none was as long as the prefill keeps the KV cache.
             InstanceError, InvalidRequest, Unavailable: as where the token had been told.
         """
-        whole_answer = request.output_tokens == 1
-        decode = None
+        loop = asyncio.get_running_loop()
+        whole_answer, told_at = request.output_tokens == 1, 0.0
+        request.held_back = True
+        reserving = loop.create_task(self._reserve(request, computed, request.deadline))
         try:
-            decode = await self._reserve(request, computed, until)
+            await asyncio.wait({reserving}, timeout=HELD_S)
+            waits = reserving.done() or not self._decoding.plenty(math.inf)
+            decode = await reserving if waits else None
+            told_at = loop.time()
         except errors.Late as error:
             raise errors.Late(f"{self.decodes.why_not()} within the request's limit") from error
         finally:
             request.held_back = False
-            if decode is None:
+            if not told_at:
                 request.take_back(1)
             if whole_answer:
-                told_at = asyncio.get_running_loop().time() if decode is not None else 0.0
                 request.first_token = told_at
+            if not told_at or decode is None:
+                reserving.cancel()
+                reserving.add_done_callback(self._not_wanted)
         return decode
+
+    def _not_wanted(self, reserving: asyncio.Task[Offered]) -> None:
+        if not reserving.cancelled() and reserving.exception() is None:
+            self._decoding.let_go(reserving.result())
 
     def _first(self, request: Request, computed: Computed) -> Chunk:
         """The token that the prefill has computed.
