@@ -10,6 +10,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -636,7 +637,9 @@ async def test_unreachable_collector_costs_a_line(
         ("MAX_EXPORT_BATCH_SIZE", 8),
     ):
         monkeypatch.setenv(f"OTEL_BSP_{name}", str(value))
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     said: list[str] = []
+    others = set(threading.enumerate())
     traces = tracing.start(unreachable, "scheduler", said.append)
     async with Site(tmp_path) as site:
         requests = [site.request(max_tokens=2) for _ in range(50)]
@@ -648,6 +651,8 @@ async def test_unreachable_collector_costs_a_line(
     began = time.monotonic()
     traces.close()
     assert time.monotonic() - began < spans.FLUSH_S + 0.5
+    for thread in set(threading.enumerate()) - others:  # it may still try, with files of its own
+        thread.join()
     [line] = said
     assert line.startswith("scheduler: traces: ")
 
