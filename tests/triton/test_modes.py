@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
 from pathlib import Path
 
@@ -25,13 +26,13 @@ def pdctl(folder: Path, umask: int, *, gateway: bool = True) -> Pdctl:
 
 
 def modes(paths: list[Path]) -> dict[str, int]:
-    """Of each file that is there, by name: its permissions."""
+    """Of each file that is there, by name: its permissions. A symbolic link has none."""
     found = {}
     for path in paths:
-        try:
-            found[str(path)] = stat.S_IMODE(path.lstat().st_mode)
-        except FileNotFoundError:
-            continue
+        with contextlib.suppress(FileNotFoundError):
+            mode = path.lstat().st_mode
+            if not stat.S_ISLNK(mode):
+                found[str(path)] = stat.S_IMODE(mode)
     return found
 
 

@@ -157,8 +157,14 @@ def test_a_heartbeat_is_read_by_others(tmp_path: Path) -> None:
         heartbeat.turned(2)
     heartbeat.worked(2)
     assert read(path) == [(1, 0), (0, 0), (1000, 1)]
-    Heartbeat(path, threads=1)
+    later = Heartbeat(path, threads=1)
     assert read(path) == [(0, 0)], "a new life counts anew"
+    heartbeat.close()
+    assert read(path) == [(0, 0)], "a former one ends, and leaves it alone"
+    for _ in range(2):
+        later.close()
+        assert not path.exists()
+    later.turned(0)
 
 
 def test_a_heartbeat_that_nobody_reads() -> None:

@@ -30,12 +30,12 @@ class Started(Struct, frozen=True):
     def other(self, deployment: Deployment, spec: Server, file: str) -> str:
         """In words, how this is of another deployment; empty: it is of the same.
 
-        It is the same file, whatever has been edited in it, or the same model at the same ports,
-        wherever the file is now.
+        It is the same file, whatever has been edited in it, or the same model at one of the same
+        ports, wherever the file is now: two that share a port cannot both run.
         """
         if self.file and self.file == file:
             return ""
-        if (self.model, _ports(self.spec)) == (deployment.model, _ports(spec)):
+        if self.model == deployment.model and _addresses(self.spec) & _addresses(spec):
             return ""
         return (
             f"{self.file or 'another deployment'} (HTTP {self.spec.host}:{self.spec.http_port}, "
@@ -58,5 +58,5 @@ def noted(folder: Path) -> Started | None:
     return None
 
 
-def _ports(spec: Server) -> tuple[str, int, int, int]:
-    return spec.host, spec.http_port, spec.grpc_port, spec.metrics_port
+def _addresses(spec: Server) -> set[tuple[str, int]]:
+    return {(spec.host, port) for port in spec.ports}

@@ -20,6 +20,9 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         return [triton.answered(request, self._answer, self._heartbeat) for request in requests]
 
+    def finalize(self) -> None:
+        self._heartbeat.close()
+
     def _answer(self, request: Any) -> Any:
         ids = triton.tensors(request)["output_ids"].reshape(-1)
         size = self._vocabulary.size

@@ -116,6 +116,7 @@ class GatewayModel(ABC):
             outbox.close()
         self._loop.close()
         self._traces.close()
+        self._heartbeat.close()
 
     # ------------------------------------------------------------------ serving
 

@@ -79,6 +79,7 @@ class InstanceModel(ABC):
         self._loop.run(self._close())
         self._outbox.close()
         self._loop.close()
+        self._heartbeat.close()
 
     async def _start(self) -> None:
         self._instance.start()

@@ -22,6 +22,9 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         return [triton.answered(request, self._answer, self._heartbeat) for request in requests]
 
+    def finalize(self) -> None:
+        self._heartbeat.close()
+
     def _answer(self, request: Any) -> Any:
         inputs = triton.tensors(request)
         prompt = parse_prompt(scalar(inputs, "text_input"), bool(scalar(inputs, "chat")))
