@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LIMIT_S = 60.0
 """A stream that takes longer has been forgotten: no request may."""
 PROMPT_TOKENS = 40, 120
+LOOK_S = 0.5
+"""How often one that waits for the next stream looks whether it is over."""
 LEAVE_S = 1.0
 """The latest moment of those who leave."""
 
@@ -144,7 +146,9 @@ class Load:
         began = time.monotonic()
         while not self._over.is_set():
             tasks.append(asyncio.create_task(self._one()))
-            await asyncio.sleep(max(0.0, began + len(tasks) / self._rate - time.monotonic()))
+            next_at = began + len(tasks) / self._rate
+            while not self._over.is_set() and (left := next_at - time.monotonic()) > 0:
+                await asyncio.sleep(min(left, LOOK_S))
         await asyncio.gather(*tasks)
 
     async def _one(self) -> None:

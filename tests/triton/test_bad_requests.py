@@ -437,7 +437,7 @@ def test_bad_ones_beside_good_ones_harm_none(emulated_server: Running) -> None:
     assert all(isinstance(error, Refused) for error in refused)
 
 
-@pytest.mark.parametrize("instance", ["decode_0", "prefill_0"])
+@pytest.mark.parametrize("instance", ["decode_0", "prefill_0", ""])
 def test_nobody_but_a_watchdog_says_that_an_instance_is_lost(
     emulated_server: Running, instance: str
 ) -> None:

@@ -204,12 +204,13 @@ def test_in_decode(narrow: Running, way: type[Client]) -> None:
     leaving.token()
     leaving.token()
     staying = GrpcCancel(narrow, input_ids=prompt(5))
-    staying.token()
+    wait_until(lambda: open_requests(narrow) == 2, 1)
     wait_until(lambda: shows(narrow, "pdserve_kv_blocks"), 1)
 
     left = leaving.leave()
     # The one slot of the decode goes to who waits for it: that is when it was free.
-    freed = staying.token() - left - STEP_S
+    staying.token()
+    freed = staying.token() - left - 5 * PREFILL_TOKEN_S - STEP_S
     staying.leave()
 
     print(f"free after {freed * 1e3:.0f} ms")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.triton
 ARGUMENTS = ("transport", "channel")
 CASES = [
     pytest.param("shm", "grpc", marks=pytest.mark.full),
-    pytest.param("shm", "bls"),
+    pytest.param("shm", "bls", marks=pytest.mark.full),
     pytest.param("nixl", "grpc"),
     pytest.param("nixl", "bls", marks=pytest.mark.full),
 ]

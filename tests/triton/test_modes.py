@@ -45,7 +45,9 @@ def wrong(server: Running, folder: Path) -> dict[str, str]:
     return {path: f"{mode:o}" for path, mode in found.items() if mode & 0o077}
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o077], ids="{:03o}".format)
+@pytest.mark.parametrize(
+    "umask", [0o022, pytest.param(0o077, marks=pytest.mark.full)], ids="{:03o}".format
+)
 def test_nothing_of_a_worker_is_anybody_elses(tmp_path: Path, umask: int) -> None:
     with pdctl(tmp_path, umask, gateway=False).up("--no-watch") as server:
         assert wrong(server, tmp_path) == {}

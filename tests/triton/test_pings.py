@@ -26,7 +26,7 @@ SILENCE_S = 9
 
 
 def test_a_client_that_pings_through_a_long_silence_keeps_its_connection(tmp_path: Path) -> None:
-    """First without any call, then while a prompt is computed."""
+    """Without any call, and while a prompt is computed."""
     profile = {"prefill": {"base_ms": SILENCE_S * 1000}}
     with running(emulated_deployment(tmp_path, profile), tmp_path) as server:
         asyncio.run(patient(server))
@@ -39,7 +39,15 @@ async def patient(server: Running) -> None:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.enable_retries", 0),
+        ("grpc.use_local_subchannel_pool", 1),
     ]
+    await asyncio.gather(without_a_call(server, options), while_it_is_computed(server, options))
+
+
+Options = list[tuple[str, int]]
+
+
+async def without_a_call(server: Running, options: Options) -> None:
     async with grpc.aio.insecure_channel(server.grpc, options=options) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         await stub.ServerLive(service_pb2.ServerLiveRequest())
@@ -47,6 +55,9 @@ async def patient(server: Running) -> None:
         await asyncio.sleep(SILENCE_S)
         assert not states.done(), "the server has ended the connection"
         states.cancel()
+
+
+async def while_it_is_computed(server: Running, options: Options) -> None:
     async with connected(server, options) as client:
         began = time.monotonic()
         answer = await ask(client, text_input="The sky is", max_tokens=2, ignore_eos=True)

@@ -28,11 +28,11 @@ async def live(address: str) -> bool:
     return False
 
 
-async def gateway(address: str, model: str, lost: str = "") -> bool:
+async def gateway(address: str, model: str, lost: str) -> bool:
     """A gateway's model takes requests and answers them.
 
     Args:
-        lost: as ``pdserve.cluster.loss.told`` says it.
+        lost: what it is told, as ``pdserve.cluster.loss.told`` says it.
 
     Raises:
         InstanceError: it does not.

@@ -226,7 +226,7 @@ def checks(tended: Tended, probes: Probes, limits: Limits) -> Iterator[Check]:
             computes = partial(getattr(probes, template), model)
             yield Check(model, computes, PROBE_EVERY_S, limits.first_token_s + 3 * limits.reply_s)
         elif template in ("pdserve", "scheduler"):
-            alive = partial(questions.gateway, address, model)
+            alive = partial(questions.gateway, address, model, loss.told(loss.ALIVE, tended.key))
         else:
             alive = partial(questions.tokens, address, model)
         yield _alive(model, tended.heartbeat(model), alive)

@@ -13,7 +13,7 @@ import binascii
 from msgspec import Struct
 
 from pdserve.errors import HandleError, InvalidRequest
-from pdserve.kvcache.handle import Epoch, seal, unseal
+from pdserve.kvcache.handle import EPOCH_BYTES, Epoch, seal, unseal
 
 
 class Lost(Struct, frozen=True, array_like=True):
@@ -22,6 +22,10 @@ class Lost(Struct, frozen=True, array_like=True):
     instance: str
     epoch: Epoch
     """Of the process that is gone; see `pdserve.cluster.epoch`."""
+
+
+ALIVE = Lost("", bytes(EPOCH_BYTES))
+"""Of no instance: a gateway that answers it lives."""
 
 
 def told(lost: Lost, key: bytes) -> str:

@@ -319,10 +319,9 @@ class GatewayModel(ABC):
         Raises:
             InvalidRequest: it is not a watchdog that says so.
         """
-        if lost:
-            told = loss.heard(lost, self._key)
-            if told.instance in self._channels:
-                self._channels[told.instance].lose(told.epoch)
+        told = loss.heard(lost, self._key)
+        if told.instance in self._channels:
+            self._channels[told.instance].lose(told.epoch)
         return pb_utils.InferenceResponse([self._unfinished])
 
     async def _close(self) -> None:
