@@ -12,6 +12,7 @@ import pytest
 
 from pdserve import errors, messages
 from pdserve.messages import DecodeRequest, PrefillRequest, Watch
+from pdserve.scheduling.breaker import FIRST_S
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.request import State
 from pdserve.scheduling.room import HELD_S, KNOWN_S, Promise, Room, Rooms
@@ -38,25 +39,25 @@ def test_what_is_promised_is_not_promised_again() -> None:
     assert rooms.need(16) == 1
     assert rooms.need(17) == 2
     assert rooms.need(1601) == 0, "no decode has so much: it will be refused there"
-    assert rooms.find(100) is decodes[0], "what is not known is room"
+    assert rooms.find(100, 0.0) is decodes[0], "what is not known is room"
     assert rooms.plenty(0.0)
     for decode in decodes:
         decode.room = told(2, 100)
     woken: list[int] = []
-    first = rooms.find(60)
+    first = rooms.find(60, 0.0)
     assert first is decodes[0]
     promise = Promise(first, 60, lambda: woken.append(1))
-    assert rooms.find(60) is decodes[1]
+    assert rooms.find(60, 0.0) is decodes[1]
     other = Promise(decodes[1], 60)
-    assert rooms.find(60) is None
-    assert rooms.find(40) is decodes[0]
+    assert rooms.find(60, 0.0) is None
+    assert rooms.find(40, 0.0) is decodes[0]
     third = Promise(decodes[0], 1)
     assert not decodes[0].room.fits(1), "no slot"
     third.over()
     promise.over()
     promise.over()
     assert woken == [1]
-    assert rooms.find(60) is decodes[0]
+    assert rooms.find(60, 0.0) is decodes[0]
     other.over()
     assert [(one.room.slots, one.room.blocks) for one in decodes] == [(0, 0), (0, 0)]
 
@@ -73,6 +74,21 @@ def test_plenty_is_room_for_all_that_may_come_at_once_and_known_of_late() -> Non
     assert not rooms.plenty(0.0)
     decode.room = told(4, 99)
     assert not rooms.plenty(0.0)
+
+
+def test_a_decode_that_has_failed_has_room_for_one_trial() -> None:
+    decodes = [Instance(f"decode_{number}", Desk()) for number in range(2)]
+    rooms = Rooms(decodes, blocks=100, block_size=16, at_once=3)
+    decodes[0].room = told(0, 100)
+    assert rooms.find(1, 0.0) is decodes[1]
+    decodes[1].breaker.failed(0.0)
+    assert rooms.find(1, 0.0) is None, "not known is no room where it is known to have failed"
+    assert rooms.find(1, FIRST_S) is decodes[1]
+    trial = Promise(decodes[1], 1)
+    assert rooms.find(1, FIRST_S) is None
+    trial.over()
+    decodes[0].breaker.failed(0.0)
+    assert rooms.find(1, 0.0) is decodes[1], "none is well"
 
 
 @virtual
@@ -212,17 +228,21 @@ async def test_a_token_waits_a_moment_for_a_decode_that_does_not_answer(
         await site.answer(site.request())
         await asyncio.sleep(KNOWN_S)
         link = site.d_links[0]
-        link.lose = lambda message: isinstance(message, DecodeRequest)
+        before = len(link.of(DecodeRequest))
+        link.delay = (0.5, 0.5)
         request = site.request()
         began = asyncio.get_running_loop().time()
         async with aclosing(site.scheduler.run(request)) as chunks:
             first = asyncio.ensure_future(anext(chunks))
             await asyncio.sleep(0.5)
             assert first.done() == (slots == 8)
-            link.lose = lambda message: False
             ids = [*(await first).ids]
             if slots == 8:
                 assert request.first_token - began == pytest.approx(0.01 + HELD_S, abs=2e-3)
             ids += [token async for chunk in chunks for token in chunk.ids]
         assert ids == site.expected(request)
+        assert len(link.of(DecodeRequest)) == before + 1, "the same offer is waited for"
+        assert request.attempts == 1
+        link.delay = (0.0, 0.0)
+        await asyncio.sleep(1.0)
         await site.idle()

@@ -7,6 +7,7 @@ import json
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
+from http.client import HTTPException
 from pathlib import Path
 
 from pdctl import footprint, protocols
@@ -44,7 +45,7 @@ class Endpoint(ABC):
         try:
             with connections.urlopen(f"{self.http}/v2/{what}", 2) as answer:
                 return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+        except (OSError, HTTPException):
             return False
 
     def index(self) -> dict[str, str]:
@@ -85,7 +86,7 @@ class Endpoint(ABC):
         try:
             self._post(f"/v2/repository/models/{model}/load", timeout_s)
         except urllib.error.HTTPError as error:
-            reason, *_ = json.loads(error.read())["error"].splitlines()
+            reason = _reason(error.read()) or f"HTTP {error.code}"
             raise ServerError(f"model {model} cannot be loaded: {reason}") from error
         footprint.narrow(footprint.token(self.folder) or "")
 
@@ -101,6 +102,14 @@ class Endpoint(ABC):
         with connections.urlopen(request, timeout_s) as answer:
             data: bytes = answer.read()
             return data
+
+
+def _reason(body: bytes) -> str:
+    """The first line of what Triton says of an error; empty: it does not say."""
+    try:
+        return str(json.loads(body)["error"]).partition("\n")[0].strip()
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def state_of(versions: dict[str, str]) -> str:

@@ -57,7 +57,8 @@ def shared_memory_key(server: Server, folder: Path, *, again: bool) -> str:
     """
     file = folder / SHARED_MEMORY_KEY_FILE
     if server.client_shared_memory == "off":
-        file.unlink(missing_ok=True)
+        if not again:
+            file.unlink(missing_ok=True)
         # Users of this machine can read command lines. No header of HTTP carries a line feed.
         return f"{secrets.token_hex(32)}\n"
     if not (again and file.exists()):

@@ -104,11 +104,15 @@ class Server(Endpoint):
         return started.other(self.deployment, self.spec, self.file) if started else ""
 
     def refuse_other(self) -> None:
-        """Raises: ServerError: another deployment runs a server of this name."""
-        if (other := self.foreign) and (pid := self.pid) is not None:
+        """Raises: ServerError: another deployment runs, or repairs, a server of this name."""
+        if not (other := self.foreign):
+            return
+        pid = self.pid
+        if pid is not None or watchers.watched(self.folder):
+            how = "is being repaired" if pid is None else f"runs (process {pid})"
             raise ServerError(
-                f"server {self.spec.name} runs (process {pid}), but it is one of {other}. Give "
-                "this one another name, or stop that one first, by its own deployment."
+                f"server {self.spec.name} {how}, but it is one of {other}. Give this one another "
+                "name, or stop that one first, by its own deployment."
             )
 
     @property
@@ -296,10 +300,12 @@ class Server(Endpoint):
         Raises:
             ServerError: its watchdog does not end.
         """
-        if self.folder.exists() and not (own and self.token not in (None, self._token)):
+        ours = self._token is not None and self.token == self._token
+        if self.folder.exists() and (ours or not own):
             watchers.end(self.folder)
             with locks.locked(self.folder):
-                self.clean()
+                if not own or self.token == self._token:
+                    self.clean()
         if self._process is not None:
             self._process.wait()
         if self._guard is not None:

@@ -226,7 +226,7 @@ class Watchdog:
         began = loop.time()
         health = self.health[thing]
         while True:
-            await self._ward.withdraw(thing)
+            await self._withdraw(thing)
             if pause := health.backoff.pause(loop.time()):
                 _log.warning("%s: next try in %g s", thing, pause)
                 await asyncio.sleep(pause)
@@ -244,6 +244,15 @@ class Watchdog:
         health.repairs += 1
         health.down_s = loop.time() - began
         _log.warning("%s is repaired; it was out of service for %.1f s", thing, health.down_s)
+
+    async def _withdraw(self, thing: str) -> None:
+        try:
+            await self._ward.withdraw(thing)
+        except Exception as error:
+            if thing != SERVER:
+                raise
+            # There is nothing larger to repair; and what restores it ends what is left of it.
+            self._trouble(f"{thing} cannot be withdrawn", error)
 
     def _ended(self, thing: str, repair: asyncio.Task[None]) -> None:
         del self._repairs[thing]

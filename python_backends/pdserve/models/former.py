@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from http.client import HTTPException
+
 from pdserve import config, connections
 
 TIMEOUT_S = 1.0
@@ -16,6 +18,6 @@ def page(deployment: config.Deployment, instance: str) -> str:
     try:
         with connections.urlopen(url, TIMEOUT_S) as answer:
             text: str = answer.read().decode()
-    except OSError:
+    except (OSError, HTTPException, UnicodeDecodeError):
         return ""
     return text

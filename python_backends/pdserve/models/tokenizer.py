@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from pdserve.errors import InvalidRequest
 from pdserve.models import stub, triton
 from pdserve.parameters import scalar
 from pdserve.tokenizer import Tokenizer, parse_prompt
@@ -16,7 +17,9 @@ from pdserve.tokenizer import Tokenizer, parse_prompt
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
-        self._tokenizer = Tokenizer(Path(triton.deployment(args).model))
+        deployment = triton.deployment(args)
+        self._tokenizer = Tokenizer(Path(deployment.model))
+        self._most = deployment.gateway.max_prompt_bytes
         self._heartbeat = triton.own_heartbeat(args, threads=1)
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -27,7 +30,10 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         inputs = triton.tensors(request)
-        prompt = parse_prompt(scalar(inputs, "text_input"), bool(scalar(inputs, "chat")))
+        data: bytes = scalar(inputs, "text_input")
+        if len(data) > self._most:
+            raise InvalidRequest(f"text_input: {len(data)} bytes; at most {self._most} are allowed")
+        prompt = parse_prompt(data, bool(scalar(inputs, "chat")))
         if isinstance(prompt, str):
             ids = self._tokenizer.encode(prompt)
         else:

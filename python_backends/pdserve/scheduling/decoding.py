@@ -70,7 +70,7 @@ class Decoding:
             return Promise(None, 0)
 
         def find() -> Promise | None:
-            decode = self._rooms.find(blocks)
+            decode = self._rooms.find(blocks, asyncio.get_running_loop().time())
             return None if decode is None else Promise(decode, blocks, self.decodes.told)
 
         return await self.decodes.look(request.order, request.deadline, find)

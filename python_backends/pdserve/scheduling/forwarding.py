@@ -247,7 +247,8 @@ class Forwarding(Generic[T]):
     def _look_out(self) -> None:
         """Somebody is about to wait: see to it that what becomes free, or well, wakes the line."""
         for instance in self.instances:
-            waited_for = instance in self._busy or self._lookers
+            # One that has failed is looked at again when it may be tried.
+            waited_for = instance in self._busy or (self._lookers and instance.breaker.closed)
             if waited_for and instance not in self._watching:
                 self._watching[instance] = asyncio.create_task(self._watch(instance))
         if self._timer is None:

@@ -112,9 +112,13 @@ class Rooms:
         self._largest = max(blocks, self._largest * FADING)
         return blocks
 
-    def find(self, blocks: int) -> Instance | None:
-        """The decode with room for them that serves the fewest."""
-        found = [decode for decode in self._decodes if decode.room.fits(blocks)]
+    def find(self, blocks: int, now: float) -> Instance | None:
+        """The decode with room for them that serves the fewest.
+
+        One that has failed has room for a trial; if all have, the wait is for whichever is back.
+        """
+        well = [one for one in self._decodes if one.breaker.allows(now, one.room.slots)]
+        found = [decode for decode in well or self._decodes if decode.room.fits(blocks)]
         return min(found, key=lambda one: one.open + one.room.slots) if found else None
 
     def plenty(self, now: float, age_s: float = KNOWN_S) -> bool:

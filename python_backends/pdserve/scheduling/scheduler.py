@@ -164,30 +164,35 @@ class Scheduler:
 
     async def _computed(self, request: Request, computed: Computed) -> AsyncGenerator[Chunk, None]:
         """From a prompt that is computed to the end."""
-        loop, decode = asyncio.get_running_loop(), computed.decode
+        loop, decode, reserving = asyncio.get_running_loop(), computed.decode, None
         first = self._first(request, computed)
         if not (decode or first.finish_reason or self._decoding.plenty(KNOWN_S)):
-            decode = await self._hold_back(request, computed)
+            reserving = await self._hold_back(request, computed)
         try:
             yield first
             if request.ended_by(first, loop.time()):
                 return
-            decode = decode or await self._reserve(request, computed, request.ends_by)
+            if decode is None:
+                decode = await (reserving or self._reserve(request, computed))
             async with aclosing(self._decode(request, decode, computed)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         finally:
             if decode is not None:
                 self._decoding.let_go(decode)
+            elif reserving is not None:
+                self._give_up(reserving)
 
-    async def _reserve(self, request: Request, computed: Computed, until: float) -> Offered:
+    async def _reserve(self, request: Request, computed: Computed) -> Offered:
         result = computed.result
         return await self._decoding.reserve(
-            request, computed.prefill, result.token, computed.handle, until
+            request, computed.prefill, result.token, computed.handle, request.ends_by
         )
 
-    async def _hold_back(self, request: Request, computed: Computed) -> Offered | None:
-        """A decode, before anybody is told the first token; None: it need not wait any longer.
+    async def _hold_back(self, request: Request, computed: Computed) -> asyncio.Task[Offered]:
+        """What reserves a decode, before anybody is told the first token.
+
+        It has reserved one, or the token need not wait for it any longer.
 
         Raises:
             Late: none was idle within the request's limit.
@@ -197,11 +202,16 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         whole_answer, told_at = request.output_tokens == 1, 0.0
         request.held_back = True
-        reserving = loop.create_task(self._reserve(request, computed, request.deadline))
+        reserving = loop.create_task(self._reserve(request, computed))
         try:
-            await asyncio.wait({reserving}, timeout=HELD_S)
-            waits = reserving.done() or not self._decoding.plenty(math.inf)
-            decode = await reserving if waits else None
+            left = request.deadline - loop.time()
+            await asyncio.wait({reserving}, timeout=min(left, HELD_S))
+            if not reserving.done() and not self._decoding.plenty(math.inf):
+                await asyncio.wait({reserving}, timeout=request.deadline - loop.time())
+                if not reserving.done():
+                    raise errors.Late("the limit of the first token has passed")
+            if reserving.done():
+                reserving.result()
             told_at = loop.time()
         except errors.Late as error:
             raise errors.Late(f"{self.decodes.why_not()} within the request's limit") from error
@@ -209,16 +219,20 @@ class Scheduler:
             request.held_back = False
             if not told_at:
                 request.take_back(1)
+                self._give_up(reserving)
             if whole_answer:
                 request.first_token = told_at
-            if not told_at or decode is None:
-                reserving.cancel()
-                reserving.add_done_callback(self._not_wanted)
-        return decode
+        return reserving
 
-    def _not_wanted(self, reserving: asyncio.Task[Offered]) -> None:
-        if not reserving.cancelled() and reserving.exception() is None:
-            self._decoding.let_go(reserving.result())
+    def _give_up(self, reserving: asyncio.Task[Offered]) -> None:
+        """Whether it is still at it, has failed, or has a decode that nobody wants any more."""
+
+        def ended(task: asyncio.Task[Offered]) -> None:
+            if not task.cancelled() and task.exception() is None:
+                self._decoding.let_go(task.result())
+
+        reserving.cancel()
+        reserving.add_done_callback(ended)
 
     def _first(self, request: Request, computed: Computed) -> Chunk:
         """The token that the prefill has computed.
