@@ -76,7 +76,7 @@ class Decoding:
         return await self.decodes.look(request.order, request.deadline, find)
 
     def plenty(self, age_s: float) -> bool:
-        """By what has been told within `age_s`, there is room for all that may come."""
+        """Whether there is room for all that may come, by what was told within the last `age_s`."""
         return self._rooms.plenty(asyncio.get_running_loop().time(), age_s)
 
     async def reserve(
