@@ -41,6 +41,8 @@ class Patient:
         """Seconds to restore it."""
         self.deaf = False
         """Its models cannot be withdrawn."""
+        self.crowded = 0
+        """So many times it cannot be withdrawn itself."""
         self.trouble: Exception | None = None
         """Why it cannot be asked."""
         self.blind = False
@@ -60,6 +62,9 @@ class Patient:
         self._note("withdraw", thing)
         if self.deaf and thing != SERVER:
             raise OSError("connection refused")
+        if self.crowded and thing == SERVER:
+            self.crowded -= 1
+            raise RuntimeError("can't start new thread")
 
     async def restore(self, thing: str) -> None:
         self._note("restore", thing)
@@ -133,6 +138,17 @@ class TestNoticing:
             assert dog.health["one"].repairs == 1
             assert dog.health["one"].down_s == pytest.approx(0.5)
             assert not patient.times("withdraw", SERVER)
+
+    @virtual
+    async def test_a_server_that_cannot_be_withdrawn_is_restored_all_the_same(self) -> None:
+        patient = Patient()
+        patient.crowded = 100
+        async with watched(patient) as dog:
+            patient.lives[SERVER] = Life.GONE
+            await asyncio.sleep(1)
+            assert dog.health[SERVER].state is State.HEALTHY
+            assert len(patient.times("withdraw", SERVER)) == 1
+            assert len(patient.times("restore", SERVER)) == 1
 
     @virtual
     async def test_who_stops_for_a_moment_is_left_alone(self) -> None:

@@ -102,6 +102,16 @@ def test_a_key_that_is_off_cannot_be_sent_and_is_told_nobody(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_repair_changes_no_file(tmp_path: Path) -> None:
+    """The file system may be read-only, where even what is not there cannot be removed."""
+    file = tmp_path / protocols.SHARED_MEMORY_KEY_FILE
+    file.write_text("of a deployment before")
+
+    protocols.shared_memory_key(Server("local"), tmp_path, again=True)
+
+    assert file.read_text() == "of a deployment before"
+
+
 def test_a_key_outlives_repairs_and_not_the_next_start(tmp_path: Path) -> None:
     server = Server("local", client_shared_memory="key")
 

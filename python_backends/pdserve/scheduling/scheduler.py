@@ -225,7 +225,7 @@ class Scheduler:
         return reserving
 
     def _give_up(self, reserving: asyncio.Task[Offered]) -> None:
-        """Whether it is still at it, has failed, or has a decode that nobody wants any more."""
+        """Nobody wants a decode any more: one that it has reserved is let go."""
 
         def ended(task: asyncio.Task[Offered]) -> None:
             if not task.cancelled() and task.exception() is None:
