@@ -16,7 +16,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from pdctl import cli, footprint, links, log, ports
+from pdctl import cli, footprint, links, log, ports, watchers
+from pdctl import started as records
 from pdctl.chat import Question, ask
 from pdctl.endpoint import state_of
 from pdctl.errors import PortTaken, ServerError
@@ -258,6 +259,40 @@ class TestFootprint:
         assert server.pid is None
         server.clean()
         assert not region.exists()
+        assert server.token is None
+
+    def test_one_between_two_repairs_is_not_free_for_another_deployment(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        theirs = Server(DEPLOYMENT, SPEC, tmp_path)
+        theirs.folder.mkdir()
+        (theirs.folder / "token").write_text(footprint.new_token("local"))
+        records.note(theirs.folder, records.Started("/a.yaml", "/models/m", "", SPEC))
+        elsewhere = msgspec.structs.replace(SPEC, http_port=1, grpc_port=2, metrics_port=3)
+        ours = Server(DEPLOYMENT, elsewhere, tmp_path)
+        ours.refuse_other()
+        monkeypatch.setattr(watchers, "watched", lambda folder: folder == ours.folder)
+        with pytest.raises(ServerError, match=r"local is being repaired, .* of /a\.yaml"):
+            ours.refuse_other()
+        theirs.refuse_other()
+
+    def test_only_the_own_start_is_undone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One that is interrupted before it has started anything, while another starts it."""
+        server = Server(DEPLOYMENT, SPEC, tmp_path)
+        server.folder.mkdir()
+        token = server.folder / "token"
+        with monkeypatch.context() as patch:
+            told = footprint.new_token("local")
+            ended: list[Path] = []
+            patch.setattr(watchers, "end", ended.append)
+            server.stop(own=True)
+        assert not ended, "somebody else's watchdog"
+        token.write_text(told)
+        server.stop(own=True)
+        assert server.token == told
+        server.stop()
         assert server.token is None
 
     def test_only_processes_of_the_token_end(self) -> None:
