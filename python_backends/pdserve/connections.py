@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import urllib.request
 from collections.abc import Mapping
-from typing import Any
+from http.client import HTTPException
 from urllib.parse import urlsplit
 
 GRPC_OPTIONS: list[tuple[str, int]] = [
@@ -26,9 +26,21 @@ _PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def urlopen(url: str | urllib.request.Request, timeout: float) -> Any:
-    """As urllib's, ``timeout`` in seconds. Raises: OSError, urllib.error.HTTPError among them."""
-    return _opener.open(url, timeout=timeout)
+def read(url: str | urllib.request.Request, timeout: float) -> bytes:
+    """The body of an answer with a status below 300.
+
+    Args:
+        timeout: seconds for each step.
+
+    Raises:
+        OSError: there is none, or not in HTTP; ``urllib.error.HTTPError`` for any other status.
+    """
+    try:
+        with _opener.open(url, timeout=timeout) as answer:
+            body: bytes = answer.read()
+            return body
+    except HTTPException as error:  # what is there does not speak HTTP, or has broken off
+        raise ConnectionError(f"no answer in HTTP: {error!r}") from error
 
 
 def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:

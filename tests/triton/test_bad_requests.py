@@ -294,6 +294,13 @@ BODIES = [
     ),
     Body("tokenizer-empty", {"text_input": ""}, 400, ("empty",), "/v2/models/tokenizer/generate"),
     Body(
+        "tokenizer-over-a-MiB",
+        {"text_input": "a" * (2**20 + 1)},
+        400,
+        ("text_input: 1048577 bytes", "1048576"),
+        "/v2/models/tokenizer/generate",
+    ),
+    Body(
         "tokenizer-batch",
         {
             "inputs": [

@@ -5,10 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from socketserver import StreamRequestHandler, TCPServer
 
 import pytest
 
-from pdserve import connections, spans
+from pdctl.endpoint import Endpoint
+from pdserve import config, connections, spans
+from pdserve.models import former
 from tests.servers import free_ports
 
 
@@ -36,8 +40,7 @@ def test_a_page_is_read_past_a_proxy(page: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
 
-    with connections.urlopen(page, 5) as answer:
-        assert answer.read() == b"page"
+    assert connections.read(page, 5) == b"page"
 
 
 def test_programs_get_an_environment_without_them() -> None:
@@ -63,3 +66,40 @@ def test_a_collector_elsewhere_may_be_behind_one(url: str, near: bool) -> None:
     assert connections.is_loopback(url) is near
     assert (session is None) is not near
     assert session is None or not session.trust_env
+
+
+@pytest.fixture
+def garbage() -> Iterator[int]:
+    """The port of a program that answers, though not in HTTP."""
+
+    class Answer(StreamRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(b"SSH-2.0-something\r\n")
+
+    with TCPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+def test_what_does_not_speak_http_is_not_live_and_has_no_metrics(
+    garbage: int, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("key")
+
+    class Other(Endpoint):
+        folder = tmp_path
+        http = f"http://127.0.0.1:{garbage}"
+
+    assert not Other().live()
+    assert not Other().ready("pdserve")
+    with pytest.raises(OSError, match="no answer in HTTP"):
+        Other().unload("pdserve")
+
+    server = config.Server(
+        name="local", prefill=("prefill_0",), decode=("decode_0",), metrics_port=garbage
+    )
+    assert not former.page(config.Deployment(model="m", servers=(server,)), "prefill_0")

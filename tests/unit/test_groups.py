@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pdserve import config
+from pdserve.channels.protocol import Replies
 from pdserve.errors import PDServeError
+from pdserve.metrics import Registry
 from pdserve.scheduling.groups import Group, Groups
 from pdserve.scheduling.scenarios import Scenario
 from tests.unit.inprocess import Link, Site, virtual
@@ -19,6 +21,7 @@ from tests.unit.inprocess import Link, Site, virtual
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pdserve.messages import Request as Message
     from pdserve.scheduling.request import Request
 
 PROFILE = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
@@ -218,3 +221,47 @@ async def test_an_instance_at_another_address_is_another(tmp_path: Path) -> None
         request = site.request()
         assert await serve(groups["a"], request) == site.expected(request)
         await connected.groups.close()
+
+
+class Silent:
+    """A channel on which nobody answers; keeps what it is told of lost processes."""
+
+    def __init__(self) -> None:
+        self.lost: list[bytes] = []
+        self.closed = False
+
+    def open(self, call: str, request: Message) -> Replies:
+        return Replies(call)
+
+    def forget(self, call: str) -> None:
+        pass
+
+    def lose(self, epoch: bytes) -> None:
+        self.lost.append(epoch)
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@virtual
+async def test_a_loss_is_heard_at_every_place_of_an_instance() -> None:
+    """What its former place still serves would wait for it until it has stalled."""
+    channels: list[Silent] = []
+
+    def connect(name: str, server: config.Server) -> Silent:
+        channels.append(Silent())
+        return channels[-1]
+
+    groups = Groups("gateway", connect, Registry(), random.Random(1))
+    first = deployment(config.Group("a", ("prefill_0",), ("decode_0",)))
+    groups.take(first)
+    server = msgspec.structs.replace(first.servers[0], grpc_port=9)
+    groups.take(msgspec.structs.replace(first, servers=(server,)))
+    groups.lose("decode_0", b"an epoch")
+    assert [channel.lost for channel in channels] == [[], [b"an epoch"]] * 2
+    await groups.sweep()
+    groups.lose("decode_0", b"another")
+    assert [channel.closed for channel in channels] == [True, True, False, False]
+    assert [len(channel.lost) for channel in channels] == [0, 1, 0, 2]
+    groups.lose("nobody", b"an epoch")
+    await groups.close()

@@ -7,7 +7,6 @@ import json
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from http.client import HTTPException
 from pathlib import Path
 
 from pdctl import footprint, protocols
@@ -43,10 +42,10 @@ class Endpoint(ABC):
 
     def _says(self, what: str) -> bool:
         try:
-            with connections.urlopen(f"{self.http}/v2/{what}", 2) as answer:
-                return bool(answer.status == 200)
-        except (OSError, HTTPException):
+            connections.read(f"{self.http}/v2/{what}", 2)
+        except OSError:
             return False
+        return True
 
     def index(self) -> dict[str, str]:
         """State of each model of a running server: READY, UNAVAILABLE, ...; see `state_of`.
@@ -99,9 +98,7 @@ class Endpoint(ABC):
         request = urllib.request.Request(
             self.http + path, method="POST", headers={protocols.ADMIN_HEADER: key}
         )
-        with connections.urlopen(request, timeout_s) as answer:
-            data: bytes = answer.read()
-            return data
+        return connections.read(request, timeout_s)
 
 
 def _reason(body: bytes) -> str:

@@ -1,8 +1,9 @@
 """Ends a server when the ``pdctl`` that holds it in the foreground is gone, however it went.
 
-``python -m pdctl.guard FOLDER`` reads its standard input, a pipe that nobody writes to: its
-end is the end of the process that holds the other end. Then the server that runs by what lies in
-the folder ends, and its watchdog, which may have started it anew, before it.
+``python -m pdctl.guard FOLDER TOKEN`` reads its standard input, a pipe that nobody writes to: its
+end is the end of the process that holds the other end. Then the server with that token ends, and
+before it the watchdog of its folder, which may have started it anew. A later start in the same
+folder has another token, and is left alone.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from pdctl.errors import ServerError
 class Guard:
     """The other end of the pipe."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, token: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pdctl.guard", str(folder)],
+            [sys.executable, "-m", "pdctl.guard", str(folder), token],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a signal to pdctl's whole group spares it
         )
@@ -36,12 +37,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
-    folder = Path(sys.argv[1])
-    with contextlib.suppress(ServerError):  # one that cannot be killed keeps no server alive
-        watchers.end(folder)
-    token = footprint.token(folder)
-    if token is not None:
-        footprint.erase([token])
+    folder, token = Path(sys.argv[1]), sys.argv[2]
+    if footprint.token(folder) == token:
+        with contextlib.suppress(ServerError):  # one that cannot be killed keeps no server alive
+            watchers.end(folder)
+    footprint.erase([token])
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ class Server(Endpoint):
             shared_memory = protocols.shared_memory_key(spec, self.folder, again=again)
             given = triton.Keys((self.folder / "key").read_text(), shared_memory)
             if held:
-                self._guard = Guard(self.folder)
+                self._guard = Guard(self.folder, token)
             with self._new_log() as output, limits.raised() as variables:
                 self._process = subprocess.Popen(
                     triton.command(

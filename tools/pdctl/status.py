@@ -80,8 +80,7 @@ def _asked(server: Server) -> dict[str, str]:
 
 def scrape(server: Server) -> dict[str, float]:
     """`values` of a running server, on this host or another. Raises: OSError."""
-    with connections.urlopen(server.metrics, 5) as answer:
-        return values(answer.read().decode())
+    return values(connections.read(server.metrics, 5).decode(errors="replace"))
 
 
 def values(text: str) -> dict[str, float]:

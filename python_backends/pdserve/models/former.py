@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from http.client import HTTPException
-
 from pdserve import config, connections
 
 TIMEOUT_S = 1.0
@@ -16,8 +14,6 @@ def page(deployment: config.Deployment, instance: str) -> str:
         return ""
     url = f"http://{server.host}:{server.metrics_port}/metrics"
     try:
-        with connections.urlopen(url, TIMEOUT_S) as answer:
-            text: str = answer.read().decode()
-    except (OSError, HTTPException, UnicodeDecodeError):
+        return connections.read(url, TIMEOUT_S).decode()
+    except (OSError, UnicodeDecodeError):
         return ""
-    return text

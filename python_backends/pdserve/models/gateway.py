@@ -26,7 +26,8 @@ from pdserve.engines import build, checkpoint
 from pdserve.engines.protocol import Tokens
 from pdserve.metrics import Registry
 from pdserve.models import stub, triton
-from pdserve.models.triton import ASIDE, LoopThread, Outbox, Publisher
+from pdserve.models.outbox import Outbox
+from pdserve.models.triton import ASIDE, LoopThread, Publisher
 from pdserve.reloading import DeploymentFile, changes, taken_over
 from pdserve.scheduling.groups import Group, Groups
 from pdserve.scheduling.request import Request
@@ -45,7 +46,7 @@ BLS_THREADS = 64
 RELOAD_LOOK_S = 1.0
 # Each waits for the server most of the time.
 OUTBOXES = 4
-_GONE = errors.Cancelled("the client has gone")
+_GONE = errors.Cancelled("the client has gone, or Triton has refused a response to it")
 
 
 class Prompt(NamedTuple):
@@ -86,7 +87,6 @@ class GatewayModel(ABC):
         self._serving: dict[str, asyncio.Task[Any]] = {}
         self._open = 0
         """Requests of clients that are served, or wait."""
-        self._channels: dict[str, Channel] = {}
         self._key = key.of(self.deployment)
         self._always = Background()
         # async_exec of BLS keeps a thread of the default pool until the first response.
@@ -305,13 +305,9 @@ class GatewayModel(ABC):
             log(f"{self._name}: deployment: {what}: {'; '.join(lines)}")
 
     def _channel(self, name: str, server: config.Server) -> Channel:
-        channel: Channel
         if self.deployment.gateway.channel == "bls":
-            channel = BlsChannel(pb_utils, name, self._key, BLS_THREADS)
-        else:
-            channel = GrpcChannel(f"{server.host}:{server.grpc_port}", name, self._key)
-        self._channels[name] = channel
-        return channel
+            return BlsChannel(pb_utils, name, self._key, BLS_THREADS)
+        return GrpcChannel(f"{server.host}:{server.grpc_port}", name, self._key)
 
     def _lose(self, lost: str) -> Any:
         """A watchdog says that an instance's process is gone; of none, it asks whether we live.
@@ -320,8 +316,7 @@ class GatewayModel(ABC):
             InvalidRequest: it is not a watchdog that says so.
         """
         told = loss.heard(lost, self._key)
-        if told.instance in self._channels:
-            self._channels[told.instance].lose(told.epoch)
+        self._groups.lose(told.instance, told.epoch)
         return pb_utils.InferenceResponse([self._unfinished])
 
     async def _close(self) -> None:

@@ -32,7 +32,8 @@ from pdserve.messages import (
 )
 from pdserve.metrics import Registry
 from pdserve.models import former, stub
-from pdserve.models.triton import LoopThread, Outbox, Publisher, deployment, own_heartbeat
+from pdserve.models.outbox import Outbox
+from pdserve.models.triton import LoopThread, Publisher, deployment, own_heartbeat
 from pdserve.supervision import Background
 from pdserve.transfer import key
 

@@ -92,6 +92,16 @@ class Groups:
         self._current = groups
         return groups
 
+    def lose(self, name: str, epoch: bytes) -> None:
+        """A process of an instance is gone; see ``Channel.lose``.
+
+        An instance that another deployment has moved is told of at both places: what its former
+        one still serves is open there, and an epoch is no other's.
+        """
+        for (_, instance, *_), reached in self._instances.items():
+            if instance == name:
+                reached.lose(epoch)
+
     async def sweep(self) -> None:
         """Let go of groups and instances that are in no deployment and serve nobody any more."""
         self._retired = [group for group in self._retired if group.open]

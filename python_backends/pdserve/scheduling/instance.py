@@ -202,5 +202,9 @@ class Instance:
         self._channel.open(call, message)
         self._channel.forget(call)
 
+    def lose(self, epoch: bytes) -> None:
+        """A process of it is gone; see ``Channel.lose``."""
+        self._channel.lose(epoch)
+
     async def close(self) -> None:
         await self._channel.close()

@@ -18,7 +18,7 @@ from tensorrtllm_backend.params import ContextPhaseParams
 from tensorrtllm_backend.requests import KINDS, Asked, asked, samples
 
 from pdserve.cluster.heartbeat import Heartbeat
-from pdserve.models.triton import Outbox
+from pdserve.models.outbox import Outbox
 
 TOKENS_PER_BLOCK = 32
 NEEDED = ("output_ids", "sequence_length")

@@ -1,0 +1,92 @@
+"""Responses that Triton does not take.
+
+``triton_python_backend_utils`` exists in Triton's stubs alone: what the outbox uses of it is
+imitated here, and used for real by every test that starts the server.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pdserve.cluster.heartbeat import Heartbeat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FINAL = 1
+
+
+class Sender:
+    """Takes what it is given, but for responses that are ``refused``."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Any, int]] = []
+        self.cancelled = False
+        self.over = threading.Event()
+
+    def send(self, response: Any = None, flags: int = 0) -> None:
+        if response == "refused":
+            raise RuntimeError("no room in the shared memory")
+        self.sent.append((response, flags))
+        if flags:
+            self.over.set()
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+
+class Logger:
+    errors: list[str] = []  # noqa: RUF012 - as the stub's own, which has no instances
+
+    @classmethod
+    def log_error(cls, line: str) -> None:
+        cls.errors.append(line)
+
+
+@pytest.fixture
+def outbox_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    stub = ModuleType("triton_python_backend_utils")
+    stub.Logger = Logger  # type: ignore[attr-defined]
+    stub.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    yield importlib.import_module("pdserve.models.outbox")
+    sys.modules.pop("pdserve.models.outbox")
+
+
+def test_a_request_ends_whose_response_is_refused(outbox_module: ModuleType) -> None:
+    """Its client would take an answer with a hole in it for a whole one."""
+    gone: list[str] = []
+    told = threading.Event()
+
+    def end(key: str) -> None:
+        gone.append(key)
+        outbox.send(key, "the error", last=True)
+        told.set()
+
+    outbox = outbox_module.Outbox(0.01, end, Heartbeat(None, 1), 0)
+    one, other = Sender(), Sender()
+    outbox.open("1", one)
+    outbox.open("2", other)
+    for response in ("a", "refused", "refused", "b"):
+        outbox.send("1", response, last=False)
+        outbox.send("2", "c", last=False)
+    one.cancelled = True  # which is not told again
+    assert told.wait(10)
+    outbox.send("2", None, last=True)
+    assert other.over.wait(10)
+    assert one.over.wait(10)
+    outbox.close()
+
+    assert gone == ["1"]
+    assert one.sent == [("a", 0), ("b", 0), ("the error", FINAL)]
+    assert other.sent == [("c", 0)] * 4 + [(None, FINAL)]
+    assert (
+        Logger.errors
+        == ["a response could not be sent: RuntimeError: no room in the shared memory"] * 2
+    )
