@@ -44,7 +44,7 @@ def install(role: str, folder: str) -> None:
     from pdserve.engines.decode import DecodeInstance
     from pdserve.engines.emulated import EmulatedDecode
     from pdserve.engines.prefill import PrefillInstance
-    from pdserve.models.triton import Outbox
+    from pdserve.models.outbox import Outbox
 
     if role == "prefill":
         _fails(PrefillInstance, "_hand_over", Path(folder) / "prefill loop")
