@@ -19,8 +19,13 @@ import pytest
 
 from pdserve import config
 from pdserve.config import Engine, Gateway, Prefill, TritonModel
+from pdserve.config.llm_options import (
+    CacheTransceiverConfig,
+    KvCacheConfig,
+    LlmArguments,
+    LlmOptions,
+)
 from pdserve.engines.emulated import EmulatedModel
-from pdserve.llm_options import CacheTransceiverConfig, KvCacheConfig, LlmArguments, LlmOptions
 from tests.clients import (
     Answer,
     Part,

@@ -8,8 +8,8 @@ import pytest
 
 from pdctl import ports
 from pdctl.errors import PortTaken, ServerError
-from pdserve import addresses, config
-from pdserve.config import Server
+from pdserve import config
+from pdserve.config import Server, addresses
 from pdserve.errors import DeploymentError
 
 

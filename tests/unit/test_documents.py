@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from pdctl.paths import ROOT
-from pdserve import config, documents
+from pdserve import config
+from pdserve.config import documents
 from pdserve.errors import DeploymentError
 
 

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from pdserve import config
+from pdserve.config.reloading import DeploymentFile, changes, taken_over
 from pdserve.errors import DeploymentError
-from pdserve.reloading import DeploymentFile, changes, taken_over
 from tests.unit.test_config_scenarios import FILE
 
 if TYPE_CHECKING:

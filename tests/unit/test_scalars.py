@@ -8,7 +8,8 @@ import msgspec
 import pytest
 from msgspec import Struct, inspect
 
-from pdserve import config, documents
+from pdserve import config
+from pdserve.config import documents
 from pdserve.engines.emulated import Profile
 
 TRUE = ("on", "On", "yes", "true", "TRUE", "y")

@@ -16,11 +16,16 @@ import numpy as np
 import pytest
 
 from pdserve import config, errors, messages
+from pdserve.config.llm_options import (
+    CacheTransceiverConfig,
+    KvCacheConfig,
+    LlmArguments,
+    LlmOptions,
+)
 from pdserve.engines import build
 from pdserve.engines.relayed.protocol import Asked
 from pdserve.engines.tensorrt_llm import api, link, sampling
 from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
-from pdserve.llm_options import CacheTransceiverConfig, KvCacheConfig, LlmArguments, LlmOptions
 from tests.unit.inprocess import EOS, VOCABULARY, model
 
 if TYPE_CHECKING:

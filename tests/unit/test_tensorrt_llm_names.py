@@ -15,9 +15,14 @@ import pytest
 from pdctl import network
 from pdctl.paths import ROOT
 from pdserve import config, messages
+from pdserve.config.llm_options import (
+    CacheTransceiverConfig,
+    KvCacheConfig,
+    LlmArguments,
+    LlmOptions,
+)
 from pdserve.engines.tensorrt_llm import api, sampling
 from pdserve.engines.tensorrtllm_backend import tensors
-from pdserve.llm_options import CacheTransceiverConfig, KvCacheConfig, LlmArguments, LlmOptions
 from tests.unit.test_tensorrt_llm import VERSIONS, answer, asked, deployment, engine, installed
 
 if TYPE_CHECKING:

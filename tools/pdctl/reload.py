@@ -13,7 +13,7 @@ from pdctl.errors import ServerError
 from pdctl.server import Server
 from pdctl.status import scrape
 from pdserve import config
-from pdserve.reloading import changes, taken_over
+from pdserve.config.reloading import changes, taken_over
 
 TIMEOUT_S = 10.0
 _GATEWAYS = ("pdserve", "scheduler")

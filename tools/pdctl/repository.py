@@ -10,8 +10,7 @@ from pathlib import Path
 import msgspec
 
 from pdctl import private
-from pdserve import names
-from pdserve.config import Deployment, Server
+from pdserve.config import Deployment, Server, names
 from pdserve.errors import DeploymentError
 
 GATEWAY_MODELS = names.GATEWAY_MODELS

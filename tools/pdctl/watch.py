@@ -32,8 +32,8 @@ from pdserve.cluster.liveness import Liveness, Read
 from pdserve.cluster.probes import Limits, Probes
 from pdserve.cluster.watchdog import SERVER, Check, Dismissed, NotRestored, Watchdog
 from pdserve.config import Deployment
+from pdserve.config.reloading import DeploymentFile
 from pdserve.errors import DeploymentError, InstanceError
-from pdserve.reloading import DeploymentFile
 from pdserve.transfer import key
 
 # How often each thing is asked whether it is alive, and how long it may think.

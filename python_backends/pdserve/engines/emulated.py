@@ -21,7 +21,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from pdserve import documents, errors
+from pdserve import errors
+from pdserve.config import documents
 from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
 from pdserve.kvcache.layout import KVLayout
 from pdserve.transfer.arrays import aligned

@@ -22,13 +22,13 @@ from pdserve.channels.bls import BlsChannel
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.channels.protocol import Channel
 from pdserve.cluster import loss
+from pdserve.config.reloading import DeploymentFile, changes, taken_over
 from pdserve.engines import build, checkpoint
 from pdserve.engines.protocol import Tokens
 from pdserve.metrics import Registry
 from pdserve.models import stub, triton
 from pdserve.models.outbox import Outbox
 from pdserve.models.triton import ASIDE, LoopThread, Publisher
-from pdserve.reloading import DeploymentFile, changes, taken_over
 from pdserve.scheduling.groups import Group, Groups
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.scenarios import Asked, Router

@@ -1,23 +1,15 @@
-"""``deployment.yaml`` as types: what is served, by which instances, on which servers.
-
-A file is decoded and checked in one go; an error names the field, its value's
-type and what is allowed. Paths in the file are relative to the file.
-"""
+"""``deployment.yaml`` as types: what is served, by which instances, on which servers."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
-from pdserve import addresses, consistency, documents, names
-from pdserve.errors import DeploymentError
-from pdserve.llm_options import LlmArguments, LlmOptions
+from pdserve.config import addresses
+from pdserve.config.llm_options import LlmArguments, LlmOptions
+from pdserve.config.names import ROLES, Role
 
-Role = names.Role
-ROLES = names.ROLES
 Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=1e7)]
@@ -288,44 +280,3 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     def instances(self, role: Role) -> dict[str, Server]:
         """Every instance of a role, with the server that holds it."""
         return {name: server for server in self.servers for name in getattr(server, role)}
-
-
-def load(path: Path) -> Deployment:
-    """Read and check a deployment; its paths come back absolute.
-
-    Raises:
-        DeploymentError: unreadable, not YAML, or a field is wrong or stands twice; the message
-            names it.
-    """
-    try:
-        deployment = documents.decode(path.read_bytes(), Deployment)
-    except OSError as error:
-        raise DeploymentError(f"{path}: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
-        raise DeploymentError(f"{path}: {error}") from error
-    servers = tuple(
-        msgspec.structs.replace(server, host=addresses.resolved(server.host))
-        for server in deployment.servers
-    )
-    deployment = msgspec.structs.replace(deployment, servers=servers)
-    problem = next(consistency.problems(deployment), None)
-    if problem is not None:
-        raise DeploymentError(f"{path}: {problem}")
-
-    def absolute(value: str) -> str:
-        try:
-            return str((path.parent / Path(value).expanduser()).resolve())
-        except (RuntimeError, ValueError, OSError) as error:
-            raise DeploymentError(f"{path}: {value!r} is no path: {error}") from error
-
-    engine = deployment.engine
-    if engine.profile is not None:
-        engine = msgspec.structs.replace(engine, profile=absolute(engine.profile))
-    transfer = deployment.transfer
-    transfer = msgspec.structs.replace(transfer, key_file=absolute(transfer.key_file))
-    return msgspec.structs.replace(
-        deployment,
-        model=absolute(deployment.model),
-        engine=engine,
-        transfer=transfer,
-    )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
 
-from pdserve import addresses
-from pdserve.llm_options import LlmOptions
-from pdserve.names import GATEWAY_MODELS, ROLES, Role
-
-if TYPE_CHECKING:
-    from pdserve.config import Deployment, Group
+from pdserve.config import addresses
+from pdserve.config.deployment import Deployment, Group
+from pdserve.config.llm_options import LlmOptions
+from pdserve.config.names import GATEWAY_MODELS, ROLES, Role
 
 
 def problems(deployment: Deployment) -> Iterator[str]:

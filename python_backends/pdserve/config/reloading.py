@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from pdserve import config
-from pdserve.config import Deployment
+from pdserve.config import loading
+from pdserve.config.deployment import Deployment
 
 _GATEWAY = (
     "ttft_limit_ms",
@@ -29,7 +29,7 @@ class DeploymentFile:
         """Raises: DeploymentError."""
         self._path = path
         self._stamp = self._look()
-        self.deployment = config.load(path)
+        self.deployment = loading.load(path)
 
     def changed(self) -> bool:
         """Whether the file is another than the last time; reads it then.
@@ -41,7 +41,7 @@ class DeploymentFile:
         if stamp == self._stamp:
             return False
         self._stamp = stamp
-        before, self.deployment = self.deployment, config.load(self._path)
+        before, self.deployment = self.deployment, loading.load(self._path)
         return self.deployment != before
 
     def _look(self) -> tuple[int, ...]:

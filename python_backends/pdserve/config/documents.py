@@ -17,7 +17,7 @@ import msgspec
 import yaml
 from msgspec import inspect
 
-from pdserve import scalars
+from pdserve.config import scalars
 
 T = TypeVar("T")
 _PLACE = re.compile(r" - at `(?:key in )?\$([^`]*)`$")

@@ -1,0 +1,43 @@
+"""What a deployment is: its file as types, read and checked."""
+
+from pdserve.config.deployment import (
+    Decode,
+    Deployment,
+    Engine,
+    Gateway,
+    Group,
+    Network,
+    PolicyName,
+    Prefill,
+    Rule,
+    Sampling,
+    Scenario,
+    Server,
+    Transfer,
+    TransportName,
+    TritonModel,
+)
+from pdserve.config.loading import load
+from pdserve.config.names import GATEWAY_MODELS, ROLES, Role
+
+__all__ = [
+    "GATEWAY_MODELS",
+    "ROLES",
+    "Decode",
+    "Deployment",
+    "Engine",
+    "Gateway",
+    "Group",
+    "Network",
+    "PolicyName",
+    "Prefill",
+    "Role",
+    "Rule",
+    "Sampling",
+    "Scenario",
+    "Server",
+    "Transfer",
+    "TransportName",
+    "TritonModel",
+    "load",
+]

@@ -1,0 +1,56 @@
+"""Reads ``deployment.yaml``.
+
+A file is decoded and checked in one go; an error names the field, its value's type and what is
+allowed. Paths in the file are relative to the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from pdserve.config import addresses, checks, documents
+from pdserve.config.deployment import Deployment
+from pdserve.errors import DeploymentError
+
+
+def load(path: Path) -> Deployment:
+    """Read and check a deployment; its paths come back absolute.
+
+    Raises:
+        DeploymentError: unreadable, not YAML, or a field is wrong or stands twice; the message
+            names it.
+    """
+    try:
+        deployment = documents.decode(path.read_bytes(), Deployment)
+    except OSError as error:
+        raise DeploymentError(f"{path}: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise DeploymentError(f"{path}: {error}") from error
+    servers = tuple(
+        msgspec.structs.replace(server, host=addresses.resolved(server.host))
+        for server in deployment.servers
+    )
+    deployment = msgspec.structs.replace(deployment, servers=servers)
+    problem = next(checks.problems(deployment), None)
+    if problem is not None:
+        raise DeploymentError(f"{path}: {problem}")
+
+    def absolute(value: str) -> str:
+        try:
+            return str((path.parent / Path(value).expanduser()).resolve())
+        except (RuntimeError, ValueError, OSError) as error:
+            raise DeploymentError(f"{path}: {value!r} is no path: {error}") from error
+
+    engine = deployment.engine
+    if engine.profile is not None:
+        engine = msgspec.structs.replace(engine, profile=absolute(engine.profile))
+    transfer = deployment.transfer
+    transfer = msgspec.structs.replace(transfer, key_file=absolute(transfer.key_file))
+    return msgspec.structs.replace(
+        deployment,
+        model=absolute(deployment.model),
+        engine=engine,
+        transfer=transfer,
+    )
