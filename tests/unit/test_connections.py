@@ -11,7 +11,8 @@ from socketserver import StreamRequestHandler, TCPServer
 import pytest
 
 from pdctl.endpoint import Endpoint
-from pdserve import config, connections, spans
+from pdserve import config, connections
+from pdserve.gateway import spans
 from pdserve.models import former
 from tests.servers import free_ports
 

@@ -13,9 +13,9 @@ import msgspec
 from pdserve import config
 from pdserve.channels.protocol import Replies
 from pdserve.errors import PDServeError
+from pdserve.gateway.groups import Group, Groups
+from pdserve.gateway.router import Scenario
 from pdserve.metrics import Registry
-from pdserve.scheduling.groups import Group, Groups
-from pdserve.scheduling.scenarios import Scenario
 from tests.unit.inprocess import Link, Site, virtual
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pdserve import config
 from pdserve.errors import NotFound
+from pdserve.gateway.router import Asked, Router, Scenario
 from pdserve.metrics import Registry
-from pdserve.scheduling.scenarios import Asked, Router, Scenario
 
 
 @dataclass

@@ -23,7 +23,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import pdserve
-from pdserve import config, errors, spans, tracing
+from pdserve import config, errors
+from pdserve.gateway import spans, tracing
+from pdserve.gateway.trace_context import Traces
 from pdserve.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.request import FINAL, Request, State
 from tests.unit.inprocess import Site, real, virtual
@@ -555,13 +557,13 @@ async def test_without_a_collector_it_is_passed_on(tmp_path: Path) -> None:
     ],
 )
 def test_valid_traceparents(given: str) -> None:
-    traces = tracing.Traces("pdserve", pytest.fail)
+    traces = Traces("pdserve", pytest.fail)
     assert traces.parent({"traceparent": given}) == given
 
 
 @pytest.mark.parametrize("more", ["", "-", "-what-may-come"])
 def test_later_version_is_read_as_far_as_it_is_known(more: str) -> None:
-    traces = tracing.Traces("pdserve", pytest.fail)
+    traces = Traces("pdserve", pytest.fail)
     assert traces.parent({"traceparent": f"cc{SAMPLED[2:]}{more}"}) == SAMPLED
 
 
@@ -588,7 +590,7 @@ def test_later_version_is_read_as_far_as_it_is_known(more: str) -> None:
 )
 def test_invalid_traceparent_is_ignored_and_said_once(given: Any) -> None:
     said: list[str] = []
-    traces = tracing.Traces("pdserve", said.append)
+    traces = Traces("pdserve", said.append)
     assert traces.parent({"traceparent": given}) == ""
     assert traces.parent({"traceparent": "another"}) == ""
     [line] = said
@@ -599,7 +601,7 @@ def test_invalid_traceparent_is_ignored_and_said_once(given: Any) -> None:
 
 @pytest.mark.parametrize("given", [{}, {"traceparent": ""}, {"traceparent": None}])
 def test_none_is_no_invalid_one(given: dict[str, Any]) -> None:
-    assert tracing.Traces("pdserve", pytest.fail).parent(given) == ""
+    assert Traces("pdserve", pytest.fail).parent(given) == ""
 
 
 @virtual
@@ -686,7 +688,7 @@ def test_deployment_that_wants_traces_without_opentelemetry(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(pdserve, "spans")
-    monkeypatch.delitem(sys.modules, "pdserve.spans")
+    monkeypatch.delitem(sys.modules, "pdserve.gateway.spans")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(errors.DeploymentError, match=r"gateway\.traces: .*'pdserve\[traces\]'"):
         tracing.start("http://127.0.0.1:4318/v1/traces", "pdserve", pytest.fail)

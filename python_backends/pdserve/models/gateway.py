@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import triton_python_backend_utils as pb_utils
 
-from pdserve import config, errors, neutral, parameters, tracing
+from pdserve import config, errors, neutral, parameters
 from pdserve.channels.bls import BlsChannel
 from pdserve.channels.grpc import GrpcChannel
 from pdserve.channels.protocol import Channel
@@ -25,13 +25,15 @@ from pdserve.cluster import loss
 from pdserve.config.reloading import DeploymentFile, changes, taken_over
 from pdserve.engines import build, checkpoint
 from pdserve.engines.protocol import Tokens
+from pdserve.gateway import tracing
+from pdserve.gateway.groups import Group, Groups
+from pdserve.gateway.router import Asked, Router
+from pdserve.gateway.trace_context import Trace
 from pdserve.metrics import Registry
 from pdserve.models import stub, triton
 from pdserve.models.outbox import Outbox
 from pdserve.models.triton import ASIDE, LoopThread, Publisher
-from pdserve.scheduling.groups import Group, Groups
 from pdserve.scheduling.request import Request
-from pdserve.scheduling.scenarios import Asked, Router
 from pdserve.supervision import Background, repeat
 from pdserve.text import TextStream
 from pdserve.transfer import key
@@ -175,7 +177,7 @@ class GatewayModel(ABC):
         if task := self._serving.get(key):
             task.cancel()
 
-    async def _answer(self, key: str, request: Any, trace: tracing.Trace) -> Any:
+    async def _answer(self, key: str, request: Any, trace: Trace) -> Any:
         """Send all responses but the last, which is returned."""
         scenario = self._router.default
         try:

@@ -1,7 +1,4 @@
-"""Trace contexts: a request may bring one (W3C traceparent), and it goes along with every call.
-
-Where the deployment names a collector, spans are made of it: see ``spans``.
-"""
+"""Trace contexts: a request may bring one (W3C traceparent), and it goes along with every call."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pdserve.errors import DeploymentError
 from pdserve.scheduling.request import Request
 
 if TYPE_CHECKING:
@@ -86,24 +82,3 @@ class Traces:
                 "as all that follow will be"
             )
         return ""
-
-
-def start(endpoint: str | None, gateway: str, log: Log) -> Traces:
-    """What a gateway does with the trace contexts of its requests.
-
-    Args:
-        endpoint: of an OTLP/HTTP collector; None: no spans are made.
-
-    Raises:
-        DeploymentError: OpenTelemetry is not installed.
-    """
-    if endpoint is None:
-        return Traces(gateway, log)
-    try:
-        from pdserve import spans  # noqa: PLC0415 - an extra, and only needed here
-    except ImportError as error:
-        raise DeploymentError(
-            f"gateway.traces: {endpoint}: OpenTelemetry is not installed "
-            f"(pip install 'pdserve[traces]'): {error}"
-        ) from error
-    return spans.exported(endpoint, gateway, log)

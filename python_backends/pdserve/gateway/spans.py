@@ -39,8 +39,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from pdserve import errors
 from pdserve.connections import is_loopback
+from pdserve.gateway.trace_context import Log, Trace, Traces
 from pdserve.scheduling.request import Answer, Offer, Request, State
-from pdserve.tracing import Log, Trace, Traces
 from pdserve.transfer.reports import NOTHING_PULLED
 
 # At the end, what has not been handed over within this is lost.
