@@ -19,10 +19,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from pdserve import vocabulary
 from pdserve.errors import DeploymentError, InvalidRequest, Unsupported
-from pdserve.text import TextStream
-from pdserve.tokenizer import Tokenizer
+from pdserve.text import vocabulary
+from pdserve.text.stream import TextStream
+from pdserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -419,8 +419,8 @@ def test_tokens_that_stand_elsewhere_are_read_by_transformers(
 
 def test_a_vocabulary_alone_does_without_transformers(subject: Subject) -> None:
     code = (
-        "import sys; from pathlib import Path; from pdserve import vocabulary;"
-        "from pdserve.text import TextStream;"
+        "import sys; from pathlib import Path; from pdserve.text import vocabulary;"
+        "from pdserve.text.stream import TextStream;"
         "TextStream(vocabulary.read(Path(sys.argv[1]))).push([5]);"
         "sys.exit('transformers' in sys.modules)"
     )
@@ -429,8 +429,8 @@ def test_a_vocabulary_alone_does_without_transformers(subject: Subject) -> None:
 
 def test_no_torch_is_imported(llama: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pdserve.text import TextStream;"
-        "from pdserve.tokenizer import Tokenizer; t = Tokenizer(Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from pdserve.text.stream import TextStream;"
+        "from pdserve.text.tokenizer import Tokenizer; t = Tokenizer(Path(sys.argv[1]));"
         "t.encode_chat([{'role': 'user', 'content': 'x'}]); TextStream(t).push([5]);"
         "sys.exit('torch' in sys.modules)"
     )

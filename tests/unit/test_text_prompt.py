@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.errors import InvalidRequest
-from pdserve.tokenizer import parse_prompt
+from pdserve.text.tokenizer import parse_prompt
 
 
 def user(text: str) -> list[dict[str, str]]:

@@ -22,8 +22,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-import pdserve
-from pdserve import config, errors
+from pdserve import config, errors, gateway
 from pdserve.gateway import spans, tracing
 from pdserve.gateway.trace_context import Traces
 from pdserve.messages import DecodeRequest, PrefillRequest
@@ -687,7 +686,7 @@ def test_service_name_is_ours_or_the_environments(monkeypatch: pytest.MonkeyPatc
 def test_deployment_that_wants_traces_without_opentelemetry(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr(pdserve, "spans")
+    monkeypatch.delattr(gateway, "spans")
     monkeypatch.delitem(sys.modules, "pdserve.gateway.spans")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(errors.DeploymentError, match=r"gateway\.traces: .*'pdserve\[traces\]'"):
@@ -696,7 +695,7 @@ def test_deployment_that_wants_traces_without_opentelemetry(
 
 def test_nothing_of_opentelemetry_is_imported_unless_needed() -> None:
     code = (
-        "import sys; from pdserve import tracing; tracing.start(None, 'pdserve', print); "
+        "import sys; from pdserve.gateway import tracing; tracing.start(None, 'pdserve', print); "
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

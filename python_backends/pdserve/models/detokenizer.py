@@ -7,8 +7,9 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from pdserve import errors, vocabulary
+from pdserve import errors
 from pdserve.models import stub, triton
+from pdserve.text import vocabulary
 
 
 class TritonPythonModel:

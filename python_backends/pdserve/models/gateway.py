@@ -35,9 +35,9 @@ from pdserve.models.outbox import Outbox
 from pdserve.models.triton import ASIDE, LoopThread, Publisher
 from pdserve.scheduling.request import Request
 from pdserve.supervision import Background, repeat
-from pdserve.text import TextStream
+from pdserve.text.stream import TextStream
+from pdserve.text.vocabulary import Vocabulary
 from pdserve.transfer import key
-from pdserve.vocabulary import Vocabulary
 
 # So many requests of clients are open at once; more are refused before anything is done for them.
 MAX_OPEN = 4096

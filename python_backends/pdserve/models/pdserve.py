@@ -13,8 +13,8 @@ from pdserve.engines.protocol import Tokens
 from pdserve.errors import InvalidRequest
 from pdserve.models.gateway import GatewayModel, Prompt
 from pdserve.parameters import Tensors, scalar
-from pdserve.tokenizer import Tokenizer, parse_prompt
-from pdserve.vocabulary import Vocabulary
+from pdserve.text.tokenizer import Tokenizer, parse_prompt
+from pdserve.text.vocabulary import Vocabulary
 
 # A longer text is tokenized in another thread, so that the streams of others go on.
 LONG_TEXT = 16 << 10

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pdserve import vocabulary
 from pdserve.errors import InvalidRequest
 from pdserve.models.gateway import GatewayModel, Prompt
 from pdserve.parameters import Tensors
-from pdserve.vocabulary import Vocabulary
+from pdserve.text import vocabulary
+from pdserve.text.vocabulary import Vocabulary
 
 
 class TritonPythonModel(GatewayModel):

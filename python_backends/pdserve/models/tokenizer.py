@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 from pdserve.errors import InvalidRequest
 from pdserve.models import stub, triton
 from pdserve.parameters import scalar
-from pdserve.tokenizer import Tokenizer, parse_prompt
+from pdserve.text.tokenizer import Tokenizer, parse_prompt
 
 
 class TritonPythonModel:

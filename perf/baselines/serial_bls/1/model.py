@@ -15,8 +15,8 @@ from pdserve import messages, parameters
 from pdserve.channels.seal import Seal
 from pdserve.errors import InstanceError
 from pdserve.models import triton
-from pdserve.text import TextStream
-from pdserve.tokenizer import Tokenizer
+from pdserve.text.stream import TextStream
+from pdserve.text.tokenizer import Tokenizer
 from pdserve.transfer import key
 
 WHOLE_ANSWER_MS = 1e9

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from pdserve.errors import InvalidRequest, Unsupported, brief, loggable
-from pdserve.vocabulary import Vocabulary, fast
+from pdserve.text.vocabulary import Vocabulary, fast
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ from pdserve.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from pdserve.vocabulary import Vocabulary
+    from pdserve.text.vocabulary import Vocabulary
 
 
 class TextStream:

@@ -1,0 +1,1 @@
+"""Prompts and conversations to token ids, and token ids back to text."""
