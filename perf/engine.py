@@ -35,7 +35,7 @@ from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.engines.torch_decode import TorchDecode
 from pdserve.engines.torch_model import TorchModel
 from pdserve.engines.torch_prefill import TorchPrefill
-from pdserve.messages import Sampling
+from pdserve.rpc.messages import Sampling
 from pdserve.transfer.arrays import scatter
 from perf import budgets
 from perf.budgets import Budget

@@ -16,11 +16,13 @@ from contextlib import aclosing
 
 from msgspec import Struct
 
-from pdserve import config, messages
-from pdserve.channels.protocol import Calls, Replies
+from pdserve import config
 from pdserve.engines.watches import Watches
 from pdserve.errors import InstanceError
-from pdserve.messages import (
+from pdserve.metrics import Registry
+from pdserve.rpc import messages
+from pdserve.rpc.client import Calls, Replies
+from pdserve.rpc.messages import (
     Busy,
     DecodeRequest,
     Describe,
@@ -35,7 +37,6 @@ from pdserve.messages import (
     Tokens,
     Watch,
 )
-from pdserve.metrics import Registry
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.request import Request

@@ -14,11 +14,10 @@ import msgspec
 import pytest
 from hypothesis import strategies as st
 
-from pdserve import messages
-from pdserve.channels.grpc import GrpcChannel
-from pdserve.channels.protocol import NoAnswer
-from pdserve.channels.seal import Seal, Unsealed
-from pdserve.messages import (
+from pdserve.rpc import messages
+from pdserve.rpc.channels.grpc import GrpcChannel
+from pdserve.rpc.client import NoAnswer
+from pdserve.rpc.messages import (
     Accepted,
     Busy,
     DecodeRequest,
@@ -33,14 +32,15 @@ from pdserve.messages import (
     Tokens,
     Watch,
 )
+from pdserve.rpc.seal import Seal, Unsealed
 from pdserve.transfer import key
 from tests.fuzz.aftermath import unharmed
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from pdserve.channels.protocol import Replies
-    from pdserve.messages import Reply, Request
+    from pdserve.rpc.client import Replies
+    from pdserve.rpc.messages import Reply, Request
     from tests.fuzz.budget import Budget
     from tests.servers import Running
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from pdserve import messages
-from pdserve.channels.answers import Answers, Call
-from pdserve.channels.protocol import Calls, Replies
 from pdserve.errors import InstanceEnded, InstanceError, PDServeError
-from pdserve.messages import Busy, Failed
+from pdserve.rpc import messages
+from pdserve.rpc.client import Calls, Replies
+from pdserve.rpc.messages import Busy, Failed
+from pdserve.rpc.server import Answers, Call
 from tests.unit.inprocess import submit
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pdserve.engines.decode import DecodeInstance
     from pdserve.engines.prefill import PrefillInstance
-    from pdserve.messages import Reply, Request
+    from pdserve.rpc.messages import Reply, Request
     from pdserve.transfer.holder import Holder
     from pdserve.transfer.receiver import Receiver
     from tests.simulation.loop import Loop, Process

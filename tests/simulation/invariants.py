@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from pdserve.engines.prefill import PrefillInstance
-from pdserve.messages import DecodeRequest, PrefillRequest
+from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.breaker import FIRST_S
 from pdserve.scheduling.request import FINAL, Request, State
 from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
@@ -18,7 +18,7 @@ from tests.simulation.waiting import Waiting
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pdserve import messages
+    from pdserve.rpc import messages
     from tests.simulation.channels import Life
     from tests.simulation.gateways import Client, Gateway
     from tests.simulation.world import World

@@ -16,7 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from pdserve import messages, pools
+from pdserve import pools
+from pdserve.rpc import messages
 from pdserve.transfer import following, probe, receiver, staging
 from tests.simulation import faults
 from tests.simulation.channels import Weather
@@ -29,7 +30,7 @@ from tests.simulation.workers import Workers
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pdserve.messages import Reply, Request
+    from pdserve.rpc.messages import Reply, Request
     from tests.simulation.channels import Life
     from tests.simulation.faults import Fault
 

@@ -12,12 +12,11 @@ import pytest
 
 from pdctl import fleet
 from pdctl.server import Server
-from pdserve import messages
-from pdserve.channels.grpc import GrpcChannel
-from pdserve.channels.seal import Seal, Unsealed
 from pdserve.config import Deployment, Gateway
 from pdserve.config import Server as Spec
-from pdserve.messages import (
+from pdserve.rpc import messages
+from pdserve.rpc.channels.grpc import GrpcChannel
+from pdserve.rpc.messages import (
     Describe,
     Described,
     Failed,
@@ -26,6 +25,7 @@ from pdserve.messages import (
     Released,
     Sampling,
 )
+from pdserve.rpc.seal import Seal, Unsealed
 from pdserve.transfer import key
 from tests.clients import Refused, generate, metrics
 from tests.servers import START_TIMEOUT_S, default_deployment, on_free_ports
@@ -33,7 +33,7 @@ from tests.servers import START_TIMEOUT_S, default_deployment, on_free_ports
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pdserve.messages import Reply
+    from pdserve.rpc.messages import Reply
     from tests.servers import Running
 
 pytestmark = pytest.mark.triton

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve.channels.grpc import GrpcChannel
 from pdserve.engines.watches import MAX_WATCHES
-from pdserve.messages import Release, Watch
+from pdserve.rpc.channels.grpc import GrpcChannel
+from pdserve.rpc.messages import Release, Watch
 from pdserve.transfer import key
 from tests.clients import Answer, ask, connected, metrics
 from tests.servers import emulated_deployment, running

@@ -10,9 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pdserve import errors
-from pdserve.channels.protocol import Replies
 from pdserve.engines.watches import Watches
-from pdserve.messages import (
+from pdserve.rpc.client import Replies
+from pdserve.rpc.messages import (
     Accepted,
     Busy,
     Freed,
@@ -30,7 +30,7 @@ from pdserve.scheduling.request import Answer, Request
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pdserve import messages
+    from pdserve.rpc import messages
 
 LATENCY_S = 1e-4
 

@@ -23,9 +23,7 @@ import async_solipsism
 import msgspec
 import numpy as np
 
-from pdserve import config, messages
-from pdserve.channels.answers import Answers, Call
-from pdserve.channels.protocol import Calls, Replies
+from pdserve import config
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill, Profile
 from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
@@ -34,7 +32,10 @@ from pdserve.engines.relayed.prefill import RelayedPrefill
 from pdserve.errors import InstanceError, PDServeError
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.kvcache.cut import cut_for
-from pdserve.messages import (
+from pdserve.metrics import Registry
+from pdserve.rpc import messages
+from pdserve.rpc.client import Calls, Replies
+from pdserve.rpc.messages import (
     Describe,
     Failed,
     Join,
@@ -44,7 +45,7 @@ from pdserve.messages import (
     Taken,
     Watch,
 )
-from pdserve.metrics import Registry
+from pdserve.rpc.server import Answers, Call
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.request import Chunk, Request

@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
-from pdserve import messages
-from pdserve.channels.answers import MAX_RESPONSES, Answers, Call
-from pdserve.channels.protocol import Calls
 from pdserve.errors import InstanceError
-from pdserve.messages import Accepted, Failed, Released, Reply, Tokens
+from pdserve.rpc import messages
+from pdserve.rpc.client import Calls
+from pdserve.rpc.messages import Accepted, Failed, Released, Reply, Tokens
+from pdserve.rpc.server import MAX_RESPONSES, Answers, Call
 from tests.unit.inprocess import virtual
 
 Sent = tuple[str, list[tuple[str, Reply]] | None, bool]

@@ -10,9 +10,9 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2_grpc
 
-from pdserve.channels.grpc import GrpcChannel
 from pdserve.errors import InstanceError
-from pdserve.messages import Release
+from pdserve.rpc.channels.grpc import GrpcChannel
+from pdserve.rpc.messages import Release
 from tests.unit.inprocess import real
 
 

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from pdserve.channels.protocol import Replies
 from pdserve.errors import InstanceError
-from pdserve.messages import Accepted, Busy, Released
+from pdserve.rpc.client import Replies
+from pdserve.rpc.messages import Accepted, Busy, Released
 from tests.unit.inprocess import virtual
 
 A, B = Accepted(), Released()

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.channels import seal
-from pdserve.channels.seal import MAC_BYTES, Refusals, Seal, Unsealed
+from pdserve.rpc import seal
+from pdserve.rpc.seal import MAC_BYTES, Refusals, Seal, Unsealed
 
 KEY, OTHER_KEY = bytes(32), b"\1" + bytes(31)
 MOST = 1000
@@ -56,7 +56,7 @@ def test_others_are_refused_in_the_same_words(data: bytes, key: bytes, instance:
 
 def test_refusals_are_logged_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("pdserve.channels.seal.time.monotonic", lambda: now)
+    monkeypatch.setattr("pdserve.rpc.seal.time.monotonic", lambda: now)
     refusals = Refusals()
     first = refusals.refused("prefill_0")
     assert first is not None

@@ -10,14 +10,14 @@ import time
 
 import pytest
 
-from pdserve import messages
-from pdserve.channels.grpc import GrpcChannel
-from pdserve.channels.protocol import Calls
 from pdserve.cluster import epoch
 from pdserve.cluster.loss import Lost, heard, told
 from pdserve.errors import InstanceError, InvalidRequest
 from pdserve.kvcache.handle import EPOCH_BYTES
-from pdserve.messages import Accepted, Released
+from pdserve.rpc import messages
+from pdserve.rpc.channels.grpc import GrpcChannel
+from pdserve.rpc.client import Calls
+from pdserve.rpc.messages import Accepted, Released
 from tests.unit.inprocess import virtual
 
 KEY, OLD, NEW = b"k" * 32, b"former..", b"present."

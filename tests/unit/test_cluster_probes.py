@@ -9,7 +9,7 @@ import pytest
 
 from pdserve.cluster.probes import Limits, Probes
 from pdserve.errors import InstanceError
-from pdserve.messages import DecodeRequest, Join, PrefillRequest
+from pdserve.rpc.messages import DecodeRequest, Join, PrefillRequest
 from tests.unit.inprocess import Link, Site, virtual
 
 if TYPE_CHECKING:

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pdserve import config
-from pdserve.channels.protocol import Replies
 from pdserve.errors import PDServeError
 from pdserve.gateway.groups import Group, Groups
 from pdserve.gateway.router import Scenario
 from pdserve.metrics import Registry
+from pdserve.rpc.client import Replies
 from tests.unit.inprocess import Link, Site, virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pdserve.messages import Request as Message
+    from pdserve.rpc.messages import Request as Message
     from pdserve.scheduling.request import Request
 
 PROFILE = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}

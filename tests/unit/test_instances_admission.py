@@ -10,7 +10,7 @@ import pytest
 
 from pdserve.engines import admission
 from pdserve.errors import InvalidRequest
-from pdserve.messages import Busy, DecodeRequest, Failed, PrefillRequest, Reply, Sampling
+from pdserve.rpc.messages import Busy, DecodeRequest, Failed, PrefillRequest, Reply, Sampling
 from tests.unit.inprocess import VOCABULARY, Site, virtual
 from tests.unit.relayed import Relay
 

@@ -13,7 +13,7 @@ import pytest
 
 from pdserve import errors
 from pdserve.engines.decode import MAX_JOINS
-from pdserve.messages import (
+from pdserve.rpc.messages import (
     Accepted,
     Busy,
     DecodeRequest,

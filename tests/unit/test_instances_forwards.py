@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pdserve.engines.forwards import AHEAD_S, Forwards
-from pdserve.messages import Busy, Freed
+from pdserve.rpc.messages import Busy, Freed
 from pdserve.scheduling.request import State
 from tests.unit.inprocess import Site, virtual
 from tests.unit.test_instances_watch import Gateway

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pdserve.engines.prompts import INLINE_COPY
-from pdserve.messages import (
+from pdserve.rpc.messages import (
     Accepted,
     Busy,
     DecodeRequest,

@@ -13,7 +13,7 @@ import pytest
 from pdserve import config, errors
 from pdserve.kvcache.cut import Cut
 from pdserve.kvcache.prefix import chain, shorten
-from pdserve.messages import (
+from pdserve.rpc.messages import (
     Accepted,
     Failed,
     Prefilled,

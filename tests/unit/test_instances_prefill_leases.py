@@ -10,7 +10,7 @@ import pytest
 from pdserve import errors
 from pdserve.engines.prefill import MAX_QUARANTINED
 from pdserve.kvcache.arena import State as RangeState
-from pdserve.messages import Accepted, Busy, Failed, Prefilled, Released
+from pdserve.rpc.messages import Accepted, Busy, Failed, Prefilled, Released
 from pdserve.transfer.following import Lease
 from pdserve.transfer.lending import QUIET_S
 from pdserve.transfer.words import Pull

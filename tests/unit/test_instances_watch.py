@@ -9,7 +9,7 @@ import pytest
 
 from pdserve.engines.prefill import LOOK_S, MAX_QUARANTINED
 from pdserve.engines.watches import MAX_WATCHES, RESERVED_S
-from pdserve.messages import Accepted, Busy, Failed, Freed, Prefilled, Released, Reply, Watch
+from pdserve.rpc.messages import Accepted, Busy, Failed, Freed, Prefilled, Released, Reply, Watch
 from tests.unit.inprocess import Site, virtual
 from tests.unit.test_instances_prefill import TIMES, Client
 from tests.unit.transfers import MidPull

@@ -13,7 +13,7 @@ import pytest
 
 from pdserve.engines.prefill import LOOK_S
 from pdserve.engines.watches import RESERVED_S, Watches
-from pdserve.messages import (
+from pdserve.rpc.messages import (
     Busy,
     Freed,
     Prefilled,

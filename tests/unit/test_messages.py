@@ -9,9 +9,9 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from pdserve import messages
 from pdserve.errors import InstanceError, InvalidRequest
-from pdserve.messages import (
+from pdserve.rpc import messages
+from pdserve.rpc.messages import (
     DecodeRequest,
     Describe,
     Failed,

@@ -11,7 +11,6 @@ import pytest
 
 from pdserve import config
 from pdserve.errors import InvalidRequest
-from pdserve.messages import Sampling
 from pdserve.parameters import (
     DEFAULT_MAX_TOKENS,
     MAX_LABEL_BYTES,
@@ -23,6 +22,7 @@ from pdserve.parameters import (
     sampling,
     scalar,
 )
+from pdserve.rpc.messages import Sampling
 
 DTYPES: dict[str, Any] = {
     "max_tokens": np.int32,

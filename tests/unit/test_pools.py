@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 
 from pdserve import pools
-from pdserve.channels.bls import BlsChannel
 from pdserve.errors import DeploymentError, InstanceError
-from pdserve.messages import Describe, Failed, Join, Reply
+from pdserve.rpc.channels.bls import BlsChannel
+from pdserve.rpc.messages import Describe, Failed, Join, Reply
 from tests.unit.inprocess import Site, real, until
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pdserve import errors
 from pdserve.engines.relayed.handle import RelayedHandle, digest
 from pdserve.errors import HandleError, InstanceError
 from pdserve.kvcache.handle import seal, unseal
-from pdserve.messages import (
+from pdserve.rpc.messages import (
     Busy,
     DecodeRequest,
     Failed,

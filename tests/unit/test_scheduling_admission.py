@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve import errors, messages
-from pdserve.messages import Busy, DecodeRequest, PrefillRequest, Sampling
+from pdserve import errors
+from pdserve.rpc import messages
+from pdserve.rpc.messages import Busy, DecodeRequest, PrefillRequest, Sampling
 from pdserve.scheduling import forwarding
 from pdserve.scheduling.request import Answer, Request, State
 from tests.unit.inprocess import Site, virtual

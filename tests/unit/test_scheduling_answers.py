@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pdserve.messages import DecodeRequest, PrefillRequest, Release, Tokens
+from pdserve.rpc.messages import DecodeRequest, PrefillRequest, Release, Tokens
 from pdserve.scheduling.request import State
 from tests.unit.inprocess import EOS, Site, virtual
 

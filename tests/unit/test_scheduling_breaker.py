@@ -9,7 +9,7 @@ import pytest
 
 from pdserve import errors
 from pdserve.kvcache.handle import KVHandle
-from pdserve.messages import DecodeRequest, PrefillRequest
+from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.breaker import FIRST_S, LONGEST_S, Breaker, Budget
 from pdserve.scheduling.request import State
 from pdserve.scheduling.scheduler import ATTEMPTS

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from pdserve import errors
-from pdserve.messages import Busy, DecodeRequest, Release, Tokens
+from pdserve.rpc.messages import Busy, DecodeRequest, Release, Tokens
 from pdserve.scheduling.breaker import FIRST_S
 from pdserve.scheduling.offering import ANSWER_S
 from pdserve.scheduling.request import Request, State

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve import errors, messages
-from pdserve.messages import Accepted, Failed, Prefilled, Release
+from pdserve import errors
+from pdserve.rpc import messages
+from pdserve.rpc.messages import Accepted, Failed, Prefilled, Release
 from pdserve.scheduling.offering import ANSWER_S
 from pdserve.scheduling.request import Request, State
 from pdserve.scheduling.scheduler import ATTEMPTS

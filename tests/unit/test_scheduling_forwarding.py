@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from pdserve.channels.protocol import Replies
-from pdserve.messages import Busy, Freed, PrefillRequest, Watch
+from pdserve.rpc.client import Replies
+from pdserve.rpc.messages import Busy, Freed, PrefillRequest, Watch
 from pdserve.scheduling.forwarding import WATCH_S
 from pdserve.scheduling.request import PRIORITY_S
 from tests.unit import inprocess

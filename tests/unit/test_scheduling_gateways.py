@@ -10,7 +10,7 @@ import pytest
 
 from pdserve import errors
 from pdserve.engines.watches import RESERVED_S
-from pdserve.messages import PrefillRequest
+from pdserve.rpc.messages import PrefillRequest
 from pdserve.scheduling.request import State
 from tests.unit.desks import LATENCY_S, Desk, Gateway, rejections
 from tests.unit.inprocess import Site, virtual

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from pdserve import errors
-from pdserve.messages import Accepted, Busy, DecodeRequest, Prefilled
+from pdserve.rpc.messages import Accepted, Busy, DecodeRequest, Prefilled
 from pdserve.scheduling.request import FINAL, Request, State
 from pdserve.scheduling.scheduler import ATTEMPTS
 from tests.unit.inprocess import EOS, Site, real

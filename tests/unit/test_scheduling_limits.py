@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pdserve import errors
-from pdserve.messages import Accepted, Described, Joined, Prefilled, Tokens
+from pdserve.rpc.messages import Accepted, Described, Joined, Prefilled, Tokens
 from pdserve.scheduling.breaker import LONGEST_S
 from pdserve.scheduling.offering import ANSWER_S
 from pdserve.scheduling.request import RECOVER_S, Request, State

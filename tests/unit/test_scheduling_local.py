@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.messages import Busy, DecodeRequest, PrefillRequest, Sampling, Tokens
+from pdserve.rpc.messages import Busy, DecodeRequest, PrefillRequest, Sampling, Tokens
 from pdserve.scheduling.request import State
 from tests.unit.inprocess import EOS, Site, virtual
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.messages import Accepted, DecodeRequest
+from pdserve.rpc.messages import Accepted, DecodeRequest
 from pdserve.scheduling.request import State
 from tests.unit.inprocess import Message, Site, real, virtual
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.messages import DecodeRequest, Describe, Described, Failed, Join, Joined, Stranger
+from pdserve.rpc.messages import DecodeRequest, Describe, Described, Failed, Join, Joined, Stranger
 from pdserve.scheduling.meetings import OVERLAP_S, ROUND_S
 from pdserve.transfer.protocol import Unreachable
 from pdserve.transfer.reports import Met

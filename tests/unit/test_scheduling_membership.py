@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from pdserve import config
-from pdserve.messages import DecodeRequest, PrefillRequest
+from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.request import State
 from tests.unit.inprocess import Site, virtual
 from tests.unit.test_groups import Connected, deployment, serve

@@ -11,7 +11,7 @@ import pytest
 
 from pdserve.kvcache import prefix
 from pdserve.kvcache.prefix import BLOCK_TOKENS, SHORT_BYTES
-from pdserve.messages import Sampling
+from pdserve.rpc.messages import Sampling
 from pdserve.scheduling import prefixes
 from pdserve.scheduling.prefixes import Prefixes, digests
 from tests.unit.inprocess import Site, virtual

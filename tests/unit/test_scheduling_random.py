@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.messages import DecodeRequest, PrefillRequest
+from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.request import FINAL, Request, State
 from pdserve.scheduling.scheduler import ATTEMPTS
 from tests.unit.inprocess import Site, virtual

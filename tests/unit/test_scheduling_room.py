@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve import errors, messages
-from pdserve.messages import DecodeRequest, PrefillRequest, Watch
+from pdserve import errors
+from pdserve.rpc import messages
+from pdserve.rpc.messages import DecodeRequest, PrefillRequest, Watch
 from pdserve.scheduling.breaker import FIRST_S
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.request import State

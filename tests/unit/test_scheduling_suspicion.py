@@ -12,7 +12,7 @@ import pytest
 from pdserve import errors
 from pdserve.engines.acceptance import TRIAL_S
 from pdserve.errors import InstanceEnded
-from pdserve.messages import (
+from pdserve.rpc.messages import (
     SUSPECT,
     Accepted,
     Busy,

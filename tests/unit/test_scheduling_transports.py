@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve.messages import Stranger
+from pdserve.rpc.messages import Stranger
 from pdserve.scheduling.forwarding import WATCH_S
 from pdserve.scheduling.request import Request, State
 from pdserve.transfer.protocol import TransferError

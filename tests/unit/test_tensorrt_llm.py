@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from pdserve import config, errors, messages
+from pdserve import config, errors
 from pdserve.config.llm_options import (
     CacheTransceiverConfig,
     KvCacheConfig,
@@ -26,6 +26,7 @@ from pdserve.engines import build
 from pdserve.engines.relayed.protocol import Asked
 from pdserve.engines.tensorrt_llm import api, link, sampling
 from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
+from pdserve.rpc import messages
 from tests.unit.inprocess import EOS, VOCABULARY, model
 
 if TYPE_CHECKING:

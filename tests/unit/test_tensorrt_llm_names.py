@@ -14,7 +14,7 @@ import pytest
 
 from pdctl import network
 from pdctl.paths import ROOT
-from pdserve import config, messages
+from pdserve import config
 from pdserve.config.llm_options import (
     CacheTransceiverConfig,
     KvCacheConfig,
@@ -23,6 +23,7 @@ from pdserve.config.llm_options import (
 )
 from pdserve.engines.tensorrt_llm import api, sampling
 from pdserve.engines.tensorrtllm_backend import tensors
+from pdserve.rpc import messages
 from tests.unit.test_tensorrt_llm import VERSIONS, answer, asked, deployment, engine, installed
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from pdserve.engines.torch_decode import TorchDecode
 from pdserve.engines.torch_model import TorchModel
 from pdserve.engines.torch_prefill import TorchPrefill
 from pdserve.errors import DeploymentError
-from pdserve.messages import Sampling
+from pdserve.rpc.messages import Sampling
 from pdserve.transfer.scatter import scatter
 
 SMALL: dict[str, Any] = {

@@ -16,8 +16,8 @@ from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.engines.torch import ThreadedDecode, ThreadedPrefill
 from pdserve.engines.torch_model import TorchModel
 from pdserve.kvcache.cut import cut_for
-from pdserve.messages import DecodeRequest, Prefilled, PrefillRequest, Reply, Sampling, Tokens
 from pdserve.metrics import Registry
+from pdserve.rpc.messages import DecodeRequest, Prefilled, PrefillRequest, Reply, Sampling, Tokens
 from pdserve.transfer.description import Terms
 from pdserve.transfer.holder import Holder, region_name
 from pdserve.transfer.receiver import Receiver

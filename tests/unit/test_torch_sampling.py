@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from pdserve.engines.torch_sampling import Choice, distribution, penalize, sample, uniform
-from pdserve.messages import Sampling
+from pdserve.rpc.messages import Sampling
 
 VOCABULARY = 500
 

@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from pdserve import config, errors, gateway
 from pdserve.gateway import spans, tracing
 from pdserve.gateway.trace_context import Traces
-from pdserve.messages import DecodeRequest, PrefillRequest
+from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.request import FINAL, Request, State
 from tests.unit.inprocess import Site, real, virtual
 

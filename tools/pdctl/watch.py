@@ -24,8 +24,6 @@ from pdctl.repository import GATEWAY_MODELS, models
 from pdctl.server import Server
 from pdctl.status import scrape
 from pdctl.stubs import Stubs
-from pdserve.channels.grpc import GrpcChannel
-from pdserve.channels.protocol import Channel
 from pdserve.cluster import heartbeat, loss
 from pdserve.cluster.health import Life
 from pdserve.cluster.liveness import Liveness, Read
@@ -34,6 +32,8 @@ from pdserve.cluster.watchdog import SERVER, Check, Dismissed, NotRestored, Watc
 from pdserve.config import Deployment
 from pdserve.config.reloading import DeploymentFile
 from pdserve.errors import DeploymentError, InstanceError
+from pdserve.rpc.channels.grpc import GrpcChannel
+from pdserve.rpc.client import Channel
 from pdserve.transfer import key
 
 # How often each thing is asked whether it is alive, and how long it may think.

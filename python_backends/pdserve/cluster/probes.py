@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pdserve.channels.protocol import Channel, Replies
 from pdserve.errors import InstanceError
-from pdserve.messages import (
+from pdserve.rpc.client import Channel, Replies
+from pdserve.rpc.messages import (
     Accepted,
     Busy,
     DecodeRequest,

@@ -6,7 +6,7 @@ import asyncio
 
 from pdserve import config
 from pdserve.engines.watches import Send
-from pdserve.messages import Accepted
+from pdserve.rpc.messages import Accepted
 
 # A result that comes sooner than this speaks for itself; else the acceptance is told first,
 # and told again while the computation lasts: silence would be a stall.

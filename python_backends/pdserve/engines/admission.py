@@ -6,7 +6,7 @@ import numpy as np
 
 from pdserve.engines.protocol import Tokens
 from pdserve.errors import InvalidRequest
-from pdserve.messages import DecodeRequest, PrefillRequest
+from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 
 
 def prompt(request: PrefillRequest | DecodeRequest, context_length: int, vocabulary: int) -> Tokens:

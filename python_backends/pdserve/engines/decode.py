@@ -26,7 +26,8 @@ from pdserve.engines.slots import show
 from pdserve.engines.watches import EndWatches, Send
 from pdserve.kvcache.blocks import Blocks
 from pdserve.kvcache.handle import KVHandle
-from pdserve.messages import (
+from pdserve.metrics import Registry
+from pdserve.rpc.messages import (
     SUSPECT,
     Accepted,
     Busy,
@@ -41,7 +42,6 @@ from pdserve.messages import (
     Tokens,
     Watch,
 )
-from pdserve.metrics import Registry
 from pdserve.supervision import Background
 from pdserve.transfer import peers
 from pdserve.transfer.protocol import Stuck

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pdserve.engines.protocol import DecodeSequence
 from pdserve.engines.watches import Send
 from pdserve.kvcache.blocks import Reserved
-from pdserve.messages import DecodeRequest, Reply
+from pdserve.rpc.messages import DecodeRequest, Reply
 from pdserve.transfer.reports import Pulled
 
 

@@ -23,7 +23,8 @@ from pdserve.kvcache.arena import Range, State
 from pdserve.kvcache.cut import Cut
 from pdserve.kvcache.prefix import PrefixIndex, shorten
 from pdserve.kvcache.ranges import KVRange
-from pdserve.messages import (
+from pdserve.metrics import Registry
+from pdserve.rpc.messages import (
     SUSPECT,
     Busy,
     Described,
@@ -34,7 +35,6 @@ from pdserve.messages import (
     Reply,
     Watch,
 )
-from pdserve.metrics import Registry
 from pdserve.supervision import Background
 from pdserve.transfer.holder import Holder
 from pdserve.transfer.lending import Lending, Loan

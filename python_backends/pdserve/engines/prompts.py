@@ -16,8 +16,8 @@ from pdserve import errors
 from pdserve.engines.acceptance import AGAIN_S
 from pdserve.engines.opened import Opened
 from pdserve.engines.protocol import DecodeEngine
-from pdserve.messages import Accepted
 from pdserve.metrics import Registry
+from pdserve.rpc.messages import Accepted
 from pdserve.transfer import arrays
 from pdserve.transfer.reports import Pulled
 

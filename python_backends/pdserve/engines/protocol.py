@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pdserve.kvcache.layout import KVLayout
 from pdserve.kvcache.ranges import KVRange
-from pdserve.messages import Sampling
+from pdserve.rpc.messages import Sampling
 from pdserve.transfer.arrays import Array
 
 Tokens = NDArray[np.int32]

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdserve.messages import Sampling
+from pdserve.rpc.messages import Sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pdserve import errors
-from pdserve.messages import Failed, Freed, Released, Reply, Room, Watch
+from pdserve.rpc.messages import Failed, Freed, Released, Reply, Room, Watch
 
 Send = Callable[[Reply, bool], None]
 """Sends a reply; True with the last one."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pdserve import config
-from pdserve.channels.protocol import Channel
 from pdserve.metrics import Registry
+from pdserve.rpc.client import Channel
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.request import Request

@@ -18,9 +18,6 @@ import msgspec
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors, neutral, parameters
-from pdserve.channels.bls import BlsChannel
-from pdserve.channels.grpc import GrpcChannel
-from pdserve.channels.protocol import Channel
 from pdserve.cluster import loss
 from pdserve.config.reloading import DeploymentFile, changes, taken_over
 from pdserve.engines import build, checkpoint
@@ -33,6 +30,9 @@ from pdserve.metrics import Registry
 from pdserve.models import stub, triton
 from pdserve.models.outbox import Outbox
 from pdserve.models.triton import ASIDE, LoopThread, Publisher
+from pdserve.rpc.channels.bls import BlsChannel
+from pdserve.rpc.channels.grpc import GrpcChannel
+from pdserve.rpc.client import Channel
 from pdserve.scheduling.request import Request
 from pdserve.supervision import Background, repeat
 from pdserve.text.stream import TextStream

@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pdserve import config, errors, messages
-from pdserve.channels.answers import Answers, Call
-from pdserve.channels.seal import Refusals, Seal, Unsealed
+from pdserve import config, errors
 from pdserve.cluster import epoch
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import PrefillInstance
 from pdserve.engines.relayed.decode import RelayedDecode
 from pdserve.engines.relayed.prefill import RelayedPrefill
-from pdserve.messages import (
+from pdserve.metrics import Registry
+from pdserve.models import former, stub
+from pdserve.models.outbox import Outbox
+from pdserve.models.triton import LoopThread, Publisher, deployment, own_heartbeat
+from pdserve.rpc import messages
+from pdserve.rpc.messages import (
     DecodeRequest,
     Describe,
     Failed,
@@ -30,10 +33,8 @@ from pdserve.messages import (
     Taken,
     Watch,
 )
-from pdserve.metrics import Registry
-from pdserve.models import former, stub
-from pdserve.models.outbox import Outbox
-from pdserve.models.triton import LoopThread, Publisher, deployment, own_heartbeat
+from pdserve.rpc.seal import Refusals, Seal, Unsealed
+from pdserve.rpc.server import Answers, Call
 from pdserve.supervision import Background
 from pdserve.transfer import key
 
@@ -44,8 +45,8 @@ ORPHAN_LOOK_S = 1.0
 class InstanceModel(ABC):
     """A Triton model around one instance, which a subclass makes.
 
-    Input ``request`` and output ``reply`` are UINT8 [-1]; see ``pdserve.messages``. A request is
-    sealed (``pdserve.channels.seal``): what is not is refused unread.
+    Input ``request`` and output ``reply`` are UINT8 [-1]; see ``pdserve.rpc.messages``. A request
+    is sealed (``pdserve.rpc.seal``): what is not is refused unread.
     """
 
     @abstractmethod

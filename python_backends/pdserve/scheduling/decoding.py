@@ -6,9 +6,10 @@ import asyncio
 import math
 from collections import defaultdict
 
-from pdserve import errors, messages
-from pdserve.messages import Stranger
+from pdserve import errors
 from pdserve.metrics import Registry
+from pdserve.rpc import messages
+from pdserve.rpc.messages import Stranger
 from pdserve.scheduling.breaker import Breaker
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance

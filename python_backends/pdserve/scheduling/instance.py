@@ -8,8 +8,8 @@ import uuid
 from typing import TYPE_CHECKING
 
 from pdserve import errors
-from pdserve.channels.protocol import Channel, NoAnswer, Replies
-from pdserve.messages import (
+from pdserve.rpc.client import Channel, NoAnswer, Replies
+from pdserve.rpc.messages import (
     Accepted,
     Busy,
     Failed,
@@ -23,7 +23,7 @@ from pdserve.messages import (
     Tokens,
     Watch,
 )
-from pdserve.messages import Request as Message
+from pdserve.rpc.messages import Request as Message
 from pdserve.scheduling.breaker import Breaker
 from pdserve.scheduling.room import Room
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from pdserve import errors
-from pdserve.messages import Describe, Described, Join, Joined
 from pdserve.metrics import Registry
+from pdserve.rpc.messages import Describe, Described, Join, Joined
 from pdserve.scheduling.instance import Instance
 from pdserve.supervision import repeat, traced
 

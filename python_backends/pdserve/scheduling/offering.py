@@ -8,8 +8,9 @@ import random
 import uuid
 from typing import NamedTuple
 
-from pdserve import errors, messages
-from pdserve.messages import Busy, Failed, Stranger
+from pdserve import errors
+from pdserve.rpc import messages
+from pdserve.rpc.messages import Busy, Failed, Stranger
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.request import Answer, Offer, Request
 from pdserve.scheduling.suspicion import Role, Stay

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
-from pdserve import errors, messages
-from pdserve.messages import Accepted, Prefilled
+from pdserve import errors
 from pdserve.metrics import Registry
 from pdserve.pace import Pace
+from pdserve.rpc import messages
+from pdserve.rpc.messages import Accepted, Prefilled
 from pdserve.scheduling.decoding import Decoding
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Call, Instance

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from pdserve.messages import Sampling
+from pdserve.rpc.messages import Sampling
 from pdserve.scheduling.room import Promise
 from pdserve.scheduling.suspicion import Role
 from pdserve.scheduling.waiting import Order

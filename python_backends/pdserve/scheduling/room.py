@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pdserve import messages
+from pdserve.rpc import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

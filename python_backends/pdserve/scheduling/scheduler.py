@@ -14,8 +14,8 @@ from contextlib import aclosing
 from typing import Any
 
 from pdserve import config, errors
-from pdserve.messages import Accepted, Tokens
 from pdserve.metrics import Registry
+from pdserve.rpc.messages import Accepted, Tokens
 from pdserve.scheduling import policies
 from pdserve.scheduling.breaker import Budget
 from pdserve.scheduling.decoding import Decoding, NoRoom

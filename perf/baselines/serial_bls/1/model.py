@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pdserve import messages, parameters
-from pdserve.channels.seal import Seal
+from pdserve import parameters
 from pdserve.errors import InstanceError
 from pdserve.models import triton
+from pdserve.rpc import messages
+from pdserve.rpc.seal import Seal
 from pdserve.text.stream import TextStream
 from pdserve.text.tokenizer import Tokenizer
 from pdserve.transfer import key

@@ -20,7 +20,8 @@ from pdserve.engines.relayed.reports import Reports
 from pdserve.engines.slots import show
 from pdserve.engines.watches import EndWatches, Send
 from pdserve.kvcache.handle import unseal
-from pdserve.messages import (
+from pdserve.metrics import Registry
+from pdserve.rpc.messages import (
     MAX_TOKENS,
     SUSPECT,
     Accepted,
@@ -36,7 +37,6 @@ from pdserve.messages import (
     Tokens,
     Watch,
 )
-from pdserve.metrics import Registry
 from pdserve.supervision import Background
 from pdserve.transfer.reports import Met, Pulled
 

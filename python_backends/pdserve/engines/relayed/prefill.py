@@ -33,7 +33,8 @@ from pdserve.engines.relayed.reports import Reports
 from pdserve.engines.slots import show
 from pdserve.engines.watches import Send, Watches
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
-from pdserve.messages import (
+from pdserve.metrics import Registry
+from pdserve.rpc.messages import (
     SUSPECT,
     Busy,
     Described,
@@ -44,7 +45,6 @@ from pdserve.messages import (
     Reply,
     Watch,
 )
-from pdserve.metrics import Registry
 from pdserve.supervision import Background
 
 

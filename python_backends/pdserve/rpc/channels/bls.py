@@ -13,11 +13,12 @@ from types import ModuleType
 
 import numpy as np
 
-from pdserve import messages, pools
-from pdserve.channels.protocol import Calls, Replies
-from pdserve.channels.seal import Seal
+from pdserve import pools
 from pdserve.errors import InstanceEnded, InstanceError
-from pdserve.messages import Request
+from pdserve.rpc import messages
+from pdserve.rpc.client import Calls, Replies
+from pdserve.rpc.messages import Request
+from pdserve.rpc.seal import Seal
 
 
 class BlsChannel:

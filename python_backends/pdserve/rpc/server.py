@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from pdserve import messages
-from pdserve.messages import Reply
+from pdserve.rpc import messages
+from pdserve.rpc.messages import Reply
 
 MAX_RESPONSES = 256
 """By one request, before another takes over: Triton keeps something of each until it has ended."""

@@ -17,12 +17,13 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from pdserve import errors, messages
-from pdserve.channels.protocol import Calls, Replies
-from pdserve.channels.seal import Seal
+from pdserve import errors
 from pdserve.connections import GRPC_OPTIONS
 from pdserve.errors import InstanceEnded, InstanceError
-from pdserve.messages import Request
+from pdserve.rpc import messages
+from pdserve.rpc.client import Calls, Replies
+from pdserve.rpc.messages import Request
+from pdserve.rpc.seal import Seal
 from pdserve.supervision import traced
 
 _log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-from pdserve import messages
 from pdserve.errors import InstanceEnded, InstanceError
-from pdserve.messages import Reply, Request
+from pdserve.rpc import messages
+from pdserve.rpc.messages import Reply, Request
 
 
 class NoAnswer(InstanceError):
@@ -26,7 +26,7 @@ class Replies:
 
     def __init__(self, carrier: str = "") -> None:
         self.carrier = carrier
-        """The call whose responses bring these replies; see ``pdserve.channels.answers``."""
+        """The call whose responses bring these replies; see ``pdserve.rpc.server``."""
         self.epoch = b""
         """Of the process that gave the latest of them."""
         self._items: deque[Reply] = deque()

@@ -2,7 +2,7 @@
 
 A message is msgpack in one UINT8 tensor: ``request`` on the way in; on the way out
 ``reply``, any number of replies with the ids of the calls that they belong to, and the epoch of
-the process that gives them. A request travels sealed (``pdserve.channels.seal``).
+the process that gives them. A request travels sealed (``pdserve.rpc.seal``).
 Nothing here is part of the public contract; both ends of a deployment run the
 same version, and a message of another version is refused.
 Token ids are little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.

@@ -1,0 +1,1 @@
+"""What the gateways and the instances say to each other, and how it travels."""
