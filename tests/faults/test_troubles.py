@@ -17,8 +17,8 @@ from pdctl import fleet, keys, questions, watchers
 from pdctl.server import Server
 from pdctl.status import scrape
 from pdserve import config
-from pdserve.cluster import epoch, loss
 from pdserve.errors import InstanceError
+from pdserve.node import epoch, failure_notice
 from pdserve.transfer import key
 from tests.clients import wait_until
 from tests.faults.load import Load
@@ -237,8 +237,10 @@ def test_of_a_life_that_is_none_nothing_is_lost(server: Running) -> None:
     """Forged or replayed, a notice changes nothing; that of the present one is heard at once."""
     one = server.servers[0]
     secret = key.load(keys.copy(one.folder))
-    former = loss.told(loss.Lost("decode_0", b"no such."), secret)
-    forged = loss.told(loss.Lost("decode_0", epoch.of(stub(one, "decode_0").pid)), b"x" * 32)
+    former = failure_notice.encode(failure_notice.FailureNotice("decode_0", b"no such."), secret)
+    forged = failure_notice.encode(
+        failure_notice.FailureNotice("decode_0", epoch.of(stub(one, "decode_0").pid)), b"x" * 32
+    )
     with Load(server, rate=4, tokens=60) as load:
         time.sleep(LOAD_S)
         _tell(one.grpc, former)
@@ -248,7 +250,9 @@ def test_of_a_life_that_is_none_nothing_is_lost(server: Running) -> None:
     assert not load.lost
     assert load.retried == 0
 
-    present = loss.told(loss.Lost("decode_0", epoch.of(stub(one, "decode_0").pid)), secret)
+    present = failure_notice.encode(
+        failure_notice.FailureNotice("decode_0", epoch.of(stub(one, "decode_0").pid)), secret
+    )
     with Load(server, rate=4, tokens=60) as load:
         time.sleep(LOAD_S)
         _tell(one.grpc, present)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.cluster.heartbeat import Beats, Heartbeat, read
-from pdserve.cluster.liveness import Liveness
 from pdserve.errors import InstanceError
+from pdserve.node.heartbeat import Beats, Heartbeat, read
+from pdserve.node.liveness import Liveness
 from tests.unit.inprocess import virtual
 
 WITHIN_S = 3.0

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from pdserve.cluster import epoch
-from pdserve.cluster.loss import Lost, heard, told
 from pdserve.errors import InstanceError, InvalidRequest
 from pdserve.kvcache.handle import EPOCH_BYTES
+from pdserve.node import epoch
+from pdserve.node.failure_notice import FailureNotice, decode, encode
 from pdserve.rpc import messages
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.client import Calls
@@ -24,10 +24,10 @@ KEY, OLD, NEW = b"k" * 32, b"former..", b"present."
 
 
 def test_what_is_told_is_heard_whatever_the_clocks_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = told(Lost("decode_0", OLD), KEY)
+    text = encode(FailureNotice("decode_0", OLD), KEY)
     for offset in (0.0, -3600.0, 3600.0, -1e9):
         monkeypatch.setattr(time, "time", lambda offset=offset: 1e9 + offset)
-        assert heard(text, KEY) == Lost("decode_0", OLD)
+        assert decode(text, KEY) == FailureNotice("decode_0", OLD)
 
 
 @pytest.mark.parametrize(
@@ -37,20 +37,20 @@ def test_what_is_told_is_heard_whatever_the_clocks_say(monkeypatch: pytest.Monke
         "",
         "not base64!",
         "ü",
-        told(Lost("decode_0", OLD), b"another key, as long as 32 bytes"),
-        told(Lost("decode_0", OLD), KEY)[:-8],
-        told(Lost("decode_0", b"short"), KEY),
+        encode(FailureNotice("decode_0", OLD), b"another key, as long as 32 bytes"),
+        encode(FailureNotice("decode_0", OLD), KEY)[:-8],
+        encode(FailureNotice("decode_0", b"short"), KEY),
     ],
 )
 def test_what_anybody_could_say_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match="lost: only a watchdog of this deployment"):
-        heard(text, KEY)
+        decode(text, KEY)
 
 
 class TestEpoch:
     def test_it_is_seen_from_outside_as_from_inside(self) -> None:
         script = (
-            "import os; from pdserve.cluster import epoch\n"
+            "import os; from pdserve.node import epoch\n"
             "print(epoch.of(os.getpid()).hex(), flush=True); input()"
         )
         with subprocess.Popen(

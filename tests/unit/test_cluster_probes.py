@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve.cluster.probes import Limits, Probes
 from pdserve.errors import InstanceError
+from pdserve.node.probes import Limits, Probes
 from pdserve.rpc.messages import DecodeRequest, Join, PrefillRequest
 from tests.unit.inprocess import Link, Site, virtual
 

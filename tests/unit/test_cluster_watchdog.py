@@ -10,18 +10,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 import pytest
 
-from pdserve.cluster.backoff import CALM_S, Backoff
-from pdserve.cluster.health import Life, State
-from pdserve.cluster.watchdog import (
-    LOOK_S,
-    SERVER,
-    STOPPED_S,
-    Check,
-    Dismissed,
-    NotRestored,
-    Watchdog,
-)
 from pdserve.errors import InstanceError
+from pdserve.node.backoff import CALM_S, Backoff
+from pdserve.node.health import Life, State
+from pdserve.node.watchdog import LOOK_S, SERVER, STOPPED_S, Check, Dismissed, NotRestored, Watchdog
 from tests.unit.inprocess import virtual
 
 LOAD_S = 30.0

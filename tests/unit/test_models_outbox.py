@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pdserve.cluster.heartbeat import Heartbeat
+from pdserve.node.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,8 +16,8 @@ import pytest
 
 from pdctl import footprint, watchers
 from pdctl.stubs import Stubs
-from pdserve.cluster.health import Life
-from pdserve.cluster.watchdog import SERVER
+from pdserve.node.health import Life
+from pdserve.node.watchdog import SERVER
 from tests.servers import default_deployment
 
 SLEEPER = "import time\nprint('here', flush=True)\ntime.sleep(60)"

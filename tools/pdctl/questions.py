@@ -11,9 +11,9 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from pdserve.cluster.probes import TENANT
 from pdserve.connections import GRPC_OPTIONS
 from pdserve.errors import InstanceError
+from pdserve.node.probes import TENANT
 
 _FIRST = 1000
 """A priority: before all that waits, whose levels are few."""
@@ -32,7 +32,7 @@ async def gateway(address: str, model: str, lost: str) -> bool:
     """A gateway's model takes requests and answers them.
 
     Args:
-        lost: what it is told, as ``pdserve.cluster.loss.told`` says it.
+        lost: what it is told, as ``pdserve.node.failure_notice.encode`` says it.
 
     Raises:
         InstanceError: it does not.

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import psutil
 
 from pdctl import footprint
-from pdserve.cluster import epoch
-from pdserve.cluster.health import Life
-from pdserve.cluster.watchdog import SERVER
+from pdserve.node import epoch
+from pdserve.node.health import Life
+from pdserve.node.watchdog import SERVER
 
 _MODEL = re.compile(r"/([^/]+)/\d+/model\.py$")
 

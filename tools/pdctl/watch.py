@@ -24,14 +24,14 @@ from pdctl.repository import GATEWAY_MODELS, models
 from pdctl.server import Server
 from pdctl.status import scrape
 from pdctl.stubs import Stubs
-from pdserve.cluster import heartbeat, loss
-from pdserve.cluster.health import Life
-from pdserve.cluster.liveness import Liveness, Read
-from pdserve.cluster.probes import Limits, Probes
-from pdserve.cluster.watchdog import SERVER, Check, Dismissed, NotRestored, Watchdog
 from pdserve.config import Deployment
 from pdserve.config.reloading import DeploymentFile
 from pdserve.errors import DeploymentError, InstanceError
+from pdserve.node import failure_notice, heartbeat
+from pdserve.node.health import Life
+from pdserve.node.liveness import Liveness, Read
+from pdserve.node.probes import Limits, Probes
+from pdserve.node.watchdog import SERVER, Check, Dismissed, NotRestored, Watchdog
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.client import Channel
 from pdserve.transfer import key
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class Tended:
-    """A server as its watchdog handles it (see ``pdserve.cluster.watchdog.Ward``)."""
+    """A server as its watchdog handles it (see ``pdserve.node.watchdog.Ward``)."""
 
     def __init__(self, folder: Path) -> None:
         """Raises: ServerError, DeploymentError: this server does not run."""
@@ -133,7 +133,7 @@ class Tended:
         self._stubs.kill(thing)
         await asyncio.to_thread(self.server.unload, thing)
         if thing not in GATEWAY_MODELS and epoch is not None:
-            self._tell_gateways(loss.Lost(thing, epoch))
+            self._tell_gateways(failure_notice.FailureNotice(thing, epoch))
 
     async def restore(self, thing: str) -> None:
         try:
@@ -155,9 +155,9 @@ class Tended:
     def _new_stubs(self) -> Stubs:
         return Stubs(self.token or "", self.models)
 
-    def _tell_gateways(self, lost: loss.Lost) -> None:
+    def _tell_gateways(self, lost: failure_notice.FailureNotice) -> None:
         """So that they wait no longer for what was open on it. The repair goes on meanwhile."""
-        told = loss.told(lost, self.key)
+        told = failure_notice.encode(lost, self.key)
         for server in self.deployment.servers:
             for model in ("pdserve", "scheduler") if server.gateway else ():
                 address = f"{server.host}:{server.grpc_port}"
@@ -226,7 +226,12 @@ def checks(tended: Tended, probes: Probes, limits: Limits) -> Iterator[Check]:
             computes = partial(getattr(probes, template), model)
             yield Check(model, computes, PROBE_EVERY_S, limits.first_token_s + 3 * limits.reply_s)
         elif template in ("pdserve", "scheduler"):
-            alive = partial(questions.gateway, address, model, loss.told(loss.ALIVE, tended.key))
+            alive = partial(
+                questions.gateway,
+                address,
+                model,
+                failure_notice.encode(failure_notice.ALIVE, tended.key),
+            )
         else:
             alive = partial(questions.tokens, address, model)
         yield _alive(model, tended.heartbeat(model), alive)

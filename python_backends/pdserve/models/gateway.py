@@ -18,7 +18,6 @@ import msgspec
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors, neutral, parameters
-from pdserve.cluster import loss
 from pdserve.config.reloading import DeploymentFile, changes, taken_over
 from pdserve.engines import build, checkpoint
 from pdserve.engines.protocol import Tokens
@@ -30,6 +29,7 @@ from pdserve.metrics import Registry
 from pdserve.models import stub, triton
 from pdserve.models.outbox import Outbox
 from pdserve.models.triton import ASIDE, LoopThread, Publisher
+from pdserve.node import failure_notice
 from pdserve.rpc.channels.bls import BlsChannel
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.client import Channel
@@ -317,7 +317,7 @@ class GatewayModel(ABC):
         Raises:
             InvalidRequest: it is not a watchdog that says so.
         """
-        told = loss.heard(lost, self._key)
+        told = failure_notice.decode(lost, self._key)
         self._groups.lose(told.instance, told.epoch)
         return pb_utils.InferenceResponse([self._unfinished])
 

@@ -13,7 +13,6 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors
-from pdserve.cluster import epoch
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import PrefillInstance
 from pdserve.engines.relayed.decode import RelayedDecode
@@ -22,6 +21,7 @@ from pdserve.metrics import Registry
 from pdserve.models import former, stub
 from pdserve.models.outbox import Outbox
 from pdserve.models.triton import LoopThread, Publisher, deployment, own_heartbeat
+from pdserve.node import epoch
 from pdserve.rpc import messages
 from pdserve.rpc.messages import (
     DecodeRequest,

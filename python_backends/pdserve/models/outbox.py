@@ -12,7 +12,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from pdserve import errors, supervision
-from pdserve.cluster.heartbeat import Heartbeat
+from pdserve.node.heartbeat import Heartbeat
 
 CLOSE_S = 5.0
 # Looks at open requests take a fifth of a sending thread's time, a moment each.

@@ -19,9 +19,9 @@ import uvloop
 from numpy.typing import NDArray
 
 from pdserve import config, errors, pools, supervision
-from pdserve.cluster import heartbeat
-from pdserve.cluster.heartbeat import Heartbeat
 from pdserve.metrics import Registry
+from pdserve.node import heartbeat
+from pdserve.node.heartbeat import Heartbeat
 
 PUBLISH_S = 0.25
 BEAT_S = 0.25

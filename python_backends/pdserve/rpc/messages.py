@@ -274,7 +274,7 @@ class Batch(Struct, frozen=True, array_like=True):
     """What an instance says in one response."""
 
     epoch: bytes
-    """Names its process; see `pdserve.cluster.epoch`. Empty: it does not say."""
+    """Names its process; see `pdserve.node.epoch`. Empty: it does not say."""
     replies: Sequence[tuple[str, Reply]]
     """Call ids and a reply to each."""
 

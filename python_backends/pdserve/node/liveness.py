@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from pdserve.cluster.heartbeat import Beats
 from pdserve.errors import InstanceError
+from pdserve.node.heartbeat import Beats
 
 Read = Callable[[], Sequence[Beats]]
 

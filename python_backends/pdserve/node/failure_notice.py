@@ -16,31 +16,31 @@ from pdserve.errors import HandleError, InvalidRequest
 from pdserve.kvcache.handle import EPOCH_BYTES, Epoch, seal, unseal
 
 
-class Lost(Struct, frozen=True, array_like=True):
+class FailureNotice(Struct, frozen=True, array_like=True):
     """Of one instance."""
 
     instance: str
     epoch: Epoch
-    """Of the process that is gone; see `pdserve.cluster.epoch`."""
+    """Of the process that is gone; see `pdserve.node.epoch`."""
 
 
-ALIVE = Lost("", bytes(EPOCH_BYTES))
+ALIVE = FailureNotice("", bytes(EPOCH_BYTES))
 """Of no instance: a gateway that answers it lives."""
 
 
-def told(lost: Lost, key: bytes) -> str:
+def encode(lost: FailureNotice, key: bytes) -> str:
     """As a request parameter."""
     return base64.b64encode(seal(lost, key)).decode()
 
 
-def heard(text: str, key: bytes) -> Lost:
+def decode(text: str, key: bytes) -> FailureNotice:
     """What a watchdog has told.
 
     Raises:
         InvalidRequest: this is not of the deployment's own.
     """
     try:
-        return unseal(base64.b64decode(text, validate=True), Lost, key)
+        return unseal(base64.b64decode(text, validate=True), FailureNotice, key)
     except (binascii.Error, ValueError, HandleError) as error:
         raise InvalidRequest(
             f"lost: only a watchdog of this deployment may say so: {error}"

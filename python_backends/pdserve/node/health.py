@@ -6,7 +6,7 @@ import enum
 import math
 from dataclasses import dataclass, field
 
-from pdserve.cluster.backoff import Backoff
+from pdserve.node.backoff import Backoff
 
 
 class State(enum.Enum):

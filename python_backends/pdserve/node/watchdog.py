@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from pdserve.cluster.health import Health, Life, State
 from pdserve.errors import PDServeError
+from pdserve.node.health import Health, Life, State
 
 SERVER = "server"
 """The thing that is the server itself; every other one is a model, by name."""

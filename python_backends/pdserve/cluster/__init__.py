@@ -1,1 +1,0 @@
-"""Looking after instances and servers: health, probes, repair. Pure asyncio, as scheduling is."""
