@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 
-from pdserve.kvcache.cut import Cut
+from pdserve.kvcache.sharding import Sharding
 from pdserve.transfer.description import Terms
 from pdserve.transfer.holder import Holder
 from pdserve.transfer.leases import Leases
@@ -31,7 +31,7 @@ DESCRIBE, GRANT, READY, RAW = b"d", b"g", b"r", b"w"
 
 
 def terms(layout: str) -> Terms:
-    return Terms("perf", LAYOUTS[layout], KEY, Cut())
+    return Terms("perf", LAYOUTS[layout], KEY, Sharding())
 
 
 def transport(name: str) -> Transport:

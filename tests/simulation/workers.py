@@ -13,7 +13,7 @@ import numpy as np
 
 from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
-from pdserve.kvcache.cut import Cut
+from pdserve.kvcache.sharding import Sharding
 from pdserve.metrics import Registry
 from pdserve.transfer.description import Terms
 from pdserve.transfer.holder import Holder, region_name
@@ -92,7 +92,7 @@ class Workers:
         self._holders[region] = name, process
         engine = Prefill(self.model)
         instance = PrefillInstance(
-            name, self.model, engine, plan.prefill, holder, Cut(), Registry()
+            name, self.model, engine, plan.prefill, holder, Sharding(), Registry()
         )
         return Life(process, instance, holder)
 
@@ -131,7 +131,7 @@ class Workers:
 
     @property
     def _terms(self) -> Terms:
-        return Terms(self.model.fingerprint, self.model.layout, b"k" * 32, Cut())
+        return Terms(self.model.fingerprint, self.model.layout, b"k" * 32, Sharding())
 
 
 @lru_cache(None)

@@ -31,7 +31,7 @@ from pdserve.engines.relayed.decode import RelayedDecode
 from pdserve.engines.relayed.prefill import RelayedPrefill
 from pdserve.errors import InstanceError, PDServeError
 from pdserve.kvcache.arena import State as RangeState
-from pdserve.kvcache.cut import cut_for
+from pdserve.kvcache.sharding import sharding_for
 from pdserve.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
@@ -312,7 +312,7 @@ class Site:
             Decode(self.model, limits_d.blocks, limits_d.block_size) for _ in range(self.decodes)
         ]
         prefill_ranks, decode_ranks = limits_p.tensor_parallel, limits_d.tensor_parallel
-        cut = cut_for(prefill_ranks, decode_ranks, self.model.layout.kv_heads)
+        cut = sharding_for(prefill_ranks, decode_ranks, self.model.layout.kv_heads)
         terms = Terms(self.model.fingerprint, self.model.layout, b"k" * 32, cut)
         slots = limits_p.slots + MAX_QUARANTINED
         self.holders = [

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pdserve import config, errors
-from pdserve.kvcache.cut import Cut
-from pdserve.kvcache.prefix import chain, shorten
+from pdserve.kvcache.prefix_index import chain, shorten
+from pdserve.kvcache.sharding import Sharding
 from pdserve.rpc.messages import (
     Accepted,
     Failed,
@@ -327,8 +327,8 @@ async def test_eviction_under_pressure_never_breaks_an_answer(tmp_path: Path) ->
         requests: list[Request] = []
         for _ in range(250):
             system = rng.choice(systems)
-            cut = rng.randrange(len(system) // 4 + 1) * 4
-            prompt = site.prompt(rng.randrange(1, 200), system[:cut])
+            sharding = rng.randrange(len(system) // 4 + 1) * 4
+            prompt = site.prompt(rng.randrange(1, 200), system[:sharding])
             requests.append(site.request(prompt, max_tokens=rng.randrange(1, 6)))
         answers = await asyncio.gather(*map(site.answer, requests))
         assert answers == [site.expected(one) for one in requests]
@@ -385,7 +385,7 @@ def test_arena_larger_than_shared_memory(tmp_path: Path, monkeypatch: pytest.Mon
         servers=(config.Server(name="local"),),
         prefill=config.Prefill(arena_mib=1 << 22),
     )
-    terms = Terms(made.fingerprint, made.layout, b"k" * 32, Cut())
+    terms = Terms(made.fingerprint, made.layout, b"k" * 32, Sharding())
     with pytest.raises(errors.DeploymentError, match=r"lower prefill\.arena_mib"):
         plane.holder(wanted, "prefill_0", terms, 4)
     assert not list(Path("/dev/shm").glob("pdserve-too-large-*"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdserve.kvcache.arena import ALIGNMENT, Arena, Range, State
-from pdserve.kvcache.holes import Holes
+from pdserve.kvcache.free_list import FreeList
 
 PAGES = 24
 MAX_RANGES = 6
@@ -304,8 +304,8 @@ def test_more_than_the_capacity_is_none() -> None:
 
 
 def test_holes_of_nothing() -> None:
-    assert Holes(0).take(1) is None
-    assert Holes(0).largest == 0
+    assert FreeList(0).take(1) is None
+    assert FreeList(0).largest == 0
 
 
 def test_ten_thousand_operations_take_well_under_a_second() -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from pdserve import config
 from pdserve.errors import DeploymentError, HandleError, InvalidRequest
-from pdserve.kvcache.cut import Cut, columns, cut_for, routes
+from pdserve.kvcache.kv_range import KVRange
 from pdserve.kvcache.layout import KVLayout
-from pdserve.kvcache.ranges import KVRange
+from pdserve.kvcache.sharding import Sharding, columns, routes, sharding_for
 from pdserve.transfer import plane
 from tests.unit.inprocess import Site, virtual
 from tests.unit.transfers import TOKENS, Sender, Taker, terms
@@ -45,12 +45,12 @@ def layout_of(heads: int) -> KVLayout:
 def test_every_pair_is_cut_or_refused(pair: tuple[int, int, int]) -> None:
     n, m, heads = pair
     if served(*pair):
-        cut = cut_for(n, m, heads)
-        assert cut.ranks == n
-        assert cut.parts == max(n, m)
+        sharding = sharding_for(n, m, heads)
+        assert sharding.ranks == n
+        assert sharding.parts == max(n, m)
     else:
         with pytest.raises(DeploymentError):
-            cut_for(n, m, heads)
+            sharding_for(n, m, heads)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_every_pair_is_cut_or_refused(pair: tuple[int, int, int]) -> None:
 )
 def test_what_cannot_be_served_is_refused(n: int, m: int, heads: int, message: str) -> None:
     with pytest.raises(DeploymentError, match=message):
-        cut_for(n, m, heads)
+        sharding_for(n, m, heads)
 
 
 def test_a_deployment_is_refused_when_its_instances_start(tmp_path: Path) -> None:
@@ -83,30 +83,30 @@ def test_a_deployment_is_refused_when_its_instances_start(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("n", "m", "heads"), PAIRS)
 def test_parts_have_every_head(n: int, m: int, heads: int) -> None:
     """Once; or as often as ranks outnumber the heads."""
-    cut, layout = cut_for(n, m, heads), layout_of(heads)
+    sharding, layout = sharding_for(n, m, heads), layout_of(heads)
     held = [0] * heads
-    for part in range(cut.parts):
-        first, count = cut.heads(part, heads)
+    for part in range(sharding.parts):
+        first, count = sharding.heads(part, heads)
         for head in range(first, first + count):
             held[head] += 1
-        where = columns(cut, layout, part)
-        assert (where.stop - where.start) == cut.row_bytes(layout) == count * 16
+        where = columns(sharding, layout, part)
+        assert (where.stop - where.start) == sharding.row_bytes(layout) == count * 16
         assert where.start == first * 16
-    assert set(held) == {max(cut.parts // heads, 1)}
-    assert cut.nbytes(layout, 5) == layout.nbytes(5) * held[0]
+    assert set(held) == {max(sharding.parts // heads, 1)}
+    assert sharding.nbytes(layout, 5) == layout.nbytes(5) * held[0]
 
 
 @pytest.mark.parametrize(("n", "m", "heads"), PAIRS)
 def test_routes_bring_each_rank_its_heads_once(n: int, m: int, heads: int) -> None:
-    cut = cut_for(n, m, heads)
-    taken = [0] * cut.parts
+    sharding = sharding_for(n, m, heads)
+    taken = [0] * sharding.parts
     for rank in range(m):
-        wanted = routes(cut, m, heads, rank)
+        wanted = routes(sharding, m, heads, rank)
         brought = [head for r in wanted for head in range(r.first_head, r.first_head + r.heads)]
         count = max(heads // m, 1)
         assert brought == list(range(rank * heads // m, rank * heads // m + count))
         for route in wanted:
-            assert cut.heads(route.part, heads) == (route.first_head, route.heads)
+            assert sharding.heads(route.part, heads) == (route.first_head, route.heads)
             taken[route.part] += 1
     if m >= n:
         assert set(taken) == {1}, "replicas share the load"
@@ -114,9 +114,9 @@ def test_routes_bring_each_rank_its_heads_once(n: int, m: int, heads: int) -> No
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
 def test_equal_parallelism_is_rank_to_rank(ranks: int) -> None:
-    cut = cut_for(ranks, ranks, 8)
+    sharding = sharding_for(ranks, ranks, 8)
     for rank in range(ranks):
-        assert [route.part for route in routes(cut, ranks, 8, rank)] == [rank]
+        assert [route.part for route in routes(sharding, ranks, 8, rank)] == [rank]
 
 
 # A KV cache in its range.
@@ -124,24 +124,24 @@ def test_equal_parallelism_is_rank_to_rank(ranks: int) -> None:
 
 @pytest.mark.parametrize(("n", "m", "heads"), PAIRS)
 def test_a_range_is_seen_whole(n: int, m: int, heads: int) -> None:
-    layout, cut, rng = layout_of(heads), cut_for(n, m, heads), np.random.default_rng(0)
-    data = np.zeros(cut.nbytes(layout, TOKENS), np.uint8)
-    kv = KVRange(data, layout, cut, TOKENS)
+    layout, sharding, rng = layout_of(heads), sharding_for(n, m, heads), np.random.default_rng(0)
+    data = np.zeros(sharding.nbytes(layout, TOKENS), np.uint8)
+    kv = KVRange(data, layout, sharding, TOKENS)
     content = rng.integers(1, 256, layout.shape(TOKENS), np.uint8)
     assert kv.whole.shape == content.shape
-    parts = data.reshape(cut.parts, layout.planes, TOKENS, -1)
+    parts = data.reshape(sharding.parts, layout.planes, TOKENS, -1)
     for planes in (2, 4, 4, 6):
         kv.whole[planes - 2 : planes] = content[planes - 2 : planes]
         kv.publish(planes)
-        for part in range(cut.parts):
-            where = columns(cut, layout, part)
+        for part in range(sharding.parts):
+            where = columns(sharding, layout, part)
             assert (parts[part, :planes] == content[:planes, :, where]).all()
             assert not parts[part, planes:].any()
     prefix = np.zeros(layout.shape(TOKENS), np.uint8)
-    KVRange(data, layout, cut, TOKENS).read(30, prefix)
+    KVRange(data, layout, sharding, TOKENS).read(30, prefix)
     assert (prefix[:, :30] == content[:, :30]).all()
     assert not prefix[:, 30:].any()
-    assert np.shares_memory(kv.whole, data) == (cut.parts == 1)
+    assert np.shares_memory(kv.whole, data) == (sharding.parts == 1)
 
 
 # Through the transfer plane, bit for bit.
@@ -150,7 +150,7 @@ def test_a_range_is_seen_whole(n: int, m: int, heads: int) -> None:
 @pytest.mark.parametrize("way", ["shm", "whole", "direct"])
 @pytest.mark.parametrize(("n", "m", "heads"), PAIRS)
 def test_a_pull_from_n_ranks_to_m(n: int, m: int, heads: int, way: str) -> None:
-    agreed = terms(layout_of(heads), cut_for(n, m, heads))
+    agreed = terms(layout_of(heads), sharding_for(n, m, heads))
     name = "shm" if way == "shm" else "memcpy"
     strategy = None if way == "shm" else way
     sender = Sender(name, agreed)
@@ -167,7 +167,7 @@ def test_a_pull_from_n_ranks_to_m(n: int, m: int, heads: int, way: str) -> None:
 
 
 def test_a_pull_layer_by_layer_from_2_ranks_to_4() -> None:
-    agreed = terms(layout_of(8), cut_for(2, 4, 8))
+    agreed = terms(layout_of(8), sharding_for(2, 4, 8))
     sender, taker = Sender("memcpy", agreed), Taker("memcpy", agreed, ranks=4)
     taker.meet(sender)
     offer, loop = sender.begin(), asyncio.new_event_loop()
@@ -189,9 +189,12 @@ def test_a_pull_layer_by_layer_from_2_ranks_to_4() -> None:
 
 
 def test_ends_that_were_told_different_cuts() -> None:
-    sender, taker = Sender(agreed=terms(layout_of(8), Cut(2, 1))), Taker(agreed=terms(layout_of(8)))
+    sender, taker = (
+        Sender(agreed=terms(layout_of(8), Sharding(2, 1))),
+        Taker(agreed=terms(layout_of(8))),
+    )
     taker.meet(sender)
-    with pytest.raises(HandleError, match=r"cut into Cut\(ranks=2.*expects Cut\(ranks=1"):
+    with pytest.raises(HandleError, match=r"has Sharding\(ranks=2.*expects Sharding\(ranks=1"):
         taker.take(sender.offer())
     assert not taker.pool.any()
     taker.close()

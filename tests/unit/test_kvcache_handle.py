@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.errors import HandleError
-from pdserve.kvcache.cut import Cut
 from pdserve.kvcache.handle import KEY_BYTES, KVHandle, seal, unseal
 from pdserve.kvcache.layout import KVLayout
+from pdserve.kvcache.sharding import Sharding
 from pdserve.transfer.description import Description
 
 KEY = bytes(range(KEY_BYTES))
@@ -36,7 +36,7 @@ handles = st.builds(
     KVHandle,
     fingerprint=st.from_regex(r"[!-~]{1,128}", fullmatch=True),
     layout=layouts,
-    cut=st.builds(Cut, counts, counts),
+    sharding=st.builds(Sharding, counts, counts),
     tokens=st.integers(1, 1 << 24),
     epoch=st.binary(min_size=8, max_size=8),
     offset=st.integers(0, (1 << 63) - 1),
@@ -139,9 +139,9 @@ def test_one_message_does_not_pass_for_another() -> None:
         ("layout", [0, 3, 64, "float32"]),
         ("layout", [30, 3, 64, "float64"]),
         ("layout", [30, 3, 64]),
-        ("cut", [0, 1]),
-        ("cut", [1, -1]),
-        ("cut", {}),
+        ("sharding", [0, 1]),
+        ("sharding", [1, -1]),
+        ("sharding", {}),
         ("region", "pdserve-a"),
         ("unknown", 1),
     ],
@@ -155,25 +155,30 @@ def test_a_malformed_field_is_refused_by_name(field: str, value: object) -> None
 
 
 @pytest.mark.parametrize(
-    ("fingerprint", "layout", "cut", "message"),
+    ("fingerprint", "layout", "sharding", "message"),
     [
-        ("llama", LAYOUT, Cut(), "of model 'smollm2'; this instance has 'llama'"),
+        ("llama", LAYOUT, Sharding(), "of model 'smollm2'; this instance has 'llama'"),
         (
             "smollm2",
             KVLayout(30, 3, 64, "bfloat16"),
-            Cut(),
+            Sharding(),
             "float32.*this instance has.*bfloat16",
         ),
-        ("smollm2", KVLayout(30, 1, 64, "float32"), Cut(), "kv_heads=3.*has.*kv_heads=1"),
-        ("smollm2", LAYOUT, Cut(3, 1), "cut into .*ranks=1.*; this instance expects .*ranks=3"),
+        ("smollm2", KVLayout(30, 1, 64, "float32"), Sharding(), "kv_heads=3.*has.*kv_heads=1"),
+        (
+            "smollm2",
+            LAYOUT,
+            Sharding(3, 1),
+            "has .*ranks=1.*; this instance expects .*ranks=3",
+        ),
     ],
 )
 def test_check_names_the_mismatch(
-    fingerprint: str, layout: KVLayout, cut: Cut, message: str
+    fingerprint: str, layout: KVLayout, sharding: Sharding, message: str
 ) -> None:
-    GOOD.check("smollm2", LAYOUT, Cut())
+    GOOD.check("smollm2", LAYOUT, Sharding())
     with pytest.raises(HandleError, match=message):
-        GOOD.check(fingerprint, layout, cut)
+        GOOD.check(fingerprint, layout, sharding)
 
 
 def test_layout_counts_bytes() -> None:

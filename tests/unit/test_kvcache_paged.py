@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pdserve.kvcache.paged import BlockPool, BlockTable, copies
+from pdserve.kvcache.block_pool import BlockPool, BlockTable, copies
 
 BLOCKS = 20
 SIZE = 4

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pdserve.kvcache.arena import ALIGNMENT, Arena, Range, State
-from pdserve.kvcache.paged import BlockPool, BlockTable, copies
-from pdserve.kvcache.prefix import (
+from pdserve.kvcache.block_pool import BlockPool, BlockTable, copies
+from pdserve.kvcache.prefix_index import (
     BLOCK_TOKENS,
     DIGEST_BYTES,
     SHORT_BYTES,

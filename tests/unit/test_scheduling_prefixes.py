@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pdserve.kvcache import prefix
-from pdserve.kvcache.prefix import BLOCK_TOKENS, SHORT_BYTES
+from pdserve.kvcache import prefix_index
+from pdserve.kvcache.prefix_index import BLOCK_TOKENS, SHORT_BYTES
 from pdserve.rpc.messages import Sampling
 from pdserve.scheduling import prefixes
 from pdserve.scheduling.prefixes import Prefixes, digests
@@ -27,7 +27,7 @@ LINEAR = {"prefill": {"per_token_ms": 0.1}, "decode": {"base_ms": 1.0}}
 def chain(tokens: int, salt: str = "", start: int = 0) -> list[bytes]:
     """Short digests of the blocks of the prompt start, start + 1, ..."""
     prompt = np.arange(start, start + tokens, dtype=np.int32)
-    return [digest[:SHORT_BYTES] for digest in prefix.chain(prompt, salt, tokens)]
+    return [digest[:SHORT_BYTES] for digest in prefix_index.chain(prompt, salt, tokens)]
 
 
 # What is known.

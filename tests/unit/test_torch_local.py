@@ -15,7 +15,7 @@ from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.engines.torch import ThreadedDecode, ThreadedPrefill
 from pdserve.engines.torch_model import TorchModel
-from pdserve.kvcache.cut import cut_for
+from pdserve.kvcache.sharding import sharding_for
 from pdserve.metrics import Registry
 from pdserve.rpc.messages import DecodeRequest, Prefilled, PrefillRequest, Reply, Sampling, Tokens
 from pdserve.transfer.description import Terms
@@ -55,7 +55,7 @@ class Ends:
     """A prefill and a decode."""
 
     def __init__(self, model: TorchModel) -> None:
-        terms = Terms(model.fingerprint, model.layout, b"k" * 32, cut_for(1, 1, 2))
+        terms = Terms(model.fingerprint, model.layout, b"k" * 32, sharding_for(1, 1, 2))
         self.holder = Holder(
             "p", region_name("p"), 4 << 20, 4 + MAX_QUARANTINED, terms, [transport("shm")]
         )
@@ -69,7 +69,7 @@ class Ends:
             ThreadedPrefill(model),
             config.Prefill(arena_mib=4),
             self.holder,
-            terms.cut,
+            terms.sharding,
             metrics,
         )
         self.d = DecodeInstance("d", model, engine, limits, self.receiver, 1, TURN, 1, metrics)

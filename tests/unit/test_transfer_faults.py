@@ -9,7 +9,7 @@ import pytest
 
 from pdserve.errors import HandleError
 from pdserve.kvcache.arena import State
-from pdserve.kvcache.paged import BlockPool
+from pdserve.kvcache.block_pool import BlockPool
 from pdserve.transfer import following, lending
 from pdserve.transfer.following import Lease
 from pdserve.transfer.lending import QUIET_S

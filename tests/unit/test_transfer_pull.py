@@ -15,9 +15,9 @@ import pytest
 
 from pdserve.errors import HandleError
 from pdserve.kvcache.arena import State
-from pdserve.kvcache.cut import Cut
 from pdserve.kvcache.handle import KVHandle, seal, unseal
 from pdserve.kvcache.layout import KVLayout
+from pdserve.kvcache.sharding import Sharding
 from pdserve.transfer import holder as holders
 from pdserve.transfer.description import Description
 from pdserve.transfer.peers import Stranger
@@ -228,7 +228,7 @@ def test_a_computation_that_is_given_up(sender: Sender, taker: Taker) -> None:
     [
         ({"fingerprint": "other"}, "of model 'other'; this instance has 'tiny'"),
         ({"layout": KVLayout(3, 2, 8, "float16")}, "float16.*this instance has.*float32"),
-        ({"cut": Cut(2, 1)}, "cut into .*ranks=2.* expects .*ranks=1"),
+        ({"sharding": Sharding(2, 1)}, "has .*ranks=2.* expects .*ranks=1"),
         ({"lease": 4}, "names lease slot 4; prefill has 4"),
         ({"offset": (1 << 20) - 1}, "ends at byte 1067775; prefill has 1048576"),
         ({"tokens": 1 << 24}, "ends at byte .*; prefill has 1048576"),

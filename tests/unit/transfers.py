@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from pdserve.kvcache.arena import State
-from pdserve.kvcache.cut import Cut, columns
 from pdserve.kvcache.handle import KVHandle, seal, unseal
 from pdserve.kvcache.layout import KVLayout
+from pdserve.kvcache.sharding import Sharding, columns
 from pdserve.transfer.description import Terms
 from pdserve.transfer.holder import Holder
 from pdserve.transfer.lending import Lending, Loan
@@ -79,8 +79,8 @@ def transport(name: str) -> Transport:
     return NixlTransport()
 
 
-def terms(layout: KVLayout = LAYOUT, cut: Cut = Cut(), key: bytes = KEY) -> Terms:  # noqa: B008
-    return Terms(MODEL, layout, key, cut)
+def terms(layout: KVLayout = LAYOUT, sharding: Sharding = Sharding(), key: bytes = KEY) -> Terms:  # noqa: B008
+    return Terms(MODEL, layout, key, sharding)
 
 
 @dataclass(slots=True, eq=False)
@@ -130,24 +130,24 @@ class Sender:
 
     def begin(self, tokens: int = TOKENS, until: float | None = None) -> Offer:
         """A leased KV cache, of which nothing has been computed yet."""
-        layout, cut = self.terms.layout, self.terms.cut
+        layout, sharding = self.terms.layout, self.terms.sharding
         until = time.monotonic() + 60 if until is None else until
-        loan = self.lending.allocate(cut.nbytes(layout, tokens))
+        loan = self.lending.allocate(sharding.nbytes(layout, tokens))
         assert loan is not None, "no room"
         sealed = self.lending.lend(loan, tokens, until)
         held = loan.range
         data = self.holder.data[held.offset : held.offset + held.nbytes]
         data[:] = 0
         whole = self.rng.integers(1, 256, layout.shape(tokens), np.uint8)
-        parts = data.reshape(cut.parts, layout.planes, tokens, -1)
+        parts = data.reshape(sharding.parts, layout.planes, tokens, -1)
         self.lent.append(Offer(loan, sealed, whole, parts))
         return self.lent[-1]
 
     def compute(self, offer: Offer, planes: int) -> None:
         """The first `planes` planes are complete."""
-        layout, cut = self.terms.layout, self.terms.cut
-        for part in range(cut.parts):
-            offer.parts[part][:planes] = offer.whole[:planes, :, columns(cut, layout, part)]
+        layout, sharding = self.terms.layout, self.terms.sharding
+        for part in range(sharding.parts):
+            offer.parts[part][:planes] = offer.whole[:planes, :, columns(sharding, layout, part)]
         self.lending.fill(offer.loan, planes)
 
     def offer(self, tokens: int = TOKENS, until: float | None = None) -> Offer:

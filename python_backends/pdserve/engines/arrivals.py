@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from pdserve import errors, pools
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence
-from pdserve.kvcache.blocks import Reserved
+from pdserve.kvcache.block_manager import ReservedBlocks
 from pdserve.kvcache.handle import KVHandle
 from pdserve.metrics import Registry
 from pdserve.supervision import Background
@@ -91,7 +91,7 @@ class Arrivals:
     def pull(
         self,
         handle: KVHandle,
-        reserved: Reserved,
+        reserved: ReservedBlocks,
         sequence: DecodeSequence,
         done: Callable[[Pulled | Exception], None],
     ) -> None:
@@ -105,7 +105,7 @@ class Arrivals:
     async def _pull_aside(
         self,
         handle: KVHandle,
-        reserved: Reserved,
+        reserved: ReservedBlocks,
         sequence: DecodeSequence,
         done: Callable[[Pulled | Exception], None],
     ) -> None:
@@ -120,7 +120,7 @@ class Arrivals:
         self._end(pulled, done)
 
     def _pull(
-        self, handle: KVHandle, reserved: Reserved, sequence: DecodeSequence
+        self, handle: KVHandle, reserved: ReservedBlocks, sequence: DecodeSequence
     ) -> Pulled | Exception:
         tokens, held = handle.tokens, reserved.held
         try:

@@ -24,7 +24,7 @@ from pdserve.engines.prompts import Prompts
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
 from pdserve.engines.slots import show
 from pdserve.engines.watches import EndWatches, Send
-from pdserve.kvcache.blocks import Blocks
+from pdserve.kvcache.block_manager import BlockManager
 from pdserve.kvcache.handle import KVHandle
 from pdserve.metrics import Registry
 from pdserve.rpc.messages import (
@@ -81,7 +81,7 @@ class DecodeInstance:
         self._limits = limits
         self._peers = peers
         self._metrics = metrics
-        self._blocks = Blocks(limits.blocks, limits.block_size)
+        self._blocks = BlockManager(limits.blocks, limits.block_size)
         self._capacity = limits.blocks * limits.block_size
         self._arrivals = Arrivals(name, engine, receiver, pulls, metrics)
         self._prompts = Prompts(name, engine, turn_tokens, metrics, self._arrived)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pdserve.engines.protocol import DecodeSequence
 from pdserve.engines.watches import Send
-from pdserve.kvcache.blocks import Reserved
+from pdserve.kvcache.block_manager import ReservedBlocks
 from pdserve.rpc.messages import DecodeRequest, Reply
 from pdserve.transfer.reports import Pulled
 
@@ -18,7 +18,7 @@ class Opened:
 
     request: DecodeRequest
     send: Send
-    reserved: Reserved
+    reserved: ReservedBlocks
     sequence: DecodeSequence
     arrived: bool = False
     """The prompt's K and V are in its blocks."""

@@ -20,9 +20,9 @@ from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
 from pdserve.engines.slots import show
 from pdserve.engines.watches import Send, Watches
 from pdserve.kvcache.arena import Range, State
-from pdserve.kvcache.cut import Cut
-from pdserve.kvcache.prefix import PrefixIndex, shorten
-from pdserve.kvcache.ranges import KVRange
+from pdserve.kvcache.kv_range import KVRange
+from pdserve.kvcache.prefix_index import PrefixIndex, shorten
+from pdserve.kvcache.sharding import Sharding
 from pdserve.metrics import Registry
 from pdserve.rpc.messages import (
     SUSPECT,
@@ -80,7 +80,7 @@ class PrefillInstance:
         engine: PrefillEngine,
         limits: config.Prefill,
         holder: Holder,
-        cut: Cut,
+        sharding: Sharding,
         metrics: Registry,
     ) -> None:
         self._name = name
@@ -89,7 +89,7 @@ class PrefillInstance:
         self._limits = limits
         self._metrics = metrics
         self._holder = holder
-        self._cut = cut
+        self._sharding = sharding
         self._prefixes = PrefixIndex[Range]()
         self._lending = Lending(holder, self._prefixes.remove)
         self._held: dict[str, _Held] = {}
@@ -141,7 +141,7 @@ class PrefillInstance:
             self._watches.took(request.gateway)
             send(Failed(error.code, f"{self._name}: {error}"), True)
             return
-        nbytes = self._cut.nbytes(self._model.layout, len(tokens))
+        nbytes = self._sharding.nbytes(self._model.layout, len(tokens))
         if nbytes > self._lending.arena.capacity:
             message = (
                 f"the KV cache of {len(tokens)} prompt tokens takes {nbytes} bytes; "
@@ -202,9 +202,9 @@ class PrefillInstance:
 
     def _kv(self, range_: Range) -> KVRange:
         layout = self._model.layout
-        tokens = range_.nbytes // self._cut.nbytes(layout, 1)
+        tokens = range_.nbytes // self._sharding.nbytes(layout, 1)
         data = self._holder.data[range_.offset : range_.offset + range_.nbytes]
-        return KVRange(data, layout, self._cut, tokens)
+        return KVRange(data, layout, self._sharding, tokens)
 
     def _open_early(self, held: _Held) -> None:
         """Let a decode follow the computation."""

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pdserve.kvcache.kv_range import KVRange
 from pdserve.kvcache.layout import KVLayout
-from pdserve.kvcache.ranges import KVRange
 from pdserve.rpc.messages import Sampling
 from pdserve.transfer.arrays import Array
 

@@ -41,8 +41,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from pdserve.kvcache.cache import Cache
-from pdserve.kvcache.holes import Holes
+from pdserve.kvcache.evictor import Evictor
+from pdserve.kvcache.free_list import FreeList
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,8 +108,8 @@ class Arena:
         self.capacity = capacity // ALIGNMENT * ALIGNMENT
         self.max_ranges = max_ranges
         self._on_free = on_free
-        self._holes = Holes(self.capacity)
-        self._cache: Cache[Range] = Cache()
+        self._holes = FreeList(self.capacity)
+        self._cache: Evictor[Range] = Evictor()
         # Kept, not counted anew: asked for on every tick, of thousands of ranges.
         self._counts = dict.fromkeys(State, (0, 0))
 

@@ -16,8 +16,8 @@ import msgspec
 from msgspec import Meta
 
 from pdserve.errors import HandleError
-from pdserve.kvcache.cut import Cut
 from pdserve.kvcache.layout import KVLayout
+from pdserve.kvcache.sharding import Sharding
 
 NONCE_BYTES = 16
 EPOCH_BYTES = 8
@@ -41,7 +41,7 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """First, so that a handle of another version is refused for its version."""
     fingerprint: Fingerprint
     layout: KVLayout
-    cut: Cut = Cut()
+    sharding: Sharding = Sharding()
     """How the holder's ranks lay it out."""
     tokens: Annotated[int, Meta(ge=1, le=1 << 24)]
     epoch: Epoch
@@ -57,9 +57,9 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def nbytes(self) -> int:
         """Bytes of the KV cache at its holder."""
-        return self.cut.nbytes(self.layout, self.tokens)
+        return self.sharding.nbytes(self.layout, self.tokens)
 
-    def check(self, fingerprint: str, layout: KVLayout, cut: Cut) -> None:
+    def check(self, fingerprint: str, layout: KVLayout, sharding: Sharding) -> None:
         """Make sure that it is of this model, laid out as agreed.
 
         Raises:
@@ -71,8 +71,8 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         if self.layout != layout:
             raise HandleError(f"KV handle is in {self.layout}; this instance has {layout}")
-        if self.cut != cut:
-            raise HandleError(f"KV handle is cut into {self.cut}; this instance expects {cut}")
+        if self.sharding != sharding:
+            raise HandleError(f"KV handle has {self.sharding}; this instance expects {sharding}")
 
 
 def seal(message: msgspec.Struct, key: bytes) -> bytes:

@@ -23,5 +23,5 @@ class TritonPythonModel(InstanceModel):
         terms = plane.terms(deployment, model.fingerprint, model.layout)
         holder = plane.holder(deployment, name, terms, limits.slots + MAX_QUARANTINED)
         return PrefillInstance(
-            name, model, build.prefill(model), limits, holder, terms.cut, metrics
+            name, model, build.prefill(model), limits, holder, terms.sharding, metrics
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pdserve.kvcache.prefix import BLOCK_TOKENS, SHORT_BYTES, chain
+from pdserve.kvcache.prefix_index import BLOCK_TOKENS, SHORT_BYTES, chain
 
 MOST = 1 << 16
 """Prefixes known at once; the least recently used are forgotten."""

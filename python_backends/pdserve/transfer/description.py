@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from pdserve.kvcache.cut import Cut
 from pdserve.kvcache.handle import Epoch, Fingerprint
 from pdserve.kvcache.layout import KVLayout
+from pdserve.kvcache.sharding import Sharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Terms:
     layout: KVLayout
     key: bytes
     """Of KEY_BYTES; see `pdserve.transfer.key`."""
-    cut: Cut
+    sharding: Sharding
     """How the prefill lays a KV cache out."""
 
 

@@ -113,7 +113,7 @@ class Holder:
             KVHandle(
                 fingerprint=self._terms.fingerprint,
                 layout=self._terms.layout,
-                cut=self._terms.cut,
+                sharding=self._terms.sharding,
                 tokens=tokens,
                 epoch=self.epoch,
                 offset=offset,

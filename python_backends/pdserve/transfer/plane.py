@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pdserve.config import Deployment
 from pdserve.errors import DeploymentError
-from pdserve.kvcache.cut import cut_for
 from pdserve.kvcache.layout import KVLayout
+from pdserve.kvcache.sharding import sharding_for
 from pdserve.transfer import arrays, key
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.description import Terms
@@ -25,7 +25,7 @@ def terms(deployment: Deployment, fingerprint: str, layout: KVLayout) -> Terms:
     """Raises: DeploymentError: no key, or prefill and decode cannot be paired."""
     ranks = deployment.prefill.tensor_parallel, deployment.decode.tensor_parallel
     secret = key.of(deployment)
-    return Terms(fingerprint, layout, secret, cut_for(*ranks, layout.kv_heads))
+    return Terms(fingerprint, layout, secret, sharding_for(*ranks, layout.kv_heads))
 
 
 def transports(deployment: Deployment) -> list[Transport]:

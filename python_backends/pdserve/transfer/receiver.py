@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from pdserve.errors import HandleError
-from pdserve.kvcache.cut import routes
 from pdserve.kvcache.handle import KVHandle, unseal
+from pdserve.kvcache.sharding import routes
 from pdserve.transfer import strategies
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.description import Terms, host_id
@@ -79,7 +79,7 @@ class Receiver:
             Stranger: its holder has to be joined first.
         """
         handle = unseal(data, KVHandle, self._terms.key)
-        handle.check(self._terms.fingerprint, self._terms.layout, self._terms.cut)
+        handle.check(self._terms.fingerprint, self._terms.layout, self._terms.sharding)
         peer = self.peers.find(handle.epoch)
         if handle.lease >= peer.holder.slots:
             raise HandleError(
@@ -167,17 +167,17 @@ class Receiver:
     ) -> Move:
         # Whatever the way: rows of another request are not written, and none of this one left out.
         runs = checked(runs, handle.tokens - first, self._pool.shape[1])
-        cut, layout = handle.cut, self._terms.layout
-        part_bytes = handle.nbytes // cut.parts
+        sharding, layout = handle.sharding, self._terms.layout
+        part_bytes = handle.nbytes // sharding.parts
         head_bytes = layout.row_bytes // layout.kv_heads
         # Ranks that outnumber the heads want some of them twice; here all ranks are together.
         wanted = {
             route.first_head: route.part
             for rank in range(self._ranks)
-            for route in routes(cut, self._ranks, layout.kv_heads, rank)
+            for route in routes(sharding, self._ranks, layout.kv_heads, rank)
         }
         parts = tuple(
-            Part(handle.offset + part * part_bytes, cut.row_bytes(layout), head * head_bytes)
+            Part(handle.offset + part * part_bytes, sharding.row_bytes(layout), head * head_bytes)
             for head, part in wanted.items()
         )
         return Move(

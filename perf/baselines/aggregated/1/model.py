@@ -12,7 +12,7 @@ import numpy as np
 from pdserve import config
 from pdserve.engines import build
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
-from pdserve.kvcache.paged import BlockPool, BlockTable
+from pdserve.kvcache.block_pool import BlockPool, BlockTable
 from pdserve.models import pdserve
 from pdserve.scheduling.request import Chunk, Request, State
 

@@ -24,7 +24,7 @@ from tensorrt_llm._fake.reports import Reports
 from tensorrt_llm._fake.work import Answer, Work
 from tensorrt_llm.version import NEWEST
 
-from pdserve.kvcache.paged import BlockPool
+from pdserve.kvcache.block_pool import BlockPool
 from pdserve.transfer.scatter import scatter
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pdserve.kvcache.prefix import chain
+from pdserve.kvcache.prefix_index import chain
 
 if TYPE_CHECKING:
     from pdserve.engines.protocol import Tokens
-    from pdserve.kvcache.paged import BlockPool
+    from pdserve.kvcache.block_pool import BlockPool
 
 
 class Reports:

@@ -9,7 +9,7 @@ from typing import Literal
 from tensorrt_llm._fake.exchange import Link
 
 from pdserve.engines.protocol import DecodeSequence, Tokens
-from pdserve.kvcache.paged import BlockTable
+from pdserve.kvcache.block_pool import BlockTable
 from pdserve.rpc.messages import Sampling
 
 Kind = Literal["context_and_generation", "context_only", "generation_only"]

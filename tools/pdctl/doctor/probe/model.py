@@ -12,7 +12,7 @@ from pdserve.config import Deployment
 from pdserve.engines import checkpoint
 from pdserve.engines.emulated import EmulatedModel
 from pdserve.errors import DeploymentError
-from pdserve.kvcache.cut import cut_for
+from pdserve.kvcache.sharding import sharding_for
 
 TOKENIZERS = (
     "tokenizer.json",
@@ -39,7 +39,7 @@ def model(deployment: Deployment) -> str:
         if any(server.gateway for server in deployment.servers):
             _check_tokenizer(path)
         if not deployment.engine.relayed:
-            cut_for(*ranks, heads)
+            sharding_for(*ranks, heads)
     except OSError as error:
         return f"{error.filename or path}: {error.strerror or error}"
     except (DeploymentError, SafetensorError, ValueError) as error:

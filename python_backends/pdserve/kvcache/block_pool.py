@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from pdserve.kvcache.cache import Cache
-from pdserve.kvcache.holes import Holes
+from pdserve.kvcache.evictor import Evictor
+from pdserve.kvcache.free_list import FreeList
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,8 +106,8 @@ class BlockPool:
         self.blocks = blocks
         self.block_size = block_size
         self._on_free = on_free
-        self._holes = Holes(blocks)
-        self._cache: Cache[BlockTable] = Cache()
+        self._holes = FreeList(blocks)
+        self._cache: Evictor[BlockTable] = Evictor()
 
     @property
     def free_blocks(self) -> int:

@@ -1,21 +1,23 @@
-"""A KV cache in its range, seen as one array whatever the cut."""
+"""A KV cache in its range, seen as one array however it is sharded."""
 
 from __future__ import annotations
 
 from functools import cached_property
 
-from pdserve.kvcache.cut import Cut, columns
 from pdserve.kvcache.layout import KVLayout
+from pdserve.kvcache.sharding import Sharding, columns
 from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
 
 
 class KVRange:
-    """`tokens` tokens in `data` uint8 [cut.nbytes(layout, tokens)]."""
+    """`tokens` tokens in `data` uint8 [sharding.nbytes(layout, tokens)]."""
 
-    def __init__(self, data: Array, layout: KVLayout, cut: Cut, tokens: int) -> None:
-        self._columns = [columns(cut, layout, part) for part in range(cut.parts)]
-        self._parts = data.reshape((cut.parts, layout.planes, tokens, cut.row_bytes(layout)))
+    def __init__(self, data: Array, layout: KVLayout, sharding: Sharding, tokens: int) -> None:
+        self._columns = [columns(sharding, layout, part) for part in range(sharding.parts)]
+        self._parts = data.reshape(
+            (sharding.parts, layout.planes, tokens, sharding.row_bytes(layout))
+        )
         self._published = 0
         self._data = data
         self._shape = layout.shape(tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 
-class Holes:
+class FreeList:
     """What is free of [0, size), as maximal intervals; the unit is the caller's.
 
     Every operation costs a binary search and a shift in a list of as many entries as there
@@ -24,9 +24,9 @@ class Holes:
     def __len__(self) -> int:
         return len(self._by_size)
 
-    def copy(self) -> Holes:
+    def copy(self) -> FreeList:
         """The same holes, to try something with."""
-        other = Holes(0)
+        other = FreeList(0)
         other.free = self.free
         other._by_size = self._by_size.copy()
         other._size_at = self._size_at.copy()

@@ -16,7 +16,7 @@ class Pinnable(Protocol):
 T = TypeVar("T", bound=Pinnable)
 
 
-class Cache(Generic[T]):
+class Evictor(Generic[T]):
     """Items in use stay; a *parked* one may be evicted, once nobody pins it."""
 
     def __init__(self) -> None:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pdserve.kvcache.paged import BlockPool, BlockTable, copies
-from pdserve.kvcache.prefix import PrefixIndex
+from pdserve.kvcache.block_pool import BlockPool, BlockTable, copies
+from pdserve.kvcache.prefix_index import PrefixIndex
 
 Tokens = NDArray[np.int32]
 
 
 @dataclass(slots=True, eq=False)
-class Reserved:
+class ReservedBlocks:
     """One sequence's blocks."""
 
     table: BlockTable
@@ -30,14 +30,14 @@ class Reserved:
         return copies(self.source, self.table, self.held) if self.source else []
 
 
-class Blocks:
+class BlockManager:
     """Book-keeping only; who copies and pulls is somebody else."""
 
     def __init__(self, blocks: int, block_size: int) -> None:
         self._index = PrefixIndex[BlockTable]()
         self.pool = BlockPool(blocks, block_size, self._index.remove)
 
-    def reserve(self, prompt: Tokens, length: int, salt: str | None) -> Reserved | None:
+    def reserve(self, prompt: Tokens, length: int, salt: str | None) -> ReservedBlocks | None:
         """Room for `length` tokens that begin with `prompt`; None if there is none now.
 
         A `salt` (tenant) shares prefixes with itself only.
@@ -48,32 +48,32 @@ class Blocks:
             self.pool.pin(source)
             table = self.pool.allocate(length)
             if table is not None:
-                return Reserved(table, salt, source, held)
+                return ReservedBlocks(table, salt, source, held)
             # Its own prefix may be what is in the way.
             self.pool.unpin(source)
         table = self.pool.allocate(length)
-        return Reserved(table, salt) if table is not None else None
+        return ReservedBlocks(table, salt) if table is not None else None
 
-    def arrived(self, reserved: Reserved, prompt: Tokens) -> None:
+    def arrived(self, reserved: ReservedBlocks, prompt: Tokens) -> None:
         """The prompt's K and V are in the blocks."""
         self._unpin(reserved)
         self._add(reserved, prompt)
 
-    def park(self, reserved: Reserved, tokens: Tokens) -> None:
+    def park(self, reserved: ReservedBlocks, tokens: Tokens) -> None:
         """The sequence has ended; the blocks hold the K and V of `tokens`."""
         self._add(reserved, tokens)
         self.pool.park(reserved.table, len(tokens))
 
-    def free(self, reserved: Reserved) -> None:
+    def free(self, reserved: ReservedBlocks) -> None:
         """The prompt has not arrived, and will not."""
         self._unpin(reserved)
         self.pool.free(reserved.table)
 
-    def _unpin(self, reserved: Reserved) -> None:
+    def _unpin(self, reserved: ReservedBlocks) -> None:
         if reserved.source is not None:
             self.pool.unpin(reserved.source)
             reserved.source = None
 
-    def _add(self, reserved: Reserved, tokens: Tokens) -> None:
+    def _add(self, reserved: ReservedBlocks, tokens: Tokens) -> None:
         if reserved.salt is not None:
             self._index.add(reserved.table, tokens, reserved.salt)

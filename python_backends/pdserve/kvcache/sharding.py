@@ -23,7 +23,7 @@ from pdserve.errors import DeploymentError
 from pdserve.kvcache.layout import Count, KVLayout
 
 
-class Cut(msgspec.Struct, frozen=True, array_like=True):
+class Sharding(msgspec.Struct, frozen=True, array_like=True):
     """Of a KV cache at its holder: `ranks` ranges of `slices` parts each."""
 
     ranks: Count = 1
@@ -47,10 +47,10 @@ class Cut(msgspec.Struct, frozen=True, array_like=True):
         return self.parts * layout.planes * tokens * self.row_bytes(layout)
 
 
-def columns(cut: Cut, layout: KVLayout, part: int) -> slice:
+def columns(sharding: Sharding, layout: KVLayout, part: int) -> slice:
     """Where a part's bytes stand in a row of all heads."""
     head_bytes = layout.row_bytes // layout.kv_heads
-    first, heads = cut.heads(part, layout.kv_heads)
+    first, heads = sharding.heads(part, layout.kv_heads)
     return slice(first * head_bytes, (first + heads) * head_bytes)
 
 
@@ -64,7 +64,7 @@ class Route:
     heads: int
 
 
-def cut_for(prefill_ranks: int, decode_ranks: int, kv_heads: int) -> Cut:
+def sharding_for(prefill_ranks: int, decode_ranks: int, kv_heads: int) -> Sharding:
     """How a prefill of n ranks lays out what a decode of m ranks will pull.
 
     Raises:
@@ -82,10 +82,10 @@ def cut_for(prefill_ranks: int, decode_ranks: int, kv_heads: int) -> Cut:
                 f"{role} tensor_parallel {ranks}: {kv_heads} KV heads cannot be shared out evenly; "
                 f"allowed are divisors and multiples of {kv_heads}"
             )
-    return Cut(n, max(m // n, 1))
+    return Sharding(n, max(m // n, 1))
 
 
-def routes(cut: Cut, decode_ranks: int, kv_heads: int, rank: int) -> list[Route]:
+def routes(sharding: Sharding, decode_ranks: int, kv_heads: int, rank: int) -> list[Route]:
     """The parts that decode rank `rank` pulls: each of its heads once, in order."""
     count = max(kv_heads // decode_ranks, 1)
     first = rank * kv_heads // decode_ranks
@@ -93,10 +93,12 @@ def routes(cut: Cut, decode_ranks: int, kv_heads: int, rank: int) -> list[Route]
     have = first
     # Of several holders of one head, the nearest to the rank's own place: so replicas share
     # the load, and equal parallelism is rank i to rank i.
-    ordered = sorted(range(cut.parts), key=lambda p: abs(p * decode_ranks - rank * cut.parts))
+    ordered = sorted(
+        range(sharding.parts), key=lambda p: abs(p * decode_ranks - rank * sharding.parts)
+    )
     while have < first + count:
-        part = next(p for p in ordered if cut.heads(p, kv_heads)[0] == have)
-        heads = cut.heads(part, kv_heads)[1]
+        part = next(p for p in ordered if sharding.heads(p, kv_heads)[0] == have)
+        heads = sharding.heads(part, kv_heads)[1]
         wanted.append(Route(part, have, heads))
         have += heads
     return wanted
