@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pdserve.transfer.consumer.strategies import Move, segments
 from pdserve.transfer.protocol import Spans
-from pdserve.transfer.strategies import Move, segments
 
 
 def per_plane(move: Move, handshake: Callable[[], object]) -> int:

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 
 from pdserve.kvcache.sharding import Sharding
-from pdserve.transfer.description import Terms
-from pdserve.transfer.holder import Holder
-from pdserve.transfer.leases import Leases
+from pdserve.transfer.endpoint import Terms
+from pdserve.transfer.lease.table import LeaseTable
+from pdserve.transfer.producer.holder import Holder
 from pdserve.transfer.protocol import Transport
-from pdserve.transfer.shm import ShmTransport
+from pdserve.transfer.transports.shm import ShmTransport
 from perf.transfer.layouts import LAYOUTS, pattern
 from perf.transfer.raw import RawHolder
 
@@ -37,7 +37,7 @@ def terms(layout: str) -> Terms:
 def transport(name: str) -> Transport:
     if name == "shm":
         return ShmTransport()
-    from pdserve.transfer.nixl.transport import NixlTransport  # noqa: PLC0415 - shm needs no NIXL
+    from pdserve.transfer.transports.nixl.transport import NixlTransport  # noqa: PLC0415 - shm needs no NIXL
 
     return NixlTransport()
 
@@ -89,7 +89,7 @@ class Control:
 
 
 def _serve(pipe: Connection, holder: Holder, raw: RawHolder | None) -> None:
-    leases: Leases = holder.leases
+    leases: LeaseTable = holder.leases
     slot = None
     while True:
         # Raw NIXL has nobody else to drive it.

@@ -19,14 +19,15 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from pdserve.transfer import plane, probe
+from pdserve.transfer import plane
 from pdserve.transfer.arrays import aligned
-from pdserve.transfer.peers import Peer
-from pdserve.transfer.receiver import Receiver
+from pdserve.transfer.consumer import probe
+from pdserve.transfer.consumer.cost_model import Strategy
+from pdserve.transfer.consumer.peers import Peer
+from pdserve.transfer.consumer.receiver import Receiver
+from pdserve.transfer.consumer.staging import Staging
+from pdserve.transfer.consumer.strategies import Move, Part
 from pdserve.transfer.scatter import Runs, scatter
-from pdserve.transfer.staging import Staging
-from pdserve.transfer.strategies import Move, Part
-from pdserve.transfer.tuner import Strategy
 from perf.baselines import blockwise
 from perf.transfer.holding import ANSWER_S, DESCRIBE, GRANT, RAW, READY, Control, terms, transport
 from perf.transfer.layouts import LAYOUTS, pattern
@@ -76,7 +77,7 @@ class Point(Struct):
     ways: dict[str, float]
     """The hand-off as a decode does it, lease and all: whole, direct."""
     chosen: str
-    """By a tuner that has seen nothing but the probes at join."""
+    """By a cost model that has seen nothing but the probes at join."""
     expected: float
     per_block: float | None
     """With a handshake for each block of one layer's K or V; None: they would be too many."""
@@ -133,7 +134,7 @@ class Bench:
             runs=runs,
             deadline=time.monotonic() + 10 * ANSWER_S,
         )
-        names: list[Strategy] = ["whole"] if peer.tuner is None else ["whole", "direct"]
+        names: list[Strategy] = ["whole"] if peer.cost_model is None else ["whole", "direct"]
         for name in names:
             self._check(tokens, runs, name)
         works = self._copies(move)
@@ -204,10 +205,10 @@ class Bench:
         return work()
 
     def _choice(self, peer: Peer, move: Move) -> tuple[str, float]:
-        if peer.tuner is None:
+        if peer.cost_model is None:
             return "whole", 0.0
         free = STAGING_BUFFERS * plane.PIECE
-        choice = peer.tuner.probed(move.segments, move.nbytes, free)
+        choice = peer.cost_model.probed(move.segments, move.nbytes, free)
         return choice.strategy, round(choice.seconds * 1e3, 3)
 
     def _handed_over(self, tokens: int, runs: Runs, name: Strategy) -> float:

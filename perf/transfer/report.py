@@ -20,7 +20,7 @@ TUNED = 1.10
 def table(points: Sequence[Point]) -> Table:
     """Milliseconds."""
     columns = ("link", "layout", "MiB", "block", "memcpy", "pull", "raw", "scatter")
-    made = Table(*columns, "one run", "whole", "direct", "tuner", "per block", "spanning", "saved")
+    made = Table(*columns, "one run", "whole", "direct", "chosen", "per block", "spanning", "saved")
     for p in points:
         times = (p.memcpy, p.pull, p.raw, p.scatter, p.one_run, p.ways["whole"])
         made.add_row(
@@ -48,7 +48,7 @@ def _saved(point: Point) -> float:
 
 
 def regret(point: Point) -> float:
-    """Time of what the tuner chose, by that of the best."""
+    """Time of what the cost model chose, by that of the best."""
     return point.ways[point.chosen] / min(point.ways.values())
 
 
@@ -93,7 +93,7 @@ def limits(points: Sequence[Point]) -> list[Budget]:
     choices = [p for p in points if len(p.ways) > 1]
     if choices:
         good = 100 * sum(regret(p) <= TUNED for p in choices) / len(choices)
-        what = f"tuner within 10 % of the best, of {len(choices)} points"
+        what = f"cost model within 10 % of the best, of {len(choices)} points"
         made.append(Budget(what, round(good, 1), "%", "at least", 90))
     return made
 

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from uuid import UUID
 
-from pdserve.transfer.cuda.calls import Cuda, load
-from pdserve.transfer.cuda.memory import DeviceMemory
-from pdserve.transfer.cuda.transport import CudaIpcTransport
+from pdserve.transfer.lease.region import SharedRegion
 from pdserve.transfer.protocol import Memory
-from pdserve.transfer.region import SharedRegion
+from pdserve.transfer.transports.cuda_ipc.calls import Cuda, load
+from pdserve.transfer.transports.cuda_ipc.memory import DeviceMemory
+from pdserve.transfer.transports.cuda_ipc.transport import CudaIpcTransport
 from tests.fakes.cuda_runtime import FakeCuda
 
 CHUNKS, CHUNK, OFFSET = 64, 1 << 16, 1 << 12

@@ -16,12 +16,12 @@ from uuid import UUID
 
 import numpy as np
 
-from pdserve.transfer.cuda.calls import Cuda, load
-from pdserve.transfer.cuda.link import CudaIpcLink
-from pdserve.transfer.cuda.memory import DeviceMemory
-from pdserve.transfer.cuda.transport import CudaIpcTransport
+from pdserve.transfer.lease.region import SharedRegion
 from pdserve.transfer.protocol import Memory, Unreachable
-from pdserve.transfer.region import SharedRegion
+from pdserve.transfer.transports.cuda_ipc.calls import Cuda, load
+from pdserve.transfer.transports.cuda_ipc.link import CudaIpcLink
+from pdserve.transfer.transports.cuda_ipc.memory import DeviceMemory
+from pdserve.transfer.transports.cuda_ipc.transport import CudaIpcTransport
 from tests.fakes.cuda_runtime import FakeCuda
 
 A, B = UUID(int=0xA), UUID(int=0xB)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pdserve.transfer.lending import QUIET_S
+from pdserve.transfer.producer.lease_manager import QUIET_S
 from tests.hosts.ends import NBYTES, End
 from tests.hosts.network import Network, hosts
 

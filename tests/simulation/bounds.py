@@ -10,7 +10,7 @@ from pdserve.scheduling.decoding import INTRODUCED_S
 from pdserve.scheduling.forwarding import WATCH_S
 from pdserve.scheduling.offering import ANSWER_S
 from pdserve.scheduling.request import RECOVER_S
-from pdserve.transfer.lending import QUIET_S
+from pdserve.transfer.producer.lease_manager import QUIET_S
 from tests.simulation.channels import ORPHAN_LOOK_S, Weather
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pdserve.engines.decode import DecodeInstance
     from pdserve.engines.prefill import PrefillInstance
     from pdserve.rpc.messages import Reply, Request
-    from pdserve.transfer.holder import Holder
-    from pdserve.transfer.receiver import Receiver
+    from pdserve.transfer.consumer.receiver import Receiver
+    from pdserve.transfer.producer.holder import Holder
     from tests.simulation.loop import Loop, Process
 
 # What happens on the way happens in no process.

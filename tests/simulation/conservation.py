@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pdserve.engines.prefill import TICK_S, PrefillInstance
 from pdserve.kvcache.arena import State
-from pdserve.transfer.lending import QUIET_S
+from pdserve.transfer.producer.lease_manager import QUIET_S
 from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.waiting import WaitingLine
-from pdserve.transfer.lending import Lending
+from pdserve.transfer.producer.lease_manager import LeaseManager
 
 Patches = tuple[tuple[Any, str, Any], ...]
 
@@ -51,9 +51,9 @@ MECHANISMS: dict[str, Patches] = {
     # Somebody looks again, also if no message comes.
     "second look": ((Forwarding, "_time_to_look", _time_goes_by),),
     # A lease ends when its time is over, or its KV cache was taken.
-    "lease sweep": ((Lending, "over", lambda *_: False),),
+    "lease sweep": ((LeaseManager, "over", lambda *_: False),),
     # What a silent receiver was reading is given back.
-    "quarantine sweep": ((Lending, "sweep", _nothing),),
+    "quarantine sweep": ((LeaseManager, "sweep", _nothing),),
     # Another pair goes on.
     "retry": ((scheduler, "ATTEMPTS", 1),),
     # Not more often than the budget allows.

@@ -10,10 +10,10 @@ import queue
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pdserve.transfer.following import BEAT_S
+from pdserve.transfer.consumer.staging import NAP_S, Staging
+from pdserve.transfer.lease.remote import BEAT_S
 from pdserve.transfer.protocol import Memory, Spans, TransferError
-from pdserve.transfer.shm import ShmLink, ShmTransport
-from pdserve.transfer.staging import NAP_S, Staging
+from pdserve.transfer.transports.shm import ShmLink, ShmTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable

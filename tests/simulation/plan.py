@@ -15,7 +15,7 @@ from tests.simulation import faults
 from tests.unit.inprocess import VOCABULARY
 
 if TYPE_CHECKING:
-    from pdserve.transfer.tuner import Strategy
+    from pdserve.transfer.consumer.cost_model import Strategy
     from tests.simulation.faults import Fault
 
 PAGE = 4096

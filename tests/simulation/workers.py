@@ -15,10 +15,10 @@ from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.kvcache.sharding import Sharding
 from pdserve.metrics import Registry
-from pdserve.transfer.description import Terms
-from pdserve.transfer.holder import Holder, region_name
-from pdserve.transfer.receiver import Receiver
-from pdserve.transfer.shm import ShmTransport
+from pdserve.transfer.consumer.receiver import Receiver
+from pdserve.transfer.endpoint import Terms
+from pdserve.transfer.producer.holder import Holder, region_name
+from pdserve.transfer.transports.shm import ShmTransport
 from tests.simulation.channels import Life, Worker
 from tests.simulation.loop import Loop, Process
 from tests.simulation.memory import Network, PatientStaging, Transport

@@ -18,7 +18,8 @@ from unittest import mock
 
 from pdserve import pools
 from pdserve.rpc import messages
-from pdserve.transfer import following, probe, receiver, staging
+from pdserve.transfer.consumer import probe, receiver, staging
+from pdserve.transfer.lease import remote
 from tests.simulation import faults
 from tests.simulation.channels import Weather
 from tests.simulation.gateways import Client, Gateway
@@ -204,7 +205,7 @@ def simulate(plan: Plan, trace: list[str] | None = None) -> World:
     loop = Loop()
     world = World(plan, loop, trace)
     with ExitStack() as patches:
-        for module in (following, receiver, staging, probe):
+        for module in (remote, receiver, staging, probe):
             patches.enter_context(mock.patch.object(module, "time", loop.clock))
         # Calls run in threads of virtual time: those of the pools need not be there.
         patches.enter_context(mock.patch.object(pools, "started", ThreadPoolExecutor))

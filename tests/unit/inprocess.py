@@ -50,11 +50,11 @@ from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.meetings import Meetings
 from pdserve.scheduling.request import Chunk, Request
 from pdserve.scheduling.scheduler import Scheduler
-from pdserve.transfer import probe
-from pdserve.transfer.description import Terms
-from pdserve.transfer.holder import Holder, region_name
-from pdserve.transfer.receiver import Receiver
-from pdserve.transfer.staging import Staging
+from pdserve.transfer.consumer import probe
+from pdserve.transfer.consumer.receiver import Receiver
+from pdserve.transfer.consumer.staging import Staging
+from pdserve.transfer.endpoint import Terms
+from pdserve.transfer.producer.holder import Holder, region_name
 from tests.unit.transfers import transport
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
-    from pdserve.transfer.tuner import Strategy
+    from pdserve.transfer.consumer.cost_model import Strategy
 
 VOCABULARY, EOS = 997, 2
 # Nothing of a test takes longer than this; a virtual second costs about a millisecond.

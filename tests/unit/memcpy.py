@@ -16,9 +16,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pdserve.transfer.lease.region import SharedRegion
+from pdserve.transfer.lease.words import RECEIVER_WORD, SLOT_BYTES, pack_word
 from pdserve.transfer.protocol import Memory, Spans, TransferError, Unreachable
-from pdserve.transfer.region import SharedRegion
-from pdserve.transfer.words import RECEIVER_WORD, SLOT_BYTES, pack_word
 
 NOT_YET = 0xEE
 

@@ -11,8 +11,8 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pdserve.transfer import region
-from pdserve.transfer.region import SharedRegion
+from pdserve.transfer.lease import region
+from pdserve.transfer.lease.region import SharedRegion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,9 +26,9 @@ LIMIT_S = 10.0
 HOLDER = f"""
 import secrets, sys, threading, time
 import numpy as np
-from pdserve.transfer.nixl.transport import NixlTransport
+from pdserve.transfer.transports.nixl.transport import NixlTransport
 from pdserve.transfer.protocol import Memory
-from pdserve.transfer.region import SharedRegion
+from pdserve.transfer.lease.region import SharedRegion
 
 held = SharedRegion.create(sys.argv[1], {DATA}, {SLOTS}, bytes(8))
 held.data[:] = np.random.default_rng(0).integers(0, 256, {DATA}, np.uint8)
@@ -47,7 +47,7 @@ print("closed", flush=True)
 RECEIVER = f"""
 import os, signal, sys, time
 import numpy as np
-from pdserve.transfer.nixl.transport import NixlTransport
+from pdserve.transfer.transports.nixl.transport import NixlTransport
 from pdserve.transfer.protocol import Memory, TransferError
 
 arrival = np.ones({DATA}, np.uint8)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from pdserve.engines.emulated import EmulatedModel
-from pdserve.transfer.region import SHM
+from pdserve.transfer.lease.region import SHM
 from tests.fakes.importing import tensorrt_llm
 from tests.servers import default_deployment
 from tests.unit.inprocess import real, until

@@ -23,8 +23,8 @@ from pdserve.rpc.messages import (
     Sampling,
 )
 from pdserve.transfer import plane
-from pdserve.transfer.description import Terms
-from pdserve.transfer.holder import region_name
+from pdserve.transfer.endpoint import Terms
+from pdserve.transfer.producer.holder import region_name
 from tests.unit.inprocess import EOS, Site, model, virtual
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from pdserve import errors
 from pdserve.engines.prefill import MAX_QUARANTINED
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.rpc.messages import Accepted, Busy, Failed, Prefilled, Released
-from pdserve.transfer.following import Lease
-from pdserve.transfer.lending import QUIET_S
-from pdserve.transfer.words import Pull
+from pdserve.transfer.lease.remote import RemoteLease
+from pdserve.transfer.lease.words import Pull
+from pdserve.transfer.producer.lease_manager import QUIET_S
 from tests.unit.inprocess import Site, virtual
 from tests.unit.test_instances_prefill import TIMES, Client
 from tests.unit.transfers import MidPull
@@ -100,7 +100,7 @@ async def test_reader_that_has_died_is_waited_for_so_long(tmp_path: Path) -> Non
             [result] = client.of(str(number))
             assert isinstance(result, Prefilled)
             handle = receiver.open(result.handle)
-            pulls.append(Lease(receiver.peers.find(handle.epoch).link, handle, planes=2))
+            pulls.append(RemoteLease(receiver.peers.find(handle.epoch).link, handle, planes=2))
             pulls[-1].look()
             pulls[-1].say(Pull.PULLING)  # the last that is heard of it
             client.release(str(number))

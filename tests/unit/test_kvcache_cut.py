@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from pdserve import config
 from pdserve.errors import DeploymentError, HandleError, InvalidRequest
-from pdserve.kvcache.kv_range import KVRange
 from pdserve.kvcache.layout import KVLayout
 from pdserve.kvcache.sharding import Sharding, columns, routes, sharding_for
 from pdserve.transfer import plane
+from pdserve.transfer.producer.kv_range import KVRange
 from tests.unit.inprocess import Site, virtual
 from tests.unit.transfers import TOKENS, Sender, Taker, terms
 

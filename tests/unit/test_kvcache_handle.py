@@ -13,7 +13,7 @@ from pdserve.errors import HandleError
 from pdserve.kvcache.handle import KEY_BYTES, KVHandle, seal, unseal
 from pdserve.kvcache.layout import KVLayout
 from pdserve.kvcache.sharding import Sharding
-from pdserve.transfer.description import Description
+from pdserve.transfer.endpoint import Endpoint
 
 KEY = bytes(range(KEY_BYTES))
 LAYOUT = KVLayout(30, 3, 64, "float32")
@@ -90,7 +90,7 @@ def test_another_key_is_refused(handle: KVHandle, key: bytes, other: bytes) -> N
 
 @given(st.binary(max_size=400))
 def test_random_bytes_are_refused(data: bytes) -> None:
-    for kind in (KVHandle, Description):
+    for kind in (KVHandle, Endpoint):
         with pytest.raises(HandleError, match=f"{kind.__name__} of {len(data)} bytes is not of"):
             unseal(data, kind, KEY)
 

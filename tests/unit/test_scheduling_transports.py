@@ -19,7 +19,7 @@ from tests.unit.transfers import pick
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pdserve.transfer.tuner import Strategy
+    from pdserve.transfer.consumer.cost_model import Strategy
 
 # Transport, strategy, whether the decode follows the computation.
 OVER = [

@@ -18,10 +18,10 @@ from pdserve.engines.torch_model import TorchModel
 from pdserve.kvcache.sharding import sharding_for
 from pdserve.metrics import Registry
 from pdserve.rpc.messages import DecodeRequest, Prefilled, PrefillRequest, Reply, Sampling, Tokens
-from pdserve.transfer.description import Terms
-from pdserve.transfer.holder import Holder, region_name
-from pdserve.transfer.receiver import Receiver
-from pdserve.transfer.staging import Staging
+from pdserve.transfer.consumer.receiver import Receiver
+from pdserve.transfer.consumer.staging import Staging
+from pdserve.transfer.endpoint import Terms
+from pdserve.transfer.producer.holder import Holder, region_name
 from tests.unit.inprocess import real
 from tests.unit.test_torch_engine import CONFIGS, GREEDY, SEEDED, prompt, save
 from tests.unit.transfers import transport

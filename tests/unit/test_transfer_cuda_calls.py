@@ -13,11 +13,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from pdserve.transfer.cuda.calls import handle_bytes, handle_of, load
-from pdserve.transfer.cuda.link import CudaIpcWay
-from pdserve.transfer.cuda.memory import DeviceMemory
-from pdserve.transfer.cuda.transport import CudaIpcTransport
 from pdserve.transfer.protocol import Memory, TransferError, Unreachable
+from pdserve.transfer.transports.cuda_ipc.calls import handle_bytes, handle_of, load
+from pdserve.transfer.transports.cuda_ipc.link import CudaIpcWay
+from pdserve.transfer.transports.cuda_ipc.memory import DeviceMemory
+from pdserve.transfer.transports.cuda_ipc.transport import CudaIpcTransport
 from tests.fakes import cuda_values
 from tests.fakes.cuda_processes import (
     NOTHING,

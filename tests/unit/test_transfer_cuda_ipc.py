@@ -20,12 +20,12 @@ from uuid import UUID
 import numpy as np
 import pytest
 
-from pdserve.transfer.cuda import lane as cuda_lane
-from pdserve.transfer.cuda.calls import load, until
-from pdserve.transfer.cuda.memory import DeviceMemory
-from pdserve.transfer.cuda.transport import CudaIpcTransport
+from pdserve.transfer.lease.words import Grant
 from pdserve.transfer.protocol import Memory, Stuck, TransferError, Unreachable
-from pdserve.transfer.words import Grant
+from pdserve.transfer.transports.cuda_ipc import lane as cuda_lane
+from pdserve.transfer.transports.cuda_ipc.calls import load, until
+from pdserve.transfer.transports.cuda_ipc.memory import DeviceMemory
+from pdserve.transfer.transports.cuda_ipc.transport import CudaIpcTransport
 from tests.fakes import cuda_holder
 from tests.fakes.cuda_processes import (
     EVENTS,

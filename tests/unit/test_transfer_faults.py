@@ -10,10 +10,11 @@ import pytest
 from pdserve.errors import HandleError
 from pdserve.kvcache.arena import State
 from pdserve.kvcache.block_pool import BlockPool
-from pdserve.transfer import following, lending
-from pdserve.transfer.following import Lease
-from pdserve.transfer.lending import QUIET_S
-from pdserve.transfer.words import Pull
+from pdserve.transfer.lease import remote
+from pdserve.transfer.lease.remote import RemoteLease
+from pdserve.transfer.lease.words import Pull
+from pdserve.transfer.producer import lease_manager
+from pdserve.transfer.producer.lease_manager import QUIET_S
 from tests.unit.memcpy import MemcpyTransport
 from tests.unit.transfers import (
     LAYOUT,
@@ -133,7 +134,9 @@ class Words:
 
     def __init__(self, taker: Taker, offer: Offer) -> None:
         handle = taker.receiver.open(offer.sealed)
-        self.lease = Lease(taker.receiver.peers.find(handle.epoch).link, handle, LAYOUT.planes)
+        self.lease = RemoteLease(
+            taker.receiver.peers.find(handle.epoch).link, handle, LAYOUT.planes
+        )
         self.lease.look()
         self.say(Pull.PULLING)
 
@@ -194,8 +197,8 @@ def test_quarantine_ends_when_the_receiver_falls_silent(sender: Sender, taker: T
 
 def test_a_pull_that_takes_longer_than_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """In real time: a link so slow that the lease would end five times meanwhile."""
-    monkeypatch.setattr(following, "BEAT_S", 0.02)
-    monkeypatch.setattr(lending, "QUIET_S", 0.3)
+    monkeypatch.setattr(remote, "BEAT_S", 0.02)
+    monkeypatch.setattr(lease_manager, "QUIET_S", 0.3)
     sender, taker = Sender("memcpy"), Taker("memcpy", strategy="direct")
     taker.meet(sender)
     assert isinstance(taker.transport, MemcpyTransport)
@@ -223,8 +226,8 @@ def test_a_pull_that_takes_longer_than_its_lease(monkeypatch: pytest.MonkeyPatch
 
 def test_a_pull_that_waits_for_staging_shows_life(monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than a silent receiver may: other pulls have all of the buffers."""
-    monkeypatch.setattr(following, "BEAT_S", 0.02)
-    monkeypatch.setattr(lending, "QUIET_S", 0.3)
+    monkeypatch.setattr(remote, "BEAT_S", 0.02)
+    monkeypatch.setattr(lease_manager, "QUIET_S", 0.3)
     sender, taker = Sender("memcpy"), Taker("memcpy", strategy="whole")
     taker.meet(sender)
     offer, began = sender.offer(until=time.monotonic() + 0.1), time.monotonic()

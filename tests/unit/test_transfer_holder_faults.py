@@ -11,9 +11,9 @@ from collections.abc import Callable
 import pytest
 
 from pdserve.errors import HandleError
-from pdserve.transfer import following
-from pdserve.transfer.lending import QUIET_S
-from pdserve.transfer.peers import Stranger
+from pdserve.transfer.consumer.peers import Stranger
+from pdserve.transfer.lease import remote
+from pdserve.transfer.producer.lease_manager import QUIET_S
 from pdserve.transfer.protocol import TransferError
 from tests.unit.memcpy import MemcpyTransport
 from tests.unit.transfers import TOKENS, WAYS, Child, MidPull, Prefill, Sender, Taker, pick
@@ -61,7 +61,7 @@ def test_a_prefill_that_is_killed_or_stops(
 ) -> None:
     """TensorRT-LLM#15363, dynamo#13088: an error within a bound, and the decode goes on."""
     way, over_tcp = pick(over, monkeypatch), over == "nixl over tcp"
-    monkeypatch.setattr(following, "WORD_S", 0.5)
+    monkeypatch.setattr(remote, "WORD_S", 0.5)
     timeout_s, tokens = 0.6, 40_000 if when == "in mid-transfer" else TOKENS
     prefill = Prefill(way, data_bytes=32 << 20)
     taker = Taker(way, rows=tokens, strategy="whole", timeout_s=timeout_s)
@@ -95,7 +95,7 @@ def test_a_prefill_that_is_killed_or_stops(
                 watching.join()
     except TransferError:
         # Once more the deadline's worth for the words: that it begins, and that it is done.
-        assert time.monotonic() - began < timeout_s + 2 * following.WORD_S + 0.5
+        assert time.monotonic() - began < timeout_s + 2 * remote.WORD_S + 0.5
         with pytest.raises(Stranger):
             taker.receiver.open(sealed)
         assert way == "nixl"

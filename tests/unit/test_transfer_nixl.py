@@ -18,13 +18,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from pdserve.transfer.nixl import agent as nixl_agent
-from pdserve.transfer.nixl import transport as nixl
-from pdserve.transfer.nixl.asking import AskingLink
-from pdserve.transfer.nixl.asks import Hello, Mark, Peek, Push
-from pdserve.transfer.nixl.transport import NixlTransport
+from pdserve.transfer.lease.words import RECEIVER_WORD, SLOT_BYTES, pack_word
 from pdserve.transfer.protocol import Memory, TransferError, Unreachable
-from pdserve.transfer.words import RECEIVER_WORD, SLOT_BYTES, pack_word
+from pdserve.transfer.transports.nixl import agent as nixl_agent
+from pdserve.transfer.transports.nixl import transport as nixl
+from pdserve.transfer.transports.nixl.asking import AskingLink
+from pdserve.transfer.transports.nixl.asks import Hello, Mark, Peek, Push
+from pdserve.transfer.transports.nixl.transport import NixlTransport
 from tests.unit.nixl_processes import DATA, LIMIT_S, MIB, RECEIVER, SLOTS, Holder, Process
 
 if TYPE_CHECKING:

@@ -18,17 +18,17 @@ import pytest
 
 from pdserve.errors import DeploymentError
 from pdserve.kvcache.handle import KVHandle, unseal
-from pdserve.transfer import probe
-from pdserve.transfer import region as regions
-from pdserve.transfer.description import Description, host_id
-from pdserve.transfer.holder import BUSY_S, IDLE_S, Holder
-from pdserve.transfer.peers import Stranger
+from pdserve.transfer.consumer import probe
+from pdserve.transfer.consumer.cost_model import Cost
+from pdserve.transfer.consumer.peers import Stranger
+from pdserve.transfer.consumer.receiver import Receiver
+from pdserve.transfer.consumer.staging import Staging
+from pdserve.transfer.endpoint import Endpoint, host_id
+from pdserve.transfer.lease import region as regions
+from pdserve.transfer.producer.holder import BUSY_S, IDLE_S, Holder
 from pdserve.transfer.protocol import Memory, Spans, Stuck, TransferError, Transport, Unreachable
-from pdserve.transfer.receiver import Receiver
 from pdserve.transfer.reports import Met
-from pdserve.transfer.shm import ShmTransport
-from pdserve.transfer.staging import Staging
-from pdserve.transfer.tuner import Cost
+from pdserve.transfer.transports.shm import ShmTransport
 from tests.unit.memcpy import MemcpyLink, MemcpyTransport
 from tests.unit.transfers import KEY, LAYOUT, LIMIT_S, ROWS, Sender, Taker, pick, terms
 
@@ -60,7 +60,7 @@ def met(by: Receiver, of: Holder) -> Met:
 
 def test_a_description_says_what_there_is() -> None:
     made = holder(ShmTransport(), MemcpyTransport())
-    described = unseal(made.description, Description, KEY)
+    described = unseal(made.description, Endpoint, KEY)
     assert (described.name, described.host, described.epoch) == ("prefill_0", host_id(), made.epoch)
     assert (described.fingerprint, described.layout) == ("tiny", LAYOUT)
     assert (described.slots, described.data_bytes) == (4, 1 << 20)
@@ -82,7 +82,7 @@ def test_a_transport_that_cannot_export_the_memory_is_left_out() -> None:
             raise Unreachable("cudaMallocAsync memory cannot be exported; use cudaMalloc")
 
     made = holder(Unable(), ShmTransport())
-    assert set(unseal(made.description, Description, KEY).ways) == {"shm"}
+    assert set(unseal(made.description, Endpoint, KEY).ways) == {"shm"}
     made.close()
     region = f"pdserve-test-{secrets.token_hex(6)}"
     with pytest.raises(
@@ -213,7 +213,7 @@ def test_a_link_that_has_failed_is_made_again_at_once() -> None:
     joined.peers.leave(peer)
     again = met(joined, made)
     assert (again.bytes_per_s, again.detail) == (first.bytes_per_s, first.detail)
-    assert joined.peers.find(made.epoch).tuner is peer.tuner
+    assert joined.peers.find(made.epoch).cost_model is peer.cost_model
     former, link = transport.links
     assert (former.closed, link.closed, link.spans) == (True, False, 1)
     # A second pull over the former link may fail long after the first.
@@ -243,8 +243,8 @@ def test_a_link_made_again_is_as_fast_as_pulls_over_the_former_were() -> None:
     made, joined = holder(MemcpyTransport()), receiver(MemcpyTransport())
     met(joined, made)
     peer = joined.peers.find(made.epoch)
-    assert peer.tuner is not None
-    peer.tuner.costs = {"whole": Cost(0.0, 0.0, 1e-6), "direct": Cost(0.0, 0.0, 2e-6)}
+    assert peer.cost_model is not None
+    peer.cost_model.costs = {"whole": Cost(0.0, 0.0, 1e-6), "direct": Cost(0.0, 0.0, 2e-6)}
     joined.peers.leave(peer)
     assert met(joined, made).bytes_per_s == pytest.approx(1e6)
     joined.close()
@@ -349,15 +349,15 @@ def test_what_is_measured() -> None:
     assert 0 < found.latency_s < 0.1
     assert 1e6 < found.bytes_per_s < 1e12
     assert not found.fallback
-    tuner = joined.peers.find(made.epoch).tuner
-    assert tuner is not None
-    assert set(tuner.costs) == {"whole", "direct"}
+    cost_model = joined.peers.find(made.epoch).cost_model
+    assert cost_model is not None
+    assert set(cost_model.costs) == {"whole", "direct"}
     assert not joined.mapped(_any_handle(made))
     joined.close()
     mapped = receiver(ShmTransport())
     shm = holder(ShmTransport())
     assert met(mapped, shm).detail == "mapped"
-    assert mapped.peers.find(shm.epoch).tuner is None, "there is nothing to choose"
+    assert mapped.peers.find(shm.epoch).cost_model is None, "there is nothing to choose"
     assert mapped.mapped(_any_handle(shm))
     mapped.close()
     shm.close()

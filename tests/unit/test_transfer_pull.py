@@ -18,10 +18,10 @@ from pdserve.kvcache.arena import State
 from pdserve.kvcache.handle import KVHandle, seal, unseal
 from pdserve.kvcache.layout import KVLayout
 from pdserve.kvcache.sharding import Sharding
-from pdserve.transfer import holder as holders
-from pdserve.transfer.description import Description
-from pdserve.transfer.peers import Stranger
-from pdserve.transfer.words import Pull
+from pdserve.transfer.consumer.peers import Stranger
+from pdserve.transfer.endpoint import Endpoint
+from pdserve.transfer.lease.words import Pull
+from pdserve.transfer.producer import holder as holders
 from tests.unit.transfers import (
     KEY,
     LAYOUT,
@@ -36,7 +36,7 @@ from tests.unit.transfers import (
 )
 
 if TYPE_CHECKING:
-    from pdserve.transfer.tuner import Strategy
+    from pdserve.transfer.consumer.cost_model import Strategy
 
 FORGED = 10_000
 
@@ -377,7 +377,7 @@ def test_10_000_handles_that_are_not_good(sender: Sender, taker: Taker) -> None:
 def test_descriptions_that_are_not_good(sender: Sender) -> None:
     taker, forger = Taker(), Forger(sender, sender.offer())
     good = sender.holder.description
-    described = unseal(good, Description, KEY)
+    described = unseal(good, Endpoint, KEY)
     bad = [forger.altered(good) for _ in range(1000)]
     bad += [seal(described, forger.rng.randbytes(32)), forger.offer.sealed]
     for data in bad:
@@ -400,7 +400,7 @@ def test_descriptions_that_are_not_good(sender: Sender) -> None:
 def test_ends_of_two_deployments(sender: Sender) -> None:
     """Another key: neither the description nor the handle is believed."""
     foreign = Taker(agreed=terms(key=b"x" * 32))
-    with pytest.raises(HandleError, match=r"Description of .* is not of this deployment"):
+    with pytest.raises(HandleError, match=r"Endpoint of .* is not of this deployment"):
         foreign.meet(sender)
     with pytest.raises(HandleError, match=r"KVHandle of .* is not of this deployment"):
         foreign.take(sender.offer())

@@ -25,10 +25,11 @@ import pytest
 
 from pdserve.errors import HandleError, PDServeError
 from pdserve.kvcache.arena import State
-from pdserve.transfer import following, lending
-from pdserve.transfer.following import Lease
-from pdserve.transfer.peers import Stranger
-from pdserve.transfer.words import Pull
+from pdserve.transfer.consumer.peers import Stranger
+from pdserve.transfer.lease import remote
+from pdserve.transfer.lease.remote import RemoteLease
+from pdserve.transfer.lease.words import Pull
+from pdserve.transfer.producer import lease_manager
 from tests.unit.memcpy import MemcpyTransport
 from tests.unit.transfers import LAYOUT, Offer, Process, Sender, Taker
 
@@ -83,7 +84,7 @@ class Job:
                 handle = taker.receiver.open(bytes.fromhex(self.sealed))
             if self.kind == "dies":
                 link = taker.receiver.peers.find(handle.epoch).link
-                lease = Lease(link, handle, LAYOUT.planes)
+                lease = RemoteLease(link, handle, LAYOUT.planes)
                 lease.look()
                 lease.say(Pull.PULLING)
                 return "died"
@@ -110,11 +111,11 @@ def _interleaved(pieces: list) -> Iterator[bytes]:  # type: ignore[type-arg]
 
 _WORKER = """
 import json, sys
-from pdserve.transfer import following
+from pdserve.transfer.lease import remote
 from tests.unit import test_transfer_random as this
 from tests.unit.transfers import Taker
 
-following.BEAT_S = this.BEAT_S
+remote.BEAT_S = this.BEAT_S
 taker = Taker("shm", timeout_s=1.0)
 for line in sys.stdin:
     print(this.Job(**json.loads(line)).run(taker, 0), flush=True)
@@ -253,8 +254,8 @@ class Holder:
 def test_no_wrong_byte_is_taken_for_good(
     way: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(following, "BEAT_S", BEAT_S)
-    monkeypatch.setattr(lending, "QUIET_S", QUIET_S)
+    monkeypatch.setattr(remote, "BEAT_S", BEAT_S)
+    monkeypatch.setattr(lease_manager, "QUIET_S", QUIET_S)
     rng = random.Random(count)
     holder, taker = Holder(rng, way), None
     if way == "memcpy":

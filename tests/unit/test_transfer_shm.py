@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.errors import DeploymentError, HandleError
-from pdserve.transfer import region as regions
+from pdserve.transfer.lease import region as regions
+from pdserve.transfer.lease.region import SharedRegion
 from pdserve.transfer.protocol import Memory, TransferError, Unreachable
-from pdserve.transfer.region import SharedRegion
-from pdserve.transfer.shm import ShmTransport
+from pdserve.transfer.transports.shm import ShmTransport
 from tests.unit.transfers import Sender, Taker
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def test_a_region_without_data_has_its_table(name: str) -> None:
 def test_a_region_outlives_its_killed_holder_and_can_be_cleaned_up(name: str) -> None:
     script = (
         "import os, signal\n"
-        "from pdserve.transfer.region import SharedRegion\n"
+        "from pdserve.transfer.lease.region import SharedRegion\n"
         f"SharedRegion.create({name!r}, 4096, 1, bytes(8))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

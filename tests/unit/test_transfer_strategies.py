@@ -18,12 +18,12 @@ from pdserve.errors import HandleError
 from pdserve.kvcache.handle import unseal
 from pdserve.kvcache.layout import KVLayout
 from pdserve.transfer import scatter as scattering
-from pdserve.transfer import strategies
-from pdserve.transfer.description import Description
+from pdserve.transfer.consumer import strategies
+from pdserve.transfer.consumer.staging import Staging
+from pdserve.transfer.consumer.strategies import Move, Part
+from pdserve.transfer.endpoint import Endpoint
 from pdserve.transfer.protocol import Memory, TransferError
 from pdserve.transfer.scatter import part_of, scatter
-from pdserve.transfer.staging import Staging
-from pdserve.transfer.strategies import Move, Part
 from tests.unit.memcpy import MemcpyLink
 from tests.unit.transfers import KEY, Sender, pick, transport
 
@@ -178,7 +178,7 @@ def test_over_nixl(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     staging, pool = Staging(np.ones((2, 1 << 10), np.uint8)), np.empty((6, 300, 64), np.uint8)
     for array in (staging.memory, pool):
         receiver.register(Memory.of(array))
-    link = receiver.open(unseal(sender.holder.description, Description, KEY).ways[name])
+    link = receiver.open(unseal(sender.holder.description, Endpoint, KEY).ways[name])
     runs, rows = [(150, 60), (10, 13)], np.r_[150:210, 10:23]
     for parts in ((Part(4096, 64, 0),), (Part(4096, 32, 32), Part(65536, 32, 0))):
         for strategy in ("whole", "direct"):

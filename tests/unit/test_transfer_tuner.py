@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.transfer import probe
-from pdserve.transfer.staging import Staging
-from pdserve.transfer.tuner import Choice, Cost, Seen, Tuner, choose, fit, sums
+from pdserve.transfer.consumer import probe
+from pdserve.transfer.consumer.cost_model import Choice, Cost, CostModel, Seen, choose, fit, sums
+from pdserve.transfer.consumer.staging import Staging
 from tests.unit.memcpy import MemcpyLink
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pdserve.transfer.tuner import Strategy
+    from pdserve.transfer.consumer.cost_model import Strategy
 
 # (segments, bytes) of the probes: from one row to a MiB at once, and in many segments.
 SHAPES = [
@@ -151,15 +151,15 @@ def test_whole_needs_staging() -> None:
     )
 
 
-# A link's tuner.
+# A link's cost_model.
 
 
-def tuner(whole: Cost = COSTS["whole"], direct: Cost = COSTS["direct"]) -> Tuner:
-    return Tuner({"whole": seen(whole), "direct": seen(direct)})
+def cost_model(whole: Cost = COSTS["whole"], direct: Cost = COSTS["direct"]) -> CostModel:
+    return CostModel({"whole": seen(whole), "direct": seen(direct)})
 
 
 def test_a_tuner_begins_with_its_probes() -> None:
-    made = tuner()
+    made = cost_model()
     for segments, nbytes in ((64, 256 << 20), (40_000, 256 << 20), (1, 1000)):
         assert (
             made.choose(segments, nbytes, 1).strategy == choose(COSTS, segments, nbytes, 1).strategy
@@ -169,7 +169,7 @@ def test_a_tuner_begins_with_its_probes() -> None:
 
 def test_a_link_that_changes_is_learnt() -> None:
     """Its descriptors have become ten times as dear: direct is chosen until that is known."""
-    made, dearer = tuner(), Cost(25e-6, 10e-6, 1 / 11e9)
+    made, dearer = cost_model(), Cost(25e-6, 10e-6, 1 / 11e9)
     move = (2000, 64 << 20)
     assert made.choose(*move, 1).strategy == "direct"
     taken = 0
@@ -183,7 +183,7 @@ def test_a_link_that_changes_is_learnt() -> None:
 
 
 def test_a_link_that_recovers_is_learnt() -> None:
-    made, slow = tuner(), Cost(25e-6, 10e-6, 1 / 1e9)
+    made, slow = cost_model(), Cost(25e-6, 10e-6, 1 / 1e9)
     move = (2000, 64 << 20)
     for _ in range(150):
         made.saw("direct", Seen(*move, slow.seconds(*move)))
@@ -194,16 +194,16 @@ def test_a_link_that_recovers_is_learnt() -> None:
 
 
 def test_what_one_strategy_has_shown_says_nothing_of_the_other() -> None:
-    made = tuner()
+    made = cost_model()
     before = made.costs["whole"]
     made.saw("direct", Seen(5, 1 << 20, 1.0))
     assert made.costs["whole"] == before
-    assert made.costs["direct"] != tuner().costs["direct"]
+    assert made.costs["direct"] != cost_model().costs["direct"]
 
 
 def test_probes_are_never_forgotten() -> None:
     """Moves of one shape alone leave a fit open; the probes keep it from running away."""
-    made = tuner()
+    made = cost_model()
     for _ in range(1000):
         made.saw("direct", Seen(64, 256 << 20, COSTS["direct"].seconds(64, 256 << 20)))
     for shape in SHAPES:
@@ -224,7 +224,7 @@ def test_probes_tell_the_strategies_apart() -> None:
     # The fourth shape has 64 segments: so long, that the others would tell nothing new of direct.
     # Beyond the seventh a shape is larger than the data.
     assert {name: len(moves) for name, moves in measured.items()} == {"whole": 7, "direct": 4}
-    made = Tuner(measured)
+    made = CostModel(measured)
     assert made.choose(1000, 1 << 20, 1).strategy == "whole"
     assert 0.5e-3 < made.costs["direct"].per_segment < 2e-3
     assert staging.free == staging.memory.nbytes

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from pdserve.transfer.nixl import agent as nixl_agent
-from pdserve.transfer.nixl import ucx
-from pdserve.transfer.nixl.transport import NixlTransport
 from pdserve.transfer.protocol import Memory, Unreachable
+from pdserve.transfer.transports.nixl import agent as nixl_agent
+from pdserve.transfer.transports.nixl import ucx
+from pdserve.transfer.transports.nixl.transport import NixlTransport
 
 
 def table(owner: str, title: str, *rows: str) -> str:

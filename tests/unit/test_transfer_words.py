@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.errors import Unavailable
-from pdserve.transfer import words
-from pdserve.transfer.leases import Leases
-from pdserve.transfer.region import SharedRegion
-from pdserve.transfer.words import NO_GRANT, RECEIVER_WORD, SLOT_BYTES, Grant, Pull
+from pdserve.transfer.lease import words
+from pdserve.transfer.lease.region import SharedRegion
+from pdserve.transfer.lease.table import LeaseTable
+from pdserve.transfer.lease.words import NO_GRANT, RECEIVER_WORD, SLOT_BYTES, Grant, Pull
 
 SLOTS = 3
 nonces = st.binary(min_size=16, max_size=16)
@@ -37,8 +37,8 @@ def region() -> Iterator[SharedRegion]:
 
 
 @pytest.fixture
-def leases(region: SharedRegion) -> Leases:
-    return Leases(region)
+def leases(region: SharedRegion) -> LeaseTable:
+    return LeaseTable(region)
 
 
 def slot_of(grant: Grant, word: int = 0) -> bytes:
@@ -108,7 +108,7 @@ def test_nonces_are_random() -> None:
 # The holder's side.
 
 
-def test_a_lease_as_its_receiver_sees_it(region: SharedRegion, leases: Leases) -> None:
+def test_a_lease_as_its_receiver_sees_it(region: SharedRegion, leases: LeaseTable) -> None:
     slot, nonce = leases.grant(12.5)
     assert words.grant(region.peek(slot)) == Grant(nonce, 12.5, filled=0, token=-1)
     leases.fill(slot, 4)
@@ -122,7 +122,7 @@ def test_a_lease_as_its_receiver_sees_it(region: SharedRegion, leases: Leases) -
     assert len(leases) == 0
 
 
-def test_what_its_receiver_says(region: SharedRegion, leases: Leases) -> None:
+def test_what_its_receiver_says(region: SharedRegion, leases: LeaseTable) -> None:
     slot, nonce = leases.grant(1.0)
     assert leases.heard(slot) == (Pull.IDLE, 0)
     for beat in range(3):
@@ -134,7 +134,7 @@ def test_what_its_receiver_says(region: SharedRegion, leases: Leases) -> None:
     assert leases.state(slot) is Pull.DONE
 
 
-def test_a_slot_is_idle_again_with_its_next_lease(region: SharedRegion, leases: Leases) -> None:
+def test_a_slot_is_idle_again_with_its_next_lease(region: SharedRegion, leases: LeaseTable) -> None:
     """Also if the receiver of the former one is late."""
     first = leases.grant(1.0)
     say(region, *first, Pull.PULLING)
@@ -147,7 +147,7 @@ def test_a_slot_is_idle_again_with_its_next_lease(region: SharedRegion, leases: 
     assert leases.state(second[0]) is Pull.IDLE
 
 
-def test_slots_do_not_touch_each_other(region: SharedRegion, leases: Leases) -> None:
+def test_slots_do_not_touch_each_other(region: SharedRegion, leases: LeaseTable) -> None:
     granted = [leases.grant(float(number)) for number in range(SLOTS)]
     for number, (slot, nonce) in enumerate(granted):
         leases.fill(slot, number)
@@ -161,7 +161,7 @@ def test_slots_do_not_touch_each_other(region: SharedRegion, leases: Leases) -> 
     assert not region.data.any(), "the data begin behind the table"
 
 
-def test_slots_run_out_and_come_back(leases: Leases) -> None:
+def test_slots_run_out_and_come_back(leases: LeaseTable) -> None:
     slots = [leases.grant(1.0)[0] for _ in range(SLOTS)]
     assert sorted(slots) == [0, 1, 2]
     with pytest.raises(Unavailable, match="all 3 lease slots"):
@@ -171,13 +171,13 @@ def test_slots_run_out_and_come_back(leases: Leases) -> None:
     assert len(leases) == 3
 
 
-def test_the_slot_that_was_free_for_longest_is_next(leases: Leases) -> None:
+def test_the_slot_that_was_free_for_longest_is_next(leases: LeaseTable) -> None:
     for slot, _ in [leases.grant(1.0) for _ in range(SLOTS)]:
         leases.free(slot)
     assert [leases.grant(1.0)[0] for _ in range(SLOTS)] == [0, 1, 2]
 
 
-def test_a_torn_nonce_is_no_lease(region: SharedRegion, leases: Leases) -> None:
+def test_a_torn_nonce_is_no_lease(region: SharedRegion, leases: LeaseTable) -> None:
     """The holder's words are written behind the nonce, and that in two halves at worst."""
     slot, nonce = leases.grant(math.inf)
     torn = Grant(nonce[:8] + secrets.token_bytes(8), math.inf)

@@ -20,14 +20,14 @@ from pdserve.kvcache.arena import State
 from pdserve.kvcache.handle import KVHandle, seal, unseal
 from pdserve.kvcache.layout import KVLayout
 from pdserve.kvcache.sharding import Sharding, columns
-from pdserve.transfer.description import Terms
-from pdserve.transfer.holder import Holder
-from pdserve.transfer.lending import Lending, Loan
+from pdserve.transfer.consumer.receiver import Receiver
+from pdserve.transfer.consumer.staging import Staging
+from pdserve.transfer.endpoint import Terms
+from pdserve.transfer.lease.region import SHM
+from pdserve.transfer.producer.holder import Holder
+from pdserve.transfer.producer.lease_manager import LeasedRange, LeaseManager
 from pdserve.transfer.protocol import Transport, Unreachable
-from pdserve.transfer.receiver import Receiver
-from pdserve.transfer.region import SHM
-from pdserve.transfer.shm import ShmTransport
-from pdserve.transfer.staging import Staging
+from pdserve.transfer.transports.shm import ShmTransport
 from tests.unit.memcpy import MemcpyTransport
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pdserve.transfer.consumer.cost_model import Strategy
     from pdserve.transfer.reports import Pulled
-    from pdserve.transfer.tuner import Strategy
 
 KEY = b"k" * 32
 MODEL = "tiny"
@@ -58,7 +58,7 @@ def pick(way: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = way.split(maxsplit=1)[0]
     if name == "nixl":
         try:
-            from pdserve.transfer.nixl.agent import _library
+            from pdserve.transfer.transports.nixl.agent import _library
 
             _library()
         except (ImportError, Unreachable) as error:
@@ -74,7 +74,7 @@ def transport(name: str) -> Transport:
         return ShmTransport()
     if name == "memcpy":
         return MemcpyTransport()
-    from pdserve.transfer.nixl.transport import NixlTransport
+    from pdserve.transfer.transports.nixl.transport import NixlTransport
 
     return NixlTransport()
 
@@ -87,7 +87,7 @@ def terms(layout: KVLayout = LAYOUT, sharding: Sharding = Sharding(), key: bytes
 class Offer:
     """A KV cache on loan."""
 
-    loan: Loan
+    loan: LeasedRange
     sealed: bytes
     whole: NDArray[np.uint8]
     """What it is, or will be: [planes, tokens, row_bytes]; no byte is zero."""
@@ -124,7 +124,7 @@ class Sender:
         region = f"pdserve-test-{secrets.token_hex(6)}"
         self.holder = Holder(instance, region, data_bytes, slots, self.terms, [transport(name)])
         self.leases = self.holder.leases
-        self.lending = Lending(self.holder, lambda freed: None)
+        self.lending = LeaseManager(self.holder, lambda freed: None)
         self.lent: list[Offer] = []
         opened.append(self)
 

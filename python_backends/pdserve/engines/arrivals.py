@@ -14,7 +14,7 @@ from pdserve.kvcache.handle import KVHandle
 from pdserve.metrics import Registry
 from pdserve.supervision import Background
 from pdserve.transfer import arrays
-from pdserve.transfer.receiver import Receiver
+from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.reports import Met, Pulled
 from pdserve.transfer.scatter import part_of
 

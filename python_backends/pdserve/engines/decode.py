@@ -43,9 +43,9 @@ from pdserve.rpc.messages import (
     Watch,
 )
 from pdserve.supervision import Background
-from pdserve.transfer import peers
+from pdserve.transfer.consumer import peers
+from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.protocol import Stuck
-from pdserve.transfer.receiver import Receiver
 from pdserve.transfer.reports import Met, Pulled
 
 TICK_S = 0.1

@@ -20,7 +20,6 @@ from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
 from pdserve.engines.slots import show
 from pdserve.engines.watches import Send, Watches
 from pdserve.kvcache.arena import Range, State
-from pdserve.kvcache.kv_range import KVRange
 from pdserve.kvcache.prefix_index import PrefixIndex, shorten
 from pdserve.kvcache.sharding import Sharding
 from pdserve.metrics import Registry
@@ -36,8 +35,9 @@ from pdserve.rpc.messages import (
     Watch,
 )
 from pdserve.supervision import Background
-from pdserve.transfer.holder import Holder
-from pdserve.transfer.lending import Lending, Loan
+from pdserve.transfer.producer.holder import Holder
+from pdserve.transfer.producer.kv_range import KVRange
+from pdserve.transfer.producer.lease_manager import LeasedRange, LeaseManager
 
 TICK_S = 0.02
 # So often, while somebody waits, it is looked at what decodes have taken: from then on a slot is
@@ -54,7 +54,7 @@ class _Held:
     request: PrefillRequest
     send: Send
     acceptance: Acceptance
-    loan: Loan
+    loan: LeasedRange
     kv: KVRange
     job: PrefillJob
     salt: str
@@ -91,7 +91,7 @@ class PrefillInstance:
         self._holder = holder
         self._sharding = sharding
         self._prefixes = PrefixIndex[Range]()
-        self._lending = Lending(holder, self._prefixes.remove)
+        self._lending = LeaseManager(holder, self._prefixes.remove)
         self._held: dict[str, _Held] = {}
         self._pending: list[_Held] = []
         self._on_trial: _Held | None = None

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pdserve.kvcache.kv_range import KVRange
 from pdserve.kvcache.layout import KVLayout
 from pdserve.rpc.messages import Sampling
 from pdserve.transfer.arrays import Array
+from pdserve.transfer.producer.kv_range import KVRange
 
 Tokens = NDArray[np.int32]
 """Token ids: int32 [n]."""

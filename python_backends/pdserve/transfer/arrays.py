@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from pdserve.transfer import scatter as host
-from pdserve.transfer.cuda.calls import until
-from pdserve.transfer.cuda.memory import DeviceArray
 from pdserve.transfer.protocol import Memory, Stuck
+from pdserve.transfer.transports.cuda_ipc.calls import until
+from pdserve.transfer.transports.cuda_ipc.memory import DeviceArray
 
 if TYPE_CHECKING:
     import torch

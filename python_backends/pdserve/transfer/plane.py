@@ -9,13 +9,13 @@ from pdserve.kvcache.layout import KVLayout
 from pdserve.kvcache.sharding import sharding_for
 from pdserve.transfer import arrays, key
 from pdserve.transfer.arrays import Array
-from pdserve.transfer.description import Terms
-from pdserve.transfer.holder import Holder, region_name
+from pdserve.transfer.consumer.cost_model import Strategy
+from pdserve.transfer.consumer.receiver import Receiver
+from pdserve.transfer.consumer.staging import Staging
+from pdserve.transfer.endpoint import Terms
+from pdserve.transfer.producer.holder import Holder, region_name
 from pdserve.transfer.protocol import Transport, Unreachable
-from pdserve.transfer.receiver import Receiver
-from pdserve.transfer.shm import ShmTransport
-from pdserve.transfer.staging import Staging
-from pdserve.transfer.tuner import Strategy
+from pdserve.transfer.transports.shm import ShmTransport
 
 PIECE = 4 << 20
 """Bytes of a staging buffer."""
@@ -35,11 +35,11 @@ def transports(deployment: Deployment) -> list[Transport]:
         if name == "shm":
             made.append(ShmTransport())
         elif name == "nixl":
-            from pdserve.transfer.nixl.transport import NixlTransport
+            from pdserve.transfer.transports.nixl.transport import NixlTransport
 
             made.append(NixlTransport())
         else:
-            from pdserve.transfer.cuda.transport import CudaIpcTransport
+            from pdserve.transfer.transports.cuda_ipc.transport import CudaIpcTransport
 
             made.append(CudaIpcTransport(deployment.engine.gpu or 0))
     return made
@@ -54,8 +54,8 @@ def holder(deployment: Deployment, name: str, terms: Terms, slots: int) -> Holde
     data_bytes = deployment.prefill.arena_mib << 20
     data = None
     if deployment.engine.gpu is not None:
-        from pdserve.transfer.cuda.calls import load
-        from pdserve.transfer.cuda.memory import DeviceMemory
+        from pdserve.transfer.transports.cuda_ipc.calls import load
+        from pdserve.transfer.transports.cuda_ipc.memory import DeviceMemory
 
         try:
             data = arrays.seen(DeviceMemory(load(), data_bytes, deployment.engine.gpu).memory)

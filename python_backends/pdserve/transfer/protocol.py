@@ -8,7 +8,7 @@
 
 A way is the transport's own message, opaque to everybody else. Everything after ``open`` is
 one-sided: the receiver reads the lease table and the bytes, and writes its own word, without a
-call of the holder's; see `pdserve.transfer.region` for the words.
+call of the holder's; see `pdserve.transfer.lease.region` for the words.
 """
 
 from __future__ import annotations

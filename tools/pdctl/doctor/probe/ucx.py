@@ -1,7 +1,7 @@
 """What UCX offers here, by its own word, in a process of its own.
 
 UCX ends its process on fatal errors, and looking for devices loads their drivers. nixl tells
-nothing of it; making an agent to read it off its log (`pdserve.transfer.nixl.ucx`) takes a peer.
+nothing of it; making an agent to read it off its log (`nixl/ucx.py`) takes a peer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A file in /dev/shm with KV caches in it, and the lease table that goes with them.
 
 page 0          header: magic, version, lease slots, epoch, data bytes
-from page 1     lease table; what its words say: `pdserve.transfer.words`
+from page 1     lease table; what its words say: `pdserve.transfer.lease.words`
 page aligned    data, if it is host memory
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from pdserve.errors import DeploymentError, HandleError
 from pdserve.kvcache.handle import EPOCH_BYTES
-from pdserve.transfer.words import RECEIVER_WORD, SLOT_BYTES, Grant, pack_word
+from pdserve.transfer.lease.words import RECEIVER_WORD, SLOT_BYTES, Grant, pack_word
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,18 +18,18 @@ from contextlib import suppress
 from pdserve.errors import HandleError
 from pdserve.kvcache.handle import KVHandle, unseal
 from pdserve.kvcache.sharding import routes
-from pdserve.transfer import strategies
 from pdserve.transfer.arrays import Array
-from pdserve.transfer.description import Terms, host_id
-from pdserve.transfer.following import Lease
-from pdserve.transfer.peers import Peer, Peers, Stranger
+from pdserve.transfer.consumer import strategies
+from pdserve.transfer.consumer.cost_model import Seen, Strategy
+from pdserve.transfer.consumer.peers import Peer, Peers, Stranger
+from pdserve.transfer.consumer.staging import Staging
+from pdserve.transfer.consumer.strategies import Move, Part
+from pdserve.transfer.endpoint import Terms, host_id
+from pdserve.transfer.lease.remote import RemoteLease
+from pdserve.transfer.lease.words import Pull
 from pdserve.transfer.protocol import Link, TransferError, Transport
 from pdserve.transfer.reports import Met, Pulled
 from pdserve.transfer.scatter import Runs, checked
-from pdserve.transfer.staging import Staging
-from pdserve.transfer.strategies import Move, Part
-from pdserve.transfer.tuner import Seen, Strategy
-from pdserve.transfer.words import Pull
 
 
 class Receiver:
@@ -40,7 +40,7 @@ class Receiver:
         pool: uint8 [planes, rows, row_bytes].
         ranks: tensor parallelism of this side; all of its ranks are in this process.
         rdma_only: refuse a network link that is not RDMA.
-        strategy: None: the tuner's choice.
+        strategy: None: the cost model's choice.
         timeout_s: of one pull, the wait for planes that are still being computed included.
         clock: in seconds, the one that leases of this host are counted by.
     """
@@ -123,7 +123,7 @@ class Receiver:
         """
         peer = self.peers.find(handle.epoch)
         began = time.monotonic()
-        lease = Lease(peer.link, handle, self._terms.layout.planes)
+        lease = RemoteLease(peer.link, handle, self._terms.layout.planes)
         try:
             lease.look()
             if lease.said is not Pull.IDLE:
@@ -192,7 +192,7 @@ class Receiver:
             alive=alive,
         )
 
-    def _follow(self, peer: Peer, move: Move, lease: Lease) -> tuple[str, float]:
+    def _follow(self, peer: Peer, move: Move, lease: RemoteLease) -> tuple[str, float]:
         """Move every plane as it becomes ready; the strategy, and the last move's expected time."""
         layered, done, chosen, expected_s = not lease.filled, 0, "whole", 0.0
         while not lease.filled or done < lease.planes:
@@ -207,10 +207,10 @@ class Receiver:
         return "layered" if layered else chosen, expected_s
 
     def _choose_and_move(self, peer: Peer, move: Move) -> tuple[str, float]:
-        if peer.tuner is None:
+        if peer.cost_model is None:
             strategies.mapped(move)
             return "whole", move.nbytes / peer.met.bytes_per_s
-        choice = peer.tuner.choose(move.segments, move.nbytes, self._staging.free)
+        choice = peer.cost_model.choose(move.segments, move.nbytes, self._staging.free)
         strategy = self.strategy or choice.strategy
         began = time.perf_counter()
         if strategy == "whole":
@@ -218,8 +218,8 @@ class Receiver:
         else:
             strategies.direct(move)
         seen = Seen(move.segments, move.nbytes, time.perf_counter() - began)
-        expected_s = peer.tuner.costs[strategy].seconds(move.segments, move.nbytes)
-        peer.tuner.saw(strategy, seen)
+        expected_s = peer.cost_model.costs[strategy].seconds(move.segments, move.nbytes)
+        peer.cost_model.saw(strategy, seen)
         return strategy, expected_s
 
     def close(self) -> None:

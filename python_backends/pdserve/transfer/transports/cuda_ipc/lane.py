@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pdserve.transfer.cuda.calls import Cuda, until
 from pdserve.transfer.protocol import Stuck, TransferError
+from pdserve.transfer.transports.cuda_ipc.calls import Cuda, until
 
 # For a copy that is under way when its time is over. At 1 GB/s this would be 5 GB.
 SETTLE_S = 5.0

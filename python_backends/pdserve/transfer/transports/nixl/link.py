@@ -1,4 +1,4 @@
-"""What the links over NIXL have in common; see `pdserve.transfer.nixl.transport`."""
+"""What the links over NIXL have in common; see `pdserve.transfer.transports.nixl.transport`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import msgspec
 
-from pdserve.transfer.nixl import ucx
-from pdserve.transfer.nixl.agent import Agent
-from pdserve.transfer.nixl.asks import check
+from pdserve.transfer.lease.words import SLOT_BYTES
 from pdserve.transfer.protocol import Memory, Spans, TransferError
-from pdserve.transfer.words import SLOT_BYTES
+from pdserve.transfer.transports.nixl import ucx
+from pdserve.transfer.transports.nixl.agent import Agent
+from pdserve.transfer.transports.nixl.asks import check
 
 Alive = Callable[[], None]
 

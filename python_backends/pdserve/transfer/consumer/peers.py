@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from pdserve.errors import HandleError, PDServeError
 from pdserve.kvcache.handle import unseal
-from pdserve.transfer import arrays, probe
+from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
-from pdserve.transfer.description import Description, Terms
+from pdserve.transfer.consumer import probe
+from pdserve.transfer.consumer.cost_model import CostModel
+from pdserve.transfer.consumer.staging import Staging
+from pdserve.transfer.endpoint import Endpoint, Terms
 from pdserve.transfer.protocol import Link, TransferError, Transport, Unreachable
 from pdserve.transfer.reports import Met
-from pdserve.transfer.staging import Staging
-from pdserve.transfer.tuner import Tuner
 
 _log = logging.getLogger(__name__)
 
@@ -32,10 +33,10 @@ class Stranger(PDServeError):
 class Peer:
     """A holder that has been met."""
 
-    holder: Description
+    holder: Endpoint
     link: Link
     met: Met
-    tuner: Tuner | None
+    cost_model: CostModel | None
     """None: its memory is mapped, there is nothing to choose."""
     failed: bool = False
     """The link has; what it was like is still known."""
@@ -79,7 +80,7 @@ class Peers:
                 self._transports.append(transport)
 
     def join(self, data: bytes) -> tuple[str, Met]:
-        """Meet a holder by its sealed `Description`: its name, and how it is reached.
+        """Meet a holder by its sealed `Endpoint`: its name, and how it is reached.
 
         Blocks, for some seconds at most; for one that is known, not at all, and for one whose link
         has failed only until there is another: a request may be waiting for that.
@@ -88,7 +89,7 @@ class Peers:
             HandleError: the description is forged, or of another model.
             Unreachable: by no transport; the message has every reason.
         """
-        holder = unseal(data, Description, self._terms.key)
+        holder = unseal(data, Endpoint, self._terms.key)
         terms = self._terms
         if (holder.fingerprint, holder.layout) != (terms.fingerprint, terms.layout):
             raise HandleError(
@@ -108,7 +109,7 @@ class Peers:
                 self._peers[holder.epoch] = peer
         return holder.name, peer.met
 
-    def _meet(self, holder: Description, former: Peer | None) -> Peer:
+    def _meet(self, holder: Endpoint, former: Peer | None) -> Peer:
         refused = dict(self._unfit)
         for transport in self._transports:
             way = holder.ways.get(transport.name)
@@ -127,7 +128,7 @@ class Peers:
         raise Unreachable(f"{holder.name} cannot be reached; {reasons}")
 
     def _probed(
-        self, holder: Description, link: Link, refused: dict[str, str], former: Peer | None
+        self, holder: Endpoint, link: Link, refused: dict[str, str], former: Peer | None
     ) -> Peer:
         try:
             # A link that does not say what it runs over is not trusted to have RDMA.
@@ -140,28 +141,28 @@ class Peers:
                 _log.warning("%s is reached over %s, without RDMA", holder.name, link.detail)
             latency = probe.latency(link)
             like = former if former is not None and former.over_the_same(link) else None
-            rate, tuner = self._rate(holder, link, like)
+            rate, cost_model = self._rate(holder, link, like)
         except BaseException:
             link.close()
             raise
         met = Met(link.transport, link.detail, latency, rate, dict(refused), fallback)
-        return Peer(holder, link, met, tuner)
+        return Peer(holder, link, met, cost_model)
 
     def _rate(
-        self, holder: Description, link: Link, like: Peer | None
-    ) -> tuple[float, Tuner | None]:
-        """Bytes per second, and a tuner; not measured anew if there is a peer `like` it."""
+        self, holder: Endpoint, link: Link, like: Peer | None
+    ) -> tuple[float, CostModel | None]:
+        """Bytes per second, and a cost model; not measured anew if there is a peer `like` it."""
         if link.data is not None:
             if like is not None:
                 return like.met.bytes_per_s, None
             return probe.mapped(link, self._staging, holder.data_bytes), None
-        if like is not None and like.tuner is not None:
+        if like is not None and like.cost_model is not None:
             probe.once(link, self._staging, holder.data_bytes)
-            tuner = like.tuner
+            cost_model = like.cost_model
         else:
-            tuner = Tuner(probe.moves(link, self._staging, holder.data_bytes))
+            cost_model = CostModel(probe.moves(link, self._staging, holder.data_bytes))
         large = probe.LARGE
-        return large / min(c.seconds(1, large) for c in tuner.costs.values()), tuner
+        return large / min(c.seconds(1, large) for c in cost_model.costs.values()), cost_model
 
     def find(self, epoch: bytes) -> Peer:
         """Raises: Stranger."""

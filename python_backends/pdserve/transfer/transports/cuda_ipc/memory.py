@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pdserve.transfer.cuda.calls import Cuda, handle_bytes
 from pdserve.transfer.protocol import Memory, Unreachable
+from pdserve.transfer.transports.cuda_ipc.calls import Cuda, handle_bytes
 
 _INSTEAD = "what can be is memory of cudaMalloc, as DeviceMemory is"
 

@@ -16,12 +16,12 @@ from weakref import WeakSet
 
 import msgspec
 
-from pdserve.transfer.cuda.calls import Cuda, gpu, handle_bytes, load, visible
-from pdserve.transfer.cuda.link import CudaIpcLink, CudaIpcWay
-from pdserve.transfer.cuda.mapping import Mapping
-from pdserve.transfer.cuda.memory import export
 from pdserve.transfer.protocol import Memory, Stuck, TransferError, Unreachable
-from pdserve.transfer.shm import ShmTransport
+from pdserve.transfer.transports.cuda_ipc.calls import Cuda, gpu, handle_bytes, load, visible
+from pdserve.transfer.transports.cuda_ipc.link import CudaIpcLink, CudaIpcWay
+from pdserve.transfer.transports.cuda_ipc.mapping import Mapping
+from pdserve.transfer.transports.cuda_ipc.memory import export
+from pdserve.transfer.transports.shm import ShmTransport
 
 _log = logging.getLogger(__name__)
 

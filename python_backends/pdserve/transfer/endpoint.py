@@ -27,7 +27,7 @@ class Terms:
     """How the prefill lays a KV cache out."""
 
 
-class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sealed like a handle (`pdserve.kvcache.handle.seal`)."""
 
     version: Literal[1] = 1

@@ -23,7 +23,7 @@ _KEPT = 1 << 17
 _ROW = re.compile(r"^\[[^+|]*\]\s+\|(.*)\|$")
 _MESSAGE = re.compile(r"^\[.*UCX\s+(?:WARN|ERROR)\s+(.*)$")
 _LANE = re.compile(r"[a-z]\w*/[^\s,|]+")
-# That a network has no reads of its own is asked for on purpose: see `pdserve.transfer.nixl.agent`.
+# That a network has no reads of its own is asked for on purpose: see `nixl/agent.py`.
 _EXPECTED = "No zero-copy protocol found for get"
 
 

@@ -28,14 +28,14 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pdserve.transfer.nixl import ucx
 from pdserve.transfer.protocol import Memory, TransferError, Unreachable
+from pdserve.transfer.transports.nixl import ucx
 
 T = TypeVar("T")
 
 # UCX imitates what a network cannot do, as reading over TCP, by messages that the other side
 # answers; if we die before the last of the answers, UCX ends the process on the other side
-# ("Fatal: unexpected error"). PROTO_INFO is what `pdserve.transfer.nixl.ucx` reads. TCP_SYN_CNT: to
+# ("Fatal: unexpected error"). PROTO_INFO is what `nixl/ucx.py` reads. TCP_SYN_CNT: to
 # connect to a host that does not answer blocks for 135 s otherwise, with 1 for 3 s; other links
 # and other threads go on meanwhile. CMA_SEG_SIZE: what CMA copies in one call of the kernel, else
 # 512 KiB: a contiguous pull takes 6 % less time.

@@ -13,10 +13,10 @@ from pdserve.kvcache.handle import EPOCH_BYTES, KVHandle, seal
 from pdserve.supervision import Thread
 from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
-from pdserve.transfer.description import Description, Terms, host_id
-from pdserve.transfer.leases import Leases
+from pdserve.transfer.endpoint import Endpoint, Terms, host_id
+from pdserve.transfer.lease.region import SharedRegion
+from pdserve.transfer.lease.table import LeaseTable
 from pdserve.transfer.protocol import Memory, Transport, Unreachable
-from pdserve.transfer.region import SharedRegion
 
 _log = logging.getLogger(__name__)
 
@@ -62,12 +62,12 @@ class Holder:
             data = arrays.aligned((data_bytes,))
         self.data: Array = data
         """Uint8 [data_bytes]."""
-        self.leases = Leases(self.region)
+        self.leases = LeaseTable(self.region)
         self._terms = terms
         self._transports = transports
         ways = self._offer()
         self._description = seal(
-            Description(
+            Endpoint(
                 name=name,
                 host=host_id(),
                 epoch=self.epoch,
@@ -104,7 +104,7 @@ class Holder:
 
     @property
     def description(self) -> bytes:
-        """A sealed `Description`, for those who will pull."""
+        """A sealed `Endpoint`, for those who will pull."""
         return self._description
 
     def handle(self, offset: int, tokens: int, lease: int, nonce: bytes, expires: float) -> bytes:

@@ -7,8 +7,8 @@ from contextlib import suppress
 
 from pdserve.errors import HandleError
 from pdserve.kvcache.handle import KVHandle
+from pdserve.transfer.lease.words import NO_GRANT, NO_NONCE, Pull, grant, pulled, word
 from pdserve.transfer.protocol import Link
-from pdserve.transfer.words import NO_GRANT, NO_NONCE, Pull, grant, pulled, word
 
 WORD_S = 2.0
 """Of reading or writing a few bytes, at most."""
@@ -19,7 +19,7 @@ LOOK_S = 1e-3
 LOOK_BESIDE_S = 10e-3
 
 
-class Lease:
+class RemoteLease:
     """Of the KV cache of `handle`, which has `planes` planes; used by one thread."""
 
     def __init__(self, link: Link, handle: KVHandle, planes: int) -> None:

@@ -1,10 +1,10 @@
 """Transport `nixl`: NIXL over UCX, which picks RDMA, CUDA IPC, CMA (one host) or TCP.
 
 Where the network can read (all but TCP), the receiver does everything by itself; where it cannot,
-it asks the holder to write (`pdserve.transfer.nixl.asks`), and the holder's `progress` matters.
+it asks the holder to write (`nixl/asks.py`), and the holder's `progress` matters.
 
 A peer that stands still is never reported by NIXL, and only the end of an agent keeps what was
-given up from being written later (`pdserve.transfer.nixl.agent`). So every wait has a deadline, a
+given up from being written later (`nixl/agent.py`). So every wait has a deadline, a
 link has its own agent, and whatever fails ends both. Memory is registered anew with every link.
 
 Whoever reaches the port of a UCX process over TCP can read that process's memory: UCX serves reads
@@ -22,13 +22,13 @@ from typing import ClassVar
 
 import msgspec
 
-from pdserve.transfer.cuda.calls import load
-from pdserve.transfer.nixl.agent import Agent
-from pdserve.transfer.nixl.asking import AskingLink
-from pdserve.transfer.nixl.link import NixlLink, Way
-from pdserve.transfer.nixl.reading import ReadingLink
-from pdserve.transfer.nixl.server import Server
 from pdserve.transfer.protocol import Link, Memory, TransferError, Unreachable
+from pdserve.transfer.transports.cuda_ipc.calls import load
+from pdserve.transfer.transports.nixl.agent import Agent
+from pdserve.transfer.transports.nixl.asking import AskingLink
+from pdserve.transfer.transports.nixl.link import NixlLink, Way
+from pdserve.transfer.transports.nixl.reading import ReadingLink
+from pdserve.transfer.transports.nixl.server import Server
 
 OPEN_S = 2.0
 """To connect and to look at the first lease slot."""

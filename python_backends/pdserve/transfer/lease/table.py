@@ -6,11 +6,11 @@ from collections import deque
 from dataclasses import replace
 
 from pdserve.errors import Unavailable
-from pdserve.transfer.region import SharedRegion
-from pdserve.transfer.words import NO_GRANT, Grant, Pull, new_nonce, pulled
+from pdserve.transfer.lease.region import SharedRegion
+from pdserve.transfer.lease.words import NO_GRANT, Grant, Pull, new_nonce, pulled
 
 
-class Leases:
+class LeaseTable:
     """Between revoking and freeing, the holder waits for a receiver that is PULLING (bounded by
     itself), since neither the range nor the slot may be used again under its eyes.
     """

@@ -11,7 +11,7 @@
                             <--    Answer, behind the last byte
 
 Asked for, 64 MiB over loopback take 16 ms, and 55 ms where UCX imitates a read; and a receiver
-that dies in the middle is an error for the holder, not its end (`pdserve.transfer.nixl.agent`).
+that dies in the middle is an error for the holder, not its end (`nixl/agent.py`).
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
+from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.protocol import Link, Pending, Spans
 from pdserve.transfer.scatter import Runs, each, part_of
-from pdserve.transfer.staging import Staging
 
 # Between two pieces, of some 30 ms, the receiver can say that it is alive.
 MAPPED_PIECE = 256 << 20

@@ -7,11 +7,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from pdserve.transfer.cuda.calls import HANDLE_BYTES, UUID_BYTES, Cuda, handle_of
-from pdserve.transfer.cuda.lane import Lane
-from pdserve.transfer.cuda.mapping import Mapping
 from pdserve.transfer.protocol import Memory, Pending, Spans, Stuck, TransferError
-from pdserve.transfer.shm import ShmLink
+from pdserve.transfer.transports.cuda_ipc.calls import HANDLE_BYTES, UUID_BYTES, Cuda, handle_of
+from pdserve.transfer.transports.cuda_ipc.lane import Lane
+from pdserve.transfer.transports.cuda_ipc.mapping import Mapping
+from pdserve.transfer.transports.shm import ShmLink
 
 _Handle = Annotated[bytes, Meta(min_length=HANDLE_BYTES, max_length=HANDLE_BYTES)]
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pdserve.transfer import arrays, strategies
+from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
+from pdserve.transfer.consumer import strategies
+from pdserve.transfer.consumer.cost_model import Seen, Strategy
+from pdserve.transfer.consumer.staging import Staging
+from pdserve.transfer.consumer.strategies import Move, Part
 from pdserve.transfer.protocol import Link
-from pdserve.transfer.staging import Staging
-from pdserve.transfer.strategies import Move, Part
-from pdserve.transfer.tuner import Seen, Strategy
 
 Shape = tuple[int, int, int]
 """Planes, rows, rows in a run."""

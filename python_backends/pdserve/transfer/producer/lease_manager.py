@@ -18,17 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdserve.kvcache.arena import Arena, Range, State
-from pdserve.transfer.following import BEAT_S
-from pdserve.transfer.holder import Holder
-from pdserve.transfer.words import Pull
+from pdserve.transfer.lease.remote import BEAT_S
+from pdserve.transfer.lease.words import Pull
+from pdserve.transfer.producer.holder import Holder
 
 QUIET_S = 20 * BEAT_S
 MAX_RANGES = 4096
 
 
 @dataclass(slots=True, eq=False)
-class Loan:
-    """A range, and from `lend` on its lease. Changed by its `Lending` only."""
+class LeasedRange:
+    """A range, and from `lend` on its lease. Changed by its `LeaseManager` only."""
 
     range: Range
     slot: int | None = None
@@ -38,7 +38,7 @@ class Loan:
     heard_at: float = 0.0
 
 
-class Lending:
+class LeaseManager:
     """Of one holder. Times are seconds on CLOCK_MONOTONIC, given by the caller.
 
     Args:
@@ -49,14 +49,14 @@ class Lending:
         self._holder = holder
         self._leases = holder.leases
         self.arena = Arena(len(holder.data), MAX_RANGES, on_free)
-        self.quarantined: list[Loan] = []
+        self.quarantined: list[LeasedRange] = []
 
-    def allocate(self, nbytes: int) -> Loan | None:
+    def allocate(self, nbytes: int) -> LeasedRange | None:
         """A range to be filled; None if there is no room now."""
         held = self.arena.allocate(nbytes)
-        return Loan(held) if held is not None else None
+        return LeasedRange(held) if held is not None else None
 
-    def lend(self, loan: Loan, tokens: int, until: float) -> bytes:
+    def lend(self, loan: LeasedRange, tokens: int, until: float) -> bytes:
         """Grant a lease; a sealed handle of the KV cache, which may still be being filled.
 
         Raises:
@@ -65,13 +65,13 @@ class Lending:
         loan.slot, nonce = self._leases.grant(until)
         return self._holder.handle(loan.range.offset, tokens, loan.slot, nonce, until)
 
-    def fill(self, loan: Loan, planes: int) -> None:
+    def fill(self, loan: LeasedRange, planes: int) -> None:
         """So many planes may be read now. For the thread that computes; the loan goes on."""
         assert loan.slot is not None
         self._holder.written()
         self._leases.fill(loan.slot, planes)
 
-    def complete(self, loan: Loan, planes: int, token: int, until: float) -> None:
+    def complete(self, loan: LeasedRange, planes: int, token: int, until: float) -> None:
         """All is filled, and the first token is known; a decode has until then to begin."""
         assert loan.slot is not None
         self._holder.written()
@@ -79,14 +79,14 @@ class Lending:
         self._leases.fill(loan.slot, planes, token)
         self.arena.lease(loan.range, until)
 
-    def over(self, loan: Loan, now: float) -> bool:
+    def over(self, loan: LeasedRange, now: float) -> bool:
         """Whether a completed loan has ended: taken, never begun in time, or its reader silent."""
         if self._reading(loan, now):
             self.arena.transfer(loan.range, loan.heard_at + QUIET_S)
             return False
         return loan.beat[0] is not Pull.IDLE or now >= loan.range.until
 
-    def give_back(self, loan: Loan, now: float) -> None:
+    def give_back(self, loan: LeasedRange, now: float) -> None:
         """End a loan, whatever its state; nothing may be writing to its range any more."""
         if loan.slot is None:
             self.arena.free(loan.range)
@@ -107,12 +107,12 @@ class Lending:
         """Ranges and bytes by state."""
         return self.arena.counts()
 
-    def _let_go(self, loan: Loan) -> None:
+    def _let_go(self, loan: LeasedRange) -> None:
         assert loan.slot is not None
         self._leases.free(loan.slot)
         self.arena.release(loan.range)
 
-    def _reading(self, loan: Loan, now: float) -> bool:
+    def _reading(self, loan: LeasedRange, now: float) -> bool:
         """Whether its receiver says that it is reading, and has shown life lately."""
         assert loan.slot is not None
         heard = self._leases.heard(loan.slot)

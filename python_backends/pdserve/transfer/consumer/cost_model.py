@@ -113,7 +113,7 @@ def choose(costs: dict[Strategy, Cost], segments: int, nbytes: int, staging_free
     )
 
 
-class Tuner:
+class CostModel:
     """Of one link. The probes are what it begins with, and what it never quite forgets."""
 
     def __init__(self, probes: dict[Strategy, list[Seen]]) -> None:

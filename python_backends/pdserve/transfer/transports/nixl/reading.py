@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pdserve.transfer.nixl.agent import Agent, Ranges, Transfer, until
-from pdserve.transfer.nixl.link import Alive, NixlLink, NixlPull, Way
+from pdserve.transfer.lease.words import RECEIVER_WORD, SLOT_BYTES, pack_word
 from pdserve.transfer.protocol import Memory, Pending, Spans, TransferError
-from pdserve.transfer.words import RECEIVER_WORD, SLOT_BYTES, pack_word
+from pdserve.transfer.transports.nixl.agent import Agent, Ranges, Transfer, until
+from pdserve.transfer.transports.nixl.link import Alive, NixlLink, NixlPull, Way
 
 # A read over RDMA is done in microseconds, 16 MiB in 1 ms: no nap is that short.
 SPIN_S = 2e-3

@@ -1,4 +1,4 @@
-"""A link over NIXL where the holder has to be asked: TCP. See `pdserve.transfer.nixl.asks`."""
+"""A link over NIXL where the holder has to be asked: TCP. See `nixl/asks.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import time
 
 import numpy as np
 
-from pdserve.transfer.nixl.agent import Agent, until
-from pdserve.transfer.nixl.asks import (
+from pdserve.transfer.protocol import Memory, Pending, Spans, TransferError
+from pdserve.transfer.transports.nixl.agent import Agent, until
+from pdserve.transfer.transports.nixl.asks import (
     Answer,
     Ask,
     Hello,
@@ -18,8 +19,7 @@ from pdserve.transfer.nixl.asks import (
     decode_answer,
     encode,
 )
-from pdserve.transfer.nixl.link import Alive, NixlLink, NixlPull, Way
-from pdserve.transfer.protocol import Memory, Pending, Spans, TransferError
+from pdserve.transfer.transports.nixl.link import Alive, NixlLink, NixlPull, Way
 
 # How often a holder is spoken to that lets us wait: within this it is noticed that it has gone.
 WAIT_S = 50e-3

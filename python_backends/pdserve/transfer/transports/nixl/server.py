@@ -1,4 +1,4 @@
-"""The holder's side of `pdserve.transfer.nixl.asks`."""
+"""The holder's side of `nixl/asks.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from hmac import compare_digest
 import msgspec
 import numpy as np
 
-from pdserve.transfer.nixl.agent import MOVED_S, Agent, Ranges, Transfer
-from pdserve.transfer.nixl.asks import (
+from pdserve.transfer.lease.words import RECEIVER_WORD, SLOT_BYTES, pack_word
+from pdserve.transfer.protocol import Memory, TransferError, Unreachable
+from pdserve.transfer.transports.nixl.agent import MOVED_S, Agent, Ranges, Transfer
+from pdserve.transfer.transports.nixl.asks import (
     Answer,
     Ask,
     Hello,
@@ -25,8 +27,6 @@ from pdserve.transfer.nixl.asks import (
     decode_ask,
     encode,
 )
-from pdserve.transfer.protocol import Memory, TransferError, Unreachable
-from pdserve.transfer.words import RECEIVER_WORD, SLOT_BYTES, pack_word
 
 _log = logging.getLogger(__name__)
 

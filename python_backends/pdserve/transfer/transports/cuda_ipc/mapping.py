@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 
-from pdserve.transfer.cuda.calls import Cuda, Opened, handle_of
+from pdserve.transfer.transports.cuda_ipc.calls import Cuda, Opened, handle_of
 
 
 class Mapping:

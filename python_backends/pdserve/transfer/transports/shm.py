@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.errors import HandleError
+from pdserve.transfer.lease.region import SharedRegion
 from pdserve.transfer.protocol import Memory, Pending, Spans, TransferError, Unreachable
-from pdserve.transfer.region import SharedRegion
 
 
 class _Way(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
