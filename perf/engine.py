@@ -32,9 +32,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
-from pdserve.engines.torch_decode import TorchDecode
-from pdserve.engines.torch_model import TorchModel
-from pdserve.engines.torch_prefill import TorchPrefill
+from pdserve.engines.pytorch.decode import TorchDecode
+from pdserve.engines.pytorch.model import TorchModel
+from pdserve.engines.pytorch.prefill import TorchPrefill
 from pdserve.rpc.messages import Sampling
 from pdserve.transfer.arrays import scatter
 from perf import budgets

@@ -17,8 +17,8 @@ from contextlib import aclosing
 from msgspec import Struct
 
 from pdserve import config
-from pdserve.engines.watches import Watches
 from pdserve.errors import InstanceError
+from pdserve.instances.slot_watches import SlotWatches
 from pdserve.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
@@ -99,7 +99,7 @@ class _Prefill(_Channel):
         self._name = name.encode()
         self._seconds = seconds
         self._busy = False
-        self._watches = Watches()
+        self._watches = SlotWatches()
 
     def answer(self, call: str, request: messages.Request) -> None:
         if isinstance(request, PrefillRequest):

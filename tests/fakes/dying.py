@@ -41,9 +41,9 @@ def models(folder: Path) -> Path:
 
 def install(role: str, folder: str) -> None:
     """In a stub: let what is named by files in `folder` fail."""
-    from pdserve.engines.decode import DecodeInstance
     from pdserve.engines.emulated import EmulatedDecode
-    from pdserve.engines.prefill import PrefillInstance
+    from pdserve.instances.decode import DecodeInstance
+    from pdserve.instances.prefill import PrefillInstance
     from pdserve.models.outbox import Outbox
 
     if role == "prefill":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pdserve.engines.prefill import LOOK_S, TICK_S
-from pdserve.engines.watches import RESERVED_S
+from pdserve.instances.prefill import LOOK_S, TICK_S
+from pdserve.instances.slot_watches import RESERVED_S
 from pdserve.scheduling.decoding import INTRODUCED_S
 from pdserve.scheduling.forwarding import WATCH_S
 from pdserve.scheduling.offering import ANSWER_S

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Sequence
 
-    from pdserve.engines.decode import DecodeInstance
-    from pdserve.engines.prefill import PrefillInstance
+    from pdserve.instances.decode import DecodeInstance
+    from pdserve.instances.prefill import PrefillInstance
     from pdserve.rpc.messages import Reply, Request
     from pdserve.transfer.consumer.receiver import Receiver
     from pdserve.transfer.producer.holder import Holder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pdserve.engines.prefill import TICK_S, PrefillInstance
+from pdserve.instances.prefill import TICK_S, PrefillInstance
 from pdserve.kvcache.arena import State
 from pdserve.transfer.producer.lease_manager import QUIET_S
 from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
@@ -12,7 +12,7 @@ from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pdserve.engines.decode import DecodeInstance
+    from pdserve.instances.decode import DecodeInstance
     from tests.simulation.channels import Life
     from tests.simulation.gateways import Gateway
     from tests.simulation.world import World

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from pdserve.engines.prefill import PrefillInstance
+from pdserve.instances.prefill import PrefillInstance
 from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.breaker import FIRST_S
 from pdserve.scheduling.request import FINAL, Request, State

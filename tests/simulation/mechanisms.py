@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 from unittest import mock
 
-from pdserve.engines.prefill import PrefillInstance
-from pdserve.engines.watches import Watches
+from pdserve.instances.prefill import PrefillInstance
+from pdserve.instances.slot_watches import SlotWatches
 from pdserve.scheduling import scheduler
 from pdserve.scheduling.breaker import Breaker, Budget
 from pdserve.scheduling.decoding import Decoding
@@ -45,7 +45,7 @@ MECHANISMS: dict[str, Patches] = {
     # Who waits is woken when something becomes free.
     "wake-up": ((WaitingLine, "wake", _nothing),),
     # An instance tells those who watch it.
-    "watch": ((Watches, "tell", _nothing),),
+    "watch": ((SlotWatches, "tell", _nothing),),
     # A gateway hears of the slots that its own requests free.
     "freed": ((Forwarding, "freed", _nothing),),
     # Somebody looks again, also if no message comes.
@@ -67,7 +67,7 @@ MECHANISMS: dict[str, Patches] = {
     # A new life of an instance is introduced.
     "introduction": ((Meetings, "introduce", _never), (Meetings, "_round", _never)),
     # A slot is kept for the gateway that was told of it.
-    "reservation": ((Watches, "admits", lambda _, gateway, free: free > 0),),
+    "reservation": ((SlotWatches, "admits", lambda _, gateway, free: free > 0),),
     # Who waits for longer goes first.
     "order": ((Request, "order", property(lambda request: (False, -request.arrived))),),
     # A prompt whose limit has passed is not computed.

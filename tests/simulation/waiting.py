@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from pdserve.engines.prefill import PrefillInstance
+from pdserve.instances.prefill import PrefillInstance
 from pdserve.scheduling.request import State
 from pdserve.scheduling.suspicion import admits
 from tests.simulation.bounds import Bounds

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from pdserve.engines.decode import DecodeInstance
-from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.instances.decode import DecodeInstance
+from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.kvcache.sharding import Sharding
 from pdserve.metrics import Registry
 from pdserve.transfer.consumer.receiver import Receiver

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve.engines.watches import MAX_WATCHES
+from pdserve.instances.slot_watches import MAX_WATCHES
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.messages import Release, Watch
 from pdserve.transfer import key

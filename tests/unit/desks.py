@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pdserve import errors
-from pdserve.engines.watches import Watches
+from pdserve.instances.slot_watches import SlotWatches
 from pdserve.rpc.client import Replies
 from pdserve.rpc.messages import (
     Accepted,
@@ -45,7 +45,7 @@ class Desk:
         self.lose: Callable[[messages.Request | Reply], bool] = lambda message: False
         self.heard: Callable[[messages.Request], None] = lambda request: None
         """Called before a message is dealt with."""
-        self._watches = Watches()
+        self._watches = SlotWatches()
         self._last = 0.0
 
     def open(self, call: str, request: messages.Request) -> Replies:

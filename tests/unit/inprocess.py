@@ -24,12 +24,12 @@ import msgspec
 import numpy as np
 
 from pdserve import config
-from pdserve.engines.decode import DecodeInstance
 from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill, Profile
-from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
-from pdserve.engines.relayed.decode import RelayedDecode
-from pdserve.engines.relayed.prefill import RelayedPrefill
 from pdserve.errors import InstanceError, PDServeError
+from pdserve.instances.decode import DecodeInstance
+from pdserve.instances.external.decode import ExternalDecode
+from pdserve.instances.external.prefill import ExternalPrefill
+from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.kvcache.sharding import sharding_for
 from pdserve.metrics import Registry
@@ -73,7 +73,7 @@ LIMIT_S = 120.0
 CLEAN_S = 0.2
 
 Message = messages.Request | Reply
-AnyInstance = PrefillInstance | RelayedPrefill | DecodeInstance | RelayedDecode
+AnyInstance = PrefillInstance | ExternalPrefill | DecodeInstance | ExternalDecode
 
 
 def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -206,19 +206,19 @@ def submit(
     elif isinstance(request, Watch):
         instance.watch(request, request.gateway, send)
     elif isinstance(request, Taken):
-        assert isinstance(instance, RelayedPrefill)
+        assert isinstance(instance, ExternalPrefill)
         instance.taken(request.id, send)
     elif isinstance(request, PrefillRequest):
-        assert isinstance(instance, PrefillInstance | RelayedPrefill)
+        assert isinstance(instance, PrefillInstance | ExternalPrefill)
         instance.submit(request, send)
     elif isinstance(request, Describe):
-        assert isinstance(instance, PrefillInstance | RelayedPrefill)
+        assert isinstance(instance, PrefillInstance | ExternalPrefill)
         instance.describe(send)
     elif isinstance(request, Join):
-        assert isinstance(instance, DecodeInstance | RelayedDecode)
+        assert isinstance(instance, DecodeInstance | ExternalDecode)
         instance.join(request, send)
     else:
-        assert isinstance(instance, DecodeInstance | RelayedDecode)
+        assert isinstance(instance, DecodeInstance | ExternalDecode)
         instance.submit(request, send)
 
 

@@ -8,11 +8,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from pdserve.engines import admission
 from pdserve.errors import InvalidRequest
+from pdserve.instances import admission
 from pdserve.rpc.messages import Busy, DecodeRequest, Failed, PrefillRequest, Reply, Sampling
+from tests.unit.external import Relay
 from tests.unit.inprocess import VOCABULARY, Site, virtual
-from tests.unit.relayed import Relay
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pdserve import errors
-from pdserve.engines.decode import MAX_JOINS
+from pdserve.instances.decode import MAX_JOINS
 from pdserve.rpc.messages import (
     Accepted,
     Busy,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pdserve.engines.forwards import AHEAD_S, Forwards
+from pdserve.instances.forwards import AHEAD_S, Forwards
 from pdserve.rpc.messages import Busy, Freed
 from pdserve.scheduling.request import State
 from tests.unit.inprocess import Site, virtual

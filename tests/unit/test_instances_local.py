@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from pdserve.engines.prompts import INLINE_COPY
+from pdserve.instances.local_prefill import INLINE_COPY
 from pdserve.rpc.messages import (
     Accepted,
     Busy,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.engines.prefill import MAX_QUARANTINED
+from pdserve.instances.prefill import MAX_QUARANTINED
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.rpc.messages import Accepted, Busy, Failed, Prefilled, Released
 from pdserve.transfer.lease.remote import RemoteLease

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve.engines.prefill import LOOK_S, MAX_QUARANTINED
-from pdserve.engines.watches import MAX_WATCHES, RESERVED_S
+from pdserve.instances.prefill import LOOK_S, MAX_QUARANTINED
+from pdserve.instances.slot_watches import MAX_WATCHES, RESERVED_S
 from pdserve.rpc.messages import Accepted, Busy, Failed, Freed, Prefilled, Released, Reply, Watch
 from tests.unit.inprocess import Site, virtual
 from tests.unit.test_instances_prefill import TIMES, Client

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve.engines.prefill import LOOK_S
-from pdserve.engines.watches import RESERVED_S, Watches
+from pdserve.instances.prefill import LOOK_S
+from pdserve.instances.slot_watches import RESERVED_S, SlotWatches
 from pdserve.rpc.messages import (
     Busy,
     Freed,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from pdserve.engines.watches import Send
+    from pdserve.instances.slot_watches import Send
 
 # How closely the test looks.
 GLANCE_S = 1e-4
@@ -128,7 +128,7 @@ def test_any_history_of_a_line() -> None:
     """Each watch ends once and in turn, and what is free is either kept or wanted by nobody."""
     for seed in range(300):
         rng = random.Random(seed)
-        watches, ended, line = Watches(), Counter[str](), list[str]()
+        watches, ended, line = SlotWatches(), Counter[str](), list[str]()
         now, free = 0.0, 2
 
         def hear(call: str, ended: Counter[str], reply: Reply, last: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.engines.watches import RESERVED_S
+from pdserve.instances.slot_watches import RESERVED_S
 from pdserve.rpc.messages import PrefillRequest
 from pdserve.scheduling.request import State
 from tests.unit.desks import LATENCY_S, Desk, Gateway, rejections

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pdserve import errors
-from pdserve.engines.acceptance import TRIAL_S
 from pdserve.errors import InstanceEnded
+from pdserve.instances.acceptance import TRIAL_S
 from pdserve.rpc.messages import (
     SUSPECT,
     Accepted,

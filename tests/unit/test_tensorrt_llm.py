@@ -23,7 +23,7 @@ from pdserve.config.llm_options import (
     LlmOptions,
 )
 from pdserve.engines import build
-from pdserve.engines.relayed.protocol import Asked
+from pdserve.engines.external import Asked
 from pdserve.engines.tensorrt_llm import api, link, sampling
 from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
 from pdserve.rpc import messages
@@ -73,7 +73,7 @@ def runtime(name: Any) -> LlmOptions:
 
 
 def engine(role: config.Role, wanted: config.Deployment) -> TensorRTLLM:
-    made = build.relayed(f"{role}_0", role, wanted)
+    made = build.external(f"{role}_0", role, wanted)
     assert isinstance(made, TensorRTLLM)
     return made
 

@@ -36,9 +36,9 @@ def test_what_somebody_has_chosen_stays() -> None:
 
 
 def test_engines_that_move_kv_caches_themselves_use_ucx_too() -> None:
-    relayed = Deployment("m", (Server("s"),), engine=Engine(kind="tensorrt_llm"))
+    external = Deployment("m", (Server("s"),), engine=Engine(kind="tensorrt_llm"))
 
-    assert network.variables(relayed, {}) == {"UCX_NET_DEVICES": "lo"}
+    assert network.variables(external, {}) == {"UCX_NET_DEVICES": "lo"}
 
 
 def test_a_deployment_without_ucx_says_nothing_of_it() -> None:

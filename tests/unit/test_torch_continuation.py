@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
-from pdserve.engines.torch_model import TorchModel
+from pdserve.engines.pytorch.model import TorchModel
 from pdserve.rpc.messages import Sampling
 from pdserve.transfer.scatter import scatter
 from tests.unit.test_torch_engine import CONFIGS, FREE, GREEDY, SEEDED, Pair, prompt, save

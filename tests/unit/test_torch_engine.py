@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
-from pdserve.engines.torch_decode import TorchDecode
-from pdserve.engines.torch_model import TorchModel
-from pdserve.engines.torch_prefill import TorchPrefill
+from pdserve.engines.pytorch.decode import TorchDecode
+from pdserve.engines.pytorch.model import TorchModel
+from pdserve.engines.pytorch.prefill import TorchPrefill
 from pdserve.errors import DeploymentError
 from pdserve.rpc.messages import Sampling
 from pdserve.transfer.scatter import scatter

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from pdserve import config
-from pdserve.engines.decode import DecodeInstance
-from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
-from pdserve.engines.torch import ThreadedDecode, ThreadedPrefill
-from pdserve.engines.torch_model import TorchModel
+from pdserve.engines.pytorch.model import TorchModel
+from pdserve.engines.pytorch.threads import ThreadedDecode, ThreadedPrefill
+from pdserve.instances.decode import DecodeInstance
+from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.kvcache.sharding import sharding_for
 from pdserve.metrics import Registry
 from pdserve.rpc.messages import DecodeRequest, Prefilled, PrefillRequest, Reply, Sampling, Tokens

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pdserve.engines.torch_sampling import Choice, distribution, penalize, sample, uniform
+from pdserve.engines.pytorch.sampling import Choice, distribution, penalize, sample, uniform
 from pdserve.rpc.messages import Sampling
 
 VOCABULARY = 500

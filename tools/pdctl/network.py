@@ -30,7 +30,7 @@ def variables(
 
 
 def _loopback(deployment: Deployment, environment: Mapping[str, str]) -> str | None:
-    uses_ucx = "nixl" in deployment.transports or deployment.engine.relayed
+    uses_ucx = "nixl" in deployment.transports or deployment.engine.external
     chosen = "UCX_NET_DEVICES" in environment
     near = all(map(_is_loopback, (server.host for server in deployment.servers)))
     return "lo" if uses_ucx and near and not chosen else None

@@ -72,11 +72,11 @@ def _misfit(deployment: Deployment) -> Iterator[str]:
                 yield f"engine.{field}: there is no instance {name}; there are: {there_are}"
     if engine.tensorrt_llm != LlmOptions() and engine.kind != "tensorrt_llm":
         yield f"engine.tensorrt_llm: this deployment's kind of engine is {engine.kind}"
-    if engine.relayed:
-        yield from _unrelayable(deployment, instances)
+    if engine.external:
+        yield from _external_misfit(deployment, instances)
 
 
-def _unrelayable(deployment: Deployment, instances: dict[str, Role]) -> Iterator[str]:
+def _external_misfit(deployment: Deployment, instances: dict[str, Role]) -> Iterator[str]:
     """What does not go with an engine that moves KV caches itself."""
     engine, transfer = deployment.engine, deployment.transfer
     if transfer.strategy != "auto" or transfer.transports is not None:

@@ -79,7 +79,7 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     """Of ``tensorrtllm_backend``: what computes for each instance."""
 
     @property
-    def relayed(self) -> bool:
+    def external(self) -> bool:
         """The engine moves KV caches itself."""
         return self.kind in ("tensorrt_llm", "tensorrtllm_backend")
 

@@ -1,1 +1,1 @@
-"""What computes: the torch engine, and the emulated one behind the same calls."""
+"""What computes: PyTorch, TensorRT-LLM, and an emulated engine that only waits."""

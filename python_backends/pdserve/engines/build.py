@@ -15,11 +15,11 @@ from pdserve.engines.protocol import DecodeEngine, PrefillEngine
 from pdserve.errors import DeploymentError
 
 if TYPE_CHECKING:
+    from pdserve.engines.pytorch.model import TorchModel
     from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
     from pdserve.engines.tensorrtllm_backend.engine import BackendModel
-    from pdserve.engines.torch_model import TorchModel
 
-    RelayedEngine = TensorRTLLM | BackendModel
+    ExternalEngine = TensorRTLLM | BackendModel
 
 
 def model(deployment: config.Deployment) -> EmulatedModel | TorchModel:
@@ -34,7 +34,7 @@ def model(deployment: config.Deployment) -> EmulatedModel | TorchModel:
     # Threads that wait by spinning would take the cores from the other instances; read by
     # OpenMP when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from pdserve.engines.torch_model import TorchModel
+    from pdserve.engines.pytorch.model import TorchModel
 
     return TorchModel(deployment.model, engine.device, engine.dtype, engine.threads)
 
@@ -43,7 +43,7 @@ def prefill(model: EmulatedModel | TorchModel) -> PrefillEngine:
     """A prefill engine over the model."""
     if isinstance(model, EmulatedModel):
         return EmulatedPrefill(model)
-    from pdserve.engines.torch import ThreadedPrefill
+    from pdserve.engines.pytorch.threads import ThreadedPrefill
 
     return ThreadedPrefill(model)
 
@@ -52,12 +52,12 @@ def decode(model: EmulatedModel | TorchModel, limits: config.Decode) -> DecodeEn
     """A decode engine over the model, with a pool of ``limits.blocks`` blocks."""
     if isinstance(model, EmulatedModel):
         return EmulatedDecode(model, limits.blocks, limits.block_size)
-    from pdserve.engines.torch import ThreadedDecode
+    from pdserve.engines.pytorch.threads import ThreadedDecode
 
     return ThreadedDecode(model, limits.blocks, limits.block_size)
 
 
-def relayed(name: str, role: config.Role, deployment: config.Deployment) -> RelayedEngine:
+def external(name: str, role: config.Role, deployment: config.Deployment) -> ExternalEngine:
     """An engine that moves KV caches itself, for one instance.
 
     Raises:
@@ -76,7 +76,7 @@ def relayed(name: str, role: config.Role, deployment: config.Deployment) -> Rela
 def longest(deployment: config.Deployment) -> int:
     """Tokens of prompt and answer together that any decode takes; without loading the model."""
     length = context_length(deployment)
-    if deployment.engine.relayed:
+    if deployment.engine.external:
         options = deployment.engine.tensorrt_llm
         asked = options.prefill.max_seq_len, options.decode.max_seq_len
         return min([length, *filter(None, asked)])
@@ -95,7 +95,7 @@ def context_length(deployment: config.Deployment) -> int:
     else:
         names = json.loads((path / "config.json").read_bytes())
     names = names.get("text_config") or names
-    if not deployment.engine.relayed:
+    if not deployment.engine.external:
         checkpoint.check_attention(path, names)
     for name in ("max_position_embeddings", "n_positions"):
         if name in names:

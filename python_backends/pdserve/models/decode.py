@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pdserve import config
 from pdserve.engines import build
-from pdserve.engines.decode import DecodeInstance
-from pdserve.engines.relayed.decode import RelayedDecode
+from pdserve.instances.decode import DecodeInstance
+from pdserve.instances.external.decode import ExternalDecode
 from pdserve.metrics import Registry
 from pdserve.models.instance import InstanceModel
 from pdserve.transfer import plane
@@ -14,13 +14,13 @@ from pdserve.transfer import plane
 class TritonPythonModel(InstanceModel):
     def make(
         self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
-    ) -> DecodeInstance | RelayedDecode:
+    ) -> DecodeInstance | ExternalDecode:
         limits = deployment.decode
         peers = len(deployment.instances("decode"))
-        if deployment.engine.relayed:
-            relayed = build.relayed(name, "decode", deployment)
+        if deployment.engine.external:
+            external = build.external(name, "decode", deployment)
             kind = deployment.engine.kind
-            return RelayedDecode(name, relayed, kind, limits, secret, peers, metrics)
+            return ExternalDecode(name, external, kind, limits, secret, peers, metrics)
         model = build.model(deployment)
         engine = build.decode(model, limits)
         terms = plane.terms(deployment, model.fingerprint, model.layout)

@@ -13,10 +13,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors
-from pdserve.engines.decode import DecodeInstance
-from pdserve.engines.prefill import PrefillInstance
-from pdserve.engines.relayed.decode import RelayedDecode
-from pdserve.engines.relayed.prefill import RelayedPrefill
+from pdserve.instances.decode import DecodeInstance
+from pdserve.instances.external.decode import ExternalDecode
+from pdserve.instances.external.prefill import ExternalPrefill
+from pdserve.instances.prefill import PrefillInstance
 from pdserve.metrics import Registry
 from pdserve.models import former, stub
 from pdserve.models.outbox import Outbox
@@ -52,7 +52,7 @@ class InstanceModel(ABC):
     @abstractmethod
     def make(
         self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
-    ) -> PrefillInstance | RelayedPrefill | DecodeInstance | RelayedDecode:
+    ) -> PrefillInstance | ExternalPrefill | DecodeInstance | ExternalDecode:
         """The instance; its model is loaded here."""
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -134,15 +134,15 @@ class InstanceModel(ABC):
                 self._instance.release(released, send)
             case instance, Watch() as request:
                 instance.watch(request, call.stream, send)
-            case RelayedPrefill() as prefill, Taken(id=taken):
+            case ExternalPrefill() as prefill, Taken(id=taken):
                 prefill.taken(taken, send)
-            case PrefillInstance() | RelayedPrefill() as prefill, PrefillRequest() as request:
+            case PrefillInstance() | ExternalPrefill() as prefill, PrefillRequest() as request:
                 prefill.submit(request, send)
-            case PrefillInstance() | RelayedPrefill() as prefill, Describe():
+            case PrefillInstance() | ExternalPrefill() as prefill, Describe():
                 prefill.describe(send)
-            case DecodeInstance() | RelayedDecode() as decode, DecodeRequest() as request:
+            case DecodeInstance() | ExternalDecode() as decode, DecodeRequest() as request:
                 decode.submit(request, send)
-            case DecodeInstance() | RelayedDecode() as decode, Join() as request:
+            case DecodeInstance() | ExternalDecode() as decode, Join() as request:
                 decode.join(request, send)
             case instance, request:
                 raise errors.InstanceError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pdserve import config
 from pdserve.engines import build
-from pdserve.engines.prefill import MAX_QUARANTINED, PrefillInstance
-from pdserve.engines.relayed.prefill import RelayedPrefill
+from pdserve.instances.external.prefill import ExternalPrefill
+from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.metrics import Registry
 from pdserve.models.instance import InstanceModel
 from pdserve.transfer import plane
@@ -14,11 +14,11 @@ from pdserve.transfer import plane
 class TritonPythonModel(InstanceModel):
     def make(
         self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
-    ) -> PrefillInstance | RelayedPrefill:
+    ) -> PrefillInstance | ExternalPrefill:
         limits = deployment.prefill
-        if deployment.engine.relayed:
-            engine = build.relayed(name, "prefill", deployment)
-            return RelayedPrefill(name, engine, limits, secret, metrics)
+        if deployment.engine.external:
+            engine = build.external(name, "prefill", deployment)
+            return ExternalPrefill(name, engine, limits, secret, metrics)
         model = build.model(deployment)
         terms = plane.terms(deployment, model.fingerprint, model.layout)
         holder = plane.holder(deployment, name, terms, limits.slots + MAX_QUARANTINED)

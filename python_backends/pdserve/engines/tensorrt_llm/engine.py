@@ -15,7 +15,7 @@ import msgspec
 
 from pdserve import config, errors
 from pdserve.engines import checkpoint
-from pdserve.engines.relayed.protocol import Asked, Context, FinishReason, Piece, Report
+from pdserve.engines.external import Asked, Context, FinishReason, Piece, Report
 from pdserve.engines.tensorrt_llm import sampling
 from pdserve.engines.tensorrt_llm.api import Api
 from pdserve.engines.tensorrt_llm.link import pack, unpack

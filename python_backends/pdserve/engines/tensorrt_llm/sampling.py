@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from pdserve.engines.relayed.protocol import Asked
+from pdserve.engines.external import Asked
 from pdserve.errors import DeploymentError
 
 NEEDED = (

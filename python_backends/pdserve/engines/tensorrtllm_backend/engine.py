@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from pdserve import config, errors
 from pdserve.connections import GRPC_OPTIONS
 from pdserve.engines import checkpoint
-from pdserve.engines.relayed.protocol import Asked, Context, Piece, Report
+from pdserve.engines.external import Asked, Context, Piece, Report
 from pdserve.engines.tensorrtllm_backend import tensors
 from pdserve.engines.tensorrtllm_backend.tensors import Answer, Tensors
 

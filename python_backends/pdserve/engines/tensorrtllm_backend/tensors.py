@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pdserve.engines.relayed.protocol import Asked
+from pdserve.engines.external import Asked
 from pdserve.errors import InstanceError
 
 REQUEST_TYPE = "request_type"

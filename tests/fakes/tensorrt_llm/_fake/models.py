@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from pdserve.engines.protocol import DecodeEngine
-    from pdserve.engines.torch_model import TorchModel
+    from pdserve.engines.pytorch.model import TorchModel
 
     Model: TypeAlias = EmulatedModel | TorchModel
 
@@ -44,7 +44,7 @@ def load(path: str, dtype: str) -> Model:
 def _torch(path: str, dtype: str) -> TorchModel:
     # Read by OpenMP when torch is imported: threads that spin take the cores from others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from pdserve.engines.torch_model import TorchModel
+    from pdserve.engines.pytorch.model import TorchModel
 
     return TorchModel(path, "cpu", dtype, threads=1)
 
@@ -53,6 +53,6 @@ def engine(model: Model, blocks: int, block_size: int) -> DecodeEngine:
     """What computes it: prompts, too."""
     if isinstance(model, EmulatedModel):
         return EmulatedDecode(model, blocks, block_size)
-    from pdserve.engines.torch import ThreadedDecode
+    from pdserve.engines.pytorch.threads import ThreadedDecode
 
     return ThreadedDecode(model, blocks, block_size)

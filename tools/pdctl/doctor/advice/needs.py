@@ -49,7 +49,7 @@ def needs(deployment: Deployment, servers: Sequence[Server]) -> Needs:
     engine = deployment.engine
     here = {server.name for server in servers if server.here}
     to_start = {server.name for server in servers if server.here and server.pid is None}
-    transports = () if engine.relayed else deployment.transports
+    transports = () if engine.external else deployment.transports
     arena = deployment.prefill.arena_mib
     shared = arena if engine.gpu is None and "shm" in transports else 0
     pairs = _pairs(deployment, here)

@@ -27,7 +27,7 @@ def transports(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
             unused="" if needs.nixl else "nixl: the deployment does without",
         )
     if not needs.transports:
-        yield _relayed(inventory, needs)
+        yield _external(inventory, needs)
         return
     if needs.near:
         yield _chosen("KV caches here", _near(inventory, needs))
@@ -43,7 +43,7 @@ def transports(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
         )
 
 
-def _relayed(inventory: Inventory, needs: Needs) -> Finding:
+def _external(inventory: Inventory, needs: Needs) -> Finding:
     """Over what an engine moves KV caches by itself is told by its own log only."""
     lacks = no_rdma(inventory.rdma) if needs.far else ""
     refused = bool(lacks) and needs.rdma_only

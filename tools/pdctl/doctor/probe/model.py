@@ -38,7 +38,7 @@ def model(deployment: Deployment) -> str:
             heads = _heads(path, deployment) or max(ranks)
         if any(server.gateway for server in deployment.servers):
             _check_tokenizer(path)
-        if not deployment.engine.relayed:
+        if not deployment.engine.external:
             sharding_for(*ranks, heads)
     except OSError as error:
         return f"{error.filename or path}: {error.strerror or error}"

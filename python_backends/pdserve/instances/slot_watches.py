@@ -48,7 +48,7 @@ class Kept(NamedTuple):
     until: float
 
 
-class Watches:
+class SlotWatches:
     """Of one instance. Times are ``loop.time()`` seconds, given by the caller.
 
     Whatever may have made something free is followed by ``tell``, and so is every watch.
@@ -127,7 +127,7 @@ class Watches:
             one.send(reply, True)
 
 
-class EndWatches(Watches):
+class RoomWatches(SlotWatches):
     """Of a decode: nobody says how much they wait for, so all are told when a request has ended."""
 
     def __init__(self, room: Callable[[], Room]) -> None:

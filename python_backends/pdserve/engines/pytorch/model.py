@@ -19,8 +19,9 @@ from transformers import (
     PretrainedConfig,
 )
 
-from pdserve.engines import checkpoint, torch_linear
-from pdserve.engines.torch_attention import NAME, KVMemory
+from pdserve.engines import checkpoint
+from pdserve.engines.pytorch import linear
+from pdserve.engines.pytorch.attention import NAME, KVMemory
 from pdserve.errors import DeploymentError
 from pdserve.kvcache.layout import KVLayout
 
@@ -59,7 +60,7 @@ class TorchModel:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise DeploymentError(f"{path} cannot be loaded: {error}") from error
         if self.device.type == "cpu":
-            torch_linear.adapt(self._model)
+            linear.adapt(self._model)
         config = self._model.config.get_text_config(decoder=True)
         checkpoint.check_attention(place, config.to_dict())
         self.context_length: int = config.max_position_embeddings

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from pdserve import pools
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
-from pdserve.engines.torch_decode import TorchDecode
-from pdserve.engines.torch_model import TorchModel
-from pdserve.engines.torch_prefill import TorchPrefill
+from pdserve.engines.pytorch.decode import TorchDecode
+from pdserve.engines.pytorch.model import TorchModel
+from pdserve.engines.pytorch.prefill import TorchPrefill
 from pdserve.transfer.arrays import Array
 
 

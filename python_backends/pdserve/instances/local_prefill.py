@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdserve import errors
-from pdserve.engines.acceptance import AGAIN_S
-from pdserve.engines.opened import Opened
 from pdserve.engines.protocol import DecodeEngine
+from pdserve.instances.acceptance import AGAIN_S
+from pdserve.instances.accepted_call import AcceptedCall
 from pdserve.metrics import Registry
 from pdserve.rpc.messages import Accepted
 from pdserve.transfer import arrays
@@ -27,14 +27,14 @@ INLINE_COPY = 256 << 10
 
 @dataclass(slots=True, eq=False)
 class _Prompt:
-    opened: Opened
+    opened: AcceptedCall
     computed: int
     """Tokens whose K and V are in its blocks, or will be once the cached ones are copied."""
     seconds: float = 0.0
     """Of computing."""
 
 
-class Prompts:
+class LocalPrefill:
     """Of one decode instance, first come first; used in its event loop.
 
     Args:
@@ -48,7 +48,7 @@ class Prompts:
         engine: DecodeEngine,
         turn_tokens: int,
         metrics: Registry,
-        done: Callable[[Opened, Pulled | Exception], None],
+        done: Callable[[AcceptedCall, Pulled | Exception], None],
     ) -> None:
         self._name = name
         self._engine = engine
@@ -66,7 +66,7 @@ class Prompts:
         """What waits takes a turn or more: whoever comes now is better served elsewhere."""
         return sum(map(self._left, self._waiting)) >= self._turn_tokens
 
-    def add(self, opened: Opened) -> None:
+    def add(self, opened: AcceptedCall) -> None:
         """Compute a prompt, but for what the pool has of it."""
         self._waiting.append(_Prompt(opened, opened.reserved.held))
 
@@ -110,7 +110,7 @@ class Prompts:
             opened.sent_at = now
             opened.send(Accepted(), False)
 
-    async def _copy(self, opened: Opened) -> None:
+    async def _copy(self, opened: AcceptedCall) -> None:
         """Bring what the pool has of a prompt into its blocks."""
         pool, reserved = self._engine.pool, opened.reserved
 

@@ -16,14 +16,14 @@ import msgspec
 import numpy as np
 
 from pdserve import config, errors
-from pdserve.engines import admission
-from pdserve.engines.acceptance import AFTER_S, TRIAL_S, interval_s
-from pdserve.engines.arrivals import Arrivals
-from pdserve.engines.opened import Opened
-from pdserve.engines.prompts import Prompts
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
-from pdserve.engines.slots import show
-from pdserve.engines.watches import EndWatches, Send
+from pdserve.instances import admission
+from pdserve.instances.acceptance import AFTER_S, TRIAL_S, interval_s
+from pdserve.instances.accepted_call import AcceptedCall
+from pdserve.instances.kv_imports import KVImports
+from pdserve.instances.local_prefill import LocalPrefill
+from pdserve.instances.slot_watches import RoomWatches, Send
+from pdserve.instances.slots import show
 from pdserve.kvcache.block_manager import BlockManager
 from pdserve.kvcache.handle import KVHandle
 from pdserve.metrics import Registry
@@ -83,12 +83,12 @@ class DecodeInstance:
         self._metrics = metrics
         self._blocks = BlockManager(limits.blocks, limits.block_size)
         self._capacity = limits.blocks * limits.block_size
-        self._arrivals = Arrivals(name, engine, receiver, pulls, metrics)
-        self._prompts = Prompts(name, engine, turn_tokens, metrics, self._arrived)
-        self._watches = EndWatches(self._room)
+        self._arrivals = KVImports(name, engine, receiver, pulls, metrics)
+        self._prompts = LocalPrefill(name, engine, turn_tokens, metrics, self._arrived)
+        self._watches = RoomWatches(self._room)
         self._joins = 0
-        self._open: dict[str, Opened] = {}
-        self._running: dict[str, Opened] = {}
+        self._open: dict[str, AcceptedCall] = {}
+        self._running: dict[str, AcceptedCall] = {}
         self._work = asyncio.Event()
         self._tasks = Background()
 
@@ -158,10 +158,10 @@ class DecodeInstance:
             cached=reserved.held,
             outputs=request.outputs,
         )
-        opened = self._open[request.id] = Opened(request, send, reserved, sequence)
+        opened = self._open[request.id] = AcceptedCall(request, send, reserved, sequence)
         self._take_in(opened, handle)
 
-    def _take_in(self, opened: Opened, handle: KVHandle | None) -> None:
+    def _take_in(self, opened: AcceptedCall, handle: KVHandle | None) -> None:
         request = opened.request
         if request.suspect or request.hurry:
             self._accept(opened)
@@ -172,7 +172,7 @@ class DecodeInstance:
         else:
             self._begin(opened, handle)
 
-    def _accept(self, opened: Opened) -> None:
+    def _accept(self, opened: AcceptedCall) -> None:
         opened.send(Accepted(room=self._room()), False)
 
     def _full(self, request: DecodeRequest) -> str:
@@ -183,7 +183,7 @@ class DecodeInstance:
             return SUSPECT
         return "prompts" if not request.handle and self._prompts.full else ""
 
-    def _begin(self, opened: Opened, handle: KVHandle | None) -> None:
+    def _begin(self, opened: AcceptedCall, handle: KVHandle | None) -> None:
         if handle is not None:
             done = partial(self._arrived, opened)
             self._arrivals.pull(handle, opened.reserved, opened.sequence, done)
@@ -233,7 +233,7 @@ class DecodeInstance:
 
         self._arrivals.join(request.description, done)
 
-    def _arrived(self, opened: Opened, pulled: Pulled | Exception) -> None:
+    def _arrived(self, opened: AcceptedCall, pulled: Pulled | Exception) -> None:
         if not isinstance(pulled, Exception):
             opened.arrived = True
             self._blocks.arrived(opened.reserved, opened.sequence.prompt)
@@ -267,7 +267,7 @@ class DecodeInstance:
                     await self._step(batch)
                 self._metrics.add("pdserve_steps_total", instance=self._name)
 
-    async def _step(self, batch: list[Opened]) -> None:
+    async def _step(self, batch: list[AcceptedCall]) -> None:
         try:
             tokens = await self._engine.step([opened.sequence for opened in batch])
         except Exception as error:  # one bad step may not end the instance
@@ -280,12 +280,12 @@ class DecodeInstance:
         for opened, token in zip(batch, tokens, strict=True):
             self._append(opened, token, now, max(interval, opened.request.min_interval_ms / 1e3))
 
-    def _batch(self) -> list[Opened]:
+    def _batch(self) -> list[AcceptedCall]:
         for opened in [opened for opened in self._running.values() if opened.released]:
             self._end(opened, None)
         return list(self._running.values())
 
-    def _append(self, opened: Opened, token: int, now: float, interval: float) -> None:
+    def _append(self, opened: AcceptedCall, token: int, now: float, interval: float) -> None:
         if opened.released:
             return
         request, sequence = opened.request, opened.sequence
@@ -312,7 +312,7 @@ class DecodeInstance:
             opened.pulled = None
             opened.sent_at = now
 
-    def _end(self, opened: Opened, reply: Reply | None) -> None:
+    def _end(self, opened: AcceptedCall, reply: Reply | None) -> None:
         """The request is over; nothing is held for it from here on."""
         self._running.pop(opened.request.id, None)
         del self._open[opened.request.id]

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from pdserve.engines.protocol import PrefillJob
-from pdserve.engines.torch_attention import PrefillMemory
-from pdserve.engines.torch_fixed import replay
-from pdserve.engines.torch_model import TorchModel
-from pdserve.engines.torch_sampling import Choice, sample
+from pdserve.engines.pytorch.attention import PrefillMemory
+from pdserve.engines.pytorch.fixed_shapes import replay
+from pdserve.engines.pytorch.model import TorchModel
+from pdserve.engines.pytorch.sampling import Choice, sample
 
 
 class TorchPrefill:

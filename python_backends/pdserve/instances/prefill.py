@@ -13,12 +13,12 @@ import asyncio
 from dataclasses import dataclass
 
 from pdserve import config, errors
-from pdserve.engines import admission
-from pdserve.engines.acceptance import TRIAL_S, Acceptance
-from pdserve.engines.forwards import Forwards
 from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
-from pdserve.engines.slots import show
-from pdserve.engines.watches import Send, Watches
+from pdserve.instances import admission
+from pdserve.instances.acceptance import TRIAL_S, Acceptance
+from pdserve.instances.forwards import Forwards
+from pdserve.instances.slot_watches import Send, SlotWatches
+from pdserve.instances.slots import show
 from pdserve.kvcache.arena import Range, State
 from pdserve.kvcache.prefix_index import PrefixIndex, shorten
 from pdserve.kvcache.sharding import Sharding
@@ -97,7 +97,7 @@ class PrefillInstance:
         self._on_trial: _Held | None = None
         """A suspect that has been accepted and is not pending yet."""
         self._work = asyncio.Event()
-        self._watches = Watches()
+        self._watches = SlotWatches()
         self._stirred = asyncio.Event()
         """Something is free for those who watch, or may soon be so by itself."""
         self._forwards = Forwards(nearly_over=self._stirred.set)

@@ -6,14 +6,14 @@ import asyncio
 from dataclasses import dataclass, field
 
 from pdserve.engines.protocol import DecodeSequence
-from pdserve.engines.watches import Send
+from pdserve.instances.slot_watches import Send
 from pdserve.kvcache.block_manager import ReservedBlocks
 from pdserve.rpc.messages import DecodeRequest, Reply
 from pdserve.transfer.reports import Pulled
 
 
 @dataclass(slots=True, eq=False)
-class Opened:
+class AcceptedCall:
     """Changed by its instance only."""
 
     request: DecodeRequest

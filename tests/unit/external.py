@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pdserve import config
-from pdserve.engines.relayed.decode import RelayedDecode
-from pdserve.engines.relayed.prefill import RelayedPrefill
-from pdserve.engines.relayed.protocol import Asked, Context, Piece, Report
+from pdserve.engines.external import Asked, Context, Piece, Report
 from pdserve.errors import InstanceError
+from pdserve.instances.external.decode import ExternalDecode
+from pdserve.instances.external.prefill import ExternalPrefill
 from pdserve.metrics import Registry
 from tests.unit.inprocess import EOS, Model, Site, model
 
@@ -131,7 +131,7 @@ class ScriptedGeneration:
 
 @dataclass
 class Relay(Site):
-    """A scheduler over relayed instances."""
+    """A scheduler over external instances."""
 
     met: bool = False
     fingerprint: Callable[[str], str] = lambda name: "engine:1"
@@ -152,11 +152,11 @@ class Relay(Site):
             ScriptedGeneration(self.world, self.fingerprint(name)) for name in d_names
         ]
         self.p: list[Any] = [
-            RelayedPrefill(name, engine, limits_p, KEY, self.metrics)
+            ExternalPrefill(name, engine, limits_p, KEY, self.metrics)
             for name, engine in zip(p_names, self.contexts, strict=True)
         ]
         self.d: list[Any] = [
-            RelayedDecode(name, engine, "scripted", limits_d, KEY, self.decodes, self.metrics)
+            ExternalDecode(name, engine, "scripted", limits_d, KEY, self.decodes, self.metrics)
             for name, engine in zip(d_names, self.generations, strict=True)
         ]
         for instance in (*self.p, *self.d):

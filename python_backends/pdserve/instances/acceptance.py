@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from pdserve import config
-from pdserve.engines.watches import Send
+from pdserve.instances.slot_watches import Send
 from pdserve.rpc.messages import Accepted
 
 # A result that comes sooner than this speaks for itself; else the acceptance is told first,

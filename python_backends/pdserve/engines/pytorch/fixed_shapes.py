@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pdserve.engines.protocol import Tokens
-from pdserve.engines.torch_attention import DecodeMemory, PrefillMemory
-from pdserve.engines.torch_model import TorchModel
+from pdserve.engines.pytorch.attention import DecodeMemory, PrefillMemory
+from pdserve.engines.pytorch.model import TorchModel
 
 # Rows of a forward whose bits may not depend on the batch: always as many, so that every
 # operation has one shape. 16 cost hardly more than 4; see torch_linear.

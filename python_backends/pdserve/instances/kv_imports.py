@@ -27,7 +27,7 @@ FOLLOWERS = 16
 INLINE_PULL = 256 << 10
 
 
-class Arrivals:
+class KVImports:
     """Of one decode instance; used in its event loop.
 
     Args:

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from pdserve import errors
-from pdserve.engines.relayed.handle import RelayedHandle, digest
 from pdserve.errors import HandleError, InstanceError
+from pdserve.instances.external.handle import ExternalHandle, digest
 from pdserve.kvcache.handle import seal, unseal
 from pdserve.rpc.messages import (
     Busy,
@@ -30,8 +30,8 @@ from pdserve.rpc.messages import (
     Tokens,
     Watch,
 )
+from tests.unit.external import KEEPS_S, KEY, PREFILL_S, STEP_S, TRANSFER_S, Relay
 from tests.unit.inprocess import EOS, virtual
-from tests.unit.relayed import KEEPS_S, KEY, PREFILL_S, STEP_S, TRANSFER_S, Relay
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -280,7 +280,7 @@ async def test_handles_that_a_decode_does_not_take(tmp_path: Path) -> None:
         await site.meetings.introduce(site.instances[0][0], site.instances[1][0])
 
         flipped = bytes([made.handle[0] ^ 1]) + made.handle[1:]
-        theirs = unseal(made.handle, RelayedHandle, KEY)
+        theirs = unseal(made.handle, ExternalHandle, KEY)
         foreign = seal(theirs, b"x" * 32)
         empty = seal(msgspec.structs.replace(theirs, link=b""), KEY)
         for handle, words in (

@@ -11,14 +11,14 @@ import msgspec
 import numpy as np
 
 from pdserve import config, errors
-from pdserve.engines import admission
-from pdserve.engines.acceptance import AFTER_S, TRIAL_S, interval_s
-from pdserve.engines.decode import TICK_S
-from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
-from pdserve.engines.relayed.protocol import Asked, GenerationEngine, Piece
-from pdserve.engines.relayed.reports import Reports
-from pdserve.engines.slots import show
-from pdserve.engines.watches import EndWatches, Send
+from pdserve.engines.external import Asked, GenerationEngine, Piece
+from pdserve.instances import admission
+from pdserve.instances.acceptance import AFTER_S, TRIAL_S, interval_s
+from pdserve.instances.decode import TICK_S
+from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
+from pdserve.instances.external.reports import Reports
+from pdserve.instances.slot_watches import RoomWatches, Send
+from pdserve.instances.slots import show
 from pdserve.kvcache.handle import unseal
 from pdserve.metrics import Registry
 from pdserve.rpc.messages import (
@@ -72,7 +72,7 @@ class _Opened:
         self.send(reply, last)
 
 
-class RelayedDecode:
+class ExternalDecode:
     """One engine in the decode role. Closed with the instance.
 
     Args:
@@ -100,7 +100,7 @@ class RelayedDecode:
         self._metrics = metrics
         self._met: dict[bytes, str] = {}
         """Prefills by epoch."""
-        self._watches = EndWatches(self._room)
+        self._watches = RoomWatches(self._room)
         self._reports = Reports(name, engine, metrics)
         self._open: dict[str, _Opened] = {}
         self._unwanted = Failed(errors.Cancelled.code, "released")
@@ -130,7 +130,7 @@ class RelayedDecode:
     def join(self, request: Join, send: Send) -> None:
         """Meet a prefill: make sure that its KV caches are of use here."""
         try:
-            holder = unseal(request.description, RelayedDescription, self._key)
+            holder = unseal(request.description, ExternalEndpoint, self._key)
             if holder.fingerprint != self._engine.fingerprint:
                 raise errors.HandleError(
                     f"{holder.name} is {holder.fingerprint}; this instance "
@@ -166,7 +166,7 @@ class RelayedDecode:
         link = b""
         if request.handle:
             try:
-                handle = unseal(request.handle, RelayedHandle, self._key)
+                handle = unseal(request.handle, ExternalHandle, self._key)
                 if handle.epoch not in self._met:
                     send(Stranger(), True)
                     return

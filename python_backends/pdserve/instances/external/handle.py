@@ -1,4 +1,4 @@
-"""What travels from a relayed prefill to a decode, sealed like every handle of the deployment."""
+"""What travels from an external prefill to a decode, sealed like every handle of the deployment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_LINK_BYTES = 1 << 20
 PROMPT_BYTES = 16
 
 
-class RelayedDescription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ExternalEndpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a prefill says of itself, once, to those who will take from it."""
 
     version: Literal[1] = 1
@@ -23,7 +23,7 @@ class RelayedDescription(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     fingerprint: Fingerprint
 
 
-class RelayedHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ExternalHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One prompt's KV cache in another engine."""
 
     version: Literal[1] = 1

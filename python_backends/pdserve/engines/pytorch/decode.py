@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from pdserve.engines.protocol import DecodeSequence
-from pdserve.engines.torch_attention import DecodeMemory, PrefillMemory
-from pdserve.engines.torch_fixed import FIXED_ROWS, replay
-from pdserve.engines.torch_model import TorchModel
-from pdserve.engines.torch_sampling import Choice, sample
+from pdserve.engines.pytorch.attention import DecodeMemory, PrefillMemory
+from pdserve.engines.pytorch.fixed_shapes import FIXED_ROWS, replay
+from pdserve.engines.pytorch.model import TorchModel
+from pdserve.engines.pytorch.sampling import Choice, sample
 from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pdserve.engines.watches import Watches
+from pdserve.instances.slot_watches import SlotWatches
 from pdserve.metrics import Registry
 
 
-def show(metrics: Registry, name: str, used: int, slots: int, watches: Watches) -> None:
+def show(metrics: Registry, name: str, used: int, slots: int, watches: SlotWatches) -> None:
     """So many of them are used, and so many gateways wait."""
     metrics.set("pdserve_slots", used, instance=name, state="used")
     metrics.set("pdserve_slots", slots - used, instance=name, state="free")

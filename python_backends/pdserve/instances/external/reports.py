@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from pdserve.engines.relayed.protocol import EngineTerms
+from pdserve.engines.external import EngineTerms
 from pdserve.metrics import Registry
 
 _log = logging.getLogger(__name__)

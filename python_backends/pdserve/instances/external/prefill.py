@@ -24,14 +24,14 @@ from functools import partial
 import numpy as np
 
 from pdserve import config, errors
-from pdserve.engines import admission
-from pdserve.engines.acceptance import TRIAL_S, Acceptance
-from pdserve.engines.prefill import TICK_S
-from pdserve.engines.relayed.handle import RelayedDescription, RelayedHandle, digest
-from pdserve.engines.relayed.protocol import Asked, Context, ContextEngine
-from pdserve.engines.relayed.reports import Reports
-from pdserve.engines.slots import show
-from pdserve.engines.watches import Send, Watches
+from pdserve.engines.external import Asked, Context, ContextEngine
+from pdserve.instances import admission
+from pdserve.instances.acceptance import TRIAL_S, Acceptance
+from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
+from pdserve.instances.external.reports import Reports
+from pdserve.instances.prefill import TICK_S
+from pdserve.instances.slot_watches import Send, SlotWatches
+from pdserve.instances.slots import show
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
 from pdserve.metrics import Registry
 from pdserve.rpc.messages import (
@@ -68,7 +68,7 @@ class _Held:
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
-class RelayedPrefill:
+class ExternalPrefill:
     """One engine in the prefill role. Closed with the instance.
 
     Args:
@@ -90,7 +90,7 @@ class RelayedPrefill:
         self._metrics = metrics
         self._epoch = secrets.token_bytes(EPOCH_BYTES)
         self._held: dict[str, _Held] = {}
-        self._watches = Watches()
+        self._watches = SlotWatches()
         self._reports = Reports(name, engine, metrics)
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """What is said of a prompt that is given up."""
@@ -118,7 +118,7 @@ class RelayedPrefill:
 
     def describe(self, send: Send) -> None:
         """Whose KV caches these are; the memory's ways are the engine's own matter."""
-        described = RelayedDescription(
+        described = ExternalEndpoint(
             name=self._name, epoch=self._epoch, fingerprint=self._engine.fingerprint
         )
         send(Described(seal(described, self._key)), True)
@@ -232,7 +232,7 @@ class RelayedPrefill:
             held.phase, held.until = Phase.WAITING, now + self._engine.keeps_s
         else:
             del self._held[held.request.id]
-        handle = RelayedHandle(
+        handle = ExternalHandle(
             epoch=self._epoch, prompt=digest(held.request.prompt), link=context.link
         )
         self._metrics.add("pdserve_steps_total", instance=self._name)

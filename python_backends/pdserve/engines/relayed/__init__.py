@@ -1,1 +1,0 @@
-"""Instances of engines that move KV caches themselves; what links the two is only passed on."""
