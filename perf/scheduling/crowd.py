@@ -19,7 +19,7 @@ from msgspec import Struct
 from pdserve import config
 from pdserve.errors import InstanceError
 from pdserve.instances.slot_watches import SlotWatches
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
 from pdserve.rpc.messages import (
@@ -38,7 +38,7 @@ from pdserve.rpc.messages import (
     Watch,
 )
 from pdserve.scheduling.instance import Instance
-from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.transfer.reports import NOTHING_PULLED, Met
@@ -153,11 +153,11 @@ class _Crowd:
         self._prefills = [Instance(name, stand_ins[name.encode()]) for name in names]
         self._decodes = [Instance(f"decode_{name}", _Decode(stand_ins)) for name in names]
         self._metrics = Registry()
-        self._meetings = Meetings(self._prefills, self._decodes, None, "perf", self._metrics)
+        self._kv_links = KVLinks(self._prefills, self._decodes, None, "perf", self._metrics)
         self._scheduler = Scheduler(
             self._prefills,
             self._decodes,
-            self._meetings,
+            self._kv_links,
             self._metrics,
             gateway=config.Gateway(),
             prefill=config.Prefill(slots=1),
@@ -172,9 +172,9 @@ class _Crowd:
             TimeoutError: they have not.
         """
         pairs = [(p.name, d.name) for p in self._prefills for d in self._decodes]
-        meeting = asyncio.create_task(self._meetings.run())
+        meeting = asyncio.create_task(self._kv_links.run())
         until = time.monotonic() + MEET_S
-        while not all(self._meetings.transfer_s(*pair, 1) for pair in pairs):
+        while not all(self._kv_links.transfer_s(*pair, 1) for pair in pairs):
             if time.monotonic() > until:
                 raise TimeoutError(f"{len(pairs)} pairs have not met within {MEET_S:g} s")
             await asyncio.sleep(0.1)

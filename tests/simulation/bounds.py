@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pdserve.instances.prefill import LOOK_S, TICK_S
 from pdserve.instances.slot_watches import RESERVED_S
-from pdserve.scheduling.decoding import INTRODUCED_S
+from pdserve.scheduling.decode_stage import INTRODUCED_S
 from pdserve.scheduling.forwarding import WATCH_S
 from pdserve.scheduling.offering import ANSWER_S
 from pdserve.scheduling.request import RECOVER_S

@@ -152,8 +152,8 @@ class Conservation:
                 f"{name}: promised of {one.name}": one.room.slots or one.room.blocks,
                 f"{name}: suspect at {one.name}": one.suspect,
             }
-        counts[f"{name}: pairs that have not met"] = list(gateway.meetings._refused)
-        tasks = [task for task in gateway.process.tasks if "Meetings" not in repr(task.get_coro())]
+        counts[f"{name}: pairs that have not met"] = list(gateway.kv_links._refused)
+        tasks = [task for task in gateway.process.tasks if "KVLinks" not in repr(task.get_coro())]
         return counts | {f"{name}: tasks": tasks}
 
     def _at_worker(self, life: Life) -> dict[str, object]:

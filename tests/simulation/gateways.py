@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.scheduling.instance import Instance
-from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Request, State
 from pdserve.scheduling.scheduler import Scheduler
 from tests.simulation.channels import Wire
@@ -48,30 +48,30 @@ class Gateway:
             [self.instances[worker.name] for worker in role]
             for role in (world.workers.prefills, world.workers.decodes)
         )
-        self.meetings = Meetings(prefills, decodes, plan.layered, self.name, self.metrics)
+        self.kv_links = KVLinks(prefills, decodes, plan.layered, self.name, self.metrics)
         self.scheduler = Scheduler(
             prefills,
             decodes,
-            self.meetings,
+            self.kv_links,
             self.metrics,
             gateway=plan.gateway,
             prefill=plan.prefill,
             decode=plan.decode,
             rng=random.Random(world.rng.random()),
         )
-        decoding: Any = self.scheduler._decoding
-        decoding.not_handed_over = partial(self._not_handed_over, decoding.not_handed_over)
-        decoding.handed_over = partial(self._handed_over, decoding.handed_over)
+        decode_stage: Any = self.scheduler._decode_stage
+        decode_stage.not_handed_over = partial(self._not_handed_over, decode_stage.not_handed_over)
+        decode_stage.handed_over = partial(self._handed_over, decode_stage.handed_over)
         budget: Any = self.scheduler._budget
         budget.MOST, budget.SHARE = plan.retries
         budget._left = budget.MOST
         self.parted_at: dict[tuple[str, str], float] = {}
         """When a prefill and a decode have failed to hand over, and have not done so since."""
-        self.process.begin(self.meetings.run())
+        self.process.begin(self.kv_links.run())
 
     def _not_handed_over(self, told: Callable[..., None], prefill: str, decode: str) -> None:
         now = asyncio.get_running_loop().time()
-        if now >= self.scheduler._decoding._pairs[prefill, decode].reopens:  # else it is known
+        if now >= self.scheduler._decode_stage._pairs[prefill, decode].reopens:  # else it is known
             self.parted_at[prefill, decode] = now
         told(prefill, decode)
 

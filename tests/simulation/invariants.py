@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdserve.instances.prefill import PrefillInstance
 from pdserve.rpc.messages import DecodeRequest, PrefillRequest
-from pdserve.scheduling.breaker import FIRST_S
+from pdserve.scheduling.circuit_breaker import FIRST_S
 from pdserve.scheduling.request import FINAL, Request, State
 from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
 from tests.simulation.conservation import Conservation
@@ -128,7 +128,7 @@ class Invariants:
 
     def broke(self, gateway: Gateway, worker: str, calls: Sequence[str]) -> None:
         """A connection, with these calls open on it."""
-        offers = gateway.scheduler._decoding._calls.gateway
+        offers = gateway.scheduler._decode_stage._calls.gateway
         for call in calls:
             if call.startswith(offers):
                 self.shared[gateway, call.split("-")[1]].append(worker)

@@ -13,13 +13,13 @@ from unittest import mock
 from pdserve.instances.prefill import PrefillInstance
 from pdserve.instances.slot_watches import SlotWatches
 from pdserve.scheduling import scheduler
-from pdserve.scheduling.breaker import Breaker, Budget
-from pdserve.scheduling.decoding import Decoding
+from pdserve.scheduling.circuit_breaker import CircuitBreaker, RetryBudget
+from pdserve.scheduling.decode_stage import DecodeStage
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
-from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Request
-from pdserve.scheduling.waiting import WaitingLine
+from pdserve.scheduling.wait_queue import WaitQueue
 from pdserve.transfer.producer.lease_manager import LeaseManager
 
 Patches = tuple[tuple[Any, str, Any], ...]
@@ -43,7 +43,7 @@ def _time_goes_by(line: Any) -> None:
 
 MECHANISMS: dict[str, Patches] = {
     # Who waits is woken when something becomes free.
-    "wake-up": ((WaitingLine, "wake", _nothing),),
+    "wake-up": ((WaitQueue, "wake", _nothing),),
     # An instance tells those who watch it.
     "watch": ((SlotWatches, "tell", _nothing),),
     # A gateway hears of the slots that its own requests free.
@@ -57,15 +57,15 @@ MECHANISMS: dict[str, Patches] = {
     # Another pair goes on.
     "retry": ((scheduler, "ATTEMPTS", 1),),
     # Not more often than the budget allows.
-    "budget": ((Budget, "spend", _always),),
+    "budget": ((RetryBudget, "spend", _always),),
     # What has failed is left alone.
-    "breaker": ((Breaker, "allows", _always),),
+    "breaker": ((CircuitBreaker, "allows", _always),),
     # A pair that does not meet is left alone, though each of them is well.
-    "breaker of pairs": ((Decoding, "not_handed_over", _nothing),),
+    "breaker of pairs": ((DecodeStage, "not_handed_over", _nothing),),
     # What nobody wants any more is released.
     "release": ((Instance, "_release", _nothing),),
     # A new life of an instance is introduced.
-    "introduction": ((Meetings, "introduce", _never), (Meetings, "_round", _never)),
+    "introduction": ((KVLinks, "introduce", _never), (KVLinks, "_round", _never)),
     # A slot is kept for the gateway that was told of it.
     "reservation": ((SlotWatches, "admits", lambda _, gateway, free: free > 0),),
     # Who waits for longer goes first.

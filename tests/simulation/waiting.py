@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pdserve.scheduling.instance import Instance
     from pdserve.scheduling.request import Request
     from pdserve.scheduling.suspicion import Role
-    from pdserve.scheduling.waiting import Order
+    from pdserve.scheduling.wait_queue import Order
     from tests.simulation.gateways import Client, Gateway
     from tests.simulation.world import World
 
@@ -46,7 +46,7 @@ class Waiting:
         """Called at every instant."""
         scheduler = gateway.scheduler
         for line in (*scheduler.policy.lines, scheduler.decodes):
-            if line._line._standing:
+            if line._queue._standing:
                 self._could_go(gateway, line)
             elif self._idle:
                 for instance in line.instances:
@@ -76,7 +76,7 @@ class Waiting:
     def _standing(line: Forwarding[Any]) -> list[Order]:
         return [
             order
-            for order, _, place in line._line._standing
+            for order, _, place in line._queue._standing
             if place._turn is not None and not place._turn.done()
         ]
 
@@ -96,7 +96,7 @@ class Waiting:
             or not life.process.runs
             or instance.offers
             or now < instance.breaker.reopens
-            or instance.name in gateway.meetings.useless
+            or instance.name in gateway.kv_links.useless
             or now < wire.cut_until + self._bounds.message
         ):
             return False
@@ -122,7 +122,7 @@ class Waiting:
         room = (pool.free_blocks + pool.cached_blocks) * pool.block_size
         if room < request.prompt_tokens + request.max_tokens + 1:
             return False
-        return gateway.scheduler._decoding._cost(request, prefill, instance) is not None
+        return gateway.scheduler._decode_stage._cost(request, prefill, instance) is not None
 
     # ----------------------------------------------------------- nobody starves
 

@@ -14,7 +14,7 @@ import numpy as np
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.kvcache.sharding import Sharding
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.endpoint import Terms
 from pdserve.transfer.producer.holder import Holder, region_name

@@ -130,7 +130,7 @@ class World:
             if gateway is not None
             for breaker in (
                 *(instance.breaker for instance in gateway.instances.values()),
-                *gateway.scheduler._decoding._pairs.values(),
+                *gateway.scheduler._decode_stage._pairs.values(),
             )
         )
 

@@ -17,7 +17,7 @@ from pdserve.engines.external import Asked, Context, Piece, Report
 from pdserve.errors import InstanceError
 from pdserve.instances.external.decode import ExternalDecode
 from pdserve.instances.external.prefill import ExternalPrefill
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from tests.unit.inprocess import EOS, Model, Site, model
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from pdserve.instances.external.prefill import ExternalPrefill
 from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.kvcache.sharding import sharding_for
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
 from pdserve.rpc.messages import (
@@ -47,7 +47,7 @@ from pdserve.rpc.messages import (
 )
 from pdserve.rpc.server import Answers, Call
 from pdserve.scheduling.instance import Instance
-from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Chunk, Request
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.transfer.consumer import probe
@@ -383,11 +383,11 @@ class Site:
             for role, links in (("prefill", self.p_links), ("decode", self.d_links))
         ]
         prefills, decodes = self.instances
-        self.meetings = Meetings(prefills, decodes, self.layered, "gateway", self.metrics)
+        self.kv_links = KVLinks(prefills, decodes, self.layered, "gateway", self.metrics)
         self.scheduler = Scheduler(
             prefills,
             decodes,
-            self.meetings,
+            self.kv_links,
             self.metrics,
             gateway=config.Gateway(**{"stall_s": self.stall_s, **self.gateway}),
             prefill=self.limits[0],

@@ -12,7 +12,8 @@ from perf.scheduling.workload import PROMPT_TOKEN_S
 from perf.transfer.layouts import LAYOUTS
 
 from pdctl.paths import ROOT
-from pdserve import config, metrics
+from pdserve import config
+from pdserve.observability import metrics
 
 TEXT = (ROOT / "docs" / "tuning.md").read_text()
 PROSE = " ".join(TEXT.split())

@@ -14,7 +14,7 @@ from pdserve import config
 from pdserve.errors import PDServeError
 from pdserve.gateway.groups import Group, Groups
 from pdserve.gateway.router import Scenario
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.client import Replies
 from tests.unit.inprocess import Link, Site, virtual
 

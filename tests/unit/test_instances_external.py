@@ -219,12 +219,12 @@ async def test_pairs_that_cannot_exchange_are_refused_before_the_first_request(
         return "trtllm:1.2" if name == "prefill_1" else "trtllm:1.3"
 
     async with Relay(tmp_path, prefills=2, fingerprint=fingerprint) as site:
-        meeting = asyncio.create_task(site.meetings.run())
+        meeting = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.5)
-        refusal = site.meetings.refusal("prefill_1", "decode_0")
+        refusal = site.kv_links.refusal("prefill_1", "decode_0")
         assert refusal is not None
         assert "prefill_1 is trtllm:1.2; this instance trtllm:1.3" in refusal
-        assert site.meetings.refusal("prefill_0", "decode_0") is None
+        assert site.kv_links.refusal("prefill_0", "decode_0") is None
         for _ in range(6):
             request = site.request()
             assert await site.answer(request) == site.expected(request)
@@ -277,7 +277,7 @@ async def test_handles_that_a_decode_does_not_take(tmp_path: Path) -> None:
 
         decode.submit(asks(site, prompt, made.handle), client.send)
         assert client.replies == [Stranger()]
-        await site.meetings.introduce(site.instances[0][0], site.instances[1][0])
+        await site.kv_links.introduce(site.instances[0][0], site.instances[1][0])
 
         flipped = bytes([made.handle[0] ^ 1]) + made.handle[1:]
         theirs = unseal(made.handle, ExternalHandle, KEY)

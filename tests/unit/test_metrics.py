@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdserve.metrics import COUNTERS, GAUGES, HISTOGRAMS, SECONDS, Change, Registry
+from pdserve.observability.metrics import COUNTERS, GAUGES, HISTOGRAMS, SECONDS, Change, Registry
 
 
 def drained(registry: Registry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pdserve import config
 from pdserve.errors import NotFound
 from pdserve.gateway.router import Asked, Router, Scenario
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 from pdserve import errors
 from pdserve.kvcache.handle import KVHandle
 from pdserve.rpc.messages import DecodeRequest, PrefillRequest
-from pdserve.scheduling.breaker import FIRST_S, LONGEST_S, Breaker, Budget
+from pdserve.scheduling.circuit_breaker import FIRST_S, LONGEST_S, CircuitBreaker, RetryBudget
 from pdserve.scheduling.request import State
 from pdserve.scheduling.scheduler import ATTEMPTS
 from tests.unit.desks import Desk, Gateway
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 
-def opened(now: float, times: int = 1) -> Breaker:
+def opened(now: float, times: int = 1) -> CircuitBreaker:
     """One that has failed so often, each time as soon as it was tried again."""
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     breaker.failed(now)
     for _ in range(times - 1):
         breaker.failed(breaker.reopens)
@@ -32,7 +32,7 @@ def opened(now: float, times: int = 1) -> Breaker:
 
 
 def test_states() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     assert breaker.closed
     assert breaker.allows(now=5.0, trying=7), "closed: as many as like"
     breaker.failed(5.0)
@@ -46,7 +46,7 @@ def test_states() -> None:
 
 
 def test_pauses_double_up_to_a_bound_and_start_anew() -> None:
-    breaker, pauses, now = Breaker(), [], 0.0
+    breaker, pauses, now = CircuitBreaker(), [], 0.0
     for _ in range(9):
         breaker.failed(now)
         pauses.append(breaker.reopens - now)
@@ -71,15 +71,15 @@ def test_many_failures_of_one_outage_are_one() -> None:
 
 def test_budget_is_a_share_of_what_comes() -> None:
     """vllm#29906: retries do not spread an exhaustion."""
-    budget = Budget()
+    budget = RetryBudget()
     spent = sum(budget.spend() for _ in range(1000))
-    assert spent == Budget.MOST
+    assert spent == RetryBudget.MOST
     for _ in range(100):
         budget.earn()
-    assert 19 <= sum(budget.spend() for _ in range(1000)) <= 20 == round(100 * Budget.SHARE)
+    assert 19 <= sum(budget.spend() for _ in range(1000)) <= 20 == round(100 * RetryBudget.SHARE)
     for _ in range(100_000):
         budget.earn()
-    assert sum(budget.spend() for _ in range(1000)) == Budget.MOST, "and no more is saved up"
+    assert sum(budget.spend() for _ in range(1000)) == RetryBudget.MOST, "and no more is saved up"
 
 
 # An instance.
@@ -187,8 +187,8 @@ async def test_pair_that_cannot_hand_over_is_avoided_and_its_two_are_not(tmp_pat
 @virtual
 async def test_budget_of_retries_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vllm#29906: when much fails at once, most of it fails once."""
-    monkeypatch.setattr(Budget, "MOST", 5.0)
-    monkeypatch.setattr(Budget, "SHARE", 0.0)
+    monkeypatch.setattr(RetryBudget, "MOST", 5.0)
+    monkeypatch.setattr(RetryBudget, "SHARE", 0.0)
     async with Site(tmp_path, decodes=2, profile=TIMES, prefill={"slots": 16}) as site:
         requests = [site.request(max_tokens=50) for _ in range(12)]
         tasks = [site.start(request) for request in requests]

@@ -11,7 +11,7 @@ import pytest
 
 from pdserve import errors
 from pdserve.rpc.messages import Busy, DecodeRequest, Release, Tokens
-from pdserve.scheduling.breaker import FIRST_S
+from pdserve.scheduling.circuit_breaker import FIRST_S
 from pdserve.scheduling.offering import ANSWER_S
 from pdserve.scheduling.request import Request, State
 from pdserve.scheduling.scheduler import ATTEMPTS

@@ -10,7 +10,7 @@ import pytest
 
 from pdserve import errors
 from pdserve.rpc.messages import Accepted, Described, Joined, Prefilled, Tokens
-from pdserve.scheduling.breaker import LONGEST_S
+from pdserve.scheduling.circuit_breaker import LONGEST_S
 from pdserve.scheduling.offering import ANSWER_S
 from pdserve.scheduling.request import RECOVER_S, Request, State
 from tests.unit.inprocess import Message, Site, virtual

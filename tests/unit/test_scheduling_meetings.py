@@ -10,7 +10,7 @@ import pytest
 
 from pdserve import errors
 from pdserve.rpc.messages import DecodeRequest, Describe, Described, Failed, Join, Joined, Stranger
-from pdserve.scheduling.meetings import OVERLAP_S, ROUND_S
+from pdserve.scheduling.kv_links import OVERLAP_S, ROUND_S
 from pdserve.transfer.protocol import Unreachable
 from pdserve.transfer.reports import Met
 from tests.unit.inprocess import Message, Site, virtual
@@ -31,7 +31,7 @@ def forget_all(site: Site) -> None:
 @virtual
 async def test_every_pair_meets_at_once(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, decodes=3, profile=TIMES, met=False) as site:
-        running = asyncio.create_task(site.meetings.run())
+        running = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.1)
         for link in site.d_links:
             assert {joined.prefill for joined in link.of(Joined)} == {"prefill_0", "prefill_1"}
@@ -47,7 +47,7 @@ async def test_every_pair_meets_at_once(tmp_path: Path) -> None:
 @virtual
 async def test_who_has_met_is_not_bothered_again(tmp_path: Path) -> None:
     async with Site(tmp_path, decodes=2, profile=TIMES, met=False) as site:
-        running = asyncio.create_task(site.meetings.run())
+        running = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(5 * ROUND_S + 0.1)
         assert [len(link.of(Join)) for link in site.d_links] == [1, 1]
         assert len(site.p_links[0].of(Describe)) == 6, "one question to a prefill in each round"
@@ -85,7 +85,7 @@ async def test_a_decode_with_a_new_life(tmp_path: Path) -> None:
 async def test_a_prefill_that_comes_later(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, profile=TIMES, met=False) as site:
         site.p_links[1].broken = "connection refused"
-        running = asyncio.create_task(site.meetings.run())
+        running = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.1)
         assert [one.prefill for one in site.d_links[0].of(Joined)] == ["prefill_0"]
         site.p_links[1].broken = None
@@ -102,7 +102,7 @@ async def test_one_that_does_not_answer_holds_up_no_other(tmp_path: Path) -> Non
 
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, met=False) as site:
         site.p_links[0].lose = site.d_links[0].lose = everything
-        running = asyncio.create_task(site.meetings.run())
+        running = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.1)
         assert [one.prefill for one in site.d_links[1].of(Joined)] == ["prefill_1"]
         running.cancel()
@@ -125,7 +125,7 @@ async def test_a_pair_that_cannot_meet_is_passed_over(
         join = site.receivers[0].join
         site.receivers[0].join = unreachable  # type: ignore[method-assign]
         with caplog.at_level(logging.WARNING):
-            running = asyncio.create_task(site.meetings.run())
+            running = asyncio.create_task(site.kv_links.run())
             await asyncio.sleep(3 * ROUND_S)
         said = [line for line in caplog.messages if "cannot meet" in line]
         reason = "decode_0: prefill_0 cannot be reached; nixl: UCX has picked tcp"
@@ -137,7 +137,7 @@ async def test_a_pair_that_cannot_meet_is_passed_over(
         assert not site.d_links[0].of(DecodeRequest)
         site.receivers[0].join = join  # type: ignore[method-assign]
         await asyncio.sleep(ROUND_S)
-        assert site.meetings.refusal("prefill_0", "decode_0") is None, "it may come to reach it"
+        assert site.kv_links.refusal("prefill_0", "decode_0") is None, "it may come to reach it"
         running.cancel()
         await site.idle()
 
@@ -168,29 +168,29 @@ async def test_long_transfers_are_overlapped(tmp_path: Path) -> None:
     """TensorRT-LLM#9212: by the slowest of a prefill's links: which decode will be idle is not
     known yet."""
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
-        assert not site.meetings.layered("prefill_0", 1 << 20), "nothing is known of its links"
+        assert not site.kv_links.layered("prefill_0", 1 << 20), "nothing is known of its links"
         for pair, rate in (
             (("prefill_0", "decode_0"), 10e9),
             (("prefill_0", "decode_1"), 0.1e9),
             (("prefill_1", "decode_0"), 10e9),
         ):
             link = Met("nixl", "tcp/eth0", 1e-4, rate, {}, fallback=True)
-            site.meetings._joined[pair] = b"", Joined(pair[0], link, bytes_per_token=100_000)
+            site.kv_links._joined[pair] = b"", Joined(pair[0], link, bytes_per_token=100_000)
         longest = int(OVERLAP_S * 0.1e9 / 100_000)
-        assert not site.meetings.layered("prefill_0", longest)
-        assert site.meetings.layered("prefill_0", longest + 1)
-        assert not site.meetings.layered("prefill_1", longest + 1)
-        assert site.meetings.layered("prefill_1", 100 * longest + 1)
-        site.meetings.forget(site.instances[1][1])
-        assert not site.meetings.layered("prefill_0", longest + 1)
+        assert not site.kv_links.layered("prefill_0", longest)
+        assert site.kv_links.layered("prefill_0", longest + 1)
+        assert not site.kv_links.layered("prefill_1", longest + 1)
+        assert site.kv_links.layered("prefill_1", 100 * longest + 1)
+        site.kv_links.forget(site.instances[1][1])
+        assert not site.kv_links.layered("prefill_0", longest + 1)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 @virtual
 async def test_a_deployment_may_say_so(tmp_path: Path, wanted: bool) -> None:
     async with Site(tmp_path, profile=TIMES, layered=wanted) as site:
-        assert site.meetings.layered("prefill_0", 1) is wanted
-        assert site.meetings.layered("prefill_0", 1 << 20) is wanted
+        assert site.kv_links.layered("prefill_0", 1) is wanted
+        assert site.kv_links.layered("prefill_0", 1 << 20) is wanted
 
 
 @virtual
@@ -201,7 +201,7 @@ async def test_prefill_that_no_decode_reaches_takes_no_requests_from_the_others(
     async with Site(tmp_path, prefills=2, met=False) as site:
         site.receivers[0].join(site.holders[0].description)
         site.holders[1].region.unlink()
-        task = asyncio.create_task(site.meetings.run())
+        task = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.1)
         requests = [site.request() for _ in range(6)]
         await asyncio.gather(*map(site.answer, requests))

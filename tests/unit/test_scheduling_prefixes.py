@@ -12,8 +12,8 @@ import pytest
 from pdserve.kvcache import prefix_index
 from pdserve.kvcache.prefix_index import BLOCK_TOKENS, SHORT_BYTES
 from pdserve.rpc.messages import Sampling
-from pdserve.scheduling import prefixes
-from pdserve.scheduling.prefixes import Prefixes, digests
+from pdserve.scheduling import prefix_directory
+from pdserve.scheduling.prefix_directory import PrefixDirectory, digests
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def chain(tokens: int, salt: str = "", start: int = 0) -> list[bytes]:
 
 
 def test_tokens_that_each_is_believed_to_have() -> None:
-    known = Prefixes()
+    known = PrefixDirectory()
     blocks = chain(5 * BLOCK_TOKENS)
     assert known.cached(blocks) == {}
     known.stored("a", b"".join(blocks[:4]))
@@ -46,7 +46,7 @@ def test_tokens_that_each_is_believed_to_have() -> None:
 
 
 def test_a_gap_ends_a_prefix() -> None:
-    known = Prefixes()
+    known = PrefixDirectory()
     blocks = chain(4 * BLOCK_TOKENS)
     known.stored("a", b"".join(blocks))
     known.stored("b", b"".join(blocks))
@@ -58,7 +58,7 @@ def test_a_gap_ends_a_prefix() -> None:
 
 def test_no_more_is_hashed_than_leads_on() -> None:
     """A prompt that nobody has begins with a block that nobody has."""
-    known = Prefixes()
+    known = PrefixDirectory()
     blocks = chain(4 * BLOCK_TOKENS)
     known.stored("a", b"".join(blocks[:2]))
     taken = iter(blocks)
@@ -67,7 +67,7 @@ def test_no_more_is_hashed_than_leads_on() -> None:
 
 
 def test_what_has_failed_has_nothing() -> None:
-    known = Prefixes()
+    known = PrefixDirectory()
     blocks = chain(2 * BLOCK_TOKENS)
     known.stored("a", b"".join(blocks))
     known.stored("b", b"".join(blocks))
@@ -77,8 +77,8 @@ def test_what_has_failed_has_nothing() -> None:
 
 def test_no_more_than_so_many_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least recently told are forgotten."""
-    monkeypatch.setattr(prefixes, "MOST", 8)
-    known = Prefixes()
+    monkeypatch.setattr(prefix_directory, "MOST", 8)
+    known = PrefixDirectory()
     old, new = chain(4 * BLOCK_TOKENS), chain(4 * BLOCK_TOKENS, start=5)
     known.stored("a", b"".join(old))
     known.stored("a", b"".join(new))
@@ -89,7 +89,7 @@ def test_no_more_than_so_many_are_known(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_equal_prompts_of_two_tenants_are_not_equal() -> None:
-    known = Prefixes()
+    known = PrefixDirectory()
     known.stored("a", b"".join(chain(64, "one")))
     assert known.cached(chain(64, "one"))
     assert not known.cached(chain(64, "two"))
@@ -195,7 +195,7 @@ async def test_what_was_evicted_is_found_out(tmp_path: Path) -> None:
         for _ in range(2):  # each fills the arena
             await serve(site, site.request(8000, max_tokens=1))
         site.p_links[1 - home].broken = None
-        known = site.scheduler._prefilling._prefixes
+        known = site.scheduler._prefill_stage._prefixes
         request = site.request(site.prompt(5, system), max_tokens=1)
         blocks = list(digests(request.prompt, request.tenant))
         assert known.cached(blocks) == {first.prefill: 640}
@@ -211,8 +211,8 @@ async def test_an_answer_that_found_less_corrects_the_belief(tmp_path: Path) -> 
         request = site.request(site.prompt(320), max_tokens=1)
         await serve(site, request)
         again = site.request(request.prompt + site.prompt(40), max_tokens=1)
-        prefilling = site.scheduler._prefilling
-        blocks, known = list(digests(again.prompt, again.tenant)), prefilling._prefixes
+        prefill_stage = site.scheduler._prefill_stage
+        blocks, known = list(digests(again.prompt, again.tenant)), prefill_stage._prefixes
         known.stored("prefill_1", b"".join(blocks[:11]))  # which is not so
         expected = asyncio.create_task(site.answer(again))
         await asyncio.sleep(0.001)

@@ -13,7 +13,7 @@ import pytest
 from pdserve import errors
 from pdserve.rpc import messages
 from pdserve.rpc.messages import DecodeRequest, PrefillRequest, Watch
-from pdserve.scheduling.breaker import FIRST_S
+from pdserve.scheduling.circuit_breaker import FIRST_S
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.request import State
 from pdserve.scheduling.room import HELD_S, KNOWN_S, Promise, Room, Rooms

@@ -7,15 +7,15 @@ import asyncio
 import pytest
 
 from pdserve.scheduling.request import PRIORITY_S, RECOVER_S, Request
-from pdserve.scheduling.waiting import Order, Place, WaitingLine
+from pdserve.scheduling.wait_queue import Order, QueuePlace, WaitQueue
 from tests.unit.inprocess import virtual
 
 
-async def served(line: WaitingLine, *orders: Order) -> list[int]:
+async def served(line: WaitQueue, *orders: Order) -> list[int]:
     """The order in which those who join in turn are served, by one wake-up."""
     done: list[int] = []
 
-    async def wait(number: int, place: Place) -> None:
+    async def wait(number: int, place: QueuePlace) -> None:
         assert await place.turn(deadline=60.0)
         done.append(number)
         await asyncio.sleep(0.001)  # it tries, and is served
@@ -31,8 +31,8 @@ async def served(line: WaitingLine, *orders: Order) -> list[int]:
 
 
 async def waiting(
-    line: WaitingLine, *orders: Order
-) -> tuple[list[Place], list[asyncio.Task[bool]]]:
+    line: WaitQueue, *orders: Order
+) -> tuple[list[QueuePlace], list[asyncio.Task[bool]]]:
     """Those who have joined, and wait for their turn."""
     places = [line.join(order) for order in orders]
     tasks = [asyncio.create_task(place.turn(60.0)) for place in places]
@@ -47,19 +47,19 @@ async def woken(tasks: list[asyncio.Task[bool]]) -> list[int]:
 
 @virtual
 async def test_one_after_the_other_by_their_order() -> None:
-    line = WaitingLine()
+    line = WaitQueue()
     orders = [(True, 2.0), (True, 1.0), (False, 9.0), (True, 0.5), (False, 8.0)]
     assert await served(line, *orders) == [4, 2, 3, 1, 0]
 
 
 @virtual
 async def test_equals_keep_the_order_of_joining() -> None:
-    assert await served(WaitingLine(), *[(True, 1.0)] * 5) == [0, 1, 2, 3, 4]
+    assert await served(WaitQueue(), *[(True, 1.0)] * 5) == [0, 1, 2, 3, 4]
 
 
 @virtual
 async def test_a_wake_up_lets_one_of_them_try() -> None:
-    line = WaitingLine()
+    line = WaitQueue()
     _, tasks = await waiting(line, (True, 2.0), (True, 1.0), (True, 3.0))
     assert await woken(tasks) == [], "nobody tries for nothing"
     line.wake()
@@ -71,7 +71,7 @@ async def test_a_wake_up_lets_one_of_them_try() -> None:
 
 @virtual
 async def test_who_finds_nothing_stands_where_it_stood() -> None:
-    line = WaitingLine()
+    line = WaitQueue()
     places, tasks = await waiting(line, (True, 1.0), (True, 1.0))
     line.wake()
     assert await woken(tasks) == [0]
@@ -84,7 +84,7 @@ async def test_who_finds_nothing_stands_where_it_stood() -> None:
 @virtual
 async def test_who_leaves_wakes_the_next() -> None:
     """What it was woken for may still be there: it was served elsewhere, or gave up."""
-    line = WaitingLine()
+    line = WaitQueue()
     places, tasks = await waiting(line, (True, 1.0), (True, 2.0), (True, 3.0))
     line.wake()
     places[0].leave()
@@ -94,9 +94,9 @@ async def test_who_leaves_wakes_the_next() -> None:
 @pytest.mark.parametrize("when", ["before it is woken", "as it is woken", "as it tries"])
 @virtual
 async def test_a_wake_up_is_not_lost_with_one_who_is_cancelled(when: str) -> None:
-    line = WaitingLine()
+    line = WaitQueue()
 
-    async def wait(place: Place) -> None:
+    async def wait(place: QueuePlace) -> None:
         try:
             await place.turn(60.0)
             await asyncio.sleep(30)
@@ -117,7 +117,7 @@ async def test_a_wake_up_is_not_lost_with_one_who_is_cancelled(when: str) -> Non
 
 @virtual
 async def test_a_deadline_passes_at_the_head_and_behind_it() -> None:
-    line, loop = WaitingLine(), asyncio.get_running_loop()
+    line, loop = WaitQueue(), asyncio.get_running_loop()
     first, second = line.join((True, 1.0)), line.join((True, 2.0))
     ended = [asyncio.create_task(first.turn(1.0)), asyncio.create_task(second.turn(0.5))]
     assert not await ended[1]
@@ -131,21 +131,21 @@ async def test_a_deadline_passes_at_the_head_and_behind_it() -> None:
 
 @virtual
 async def test_a_deadline_in_the_past_gives_no_turn() -> None:
-    place = WaitingLine().join((True, 0.0))
+    place = WaitQueue().join((True, 0.0))
     assert not await place.turn(asyncio.get_running_loop().time())
     place.leave()
 
 
 @virtual
 async def test_a_wait_shorter_than_the_clock_can_tell_ends() -> None:
-    place, loop = WaitingLine().join((True, 0.0)), asyncio.get_running_loop()
+    place, loop = WaitQueue().join((True, 0.0)), asyncio.get_running_loop()
     assert not await place.turn(loop.time() + 1e-9)
     place.leave()
 
 
 @virtual
 async def test_who_is_past_its_deadline_is_passed_over() -> None:
-    line = WaitingLine()
+    line = WaitQueue()
     late, second = line.join((True, 1.0)), line.join((True, 2.0))
     gone = asyncio.create_task(late.turn(0.5))
     task = asyncio.create_task(second.turn(60.0))

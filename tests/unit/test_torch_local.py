@@ -16,7 +16,7 @@ from pdserve.engines.pytorch.threads import ThreadedDecode, ThreadedPrefill
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.kvcache.sharding import sharding_for
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import DecodeRequest, Prefilled, PrefillRequest, Reply, Sampling, Tokens
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.consumer.staging import Staging

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pdserve import config
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.client import Channel
 from pdserve.scheduling.instance import Instance
-from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.supervision import Background
@@ -24,7 +24,7 @@ class Group:
     """Prefills and decodes, and who schedules them."""
 
     def __init__(
-        self, name: str, instances: dict[_Key, Instance], scheduler: Scheduler, meetings: Meetings
+        self, name: str, instances: dict[_Key, Instance], scheduler: Scheduler, kv_links: KVLinks
     ) -> None:
         self.name = name
         self.instances = instances
@@ -32,7 +32,7 @@ class Group:
         """Requests that it serves."""
         self._scheduler = scheduler
         self._meeting = Background()
-        self._meeting.start(meetings.run())
+        self._meeting.start(kv_links.run())
 
     @property
     def healthy(self) -> bool:
@@ -125,7 +125,7 @@ class Groups:
         if current is not None and current.instances == instances:
             return current
         strategy = deployment.transfer.strategy
-        meetings = Meetings(
+        kv_links = KVLinks(
             list(prefills.values()),
             list(decodes.values()),
             None if strategy == "auto" else strategy == "layered",
@@ -136,14 +136,14 @@ class Groups:
         scheduler = Scheduler(
             list(prefills.values()),
             list(decodes.values()),
-            meetings,
+            kv_links,
             self._metrics,
             gateway=deployment.gateway,
             prefill=deployment.prefill,
             decode=deployment.decode,
             rng=self._rng,
         )
-        return Group(spec.name, instances, scheduler, meetings)
+        return Group(spec.name, instances, scheduler, kv_links)
 
     def _reach(
         self, deployment: config.Deployment, role: config.Role, names: tuple[str, ...]

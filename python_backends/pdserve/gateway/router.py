@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from pdserve import config, errors
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 
 
 class Servable(Protocol):

@@ -26,7 +26,7 @@ from pdserve.instances.slot_watches import RoomWatches, Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.block_manager import BlockManager
 from pdserve.kvcache.handle import KVHandle
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
     SUSPECT,
     Accepted,

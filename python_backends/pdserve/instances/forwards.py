@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pdserve.pace import Pace
+from pdserve.latency_estimate import LatencyEstimate
 
 # So long before the end of a forward the next batch is let in: to be told, to offer and to accept
 # take 2 to 3 ms together.
@@ -23,7 +23,7 @@ class Forwards:
 
     def __init__(self, nearly_over: Callable[[], None]) -> None:
         self._nearly_over = nearly_over
-        self._pace = Pace()
+        self._latency = LatencyEstimate()
         self.prompts = 0
         """That leave no room for others."""
 
@@ -33,11 +33,11 @@ class Forwards:
         loop = asyncio.get_running_loop()
         began = loop.time()
         self.prompts = prompts
-        takes = self._pace.expected(tokens)
+        takes = self._latency.expected(tokens)
         timer = loop.call_at(began + takes - AHEAD_S, self._leave_room) if takes else None
         try:
             yield
-            self._pace.saw(tokens, loop.time() - began)
+            self._latency.saw(tokens, loop.time() - began)
         finally:
             self.prompts = 0
             if timer is not None:

@@ -11,7 +11,7 @@ from pdserve import errors, pools
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence
 from pdserve.kvcache.block_manager import ReservedBlocks
 from pdserve.kvcache.handle import KVHandle
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.supervision import Background
 from pdserve.transfer import arrays
 from pdserve.transfer.consumer.receiver import Receiver

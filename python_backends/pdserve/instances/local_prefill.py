@@ -16,7 +16,7 @@ from pdserve import errors
 from pdserve.engines.protocol import DecodeEngine
 from pdserve.instances.acceptance import AGAIN_S
 from pdserve.instances.accepted_call import AcceptedCall
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Accepted
 from pdserve.transfer import arrays
 from pdserve.transfer.reports import Pulled

@@ -22,7 +22,7 @@ from pdserve.instances.slots import show
 from pdserve.kvcache.arena import Range, State
 from pdserve.kvcache.prefix_index import PrefixIndex, shorten
 from pdserve.kvcache.sharding import Sharding
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
     SUSPECT,
     Busy,

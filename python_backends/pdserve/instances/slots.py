@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdserve.instances.slot_watches import SlotWatches
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 
 
 def show(metrics: Registry, name: str, used: int, slots: int, watches: SlotWatches) -> None:

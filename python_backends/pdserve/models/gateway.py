@@ -25,11 +25,11 @@ from pdserve.gateway import tracing
 from pdserve.gateway.groups import Group, Groups
 from pdserve.gateway.router import Asked, Router
 from pdserve.gateway.trace_context import Trace
-from pdserve.metrics import Registry
 from pdserve.models import stub, triton
 from pdserve.models.outbox import Outbox
 from pdserve.models.triton import ASIDE, LoopThread, Publisher
 from pdserve.node import failure_notice
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.channels.bls import BlsChannel
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.client import Channel

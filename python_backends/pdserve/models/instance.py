@@ -17,11 +17,11 @@ from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.external.decode import ExternalDecode
 from pdserve.instances.external.prefill import ExternalPrefill
 from pdserve.instances.prefill import PrefillInstance
-from pdserve.metrics import Registry
 from pdserve.models import former, stub
 from pdserve.models.outbox import Outbox
 from pdserve.models.triton import LoopThread, Publisher, deployment, own_heartbeat
 from pdserve.node import epoch
+from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.messages import (
     DecodeRequest,

@@ -19,9 +19,9 @@ import uvloop
 from numpy.typing import NDArray
 
 from pdserve import config, errors, pools, supervision
-from pdserve.metrics import Registry
 from pdserve.node import heartbeat
 from pdserve.node.heartbeat import Heartbeat
+from pdserve.observability.metrics import Registry
 
 PUBLISH_S = 0.25
 BEAT_S = 0.25

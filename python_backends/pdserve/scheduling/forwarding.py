@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 from pdserve import errors
 from pdserve.scheduling.instance import Instance
-from pdserve.scheduling.waiting import Order, Place, WaitingLine
+from pdserve.scheduling.wait_queue import Order, QueuePlace, WaitQueue
 from pdserve.supervision import traced
 
 _log = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ class Forwarding(Generic[T]):
         self._slots = slots
         self._batch = batch
         self._rng = rng
-        self._line = WaitingLine()
-        self._lookers = WaitingLine()
+        self._queue = WaitQueue()
+        self._lookers = WaitQueue()
         """Those who offer nothing, and look at what instances have told."""
         self._busy: set[Instance] = set()
         self._told: set[Instance] = set()
@@ -78,12 +78,12 @@ class Forwarding(Generic[T]):
 
     def __len__(self) -> int:
         """Requests that wait."""
-        return len(self._line)
+        return len(self._queue)
 
     @property
     def congested(self) -> bool:
         """Whether others wait already, or what this gateway has there fills all of them."""
-        return bool(self._line) or all(map(self._full, self.instances))
+        return bool(self._queue) or all(map(self._full, self.instances))
 
     async def take(
         self, order: Order, until: float, rank: Rank, offer: Offer[T], alone_until: float = 0.0
@@ -98,13 +98,13 @@ class Forwarding(Generic[T]):
         """
         try:
             # If nobody waits, it may try without standing in line.
-            taken = await self._round(rank, offer) if not self._line else None
+            taken = await self._round(rank, offer) if not self._queue else None
             if taken is not None:
                 return taken
             return await self._wait(order, (until, alone_until), rank, offer)
         finally:
-            self._line.wake()
-            if not self._line and not self._lookers:
+            self._queue.wake()
+            if not self._queue and not self._lookers:
                 self._forget()
 
     async def look(self, order: Order, until: float, find: Callable[[], R | None]) -> R | None:
@@ -130,7 +130,7 @@ class Forwarding(Generic[T]):
             return found
         finally:
             place.leave()
-            if not self._line and not self._lookers:
+            if not self._queue and not self._lookers:
                 self._forget()
 
     def told(self) -> None:
@@ -142,7 +142,7 @@ class Forwarding(Generic[T]):
         try:
             return await self._round(rank, offer)
         finally:
-            if not self._line and not self._lookers:
+            if not self._queue and not self._lookers:
                 self._forget()
 
     async def _round(self, rank: Rank, offer: Offer[T]) -> T | None:
@@ -154,7 +154,7 @@ class Forwarding(Generic[T]):
             instance.offers += 1
             instance.asked = asyncio.get_running_loop().time()
             try:
-                taken = await offer(instance, bool(self._line))
+                taken = await offer(instance, bool(self._queue))
             except errors.InstanceError as error:
                 self._failure = error
                 continue
@@ -169,7 +169,7 @@ class Forwarding(Generic[T]):
     def freed(self, instance: Instance) -> None:
         """One of this gateway's own requests holds nothing there any more."""
         self._busy.discard(instance)
-        self._line.wake()
+        self._queue.wake()
         self._lookers.wake()
 
     def why_not(self) -> str:
@@ -185,14 +185,14 @@ class Forwarding(Generic[T]):
     async def _wait(
         self, order: Order, until: tuple[float, float], rank: Rank, offer: Offer[T]
     ) -> T | None:
-        if len(self._line) >= MAX_WAITING:
+        if len(self._queue) >= MAX_WAITING:
             raise errors.Unavailable(f"{MAX_WAITING} requests wait for a {self._role} already")
-        place = self._line.join(order)
+        place = self._queue.join(order)
         # What became free while it was asking others woke nobody, if nobody else was in line.
-        at_once = len(self._line) == 1
+        at_once = len(self._queue) == 1
         if not at_once and self._best(rank, set()) is not None:
             # Those before it may be waiting for something else.
-            asyncio.get_running_loop().call_soon(self._line.wake)
+            asyncio.get_running_loop().call_soon(self._queue.wake)
         try:
             while at_once or await self._turn(place, until):
                 taken = await self._round(rank, offer)
@@ -205,14 +205,14 @@ class Forwarding(Generic[T]):
         finally:
             place.leave()
 
-    async def _turn(self, place: Place, until: tuple[float, float]) -> bool:
+    async def _turn(self, place: QueuePlace, until: tuple[float, float]) -> bool:
         """Whether it is worth trying, and still its turn: not if it is late and others wait."""
         self._look_out()
         loop = asyncio.get_running_loop()
-        if await place.turn(max(until) if len(self._line) == 1 else until[0]):
-            return loop.time() < until[0] or len(self._line) == 1
+        if await place.turn(max(until) if len(self._queue) == 1 else until[0]):
+            return loop.time() < until[0] or len(self._queue) == 1
         # It was not alone when it stood in line; it may be now.
-        return len(self._line) == 1 and loop.time() < max(until) and await self._turn(place, until)
+        return len(self._queue) == 1 and loop.time() < max(until) and await self._turn(place, until)
 
     def _best(self, rank: Rank, asked: set[Instance]) -> Instance | None:
         now = asyncio.get_running_loop().time()
@@ -263,8 +263,8 @@ class Forwarding(Generic[T]):
 
     def _time_to_look(self) -> None:
         self._timer = None
-        if self._line or self._lookers:
-            self._line.wake()
+        if self._queue or self._lookers:
+            self._queue.wake()
             self._lookers.wake()
             self._look_out()
 

@@ -24,7 +24,7 @@ from pdserve.rpc.messages import (
     Watch,
 )
 from pdserve.rpc.messages import Request as Message
-from pdserve.scheduling.breaker import Breaker
+from pdserve.scheduling.circuit_breaker import CircuitBreaker
 from pdserve.scheduling.room import Room
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Instance:
         """When one may be offered again (``loop.time()``), where another gateway's was there."""
         self.refused = self.asked = 0.0
         """When it was busy last, and offered something last."""
-        self.breaker = Breaker()
+        self.breaker = CircuitBreaker()
         self.room = Room()
         """Of a decode."""
         self._channel = channel

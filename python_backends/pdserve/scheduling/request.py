@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple
 from pdserve.rpc.messages import Sampling
 from pdserve.scheduling.room import Promise
 from pdserve.scheduling.suspicion import Role
-from pdserve.scheduling.waiting import Order
+from pdserve.scheduling.wait_queue import Order
 from pdserve.transfer.reports import NOTHING_PULLED, Pulled
 
 

@@ -14,16 +14,16 @@ from contextlib import aclosing
 from typing import Any
 
 from pdserve import config, errors
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Accepted, Tokens
 from pdserve.scheduling import policies
-from pdserve.scheduling.breaker import Budget
-from pdserve.scheduling.decoding import Decoding, NoRoom
+from pdserve.scheduling.circuit_breaker import RetryBudget
+from pdserve.scheduling.decode_stage import DecodeStage, NoRoom
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
-from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Calls, Offered, failure
-from pdserve.scheduling.prefilling import Computed, Prefilling, late
+from pdserve.scheduling.prefill_stage import Computed, PrefillStage, late
 from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
 from pdserve.scheduling.room import HELD_S, KNOWN_S, Rooms
 
@@ -43,7 +43,7 @@ class Scheduler:
         self,
         prefills: Sequence[Instance],
         decodes: Sequence[Instance],
-        meetings: Meetings,
+        kv_links: KVLinks,
         metrics: Registry,
         *,
         gateway: config.Gateway,
@@ -67,9 +67,13 @@ class Scheduler:
         self.decodes = Forwarding[Offered](decodes, "decode", calls.gateway, slots, slots, rng)
         at_once = len(prefills) * prefill.slots
         rooms = Rooms(decodes, decode.blocks, decode.block_size, at_once)
-        self._decoding = Decoding(self.decodes, meetings, calls, metrics, prefill.lease_s, rooms)
-        self._prefilling = Prefilling(self._decoding, meetings, calls, metrics, gateway.stall_s)
-        self._budget = Budget()
+        self._decode_stage = DecodeStage(
+            self.decodes, kv_links, calls, metrics, prefill.lease_s, rooms
+        )
+        self._prefill_stage = PrefillStage(
+            self._decode_stage, kv_links, calls, metrics, gateway.stall_s
+        )
+        self._budget = RetryBudget()
 
     @property
     def healthy(self) -> bool:
@@ -114,7 +118,7 @@ class Scheduler:
                     async for chunk in chunks:
                         yield chunk
                 if self._local == "auto":
-                    self._decoding.decoded(request)
+                    self._decode_stage.decoded(request)
                 return
             except NoRoom:
                 # Without a token it goes on waiting within its limit; with one it has as many tries
@@ -143,12 +147,12 @@ class Scheduler:
                 async for chunk in chunks:
                     yield chunk
             return
-        promise = await self._decoding.promise(request)
+        promise = await self._decode_stage.promise(request)
         if promise is None:
             raise late("no decode with room", request)
         request.promise = promise
         try:
-            computed = await self._prefilling.compute(request, prefills)
+            computed = await self._prefill_stage.compute(request, prefills)
             try:
                 request.to(State.PREFILLED, asyncio.get_running_loop().time())
                 self.policy.computed(request)
@@ -157,7 +161,7 @@ class Scheduler:
                         yield chunk
             finally:
                 if computed.decode is not None:
-                    self._decoding.let_go(computed.decode)
+                    self._decode_stage.let_go(computed.decode)
                 computed.close()
         finally:
             promise.over()
@@ -166,7 +170,7 @@ class Scheduler:
         """From a prompt that is computed to the end."""
         loop, decode, reserving = asyncio.get_running_loop(), computed.decode, None
         first = self._first(request, computed)
-        if not (decode or first.finish_reason or self._decoding.plenty(KNOWN_S)):
+        if not (decode or first.finish_reason or self._decode_stage.plenty(KNOWN_S)):
             reserving = await self._hold_back(request, computed)
         try:
             yield first
@@ -179,13 +183,13 @@ class Scheduler:
                     yield chunk
         finally:
             if decode is not None:
-                self._decoding.let_go(decode)
+                self._decode_stage.let_go(decode)
             elif reserving is not None:
                 self._give_up(reserving)
 
     async def _reserve(self, request: Request, computed: Computed) -> Offered:
         result = computed.result
-        return await self._decoding.reserve(
+        return await self._decode_stage.reserve(
             request, computed.prefill, result.token, computed.handle, request.ends_by
         )
 
@@ -206,7 +210,7 @@ class Scheduler:
         try:
             left = request.deadline - loop.time()
             await asyncio.wait({reserving}, timeout=min(left, HELD_S))
-            if not reserving.done() and not self._decoding.plenty(math.inf):
+            if not reserving.done() and not self._decode_stage.plenty(math.inf):
                 await asyncio.wait({reserving}, timeout=request.deadline - loop.time())
                 if not reserving.done():
                     raise errors.Late("the limit of the first token has passed")
@@ -229,7 +233,7 @@ class Scheduler:
 
         def ended(task: asyncio.Task[Offered]) -> None:
             if not task.cancelled() and task.exception() is None:
-                self._decoding.let_go(task.result())
+                self._decode_stage.let_go(task.result())
 
         reserving.cancel()
         reserving.add_done_callback(ended)
@@ -261,7 +265,7 @@ class Scheduler:
         if self._local == "off" or request.sampling.reproducible:
             return None
         short = math.inf if self._local == "on" else self._local_tokens
-        taken = await self._decoding.alone(request, short, prefills.congested)
+        taken = await self._decode_stage.alone(request, short, prefills.congested)
         if taken is not None:
             request.attempts += 1
             request.forwarded = request.forwarded or asyncio.get_running_loop().time()
@@ -308,7 +312,7 @@ class Scheduler:
                     return
                 reply = await call.reply(self._stall_s, request.ends_by)
         finally:
-            self._decoding.let_go(taken)
+            self._decode_stage.let_go(taken)
 
     def _arrived(self, request: Request, taken: Offered, computed: Computed | None) -> None:
         """The KV cache has left the prefill: its slot is free."""
@@ -317,13 +321,13 @@ class Scheduler:
             self.decodes.freed(taken.instance)
         if computed is not None:
             request.to(State.DECODING, asyncio.get_running_loop().time())
-            self._decoding.handed_over(computed.prefill.name, taken.instance.name)
+            self._decode_stage.handed_over(computed.prefill.name, taken.instance.name)
             computed.taken()
 
     def _refused(self, request: Request, taken: Offered, computed: Computed | None) -> None:
         """The decode has failed at this request, or could not get at its KV cache."""
         if computed is not None and request.state is State.TRANSFERRING:
-            self._decoding.not_handed_over(computed.prefill.name, taken.instance.name)
+            self._decode_stage.not_handed_over(computed.prefill.name, taken.instance.name)
         else:
             taken.call.blame()
 

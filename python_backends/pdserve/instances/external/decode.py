@@ -20,7 +20,7 @@ from pdserve.instances.external.reports import Reports
 from pdserve.instances.slot_watches import RoomWatches, Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.handle import unseal
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
     MAX_TOKENS,
     SUSPECT,

@@ -33,7 +33,7 @@ from pdserve.instances.prefill import TICK_S
 from pdserve.instances.slot_watches import Send, SlotWatches
 from pdserve.instances.slots import show
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
     SUSPECT,
     Busy,

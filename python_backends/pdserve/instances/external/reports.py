@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from pdserve.engines.external import EngineTerms
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 
 _log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ MOST = 1 << 16
 """Prefixes known at once; the least recently used are forgotten."""
 
 
-class Prefixes:
+class PrefixDirectory:
     """By chained hashes: equal ones are equal prefixes of one tenant."""
 
     def __init__(self) -> None:

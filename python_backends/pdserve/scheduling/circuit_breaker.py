@@ -15,7 +15,7 @@ FIRST_S, LONGEST_S = 0.25, 15.0
 """The pause: doubled by each failure that follows a trial."""
 
 
-class Breaker:
+class CircuitBreaker:
     """Times are ``loop.time()`` seconds."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Breaker:
         self._pause = self.reopens = 0.0
 
 
-class Budget:
+class RetryBudget:
     """How often requests may be tried again: some at once, then one for so many that are new.
 
     Without it, all that an overload makes fail would be asked for a second time, and make it worse.

@@ -7,7 +7,7 @@ from __future__ import annotations
 _MEAN, _DEVIATION, _DEVIATIONS = 1 / 8, 1 / 4, 3
 
 
-class Pace:
+class LatencyEstimate:
     """Seconds per token, by the power of two that the uncached tokens are in."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from pdserve import errors
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Describe, Described, Join, Joined
 from pdserve.scheduling.instance import Instance
 from pdserve.supervision import repeat, traced
@@ -30,7 +30,7 @@ JOIN_S = 20.0
 OVERLAP_S = 0.02
 
 
-class Meetings:
+class KVLinks:
     """Of one gateway's group. Several gateways may introduce the same pairs.
 
     Args:

@@ -7,15 +7,15 @@ import math
 from collections import defaultdict
 
 from pdserve import errors
-from pdserve.metrics import Registry
+from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.messages import Stranger
-from pdserve.scheduling.breaker import Breaker
+from pdserve.scheduling.circuit_breaker import CircuitBreaker
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
-from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Calls, Offered, offer
-from pdserve.scheduling.prefixes import Prefixes, digests
+from pdserve.scheduling.prefix_directory import PrefixDirectory, digests
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.room import Promise, Rooms
 from pdserve.scheduling.suspicion import admits
@@ -32,7 +32,7 @@ class NoRoom(errors.Unavailable):
     """No decode has taken a KV cache for as long as its prefill keeps it."""
 
 
-class Decoding:
+class DecodeStage:
     """The decodes of a group.
 
     Args:
@@ -42,7 +42,7 @@ class Decoding:
     def __init__(
         self,
         decodes: Forwarding[Offered],
-        meetings: Meetings,
+        kv_links: KVLinks,
         calls: Calls,
         metrics: Registry,
         lease_s: float,
@@ -50,12 +50,12 @@ class Decoding:
     ) -> None:
         self.decodes = decodes
         self._rooms = rooms
-        self._meetings = meetings
+        self._kv_links = kv_links
         self._calls = calls
         self._metrics = metrics
         self._lease_s = lease_s
-        self._prefixes = Prefixes()
-        self._pairs: defaultdict[tuple[str, str], Breaker] = defaultdict(Breaker)
+        self._prefixes = PrefixDirectory()
+        self._pairs: defaultdict[tuple[str, str], CircuitBreaker] = defaultdict(CircuitBreaker)
 
     async def promise(self, request: Request) -> Promise | None:
         """A place for a request whose prompt is to be computed, waited for if there is none.
@@ -166,7 +166,7 @@ class Decoding:
 
     def _check_reach(self, prefill: Instance) -> None:
         refusals = {
-            decode.name: self._meetings.refusal(prefill.name, decode.name)
+            decode.name: self._kv_links.refusal(prefill.name, decode.name)
             for decode in self.decodes.instances
         }
         if all(refusals.values()):
@@ -176,11 +176,11 @@ class Decoding:
         """Open streams, and what the transfer would take, in streams."""
         pair = prefill.name, decode.name
         now = asyncio.get_running_loop().time()
-        if self._meetings.refusal(*pair) or not self._pairs[pair].allows(now, 0):
+        if self._kv_links.refusal(*pair) or not self._pairs[pair].allows(now, 0):
             return None
         if not admits(decode, request, "decode", now):
             return None
-        transfer_s = self._meetings.transfer_s(*pair, request.prompt_tokens)
+        transfer_s = self._kv_links.transfer_s(*pair, request.prompt_tokens)
         return decode.open + math.floor(transfer_s / STREAM_S)
 
     async def _introduced(
@@ -199,7 +199,7 @@ class Decoding:
         left = until - asyncio.get_running_loop().time()
         try:
             await asyncio.wait_for(
-                self._meetings.introduce(prefill, decode), min(left, INTRODUCED_S)
+                self._kv_links.introduce(prefill, decode), min(left, INTRODUCED_S)
             )
         except (errors.InstanceError, asyncio.TimeoutError) as error:
             self.not_handed_over(prefill.name, decode.name)
@@ -235,7 +235,7 @@ class Decoding:
         try:
             taken = await offer(request, decode, message, until)
         except errors.InstanceError:
-            self._meetings.forget(decode)
+            self._kv_links.forget(decode)
             self._prefixes.forget(decode.name)
             raise
         if taken is None:

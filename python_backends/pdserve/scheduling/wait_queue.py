@@ -13,7 +13,7 @@ Order = tuple[bool, float]
 _SHORTEST_WAIT = 1e-5
 
 
-class WaitingLine:
+class WaitQueue:
     """A line of waiting requests.
 
     Each ``wake`` lets one of them try, the first by its order; who finds nothing stands in
@@ -22,7 +22,7 @@ class WaitingLine:
     """
 
     def __init__(self) -> None:
-        self._standing: list[tuple[Order, int, Place]] = []
+        self._standing: list[tuple[Order, int, QueuePlace]] = []
         self._joined = itertools.count()
         self._members = 0
 
@@ -30,18 +30,18 @@ class WaitingLine:
         """Those who have joined and not left."""
         return self._members
 
-    def join(self, order: Order) -> Place:
+    def join(self, order: Order) -> QueuePlace:
         self._members += 1
-        return Place(self, (order, next(self._joined)))
+        return QueuePlace(self, (order, next(self._joined)))
 
-    def wake(self, behind: Place | None = None) -> None:
+    def wake(self, behind: QueuePlace | None = None) -> None:
         """Something may be free now: the first in line tries, or the first behind another."""
         first = bisect(self._standing, behind.key) if behind else 0
         while first < len(self._standing):
             if self._standing.pop(first)[-1].call():
                 return
 
-    def stand(self, place: Place) -> None:
+    def stand(self, place: QueuePlace) -> None:
         insort(self._standing, (*place.key, place))
 
     def leave(self) -> None:
@@ -49,12 +49,12 @@ class WaitingLine:
         self.wake()
 
 
-class Place:
+class QueuePlace:
     """A request's place in the line, from joining until ``leave``."""
 
-    def __init__(self, line: WaitingLine, key: tuple[Order, int]) -> None:
+    def __init__(self, queue: WaitQueue, key: tuple[Order, int]) -> None:
         self.key = key
-        self._line = line
+        self._queue = queue
         self._turn: asyncio.Future[bool] | None = None
 
     async def turn(self, deadline: float) -> bool:
@@ -63,7 +63,7 @@ class Place:
         if loop.time() >= deadline:
             return False
         self._turn = loop.create_future()
-        self._line.stand(self)
+        self._queue.stand(self)
         wait = max(deadline - loop.time(), _SHORTEST_WAIT)
         timer = loop.call_later(wait, self._answer, False)
         try:
@@ -84,8 +84,8 @@ class Place:
 
     def pass_on(self) -> None:
         """What is free is not for this one: the next behind it tries."""
-        self._line.wake(behind=self)
+        self._queue.wake(behind=self)
 
     def leave(self) -> None:
         """Go on, or give up; the next in line tries."""
-        self._line.leave()
+        self._queue.leave()

@@ -6,16 +6,16 @@ import asyncio
 from typing import NamedTuple
 
 from pdserve import errors
-from pdserve.metrics import Registry
-from pdserve.pace import Pace
+from pdserve.latency_estimate import LatencyEstimate
+from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.messages import Accepted, Prefilled
-from pdserve.scheduling.decoding import Decoding
+from pdserve.scheduling.decode_stage import DecodeStage
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Call, Instance
-from pdserve.scheduling.meetings import Meetings
+from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Calls, Offered, failure, offer
-from pdserve.scheduling.prefixes import Prefixes, digests
+from pdserve.scheduling.prefix_directory import PrefixDirectory, digests
 from pdserve.scheduling.request import RECOVER_S, Request, State
 from pdserve.scheduling.suspicion import admits
 
@@ -42,7 +42,7 @@ class Computed(NamedTuple):
         self.prefills.freed(self.prefill)
 
 
-class Prefilling:
+class PrefillStage:
     """The prefills of a group.
 
     Args:
@@ -51,19 +51,19 @@ class Prefilling:
 
     def __init__(
         self,
-        decoding: Decoding,
-        meetings: Meetings,
+        decode_stage: DecodeStage,
+        kv_links: KVLinks,
         calls: Calls,
         metrics: Registry,
         stall_s: float,
     ) -> None:
-        self._decoding = decoding
-        self._meetings = meetings
+        self._decode_stage = decode_stage
+        self._kv_links = kv_links
         self._calls = calls
         self._metrics = metrics
         self._stall_s = stall_s
-        self._prefixes = Prefixes()
-        self._pace = Pace()
+        self._prefixes = PrefixDirectory()
+        self._latency = LatencyEstimate()
         """From an offer to the first token. A request that still waits when it would come after its
         limit could only be computed in vain, in the place of one that is in time; with nobody in
         line but itself it waits somewhat longer. Used for leaving the line and for nothing else:
@@ -86,7 +86,7 @@ class Prefilling:
 
         def cost(prefill: Instance) -> float | None:
             now = asyncio.get_running_loop().time()
-            if prefill.name in self._meetings.useless:
+            if prefill.name in self._kv_links.useless:
                 return None
             if not admits(prefill, request, "prefill", now):
                 return None
@@ -110,7 +110,7 @@ class Prefilling:
             order = False, request.arrived
         else:
             fewest = tokens - max(cached.values(), default=0)
-            takes, alone = self._pace.expected(fewest), self._pace.usual(fewest)
+            takes, alone = self._latency.expected(fewest), self._latency.usual(fewest)
         limit = request.deadline
         taken = await prefills.take(order, limit - takes, cost, ask, limit - alone)
         if taken is None:
@@ -123,7 +123,7 @@ class Prefilling:
             taken.instance.tokens -= uncached(taken.instance)
         now = asyncio.get_running_loop().time()
         result, name = computed.result, taken.instance.name
-        self._pace.saw(tokens - result.cached_tokens, now - offered)
+        self._latency.saw(tokens - result.cached_tokens, now - offered)
         told = digests(request.so_far, request.tenant)
         self._prefixes.correct(name, told, result.cached_tokens, cached.get(name, 0))
         self._prefixes.stored(name, result.stored)
@@ -143,7 +143,7 @@ class Prefilling:
             outputs=request.output_tokens,
             gateway=self._calls.gateway,
             hurry=hurry,
-            layered=self._meetings.layered(prefill.name, request.prompt_tokens),
+            layered=self._kv_links.layered(prefill.name, request.prompt_tokens),
             only=request.max_tokens - request.output_tokens == 1,
             ignore_eos=request.ignore_eos,
             suspect=bool(request.ends["prefill"]),
@@ -157,7 +157,7 @@ class Prefilling:
             raise late(what, request) from error
         except errors.InstanceError:
             self._metrics.add("pdserve_retries_total", phase="offer", reason="error")
-            self._meetings.forget(prefill)
+            self._kv_links.forget(prefill)
             self._prefixes.forget(prefill.name)
             raise
         if taken is None:
@@ -177,7 +177,7 @@ class Prefilling:
             while isinstance(reply, Accepted):
                 if reply.handle is not None:
                     handle = reply.handle
-                    decode = await self._decoding.follow(request, prefill, handle)
+                    decode = await self._decode_stage.follow(request, prefill, handle)
                 reply = await call.reply(self._stall_s, request.ends_by)
             if isinstance(reply, Prefilled):
                 prefill.breaker.good()
@@ -195,7 +195,7 @@ class Prefilling:
             raise error
         except BaseException:
             if decode is not None:
-                self._decoding.let_go(decode)
+                self._decode_stage.let_go(decode)
             call.close()
             prefills.freed(prefill)
             raise

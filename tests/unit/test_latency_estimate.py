@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.pace import Pace
+from pdserve.latency_estimate import LatencyEstimate
 from pdserve.scheduling.request import State
 from tests.unit.inprocess import Site, virtual
 
@@ -20,29 +20,29 @@ TIMES = {"prefill": {"per_token_ms": 0.1}, "decode": {"base_ms": 1.0}}
 
 
 def test_by_size() -> None:
-    pace = Pace()
-    assert pace.expected(1000) == 0.0
-    pace.saw(1000, 0.1)
-    assert pace.expected(1000) == pytest.approx(0.1)
-    assert pace.expected(512) == pytest.approx(0.0512)
-    assert pace.expected(300) == 0.0, "another size"
+    estimate = LatencyEstimate()
+    assert estimate.expected(1000) == 0.0
+    estimate.saw(1000, 0.1)
+    assert estimate.expected(1000) == pytest.approx(0.1)
+    assert estimate.expected(512) == pytest.approx(0.0512)
+    assert estimate.expected(300) == 0.0, "another size"
 
 
 def test_with_a_margin_that_follows_how_much_they_differ() -> None:
-    pace, rng = Pace(), random.Random(0)
+    estimate, rng = LatencyEstimate(), random.Random(0)
     taken = [rng.normalvariate(0.1, 0.005) for _ in range(400)]
     for seconds in taken:
-        pace.saw(1000, seconds)
-    in_time = sum(seconds <= pace.expected(1000) for seconds in taken)
+        estimate.saw(1000, seconds)
+    in_time = sum(seconds <= estimate.expected(1000) for seconds in taken)
     assert 0.98 * len(taken) <= in_time
-    assert pace.expected(1000) < 0.12
+    assert estimate.expected(1000) < 0.12
 
 
 def test_it_follows_a_change() -> None:
-    pace = Pace()
+    estimate = LatencyEstimate()
     for seconds in [0.1] * 20 + [0.4] * 40:
-        pace.saw(1000, seconds)
-    assert pace.expected(1000) == pytest.approx(0.4, rel=0.03)
+        estimate.saw(1000, seconds)
+    assert estimate.expected(1000) == pytest.approx(0.4, rel=0.03)
 
 
 @virtual
@@ -73,7 +73,7 @@ async def test_who_stands_in_nobodys_way_waits_longer(tmp_path: Path, others: bo
     """It would come late at the worst only; before another, that would be in time, it gives up."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}) as site:
         for seconds in (0.1, 0.2):
-            site.scheduler._prefilling._pace.saw(1000, seconds)
+            site.scheduler._prefill_stage._latency.saw(1000, seconds)
         busy = site.start(site.request(1000, max_tokens=1))
         await asyncio.sleep(0.01)
         late = site.request(1000, max_tokens=1, ttft_limit_s=0.25)  # at the worst after 0.19 s
