@@ -35,7 +35,7 @@ from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.engines.pytorch.decode import TorchDecode
 from pdserve.engines.pytorch.model import TorchModel
 from pdserve.engines.pytorch.prefill import TorchPrefill
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 from pdserve.transfer.arrays import scatter
 from perf import budgets
 from perf.budgets import Budget

@@ -10,7 +10,8 @@ from tests.servers import Running
 
 from pdctl import keys
 from pdserve.rpc.channels.grpc import GrpcChannel
-from pdserve.rpc.messages import Accepted, Busy, Prefilled, PrefillRequest, Release, Reply, Sampling
+from pdserve.rpc.messages import Accepted, Busy, Prefilled, PrefillRequest, Release, Reply
+from pdserve.sampling import Sampling
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.suspicion import Stay

@@ -44,7 +44,7 @@ def install(role: str, folder: str) -> None:
     from pdserve.engines.emulated import EmulatedDecode
     from pdserve.instances.decode import DecodeInstance
     from pdserve.instances.prefill import PrefillInstance
-    from pdserve.models.outbox import Outbox
+    from pdserve.triton.outbox import Outbox
 
     if role == "prefill":
         _fails(PrefillInstance, "_hand_over", Path(folder) / "prefill loop")

@@ -27,12 +27,12 @@ from pdserve.rpc.messages import (
     Prefilled,
     PrefillRequest,
     Release,
-    Sampling,
     Taken,
     Tokens,
     Watch,
 )
 from pdserve.rpc.seal import Seal, Unsealed
+from pdserve.sampling import Sampling
 from pdserve.transfer import key
 from tests.fuzz.aftermath import unharmed
 

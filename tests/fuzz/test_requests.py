@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from pdserve.neutral import NEUTRAL
+from pdserve.triton.neutral import NEUTRAL
 from tests.fuzz.aftermath import unharmed
 
 if TYPE_CHECKING:

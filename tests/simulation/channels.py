@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _NOWHERE = contextvars.Context()
 
 ORPHAN_LOOK_S = 1.0
-"""As in `pdserve.models.instance`, which only the server can load."""
+"""As in `pdserve.triton.instance`, which only the server can load."""
 
 
 @dataclass

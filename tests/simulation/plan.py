@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pdserve import config
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 from tests.simulation import faults
 from tests.unit.inprocess import VOCABULARY
 

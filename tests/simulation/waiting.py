@@ -13,10 +13,10 @@ from tests.simulation.bounds import Bounds
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pdserve.config import Role
     from pdserve.scheduling.forwarding import Forwarding
     from pdserve.scheduling.instance import Instance
     from pdserve.scheduling.request import Request
-    from pdserve.scheduling.suspicion import Role
     from pdserve.scheduling.wait_queue import Order
     from tests.simulation.gateways import Client, Gateway
     from tests.simulation.world import World

@@ -16,7 +16,7 @@ import tritonclient.http as http
 
 from pdctl import footprint
 from pdserve.config import Gateway
-from pdserve.neutral import NEUTRAL
+from pdserve.triton.neutral import NEUTRAL
 from tests.clients import (
     Answer,
     Part,

@@ -41,7 +41,7 @@ def test_a_model_starts_its_threads_with_usual_stacks(tmp_path: Path) -> None:
     """As a stub does: started with a server's limits, then put back."""
     program = (
         "import sys, threading;"
-        "from pdserve.models import stub; stub.prepare();"
+        "from pdserve.triton import stub; stub.prepare();"
         "done = threading.Event(); thread = threading.Thread(target=done.wait); thread.start();"
         "print('ready', flush=True); sys.stdin.read(); done.set()"
     )

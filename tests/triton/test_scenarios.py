@@ -293,7 +293,7 @@ def test_sampling_of_a_scenario(tmp_path: Path) -> None:
             config.Scenario(
                 "warm",
                 (config.Group("b", ("prefill_1",), ("decode_1",)),),
-                sampling=config.Sampling(temperature=1.8, top_k=500),
+                sampling=config.SamplingDefaults(temperature=1.8, top_k=500),
             ),
         ),
     )

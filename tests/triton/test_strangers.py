@@ -16,16 +16,9 @@ from pdserve.config import Deployment, Gateway
 from pdserve.config import Server as Spec
 from pdserve.rpc import messages
 from pdserve.rpc.channels.grpc import GrpcChannel
-from pdserve.rpc.messages import (
-    Describe,
-    Described,
-    Failed,
-    PrefillRequest,
-    Release,
-    Released,
-    Sampling,
-)
+from pdserve.rpc.messages import Describe, Described, Failed, PrefillRequest, Release, Released
 from pdserve.rpc.seal import Seal, Unsealed
+from pdserve.sampling import Sampling
 from pdserve.transfer import key
 from tests.clients import Refused, generate, metrics
 from tests.servers import START_TIMEOUT_S, default_deployment, on_free_ports

@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING
 from pdserve import errors
 from pdserve.instances.slot_watches import SlotWatches
 from pdserve.rpc.client import Replies
-from pdserve.rpc.messages import (
-    Accepted,
-    Busy,
-    Freed,
-    PrefillRequest,
-    Release,
-    Reply,
-    Sampling,
-    Watch,
-)
+from pdserve.rpc.messages import Accepted, Busy, Freed, PrefillRequest, Release, Reply, Watch
+from pdserve.sampling import Sampling
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.offering import Offered, offer

@@ -61,7 +61,7 @@ def test_all_that_can_be_said(tmp_path: Path) -> None:
     assert not chat.shared_prefixes
     assert chat.groups[0].share == 1
     assert code.rules[1] == config.Rule(tenant="acme", model="scheduler")
-    assert code.sampling == config.Sampling(temperature=0.2)
+    assert code.sampling == config.SamplingDefaults(temperature=0.2)
     assert msgspec.yaml.decode(msgspec.yaml.encode(deployment), type=config.Deployment) == (
         deployment
     ), "as it is rendered for a server"

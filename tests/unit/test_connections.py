@@ -13,7 +13,7 @@ import pytest
 from pdctl.endpoint import Endpoint
 from pdserve import config, connections
 from pdserve.gateway import spans
-from pdserve.models import former
+from pdserve.triton import former
 from tests.servers import free_ports
 
 

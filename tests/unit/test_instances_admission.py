@@ -10,7 +10,8 @@ import pytest
 
 from pdserve.errors import InvalidRequest
 from pdserve.instances import admission
-from pdserve.rpc.messages import Busy, DecodeRequest, Failed, PrefillRequest, Reply, Sampling
+from pdserve.rpc.messages import Busy, DecodeRequest, Failed, PrefillRequest, Reply
+from pdserve.sampling import Sampling
 from tests.unit.external import Relay
 from tests.unit.inprocess import VOCABULARY, Site, virtual
 

@@ -25,10 +25,10 @@ from pdserve.rpc.messages import (
     Released,
     Reply,
     Room,
-    Sampling,
     Stranger,
     Tokens,
 )
+from pdserve.sampling import Sampling
 from pdserve.transfer.reports import Met
 from tests.unit.inprocess import CLEAN_S, EOS, Site, real, until, virtual
 

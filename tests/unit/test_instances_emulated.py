@@ -12,7 +12,7 @@ import pytest
 from pdserve.engines.emulated import EmulatedModel
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.errors import DeploymentError
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 from tests.unit.inprocess import EOS, VOCABULARY, Site, model, virtual
 
 if TYPE_CHECKING:

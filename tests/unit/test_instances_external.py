@@ -24,12 +24,12 @@ from pdserve.rpc.messages import (
     Release,
     Released,
     Reply,
-    Sampling,
     Stranger,
     Taken,
     Tokens,
     Watch,
 )
+from pdserve.sampling import Sampling
 from tests.unit.external import KEEPS_S, KEY, PREFILL_S, STEP_S, TRANSFER_S, Relay
 from tests.unit.inprocess import EOS, virtual
 

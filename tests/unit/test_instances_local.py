@@ -19,10 +19,10 @@ from pdserve.rpc.messages import (
     Freed,
     Released,
     Reply,
-    Sampling,
     Tokens,
     Watch,
 )
+from pdserve.sampling import Sampling
 from tests.unit.inprocess import EOS, Site, real, virtual
 from tests.unit.test_instances_decode import Client
 

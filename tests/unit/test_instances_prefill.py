@@ -13,15 +13,8 @@ import pytest
 from pdserve import config, errors
 from pdserve.kvcache.prefix_index import chain, shorten
 from pdserve.kvcache.sharding import Sharding
-from pdserve.rpc.messages import (
-    Accepted,
-    Failed,
-    Prefilled,
-    PrefillRequest,
-    Released,
-    Reply,
-    Sampling,
-)
+from pdserve.rpc.messages import Accepted, Failed, Prefilled, PrefillRequest, Released, Reply
+from pdserve.sampling import Sampling
 from pdserve.transfer import plane
 from pdserve.transfer.endpoint import Terms
 from pdserve.transfer.producer.holder import region_name

@@ -13,16 +13,8 @@ import pytest
 
 from pdserve.instances.prefill import LOOK_S
 from pdserve.instances.slot_watches import RESERVED_S, SlotWatches
-from pdserve.rpc.messages import (
-    Busy,
-    Freed,
-    Prefilled,
-    PrefillRequest,
-    Released,
-    Reply,
-    Sampling,
-    Watch,
-)
+from pdserve.rpc.messages import Busy, Freed, Prefilled, PrefillRequest, Released, Reply, Watch
+from pdserve.sampling import Sampling
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from pdserve.rpc.messages import (
     Release,
     Reply,
     Request,
-    Sampling,
     Tokens,
     Watch,
 )
+from pdserve.sampling import Sampling
 from pdserve.transfer.reports import NOTHING_PULLED, Met
 
 if TYPE_CHECKING:

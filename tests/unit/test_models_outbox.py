@@ -55,8 +55,8 @@ def outbox_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     stub.Logger = Logger  # type: ignore[attr-defined]
     stub.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, stub.__name__, stub)
-    yield importlib.import_module("pdserve.models.outbox")
-    sys.modules.pop("pdserve.models.outbox")
+    yield importlib.import_module("pdserve.triton.outbox")
+    sys.modules.pop("pdserve.triton.outbox")
 
 
 def test_a_request_ends_whose_response_is_refused(outbox_module: ModuleType) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pdserve.errors import InvalidRequest
-from pdserve.neutral import NEUTRAL, check
+from pdserve.triton.neutral import NEUTRAL, check
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 END = (2, 7)

@@ -11,7 +11,7 @@ import pytest
 
 from pdserve import config
 from pdserve.errors import InvalidRequest
-from pdserve.parameters import (
+from pdserve.gateway.parameters import (
     DEFAULT_MAX_TOKENS,
     MAX_LABEL_BYTES,
     MAX_STOP_BYTES,
@@ -22,7 +22,7 @@ from pdserve.parameters import (
     sampling,
     scalar,
 )
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 
 DTYPES: dict[str, Any] = {
     "max_tokens": np.int32,
@@ -78,10 +78,10 @@ def test_what_is_not_given_is_left_to_the_scenario() -> None:
 
 
 def test_what_no_scenario_says_either_is_greedy() -> None:
-    assert Sampling(**msgspec.structs.asdict(config.Sampling())) == Sampling()
+    assert Sampling(**msgspec.structs.asdict(config.SamplingDefaults())) == Sampling()
 
 
-@pytest.mark.parametrize("name", [*config.Sampling.__struct_fields__])
+@pytest.mark.parametrize("name", [*config.SamplingDefaults.__struct_fields__])
 def test_a_scenario_may_set_what_a_client_may_ask_for(name: str) -> None:
     values = [-3, -2, -1, 0, TINY, 0.5, 1, ABOVE_1, 2, 3, 10, 11, 100, 101, 1 << 24, (1 << 24) + 1]
     allowed = []
@@ -95,7 +95,7 @@ def test_a_scenario_may_set_what_a_client_may_ask_for(name: str) -> None:
             allowed.append(value)
     for value in values:
         try:
-            made = msgspec.convert({name: value}, config.Sampling)
+            made = msgspec.convert({name: value}, config.SamplingDefaults)
         except msgspec.ValidationError:
             assert value not in allowed
         else:
@@ -219,7 +219,7 @@ def test_random_seed_is_the_seed() -> None:
 
 
 def test_top_p_0_is_off() -> None:
-    scenario = msgspec.structs.asdict(config.Sampling(temperature=0.5, top_p=0.25))
+    scenario = msgspec.structs.asdict(config.SamplingDefaults(temperature=0.5, top_p=0.25))
     assert sampling({}, scenario).top_p == 0.25
     assert sampling(parsed(top_p=0.0).sampling, scenario) == Sampling(temperature=0.5)
     assert sampling(parsed(top_p=0.5).sampling, scenario).top_p == 0.5

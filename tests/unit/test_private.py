@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pdctl import private
-from pdserve.models import stub
+from pdserve.triton import stub
 
 
 @pytest.fixture(autouse=True)

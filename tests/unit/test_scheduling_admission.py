@@ -9,7 +9,8 @@ import pytest
 
 from pdserve import errors
 from pdserve.rpc import messages
-from pdserve.rpc.messages import Busy, DecodeRequest, PrefillRequest, Sampling
+from pdserve.rpc.messages import Busy, DecodeRequest, PrefillRequest
+from pdserve.sampling import Sampling
 from pdserve.scheduling import forwarding
 from pdserve.scheduling.request import Answer, Request, State
 from tests.unit.inprocess import Site, virtual

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.rpc.messages import Busy, DecodeRequest, PrefillRequest, Sampling, Tokens
+from pdserve.rpc.messages import Busy, DecodeRequest, PrefillRequest, Tokens
+from pdserve.sampling import Sampling
 from pdserve.scheduling.request import State
 from tests.unit.inprocess import EOS, Site, virtual
 

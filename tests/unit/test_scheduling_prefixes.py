@@ -11,7 +11,7 @@ import pytest
 
 from pdserve.kvcache import prefix_index
 from pdserve.kvcache.prefix_index import BLOCK_TOKENS, SHORT_BYTES
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 from pdserve.scheduling import prefix_directory
 from pdserve.scheduling.prefix_directory import PrefixDirectory, digests
 from tests.unit.inprocess import Site, virtual

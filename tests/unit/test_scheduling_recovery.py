@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.rpc.messages import DecodeRequest, PrefillRequest, Release, Sampling, Tokens
+from pdserve.rpc.messages import DecodeRequest, PrefillRequest, Release, Tokens
+from pdserve.sampling import Sampling
 from pdserve.scheduling.request import RECOVER_S, Chunk, Request, State
 from pdserve.scheduling.scheduler import ATTEMPTS
 from tests.unit.inprocess import EOS, Link, Site, virtual

@@ -16,7 +16,8 @@ from pdserve.rpc.messages import DecodeRequest, PrefillRequest, Watch
 from pdserve.scheduling.circuit_breaker import FIRST_S
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.request import State
-from pdserve.scheduling.room import HELD_S, KNOWN_S, Promise, Room, Rooms
+from pdserve.scheduling.room import Promise, Room
+from pdserve.scheduling.rooms import HELD_S, KNOWN_S, Rooms
 from tests.unit.desks import Desk
 from tests.unit.inprocess import Site, virtual
 
@@ -47,12 +48,12 @@ def test_what_is_promised_is_not_promised_again() -> None:
     woken: list[int] = []
     first = rooms.find(60, 0.0)
     assert first is decodes[0]
-    promise = Promise(first, 60, lambda: woken.append(1))
+    promise = Promise(first.room, 60, lambda: woken.append(1))
     assert rooms.find(60, 0.0) is decodes[1]
-    other = Promise(decodes[1], 60)
+    other = Promise(decodes[1].room, 60)
     assert rooms.find(60, 0.0) is None
     assert rooms.find(40, 0.0) is decodes[0]
-    third = Promise(decodes[0], 1)
+    third = Promise(decodes[0].room, 1)
     assert not decodes[0].room.fits(1), "no slot"
     third.over()
     promise.over()
@@ -85,7 +86,7 @@ def test_a_decode_that_has_failed_has_room_for_one_trial() -> None:
     decodes[1].breaker.failed(0.0)
     assert rooms.find(1, 0.0) is None, "not known is no room where it is known to have failed"
     assert rooms.find(1, FIRST_S) is decodes[1]
-    trial = Promise(decodes[1], 1)
+    trial = Promise(decodes[1].room, 1)
     assert rooms.find(1, FIRST_S) is None
     trial.over()
     decodes[0].breaker.failed(0.0)

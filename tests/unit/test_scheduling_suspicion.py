@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pdserve import errors
+from pdserve.config import Role
 from pdserve.errors import InstanceEnded
 from pdserve.instances.acceptance import TRIAL_S
 from pdserve.rpc.messages import (
@@ -21,12 +22,12 @@ from pdserve.rpc.messages import (
     Prefilled,
     PrefillRequest,
     Reply,
-    Sampling,
     Tokens,
 )
+from pdserve.sampling import Sampling
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.request import Request
-from pdserve.scheduling.suspicion import ENDS, UNANSWERED, Role, Stay, admits
+from pdserve.scheduling.suspicion import ENDS, UNANSWERED, Stay, admits
 from tests.unit.desks import Desk
 from tests.unit.inprocess import Site, virtual
 

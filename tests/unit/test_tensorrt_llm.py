@@ -26,7 +26,7 @@ from pdserve.engines import build
 from pdserve.engines.external import Asked
 from pdserve.engines.tensorrt_llm import api, link, sampling
 from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
-from pdserve.rpc import messages
+from pdserve.sampling import Sampling
 from tests.unit.inprocess import EOS, VOCABULARY, model
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def engine(role: config.Role, wanted: config.Deployment) -> TensorRTLLM:
 
 
 def asked(max_tokens: int = 8, prompt: Any = PROMPT, **fields: Any) -> Asked:
-    return Asked(prompt, messages.Sampling(), max_tokens, False, 0)._replace(**fields)
+    return Asked(prompt, Sampling(), max_tokens, False, 0)._replace(**fields)
 
 
 async def answer(decode: TensorRTLLM, request: Asked, first: int | None, way: bytes) -> list[int]:
@@ -257,8 +257,8 @@ def test_every_kind_of_sampling_is_mapped() -> None:
         "presence_penalty": 0.2,
         "frequency_penalty": 0.3,
     }
-    assert set(mapped) == set(messages.Sampling.__struct_fields__)
-    request = asked(sampling=messages.Sampling(**mapped), ignore_eos=True)
+    assert set(mapped) == set(Sampling.__struct_fields__)
+    request = asked(sampling=Sampling(**mapped), ignore_eos=True)
     given = sampling.arguments(request, [EOS], sampling.NEEDED)
     assert {name: given[name] for name in mapped} == mapped
     assert given["ignore_eos"]
@@ -272,15 +272,13 @@ def test_greedy_is_said_by_top_k_and_sampling_by_top_p() -> None:
     assert "temperature" not in greedy
     assert (greedy["end_id"], greedy["stop_token_ids"]) == (EOS, [7])
     assert greedy["include_stop_str_in_output"]
-    free = sampling.arguments(
-        asked(sampling=messages.Sampling(temperature=1.5)), [EOS], sampling.NEEDED
-    )
+    free = sampling.arguments(asked(sampling=Sampling(temperature=1.5)), [EOS], sampling.NEEDED)
     assert (free["temperature"], free["top_p"]) == (1.5, 1.0)
     assert "top_k" not in free
 
 
 def test_penalties_count_the_answer_alone_where_that_can_be_said() -> None:
-    request = asked(sampling=messages.Sampling(presence_penalty=1.0), outputs=5)
+    request = asked(sampling=Sampling(presence_penalty=1.0), outputs=5)
     fields = (*sampling.NEEDED, "prompt_ignore_length")
     given = sampling.arguments(request, [EOS], fields)
     assert given["prompt_ignore_length"] == len(PROMPT) - 5
@@ -292,7 +290,7 @@ def test_what_is_given_is_taken_by_every_version(version: str) -> None:
     with installed(version):
         made = api.Api(())
         sampling.check(made.sampling_fields)
-        request = asked(sampling=messages.Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
+        request = asked(sampling=Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
         made.sampling_params(**sampling.arguments(request, [2, 3], made.sampling_fields))
 
 

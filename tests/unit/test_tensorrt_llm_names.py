@@ -23,7 +23,7 @@ from pdserve.config.llm_options import (
 )
 from pdserve.engines.tensorrt_llm import api, sampling
 from pdserve.engines.tensorrtllm_backend import tensors
-from pdserve.rpc import messages
+from pdserve.sampling import Sampling
 from tests.unit.test_tensorrt_llm import VERSIONS, answer, asked, deployment, engine, installed
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def test_options_and_sampling_are_in_the_table() -> None:
 
 def test_tensors_are_in_the_table() -> None:
     there = table()
-    sampled = asked(sampling=messages.Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
+    sampled = asked(sampling=Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
     given = {
         *tensors.request(asked(), [2, 3], streaming=True, link=b"x"),
         *tensors.request(sampled, [2], streaming=False),
@@ -200,7 +200,7 @@ def test_variables_are_in_the_table() -> None:
 
 def test_shapes_of_the_tensors() -> None:
     """Each with its batch dimension, in the type that the backend's configuration has."""
-    request = asked(sampling=messages.Sampling(0.5, 3, 0.5, (1 << 64) - 1))
+    request = asked(sampling=Sampling(0.5, 3, 0.5, (1 << 64) - 1))
     given = tensors.request(request, [2, 3, 4], streaming=True, link=bytes(range(9)))
     assert all(tensor.shape[0] == 1 for tensor in given.values())
     assert given["input_ids"].shape == (1, 32)

@@ -11,7 +11,7 @@ import torch
 
 from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
 from pdserve.engines.pytorch.model import TorchModel
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 from pdserve.transfer.scatter import scatter
 from tests.unit.test_torch_engine import CONFIGS, FREE, GREEDY, SEEDED, Pair, prompt, save
 

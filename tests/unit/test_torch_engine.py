@@ -26,7 +26,7 @@ from pdserve.engines.pytorch.decode import TorchDecode
 from pdserve.engines.pytorch.model import TorchModel
 from pdserve.engines.pytorch.prefill import TorchPrefill
 from pdserve.errors import DeploymentError
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 from pdserve.transfer.scatter import scatter
 
 SMALL: dict[str, Any] = {

@@ -17,7 +17,8 @@ from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.kvcache.sharding import sharding_for
 from pdserve.observability.metrics import Registry
-from pdserve.rpc.messages import DecodeRequest, Prefilled, PrefillRequest, Reply, Sampling, Tokens
+from pdserve.rpc.messages import DecodeRequest, Prefilled, PrefillRequest, Reply, Tokens
+from pdserve.sampling import Sampling
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.endpoint import Terms

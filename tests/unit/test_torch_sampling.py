@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from pdserve.engines.pytorch.sampling import Choice, distribution, penalize, sample, uniform
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 
 VOCABULARY = 500
 

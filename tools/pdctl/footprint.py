@@ -77,7 +77,7 @@ def narrow(token: str) -> None:
     """Make the shared memory of a server its user's alone.
 
     Triton makes its regions with mode 0644, whatever the umask. The models of this project see to
-    theirs before they are READY (pdserve.models.stub); this is for all others.
+    theirs before they are READY (pdserve.triton.stub); this is for all others.
     """
     for region in regions(token) if is_token(token) else ():
         with contextlib.suppress(FileNotFoundError):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pdserve.errors import DeploymentError
 from pdserve.transfer import key
-
-if TYPE_CHECKING:
-    from pdctl.server import Server
 
 
 def copy(folder: Path) -> Path:
@@ -17,23 +14,23 @@ def copy(folder: Path) -> Path:
     return folder / "kv.key"
 
 
-def find(server: Server) -> bytes:
+def find(file: Path, running: Mapping[str, Path]) -> bytes:
     """The deployment's key, made if this is the first of its servers here and there is none.
 
     Where others run already, theirs counts: with another key the new one could meet none of them.
 
+    Args:
+        file: of the deployment.
+        running: folders of the servers that run with that file's key, by name.
+
     Raises:
         DeploymentError: the key's file is not to be used, or is not what the others have.
     """
-    file = Path(server.deployment.transfer.key_file)
-    for other in server.others():
-        started = other.started
-        if started is None or started.key_file != str(file) or other.pid is None:
-            continue
-        theirs = key.load(copy(other.folder))
+    for name, folder in running.items():
+        theirs = key.load(copy(folder))
         if file.exists() and key.load(file) != theirs:
             raise DeploymentError(
-                f"key_file {file}: not the key that server {other.spec.name} runs with; put that "
+                f"key_file {file}: not the key that server {name} runs with; put that "
                 f"back, or stop the whole deployment first"
             )
         return theirs

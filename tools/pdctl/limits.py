@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pdserve.models.stub import STACK_VARIABLE
+from pdserve.triton.stub import STACK_VARIABLE
 
 STACK_BYTES = 256 << 20
 """Of a thread of ``tritonserver``, virtual: glibc gives every thread the soft limit of stacks.

@@ -222,8 +222,16 @@ class Server(Endpoint):
     def _prepare(self) -> None:
         """Write what a new start needs. Raises: ServerError, DeploymentError, OSError."""
         self.render()
-        private.write(keys.copy(self.folder), keys.find(self))
         given = self.deployment
+        running = {
+            other.spec.name: other.folder
+            for other in self.others()
+            if (known := other.started) is not None
+            and known.key_file == given.transfer.key_file
+            and other.pid is not None
+        }
+        key = keys.find(Path(given.transfer.key_file), running)
+        private.write(keys.copy(self.folder), key)
         started = records.Started(self.file, given.model, given.transfer.key_file, self.spec)
         records.note(self.folder, started)
         private.write(self.folder / "key", secrets.token_hex(16).encode())

@@ -1,5 +1,5 @@
 """Triton model `decode`; the code is in the installed package."""
 
-from pdserve.models.decode import TritonPythonModel
+from pdserve.triton.decode import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

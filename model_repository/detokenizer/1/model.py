@@ -1,5 +1,5 @@
 """Triton model `detokenizer`; the code is in the installed package."""
 
-from pdserve.models.detokenizer import TritonPythonModel
+from pdserve.triton.detokenizer import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

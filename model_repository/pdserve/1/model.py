@@ -1,5 +1,5 @@
 """Triton model `pdserve`; the code is in the installed package."""
 
-from pdserve.models.pdserve import TritonPythonModel
+from pdserve.triton.pdserve import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -1,5 +1,5 @@
 """Triton model `prefill`; the code is in the installed package."""
 
-from pdserve.models.prefill import TritonPythonModel
+from pdserve.triton.prefill import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -1,5 +1,5 @@
 """Triton model `tokenizer`; the code is in the installed package."""
 
-from pdserve.models.tokenizer import TritonPythonModel
+from pdserve.triton.tokenizer import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

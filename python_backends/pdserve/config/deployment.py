@@ -198,7 +198,7 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("a rule gives at least one of prefix, tenant and model")
 
 
-class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
     """What a request gets that does not say it; bounds and defaults are those of a request."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
@@ -231,7 +231,7 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     """Longer than this for a token, and the request counts as one that has missed its limits."""
     max_tokens: Count | None = None
     """Of a request that does not say it, as far as there is room; None: 128."""
-    sampling: Sampling = Sampling()
+    sampling: SamplingDefaults = SamplingDefaults()
     priority: int = 0
     """Of a request that does not say it."""
     shared_prefixes: bool = False

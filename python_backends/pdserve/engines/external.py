@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from typing import Literal, NamedTuple, Protocol
 
 from pdserve.engines.protocol import Tokens
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 
 FinishReason = Literal["stop", "length", ""]
 

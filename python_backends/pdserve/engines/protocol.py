@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.kvcache.layout import KVLayout
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.producer.kv_range import KVRange
 

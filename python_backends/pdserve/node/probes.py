@@ -26,11 +26,11 @@ from pdserve.rpc.messages import (
     Released,
     Reply,
     Request,
-    Sampling,
     Stranger,
     Taken,
     Tokens,
 )
+from pdserve.sampling import Sampling
 
 PROMPT = (1).to_bytes(4, "little")
 """One token, of every vocabulary."""

@@ -17,7 +17,8 @@ from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Calls, Offered, offer
 from pdserve.scheduling.prefix_directory import PrefixDirectory, digests
 from pdserve.scheduling.request import Request
-from pdserve.scheduling.room import Promise, Rooms
+from pdserve.scheduling.room import Promise
+from pdserve.scheduling.rooms import Rooms
 from pdserve.scheduling.suspicion import admits
 
 # Replies of an answer that nobody reads as it comes; often enough to show life.
@@ -72,7 +73,7 @@ class DecodeStage:
 
         def find() -> Promise | None:
             decode = self._rooms.find(blocks, asyncio.get_running_loop().time())
-            return None if decode is None else Promise(decode, blocks, self.decodes.told)
+            return None if decode is None else Promise(decode.room, blocks, self.decodes.told)
 
         return await self.decodes.look(request.order, request.deadline, find)
 

@@ -9,11 +9,12 @@ import uuid
 from typing import NamedTuple
 
 from pdserve import errors
+from pdserve.config import Role
 from pdserve.rpc import messages
 from pdserve.rpc.messages import Busy, Failed, Stranger
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.request import Answer, Offer, Request
-from pdserve.scheduling.suspicion import Role, Stay
+from pdserve.scheduling.suspicion import Stay
 
 # An instance accepts or rejects at once: one that does neither for so long has failed.
 ANSWER_S = 2.0

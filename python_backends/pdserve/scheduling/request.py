@@ -27,9 +27,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from pdserve.rpc.messages import Sampling
+from pdserve.config import Role
+from pdserve.sampling import Sampling
 from pdserve.scheduling.room import Promise
-from pdserve.scheduling.suspicion import Role
 from pdserve.scheduling.wait_queue import Order
 from pdserve.transfer.reports import NOTHING_PULLED, Pulled
 

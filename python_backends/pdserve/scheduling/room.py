@@ -1,12 +1,4 @@
-"""Room in the decodes, asked for before a prompt is computed: who has no place waits without it.
-
-A decode tells what it could still accept with replies that go anyway. From that the gateway takes
-what it has promised since: to requests whose prompt waits or is being computed, and that no decode
-has accepted yet. What no decode has told is not known, and counts as room. Other gateways promise
-the same room: where there is not enough for all that could come at once, a first token is held back
-until a decode has accepted its request; for a moment at most where there was enough, as was told a
-while ago.
-"""
+"""Room in one decode: what it has told, less what is promised of it."""
 
 from __future__ import annotations
 
@@ -16,16 +8,7 @@ from typing import TYPE_CHECKING
 from pdserve.rpc import messages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from pdserve.scheduling.instance import Instance
-
-KNOWN_S = 1.0
-"""So long what a decode has told is good enough to let a first token go before it has accepted."""
-HELD_S = 0.1
-"""For a decode to accept, where what it has told is older: far more than one that is well needs."""
-# How fast the largest request that has been seen is forgotten, with each that comes.
-FADING = 0.99
+    from collections.abc import Callable
 
 
 class Room:
@@ -63,75 +46,24 @@ class Promise:
     """A place in a decode, until one has accepted the request or it does not need any.
 
     Args:
-        decode: None: none is needed, or none has so much.
+        room: of the decode; None: none is needed, or none has so much.
         over: called once, at its end.
     """
 
     def __init__(
-        self, decode: Instance | None, blocks: int, over: Callable[[], None] = lambda: None
+        self, room: Room | None, blocks: int, over: Callable[[], None] = lambda: None
     ) -> None:
-        self._decode = decode
+        self._room = room
         self._blocks = blocks
         self._over = over
-        if decode is not None:
-            decode.room.slots += 1
-            decode.room.blocks += blocks
+        if room is not None:
+            room.slots += 1
+            room.blocks += blocks
 
     def over(self) -> None:
         """Again is no error."""
-        decode, self._decode = self._decode, None
-        if decode is not None:
-            decode.room.slots -= 1
-            decode.room.blocks -= self._blocks
+        room, self._room = self._room, None
+        if room is not None:
+            room.slots -= 1
+            room.blocks -= self._blocks
             self._over()
-
-
-class Rooms:
-    """Of the decodes of a group.
-
-    Args:
-        blocks: of each decode.
-        block_size: tokens of each block.
-        at_once: requests that all gateways together may bring before any of them hears of it.
-    """
-
-    def __init__(
-        self, decodes: Sequence[Instance], blocks: int, block_size: int, at_once: int
-    ) -> None:
-        self._decodes = decodes
-        self._blocks = blocks
-        self._block_size = block_size
-        self._at_once = at_once
-        self._largest = 1.0
-
-    def need(self, tokens: int) -> int:
-        """Blocks for so many tokens; what no decode has is 0, since it will be refused there."""
-        blocks = -(-tokens // self._block_size)
-        if blocks > self._blocks:
-            return 0
-        self._largest = max(blocks, self._largest * FADING)
-        return blocks
-
-    def find(self, blocks: int, now: float) -> Instance | None:
-        """The decode with room for them that serves the fewest.
-
-        One that has failed has room for a trial; if all have, the wait is for whichever is back.
-        """
-        well = [one for one in self._decodes if one.breaker.allows(now, one.room.slots)]
-        found = [decode for decode in well or self._decodes if decode.room.fits(blocks)]
-        return min(found, key=lambda one: one.open + one.room.slots) if found else None
-
-    def plenty(self, now: float, age_s: float = KNOWN_S) -> bool:
-        """Whether all that may come at once finds a place, whoever brings it.
-
-        A decode that has failed has none, until it has shown that it is well.
-
-        Args:
-            age_s: what has been told longer ago counts for nothing.
-        """
-        rooms = [one.room for one in self._decodes if one.breaker.closed]
-        if any(room.told is None for room in rooms):
-            return True
-        blocks = math.ceil(self._largest)
-        known = (room.most(blocks) for room in rooms if now - room.told_at < age_s)
-        return sum(known) >= self._at_once

@@ -25,7 +25,7 @@ from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Calls, Offered, failure
 from pdserve.scheduling.prefill_stage import Computed, PrefillStage, late
 from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
-from pdserve.scheduling.room import HELD_S, KNOWN_S, Rooms
+from pdserve.scheduling.rooms import HELD_S, KNOWN_S, Rooms
 
 ATTEMPTS = 4
 """Pairs that may take a request: what fails again and again is its own fault."""

@@ -10,26 +10,30 @@ between a suspect's acceptance and its first token, look the same.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Protocol
 
 from pdserve import errors
-
-if TYPE_CHECKING:
-    from pdserve.scheduling.instance import Instance
-    from pdserve.scheduling.request import Request
+from pdserve.config import Role
+from pdserve.scheduling.request import Request
 
 ENDS = 2
 """Instances whose end a request may share, if the last one had accepted it."""
 UNANSWERED = 4
 """The same if it had not, and may have ended before the request came."""
 
-Role = Literal["prefill", "decode"]
+
+class Suspectable(Protocol):
+    """An instance, as far as what may end it is concerned."""
+
+    name: str
+    suspect: Request | None
+    suspects_from: float
 
 
 class Stay:
     """A request on an instance, from its offer until it makes progress there or leaves."""
 
-    def __init__(self, request: Request, instance: Instance, role: Role) -> None:
+    def __init__(self, request: Request, instance: Suspectable, role: Role) -> None:
         self._request = request
         self._instance = instance
         self._role: Role = role
@@ -69,7 +73,7 @@ class Stay:
             self._instance.suspect = None
 
 
-def admits(instance: Instance, request: Request, role: Role, now: float) -> bool:
+def admits(instance: Suspectable, request: Request, role: Role, now: float) -> bool:
     """Whether a request may be offered to an instance, as far as its own past is concerned."""
     if not request.ends[role]:
         return True

@@ -17,8 +17,8 @@ from tensorrt_llm._fake.work import Answer, Work
 from tensorrtllm_backend.params import ContextPhaseParams
 from tensorrtllm_backend.requests import KINDS, Asked, asked, samples
 
-from pdserve.models.outbox import Outbox
 from pdserve.node.heartbeat import Heartbeat
+from pdserve.triton.outbox import Outbox
 
 TOKENS_PER_BLOCK = 32
 NEEDED = ("output_ids", "sequence_length")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tensorrt_llm._fake.work import Kind, Work
 from tensorrtllm_backend.params import deserialize
 
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 
 Tensors = Mapping[str, NDArray[Any]]
 

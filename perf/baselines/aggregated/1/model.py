@@ -13,8 +13,8 @@ from pdserve import config
 from pdserve.engines import build
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.kvcache.block_pool import BlockPool, BlockTable
-from pdserve.models import pdserve
 from pdserve.scheduling.request import Chunk, Request, State
+from pdserve.triton import pdserve
 
 
 class TritonPythonModel(pdserve.TritonPythonModel):

@@ -11,21 +11,22 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pdserve import parameters
 from pdserve.errors import InstanceError
-from pdserve.models import triton
+from pdserve.gateway import parameters
 from pdserve.rpc import messages
 from pdserve.rpc.seal import Seal
+from pdserve.sampling import Sampling
 from pdserve.text.stream import TextStream
 from pdserve.text.tokenizer import Tokenizer
 from pdserve.transfer import key
+from pdserve.triton import backend
 
 WHOLE_ANSWER_MS = 1e9
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        deployment = triton.deployment(args)
+        deployment = backend.deployment(args)
         self._tokenizer = Tokenizer(Path(deployment.model))
         self._prefill = next(iter(deployment.instances("prefill")))
         self._decode = next(iter(deployment.instances("decode")))
@@ -44,13 +45,13 @@ class TritonPythonModel:
 
     def _answer(self, request: Any, sender: Any) -> Any:
         """Send all responses but the last, which is returned."""
-        inputs = triton.tensors(request)
+        inputs = backend.tensors(request)
         asked = parameters.parse(inputs, {}, 0)
         text = parameters.scalar(inputs, "text_input").decode()
         prompt = self._tokenizer.encode(text).astype("<i4").tobytes()
         max_tokens = asked.max_tokens or parameters.DEFAULT_MAX_TOKENS
         name = f"serial-{next(self._ids)}"
-        sampling = messages.Sampling(**asked.sampling)
+        sampling = Sampling(**asked.sampling)
         prefill = messages.PrefillRequest(name, prompt, sampling, asked.tenant, 60_000.0)
         (result,) = self._call(self._prefill, prefill)
         if not isinstance(result, messages.Prefilled):
@@ -76,15 +77,15 @@ class TritonPythonModel:
             piece += stream.push(ids)
             reason = reply.finish_reason
             if asked.stream and not reason:
-                outputs = [triton.text("text_output", piece), triton.text("finish_reason", "")]
+                outputs = [backend.text("text_output", piece), backend.text("finish_reason", "")]
                 sender.send(pb_utils.InferenceResponse(outputs))
                 piece = ""
         stats = {"prompt_tokens": len(prompt) // 4, "output_tokens": count}
         return pb_utils.InferenceResponse(
             [
-                triton.text("text_output", piece + stream.finish()),
-                triton.text("finish_reason", reason),
-                triton.text("stats", json.dumps(stats)),
+                backend.text("text_output", piece + stream.finish()),
+                backend.text("finish_reason", reason),
+                backend.text("stats", json.dumps(stats)),
             ]
         )
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from tensorrt_llm._fake.exchange import Link
 
 from pdserve.engines.protocol import DecodeSequence, Tokens
 from pdserve.kvcache.block_pool import BlockTable
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 
 Kind = Literal["context_and_generation", "context_only", "generation_only"]
 Reason = Literal["stop", "length", "cancelled"]

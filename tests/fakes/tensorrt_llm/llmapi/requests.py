@@ -10,7 +10,7 @@ import numpy as np
 from tensorrt_llm._fake.work import Kind, Work
 from tensorrt_llm.version import NEWEST, OLDEST
 
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 
 if TYPE_CHECKING:
     from tensorrt_llm.disaggregated_params import DisaggregatedParams

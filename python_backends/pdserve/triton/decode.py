@@ -6,9 +6,9 @@ from pdserve import config
 from pdserve.engines import build
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.external.decode import ExternalDecode
-from pdserve.models.instance import InstanceModel
 from pdserve.observability.metrics import Registry
 from pdserve.transfer import plane
+from pdserve.triton.instance import InstanceModel
 
 
 class TritonPythonModel(InstanceModel):

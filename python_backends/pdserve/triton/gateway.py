@@ -17,17 +17,14 @@ from typing import Any, NamedTuple
 import msgspec
 import triton_python_backend_utils as pb_utils
 
-from pdserve import config, errors, neutral, parameters
+from pdserve import config, errors
 from pdserve.config.reloading import DeploymentFile, changes, taken_over
 from pdserve.engines import build, checkpoint
 from pdserve.engines.protocol import Tokens
-from pdserve.gateway import tracing
+from pdserve.gateway import parameters, tracing
 from pdserve.gateway.groups import Group, Groups
 from pdserve.gateway.router import Asked, Router
 from pdserve.gateway.trace_context import Trace
-from pdserve.models import stub, triton
-from pdserve.models.outbox import Outbox
-from pdserve.models.triton import ASIDE, LoopThread, Publisher
 from pdserve.node import failure_notice
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.channels.bls import BlsChannel
@@ -38,6 +35,9 @@ from pdserve.supervision import Background, repeat
 from pdserve.text.stream import TextStream
 from pdserve.text.vocabulary import Vocabulary
 from pdserve.transfer import key
+from pdserve.triton import backend, neutral, stub
+from pdserve.triton.backend import ASIDE, LoopThread, Publisher
+from pdserve.triton.outbox import Outbox
 
 # So many requests of clients are open at once; more are refused before anything is done for them.
 MAX_OPEN = 4096
@@ -67,7 +67,7 @@ class GatewayModel(ABC):
 
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
-        self._file = DeploymentFile(triton.deployment_path(args))
+        self._file = DeploymentFile(backend.deployment_path(args))
         self.deployment = self._file.deployment
         self.vocabulary = self.read(Path(self.deployment.model))
         self._end_ids = checkpoint.known_eos_ids(Path(self.deployment.model))
@@ -77,10 +77,10 @@ class GatewayModel(ABC):
         self._traces = tracing.start(
             self.deployment.gateway.traces, self._name, pb_utils.Logger.log_warn
         )
-        self._inputs = [name for name in triton.inputs(args) if name not in neutral.FIELDS]
-        self._unfinished = triton.text("finish_reason", "")
+        self._inputs = [name for name in backend.inputs(args) if name not in neutral.FIELDS]
+        self._unfinished = backend.text("finish_reason", "")
         self._metrics = Registry()
-        self._heartbeat = triton.own_heartbeat(args, 1 + OUTBOXES)
+        self._heartbeat = backend.own_heartbeat(args, 1 + OUTBOXES)
         self._outboxes = [
             Outbox(CANCEL_LOOK_S, self._client_gone, self._heartbeat, 1 + number)
             for number in range(OUTBOXES)
@@ -136,7 +136,7 @@ class GatewayModel(ABC):
 
     async def _serve(self, key: str, request: Any) -> Any:
         """The last response. Raises: whatever has failed."""
-        given = triton.parameters(request)
+        given = backend.parameters(request)
         if (lost := given.get("lost")) is not None:
             return self._lose(str(lost))
         if self._open >= MAX_OPEN:
@@ -156,9 +156,9 @@ class GatewayModel(ABC):
         """The last response is sent, whatever has happened: the client would wait for ever."""
         del self._serving[key]
         if task.cancelled():
-            response = triton.error(_GONE)
+            response = backend.error(_GONE)
         elif (failure := task.exception()) is not None:
-            response = triton.failed(failure)
+            response = backend.failed(failure)
         else:
             response = task.result()
         self._outbox(key).send(key, response, last=True)
@@ -216,18 +216,18 @@ class GatewayModel(ABC):
             piece += text.finish()
         ending = [
             *self.outputs(piece, ids[: job.output_tokens - told]),
-            triton.text("finish_reason", job.finish_reason),
-            triton.text("stats", msgspec.json.encode(job.stats()).decode()),
+            backend.text("finish_reason", job.finish_reason),
+            backend.text("stats", msgspec.json.encode(job.stats()).decode()),
         ]
         return pb_utils.InferenceResponse(ending)
 
     async def _read(self, request: Any) -> tuple[parameters.Parameters, Prompt]:
         """Raises: InvalidRequest: it can never be served."""
-        inputs = triton.tensors(request)
+        inputs = backend.tensors(request)
         if self.prompt_input not in inputs:  # Triton counts the inputs, but does not look
             raise errors.InvalidRequest(f"{self.prompt_input} is missing; every request needs it")
         most = self.deployment.gateway.max_stop_words
-        asked = parameters.parse(inputs, triton.parameters(request), most, self._inputs)
+        asked = parameters.parse(inputs, backend.parameters(request), most, self._inputs)
         neutral.check(inputs, self._end_ids, self.vocabulary.size)
         return asked, await self.prompt(inputs)
 

@@ -17,9 +17,6 @@ from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.external.decode import ExternalDecode
 from pdserve.instances.external.prefill import ExternalPrefill
 from pdserve.instances.prefill import PrefillInstance
-from pdserve.models import former, stub
-from pdserve.models.outbox import Outbox
-from pdserve.models.triton import LoopThread, Publisher, deployment, own_heartbeat
 from pdserve.node import epoch
 from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
@@ -37,6 +34,9 @@ from pdserve.rpc.seal import Refusals, Seal, Unsealed
 from pdserve.rpc.server import Answers, Call
 from pdserve.supervision import Background
 from pdserve.transfer import key
+from pdserve.triton import former, stub
+from pdserve.triton.backend import LoopThread, Publisher, deployment, own_heartbeat
+from pdserve.triton.outbox import Outbox
 
 # What a gateway held that has died is let go of within this time.
 ORPHAN_LOOK_S = 1.0

@@ -9,27 +9,27 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve.errors import InvalidRequest
-from pdserve.models import stub, triton
-from pdserve.parameters import scalar
+from pdserve.gateway.parameters import scalar
 from pdserve.text.tokenizer import Tokenizer, parse_prompt
+from pdserve.triton import backend, stub
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
-        deployment = triton.deployment(args)
+        deployment = backend.deployment(args)
         self._tokenizer = Tokenizer(Path(deployment.model))
         self._most = deployment.gateway.max_prompt_bytes
-        self._heartbeat = triton.own_heartbeat(args, threads=1)
+        self._heartbeat = backend.own_heartbeat(args, threads=1)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [triton.answered(request, self._answer, self._heartbeat) for request in requests]
+        return [backend.answered(request, self._answer, self._heartbeat) for request in requests]
 
     def finalize(self) -> None:
         self._heartbeat.close()
 
     def _answer(self, request: Any) -> Any:
-        inputs = triton.tensors(request)
+        inputs = backend.tensors(request)
         data: bytes = scalar(inputs, "text_input")
         if len(data) > self._most:
             raise InvalidRequest(f"text_input: {len(data)} bytes; at most {self._most} are allowed")

@@ -9,10 +9,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve.errors import InvalidRequest
-from pdserve.models.gateway import GatewayModel, Prompt
-from pdserve.parameters import Tensors
+from pdserve.gateway.parameters import Tensors
 from pdserve.text import vocabulary
 from pdserve.text.vocabulary import Vocabulary
+from pdserve.triton.gateway import GatewayModel, Prompt
 
 
 class TritonPythonModel(GatewayModel):

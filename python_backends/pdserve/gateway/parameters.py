@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.errors import InvalidRequest, shown
-from pdserve.rpc.messages import Sampling
+from pdserve.sampling import Sampling
 
 DEFAULT_MAX_TOKENS = 128
 MAX_LABEL_BYTES = 64
