@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+SERVERS := tests/triton tests/faults tests/fuzz tests/hosts
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-full fuzz lint format bench bench-transfer bench-scheduling clean
@@ -20,8 +21,9 @@ serve: setup ## Start the servers and stay until Ctrl-C
 
 test: setup ## Every test that is not marked full; ARGS=...: those that pytest is told
 ifeq ($(strip $(ARGS)),)
-	@$(BIN)/pytest -m "not full" --numprocesses 2 --dist worksteal tests/unit
-	@$(BIN)/pytest -m "not full" --ignore tests/unit
+	@$(BIN)/pytest -m "not full" --numprocesses 2 --dist worksteal tests/unit tests/simulation
+	@$(BIN)/pytest -m "not full and not alone" --numprocesses 2 --dist loadfile $(SERVERS)
+	@$(BIN)/pytest -m "not full and alone" $(SERVERS)
 else
 	@$(BIN)/pytest -m "not full" $(ARGS)
 endif

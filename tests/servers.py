@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from pdctl import fleet
+from pdctl import fleet, watchers
 from pdctl.paths import MODEL_REPOSITORY, ROOT
 from pdctl.server import Server
 from pdserve.config import Deployment, Engine, load
@@ -97,10 +97,11 @@ def emulated_deployment(
 def running(
     deployment: Deployment, tmp_path: Path, source: Path = MODEL_REPOSITORY
 ) -> Iterator[Running]:
-    """Start a deployment on free ports and wait until it is ready; stop it at the end.
+    """Start a deployment on free ports and wait until it is ready; kill it at the end.
 
     ``tmp_path`` receives each server's folder, with its ``models/`` and its ``log``. The servers
-    end with the test process, however that ends.
+    end with the test process, however that ends. How a server ends that is asked to is tested
+    where that matters: a server whose stub has died takes its whole time-out for it.
 
     Raises:
         ServerError: it did not start; the message has the log's relevant lines.
@@ -112,4 +113,7 @@ def running(
         front = next((server for server in servers if server.spec.gateway), servers[0])
         yield Running(front.http, front.grpc, front.metrics, deployment, servers)
     finally:
+        for server in servers:
+            watchers.end(server.folder)  # it would start the server again
+            server.kill()
         fleet.stop(servers)

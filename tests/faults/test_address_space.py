@@ -27,7 +27,7 @@ from tests.faults.serving import (
 )
 from tests.servers import Running, emulated_deployment, running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 # 16 KiB a token: every pull is handed to a thread.
 PROFILE: dict[str, Any] = {

@@ -24,7 +24,7 @@ from tests.faults.serving import (
 )
 from tests.servers import Running, running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.clients import held, metrics, wait_until
 from tests.faults.serving import said, stub, watched
 from tests.servers import Running, emulated_deployment, running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 CHANNELS = 8
 MAX_OPEN = 4096

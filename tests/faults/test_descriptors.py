@@ -14,7 +14,7 @@ from tests.clients import generate
 from tests.faults.serving import all_in_one, repairs, watched
 from tests.servers import Running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 SOFT = 256
 IDLE = 300

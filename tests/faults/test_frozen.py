@@ -16,7 +16,7 @@ from tests.faults.load import Load
 from tests.faults.serving import STALL_S, STEP_MS, TTFT_LIMIT_S, Fault, server_of
 from tests.servers import Running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 TOKENS = 100
 ANSWER_S = TOKENS * STEP_MS / 1e3

@@ -19,7 +19,7 @@ from tests.faults.serving import (
 )
 from tests.servers import Running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 ENDED_S = 2.0
 """From the death of a gateway to the end of its streams, with an error."""

@@ -20,7 +20,7 @@ from tests.faults.serving import (
 )
 from tests.servers import Running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 INSTANCES = ("prefill_0", "decode_0", "prefill_1", "decode_1")
 CALM_S = 3.0

@@ -27,7 +27,7 @@ from tests.faults.serving import (
 )
 from tests.servers import Running, running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 STREAMS, RATE = 64, 32
 

@@ -31,7 +31,7 @@ from tests.faults.serving import (
 )
 from tests.servers import Running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 
 def ready(server: Server, model: str) -> bool:

@@ -33,7 +33,7 @@ from tests.servers import running as running_server
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 PREFILL_S = 0.2
 PROFILE: dict[str, Any] = {

@@ -37,7 +37,7 @@ from tests.faults.serving import (
 from tests.faults.test_repair import changed_code
 from tests.servers import Running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 GAP_S = 0.8
 """A stream stands still for so long at most, on free cores, when the stub of its instance dies."""

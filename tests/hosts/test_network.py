@@ -18,7 +18,7 @@ import pytest
 from tests.hosts import network as harness
 from tests.hosts.network import CLOCK_S, Network, hosts, leftovers
 
-pytestmark = pytest.mark.hosts
+pytestmark = [pytest.mark.hosts, pytest.mark.alone]
 
 WAIT_S = 3.0
 MEASURE_S = 1.0

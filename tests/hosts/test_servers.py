@@ -19,7 +19,7 @@ from tests.hosts.network import Network, hosts
 from tests.hosts.servers import running_on
 from tests.servers import Running, default_deployment
 
-pytestmark = [pytest.mark.hosts, pytest.mark.triton]
+pytestmark = [pytest.mark.hosts, pytest.mark.triton, pytest.mark.alone]
 
 PLACEMENT = {"first": "left", "second": "right"}
 ASKED = {"text_input": "One host prefills, the other one decodes.", "max_tokens": 16}

@@ -11,7 +11,7 @@ from pdserve.transfer.producer.lease_manager import QUIET_S
 from tests.hosts.ends import NBYTES, End
 from tests.hosts.network import Network, hosts
 
-pytestmark = pytest.mark.hosts
+pytestmark = [pytest.mark.hosts, pytest.mark.alone]
 
 RATE_MBIT = 500
 PULL_S = NBYTES * 8e-6 / RATE_MBIT

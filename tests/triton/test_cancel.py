@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     import tritonclient.grpc.aio as aio
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 FREED_S = 0.2
 """The promise."""

@@ -33,7 +33,7 @@ from tests.servers import Running, emulated_deployment, running
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 STALL_S = 3.0
 """An instance that says nothing for so long has failed."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tests.servers import Running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 
 @pytest.mark.parametrize("kind", ["concurrency", "request-rate"])

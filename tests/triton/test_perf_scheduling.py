@@ -12,7 +12,7 @@ from perf.scheduling.samples import LATE, UNAVAILABLE, idle_s, kept
 from perf.scheduling.servers import Offers
 from perf.scheduling.workload import Ask
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 
 def test_what_is_answered_and_refused_is_seen_by_the_client() -> None:

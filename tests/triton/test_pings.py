@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tests.servers import Running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 PING_MS = 1300
 SILENCE_S = 9

@@ -12,7 +12,7 @@ from pdserve.config import Decode, Gateway, Prefill
 from tests.clients import Part, Refused, connected, stream, wait_idle, wait_met
 from tests.servers import Running, emulated_deployment, running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 
 async def ask(server: Running, number: int, max_tokens: int) -> tuple[int, str]:

@@ -221,6 +221,7 @@ def test_ttft_limit_of_a_scenario(server: Running) -> None:
     generate(server, "scheduler", scenario="chat", **asked)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("route", ["grpc", "generate"])
 def test_tritons_own_timeout_limits_the_whole_answer(server: Running, route: str) -> None:
     """In microseconds; `generate` brings it as a parameter, gRPC as the request's timeout."""

@@ -14,6 +14,7 @@ import pytest
 import tritonclient.grpc as grpc
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from pdctl import fleet
 from pdserve.config import Gateway
 from tests.clients import Refused, ask, connected, generate, tensor, wait_met, wait_until
 from tests.servers import Running, emulated_deployment, running
@@ -202,8 +203,8 @@ def test_server_that_stops_hands_over_what_it_has(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
-    with collecting() as collector:
-        with traced(tmp_path, collector) as server:
-            generate(server, **ASKED, parameters={"traceparent": traceparent(trace_id(9))})
-            assert collector.spans == []
+    with collecting() as collector, traced(tmp_path, collector) as server:
+        generate(server, **ASKED, parameters={"traceparent": traceparent(trace_id(9))})
+        assert collector.spans == []
+        fleet.stop(server.servers)
         assert len(collector.of(trace_id(9))) == 8

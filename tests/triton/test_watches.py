@@ -19,7 +19,7 @@ from tests.servers import emulated_deployment, running
 if TYPE_CHECKING:
     from tests.servers import Running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 NAMES = 3000
 TTFT_S = 2.0

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pdctl.server import Server
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 GATEWAYS = ("gateway_0", "gateway_1")
 WORKERS = {
