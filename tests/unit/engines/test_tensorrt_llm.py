@@ -32,7 +32,7 @@ from tests.unit.inprocess import EOS, VOCABULARY, model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FAKES = Path(__file__).parents[1] / "fakes"
+FAKES = Path(__file__).parents[2] / "fakes"
 VERSIONS = ("1.0.0", "1.2.0", "1.3.0rc25")
 # Each version, and of the newest both transceivers.
 VARIANTS = [(version, None) for version in VERSIONS] + [("1.3.0rc25", "CPP")]

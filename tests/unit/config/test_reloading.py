@@ -11,7 +11,7 @@ import pytest
 from pdserve import config
 from pdserve.config.reloading import DeploymentFile, changes, taken_over
 from pdserve.errors import DeploymentError
-from tests.unit.test_config_scenarios import FILE
+from tests.unit.config.test_scenarios import FILE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ from pdserve.instances.forwards import AHEAD_S, Forwards
 from pdserve.rpc.messages import Busy, Freed
 from pdserve.scheduling.request import State
 from tests.unit.inprocess import Site, virtual
-from tests.unit.test_instances_watch import Gateway
+from tests.unit.instances.test_slot_watches import Gateway
 
 if TYPE_CHECKING:
     from pathlib import Path

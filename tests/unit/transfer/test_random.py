@@ -112,7 +112,7 @@ def _interleaved(pieces: list) -> Iterator[bytes]:  # type: ignore[type-arg]
 _WORKER = """
 import json, sys
 from pdserve.transfer.lease import remote
-from tests.unit import test_transfer_random as this
+from tests.unit.transfer import test_random as this
 from tests.unit.transfers import Taker
 
 remote.BEAT_S = this.BEAT_S

@@ -11,8 +11,8 @@ import pytest
 from pdserve import config
 from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.request import State
+from tests.unit.gateway.test_groups import Connected, deployment, serve
 from tests.unit.inprocess import Site, virtual
-from tests.unit.test_groups import Connected, deployment, serve
 
 if TYPE_CHECKING:
     from pathlib import Path

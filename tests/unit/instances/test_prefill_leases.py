@@ -15,7 +15,7 @@ from pdserve.transfer.lease.remote import RemoteLease
 from pdserve.transfer.lease.words import Pull
 from pdserve.transfer.producer.lease_manager import QUIET_S
 from tests.unit.inprocess import Site, virtual
-from tests.unit.test_instances_prefill import TIMES, Client
+from tests.unit.instances.test_prefill import TIMES, Client
 from tests.unit.transfers import MidPull
 
 if TYPE_CHECKING:

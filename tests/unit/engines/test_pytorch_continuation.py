@@ -13,7 +13,7 @@ from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
 from pdserve.engines.pytorch.model import TorchModel
 from pdserve.sampling import Sampling
 from pdserve.transfer.scatter import scatter
-from tests.unit.test_torch_engine import CONFIGS, FREE, GREEDY, SEEDED, Pair, prompt, save
+from tests.unit.engines.test_pytorch import CONFIGS, FREE, GREEDY, SEEDED, Pair, prompt, save
 
 KINDS = {
     "greedy": GREEDY,

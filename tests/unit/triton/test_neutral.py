@@ -12,7 +12,7 @@ import pytest
 from pdserve.errors import InvalidRequest
 from pdserve.triton.neutral import NEUTRAL, check
 
-REPOSITORY = Path(__file__).parents[2] / "model_repository"
+REPOSITORY = Path(__file__).parents[3] / "model_repository"
 END = (2, 7)
 SIZE = 100
 

@@ -24,7 +24,14 @@ from pdserve.config.llm_options import (
 from pdserve.engines.tensorrt_llm import api, sampling
 from pdserve.engines.tensorrtllm_backend import tensors
 from pdserve.sampling import Sampling
-from tests.unit.test_tensorrt_llm import VERSIONS, answer, asked, deployment, engine, installed
+from tests.unit.engines.test_tensorrt_llm import (
+    VERSIONS,
+    answer,
+    asked,
+    deployment,
+    engine,
+    installed,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path

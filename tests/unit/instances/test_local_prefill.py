@@ -24,7 +24,7 @@ from pdserve.rpc.messages import (
 )
 from pdserve.sampling import Sampling
 from tests.unit.inprocess import EOS, Site, real, virtual
-from tests.unit.test_instances_decode import Client
+from tests.unit.instances.test_decode import Client
 
 if TYPE_CHECKING:
     from pathlib import Path

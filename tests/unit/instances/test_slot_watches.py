@@ -11,7 +11,7 @@ from pdserve.instances.prefill import LOOK_S, MAX_QUARANTINED
 from pdserve.instances.slot_watches import MAX_WATCHES, RESERVED_S
 from pdserve.rpc.messages import Accepted, Busy, Failed, Freed, Prefilled, Released, Reply, Watch
 from tests.unit.inprocess import Site, virtual
-from tests.unit.test_instances_prefill import TIMES, Client
+from tests.unit.instances.test_prefill import TIMES, Client
 from tests.unit.transfers import MidPull
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from pdserve.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-PREPARED = Path(__file__).parents[2] / ".cache/models/SmolLM2-135M-Instruct"
+PREPARED = Path(__file__).parents[3] / ".cache/models/SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True)

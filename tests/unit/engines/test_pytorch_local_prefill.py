@@ -23,8 +23,8 @@ from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.endpoint import Terms
 from pdserve.transfer.producer.holder import Holder, region_name
+from tests.unit.engines.test_pytorch import CONFIGS, GREEDY, SEEDED, prompt, save
 from tests.unit.inprocess import real
-from tests.unit.test_torch_engine import CONFIGS, GREEDY, SEEDED, prompt, save
 from tests.unit.transfers import transport
 
 if TYPE_CHECKING:
