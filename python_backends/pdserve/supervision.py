@@ -74,14 +74,18 @@ class Thread(threading.Thread):
     """A thread whose exception is fatal."""
 
 
-async def repeat(what: str, turn: Callable[[], Awaitable[float]]) -> None:
+async def repeat(
+    what: str, turn: Callable[[], Awaitable[float]], soon: asyncio.Event | None = None
+) -> None:
     """Call `turn` again and again until cancelled, for work whose failure harms no request.
 
     Args:
         what: the work, for the log.
         turn: returns the seconds until it is called again. If it raises, that is logged with its
             traceback, and it is called again after `RETRY_S`.
+        soon: set by whoever wants it called again at once.
     """
+    again = soon or asyncio.Event()
     while True:
         try:
             pause_s = await turn()
@@ -90,7 +94,12 @@ async def repeat(what: str, turn: Callable[[], Awaitable[float]]) -> None:
                 "%s has failed, and is tried again in %g s\n%s", what, RETRY_S, traced(error)
             )
             pause_s = RETRY_S
-        await asyncio.sleep(pause_s)
+        timer = asyncio.get_running_loop().call_later(pause_s, again.set)
+        try:
+            await again.wait()
+        finally:
+            timer.cancel()
+        again.clear()
 
 
 def install(loop: asyncio.AbstractEventLoop, end: Callable[[str], None]) -> None:

@@ -40,13 +40,18 @@ class Group:
 
     @contextmanager
     def serving(self, request: Request) -> Iterator[Scheduler]:
-        """Its scheduler, for one request; the group's instances stay in reach that long."""
+        """Its scheduler, for one request."""
         request.group = self.name
         self.open += 1
         try:
             yield self._scheduler
         finally:
             self.open -= 1
+
+    def update(self, prefills: dict[_Key, Instance], decodes: dict[_Key, Instance]) -> None:
+        """Go on with these instances; see ``Scheduler.update``."""
+        self.instances = prefills | decodes
+        self._scheduler.update(list(prefills.values()), list(decodes.values()))
 
     def retire(self) -> None:
         """Nobody new will come: its instances need not be introduced any more."""
@@ -76,8 +81,8 @@ class Groups:
     def take(self, deployment: config.Deployment) -> dict[str, Group]:
         """Every group of a deployment by its name.
 
-        One that has the same instances as before goes on; instances that stay keep their channel.
-        The others serve what they have begun: see ``sweep``.
+        One that was there before goes on, with the instances that it has now; instances that stay
+        keep their channel. The others serve what they have begun: see ``sweep``.
         """
         groups = {
             group.name: self._group(deployment, group)
@@ -109,7 +114,8 @@ class Groups:
             key for group in (*self._current.values(), *self._retired) for key in group.instances
         }
         for key in self._instances.keys() - used:
-            await self._instances.pop(key).close()
+            if not self._instances[key].open:
+                await self._instances.pop(key).close()
 
     async def close(self) -> None:
         for group in self._current.values():
@@ -120,10 +126,14 @@ class Groups:
     def _group(self, deployment: config.Deployment, spec: config.Group) -> Group:
         prefills = self._reach(deployment, "prefill", spec.prefill)
         decodes = self._reach(deployment, "decode", spec.decode)
-        instances = prefills | decodes
         current = self._current.get(spec.name)
-        if current is not None and current.instances == instances:
-            return current
+        if current is not None:
+            if current.instances == prefills | decodes:
+                return current
+            # Any other policy has bound the requests that wait to their prefills already.
+            if deployment.gateway.policy == "on_demand":
+                current.update(prefills, decodes)
+                return current
         strategy = deployment.transfer.strategy
         kv_links = KVLinks(
             list(prefills.values()),
@@ -143,7 +153,7 @@ class Groups:
             decode=deployment.decode,
             rng=self._rng,
         )
-        return Group(spec.name, instances, scheduler, kv_links)
+        return Group(spec.name, prefills | decodes, scheduler, kv_links)
 
     def _reach(
         self, deployment: config.Deployment, role: config.Role, names: tuple[str, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from pdserve import errors
 from pdserve.observability.metrics import Registry
@@ -57,6 +58,20 @@ class DecodeStage:
         self._lease_s = lease_s
         self._prefixes = PrefixDirectory()
         self._pairs: defaultdict[tuple[str, str], CircuitBreaker] = defaultdict(CircuitBreaker)
+
+    def update(self, decodes: Sequence[Instance], at_once: int, gone: Iterable[Instance]) -> None:
+        """Go on with these decodes; what is known of those who stay is kept.
+
+        Args:
+            at_once: see ``Rooms``.
+            gone: prefills and decodes that have left.
+        """
+        for name in {one.name for one in gone}:
+            self._prefixes.forget(name)
+            for pair in [pair for pair in self._pairs if name in pair]:
+                del self._pairs[pair]
+        self._rooms.update(decodes, at_once)
+        self.decodes.update(decodes)
 
     async def promise(self, request: Request) -> Promise | None:
         """A place for a request whose prompt is to be computed, waited for if there is none.

@@ -80,6 +80,17 @@ class Forwarding(Generic[T]):
         """Requests that wait."""
         return len(self._queue)
 
+    def update(self, instances: Sequence[Instance]) -> None:
+        """Go on with these instances; whoever waits is offered to those who have joined."""
+        for gone in set(self.instances).difference(instances):
+            self._busy.discard(gone)
+            self._told.discard(gone)
+            if (watching := self._watching.pop(gone, None)) is not None:
+                watching.cancel()
+        self.instances = instances
+        self._queue.wake()
+        self._lookers.wake()
+
     @property
     def congested(self) -> bool:
         """Whether others wait already, or what this gateway has there fills all of them."""
@@ -162,7 +173,8 @@ class Forwarding(Generic[T]):
                 instance.offers -= 1
             if taken is not None:
                 return taken
-            self._busy.add(instance)
+            if instance in self.instances:  # it may have left meanwhile
+                self._busy.add(instance)
             instance.refused = asyncio.get_running_loop().time()
         return None
 

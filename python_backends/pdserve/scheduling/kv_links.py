@@ -58,11 +58,26 @@ class KVLinks:
         self.useless: frozenset[str] = frozenset()
         """Prefills that no decode could meet, as long as there are others."""
         self._joining: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+
+    def update(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
+        """Go on with these instances: those who have joined are introduced at once."""
+        gone = {*self._prefills, *self._decodes}.difference(prefills, decodes)
+        self._prefills, self._decodes = prefills, decodes
+        for name in {one.name for one in gone}:
+            for pairs in (self._joined, self._refused):
+                for pair in [pair for pair in pairs if name in pair]:
+                    del pairs[pair]
+            for pair, task in self._joining.items():
+                if name in pair:
+                    task.cancel()
+        self._find_useless()
+        self._changed.set()
 
     async def run(self) -> None:
         """Introduce whom nobody has yet, until cancelled."""
         try:
-            await repeat("introducing prefills and decodes", self._introductions)
+            await repeat("introducing prefills and decodes", self._introductions, self._changed)
         finally:
             for task in list(self._joining.values()):
                 task.cancel()
@@ -122,6 +137,8 @@ class KVLinks:
         self._joined.pop(pair, None)
         joined = await decode.ask(Join(decode.new_id(), description), JOIN_S)
         decode.heard(joined)
+        if prefill not in self._prefills or decode not in self._decodes:
+            return  # one of them has left meanwhile
         if not isinstance(joined, Joined):
             reason = getattr(joined, "message", f"{joined}")
             if self._refused.get(pair) != reason:

@@ -49,6 +49,10 @@ class OnDemand:
     def __init__(self, prefills: Sequence[Instance], make: MakeForwarding) -> None:
         self.lines = [make(prefills, False)]
 
+    def update(self, prefills: Sequence[Instance]) -> None:
+        """Go on with these prefills."""
+        self.lines[0].update(prefills)
+
     @contextmanager
     def bound(self, request: Request) -> Iterator[Forwarding[Any]]:
         yield self.lines[0]

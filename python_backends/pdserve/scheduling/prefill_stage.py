@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pdserve import errors
@@ -51,12 +52,14 @@ class PrefillStage:
 
     def __init__(
         self,
+        prefills: Sequence[Instance],
         decode_stage: DecodeStage,
         kv_links: KVLinks,
         calls: Calls,
         metrics: Registry,
         stall_s: float,
     ) -> None:
+        self._prefills = frozenset(prefills)
         self._decode_stage = decode_stage
         self._kv_links = kv_links
         self._calls = calls
@@ -69,6 +72,12 @@ class PrefillStage:
         line but itself it waits somewhat longer. Used for leaving the line and for nothing else:
         whoever finds an idle prefill is computed, whatever the guess, so that a wrong one is put
         right and refuses nobody whom a prefill could serve."""
+
+    def update(self, prefills: Sequence[Instance]) -> None:
+        """Go on with these; what is known of those who stay is kept."""
+        for gone in self._prefills.difference(prefills):
+            self._prefixes.forget(gone.name)
+        self._prefills = frozenset(prefills)
 
     async def compute(self, request: Request, prefills: Forwarding[Offered]) -> Computed:
         """Wait for an idle one of ``prefills``, and for what it makes of the request.
@@ -125,8 +134,9 @@ class PrefillStage:
         result, name = computed.result, taken.instance.name
         self._latency.saw(tokens - result.cached_tokens, now - offered)
         told = digests(request.so_far, request.tenant)
-        self._prefixes.correct(name, told, result.cached_tokens, cached.get(name, 0))
-        self._prefixes.stored(name, result.stored)
+        if taken.instance in self._prefills:
+            self._prefixes.correct(name, told, result.cached_tokens, cached.get(name, 0))
+            self._prefixes.stored(name, result.stored)
         return computed
 
     async def _offer(

@@ -41,6 +41,11 @@ class Rooms:
         self._at_once = at_once
         self._largest = 1.0
 
+    def update(self, decodes: Sequence[Instance], at_once: int) -> None:
+        """Go on with these decodes."""
+        self._decodes = decodes
+        self._at_once = at_once
+
     def need(self, tokens: int) -> int:
         """Blocks for so many tokens; what no decode has is 0, since it will be refused there."""
         blocks = -(-tokens // self._block_size)

@@ -35,7 +35,7 @@ class Scheduler:
     """Serves any number of requests at once over one group: a set of prefills and decodes.
 
     Args:
-        meetings: of the same instances.
+        kv_links: of the same instances.
         rng: source of jitter.
     """
 
@@ -65,15 +65,37 @@ class Scheduler:
         self.policy = policies.build(gateway.policy, prefills, forwarding, gateway.report_ms / 1e3)
         slots = decode.slots
         self.decodes = Forwarding[Offered](decodes, "decode", calls.gateway, slots, slots, rng)
-        at_once = len(prefills) * prefill.slots
-        rooms = Rooms(decodes, decode.blocks, decode.block_size, at_once)
+        self._slots = prefill.slots
+        rooms = Rooms(decodes, decode.blocks, decode.block_size, self._at_once)
         self._decode_stage = DecodeStage(
             self.decodes, kv_links, calls, metrics, prefill.lease_s, rooms
         )
         self._prefill_stage = PrefillStage(
-            self._decode_stage, kv_links, calls, metrics, gateway.stall_s
+            prefills, self._decode_stage, kv_links, calls, metrics, gateway.stall_s
         )
+        self._kv_links = kv_links
         self._budget = RetryBudget()
+
+    @property
+    def _at_once(self) -> int:
+        """Requests that may come out of all prefills together."""
+        return len(self._prefills) * self._slots
+
+    def update(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
+        """Go on with these instances.
+
+        Requests that wait are offered to those who have joined, and no longer to those who have
+        left, which serve what they have begun. What is known of the others stays: prefixes, links,
+        circuit breakers, latencies, and the retry budget. Only for the policy ``on_demand``: any
+        other binds a request to a prefill when it comes.
+        """
+        assert isinstance(self.policy, policies.OnDemand)
+        gone = {*self._prefills, *self.decodes.instances}.difference(prefills, decodes)
+        self._prefills = prefills
+        self._kv_links.update(prefills, decodes)
+        self._prefill_stage.update(prefills)
+        self._decode_stage.update(decodes, self._at_once, gone)
+        self.policy.update(prefills)
 
     @property
     def healthy(self) -> bool:

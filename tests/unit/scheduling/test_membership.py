@@ -89,7 +89,8 @@ async def test_who_leaves_finishes_and_hands_over(tmp_path: Path) -> None:
 
         for _ in range(3):
             await connected.groups.sweep()
-            assert not connected.closed
+            assert connected.closed == {"prefill_0"}, "what waited there has gone to who joined"
+        assert waits.decode == "decode_1"
         answers = await asyncio.gather(*tasks)
         assert answers == [site.expected(running), site.expected(waits)]
         assert [running.attempts, waits.attempts] == [1, 1]

@@ -47,12 +47,17 @@ class GrpcChannel:
         self._stream = ""
         self._outgoing: Outgoing | None = None
         self._reader: asyncio.Task[None] | None = None
+        self._closed = False
 
     def open(self, call: str, request: Request) -> Replies:
         return self.send(call, self._seal.close(messages.encode(request)))
 
     def send(self, call: str, payload: bytes) -> Replies:
         """As ``open``, of what has been encoded and sealed."""
+        if self._closed:
+            replies = self._calls.open(call)
+            replies.fail(self._error("the channel is closed"))
+            return replies
         if self._reader is None or self._reader.done():
             self._stream = uuid.uuid4().hex
             self._outgoing = asyncio.Queue()
@@ -83,6 +88,7 @@ class GrpcChannel:
             self._calls.fail_all(self._ended("its process is gone"))
 
     async def close(self) -> None:
+        self._closed = True
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)

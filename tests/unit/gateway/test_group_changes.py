@@ -1,0 +1,208 @@
+"""A live group whose instances join and leave: nobody is lost, what others have learned stays."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdserve import config
+from pdserve.scheduling.kv_links import ROUND_S
+from tests.unit.gateway.test_groups import Connected, deployment, serve
+from tests.unit.inprocess import Site, virtual
+
+if TYPE_CHECKING:
+    from pdserve.gateway.groups import Group
+    from pdserve.scheduling.scheduler import Scheduler
+
+TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
+PREFILLS, DECODES = 3, 3
+
+
+def members(prefills: set[int], decodes: set[int]) -> config.Deployment:
+    """One group of these instances."""
+    return deployment(
+        config.Group(
+            "a",
+            tuple(f"prefill_{i}" for i in sorted(prefills)),
+            tuple(f"decode_{i}" for i in sorted(decodes)),
+        )
+    )
+
+
+def scheduler(group: Group) -> Scheduler:
+    return group._scheduler
+
+
+@virtual
+async def test_who_waits_is_offered_to_who_joins(tmp_path: Path) -> None:
+    """To a prefill, and to a decode."""
+    async with Site(
+        tmp_path, prefills=2, decodes=2, profile=TIMES, prefill={"slots": 1}, decode={"slots": 1}
+    ) as site:
+        connected = Connected(site)
+        group = connected.groups.take(members({0}, {0}))["a"]
+        await asyncio.sleep(ROUND_S)
+        requests = [site.request(max_tokens=50) for _ in range(6)]
+        tasks = [asyncio.create_task(serve(group, one)) for one in requests]
+        await asyncio.sleep(0.1)
+        assert {one.prefill for one in requests} == {"prefill_0", ""}
+
+        assert connected.groups.take(members({0, 1}, {0, 1}))["a"] is group
+        await asyncio.sleep(0.3)
+        assert {one.prefill for one in requests} >= {"prefill_0", "prefill_1"}
+        assert {one.decode for one in requests} >= {"decode_0", "decode_1"}
+        assert await asyncio.gather(*tasks) == [site.expected(one) for one in requests]
+        assert all(one.attempts == 1 for one in requests)
+        await connected.groups.close()
+
+
+@virtual
+async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=PREFILLS, decodes=DECODES, profile=TIMES) as site:
+        connected = Connected(site)
+        group = connected.groups.take(members({0, 1}, {0, 1}))["a"]
+        await asyncio.sleep(1.25 * ROUND_S)
+        prompts = [site.prompt(100) for _ in range(8)]
+        asked = [site.request(prompt) for prompt in prompts]
+        await asyncio.gather(*(serve(group, one) for one in asked))
+        made = scheduler(group)
+        for _ in range(10):
+            assert made._budget.spend()
+        made._decode_stage._pairs["prefill_0", "decode_0"].failed(asyncio.get_running_loop().time())
+        made._decode_stage._pairs["prefill_1", "decode_0"].failed(asyncio.get_running_loop().time())
+        joined = dict(made._kv_links._joined)
+        budget, takes = made._budget._left, made._prefill_stage._latency.expected(100)
+        assert takes > 0
+        assert len(joined) == 4
+
+        connected.groups.take(members({0, 2}, {0, 2}))
+        await asyncio.sleep(ROUND_S / 4)
+        assert made is scheduler(group)
+        assert made._budget._left == budget
+        assert made._prefill_stage._latency.expected(100) == takes
+        assert set(made._decode_stage._pairs) == {("prefill_0", "decode_0")}
+        links = made._kv_links._joined
+        assert links["prefill_0", "decode_0"] == joined["prefill_0", "decode_0"]
+        assert set(links) == {(f"prefill_{i}", f"decode_{j}") for i in (0, 2) for j in (0, 2)}
+
+        again = [site.request(prompt) for prompt in prompts]
+        for before, after in zip(asked, again, strict=True):
+            await serve(group, after)
+            kept = before.prefill == "prefill_0"
+            assert after.cached_tokens == (96 if kept else 0), "the directory leads there"
+        await connected.groups.sweep()
+        assert connected.closed == {"prefill_1", "decode_1"}
+
+        assert "prefill_1" not in known(group)
+        await connected.groups.close()
+
+
+@virtual
+async def test_who_leaves_while_it_is_introduced_has_no_link(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, decodes=1, profile=TIMES) as site:
+        connected = Connected(site)
+        group = connected.groups.take(members({0}, {0}))["a"]
+        await asyncio.sleep(ROUND_S)
+        links = scheduler(group)._kv_links
+        connected.groups.take(members({0, 1}, {0}))
+        connected.links["decode_0"].delay = (0.1, 0.1)
+        prefill = scheduler(group)._prefills[1]
+        meeting = asyncio.create_task(
+            links.introduce(prefill, group._scheduler.decodes.instances[0])
+        )
+        await asyncio.sleep(0.15)
+        connected.groups.take(members({0}, {0}))
+        await meeting
+        assert set(links._joined) == {("prefill_0", "decode_0")}
+        await connected.groups.close()
+
+
+def known(group: Group) -> set[str]:
+    """Instances that are believed to have prefixes."""
+    made = scheduler(group)
+    return {
+        name
+        for stage in (made._prefill_stage, made._decode_stage)
+        for holders in stage._prefixes._holders.values()
+        for name in holders
+    }
+
+
+def state(group: Group) -> object:
+    """All that a group built at once has as well."""
+    made = scheduler(group)
+    rooms = made._decode_stage._rooms
+    return (
+        {one.name for one in made._prefills},
+        {one.name for one in made.policy.lines[0].instances},
+        {one.name for one in made.decodes.instances},
+        {one.name for one in rooms._decodes},
+        rooms._at_once,
+        set(made._kv_links._joined),
+        made._kv_links.useless,
+        made._prefill_stage._prefills == frozenset(made._prefills),
+        [(len(line), len(line._watching), len(line._busy)) for line in made.policy.lines],
+        (len(made.decodes), len(made.decodes._watching), len(made.decodes._busy)),
+        [(one.open, one.offers, one.tokens, one.computed) for one in made._prefills],
+        [(one.open, one.room.slots, one.room.blocks) for one in made.decodes.instances],
+    )
+
+
+some = st.sets(st.integers(0, PREFILLS - 1), min_size=1)
+steps = st.lists(
+    st.tuples(some, some, st.integers(0, 6), st.floats(0.0, 0.3)), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=60)
+@given(steps=steps)
+def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
+    steps: list[tuple[set[int], set[int], int, float]],
+) -> None:
+    @virtual
+    async def run(folder: Path) -> None:
+        async with Site(
+            folder,
+            prefills=PREFILLS,
+            decodes=DECODES,
+            profile=TIMES,
+            prefill={"slots": 2},
+            decode={"slots": 3},
+        ) as site:
+            connected = Connected(site)
+            tasks, requests = [], []
+            for prefills, decodes, count, pause in steps:
+                group = connected.groups.take(members(prefills, decodes))["a"]
+                new = [site.request(max_tokens=1 + site.rng.randrange(20)) for _ in range(count)]
+                requests += new
+                tasks += [asyncio.create_task(serve(group, one)) for one in new]
+                for line in (*scheduler(group).policy.lines, scheduler(group).decodes):
+                    assert set(line._watching) | line._busy | line._told <= set(line.instances)
+                await asyncio.sleep(pause)
+                await connected.groups.sweep()
+            answers = await asyncio.gather(*tasks)
+            assert answers == [site.expected(one) for one in requests]
+            assert all(one.attempts == 1 for one in requests), "who leaves finishes"
+            await asyncio.sleep(2 * ROUND_S)
+            await connected.groups.sweep()
+            expected = {f"prefill_{i}" for i in prefills} | {f"decode_{i}" for i in decodes}
+            assert set(connected.links) - connected.closed == expected
+            assert known(group) <= expected
+            pairs = len(prefills) * len(decodes)
+            for kind, count in {"met": pairs, "refused": 0, "unknown": 0}.items():
+                assert site.level("pdserve_kv_pairs", group="a", state=kind) == count
+
+            fresh = Connected(site)
+            built = fresh.groups.take(members(prefills, decodes))["a"]
+            await asyncio.sleep(2 * ROUND_S)
+            assert state(group) == state(built)
+            await connected.groups.close()
+            await fresh.groups.close()
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder))
