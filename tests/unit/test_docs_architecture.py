@@ -13,7 +13,7 @@ TEXT = (ROOT / "docs" / "architecture.md").read_text()
 def named() -> set[str]:
     """Modules, and folders with a slash at their end."""
     start = TEXT.index("## Map of `python_backends/pdserve`")
-    rows = re.findall(r"^\| (`.*?) \|", TEXT[start : TEXT.index("\n## ", start + 1)], re.M)
+    rows = re.findall(r"^\| (`.*?) \|", TEXT[start : TEXT.index("\n## ", start + 1)], re.MULTILINE)
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
 

@@ -12,9 +12,10 @@ import triton_python_backend_utils as pb_utils
 from pdserve.engines.protocol import Tokens
 from pdserve.errors import InvalidRequest
 from pdserve.gateway.parameters import Tensors, scalar
+from pdserve.gateway.service import Prompt
 from pdserve.text.tokenizer import Tokenizer, parse_prompt
 from pdserve.text.vocabulary import Vocabulary
-from pdserve.triton.gateway import GatewayModel, Prompt
+from pdserve.triton.gateway import GatewayModel
 
 # A longer text is tokenized in another thread, so that the streams of others go on.
 LONG_TEXT = 16 << 10

@@ -10,9 +10,10 @@ import triton_python_backend_utils as pb_utils
 
 from pdserve.errors import InvalidRequest
 from pdserve.gateway.parameters import Tensors
+from pdserve.gateway.service import Prompt
 from pdserve.text import vocabulary
 from pdserve.text.vocabulary import Vocabulary
-from pdserve.triton.gateway import GatewayModel, Prompt
+from pdserve.triton.gateway import GatewayModel
 
 
 class TritonPythonModel(GatewayModel):

@@ -1,0 +1,218 @@
+"""A request from its arrival to its answer, whatever server stands around it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve import config, errors
+from pdserve.gateway import parameters
+from pdserve.gateway.groups import Connect, Group, Groups
+from pdserve.gateway.parameters import Parameters
+from pdserve.gateway.router import Asked, Router
+from pdserve.gateway.trace_context import Trace
+from pdserve.observability.metrics import Registry
+from pdserve.scheduling.request import Request
+from pdserve.text.stream import TextStream
+from pdserve.text.vocabulary import Vocabulary
+
+Tokens = NDArray[np.int32]
+MAX_OPEN = 4096
+"""Requests of clients that are open at once; more are refused before anything is done for them."""
+
+
+class Prompt(NamedTuple):
+    """What is to be answered."""
+
+    ids: Tokens
+    echo: str = ""
+    """What comes before the answer: the prompt, if that is asked for."""
+    beginning: str = ""
+    """The text that the rules of scenarios look at."""
+
+
+class Part(NamedTuple):
+    """What has come of an answer since the part before."""
+
+    text: str
+    ids: list[int]
+    finish_reason: str = ""
+    """``stop`` or ``length`` in the last part; empty before it."""
+    stats: str = ""
+    """In the last part: the request's statistics, as JSON."""
+
+
+class Service:
+    """Serves requests over the scenarios and groups of a deployment; used in one event loop.
+
+    Args:
+        name: of the gateway: its metrics and the rules of scenarios name it.
+        longest: tokens of prompt and answer together, at most.
+        connect: opens a channel to an instance of a server.
+        rng: source of jitter.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        deployment: config.Deployment,
+        vocabulary: Vocabulary,
+        longest: int,
+        connect: Connect,
+        metrics: Registry,
+        rng: random.Random,
+    ) -> None:
+        self._name = name
+        self._vocabulary = vocabulary
+        self._longest = longest
+        self._metrics = metrics
+        self._groups = Groups(name, connect, metrics, rng)
+        self._open = 0
+        """Requests of clients that are served, or wait."""
+        self.take(deployment)
+
+    def take(self, deployment: config.Deployment) -> None:
+        """Serve by this deployment from now on."""
+        groups = self._groups.take(deployment)
+        self.deployment = deployment
+        self._router: Router[Group] = Router(
+            deployment.served,
+            groups,
+            deployment.gateway.default_scenario,
+            deployment.gateway.strict,
+            self._metrics,
+        )
+
+    async def sweep(self) -> None:
+        """Let go of what is in no deployment any more; see ``Groups.sweep``."""
+        await self._groups.sweep()
+
+    def lose(self, instance: str, epoch: bytes) -> None:
+        """A process of an instance is gone; see ``Groups.lose``."""
+        self._groups.lose(instance, epoch)
+
+    async def close(self) -> None:
+        """Close the channels. No request is served any more."""
+        await self._groups.close()
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A request of a client is here.
+
+        Raises:
+            Unavailable: ``MAX_OPEN`` others are.
+        """
+        if self._open >= MAX_OPEN:
+            self._reject(self._router.default.terms.name)
+            raise errors.Unavailable(f"{MAX_OPEN} requests are open here already; try again later")
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+
+    async def answer(
+        self,
+        request_id: str,
+        read: Callable[[], Awaitable[tuple[Parameters, Prompt]]],
+        trace: Trace,
+        *,
+        in_text: bool,
+    ) -> AsyncGenerator[Part, None]:
+        """Serve one request. Closing the iterator early cancels it.
+
+        Args:
+            request_id: unique among the open requests of this gateway.
+            read: gives what is asked for; what it raises is raised here.
+            in_text: a part is worth telling when it has text; else, when it has tokens.
+
+        Yields:
+            The parts of the answer, one as tokens come if it is streamed; the last one has a
+            finish reason, and there is no other after it.
+
+        Raises:
+            InvalidRequest, NotFound: it can never be served.
+            Unavailable, InstanceError, Suspected: as the scheduler's ``run``.
+        """
+        scenario = self._router.default
+        try:
+            asked, prompt = await read()
+            about = Asked(asked.scenario, asked.tenant, self._name, prompt.beginning)
+            scenario = self._router.scenario(about)
+            request = self._request(request_id, asked, prompt.ids, scenario.terms)
+        except (errors.InvalidRequest, errors.NotFound):
+            self._reject(scenario.terms.name)
+            raise
+        group = scenario.next_group()
+        self._metrics.add("pdserve_routed_total", scenario=request.scenario, group=group.name)
+        trace.carry(request)
+        text = TextStream(self._vocabulary, asked.stop)
+        reads_text = in_text or bool(asked.stop)
+        piece, ids, told = prompt.echo, list[int](), 0
+        with group.serving(request) as scheduler:
+            async with aclosing(scheduler.run(request)) as chunks:
+                async for chunk in chunks:
+                    ids += chunk.ids
+                    if reads_text:
+                        piece += text.push(chunk.ids)
+                        if text.stopped:
+                            request.end_answer(text.tokens_used)
+                    last = chunk.finish_reason or request.answer_ended
+                    if asked.stream and not last and (piece or not in_text):
+                        yield Part(piece, ids)
+                        told += len(ids)
+                        piece, ids = "", []
+        if _within_limits(request, scenario.terms):
+            self._metrics.add("pdserve_good_requests_total", scenario=request.scenario)
+        if reads_text and not text.stopped:
+            piece += text.finish()
+        stats = msgspec.json.encode(request.stats()).decode()
+        yield Part(piece, ids[: request.output_tokens - told], request.finish_reason, stats)
+
+    def _reject(self, scenario: str) -> None:
+        self._metrics.add("pdserve_requests_total", scenario=scenario, outcome="rejected")
+
+    def _request(
+        self, request_id: str, asked: Parameters, prompt: Tokens, terms: config.Scenario
+    ) -> Request:
+        """What the client asks for; where it says nothing, what its scenario says.
+
+        Raises:
+            InvalidRequest: prompt or answer are too long.
+        """
+        limits = self.deployment.gateway
+        most = limits.max_prompt_tokens
+        if most is not None and len(prompt) > most:
+            raise errors.InvalidRequest(
+                f"the prompt has {len(prompt)} tokens; at most {most} are allowed"
+            )
+        ttft_limit_ms = asked.ttft_limit_ms or terms.ttft_limit_ms or limits.ttft_limit_ms
+        return Request(
+            id=request_id,
+            prompt=prompt.astype("<i4").tobytes(),
+            max_tokens=parameters.answer_length(
+                asked.max_tokens, terms.max_tokens, len(prompt), self._longest
+            ),
+            sampling=parameters.sampling(asked.sampling, msgspec.structs.asdict(terms.sampling)),
+            stream=asked.stream or bool(asked.stop),
+            ignore_eos=asked.ignore_eos,
+            tenant="" if terms.shared_prefixes else asked.tenant,
+            scenario=terms.name,
+            priority=terms.priority if asked.priority is None else asked.priority,
+            ttft_limit_s=ttft_limit_ms / 1e3,
+            time_limit_s=asked.timeout_us / 1e6 or math.inf,
+        )
+
+
+def _within_limits(request: Request, terms: config.Scenario) -> bool:
+    """Whether an answer came as its scenario promises; its first token has, or it had none."""
+    limit = terms.tpot_limit_ms
+    steps = max(request.output_tokens - 1, 1)
+    return limit is None or (request.ended - request.first_token) * 1e3 <= limit * steps

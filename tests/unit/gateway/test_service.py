@@ -1,0 +1,169 @@
+"""A request from its arrival to its answer, as any server around the gateway has it served."""
+
+from __future__ import annotations
+
+import json
+import random
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from pdserve import config
+from pdserve.errors import InvalidRequest, NotFound, Unavailable
+from pdserve.gateway import service
+from pdserve.gateway.parameters import Parameters
+from pdserve.gateway.service import Part, Prompt, Service
+from pdserve.gateway.trace_context import Trace
+from pdserve.text import vocabulary
+from tests.servers import default_deployment
+from tests.unit.gateway.test_groups import Connected, deployment
+from tests.unit.inprocess import Site, virtual
+
+if TYPE_CHECKING:
+    from pdserve.scheduling.request import Request
+
+TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
+GROUP = config.Group("a", ("prefill_0",), ("decode_0",))
+WORDS = vocabulary.read(Path(default_deployment("emulated").model))
+
+
+def made(site: Site) -> Service:
+    connected = Connected(site)
+    rng = random.Random(1)
+    wanted = deployment(GROUP)
+    return Service("pdserve", wanted, WORDS, 2048, connected._connect, site.metrics, rng)
+
+
+def asked(**fields: Any) -> Parameters:
+    nothing: dict[str, Any] = {
+        "max_tokens": None,
+        "sampling": {},
+        "stop": (),
+        "stream": True,
+        "ignore_eos": False,
+        "scenario": "",
+        "tenant": "",
+        "priority": None,
+        "ttft_limit_ms": None,
+        "timeout_us": 0,
+    }
+    return Parameters(**{**nothing, **fields})
+
+
+async def parts(
+    of: Service, request: Request, *, in_text: bool = False, echo: str = "", **fields: Any
+) -> list[Part]:
+    """The answer to a prompt of ``request``, which is not sent itself."""
+    prompt = Prompt(np.frombuffer(request.prompt, "<i4"), echo)
+
+    async def read() -> tuple[Parameters, Prompt]:
+        return asked(max_tokens=request.max_tokens, **fields), prompt
+
+    answer = of.answer("1", read, Trace(""), in_text=in_text)
+    async with aclosing(answer) as found:
+        return [part async for part in found]
+
+
+@virtual
+async def test_tokens_come_as_they_are_computed_and_the_last_part_ends(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        served, request = made(site), site.request(max_tokens=6)
+        found = await parts(served, request)
+        assert [token for part in found for token in part.ids] == site.expected(request)
+        assert [part.finish_reason for part in found] == [""] * (len(found) - 1) + ["length"]
+        assert len(found) > 2
+        assert not any(part.stats for part in found[:-1])
+        stats = json.loads(found[-1].stats)
+        assert (stats["output_tokens"], stats["group"]) == (6, "a")
+        await served.close()
+
+
+@virtual
+async def test_what_is_not_streamed_is_one_part(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        served, request = made(site), site.request(max_tokens=6)
+        (part,) = await parts(served, request, stream=False, in_text=True, echo="Well: ")
+        assert part.text == "Well: " + WORDS.decode(site.expected(request))
+        assert part.finish_reason == "length"
+        await served.close()
+
+
+@virtual
+async def test_a_stop_string_ends_the_answer_before_it(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        served, request = made(site), site.request(max_tokens=12)
+        text = WORDS.decode(site.expected(request))
+        stop = text[-6:-3]
+        found = await parts(served, request, stop=(stop,), in_text=True)
+        assert "".join(part.text for part in found) == text[: text.index(stop)]
+        assert found[-1].finish_reason == "stop"
+        ids = [token for part in found for token in part.ids]
+        assert ids == site.expected(request)[: len(ids)]
+        await site.idle()
+        await served.close()
+
+
+@virtual
+async def test_who_closes_the_answer_cancels_the_request(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        served, request = made(site), site.request(max_tokens=100)
+        prompt = Prompt(np.frombuffer(request.prompt, "<i4"))
+
+        async def read() -> tuple[Parameters, Prompt]:
+            return asked(max_tokens=100), prompt
+
+        async with aclosing(served.answer("1", read, Trace(""), in_text=False)) as found:
+            async for part in found:
+                assert part.ids
+                break
+        await site.idle()
+        assert site.total("pdserve_requests_total", outcome="cancelled") == 1
+        await served.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [({"max_tokens": 4000}, InvalidRequest), ({"scenario": "none"}, NotFound)],
+)
+@virtual
+async def test_what_can_never_be_served_is_rejected(
+    tmp_path: Path, fields: dict[str, Any], kind: type[Exception]
+) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        served = made(site)
+        strict = deployment(GROUP)
+        served.take(
+            config.Deployment(
+                model="m",
+                servers=strict.servers,
+                scenarios=strict.scenarios,
+                gateway=config.Gateway(default_scenario="s", strict=True),
+            )
+        )
+        prompt = Prompt(np.arange(3, 23, dtype=np.int32))
+
+        async def read() -> tuple[Parameters, Prompt]:
+            return asked(**fields), prompt
+
+        async with aclosing(served.answer("1", read, Trace(""), in_text=True)) as found:
+            with pytest.raises(kind):
+                await anext(found)
+        assert site.total("pdserve_requests_total", outcome="rejected", scenario="s") == 1
+        await served.close()
+
+
+@virtual
+async def test_so_many_are_open_at_once(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        served = made(site)
+        with mock.patch.object(service, "MAX_OPEN", 1), served.admitted():
+            with pytest.raises(Unavailable, match="1 requests are open"), served.admitted():
+                pass
+            assert site.total("pdserve_requests_total", outcome="rejected") == 1
+        with served.admitted():
+            pass
+        await served.close()
