@@ -25,6 +25,7 @@ Kind = Literal[
     "bad forward",
     "bad step",
     "bad join",  # what has arrived in a decode is not what it should be
+    "leave",  # an instance leaves the group of a gateway, and joins it again
 ]
 
 
@@ -73,6 +74,19 @@ def draw(plan: Plan, until: float, rng: random.Random) -> Fault:
         case _:
             kind: Kind = rng.choice(("bad forward", "bad step", "bad join"))
             return Fault(at, kind, prefill if kind == "bad forward" else decode)
+
+
+def leave(plan: Plan, until: float, rng: random.Random) -> Fault:
+    """An instance leaves a group that has others of its role."""
+    at, lasts = rng.uniform(0.0, until), 10 ** rng.uniform(-3, 0.5)
+    roles = [
+        (role, count)
+        for role, count in (("prefill", plan.prefills), ("decode", plan.decodes))
+        if count > 1
+    ]
+    role, count = rng.choice(roles)
+    gateway = f"gateway_{rng.randrange(plan.gateways)}"
+    return Fault(at, "leave", gateway, f"{role}_{rng.randrange(count)}", lasts)
 
 
 async def play(world: World, fault: Fault) -> None:
@@ -129,6 +143,9 @@ async def _to_gateway(world: World, gateway: Gateway, fault: Fault) -> None:
             world.gateways[gateway.number] = Gateway(world, gateway.number)
         case "stop":
             await _stop(gateway.process, fault.lasts)
+        case "leave":
+            gateway.process.begin(gateway.leave(fault.other, fault.lasts))
+            await asyncio.sleep(fault.lasts)
         case "cut":
             gateway.wires[fault.other].cut_until = world.loop.time() + fault.lasts
             await asyncio.sleep(fault.lasts)

@@ -65,9 +65,25 @@ class Gateway:
         budget: Any = self.scheduler._budget
         budget.MOST, budget.SHARE = plan.retries
         budget._left = budget.MOST
+        self.members = [prefills, decodes]
+        """Instances of its group, by role."""
         self.parted_at: dict[tuple[str, str], float] = {}
         """When a prefill and a decode have failed to hand over, and have not done so since."""
         self.process.begin(self.kv_links.run())
+
+    async def leave(self, name: str, seconds: float) -> None:
+        """An instance leaves its group, unless it is the last of its role, and joins it again."""
+        instance = self.instances[name]
+        role = 0 if name.startswith("prefill") else 1
+        if self.members[role] == [instance] or instance not in self.members[role]:
+            return
+        self._change(role, [one for one in self.members[role] if one is not instance])
+        await asyncio.sleep(seconds)
+        self._change(role, [*self.members[role], instance])
+
+    def _change(self, role: int, members: list[Instance]) -> None:
+        self.members[role] = members
+        self.scheduler.update(*self.members)
 
     def _not_handed_over(self, told: Callable[..., None], prefill: str, decode: str) -> None:
         now = asyncio.get_running_loop().time()

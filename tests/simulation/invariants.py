@@ -109,6 +109,8 @@ class Invariants:
         """A gateway says something to a worker: what has just failed is left alone."""
         if not isinstance(request, PrefillRequest | DecodeRequest):
             return
+        members = {one.name for role in gateway.members for one in role}
+        self.expect(worker in members, f"{gateway.name} asks {worker}, which has left its group")
         failed_at = self._failed_at.get((gateway, worker), -math.inf)
         if not gateway.instances[worker].breaker.closed:
             self._is_well(failed_at, f"{gateway.name} asks {worker}")

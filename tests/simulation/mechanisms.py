@@ -19,6 +19,7 @@ from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Request
+from pdserve.scheduling.scheduler import Scheduler
 from pdserve.scheduling.wait_queue import WaitQueue
 from pdserve.transfer.producer.lease_manager import LeaseManager
 
@@ -66,6 +67,8 @@ MECHANISMS: dict[str, Patches] = {
     "release": ((Instance, "_release", _nothing),),
     # A new life of an instance is introduced.
     "introduction": ((KVLinks, "introduce", _never), (KVLinks, "_round", _never)),
+    # A group goes on with the instances that it has now.
+    "update in place": ((Scheduler, "update", _nothing),),
     # A slot is kept for the gateway that was told of it.
     "reservation": ((SlotWatches, "admits", lambda _, gateway, free: free > 0),),
     # Who waits for longer goes first.

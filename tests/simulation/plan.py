@@ -156,6 +156,12 @@ def draw(seed: int) -> Plan:
             )
         )
     )
+    leaves = [
+        faults.leave(plan, last + 0.2, rng)
+        for _ in range(rng.choice((0, 0, 1, 3)))
+        if plan.gateway.policy == "on_demand" and prefills + decodes > 2
+    ]
+    drawn = tuple(sorted((*drawn, *leaves), key=lambda fault: fault.at))
     return replace(plan, requests=requests, faults=drawn)
 
 

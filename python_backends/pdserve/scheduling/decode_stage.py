@@ -225,6 +225,8 @@ class DecodeStage:
             raise errors.InstanceError(
                 f"{decode.name} has not met {prefill.name} in time"
             ) from error
+        if decode not in self.decodes.instances:  # it has left the group meanwhile
+            return None
         return await self._offer(request, decode, token, handle)
 
     async def _offer(
