@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from pdctl import fleet, watchers
+from pdctl.errors import ServerError
 from pdctl.paths import MODEL_REPOSITORY, ROOT
 from pdctl.server import Server
 from pdserve.config import Deployment, Engine, load
@@ -114,6 +115,7 @@ def running(
         yield Running(front.http, front.grpc, front.metrics, deployment, servers)
     finally:
         for server in servers:
-            watchers.end(server.folder)  # it would start the server again
+            with contextlib.suppress(ServerError):
+                watchers.end(server.folder)  # it would start the server again
             server.kill()
         fleet.stop(servers)

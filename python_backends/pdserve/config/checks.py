@@ -11,7 +11,7 @@ from pdserve.config.names import GATEWAY_MODELS, ROLES, Role
 
 
 def problems(deployment: Deployment) -> Iterator[str]:
-    """In words, each naming the field, its value and what is allowed."""
+    """What is wrong, in sentences that name the field, its value and what is allowed."""
     groups = [group for scenario in deployment.scenarios for group in scenario.groups]
     yield from _clashes(deployment, groups)
     yield from addresses.problems(deployment.servers)

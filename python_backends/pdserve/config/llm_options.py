@@ -48,7 +48,7 @@ class KvCacheConfig(Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class LlmArguments(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Of the engines of one role; their tensor parallelism is the role's ``tensor_parallel``."""
+    """Arguments of one role's engines; tensor parallelism is the role's ``tensor_parallel``."""
 
     pipeline_parallel_size: Count = 1
     context_parallel_size: Count = 1
@@ -71,7 +71,7 @@ class LlmArguments(Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 class LlmOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of a deployment of the ``tensorrt_llm`` engine."""
+    """What a deployment of the ``tensorrt_llm`` engine passes on to it."""
 
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()
     prefill: LlmArguments = LlmArguments()

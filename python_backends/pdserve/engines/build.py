@@ -84,7 +84,7 @@ def longest(deployment: config.Deployment) -> int:
 
 
 def context_length(deployment: config.Deployment) -> int:
-    """Of the model, in tokens; without loading it."""
+    """Context length of the model in tokens, read without loading it."""
     if deployment.engine.kind == "emulated":
         return EmulatedModel(deployment.model, deployment.engine.profile).context_length
     path = Path(deployment.model)

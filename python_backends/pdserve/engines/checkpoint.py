@@ -35,7 +35,7 @@ def fingerprint(path: Path, about: str) -> str:
 
 
 def known_eos_ids(path: Path) -> list[int]:
-    """As ``eos_ids``; empty where the model's files do not say it."""
+    """The end-of-text ids as ``eos_ids`` has them; empty where the model's files do not say."""
     try:
         return eos_ids(path)
     except DeploymentError:

@@ -49,7 +49,7 @@ class Piece(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Of an engine's pool of KV blocks, as far as it tells."""
+    """What an engine tells of its pool of KV blocks."""
 
     blocks: dict[str, float]
     """By state."""

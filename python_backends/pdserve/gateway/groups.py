@@ -53,13 +53,17 @@ class Group:
         self.instances = prefills | decodes
         self._scheduler.update(list(prefills.values()), list(decodes.values()))
 
+    def let_go(self, instance: Instance) -> None:
+        """An instance has left, perhaps this group, and serves nobody any more."""
+        self._scheduler.let_go(instance)
+
     def retire(self) -> None:
         """Nobody new will come: its instances need not be introduced any more."""
         self._meeting.cancel()
 
 
 class Groups:
-    """Of one gateway.
+    """Keeps the groups of one gateway as its deployment changes.
 
     Args:
         gateway: name of its model, for the metrics.
@@ -81,8 +85,9 @@ class Groups:
     def take(self, deployment: config.Deployment) -> dict[str, Group]:
         """Every group of a deployment by its name.
 
-        One that was there before goes on, with the instances that it has now; instances that stay
-        keep their channel. The others serve what they have begun: see ``sweep``.
+        One that was there before goes on, with the instances that it has now, under the policy
+        ``on_demand``; under any other it is built anew. Instances that stay keep their channel.
+        The others serve what they have begun: see ``sweep``.
         """
         groups = {
             group.name: self._group(deployment, group)
@@ -114,8 +119,11 @@ class Groups:
             key for group in (*self._current.values(), *self._retired) for key in group.instances
         }
         for key in self._instances.keys() - used:
-            if not self._instances[key].open:
-                await self._instances.pop(key).close()
+            if not (self._instances[key].open or self._instances[key].offers):
+                instance = self._instances.pop(key)
+                for group in self._current.values():
+                    group.let_go(instance)
+                await instance.close()
 
     async def close(self) -> None:
         for group in self._current.values():

@@ -88,7 +88,7 @@ class Router(Generic[G]):
         self.default = self._scenarios[default]
 
     def scenario(self, asked: Asked) -> Scenario[G]:
-        """By label, else by the first rule that claims the request, else the default.
+        """Choose by label, else by the first rule that claims the request, else the default.
 
         Raises:
             NotFound: no scenario has that label, and the deployment is strict.

@@ -23,7 +23,7 @@ Log = Callable[[str], None]
 
 
 class Trace:
-    """Of one request, from its arrival at the gateway to its end: a context manager.
+    """The trace context of one request: a context manager from its arrival to its end.
 
     Args:
         traceparent: what its calls bring along; empty: nothing.
@@ -49,7 +49,7 @@ class Trace:
 
 
 class Traces:
-    """Of one gateway; these pass on what a client brings, and no more.
+    """Traces of one gateway that only passes on what a client brings.
 
     Args:
         log: called with a line now and then, from any thread.

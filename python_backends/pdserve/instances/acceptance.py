@@ -26,7 +26,9 @@ def interval_s(limits: config.Decode, streams: int, peers: int) -> float:
 
 
 class Acceptance:
-    """Of one request; told until it is ended. In the event loop."""
+    """Tells a gateway that its request is accepted, again and again until it is ended.
+
+    Used in the event loop alone."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -14,7 +14,7 @@ AHEAD_S = 0.004
 
 
 class Forwards:
-    """Of one engine, one after the other.
+    """Knows the forward that an engine is running, one after the other.
 
     Args:
         nearly_over: called when the running one leaves room for the next batch, if that can be

@@ -28,7 +28,7 @@ INLINE_PULL = 256 << 10
 
 
 class KVImports:
-    """Of one decode instance; used in its event loop.
+    """Brings KV caches into the pool of one decode instance; used in its event loop.
 
     Args:
         receiver: pulls into the engine's pool; closed with this.

@@ -35,7 +35,7 @@ class _Prompt:
 
 
 class LocalPrefill:
-    """Of one decode instance, first come first; used in its event loop.
+    """Computes prompts in one decode instance, first come first; used in its event loop.
 
     Args:
         turn_tokens: that are computed in one turn, at most.

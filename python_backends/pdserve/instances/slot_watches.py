@@ -49,7 +49,9 @@ class Kept(NamedTuple):
 
 
 class SlotWatches:
-    """Of one instance. Times are ``loop.time()`` seconds, given by the caller.
+    """Keeps the gateways that wait for a slot of one instance, and tells them in turn.
+
+    Times are ``loop.time()`` seconds, given by the caller.
 
     Whatever may have made something free is followed by ``tell``, and so is every watch.
     """
@@ -128,7 +130,9 @@ class SlotWatches:
 
 
 class RoomWatches(SlotWatches):
-    """Of a decode: nobody says how much they wait for, so all are told when a request has ended."""
+    """Keeps those who wait for room in a decode.
+
+    Nobody says how much room he waits for, so all are told when a request has ended."""
 
     def __init__(self, room: Callable[[], Room]) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ ALIGNMENT = 4096
 
 
 class State(Enum):
-    """Of a range; drawn at the head of this module."""
+    """State of a range; drawn at the head of this module."""
 
     FREE = "free"
     ALLOCATED = "allocated"

@@ -116,12 +116,12 @@ class BlockPool:
 
     @property
     def cached_blocks(self) -> int:
-        """Of parked tables; free as soon as somebody needs them."""
+        """Blocks of parked tables, which are free as soon as somebody needs them."""
         return sum(table.capacity for table in self._cache.evictable) // self.block_size
 
     @property
     def used_blocks(self) -> int:
-        """Of running sequences, and of parked tables that are pinned."""
+        """Blocks of running sequences, and of parked tables that are pinned."""
         return self.blocks - self.free_blocks - self.cached_blocks
 
     def allocate(self, tokens: int) -> BlockTable | None:

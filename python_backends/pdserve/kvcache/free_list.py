@@ -25,7 +25,7 @@ class FreeList:
         return len(self._by_size)
 
     def copy(self) -> FreeList:
-        """The same holes, to try something with."""
+        """A copy with the same holes, to try something with."""
         other = FreeList(0)
         other.free = self.free
         other._by_size = self._by_size.copy()

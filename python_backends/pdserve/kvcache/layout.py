@@ -48,5 +48,5 @@ class KVLayout(msgspec.Struct, frozen=True, array_like=True):
         return tokens * self.bytes_per_token
 
     def shape(self, tokens: int) -> tuple[int, int, int]:
-        """Of the KV cache of `tokens` tokens as uint8."""
+        """Shape of the KV cache of `tokens` tokens as uint8."""
         return self.planes, tokens, self.row_bytes

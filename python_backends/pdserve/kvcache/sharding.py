@@ -24,7 +24,7 @@ from pdserve.kvcache.layout import Count, KVLayout
 
 
 class Sharding(msgspec.Struct, frozen=True, array_like=True):
-    """Of a KV cache at its holder: `ranks` ranges of `slices` parts each."""
+    """How a KV cache is cut at its holder: into `ranks` ranges of `slices` parts each."""
 
     ranks: Count = 1
     slices: Count = 1

@@ -17,7 +17,7 @@ from pdserve.kvcache.handle import EPOCH_BYTES, Epoch, seal, unseal
 
 
 class FailureNotice(Struct, frozen=True, array_like=True):
-    """Of one instance."""
+    """Says that the process of an instance is gone."""
 
     instance: str
     epoch: Epoch
@@ -29,7 +29,7 @@ ALIVE = FailureNotice("", bytes(EPOCH_BYTES))
 
 
 def encode(lost: FailureNotice, key: bytes) -> str:
-    """As a request parameter."""
+    """The notice as a request parameter, sealed."""
     return base64.b64encode(seal(lost, key)).decode()
 
 

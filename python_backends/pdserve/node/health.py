@@ -38,7 +38,7 @@ class Life(enum.Enum):
 
 @dataclass
 class Health:
-    """Of one thing. Times are ``loop.time()`` seconds."""
+    """What is known of a server or a model. Times are ``loop.time()`` seconds."""
 
     state: State = State.HEALTHY
     since: float = -math.inf

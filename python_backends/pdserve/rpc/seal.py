@@ -30,7 +30,7 @@ class Unsealed(PDServeError):
 
 
 class Seal:
-    """Of one instance, under the deployment's key."""
+    """Seals and opens the messages to one instance, under the deployment's key."""
 
     def __init__(self, key: bytes, instance: str) -> None:
         own = hashlib.blake2b(instance.encode(), key=key, person=_PERSON).digest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pdserve import errors
 from pdserve.observability.metrics import Registry
@@ -59,19 +59,21 @@ class DecodeStage:
         self._prefixes = PrefixDirectory()
         self._pairs: defaultdict[tuple[str, str], CircuitBreaker] = defaultdict(CircuitBreaker)
 
-    def update(self, decodes: Sequence[Instance], at_once: int, gone: Iterable[Instance]) -> None:
+    def update(self, decodes: Sequence[Instance], at_once: int) -> None:
         """Go on with these decodes; what is known of those who stay is kept.
 
         Args:
             at_once: see ``Rooms``.
-            gone: prefills and decodes that have left.
         """
-        for name in {one.name for one in gone}:
-            self._prefixes.forget(name)
-            for pair in [pair for pair in self._pairs if name in pair]:
-                del self._pairs[pair]
+        for gone in set(self.decodes.instances).difference(decodes):
+            self._prefixes.forget(gone.name)
         self._rooms.update(decodes, at_once)
         self.decodes.update(decodes)
+
+    def let_go_of(self, name: str) -> None:
+        """A prefill or a decode of that name has left, and serves nobody any more."""
+        for pair in [pair for pair in self._pairs if name in pair]:
+            del self._pairs[pair]
 
     async def promise(self, request: Request) -> Promise | None:
         """A place for a request whose prompt is to be computed, waited for if there is none.
@@ -162,11 +164,11 @@ class DecodeStage:
 
         return await self.decodes.once(cost, ask)
 
-    def decoded(self, request: Request) -> None:
-        """An answer has ended: its decode has the K and V of all of it but the last token."""
-        if request.decode and not request.sampling.reproducible:
+    def decoded(self, request: Request, decode: Instance) -> None:
+        """An answer has ended: the decode has the K and V of all of it but the last token."""
+        if decode in self.decodes.instances and not request.sampling.reproducible:
             told = digests(request.so_far, request.tenant)
-            self._prefixes.stored(request.decode, b"".join(told))
+            self._prefixes.stored(decode.name, b"".join(told))
 
     def let_go(self, taken: Offered) -> None:
         """A decode is not wanted any more; again is no error."""
@@ -192,7 +194,10 @@ class DecodeStage:
         """Open streams, and what the transfer would take, in streams."""
         pair = prefill.name, decode.name
         now = asyncio.get_running_loop().time()
-        if self._kv_links.refusal(*pair) or not self._pairs[pair].allows(now, 0):
+        if self._kv_links.refusal(*pair):
+            return None
+        breaker = self._pairs.get(pair)
+        if breaker is not None and not breaker.allows(now, 0):
             return None
         if not admits(decode, request, "decode", now):
             return None

@@ -37,15 +37,15 @@ Rank = Callable[[Instance], float | None]
 
 
 class Forwarding(Generic[T]):
-    """Of the instances of one role, or some of them, for one gateway.
+    """Forwards a gateway's requests to the instances of one role, or to some of them.
 
     Args:
         role: what the instances are, for messages.
-        queue: the line is as a queue inside an instance would be: first come first served, until
-            the limit itself.
+        queue: requests wait as in a queue inside an instance: first come first served, up to
+            the very limit.
         slots: of one instance.
-        batch: what it works at together. It has no more offers to answer at once: a burst would
-            be rejected by the one before the other is asked.
+        batch: requests that one instance works at together, and so the offers that it gets at
+            once: one that got a whole burst would reject most of it before another is asked.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Forwarding(Generic[T]):
             if (watching := self._watching.pop(gone, None)) is not None:
                 watching.cancel()
         self.instances = instances
+        self._failure = None
         self._queue.wake()
         self._lookers.wake()
 
@@ -189,7 +190,9 @@ class Forwarding(Generic[T]):
         return self.all_failed() or f"no idle {self._role}"
 
     def all_failed(self) -> str | None:
-        """In words, with the last failure; None: some have not. One on trial still has."""
+        """Says that all have failed, with the last failure; None: some have not.
+
+        One that is on trial counts as failed."""
         if self._failure is None or any(one.breaker.closed for one in self.instances):
             return None
         return f"no healthy {self._role} ({self._failure})"

@@ -31,7 +31,9 @@ OVERLAP_S = 0.02
 
 
 class KVLinks:
-    """Of one gateway's group. Several gateways may introduce the same pairs.
+    """Has the prefills and decodes of a gateway's group connect.
+
+    Several gateways may introduce the same pairs.
 
     Args:
         gateway, group: names of its model and of the group, for the metrics.
@@ -61,18 +63,36 @@ class KVLinks:
         self._changed = asyncio.Event()
 
     def update(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
-        """Go on with these instances: those who have joined are introduced at once."""
-        gone = {*self._prefills, *self._decodes}.difference(prefills, decodes)
+        """Go on with these instances: those who have joined are introduced at once.
+
+        What is known of those who have left is kept until ``let_go``, since KV caches of theirs may
+        still wait to be handed over; unless another instance has taken the name.
+        """
+        before = {*self._prefills, *self._decodes}
         self._prefills, self._decodes = prefills, decodes
-        for name in {one.name for one in gone}:
-            for pairs in (self._joined, self._refused):
-                for pair in [pair for pair in pairs if name in pair]:
-                    del pairs[pair]
+        names = {one.name for one in self._members}
+        for gone in before.difference(prefills, decodes):
             for pair, task in self._joining.items():
-                if name in pair:
+                if gone.name in pair:
                     task.cancel()
+            if gone.name in names:
+                self._drop(gone.name)
         self._find_useless()
         self._changed.set()
+
+    def let_go(self, instance: Instance) -> None:
+        """It has left, and serves nobody any more."""
+        if all(one.name != instance.name for one in self._members):
+            self._drop(instance.name)
+
+    @property
+    def _members(self) -> tuple[Instance, ...]:
+        return *self._prefills, *self._decodes
+
+    def _drop(self, name: str) -> None:
+        for pairs in (self._joined, self._refused):
+            for pair in [pair for pair in pairs if name in pair]:
+                del pairs[pair]
 
     async def run(self) -> None:
         """Introduce whom nobody has yet, until cancelled."""
@@ -86,10 +106,11 @@ class KVLinks:
     async def _introductions(self) -> float:
         """One round; the seconds until the next."""
         await asyncio.gather(*map(self._round, self._prefills))
-        pairs = len(self._prefills) * len(self._decodes)
-        met, refused = len(self._joined), len(self._refused)
-        self._tell(met=met, refused=refused, unknown=pairs - met - refused)
-        return HASTE_S if pairs > met + refused else ROUND_S
+        pairs = [(one.name, two.name) for one in self._prefills for two in self._decodes]
+        met = sum(pair in self._joined for pair in pairs)
+        refused = sum(pair in self._refused for pair in pairs)
+        self._tell(met=met, refused=refused, unknown=len(pairs) - met - refused)
+        return HASTE_S if len(pairs) > met + refused else ROUND_S
 
     def _tell(self, **pairs: int) -> None:
         for state, count in pairs.items():
@@ -100,6 +121,8 @@ class KVLinks:
             description = await _describe(prefill)
         except errors.PDServeError:
             return  # not there, or not yet
+        if prefill not in self._prefills:  # it has left meanwhile
+            return
         for decode in self._decodes:
             pair = prefill.name, decode.name
             known, _ = self._joined.get(pair, (b"", None))
@@ -127,28 +150,40 @@ class KVLinks:
             InstanceError: they cannot meet, or one of them does not answer.
         """
         description = await _describe(prefill)
-        self._joined.pop((prefill.name, decode.name), None)
+        if self._known(prefill, decode):
+            self._joined.pop((prefill.name, decode.name), None)
         await self._join(prefill, decode, description)
 
     async def _join(self, prefill: Instance, decode: Instance, description: bytes) -> None:
         pair = prefill.name, decode.name
         if pair in self._joined and self._joined[pair][0] == description:
             return
-        self._joined.pop(pair, None)
+        if self._known(prefill, decode):
+            self._joined.pop(pair, None)
         joined = await decode.ask(Join(decode.new_id(), description), JOIN_S)
         decode.heard(joined)
-        if prefill not in self._prefills or decode not in self._decodes:
-            return  # one of them has left meanwhile
+        known = self._known(prefill, decode)
         if not isinstance(joined, Joined):
             reason = getattr(joined, "message", f"{joined}")
-            if self._refused.get(pair) != reason:
-                _log.warning("%s and %s cannot meet: %s", *pair, reason)
-            self._refused[pair] = reason
-            self._find_useless()
+            if known:
+                if self._refused.get(pair) != reason:
+                    _log.warning("%s and %s cannot meet: %s", *pair, reason)
+                self._refused[pair] = reason
+                self._find_useless()
             raise errors.InstanceError(reason)
+        if not known:
+            return
         if self._refused.pop(pair, None):
             self._find_useless()
         self._joined[pair] = description, joined
+
+    def _known(self, prefill: Instance, decode: Instance) -> bool:
+        """Whether what is learned of these two is theirs: no successor has the name of either."""
+        return all(
+            one is other or one.name != other.name
+            for other in self._members
+            for one in (prefill, decode)
+        )
 
     def _find_useless(self) -> None:
         alone = {
@@ -160,6 +195,8 @@ class KVLinks:
 
     def forget(self, instance: Instance) -> None:
         """It has failed: what is known of it may be of a former life."""
+        if instance not in self._members:
+            return
         for pair in [pair for pair in self._joined if instance.name in pair]:
             del self._joined[pair]
 

@@ -30,7 +30,7 @@ MakeForwarding = Callable[[Sequence[Instance], bool], Forwarding[Any]]
 
 
 class Policy(Protocol):
-    """Of one group."""
+    """Decides which prefills of a group a request may go to."""
 
     @property
     def lines(self) -> Sequence[Forwarding[Any]]: ...

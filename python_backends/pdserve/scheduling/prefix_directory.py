@@ -22,7 +22,9 @@ MOST = 1 << 16
 
 
 class PrefixDirectory:
-    """By chained hashes: equal ones are equal prefixes of one tenant."""
+    """Knows instances by the prefixes that they have, as chained hashes.
+
+    Equal hashes are equal prefixes of one tenant."""
 
     def __init__(self) -> None:
         self._holders: OrderedDict[bytes, set[str]] = OrderedDict()
@@ -69,7 +71,9 @@ class PrefixDirectory:
 
 
 def digests(ids: bytes, tenant: str) -> Iterator[bytes]:
-    """Of a prompt's prefixes, as instances tell them; the last token is always computed.
+    """Hashes of a prompt's prefixes, as instances tell them.
+
+    The last token is left out: it is always computed.
 
     Args:
         ids: little-endian int32.

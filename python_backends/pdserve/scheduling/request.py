@@ -142,7 +142,7 @@ class Request:
 
     @property
     def tokens_so_far(self) -> int:
-        """Of prompt and output."""
+        """Tokens of prompt and output together."""
         return (len(self.prompt) + len(self.output)) // 4
 
     @property

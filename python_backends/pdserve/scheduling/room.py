@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Room:
-    """Of one decode, as one gateway knows it."""
+    """Room in one decode, as one gateway knows it."""
 
     def __init__(self) -> None:
         self.told: messages.Room | None = None
@@ -61,7 +61,7 @@ class Promise:
             room.blocks += blocks
 
     def over(self) -> None:
-        """Again is no error."""
+        """End it; to end it again is no error."""
         room, self._room = self._room, None
         if room is not None:
             room.slots -= 1

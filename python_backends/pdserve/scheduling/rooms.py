@@ -24,7 +24,7 @@ FADING = 0.99
 
 
 class Rooms:
-    """Of the decodes of a group.
+    """Finds room in the decodes of a group.
 
     Args:
         blocks: of each decode.

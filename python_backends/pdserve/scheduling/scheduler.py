@@ -90,12 +90,25 @@ class Scheduler:
         other binds a request to a prefill when it comes.
         """
         assert isinstance(self.policy, policies.OnDemand)
-        gone = {*self._prefills, *self.decodes.instances}.difference(prefills, decodes)
+        names = {one.name for one in (*prefills, *decodes)}
+        moved = {
+            one.name
+            for one in {*self._prefills, *self.decodes.instances}.difference(prefills, decodes)
+            if one.name in names
+        }
         self._prefills = prefills
         self._kv_links.update(prefills, decodes)
         self._prefill_stage.update(prefills)
-        self._decode_stage.update(decodes, self._at_once, gone)
+        self._decode_stage.update(decodes, self._at_once)
+        for name in moved:
+            self._decode_stage.let_go_of(name)
         self.policy.update(prefills)
+
+    def let_go(self, instance: Instance) -> None:
+        """An instance that has left serves nobody any more: what is known of it is forgotten."""
+        self._kv_links.let_go(instance)
+        if all(one.name != instance.name for one in (*self._prefills, *self.decodes.instances)):
+            self._decode_stage.let_go_of(instance.name)
 
     @property
     def healthy(self) -> bool:
@@ -139,8 +152,6 @@ class Scheduler:
                 async with aclosing(self._attempt(request, prefills)) as chunks:
                     async for chunk in chunks:
                         yield chunk
-                if self._local == "auto":
-                    self._decode_stage.decoded(request)
                 return
             except NoRoom:
                 # Without a token it goes on waiting within its limit; with one it has as many tries
@@ -330,11 +341,19 @@ class Scheduler:
                 reason: FinishReason = reply.finish_reason  # type: ignore[assignment]
                 chunk = Chunk(request.add(reply.ids), reason)
                 yield chunk
-                if request.ended_by(chunk, loop.time()):
+                if self._ends(request, chunk, decode):
                     return
                 reply = await call.reply(self._stall_s, request.ends_by)
         finally:
             self._decode_stage.let_go(taken)
+
+    def _ends(self, request: Request, chunk: Chunk, decode: Instance) -> bool:
+        """Whether the answer has ended with this chunk."""
+        if not request.ended_by(chunk, asyncio.get_running_loop().time()):
+            return False
+        if self._local == "auto":
+            self._decode_stage.decoded(request, decode)
+        return True
 
     def _arrived(self, request: Request, taken: Offered, computed: Computed | None) -> None:
         """The KV cache has left the prefill: its slot is free."""

@@ -49,7 +49,7 @@ class Vocabulary:
 
 
 def read(path: Path) -> Vocabulary:
-    """Of a model directory (``tokenizer.json``, ...) or a GGUF file; raises as ``fast``."""
+    """Read it from a model's folder (``tokenizer.json``, ...) or GGUF file; raises as ``fast``."""
     try:
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         complete = _named(path).items() <= _added(backend).items()

@@ -31,7 +31,7 @@ SCATTER_S = 5.0
 
 
 def address(array: Array) -> int:
-    """Of its first byte."""
+    """Address of its first byte."""
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
 
 
@@ -41,7 +41,7 @@ def strides(array: Array) -> tuple[int, ...]:
 
 
 def memory(array: Array) -> Memory:
-    """Of a contiguous array."""
+    """The memory of a contiguous array."""
     if isinstance(array, np.ndarray):
         return Memory.of(array)
     device = array.device.index if array.is_cuda else None

@@ -45,7 +45,7 @@ def inputs(args: dict[str, str]) -> tuple[str, ...]:
 
 
 def own_heartbeat(args: dict[str, str], threads: int) -> Heartbeat:
-    """That of a model's process, read by the watchdog of its server if ``pdctl`` started it."""
+    """The heartbeat of a model's process, read by its server's watchdog if ``pdctl`` started it."""
     token = os.environ.get("PDSERVE_SHM_PREFIX")
     return Heartbeat(heartbeat.path(token, args["model_name"]) if token else None, threads)
 

@@ -42,7 +42,7 @@ BLS_THREADS = 64
 RELOAD_LOOK_S = 1.0
 # Each waits for the server most of the time.
 OUTBOXES = 4
-_GONE = errors.Cancelled("the client has gone, or Triton has refused a response to it")
+_GONE = errors.Cancelled("the client has gone")
 
 
 class GatewayModel(ABC):

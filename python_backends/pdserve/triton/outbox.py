@@ -13,6 +13,7 @@ import triton_python_backend_utils as pb_utils
 
 from pdserve import errors, supervision
 from pdserve.node.heartbeat import Heartbeat
+from pdserve.triton import backend
 
 CLOSE_S = 5.0
 # Looks at open requests take a fifth of a sending thread's time, a moment each.
@@ -49,6 +50,8 @@ class Outbox:
         self._round: list[str] = []
         """Those that are still to be looked at, in this round."""
         self._watched: set[str] = set()
+        self._torn: set[str] = set()
+        """Those of which a response was refused."""
         self._thread = supervision.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
@@ -100,11 +103,15 @@ class Outbox:
                 self._senders[key].send(response)
             except Exception:
                 # An answer with a hole in it would look like a whole one.
+                self._torn.add(key)
                 self._give_up(key)
                 raise
         else:
             self._watched.discard(key)
             sender = self._senders.pop(key)
+            if key in self._torn:  # the end may be on its way already
+                self._torn.remove(key)
+                response = backend.error(errors.PDServeError("a part of the answer is lost"))
             answer = () if response is None else (response,)
             sender.send(*answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         self._heartbeat.worked(self._number)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+from unittest import mock
 
+import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve import config
+from pdserve.errors import InstanceError
+from pdserve.rpc.messages import Failed
 from pdserve.scheduling.kv_links import ROUND_S
 from tests.unit.gateway.test_groups import Connected, deployment, serve
 from tests.unit.inprocess import Site, virtual
@@ -23,15 +28,18 @@ TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 PREFILLS, DECODES = 3, 3
 
 
-def members(prefills: set[int], decodes: set[int]) -> config.Deployment:
+def members(
+    prefills: set[int], decodes: set[int], local: Literal["off", "auto"] = "off"
+) -> config.Deployment:
     """One group of these instances."""
-    return deployment(
+    made = deployment(
         config.Group(
             "a",
             tuple(f"prefill_{i}" for i in sorted(prefills)),
             tuple(f"decode_{i}" for i in sorted(decodes)),
         )
     )
+    return msgspec.structs.replace(made, gateway=msgspec.structs.replace(made.gateway, local=local))
 
 
 def scheduler(group: Group) -> Scheduler:
@@ -81,6 +89,8 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
         assert len(joined) == 4
 
         connected.groups.take(members({0, 2}, {0, 2}))
+        await connected.groups.sweep()
+        assert connected.closed == {"prefill_1", "decode_1"}
         await asyncio.sleep(ROUND_S / 4)
         assert made is scheduler(group)
         assert made._budget._left == budget
@@ -95,9 +105,6 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
             await serve(group, after)
             kept = before.prefill == "prefill_0"
             assert after.cached_tokens == (96 if kept else 0), "the directory leads there"
-        await connected.groups.sweep()
-        assert connected.closed == {"prefill_1", "decode_1"}
-
         assert "prefill_1" not in known(group)
         await connected.groups.close()
 
@@ -118,7 +125,32 @@ async def test_who_leaves_while_it_is_introduced_has_no_link(tmp_path: Path) -> 
         await asyncio.sleep(0.15)
         connected.groups.take(members({0}, {0}))
         await meeting
+        await connected.groups.sweep()
         assert set(links._joined) == {("prefill_0", "decode_0")}
+        await connected.groups.close()
+
+
+@virtual
+async def test_a_decode_that_cannot_meet_a_prefill_that_leaves_has_not_met_it(
+    tmp_path: Path,
+) -> None:
+    """What waits in that prefill goes to another decode, and is not offered to this one again."""
+    async with Site(tmp_path, prefills=2, decodes=1, profile=TIMES) as site:
+        connected = Connected(site)
+        group = connected.groups.take(members({0, 1}, {0}))["a"]
+        await asyncio.sleep(ROUND_S)
+        links = scheduler(group)._kv_links
+        prefill, decode = scheduler(group)._prefills[1], scheduler(group).decodes.instances[0]
+        connected.groups.take(members({0}, {0}))
+        answer = Failed("INTERNAL", "no way there")
+        with (
+            mock.patch.object(decode, "ask", return_value=answer),
+            pytest.raises(InstanceError, match=answer.message),
+        ):
+            await links.introduce(prefill, decode)
+        assert links.refusal("prefill_1", "decode_0") == "no way there"
+        await connected.groups.sweep()
+        assert links.refusal("prefill_1", "decode_0") is None
         await connected.groups.close()
 
 
@@ -142,6 +174,7 @@ def state(group: Group) -> object:
         {one.name for one in made.policy.lines[0].instances},
         {one.name for one in made.decodes.instances},
         {one.name for one in rooms._decodes},
+        set(made._kv_links._refused),
         rooms._at_once,
         set(made._kv_links._joined),
         made._kv_links.useless,
@@ -160,9 +193,9 @@ steps = st.lists(
 
 
 @settings(max_examples=60)
-@given(steps=steps)
+@given(steps=steps, local=st.sampled_from(["off", "auto"]))
 def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
-    steps: list[tuple[set[int], set[int], int, float]],
+    steps: list[tuple[set[int], set[int], int, float]], local: Literal["off", "auto"]
 ) -> None:
     @virtual
     async def run(folder: Path) -> None:
@@ -177,7 +210,7 @@ def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
             connected = Connected(site)
             tasks, requests = [], []
             for prefills, decodes, count, pause in steps:
-                group = connected.groups.take(members(prefills, decodes))["a"]
+                group = connected.groups.take(members(prefills, decodes, local))["a"]
                 new = [site.request(max_tokens=1 + site.rng.randrange(20)) for _ in range(count)]
                 requests += new
                 tasks += [asyncio.create_task(serve(group, one)) for one in new]
@@ -193,12 +226,14 @@ def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
             expected = {f"prefill_{i}" for i in prefills} | {f"decode_{i}" for i in decodes}
             assert set(connected.links) - connected.closed == expected
             assert known(group) <= expected
+            pairs_known = scheduler(group)._decode_stage._pairs
+            assert {name for pair in pairs_known for name in pair} <= expected
             pairs = len(prefills) * len(decodes)
             for kind, count in {"met": pairs, "refused": 0, "unknown": 0}.items():
                 assert site.level("pdserve_kv_pairs", group="a", state=kind) == count
 
             fresh = Connected(site)
-            built = fresh.groups.take(members(prefills, decodes))["a"]
+            built = fresh.groups.take(members(prefills, decodes, local))["a"]
             await asyncio.sleep(2 * ROUND_S)
             assert state(group) == state(built)
             await connected.groups.close()

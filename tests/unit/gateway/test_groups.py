@@ -181,12 +181,14 @@ async def test_one_that_waits_is_served_by_who_is_there_then(tmp_path: Path) -> 
         connected = Connected(site)
         one = replaced(A, decode=("decode_0",))
         groups = connected.groups.take(deployment(one))
-        tasks = [asyncio.create_task(serve(groups["a"], site.request())) for _ in range(4)]
+        requests = [site.request() for _ in range(4)]
+        tasks = [asyncio.create_task(serve(groups["a"], one)) for one in requests]
         await asyncio.sleep(0.001)
         connected.groups.take(deployment(replaced(one, decode=("decode_1",))))
         await connected.groups.sweep()
         for answer in await asyncio.gather(*tasks):
             assert len(answer) == 8
+        assert [one.decode for one in requests[1:]] == ["decode_1"] * 3
         await connected.groups.sweep()
         assert connected.closed == {"decode_0"}
         await connected.groups.close()

@@ -49,14 +49,29 @@ class Logger:
         cls.errors.append(line)
 
 
+class TritonError(Exception):
+    INTERNAL = 13
+
+
+def refusal(error: TritonError) -> str:
+    """What stands for a response that is an error."""
+    return str(error)
+
+
+LOST = str(TritonError("INTERNAL: a part of the answer is lost", TritonError.INTERNAL))
+
+
 @pytest.fixture
 def outbox_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     stub = ModuleType("triton_python_backend_utils")
     stub.Logger = Logger  # type: ignore[attr-defined]
     stub.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL  # type: ignore[attr-defined]
+    stub.TritonError = TritonError  # type: ignore[attr-defined]
+    stub.InferenceResponse = refusal  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, stub.__name__, stub)
     yield importlib.import_module("pdserve.triton.outbox")
-    sys.modules.pop("pdserve.triton.outbox")
+    for name in ("outbox", "backend"):
+        sys.modules.pop(f"pdserve.triton.{name}")
 
 
 def test_a_request_ends_whose_response_is_refused(outbox_module: ModuleType) -> None:
@@ -66,7 +81,7 @@ def test_a_request_ends_whose_response_is_refused(outbox_module: ModuleType) -> 
 
     def end(key: str) -> None:
         gone.append(key)
-        outbox.send(key, "the error", last=True)
+        outbox.send(key, "the end", last=True)
         told.set()
 
     outbox = outbox_module.Outbox(0.01, end, Heartbeat(None, 1), 0)
@@ -84,7 +99,7 @@ def test_a_request_ends_whose_response_is_refused(outbox_module: ModuleType) -> 
     outbox.close()
 
     assert gone == ["1"]
-    assert one.sent == [("a", 0), ("b", 0), ("the error", FINAL)]
+    assert one.sent == [("a", 0), ("b", 0), (LOST, FINAL)], "whatever its end was to be"
     assert other.sent == [("c", 0)] * 4 + [(None, FINAL)]
     assert (
         Logger.errors

@@ -89,7 +89,7 @@ def check_version(version: str) -> None:
 
 
 def field_names(of: Any) -> frozenset[str]:
-    """Of a dataclass or of a pydantic model."""
+    """Names of the fields of a dataclass or a pydantic model."""
     if dataclasses.is_dataclass(of):
         return frozenset(one.name for one in dataclasses.fields(of) if one.init)
     if hasattr(of, "model_fields"):

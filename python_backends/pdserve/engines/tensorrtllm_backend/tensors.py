@@ -64,7 +64,7 @@ class Answer(NamedTuple):
 
 
 def answer(outputs: Tensors) -> Answer:
-    """Of a batch of one with one beam.
+    """Read the outputs of a batch of one with one beam.
 
     Raises:
         InstanceError: it has no tokens.

@@ -36,5 +36,5 @@ class ExternalHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def digest(prompt: bytes) -> bytes:
-    """Of token ids, little-endian int32."""
+    """Digest of token ids (little-endian int32)."""
     return hashlib.blake2b(prompt, digest_size=PROMPT_BYTES).digest()

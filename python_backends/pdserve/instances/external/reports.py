@@ -14,7 +14,7 @@ REPORT_S = 2.0
 
 
 class Reports:
-    """Of one instance."""
+    """Shows as metrics what the engine of one instance reports."""
 
     def __init__(self, name: str, engine: EngineTerms, metrics: Registry) -> None:
         self._name = name

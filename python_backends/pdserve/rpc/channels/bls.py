@@ -36,8 +36,13 @@ class BlsChannel:
         self._stream = uuid.uuid4().hex
         self._calls = Calls()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def open(self, call: str, request: Request) -> Replies:
+        if self._closed:
+            replies = self._calls.open(call)
+            replies.fail(InstanceError(f"{self._model}: the channel is closed"))
+            return replies
         task = asyncio.create_task(self._run(call, self._seal.close(messages.encode(request))))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -52,6 +57,7 @@ class BlsChannel:
             self._calls.fail_all(InstanceEnded(f"{self._model}: its process is gone"))
 
     async def close(self) -> None:
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

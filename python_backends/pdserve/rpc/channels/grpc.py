@@ -53,7 +53,7 @@ class GrpcChannel:
         return self.send(call, self._seal.close(messages.encode(request)))
 
     def send(self, call: str, payload: bytes) -> Replies:
-        """As ``open``, of what has been encoded and sealed."""
+        """Send what has been encoded and sealed already; otherwise as ``open``."""
         if self._closed:
             replies = self._calls.open(call)
             replies.fail(self._error("the channel is closed"))

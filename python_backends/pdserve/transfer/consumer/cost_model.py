@@ -114,7 +114,9 @@ def choose(costs: dict[Strategy, Cost], segments: int, nbytes: int, staging_free
 
 
 class CostModel:
-    """Of one link. The probes are what it begins with, and what it never quite forgets."""
+    """Estimates what moves over one link take.
+
+    It begins with the probes, and never quite forgets them."""
 
     def __init__(self, probes: dict[Strategy, list[Seen]]) -> None:
         self._probes = {name: sums(seen) for name, seen in probes.items()}

@@ -42,12 +42,12 @@ class Peer:
     """The link has; what it was like is still known."""
 
     def over_the_same(self, link: Link) -> bool:
-        """As this one's: what is known of that is true of it."""
+        """Whether a link is reached as this peer is: what is known of one holds for the other."""
         return (self.met.transport, self.met.detail) == (link.transport, link.detail)
 
 
 class Peers:
-    """By epoch. Thread-safe.
+    """The holders that this receiver has met, by epoch. Thread-safe.
 
     Args:
         transports: best first; one that cannot use the memory is left out, and says why.

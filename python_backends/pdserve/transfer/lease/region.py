@@ -124,7 +124,7 @@ class SharedRegion:
 
     @property
     def epoch(self) -> bytes:
-        """Of the holder's life, as it stands in the header now."""
+        """Epoch of the holder, as it stands in the header now."""
         epoch: bytes = _HEADER.unpack_from(self._words)[3]
         return epoch
 

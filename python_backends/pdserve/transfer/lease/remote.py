@@ -20,7 +20,11 @@ LOOK_BESIDE_S = 10e-3
 
 
 class RemoteLease:
-    """Of the KV cache of `handle`, which has `planes` planes; used by one thread."""
+    """A receiver's side of the lease of one KV cache; used by one thread.
+
+    Args:
+        planes: of the KV cache of ``handle``.
+    """
 
     def __init__(self, link: Link, handle: KVHandle, planes: int) -> None:
         self.planes = planes

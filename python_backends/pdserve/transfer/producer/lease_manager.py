@@ -39,7 +39,9 @@ class LeasedRange:
 
 
 class LeaseManager:
-    """Of one holder. Times are seconds on CLOCK_MONOTONIC, given by the caller.
+    """Leases the ranges of one holder, and ends the leases.
+
+    Times are seconds on CLOCK_MONOTONIC, given by the caller.
 
     Args:
         on_free: told of every range that becomes FREE, before its bytes are handed out again.

@@ -74,7 +74,7 @@ class Ranges:
     device: int | None = None
 
     def descriptors(self) -> tuple[NDArray[np.uint64], str]:
-        """As NIXL wants them: uint64 [n, 3] with the device's number, and the kind of memory."""
+        """What NIXL wants: uint64 [n, 3] with the device's number, and the kind of memory."""
         made = np.empty((len(self.sizes), 3), np.uint64)
         made[:, 0] = self.addresses
         made[:, 1] = self.sizes
@@ -207,7 +207,7 @@ class Agent:
         handle._released, handle._agent = True, None
 
     def close(self) -> None:
-        """From now on nothing moves in or out of the memory. Again is no error."""
+        """Let nothing move in or out of the memory from now on; again is no error."""
         with self._lock:
             if self._nixl is None:
                 return

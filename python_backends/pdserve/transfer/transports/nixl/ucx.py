@@ -80,7 +80,7 @@ def picked(agent: str, operation: str) -> str:
 
 
 def lanes(log: str, agent: str, operation: str) -> str:
-    """As "cma", "tcp/eth0", "rc_mlx5/mlx5_0:1+rc_mlx5/mlx5_1:1"; empty if the log does not say.
+    """The lanes, such as "cma" or "rc_mlx5/mlx5_0:1+rc_mlx5/mlx5_1:1"; empty: the log has none.
 
     There is a table for each kind of memory that was used; the last one counts.
     """
