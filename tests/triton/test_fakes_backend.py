@@ -21,7 +21,7 @@ from tests.clients import wait_until
 from tests.fakes.repository import with_backend
 from tests.servers import Running, default_deployment, running
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 PROMPT = np.arange(3, 80, dtype=np.int32)
 TOKENS = 8

@@ -49,7 +49,7 @@ from pdserve.transfer.protocol import Stuck
 from pdserve.transfer.reports import Met, Pulled
 
 TICK_S = 0.1
-# Meetings under way, which go one after the other; every gateway asks for each of its pairs.
+# Joins under way, which go one after the other; every gateway asks for each of its pairs.
 MAX_JOINS = 1024
 
 
@@ -219,7 +219,7 @@ class DecodeInstance:
     def join(self, request: Join, send: Send) -> None:
         """Meet a prefill; ``send`` gets how it is reached, or why it is not."""
         if self._joins >= MAX_JOINS:
-            message = f"{self._name}: {MAX_JOINS} meetings are under way already"
+            message = f"{self._name}: {MAX_JOINS} joins are under way already"
             send(Failed(errors.Unavailable.code, message), True)
             return
         self._joins += 1

@@ -70,7 +70,7 @@ class PrefillInstance:
 
     Args:
         holder: of its memory; its data is the arena. Closed with the instance.
-        cut: how a KV cache lies in its range.
+        sharding: how a KV cache lies in its range.
     """
 
     def __init__(

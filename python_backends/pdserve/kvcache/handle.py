@@ -1,4 +1,4 @@
-"""The KV hand-off handle, version 2: which KV cache, of which model, and until when.
+"""The KV hand-off handle, version 3: which KV cache, of which model, and until when.
 
 It is the only thing about a KV cache that travels with a request; the bytes stay where they are
 until the decode pulls them (`pdserve.transfer`), and the ways to the holder's memory are told
@@ -37,7 +37,7 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     Whatever breaks a field's constraint is refused when the handle is opened.
     """
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     """First, so that a handle of another version is refused for its version."""
     fingerprint: Fingerprint
     layout: KVLayout

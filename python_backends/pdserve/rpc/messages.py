@@ -142,7 +142,7 @@ class Join(Struct, frozen=True, tag="join"):
 
     id: Id
     description: Sealed
-    """A sealed ``Description``, as a prefill has told it."""
+    """A sealed ``Endpoint``, as a prefill has told it."""
     version: Version = VERSION
 
 

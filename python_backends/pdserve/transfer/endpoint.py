@@ -30,7 +30,7 @@ class Terms:
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sealed like a handle (`pdserve.kvcache.handle.seal`)."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     name: Annotated[str, Meta(max_length=128)]
     """Of the holder's instance."""
     host: Annotated[str, Meta(max_length=128)]

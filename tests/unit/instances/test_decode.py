@@ -491,7 +491,7 @@ async def test_so_many_meetings_are_under_way(
         assert len(meeting) == MAX_JOINS
         (refused,) = told
         assert isinstance(refused, Failed)
-        assert refused.message == f"decode_0: {MAX_JOINS} meetings are under way already"
+        assert refused.message == f"decode_0: {MAX_JOINS} joins are under way already"
         meeting.pop()(errors.HandleError("forged"))
         join()
         assert len(meeting) == MAX_JOINS

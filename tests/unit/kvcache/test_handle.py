@@ -116,7 +116,8 @@ def test_one_message_does_not_pass_for_another() -> None:
     [
         ("version", 0),
         ("version", 1),
-        ("version", 3),
+        ("version", 2),
+        ("version", 4),
         ("fingerprint", ""),
         ("fingerprint", "x" * 129),
         ("fingerprint", "a\nb"),

@@ -11,7 +11,7 @@ from pdserve.engines.pytorch.attention import DecodeMemory, PrefillMemory
 from pdserve.engines.pytorch.model import TorchModel
 
 # Rows of a forward whose bits may not depend on the batch: always as many, so that every
-# operation has one shape. 16 cost hardly more than 4; see torch_linear.
+# operation has one shape. 16 cost hardly more than 4; see `linear.py`.
 FIXED_ROWS = 16
 
 

@@ -17,7 +17,7 @@ PROMPT_BYTES = 16
 class ExternalEndpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a prefill says of itself, once, to those who will take from it."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     name: Annotated[str, Meta(max_length=128)]
     epoch: Epoch
     fingerprint: Fingerprint
@@ -26,7 +26,7 @@ class ExternalEndpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class ExternalHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One prompt's KV cache in another engine."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     epoch: Epoch
     """Of the prefill."""
     prompt: Annotated[bytes, Meta(min_length=PROMPT_BYTES, max_length=PROMPT_BYTES)]
