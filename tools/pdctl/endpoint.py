@@ -15,7 +15,7 @@ from pdserve import connections
 
 
 class Endpoint(ABC):
-    """Of one server, whose folder has its key and its models."""
+    """The HTTP port of one server, whose folder has its key and its models."""
 
     folder: Path
 

@@ -14,7 +14,7 @@ _LABEL = re.compile(r'="([^"]*)"')
 
 
 def page(entry: dict[str, Any]) -> Group:
-    """Of what `pdctl.status.status` has found."""
+    """Render what `pdctl.status.status` has found."""
     process = f", process {entry['pid']}" if entry["pid"] else ""
     lines = [
         f"[bold]{entry['server']}[/bold] {entry['state']}{process}",

@@ -20,7 +20,7 @@ _GATEWAYS = ("pdserve", "scheduler")
 
 
 class Reload:
-    """Of one running server: from the deployment that it has to the one that it is to have.
+    """Takes one running server from the deployment that it has to the one that it is to have.
 
     Raises:
         DeploymentError: the one that it has cannot be read.

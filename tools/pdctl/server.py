@@ -80,7 +80,7 @@ class Server(Endpoint):
 
     @property
     def actual(self) -> Spec:
-        """As it was started; if it has not been, as the deployment has it."""
+        """The server as it was started; if it has not been, as the deployment has it."""
         started = self.started
         return self.spec if started is None else started.spec
 
@@ -99,7 +99,7 @@ class Server(Endpoint):
 
     @property
     def foreign(self) -> str:
-        """In words, whose server was started last under this name; empty: one of ours."""
+        """Says whose server was started last under this name; empty: one of ours."""
         started = self.started
         return started.other(self.deployment, self.spec, self.file) if started else ""
 

@@ -17,7 +17,7 @@ from pdserve.config import Deployment, Server
 
 
 class Started(Struct, frozen=True):
-    """Of the latest start."""
+    """What the latest start was of."""
 
     file: str
     """The deployment's, resolved; empty: it came from none."""
@@ -28,7 +28,7 @@ class Started(Struct, frozen=True):
     """A watchdog is meant to look after it."""
 
     def other(self, deployment: Deployment, spec: Server, file: str) -> str:
-        """In words, how this is of another deployment; empty: it is of the same.
+        """Says how this is of another deployment; empty: it is of the same.
 
         It is the same file, whatever has been edited in it, or the same model at one of the same
         ports, wherever the file is now: two that share a port cannot both run.
@@ -52,7 +52,7 @@ def note(folder: Path, started: Started) -> None:
 
 
 def noted(folder: Path) -> Started | None:
-    """None: it has not been started, or by another version."""
+    """What was noted; None: it has not been started, or by another version."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         return msgspec.json.decode((folder / "started").read_bytes(), type=Started)
     return None

@@ -48,7 +48,7 @@ class Stubs:
                 process.kill()
 
     def epoch(self, model: str) -> bytes | None:
-        """Of a model's latest process, which may be gone; None: it has not been seen alive."""
+        """Epoch of a model's latest process, which may be gone; None: it was never seen alive."""
         return self._epochs.get(model)
 
     def renewed(self, model: str) -> None:

@@ -63,7 +63,7 @@ def locate() -> Triton:
 
 
 def linked(triton: Triton, folder: Path) -> Triton:
-    """The same, as it is called from a server's folder, without a path from outside it.
+    """The installation as a server's folder has it, without a path from outside.
 
     The Python backend starts each stub by a line for bash in which nothing is quoted: a blank in
     the path of the checkout, and no stub would ever start.

@@ -80,7 +80,7 @@ class Tended:
 
     @property
     def deployment(self) -> Deployment:
-        """As it is now: it may be another than at the start."""
+        """The deployment as it is now: it may be another than at the start."""
         with contextlib.suppress(DeploymentError):
             self._file.changed()
         return self._file.deployment
@@ -180,7 +180,7 @@ class Tended:
 
 
 class Channels:
-    """To any instance of the deployment, made when it is asked for."""
+    """Channels to any instance of the deployment, made when they are asked for."""
 
     def __init__(self, tended: Tended) -> None:
         self._tended = tended

@@ -39,7 +39,7 @@ class PrefillTiming(Struct, frozen=True, forbid_unknown_fields=True):
     per_token_squared_ms: Milliseconds = 0.0
 
     def tokens_ms(self, tokens: int) -> float:
-        """Of a prompt's uncached tokens, next to the base."""
+        """Milliseconds for a prompt's uncached tokens, beside the base."""
         return self.per_token_ms * tokens + self.per_token_squared_ms * tokens**2
 
 

@@ -46,7 +46,7 @@ def transports(deployment: Deployment) -> list[Transport]:
 
 
 def holder(deployment: Deployment, name: str, terms: Terms, slots: int) -> Holder:
-    """Of a prefill's arena, which is where its engine computes.
+    """Make the holder of a prefill's arena, which is where its engine computes.
 
     Raises:
         DeploymentError: there is no memory for it, or no transport can export it.

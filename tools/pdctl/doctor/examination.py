@@ -18,7 +18,7 @@ from pdserve.errors import DeploymentError
 
 
 class Examination(Struct, frozen=True):
-    """As `pdctl doctor --json` prints it."""
+    """What `pdctl doctor --json` prints."""
 
     inventory: Inventory
     findings: list[Finding]

@@ -52,7 +52,7 @@ class Process(Struct, frozen=True, kw_only=True):
 
 
 class GPU(Struct, frozen=True, kw_only=True):
-    """As nvidia-smi tells of it."""
+    """A GPU as nvidia-smi describes it."""
 
     index: int
     uuid: str
@@ -89,7 +89,7 @@ class Topology(Struct, frozen=True, kw_only=True):
 
 
 class Direct(Struct, frozen=True, kw_only=True):
-    """By what an RDMA device may reach the memory of GPUs."""
+    """What lets an RDMA device reach the memory of GPUs."""
 
     peermem: bool = False
     """nvidia_peermem is loaded."""

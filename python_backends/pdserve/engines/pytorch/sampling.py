@@ -30,7 +30,7 @@ class Choice:
 
     @property
     def position(self) -> int:
-        """Of the token to be chosen, in prompt and output."""
+        """Position of the token to be chosen, in prompt and output together."""
         return len(self.prompt) + len(self.output)
 
 

@@ -78,7 +78,7 @@ class Move:
         return all(part.row_bytes == self.pool.shape[2] for part in self.parts)
 
     def of(self, planes: range) -> Move:
-        """The same for some of the planes."""
+        """The same move for some of the planes."""
         return replace(self, planes=planes)
 
 

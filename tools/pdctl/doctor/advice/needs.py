@@ -14,7 +14,7 @@ _MODEL_SHM_MIB = 1
 
 
 class Needs(NamedTuple):
-    """Of the servers that are this host's; `shm_mib` of those that do not run yet."""
+    """What this host's servers need; ``shm_mib`` counts those that do not run yet."""
 
     engine: str
     gpus: frozenset[int]
@@ -38,7 +38,7 @@ class Needs(NamedTuple):
 
     @property
     def device(self) -> str:
-        """In words."""
+        """The device in words."""
         numbers = ", ".join(map(str, sorted(self.gpus)))
         if self.engine == "tensorrtllm_backend":
             return "in another Triton server"

@@ -12,7 +12,7 @@ _EMPTY = "0000:0000:0000:0000:0000:0000:0000:0000"
 
 
 def ports(root: Path) -> tuple[RDMAPort, ...]:
-    """Of every device."""
+    """The ports of every device."""
     found = sorted((root / "sys/class/infiniband").glob("*/ports/*"))
     return tuple(_port(root, folder) for folder in found)
 

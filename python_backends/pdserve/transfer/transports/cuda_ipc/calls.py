@@ -105,7 +105,7 @@ class Cuda:
         self.call("cudaSetDevice", device)
 
     def uuid(self, device: int) -> bytes:
-        """Of UUID_BYTES; the same in every process, which the device's number is not."""
+        """The device's UUID (UUID_BYTES), which all processes share; its number they do not."""
         uuid: bytes = self.call("cudaGetDeviceProperties", device).uuid.bytes
         return uuid
 
