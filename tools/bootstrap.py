@@ -89,7 +89,10 @@ def run_steps(steps: Sequence[Step]) -> None:
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold a file lock: one set-up at a time in one checkout."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise SystemExit(f"{path.parent} is no folder; remove it, then try again") from None
     with path.open("w") as lock:
         os.set_inheritable(lock.fileno(), True)
         try:

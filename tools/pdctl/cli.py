@@ -121,7 +121,7 @@ def serve(
                         server.check_alive()
                 time.sleep(0.5)
         except Interrupted:
-            return
+            out.print("stopping the servers ...")
 
 
 @app.command()

@@ -49,8 +49,9 @@ def decode(data: bytes, type: type[T]) -> T:  # noqa: A002 - as msgspec.yaml.dec
         loader = _Loader(data)
         try:
             root = loader.get_single_node()
-            fitted = None if root is None else _fitted(root, info, "$", info)
-            found = None if fitted is None else loader.construct_document(fitted)
+            if root is None:
+                raise msgspec.DecodeError("it is empty")
+            found = loader.construct_document(_fitted(root, info, "$", info))
         finally:
             loader.dispose()
     except yaml.YAMLError as error:

@@ -188,8 +188,10 @@ def _label(name: str, value: bytes | str) -> str:
         raise InvalidRequest(f"{name}: {shown(value)}; a string is allowed")
     # In this order: a lone surrogate, which JSON can carry, is not printable and has no bytes.
     if not text.isprintable() or len(text.encode()) > MAX_LABEL_BYTES:
+        more = "..." if len(text) > MAX_LABEL_BYTES else ""
         raise InvalidRequest(
-            f"{name}: {text[:MAX_LABEL_BYTES]!r}; allowed: printable, up to {MAX_LABEL_BYTES} bytes"
+            f"{name}: {text[:MAX_LABEL_BYTES]!r}{more}; "
+            f"allowed: printable, up to {MAX_LABEL_BYTES} bytes"
         )
     return text
 

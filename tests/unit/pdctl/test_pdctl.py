@@ -87,7 +87,7 @@ class TestDeployment:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "Expected `object`, got `null`"),
+            ("", "it is empty"),
             ("model: m\nservers: []", "servers"),
             ("model: m\nservers: [{name: a}]", "no server has a prefill instance"),
             ("model: m\nservers: [{name: A-B}]", r"servers\[0\]\.name"),
