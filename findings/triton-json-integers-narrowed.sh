@@ -12,10 +12,9 @@
 # cannot: it sees a value that is in range.
 #
 # Seen:
-#   generate INT32 4294967298:  200 2
-#   infer    INT32 4294967298:  200 2
-#   generate INT8  300:         200 44
-#   generate INT32 1.5:         refused
+#   generate:  200 {"GIVEN": [2, 44], ...}     of INT32 4294967298 and INT8 300
+#   infer:     200 {..., "data": [2, 1]}       of INT32 4294967298 and INT8 1
+#   1.5:       500 {"error": "Unable to parse 'data': ..."}
 #
 # Exit status: 0 while this is so, another as soon as it is not.
 set -euo pipefail

@@ -57,10 +57,16 @@ class Rooms:
     def find(self, blocks: int, now: float) -> Instance | None:
         """The decode with room for them that serves the fewest.
 
-        One that has failed has room for a trial; if all have, the wait is for whichever is back.
+        One that has failed has room for a trial, whatever it has told: it may have said so in a
+        former life, and is not watched before it has shown that it is well. If all have failed, the
+        wait is for whichever is back.
         """
         well = [one for one in self._decodes if one.breaker.allows(now, one.room.slots)]
-        found = [decode for decode in well or self._decodes if decode.room.fits(blocks)]
+        found = [
+            one
+            for one in well or self._decodes
+            if one.room.fits(blocks) or (well and not one.breaker.closed)
+        ]
         return min(found, key=lambda one: one.open + one.room.slots) if found else None
 
     def plenty(self, now: float, age_s: float = KNOWN_S) -> bool:

@@ -93,6 +93,20 @@ def test_a_decode_that_has_failed_has_room_for_one_trial() -> None:
     assert rooms.find(1, 0.0) is decodes[1], "none is well"
 
 
+def test_what_a_failed_decode_has_told_keeps_no_trial_from_it() -> None:
+    """Nobody watches it meanwhile: a reply that was late would count for ever."""
+    decode = Instance("decode_0", Desk())
+    rooms = Rooms([decode], blocks=100, block_size=16, at_once=3)
+    decode.breaker.failed(0.0)
+    decode.room = told(0, 0)
+    assert rooms.find(1, 0.0) is None
+    assert rooms.find(1, FIRST_S) is decode
+    Promise(decode.room, 1)
+    assert rooms.find(1, FIRST_S) is None
+    decode.breaker.good()
+    assert rooms.find(1, FIRST_S) is None, "it is watched again, and says when there is room"
+
+
 @virtual
 async def test_nobody_is_computed_before_there_is_room(tmp_path: Path) -> None:
     """One decode, six answers of which two fit: each is whole, or has no token at all."""
