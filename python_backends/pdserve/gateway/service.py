@@ -29,17 +29,17 @@ MAX_OPEN = 4096
 
 
 class Prompt(NamedTuple):
-    """What is to be answered."""
+    """A prompt as token ids, with what goes with it."""
 
     ids: Tokens
     echo: str = ""
-    """What comes before the answer: the prompt, if that is asked for."""
+    """Text that is told before the answer: the prompt, if the client asks for it."""
     beginning: str = ""
-    """The text that the rules of scenarios look at."""
+    """The rules of scenarios look at this text."""
 
 
 class Part(NamedTuple):
-    """What has come of an answer since the part before."""
+    """A part of an answer: what has come since the part before."""
 
     text: str
     ids: list[int]
