@@ -31,8 +31,8 @@ class Group:
         self.open = 0
         """Requests that it serves."""
         self._scheduler = scheduler
-        self._meeting = Background()
-        self._meeting.start(kv_links.run())
+        self._linking = Background()
+        self._linking.start(kv_links.run())
 
     @property
     def healthy(self) -> bool:
@@ -59,7 +59,7 @@ class Group:
 
     def retire(self) -> None:
         """Nobody new will come: its instances need not be introduced any more."""
-        self._meeting.cancel()
+        self._linking.cancel()
 
 
 class Groups:

@@ -182,7 +182,7 @@ class Service:
     def _request(
         self, request_id: str, asked: Parameters, prompt: Tokens, terms: config.Scenario
     ) -> Request:
-        """What the client asks for; where it says nothing, what its scenario says.
+        """Make the request that a client asks for; where it says nothing, its scenario decides.
 
         Raises:
             InvalidRequest: prompt or answer are too long.
@@ -212,7 +212,10 @@ class Service:
 
 
 def _within_limits(request: Request, terms: config.Scenario) -> bool:
-    """Whether an answer came as its scenario promises; its first token has, or it had none."""
+    """Tell whether an answer's tokens came as fast as its scenario promises.
+
+    Its first token came within its limit, or the request would have ended without an answer.
+    """
     limit = terms.tpot_limit_ms
     steps = max(request.output_tokens - 1, 1)
     return limit is None or (request.ended - request.first_token) * 1e3 <= limit * steps

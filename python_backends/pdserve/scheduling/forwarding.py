@@ -192,7 +192,8 @@ class Forwarding(Generic[T]):
     def all_failed(self) -> str | None:
         """Says that all have failed, with the last failure; None: some have not.
 
-        One that is on trial counts as failed."""
+        One that is on trial counts as failed.
+        """
         if self._failure is None or any(one.breaker.closed for one in self.instances):
             return None
         return f"no healthy {self._role} ({self._failure})"

@@ -81,7 +81,7 @@ class KVLinks:
         self._changed.set()
 
     def let_go(self, instance: Instance) -> None:
-        """It has left, and serves nobody any more."""
+        """An instance has left and serves nobody any more: forget it, unless its name is taken."""
         if all(one.name != instance.name for one in self._members):
             self._drop(instance.name)
 
@@ -150,7 +150,7 @@ class KVLinks:
             InstanceError: they cannot meet, or one of them does not answer.
         """
         description = await _describe(prefill)
-        if self._known(prefill, decode):
+        if self._owns_names(prefill, decode):
             self._joined.pop((prefill.name, decode.name), None)
         await self._join(prefill, decode, description)
 
@@ -158,11 +158,11 @@ class KVLinks:
         pair = prefill.name, decode.name
         if pair in self._joined and self._joined[pair][0] == description:
             return
-        if self._known(prefill, decode):
+        if self._owns_names(prefill, decode):
             self._joined.pop(pair, None)
         joined = await decode.ask(Join(decode.new_id(), description), JOIN_S)
         decode.heard(joined)
-        known = self._known(prefill, decode)
+        known = self._owns_names(prefill, decode)
         if not isinstance(joined, Joined):
             reason = getattr(joined, "message", f"{joined}")
             if known:
@@ -177,8 +177,8 @@ class KVLinks:
             self._find_useless()
         self._joined[pair] = description, joined
 
-    def _known(self, prefill: Instance, decode: Instance) -> bool:
-        """Whether what is learned of these two is theirs: no successor has the name of either."""
+    def _owns_names(self, prefill: Instance, decode: Instance) -> bool:
+        """Whether no successor has the name of either, so that what is learned is of these two."""
         return all(
             one is other or one.name != other.name
             for other in self._members

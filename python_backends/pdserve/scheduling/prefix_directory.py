@@ -24,7 +24,8 @@ MOST = 1 << 16
 class PrefixDirectory:
     """Knows instances by the prefixes that they have, as chained hashes.
 
-    Equal hashes are equal prefixes of one tenant."""
+    Equal hashes are equal prefixes of one tenant.
+    """
 
     def __init__(self) -> None:
         self._holders: OrderedDict[bytes, set[str]] = OrderedDict()
