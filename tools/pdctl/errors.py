@@ -7,6 +7,10 @@ class ServerError(Exception):
     """A server cannot be started, reached or stopped."""
 
 
+class Starved(ServerError):
+    """A server could not start since the machine stood still for too long; it may the next time."""
+
+
 class PortTaken(ServerError):
     """Another process listens on a port that the deployment names."""
 

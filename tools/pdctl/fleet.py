@@ -11,8 +11,11 @@ import msgspec
 
 from pdctl import started as records
 from pdctl import watchers
-from pdctl.errors import AlreadyRunning
+from pdctl.errors import AlreadyRunning, Starved
 from pdctl.server import Progress, Server
+
+STARTS = 3
+"""Of a server whose start fails since the machine stood still."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,10 +41,28 @@ def start(servers: Sequence[Server], *, held: bool, timeout_s: float, progress: 
                     raise
                 server.refuse_other()
         for server in servers:
-            server.wait_ready(timeout_s, progress)
+            _wait_ready(server, held if server in started else None, timeout_s, progress)
     except BaseException:
         stop(started, own=True)
         raise
+
+
+def _wait_ready(server: Server, held: bool | None, timeout_s: float, progress: Progress) -> None:
+    """Wait for a server; one that was starved is started again, STARTS times in all.
+
+    Args:
+        held: as it was started; None: by another process, whose it is to start it again.
+    """
+    for left in reversed(range(STARTS)):
+        try:
+            server.wait_ready(timeout_s, progress)
+            return
+        except Starved as error:
+            if held is None or not left:
+                raise
+            _log.warning("%s\nit is started again", error)
+            server.stop(own=True)
+            server.start(held=held)
 
 
 def watch(servers: Sequence[Server], *, held: bool, wanted: bool = True) -> None:

@@ -7,6 +7,10 @@ import re
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
 _FAILED = re.compile(r"failed to load '([^']+)' version \d+: (.*)\"$", re.MULTILINE)
 _ERROR = re.compile(r"^(?:E\d{4} \S+ \d+ \S+ |error: )(.*)$", re.MULTILINE)
+_STARVED = re.compile(
+    r"Stub process '[^']+' is not healthy|Failed to obtain the health mutex"
+    r"|boost::interprocess::lock_exception"
+)
 _NOISE = ("CudaDriverHelper",)
 LINES = 15
 
@@ -14,6 +18,11 @@ LINES = 15
 def loaded(text: str) -> set[str]:
     """The models that are loaded."""
     return set(_LOADED.findall(text))
+
+
+def starved(text: str) -> bool:
+    """Whether the server ended since a process that loaded a model gave no sign of life in time."""
+    return _STARVED.search(text) is not None
 
 
 def relevant(text: str) -> list[str]:

@@ -34,8 +34,9 @@ from pdctl import (
 )
 from pdctl import started as records
 from pdctl.endpoint import Endpoint
-from pdctl.errors import AlreadyRunning, ServerError, Stopped
+from pdctl.errors import AlreadyRunning, ServerError, Starved, Stopped
 from pdctl.guard import Guard
+from pdctl.loading import GivenUp
 from pdctl.paths import MODEL_REPOSITORY, RUN
 from pdctl.repository import models, render
 from pdserve.config import Deployment
@@ -259,16 +260,19 @@ class Server(Endpoint):
 
         Raises:
             ServerError: it died, or was not ready in time; the message has the log's words.
+            Starved: it died, and may well start when it is tried again.
         """
         spec = self.actual
         expected = {name for name, _ in models(spec)}
         deadline = time.monotonic() + timeout_s
         usable = self.ready if self._process is not None else self.live
+        given_up = GivenUp(self.token or "")
         # Triton opens the port of its metrics last, 40 ms after it has said that it is ready.
         while not (usable() and ports.listens(spec.host, spec.metrics_port)):
             self.check_alive()
             footprint.narrow(self.token or "")
             loaded = log.loaded(self.read_log()) & expected
+            given_up.end(expected - loaded)
             if time.monotonic() > deadline:
                 raise ServerError(
                     f"server {self.spec.name} is not ready after {timeout_s:.0f} s; still loading: "
@@ -280,7 +284,7 @@ class Server(Endpoint):
         progress(self, expected, set())
 
     def check_alive(self) -> None:
-        """Raises: ServerError: the server is dead; says why."""
+        """Raises: ServerError: the server is dead; says why. Starved: of that."""
         if self._process is None:
             if self.pid is not None:
                 return
@@ -295,7 +299,8 @@ class Server(Endpoint):
         if token is None or self._token not in (None, token):
             how = f"was stopped by another pdctl; its log: {self.log}"
             raise ServerError(f"server {self.spec.name} {how}")
-        raise ServerError(f"server {self.spec.name} {how}\n{self._excerpt()}")
+        kind = Starved if log.starved(self.read_log()) else ServerError
+        raise kind(f"server {self.spec.name} {how}\n{self._excerpt()}")
 
     def stop(self, *, own: bool = False) -> None:
         """End the server, wait for its end and remove what it left; nothing to do if it is not up.

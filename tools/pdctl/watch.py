@@ -20,6 +20,7 @@ from typing import Any
 from pdctl import footprint, keys, private, questions, watchers
 from pdctl import started as records
 from pdctl.errors import ServerError, Stopped
+from pdctl.loading import GivenUp
 from pdctl.repository import GATEWAY_MODELS, models
 from pdctl.server import Server
 from pdctl.status import scrape
@@ -140,12 +141,20 @@ class Tended:
             if thing == SERVER:
                 await asyncio.to_thread(self._restart)
             else:
-                await asyncio.to_thread(self.server.load, thing, self.deployment.engine.load_s)
+                await self._load(thing)
                 self._stubs.renewed(thing)
         except Stopped as error:
             raise Dismissed(str(error)) from error
         except (ServerError, DeploymentError) as error:
             raise NotRestored(str(error)) from error
+
+    async def _load(self, model: str) -> None:
+        load = partial(self.server.load, model, self.deployment.engine.load_s)
+        loading = asyncio.ensure_future(asyncio.to_thread(load))
+        given_up = GivenUp(self.token or "")
+        while not (await asyncio.wait([loading], timeout=LOOK_S))[0]:
+            given_up.end([model])
+        await loading
 
     def _restart(self) -> None:
         self.server.start(held=False, again=True)

@@ -1,7 +1,8 @@
 """How often the threads of a model have turned, and what they have done, in shared memory.
 
 A watchdog reads it without asking anybody, so that it needs no place behind the requests of
-clients. There is one for each model of a server that ``pdctl`` has started.
+clients. There is one for each model of a server that ``pdctl`` has started: words of 64 bits, first
+the process id once the model is loaded, then two words for each thread.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Heartbeat:
     """
 
     def __init__(self, path: Path | None, threads: int) -> None:
-        size = 2 * WORD * threads
+        size = (1 + 2 * threads) * WORD
         self._path = path
         self._inode = 0
         if path is None:
@@ -68,19 +69,32 @@ class Heartbeat:
                 if self._path.stat().st_ino == self._inode:
                     self._path.unlink()
 
+    def loaded(self) -> None:
+        """The model's ``initialize`` returns now."""
+        self._words[0] = os.getpid()
+
     def turned(self, thread: int) -> None:
         """The thread goes on."""
-        self._words[2 * thread] += 1
+        self._words[1 + 2 * thread] += 1
 
     def worked(self, thread: int) -> None:
         """The thread has taken a request, or given a response."""
-        self._words[2 * thread + 1] += 1
+        self._words[2 + 2 * thread] += 1
 
 
 def read(path: Path) -> list[Beats]:
     """What each thread has counted, the first thread first; empty: there is no heartbeat."""
+    words = _words(path)
+    return [Beats(*words[at : at + 2]) for at in range(1, len(words), 2)]
+
+
+def loaded(path: Path) -> int | None:
+    """The process that has loaded the model; None: it has not, or there is no heartbeat."""
+    return next(iter(_words(path)), 0) or None
+
+
+def _words(path: Path) -> list[int]:
     try:
-        words = memoryview(path.read_bytes()).cast("Q").tolist()
+        return memoryview(path.read_bytes()).cast("Q").tolist()
     except OSError:
         return []
-    return [Beats(*words[at : at + 2]) for at in range(0, len(words), 2)]

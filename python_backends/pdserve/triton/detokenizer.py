@@ -17,6 +17,7 @@ class TritonPythonModel:
         stub.prepare()
         self._vocabulary = vocabulary.read(Path(backend.deployment(args).model))
         self._heartbeat = backend.own_heartbeat(args, threads=1)
+        self._heartbeat.loaded()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [backend.answered(request, self._answer, self._heartbeat) for request in requests]

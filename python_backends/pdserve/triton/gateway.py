@@ -77,6 +77,7 @@ class GatewayModel(ABC):
         bls = self.deployment.gateway.channel == "bls"
         self._loop = LoopThread(self._heartbeat, BLS_THREADS if bls else ASIDE)
         self._loop.run(self._start())
+        self._heartbeat.loaded()
 
     @abstractmethod
     def read(self, model: Path) -> Vocabulary:

@@ -72,6 +72,7 @@ class InstanceModel(ABC):
         self._answers = Answers(self._send, epoch.of(os.getpid()))
         self._loop = LoopThread(self._heartbeat)
         self._loop.run(self._start())
+        self._heartbeat.loaded()
 
     def execute(self, requests: list[Any]) -> None:
         """Every request is answered by its own sender; nothing here waits."""

@@ -21,6 +21,7 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer(Path(deployment.model))
         self._most = deployment.gateway.max_prompt_bytes
         self._heartbeat = backend.own_heartbeat(args, threads=1)
+        self._heartbeat.loaded()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [backend.answered(request, self._answer, self._heartbeat) for request in requests]
