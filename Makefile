@@ -34,12 +34,13 @@ test-full: setup ## Every test
 fuzz: setup ## Random requests and messages at a server; ARGS="--fuzz-count 20000 --fuzz-seconds 900"
 	@$(BIN)/pytest tests/fuzz --fuzz-seconds 900 $(ARGS)
 
-lint: setup ## ruff, mypy, the contracts on imports and, on the Dockerfile, hadolint
+lint: setup ## ruff, mypy, the contracts on imports, hadolint on the Dockerfile, docs/benchmarks.md
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/python -m perf.benchmarks_page --check
 
 format: setup ## Let ruff rewrite what it can
 	$(BIN)/ruff check --fix

@@ -39,10 +39,10 @@ class Example:
     """Equation (1) by what the torch engine was measured to take."""
 
     def __init__(self) -> None:
-        engine = results("engine")
-        forward = {row["prompt_tokens"]: row["ours_ms"] / 1e3 for row in engine["prefill"]}
+        engine = results("engine")["results"]
+        forward = {row["size"]: row["ours_ms"] / 1e3 for row in engine["prefill"]}
         self.rates = {tokens: round(tokens / forward[tokens]) for tokens in forward}
-        self.step = {row["batch"]: row["ours_ms_per_step"] / 1e3 for row in engine["decode"]}
+        self.step = {row["size"]: row["ours_ms"] / 1e3 for row in engine["decode_step"]}
         self.t_p = forward[PROMPT]
         self.xi = moved("SmolLM2-135M", "shm")[1] / 1e3
         self.prefill = 1 / self.t_p

@@ -22,3 +22,10 @@ def test_every_way_of_small_kv_caches(name: str) -> None:
         assert all(taken), taken
     assert {budget.bound for budget in report.limits(points)} == {"at least"}
     assert len(report.table(points).rows) == 2
+
+
+def test_a_comparison_knows_its_worst_point_and_how_many_are_within() -> None:
+    ratios = report.Comparison("time", [0.9, 1.0, 1.2, 0.5], "x", 1.0)
+    assert (ratios.bound, ratios.worst, ratios.within) == ("at most", 1.2, 75)
+    saved = report.Comparison("saved", [50.0, 90.0], "%", 46)
+    assert (saved.bound, saved.worst, saved.within) == ("at least", 50.0, 100)

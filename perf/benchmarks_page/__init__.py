@@ -1,0 +1,1 @@
+"""docs/benchmarks.md, and the headline figures of README.md, written from ``perf/results``."""
