@@ -34,8 +34,9 @@ from pdctl.wrap import Wrap
 from pdserve import config
 from pdserve.errors import DeploymentError
 
-DEMO_PROMPT = "Why is the sky blue? Answer in one sentence."
-"""To which the default model answers in 61 tokens, and ends."""
+DEMO_PROMPT = "What is photosynthesis? Answer in one sentence."
+"""The default model's greedy answer is one true sentence of 22 tokens, which it ends itself."""
+DEMO_TOKENS = 96
 NOT_READY = 3
 """Exit status of ``status``, ``links``, ``probe``, ``doctor`` when not all is as it should be."""
 
@@ -233,7 +234,7 @@ def demo(
     prompt: Annotated[str, typer.Argument(help="What to say.")] = DEMO_PROMPT,
     file: File = paths.DEPLOYMENT,
     timeout: Timeout = None,
-    max_tokens: MaxTokens = 96,
+    max_tokens: MaxTokens = DEMO_TOKENS,
 ) -> None:
     """Start the servers, stream one answer with its timeline, stop."""
     with starting.held(_servers(file), timeout) as servers:
@@ -315,9 +316,16 @@ def _converse(server: Server, question: Question, as_json: bool) -> None:
         print(json.dumps({"text": text, "finish_reason": finish_reason, "stats": stats}))
     else:
         sys.stdout.write(wrap.rest())
-        out.print(f"\n[dim]({finish_reason})[/dim]\n")
+        out.print(f"\n[dim]({_ending(finish_reason, stats)})[/dim]\n")
         if stats is not None:
             out.print(timeline(stats))
+
+
+def _ending(finish_reason: str, stats: dict[str, Any] | None) -> str:
+    """Why an answer ended, in words."""
+    if finish_reason == "length" and stats is not None:
+        return f"length: cut off after {stats['output_tokens']} tokens"
+    return "stop: the model ended its answer" if finish_reason == "stop" else finish_reason
 
 
 def main() -> None:
