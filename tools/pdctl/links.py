@@ -36,7 +36,14 @@ class Link:
         over = f" ({self.detail})" if self.detail else ""
         rate = f"{self.bytes_per_second / 2**30:.3g} GiB/s"
         warning = ", no RDMA" if self.fallback else ""
-        return f"{self.transport}{over}\n{rate}, {self.latency_seconds * 1e6:.0f} us{warning}"
+        latency = microseconds(self.latency_seconds)
+        return f"{self.transport}{over}\n{rate}, {latency}{warning}"
+
+
+def microseconds(seconds: float) -> str:
+    """A latency for people: in whole microseconds, or with two digits if it is below one."""
+    value = seconds * 1e6
+    return f"{value:.0f} us" if value >= 1 else f"{value:.2g} us"
 
 
 def links(

@@ -10,6 +10,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from pdctl.links import microseconds
+
 _LABEL = re.compile(r'="([^"]*)"')
 
 
@@ -72,7 +74,8 @@ def summary(values: dict[str, float]) -> dict[str, str]:
             text = f"{words} mean {mean * 1e3:.1f} ms of {value:.0f}"
             found.setdefault(name.removesuffix("_count"), []).append(text)
         elif value and not name.endswith(("_sum", "_count")):
-            found.setdefault(name, []).append(f"{words} {value:.0f}")
+            text = microseconds(value) if name.endswith("_seconds") else f"{value:.0f}"
+            found.setdefault(name, []).append(f"{words} {text}")
     return {
         name.removeprefix("pdserve_"): ", ".join(text.strip() for text in sorted(texts))
         for name, texts in sorted(found.items())

@@ -446,8 +446,16 @@ def test_summary_of_values() -> None:
             'pdserve_slots{instance="prefill_0",state="free"}': 0.0,
             'pdserve_ttft_seconds_sum{scenario="default"}': 0.5,
             'pdserve_ttft_seconds_count{scenario="default"}': 4.0,
+            'pdserve_kv_link_latency_seconds{prefill="p",transport="shm"}': 4.7e-7,
+            'pdserve_kv_link_latency_seconds{prefill="p",transport="nixl"}': 0.001254,
+            'pdserve_kv_link_bytes_per_second{prefill="p",transport="shm"}': 2e9,
         }
-    ) == {"slots": "prefill_0 used 2", "ttft_seconds": "default mean 125.0 ms of 4"}
+    ) == {
+        "slots": "prefill_0 used 2",
+        "ttft_seconds": "default mean 125.0 ms of 4",
+        "kv_link_latency_seconds": "p nixl 1254 us, p shm 0.47 us",
+        "kv_link_bytes_per_second": "p shm 2000000000",
+    }
 
 
 def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
