@@ -292,7 +292,7 @@ def wait_met(server: Running, within: float = 10.0) -> None:
         return {
             f"{sample.labels}": sample.value
             for sample in metrics(server)
-            if sample.name == "pdserve_kv_pairs"
+            if sample.name == "pdserve_kv_links"
             if sample.labels["state"] == "unknown"
         }
 

@@ -76,7 +76,7 @@ def _met(gateway: Running) -> bool:
     unknown = [
         sample.value
         for sample in metrics(gateway)
-        if sample.name == "pdserve_kv_pairs" and sample.labels["state"] == "unknown"
+        if sample.name == "pdserve_kv_links" and sample.labels["state"] == "unknown"
     ]
     return len(unknown) == 2 * len(gateway.deployment.served) and not any(unknown)
 
@@ -104,4 +104,6 @@ class Offers(NamedTuple):
         def total(name: str) -> float:
             return sum(sample.value for sample in samples if sample.name == name)
 
-        return cls(total("pdserve_forward_attempts"), total("pdserve_prefill_rejections_total"))
+        return cls(
+            total("pdserve_forward_attempts_total"), total("pdserve_prefill_rejections_total")
+        )

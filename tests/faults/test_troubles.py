@@ -275,7 +275,9 @@ def _tell(address: str, lost: str) -> None:
 def _met(server: Running) -> bool:
     """Every prefill and every decode serve, and each knows each."""
     values = scrape(server.servers[0])
-    return values.get('pdserve_kv_pairs{gateway="scheduler",group="default",state="met"}') == 4
+    return (
+        values.get('pdserve_kv_links{gateway="scheduler",group="default",state="connected"}') == 4
+    )
 
 
 def test_nobody_is_left(server: Running) -> None:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from pdserve.instances.prefill import PrefillInstance
+from pdserve.observability import catalogue
 from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.circuit_breaker import FIRST_S
 from pdserve.scheduling.request import FINAL, Request, State
@@ -18,6 +19,7 @@ from tests.simulation.waiting import Waiting
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pdserve.observability.metrics import Counter
     from pdserve.rpc import messages
     from tests.simulation.channels import Life
     from tests.simulation.gateways import Client, Gateway
@@ -186,22 +188,23 @@ class Invariants:
                 raise Broken(f"it ended {client.ended_in}, and went on: {brief(client.request)}")
         for gateway in self._world.gateways:
             assert gateway is not None
-            counted = _total(gateway, "pdserve_requests_total")
+            counted = _total(gateway, catalogue.REQUESTS)
             if counted != self._ended.get(gateway, 0):
                 raise Broken(f"{gateway.name} has counted {counted}, not {self._ended[gateway]}")
-            retried = _total(gateway, "pdserve_retries_total", phase="prefill")
-            retried += _total(gateway, "pdserve_retries_total", phase="decode")
+            retried = _total(gateway, catalogue.RETRIES, phase="prefill", reason="error")
+            retried += _total(gateway, catalogue.RETRIES, phase="decode", reason="error")
             at_once, each = self._world.plan.retries
             allowed = at_once + each * counted
             if retried > allowed:
                 raise Broken(f"{gateway.name} has tried {retried} again; {allowed:.1f} are allowed")
 
 
-def _total(gateway: Gateway, name: str, **labels: str) -> float:
+def _total(gateway: Gateway, counter: Counter[...], **labels: str) -> float:
     return sum(
         count
-        for (counter, pairs), count in gateway.metrics._counts.items()
-        if counter == name and labels.items() <= dict(pairs).items()
+        for (metric, values), count in gateway.metrics._counts.items()
+        if metric is counter
+        and labels.items() <= dict(zip(counter.label_names, values, strict=True)).items()
     )
 
 

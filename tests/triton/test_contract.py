@@ -451,7 +451,7 @@ def test_the_metrics_of_the_contract_are_there(emulated_server: Running) -> None
         assert found[f"{name}_sum"] == found[f"{name}_count"] == {("scenario",)}
     assert found["pdserve_kv_transfer_seconds_bucket"] == {("le",)}
     assert found["pdserve_kv_transfer_bytes_total"] == {("transport",)}
-    assert "pdserve_forward_attempts" in found
+    assert "pdserve_forward_attempts_total" in found
     assert found["pdserve_slots"] == {("instance", "state")}
     assert all("state" in labels for labels in found["pdserve_kv_leases"])
     assert all("state" in labels for labels in found["pdserve_kv_blocks"])

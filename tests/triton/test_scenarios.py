@@ -114,9 +114,9 @@ def reloads(server: Running) -> Counter[str]:
 
 def change(server: Running, **fields: Any) -> None:
     """Another deployment, taken over by both gateways."""
-    taken = reloads(server)["taken"]
+    applied = reloads(server)["applied"]
     put(server, msgspec.yaml.encode(msgspec.structs.replace(server.deployment, **fields)))
-    wait_until(lambda: reloads(server)["taken"] == taken + 2, 5, lambda: log(server)[-500:])
+    wait_until(lambda: reloads(server)["applied"] == applied + 2, 5, lambda: log(server)[-500:])
 
 
 def log(server: Running) -> str:
@@ -182,9 +182,11 @@ def test_shares(server: Running) -> None:
 
 
 def test_unknown_labels_are_counted_or_refused(server: Running) -> None:
-    before = counted(server, "pdserve_unknown_scenarios_total").total()
+    before = counted(server, "pdserve_unknown_scenario_requests_total").total()
     generate(server, text_input="Hello", scenario="prose")
-    wait_until(lambda: counted(server, "pdserve_unknown_scenarios_total").total() == before + 1, 2)
+    wait_until(
+        lambda: counted(server, "pdserve_unknown_scenario_requests_total").total() == before + 1, 2
+    )
     change(server, gateway=config.Gateway(default_scenario="chat", strict=True))
     refused = counted(server, "pdserve_requests_total", "outcome", scenario="chat")["rejected"]
     with pytest.raises(Refused) as caught:
@@ -247,7 +249,7 @@ def test_metrics_say_scenario_and_group(server: Running) -> None:
     def seen() -> list[Counter[str]]:
         return [
             counted(server, "pdserve_requests_total", "scenario", outcome="length"),
-            counted(server, "pdserve_routed_total", "group"),
+            counted(server, "pdserve_routed_requests_total", "group"),
             counted(server, "pdserve_good_requests_total", "scenario"),
         ]
 

@@ -27,7 +27,7 @@ TTFT_S = 2.0
 
 
 def watching(server: Running) -> float:
-    return sum(one.value for one in metrics(server) if one.name == "pdserve_watches")
+    return sum(one.value for one in metrics(server) if one.name == "pdserve_slot_watches")
 
 
 def test_many_names_have_one_turn(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class ScriptedContext:
         return Context(token, token == EOS, link, 0)
 
     async def report(self) -> Report:
-        return Report({"kept": len(self.world.kept)}, {"stored": 1})
+        return Report({"cached": len(self.world.kept)}, {"stored": 1})
 
     async def close(self) -> None:
         self.closed = True

@@ -32,7 +32,8 @@ from pdserve.instances.external.prefill import ExternalPrefill
 from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.kvcache.sharding import sharding_for
-from pdserve.observability.metrics import Registry
+from pdserve.observability.catalogue import METRICS
+from pdserve.observability.metrics import Histogram, Registry
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
 from pdserve.rpc.messages import (
@@ -66,6 +67,11 @@ if TYPE_CHECKING:
     from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
     from pdserve.transfer.consumer.cost_model import Strategy
 
+SERIES = {
+    name if not isinstance(metric, Histogram) else f"{name}_{suffix}"
+    for name, metric in METRICS.items()
+    for suffix in ("bucket", "sum", "count")
+}
 VOCABULARY, EOS = 997, 2
 # Nothing of a test takes longer than this; a virtual second costs about a millisecond.
 LIMIT_S = 120.0
@@ -438,6 +444,7 @@ class Site:
 
     def total(self, name: str, **labels: str) -> float:
         """A counter's total over all series that have these labels."""
+        assert name in SERIES, name
         for change in self.metrics.drain():
             if change.kind == "counter":
                 self.totals[repr((change.name, sorted(change.labels)))] += change.value
@@ -450,10 +457,12 @@ class Site:
 
     def level(self, name: str, **labels: str) -> float:
         """A gauge's level, summed over all series that have these labels."""
+        gauge = METRICS[name]
         return sum(
             value
-            for (gauge, pairs), value in self.metrics._levels.items()
-            if gauge == name and labels.items() <= dict(pairs).items()
+            for (metric, values), value in self.metrics._levels.items()
+            if metric is gauge
+            and labels.items() <= dict(zip(gauge.label_names, values, strict=True)).items()
         )
 
     async def idle(self, within: float = CLEAN_S) -> None:

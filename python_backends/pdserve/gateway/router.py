@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from pdserve import config, errors
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 
 
@@ -107,5 +108,5 @@ class Router(Generic[G]):
         if self._strict:
             known = ", ".join(self._scenarios)
             raise errors.NotFound(f"scenario: {label!r} is unknown; there are: {known}")
-        self._metrics.add("pdserve_unknown_scenarios_total")
+        self._metrics.add(catalogue.UNKNOWN_SCENARIO_REQUESTS, 1)
         return self.default

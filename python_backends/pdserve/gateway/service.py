@@ -18,6 +18,7 @@ from pdserve.gateway.groups import Connect, Group, Groups
 from pdserve.gateway.parameters import Parameters
 from pdserve.gateway.router import Asked, Router
 from pdserve.gateway.trace_context import Trace
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.scheduling.request import Request
 from pdserve.text.stream import TextStream
@@ -151,7 +152,7 @@ class Service:
             self._reject(scenario.terms.name)
             raise
         group = scenario.next_group()
-        self._metrics.add("pdserve_routed_total", scenario=request.scenario, group=group.name)
+        self._metrics.add(catalogue.ROUTED_REQUESTS, 1, scenario=request.scenario, group=group.name)
         trace.carry(request)
         text = TextStream(self._vocabulary, asked.stop)
         reads_text = in_text or bool(asked.stop)
@@ -170,14 +171,14 @@ class Service:
                         told += len(ids)
                         piece, ids = "", []
         if _within_limits(request, scenario.terms):
-            self._metrics.add("pdserve_good_requests_total", scenario=request.scenario)
+            self._metrics.add(catalogue.GOOD_REQUESTS, 1, scenario=request.scenario)
         if reads_text and not text.stopped:
             piece += text.finish()
         stats = msgspec.json.encode(request.stats()).decode()
         yield Part(piece, ids[: request.output_tokens - told], request.finish_reason, stats)
 
     def _reject(self, scenario: str) -> None:
-        self._metrics.add("pdserve_requests_total", scenario=scenario, outcome="rejected")
+        self._metrics.add(catalogue.REQUESTS, 1, scenario=scenario, outcome="rejected")
 
     def _request(
         self, request_id: str, asked: Parameters, prompt: Tokens, terms: config.Scenario

@@ -26,6 +26,7 @@ from pdserve.instances.slot_watches import RoomWatches, Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.block_manager import BlockManager
 from pdserve.kvcache.handle import KVHandle
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
     SUSPECT,
@@ -265,7 +266,7 @@ class DecodeInstance:
                 await self._prompts.turn()
                 if batch := self._batch():
                     await self._step(batch)
-                self._metrics.add("pdserve_steps_total", instance=self._name)
+                self._metrics.add(catalogue.STEPS, 1, instance=self._name)
 
     async def _step(self, batch: list[AcceptedCall]) -> None:
         try:
@@ -341,5 +342,5 @@ class DecodeInstance:
                 ("cached", pool.cached_blocks),
                 ("free", pool.free_blocks),
             ):
-                gauge("pdserve_kv_blocks", blocks, instance=self._name, state=state)
+                gauge(catalogue.KV_BLOCKS, blocks, instance=self._name, state=state)
             await asyncio.sleep(TICK_S)

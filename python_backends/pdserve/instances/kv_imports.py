@@ -11,6 +11,7 @@ from pdserve import errors, pools
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence
 from pdserve.kvcache.block_manager import ReservedBlocks
 from pdserve.kvcache.handle import KVHandle
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.supervision import Background
 from pdserve.transfer import arrays
@@ -45,7 +46,7 @@ class KVImports:
         self._puller = pools.started(pulls, "pull", _step_back)
         self._follower = pools.started(FOLLOWERS, "follow", _step_back)
         self._joiner = pools.started(1, "join", _step_back)
-        self._links: dict[str, dict[str, str]] = {}
+        self._links: dict[str, tuple[str, str, str, str]] = {}
         """Labels of the link to each prefill."""
         self._tasks = Background()
 
@@ -135,12 +136,12 @@ class KVImports:
 
     def _end(self, pulled: Pulled | Exception, done: Callable[[Pulled | Exception], None]) -> None:
         if isinstance(pulled, Pulled):
-            self._metrics.observe("pdserve_kv_transfer_seconds", pulled.ms / 1e3)
-            self._metrics.observe("pdserve_kv_transfer_exposed_seconds", pulled.exposed_ms / 1e3)
+            self._metrics.observe(catalogue.KV_TRANSFER, pulled.ms / 1e3)
+            self._metrics.observe(catalogue.KV_TRANSFER_EXPOSED, pulled.exposed_ms / 1e3)
             self._metrics.add(
-                "pdserve_kv_transfer_bytes_total", pulled.nbytes, transport=pulled.transport
+                catalogue.KV_TRANSFER_BYTES, pulled.nbytes, transport=pulled.transport
             )
-            self._metrics.add("pdserve_kv_transfers_total", strategy=pulled.strategy)
+            self._metrics.add(catalogue.KV_TRANSFERS, 1, strategy=pulled.strategy)
         done(pulled)
 
     async def close(self) -> None:
@@ -151,23 +152,17 @@ class KVImports:
             threads.shutdown(wait=True, cancel_futures=True)
 
     def _publish(self, prefill: str, met: Met) -> None:
-        labels = {
-            "prefill": prefill,
-            "decode": self._name,
-            "transport": met.transport,
-            "detail": met.detail,
-        }
-        values = {
-            "pdserve_kv_link_bytes_per_second": met.bytes_per_s,
-            "pdserve_kv_link_latency_seconds": met.latency_s,
-            "pdserve_kv_link_fallback": float(met.fallback),
-        }
+        labels = prefill, self._name, met.transport, met.detail
         former = self._links.get(prefill, labels)
         self._links[prefill] = labels
-        for gauge, value in values.items():
+        for gauge, value in (
+            (catalogue.KV_LINK_RATE, met.bytes_per_s),
+            (catalogue.KV_LINK_LATENCY, met.latency_s),
+            (catalogue.KV_LINK_FALLBACK, float(met.fallback)),
+        ):
             if former != labels:
-                self._metrics.set(gauge, 0, **former)
-            self._metrics.set(gauge, value, **labels)
+                self._metrics.set(gauge, 0, *former)
+            self._metrics.set(gauge, value, *labels)
 
 
 def _step_back() -> None:

@@ -16,6 +16,7 @@ from pdserve import errors
 from pdserve.engines.protocol import DecodeEngine
 from pdserve.instances.acceptance import AGAIN_S
 from pdserve.instances.accepted_call import AcceptedCall
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Accepted
 from pdserve.transfer import arrays
@@ -101,9 +102,7 @@ class LocalPrefill:
         now = loop.time()
         prompt.seconds += now - began
         if token is not None:
-            self._metrics.observe(
-                "pdserve_local_prefill_seconds", prompt.seconds, instance=self._name
-            )
+            self._metrics.observe(catalogue.LOCAL_PREFILL, prompt.seconds, instance=self._name)
             ms, cached = prompt.seconds * 1e3, opened.reserved.held
             self._end(prompt, Pulled(0, "local", "", ms, 0.0, 0.0, token, cached))
         elif now - opened.sent_at >= AGAIN_S:

@@ -22,6 +22,7 @@ from pdserve.instances.slots import show
 from pdserve.kvcache.arena import Range, State
 from pdserve.kvcache.prefix_index import PrefixIndex, shorten
 from pdserve.kvcache.sharding import Sharding
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
     SUSPECT,
@@ -282,7 +283,7 @@ class PrefillInstance:
                     for source in sources:
                         self._lending.arena.unpin(source)
                         self._refused_with = -1
-                self._metrics.add("pdserve_steps_total", instance=self._name)
+                self._metrics.add(catalogue.STEPS, 1, instance=self._name)
                 ms = (self._loop.time() - began) * 1e3
                 for held, token in zip(batch, tokens, strict=True):
                     self._hand_over(held, token, ms)
@@ -394,4 +395,4 @@ class PrefillInstance:
         gauge = self._metrics.set
         for state, (ranges, _) in self._lending.counts().items():
             if state is not State.FREE:
-                gauge("pdserve_kv_leases", ranges, instance=self._name, state=state.value)
+                gauge(catalogue.KV_LEASES, ranges, instance=self._name, state=state.value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pdserve.instances.slot_watches import SlotWatches
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 
 
 def show(metrics: Registry, name: str, used: int, slots: int, watches: SlotWatches) -> None:
     """So many of them are used, and so many gateways wait."""
-    metrics.set("pdserve_slots", used, instance=name, state="used")
-    metrics.set("pdserve_slots", slots - used, instance=name, state="free")
-    metrics.set("pdserve_watches", len(watches), instance=name)
+    metrics.set(catalogue.SLOTS, used, instance=name, state="used")
+    metrics.set(catalogue.SLOTS, slots - used, instance=name, state="free")
+    metrics.set(catalogue.SLOT_WATCHES, len(watches), instance=name)

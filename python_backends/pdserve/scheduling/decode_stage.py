@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from pdserve import errors
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.messages import Stranger
@@ -262,7 +263,7 @@ class DecodeStage:
             self._prefixes.forget(decode.name)
             raise
         if taken is None:
-            self._metrics.add("pdserve_decode_rejections_total", instance=decode.name)
+            self._metrics.add(catalogue.DECODE_REJECTIONS, 1, instance=decode.name)
         else:
             request.promise.over()
         return taken

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from pdserve import errors
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Describe, Described, Join, Joined
 from pdserve.scheduling.instance import Instance
@@ -101,7 +102,7 @@ class KVLinks:
         finally:
             for task in list(self._joining.values()):
                 task.cancel()
-            self._tell(met=0, refused=0, unknown=0)
+            self._tell(connected=0, refused=0, unknown=0)
 
     async def _introductions(self) -> float:
         """One round; the seconds until the next."""
@@ -109,12 +110,12 @@ class KVLinks:
         pairs = [(one.name, two.name) for one in self._prefills for two in self._decodes]
         met = sum(pair in self._joined for pair in pairs)
         refused = sum(pair in self._refused for pair in pairs)
-        self._tell(met=met, refused=refused, unknown=len(pairs) - met - refused)
+        self._tell(connected=met, refused=refused, unknown=len(pairs) - met - refused)
         return HASTE_S if len(pairs) > met + refused else ROUND_S
 
     def _tell(self, **pairs: int) -> None:
         for state, count in pairs.items():
-            self._metrics.set("pdserve_kv_pairs", count, **self._labels, state=state)
+            self._metrics.set(catalogue.KV_LINKS, count, **self._labels, state=state)
 
     async def _round(self, prefill: Instance) -> None:
         try:

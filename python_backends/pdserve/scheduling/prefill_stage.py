@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pdserve import errors
 from pdserve.latency_estimate import LatencyEstimate
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.messages import Accepted, Prefilled
@@ -159,19 +160,19 @@ class PrefillStage:
             suspect=bool(request.ends["prefill"]),
             trace=request.trace,
         )
-        self._metrics.add("pdserve_forward_attempts")
+        self._metrics.add(catalogue.FORWARD_ATTEMPTS, 1)
         try:
             taken = await offer(request, prefill, message, request.deadline)
         except errors.Late as error:
             what = prefills.all_failed() or f"no answer of {prefill.name}"
             raise late(what, request) from error
         except errors.InstanceError:
-            self._metrics.add("pdserve_retries_total", phase="offer", reason="error")
+            self._metrics.add(catalogue.RETRIES, 1, phase="offer", reason="error")
             self._kv_links.forget(prefill)
             self._prefixes.forget(prefill.name)
             raise
         if taken is None:
-            self._metrics.add("pdserve_prefill_rejections_total", instance=prefill.name)
+            self._metrics.add(catalogue.PREFILL_REJECTIONS, 1, instance=prefill.name)
             return None
         request.to(State.PREFILLING, loop.time())
         request.prefill = prefill.name

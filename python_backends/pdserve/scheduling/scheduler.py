@@ -14,6 +14,7 @@ from contextlib import aclosing
 from typing import Any
 
 from pdserve import config, errors
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Accepted, Tokens
 from pdserve.scheduling import policies
@@ -160,14 +161,14 @@ class Scheduler:
                     raise
                 if not request.output:
                     request.attempts -= 1
-                self._metrics.add("pdserve_retries_total", phase="room", reason="busy")
+                self._metrics.add(catalogue.RETRIES, 1, phase="decode", reason="busy")
                 request.again(asyncio.get_running_loop().time())
                 continue
             except errors.InstanceError:
                 if request.attempts >= ATTEMPTS or not self._budget.spend():
                     raise
             phase = "decode" if request.output else "prefill"
-            self._metrics.add("pdserve_retries_total", phase=phase, reason="error")
+            self._metrics.add(catalogue.RETRIES, 1, phase=phase, reason="error")
             request.again(asyncio.get_running_loop().time())
 
     async def _attempt(
@@ -377,16 +378,16 @@ class Scheduler:
     def _account(self, request: Request) -> None:
         scenario = request.scenario
         outcome = request.finish_reason or request.state.name.lower()
-        self._metrics.add("pdserve_requests_total", scenario=scenario, outcome=outcome)
+        self._metrics.add(catalogue.REQUESTS, 1, scenario=scenario, outcome=outcome)
         if request.first_token:
             ttft = request.first_token - request.arrived
-            self._metrics.observe("pdserve_ttft_seconds", ttft, scenario=scenario)
+            self._metrics.observe(catalogue.TTFT, ttft, scenario=scenario)
         if request.state is State.FINISHED:
             e2e = request.ended - request.arrived
-            self._metrics.observe("pdserve_e2e_seconds", e2e, scenario=scenario)
+            self._metrics.observe(catalogue.E2E, e2e, scenario=scenario)
             if request.output_tokens > 1:
                 tpot = (request.ended - request.first_token) / (request.output_tokens - 1)
-                self._metrics.observe("pdserve_tpot_seconds", tpot, scenario=scenario)
+                self._metrics.observe(catalogue.TPOT, tpot, scenario=scenario)
 
 
 def _end(state: State, error: BaseException) -> State:

@@ -21,9 +21,7 @@ from numpy.typing import NDArray
 from pdserve import config, errors, pools, supervision
 from pdserve.node import heartbeat
 from pdserve.node.heartbeat import Heartbeat
-from pdserve.observability.metrics import Registry
 
-PUBLISH_S = 0.25
 BEAT_S = 0.25
 CLOSE_S = 5.0
 # Threads for what a loop does aside: to publish metrics, to tokenize long texts, to copy.
@@ -194,50 +192,3 @@ class LoopThread:
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_S)
-
-
-class Publisher:
-    """Hands a registry's changes to Triton's metric API, a few times a second."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._families: dict[str, Any] = {}
-        self._metrics: dict[tuple[str, Any], Any] = {}
-
-    async def run(self) -> None:
-        """Publish until cancelled, from another thread: each call waits for the server."""
-        await supervision.repeat("publishing metrics", self._turn)
-
-    async def _turn(self) -> float:
-        changes = list(self._registry.drain())
-        if changes:
-            await asyncio.get_running_loop().run_in_executor(None, self._publish, changes)
-        return PUBLISH_S
-
-    def _publish(self, changes: list[Any]) -> None:
-        failures = []
-        for change in changes:
-            try:
-                self._hand_over(change)
-            except Exception as failure:  # the others are published all the same
-                failures.append(failure)
-        if failures:
-            raise failures[0]
-
-    def _hand_over(self, change: Any) -> None:
-        metric = self._metrics.get((change.name, change.labels))
-        if metric is None:
-            metric = self._metrics[change.name, change.labels] = self._metric(change)
-        if change.kind == "counter":
-            metric.increment(change.value)
-        else:
-            metric.set(change.value)
-
-    def _metric(self, change: Any) -> Any:
-        family = self._families.get(change.name)
-        if family is None:
-            kind = getattr(pb_utils.MetricFamily, change.kind.upper())
-            family = self._families[change.name] = pb_utils.MetricFamily(
-                name=change.name, description=change.help, kind=kind
-            )
-        return family.Metric(labels=dict(change.labels))

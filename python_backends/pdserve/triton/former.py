@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from pdserve import config, connections
+from pdserve.observability.catalogue import METRICS
+from pdserve.observability.metrics import Gauge, Registry
 
 TIMEOUT_S = 1.0
+_OWNERS = ("instance", "decode")
+"""Labels that name who sets a gauge."""
+_SERIES = re.compile(r"^(pdserve_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def page(deployment: config.Deployment, instance: str) -> str:
@@ -17,3 +25,19 @@ def page(deployment: config.Deployment, instance: str) -> str:
         return connections.read(url, TIMEOUT_S).decode()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def retire(metrics: Registry, page: str, instance: str) -> None:
+    """Set to 0 the gauges that a former life of an instance has left on a page of metrics.
+
+    Triton keeps what a stub that has died has set last, and this one may never set the same: it may
+    reach others by another way, or not at all.
+    """
+    for name, text, value in _SERIES.findall(page):
+        labels = dict(_LABEL.findall(text))
+        if instance not in map(labels.get, _OWNERS) or not float(value):
+            continue
+        gauge = METRICS.get(name)
+        # An earlier release may have had other labels.
+        if isinstance(gauge, Gauge) and labels.keys() == {*gauge.label_names}:
+            metrics.set(gauge, 0, **labels)

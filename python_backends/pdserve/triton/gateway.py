@@ -24,7 +24,9 @@ from pdserve.gateway.parameters import Parameters
 from pdserve.gateway.service import Prompt, Service
 from pdserve.gateway.trace_context import Trace
 from pdserve.node import failure_notice
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
+from pdserve.observability.publisher import Publisher
 from pdserve.rpc.channels.bls import BlsChannel
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.client import Channel
@@ -32,7 +34,7 @@ from pdserve.supervision import Background, repeat
 from pdserve.text.vocabulary import Vocabulary
 from pdserve.transfer import key
 from pdserve.triton import backend, neutral, stub
-from pdserve.triton.backend import ASIDE, LoopThread, Publisher
+from pdserve.triton.backend import ASIDE, LoopThread
 from pdserve.triton.outbox import Outbox
 
 # How often it is asked of each request whether its client has gone: see ``Outbox``.
@@ -144,7 +146,7 @@ class GatewayModel(ABC):
         return self._outboxes[int(key) % OUTBOXES]
 
     def _count_open(self) -> None:
-        self._metrics.set("pdserve_open_requests", len(self._serving), gateway=self._name)
+        self._metrics.set(catalogue.OPEN_REQUESTS, len(self._serving), gateway=self._name)
 
     def _client_gone(self, key: str) -> None:
         self._loop.call(self._abandon, key)
@@ -193,7 +195,8 @@ class GatewayModel(ABC):
             random.Random(secrets.randbits(128)),
         )
         self._always.start(
-            Publisher(self._metrics).run(), repeat("the look at the deployment", self._reload)
+            Publisher(self._metrics, pb_utils.MetricFamily).run(),
+            repeat("the look at the deployment", self._reload),
         )
 
     async def _reload(self) -> float:
@@ -205,7 +208,7 @@ class GatewayModel(ABC):
                 return RELOAD_LOOK_S
         except errors.DeploymentError as error:
             self._log(pb_utils.Logger.log_error, "refused, the old one stays", str(error))
-            self._metrics.add("pdserve_reloads_total", gateway=self._name, outcome="refused")
+            self._metrics.add(catalogue.RELOADS, 1, gateway=self._name, outcome="refused")
             return RELOAD_LOOK_S
         wanted = self._file.deployment
         able = taken_over(self.deployment, wanted)
@@ -213,7 +216,7 @@ class GatewayModel(ABC):
         self._log(pb_utils.Logger.log_warn, "waits for a restart", *changes(able, wanted))
         self.deployment = able
         self._service.take(able)
-        self._metrics.add("pdserve_reloads_total", gateway=self._name, outcome="taken")
+        self._metrics.add(catalogue.RELOADS, 1, gateway=self._name, outcome="applied")
         return RELOAD_LOOK_S
 
     def _log(self, log: Callable[[str], None], what: str, *lines: str) -> None:

@@ -18,7 +18,9 @@ from pdserve.instances.external.decode import ExternalDecode
 from pdserve.instances.external.prefill import ExternalPrefill
 from pdserve.instances.prefill import PrefillInstance
 from pdserve.node import epoch
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
+from pdserve.observability.publisher import Publisher
 from pdserve.rpc import messages
 from pdserve.rpc.messages import (
     DecodeRequest,
@@ -35,7 +37,7 @@ from pdserve.rpc.server import Answers, Call
 from pdserve.supervision import Background
 from pdserve.transfer import key
 from pdserve.triton import former, stub
-from pdserve.triton.backend import LoopThread, Publisher, deployment, own_heartbeat
+from pdserve.triton.backend import LoopThread, deployment, own_heartbeat
 from pdserve.triton.outbox import Outbox
 
 # What a gateway held that has died is let go of within this time.
@@ -59,12 +61,12 @@ class InstanceModel(ABC):
         stub.prepare()
         self._name, asked = args["model_name"], deployment(args)
         self._metrics = Registry()
-        self._metrics.retire(former.page(asked, self._name), self._name)
+        former.retire(self._metrics, former.page(asked, self._name), self._name)
         secret = key.of(asked)
         self._seal, self._refusals = Seal(secret, self._name), Refusals()
         self._instance = self.make(self._name, asked, secret, self._metrics)
         self._longest = messages.longest(self._instance.context_length)
-        self._publisher = Publisher(self._metrics)
+        self._publisher = Publisher(self._metrics, pb_utils.MetricFamily)
         self._publishing = Background()
         self._keys = itertools.count()
         self._heartbeat = own_heartbeat(args, threads=2)
@@ -109,7 +111,7 @@ class InstanceModel(ABC):
                 self._submit(call, self._opened(request))
             except Unsealed as error:
                 self._answers.reply(call, Failed(error.code, str(error)), True)
-                self._metrics.add("pdserve_unsealed_messages_total", instance=self._name)
+                self._metrics.add(catalogue.UNSEALED_MESSAGES, 1, instance=self._name)
                 if (line := self._refusals.refused(self._name)) is not None:
                     pb_utils.Logger.log_warn(line)
             except errors.PDServeError as error:

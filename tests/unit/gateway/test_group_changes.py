@@ -229,8 +229,8 @@ def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
             pairs_known = scheduler(group)._decode_stage._pairs
             assert {name for pair in pairs_known for name in pair} <= expected
             pairs = len(prefills) * len(decodes)
-            for kind, count in {"met": pairs, "refused": 0, "unknown": 0}.items():
-                assert site.level("pdserve_kv_pairs", group="a", state=kind) == count
+            for kind, count in {"connected": pairs, "refused": 0, "unknown": 0}.items():
+                assert site.level("pdserve_kv_links", group="a", state=kind) == count
 
             fresh = Connected(site)
             built = fresh.groups.take(members(prefills, decodes, local))["a"]

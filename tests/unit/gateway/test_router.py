@@ -84,7 +84,7 @@ def test_lenient_serves_an_unknown_label_by_default_and_counts_it() -> None:
     metrics = Registry()
     assert router(metrics=metrics).scenario(asked("prose", tenant="acme")).terms.name == "chat"
     (change,) = metrics.drain()
-    assert (change.name, change.value) == ("pdserve_unknown_scenarios_total", 1)
+    assert (change.name, change.value) == ("pdserve_unknown_scenario_requests_total", 1)
 
 
 # ------------------------------------------------------------------------ shares

@@ -346,7 +346,7 @@ async def test_the_engines_memory_is_shown(tmp_path: Path) -> None:
     async with Relay(tmp_path) as site:
         await prefilled(site, site.prompt(5))
         await asyncio.sleep(2.1)
-        assert site.level("pdserve_kv_blocks", instance="prefill_0", state="kept") == 1
+        assert site.level("pdserve_kv_blocks", instance="prefill_0", state="cached") == 1
         assert site.total("pdserve_kv_events_total", instance="prefill_0", type="stored") >= 2
         request = site.request()
         assert await site.answer(request) == site.expected(request)

@@ -565,7 +565,7 @@ async def test_watch_ends_with_its_release_and_with_the_next(tmp_path: Path) -> 
         await asyncio.sleep(0.15)
         assert len(client.tokens("a")) == 3
         assert len(watcher.told) == 2
-        assert site.level("pdserve_watches", instance="decode_0") == 0
+        assert site.level("pdserve_slot_watches", instance="decode_0") == 0
         await site.idle(0.0)
 
 

@@ -365,11 +365,11 @@ async def test_gauge(tmp_path: Path) -> None:
         b.watch()
         c.watch()
         await asyncio.sleep(0.03)
-        assert site.level("pdserve_watches", instance="prefill_0") == 2
+        assert site.level("pdserve_slot_watches", instance="prefill_0") == 2
         b.release("watch")
         c.release("watch")
         await asyncio.sleep(0.03)
-        assert site.level("pdserve_watches", instance="prefill_0") == 0
+        assert site.level("pdserve_slot_watches", instance="prefill_0") == 0
 
 
 @virtual

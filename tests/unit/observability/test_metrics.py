@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pdserve.observability.metrics import COUNTERS, GAUGES, HISTOGRAMS, SECONDS, Change, Registry
+from pdserve.observability import catalogue
+from pdserve.observability.catalogue import METRICS, SECONDS
+from pdserve.observability.metrics import Change, Counter, Gauge, Histogram, Metric, Registry
 
 
 def drained(registry: Registry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -16,32 +18,32 @@ def drained(registry: Registry) -> dict[tuple[str, tuple[tuple[str, str], ...]],
 
 def test_counters_are_drained_as_steps() -> None:
     registry = Registry()
-    registry.add("pdserve_requests_total", scenario="a", outcome="stop")
-    registry.add("pdserve_requests_total", scenario="a", outcome="stop")
-    registry.add("pdserve_requests_total", scenario="b", outcome="stop")
-    registry.add("pdserve_kv_transfer_bytes_total", 4096, transport="shm")
+    registry.add(catalogue.REQUESTS, 1, scenario="a", outcome="stop")
+    registry.add(catalogue.REQUESTS, 1, scenario="a", outcome="stop")
+    registry.add(catalogue.REQUESTS, 1, scenario="b", outcome="stop")
+    registry.add(catalogue.KV_TRANSFER_BYTES, 4096, transport="shm")
     assert drained(registry) == {
         ("pdserve_requests_total", (("scenario", "a"), ("outcome", "stop"))): 2,
         ("pdserve_requests_total", (("scenario", "b"), ("outcome", "stop"))): 1,
         ("pdserve_kv_transfer_bytes_total", (("transport", "shm"),)): 4096,
     }
     assert drained(registry) == {}
-    registry.add("pdserve_forward_attempts")
-    assert drained(registry) == {("pdserve_forward_attempts", ()): 1}
+    registry.add(catalogue.FORWARD_ATTEMPTS, 1)
+    assert drained(registry) == {("pdserve_forward_attempts_total", ()): 1}
 
 
 def test_gauges_are_drained_when_they_change() -> None:
     registry = Registry()
     key = ("pdserve_slots", (("instance", "p"), ("state", "used")))
-    registry.set("pdserve_slots", 0, instance="p", state="used")
+    registry.set(catalogue.SLOTS, 0, instance="p", state="used")
     assert drained(registry) == {key: 0}, "a first zero is told"
-    registry.set("pdserve_slots", 0, instance="p", state="used")
+    registry.set(catalogue.SLOTS, 0, instance="p", state="used")
     assert drained(registry) == {}
-    registry.set("pdserve_slots", 3, instance="p", state="used")
-    registry.set("pdserve_slots", 2, instance="p", state="used")
+    registry.set(catalogue.SLOTS, 3, instance="p", state="used")
+    registry.set(catalogue.SLOTS, 2, instance="p", state="used")
     assert drained(registry) == {key: 2}
-    registry.set("pdserve_slots", 5, instance="p", state="used")
-    registry.set("pdserve_slots", 2, instance="p", state="used")
+    registry.set(catalogue.SLOTS, 5, instance="p", state="used")
+    registry.set(catalogue.SLOTS, 2, instance="p", state="used")
     assert drained(registry) == {}
 
 
@@ -51,7 +53,7 @@ def test_gauges_are_drained_when_they_change() -> None:
 )
 def test_histogram_buckets_are_cumulative(value: float, first: float | None) -> None:
     registry = Registry()
-    registry.observe("pdserve_ttft_seconds", value, scenario="a")
+    registry.observe(catalogue.TTFT, value, scenario="a")
     found = drained(registry)
     scenario = ("scenario", "a")
     bounds = [*(bound for bound in SECONDS if first is not None and bound >= first), "+Inf"]
@@ -64,16 +66,17 @@ def test_histogram_buckets_are_cumulative(value: float, first: float | None) -> 
 
 def test_histogram_adds_up() -> None:
     registry = Registry()
+    scenario = ("scenario", "a")
     values = [0.0007, 0.004, 0.004, 0.2, 70.0]
     for value in values:
-        registry.observe("pdserve_e2e_seconds", value)
+        registry.observe(catalogue.E2E, value, scenario="a")
     found = drained(registry)
-    assert found["pdserve_e2e_seconds_count", ()] == 5
-    assert found["pdserve_e2e_seconds_sum", ()] == pytest.approx(sum(values))
+    assert found["pdserve_e2e_seconds_count", (scenario,)] == 5
+    assert found["pdserve_e2e_seconds_sum", (scenario,)] == pytest.approx(sum(values))
     for bound in SECONDS:
         below = sum(value <= bound for value in values)
-        assert found.get(("pdserve_e2e_seconds_bucket", (("le", str(bound)),)), 0) == below
-    assert found["pdserve_e2e_seconds_bucket", (("le", "+Inf"),)] == 5
+        assert found.get(("pdserve_e2e_seconds_bucket", (scenario, ("le", str(bound)))), 0) == below
+    assert found["pdserve_e2e_seconds_bucket", (scenario, ("le", "+Inf"))] == 5
 
 
 def test_no_bucket_is_ahead_of_a_higher_one() -> None:
@@ -82,7 +85,7 @@ def test_no_bucket_is_ahead_of_a_higher_one() -> None:
     told = dict.fromkeys([*map(str, SECONDS), "+Inf"], 0.0)
     for values in ([0.3, 0.0007], [0.004, 70.0, 0.0001]):
         for value in values:
-            registry.observe("pdserve_e2e_seconds", value)
+            registry.observe(catalogue.E2E, value, scenario="a")
         for change in registry.drain():
             if change.name == "pdserve_e2e_seconds_bucket":
                 told[change.labels[-1][1]] += change.value
@@ -90,45 +93,70 @@ def test_no_bucket_is_ahead_of_a_higher_one() -> None:
     assert told["+Inf"] == 5
 
 
-@pytest.mark.parametrize("name", COUNTERS)
-def test_counters_have_help(name: str) -> None:
+def test_a_histogram_has_buckets_of_its_own() -> None:
     registry = Registry()
-    registry.add(name)
-    assert list(registry.drain()) == [Change("counter", name, COUNTERS[name], (), 1)]
+    sizes = Histogram("pdserve_test_bytes", lambda: (), "bytes", "Sizes are tested.", (10.0, 20.0))
+    for value in (10.0, 15.0, 30.0):
+        registry.observe(sizes, value)
+    found = drained(registry)
+    buckets = {
+        labels[0][1]: count
+        for (name, labels), count in found.items()
+        if name == "pdserve_test_bytes_bucket"
+    }
+    assert buckets == {"10.0": 1, "20.0": 2, "+Inf": 3}
 
 
-@pytest.mark.parametrize("name", GAUGES)
-def test_gauges_have_help(name: str) -> None:
-    registry = Registry()
-    registry.set(name, 7)
-    assert list(registry.drain()) == [Change("gauge", name, GAUGES[name], (), 7)]
+def labels_of(metric: Metric[...]) -> dict[str, str]:
+    return {name: f"a {name}" for name in metric.label_names}
 
 
-@pytest.mark.parametrize("name", HISTOGRAMS)
-def test_histograms_have_help(name: str) -> None:
-    registry = Registry()
-    registry.observe(name, 1.0)
-    assert {change.help for change in registry.drain()} == {HISTOGRAMS[name]}
+@pytest.mark.parametrize("metric", METRICS.values(), ids=repr)
+def test_what_is_told_of_a_metric(metric: Metric[...]) -> None:
+    """Its name, its help and its labels, in their order whatever order they are given in."""
+    registry, labels = Registry(), labels_of(metric)
+    given = dict(reversed(labels.items()))
+    if isinstance(metric, Histogram):
+        registry.observe(metric, 1.0, **given)
+        told = list(registry.drain())
+        assert {change.help_text for change in told} == {metric.help_text}
+        assert {change.kind for change in told} == {"counter"}
+        assert {change.name.removeprefix(metric.name) for change in told} == {
+            *("_bucket", "_sum", "_count")
+        }
+        assert all(change.labels[: len(labels)] == (*labels.items(),) for change in told)
+    elif isinstance(metric, Counter):
+        registry.add(metric, 7, **given)
+        change = Change("counter", metric.name, metric.help_text, (*labels.items(),), 7)
+        assert list(registry.drain()) == [change]
+    else:
+        assert isinstance(metric, Gauge)
+        registry.set(metric, 7, **given)
+        change = Change("gauge", metric.name, metric.help_text, (*labels.items(),), 7)
+        assert list(registry.drain()) == [change]
 
 
-def test_gauges_of_a_former_life_are_nothing() -> None:
-    """Those of the instance itself, and no others, and no counters."""
-    page = """
-# HELP pdserve_slots Slots of an instance
-pdserve_slots{instance="decode_0",state="used"} 3
-pdserve_slots{instance="decode_1",state="used"} 4
-pdserve_steps_total{instance="decode_0"} 5
-pdserve_kv_link_latency_seconds{decode="decode_0",detail="a b",prefill="p",transport="shm"} 2e-06
-pdserve_kv_link_latency_seconds{decode="decode_1",detail="",prefill="decode_0",transport="shm"} 1
-pdserve_kv_link_fallback{decode="decode_0",detail="",prefill="p",transport="nixl"} 0
-nv_other{instance="decode_0"} 1
-"""
-    registry = Registry()
-    registry.retire(page, "decode_0")
-    registry.set("pdserve_slots", 1, instance="decode_0", state="used")
-    levels = [(change.name, dict(change.labels), change.value) for change in registry.drain()]
-    link = {"decode": "decode_0", "detail": "a b", "prefill": "p", "transport": "shm"}
-    assert levels == [
-        ("pdserve_slots", {"instance": "decode_0", "state": "used"}, 1),
-        ("pdserve_kv_link_latency_seconds", link, 0),
-    ]
+@pytest.mark.parametrize("metric", METRICS.values(), ids=repr)
+def test_labels_are_those_that_are_declared(metric: Metric[...]) -> None:
+    registry, labels = Registry(), labels_of(metric)
+    count = {Counter: registry.add, Gauge: registry.set, Histogram: registry.observe}[type(metric)]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        count(metric, 1, **labels, colour="red")
+    for name in labels:
+        others = {other: value for other, value in labels.items() if other != name}
+        with pytest.raises(TypeError, match=f"missing .* '{name}'"):
+            count(metric, 1, **others)
+    assert list(registry.drain()) == [], "and nothing is counted"
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=repr)
+def test_names_and_help_are_as_prometheus_has_them(metric: Metric[...]) -> None:
+    assert metric.name.endswith("_total") == isinstance(metric, Counter)
+    if metric.unit in ("seconds", "bytes", "bytes per second"):
+        unit = metric.unit.replace(" ", "_")
+        assert metric.name.removesuffix("_total").endswith(f"_{unit}")
+    assert metric.unit
+    assert metric.help_text[0].isupper()
+    assert metric.help_text.endswith(".")
+    if isinstance(metric, Histogram):
+        assert list(metric.buckets) == sorted(set(metric.buckets))

@@ -157,7 +157,9 @@ async def test_stats_add_up(tmp_path: Path) -> None:
         assert count("pdserve_kv_transfer_bytes_total") == sum(
             request.stats()["kv"]["bytes"] for request in requests
         )
-        assert count("pdserve_forward_attempts") == 5 + count("pdserve_prefill_rejections_total")
+        assert count("pdserve_forward_attempts_total") == 5 + count(
+            "pdserve_prefill_rejections_total"
+        )
         assert count("pdserve_ttft_seconds_sum") == pytest.approx(
             sum(r.stats()["ms"]["ttft"] for r in requests) / 1e3, abs=1e-4
         )

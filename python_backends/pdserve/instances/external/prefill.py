@@ -33,6 +33,7 @@ from pdserve.instances.prefill import TICK_S
 from pdserve.instances.slot_watches import Send, SlotWatches
 from pdserve.instances.slots import show
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
     SUSPECT,
@@ -235,7 +236,7 @@ class ExternalPrefill:
         handle = ExternalHandle(
             epoch=self._epoch, prompt=digest(held.request.prompt), link=context.link
         )
-        self._metrics.add("pdserve_steps_total", instance=self._name)
+        self._metrics.add(catalogue.STEPS, 1, instance=self._name)
         prefilled = Prefilled(
             context.token,
             context.eos,
@@ -260,6 +261,6 @@ class ExternalPrefill:
             for phase in Phase:
                 count = phases.count(phase)
                 self._metrics.set(
-                    "pdserve_kv_leases", count, instance=self._name, state=phase.value
+                    catalogue.KV_LEASES, count, instance=self._name, state=phase.value
                 )
             await asyncio.sleep(TICK_S)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from pdserve.engines.external import EngineTerms
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 
 _log = logging.getLogger(__name__)
@@ -27,11 +28,9 @@ class Reports:
             while True:
                 report = await self._engine.report()
                 for state, blocks in report.blocks.items():
-                    self._metrics.set("pdserve_kv_blocks", blocks, instance=self._name, state=state)
+                    self._metrics.set(catalogue.KV_BLOCKS, blocks, instance=self._name, state=state)
                 for kind, count in report.events.items():
-                    self._metrics.add(
-                        "pdserve_kv_events_total", count, instance=self._name, type=kind
-                    )
+                    self._metrics.add(catalogue.KV_EVENTS, count, instance=self._name, type=kind)
                 await asyncio.sleep(REPORT_S)
         except Exception as error:  # metrics are no reason to end an instance
             _log.warning("%s: no metrics of the engine's memory: %r", self._name, error)

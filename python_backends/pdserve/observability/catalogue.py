@@ -1,0 +1,270 @@
+"""Every metric of gateways and instances, declared once; docs/metrics.md lists the same.
+
+Names are Prometheus's: a counter ends in ``_total``, and a unit stands in the name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pdserve.observability.metrics import Counter, Gauge, Histogram, Metric
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+# The labels of metrics: functions, since making a named tuple for each count takes far longer.
+
+
+def _none() -> tuple[()]:
+    return ()
+
+
+def _scenario(scenario: str) -> tuple[str]:
+    return (scenario,)
+
+
+def _scenario_outcome(scenario: str, outcome: str) -> tuple[str, str]:
+    return scenario, outcome
+
+
+def _scenario_group(scenario: str, group: str) -> tuple[str, str]:
+    return scenario, group
+
+
+def _gateway(gateway: str) -> tuple[str]:
+    return (gateway,)
+
+
+def _gateway_outcome(gateway: str, outcome: str) -> tuple[str, str]:
+    return gateway, outcome
+
+
+def _group_state(gateway: str, group: str, state: str) -> tuple[str, str, str]:
+    return gateway, group, state
+
+
+def _phase_reason(phase: str, reason: str) -> tuple[str, str]:
+    return phase, reason
+
+
+def _instance(instance: str) -> tuple[str]:
+    return (instance,)
+
+
+def _instance_state(instance: str, state: str) -> tuple[str, str]:
+    return instance, state
+
+
+def _instance_type(instance: str, type: str) -> tuple[str, str]:  # noqa: A002 - a label's name
+    return instance, type
+
+
+def _transport(transport: str) -> tuple[str]:
+    return (transport,)
+
+
+def _strategy(strategy: str) -> tuple[str]:
+    return (strategy,)
+
+
+def _link(prefill: str, decode: str, transport: str, detail: str) -> tuple[str, str, str, str]:
+    return prefill, decode, transport, detail
+
+
+# Requests, counted by gateways.
+REQUESTS = Counter(
+    "pdserve_requests_total",
+    _scenario_outcome,
+    "requests",
+    "A request is counted when it ends, by its outcome: stop, length, rejected, expired, cancelled "
+    "or failed.",
+)
+GOOD_REQUESTS = Counter(
+    "pdserve_good_requests_total",
+    _scenario,
+    "requests",
+    "A request is counted if it was answered within the limits of its scenario (goodput).",
+)
+ROUTED_REQUESTS = Counter(
+    "pdserve_routed_requests_total",
+    _scenario_group,
+    "requests",
+    "A request is counted when it is sent to a group.",
+)
+UNKNOWN_SCENARIO_REQUESTS = Counter(
+    "pdserve_unknown_scenario_requests_total",
+    _none,
+    "requests",
+    "A request is counted if it names a scenario that does not exist and is served by the default.",
+)
+OPEN_REQUESTS = Gauge(
+    "pdserve_open_requests",
+    _gateway,
+    "requests",
+    "The gateway has this many requests in flight.",
+)
+TTFT = Histogram(
+    "pdserve_ttft_seconds",
+    _scenario,
+    "seconds",
+    "This is the time from a request's arrival to its first token.",
+    SECONDS,
+)
+TPOT = Histogram(
+    "pdserve_tpot_seconds",
+    _scenario,
+    "seconds",
+    "This is the mean time per output token of a request after its first token.",
+    SECONDS,
+)
+E2E = Histogram(
+    "pdserve_e2e_seconds",
+    _scenario,
+    "seconds",
+    "This is the time from a request's arrival to its last token.",
+    SECONDS,
+)
+
+# Forwarding, counted by gateways.
+FORWARD_ATTEMPTS = Counter(
+    "pdserve_forward_attempts_total",
+    _none,
+    "offers",
+    "Each offer of a request to a prefill is counted, whether it is accepted or not.",
+)
+PREFILL_REJECTIONS = Counter(
+    "pdserve_prefill_rejections_total",
+    _instance,
+    "offers",
+    "An offer to a prefill is counted if the prefill rejected it because it was busy.",
+)
+DECODE_REJECTIONS = Counter(
+    "pdserve_decode_rejections_total",
+    _instance,
+    "offers",
+    "An offer to a decode is counted if the decode rejected it because it was full.",
+)
+RETRIES = Counter(
+    "pdserve_retries_total",
+    _phase_reason,
+    "retries",
+    "A retry is counted by phase (offer, prefill, decode) and reason: error if an instance failed, "
+    "busy if no decode had room for a computed prompt in time.",
+)
+RELOADS = Counter(
+    "pdserve_reloads_total",
+    _gateway_outcome,
+    "reloads",
+    "A changed deployment is counted by what the gateway did with it: applied or refused.",
+)
+
+# Instances, counted by themselves.
+UNSEALED_MESSAGES = Counter(
+    "pdserve_unsealed_messages_total",
+    _instance,
+    "messages",
+    "A message to an instance is counted if it was not sealed with the key of the deployment.",
+)
+STEPS = Counter(
+    "pdserve_steps_total",
+    _instance,
+    "steps",
+    "Each forward of a prefill and each step of a decode is counted.",
+)
+SLOTS = Gauge(
+    "pdserve_slots",
+    _instance_state,
+    "slots",
+    "The instance has this many slots in this state: used or free.",
+)
+SLOT_WATCHES = Gauge(
+    "pdserve_slot_watches",
+    _instance,
+    "gateways",
+    "This many gateways wait until the instance has a free slot.",
+)
+LOCAL_PREFILL = Histogram(
+    "pdserve_local_prefill_seconds",
+    _instance,
+    "seconds",
+    "This is the time in which a decode computed one prompt itself.",
+    SECONDS,
+)
+
+# KV caches, counted by the instances that hold or pull them.
+KV_LEASES = Gauge(
+    "pdserve_kv_leases",
+    _instance_state,
+    "KV caches",
+    "The prefill holds this many KV caches in this state: allocated, leased, in_transfer, "
+    "quarantined or cached; with TensorRT-LLM computing, waiting or pinned.",
+)
+KV_BLOCKS = Gauge(
+    "pdserve_kv_blocks",
+    _instance_state,
+    "blocks",
+    "The block pool has this many blocks in this state: used, cached or free.",
+)
+KV_EVENTS = Counter(
+    "pdserve_kv_events_total",
+    _instance_type,
+    "events",
+    "A change of TensorRT-LLM's own block pool is counted by its type, if the engine reports it.",
+)
+KV_TRANSFERS = Counter(
+    "pdserve_kv_transfers_total",
+    _strategy,
+    "KV caches",
+    "A KV cache that a decode has pulled is counted by strategy: whole, direct or layered.",
+)
+KV_TRANSFER_BYTES = Counter(
+    "pdserve_kv_transfer_bytes_total",
+    _transport,
+    "bytes",
+    "The bytes of KV caches that decodes have pulled are summed by transport.",
+)
+KV_TRANSFER = Histogram(
+    "pdserve_kv_transfer_seconds",
+    _none,
+    "seconds",
+    "This is the time in which a decode pulled one KV cache.",
+    SECONDS,
+)
+KV_TRANSFER_EXPOSED = Histogram(
+    "pdserve_kv_transfer_exposed_seconds",
+    _none,
+    "seconds",
+    "This is the part of a pull that came after the last layer had been computed.",
+    SECONDS,
+)
+
+# KV links: their number by gateways, what they can do by decodes.
+KV_LINKS = Gauge(
+    "pdserve_kv_links",
+    _group_state,
+    "links",
+    "The group has this many pairs of a prefill and a decode with a KV link in this state: "
+    "connected, refused, or unknown as long as nobody has answered.",
+)
+KV_LINK_RATE = Gauge(
+    "pdserve_kv_link_bytes_per_second",
+    _link,
+    "bytes per second",
+    "The decode read the prefill's memory at this rate when it probed the link.",
+)
+KV_LINK_LATENCY = Gauge(
+    "pdserve_kv_link_latency_seconds",
+    _link,
+    "seconds",
+    "The decode took this time to read one word of the prefill's memory when it probed the link.",
+)
+KV_LINK_FALLBACK = Gauge(
+    "pdserve_kv_link_fallback",
+    _link,
+    "0 or 1",
+    "This is 1 if the decode reaches the prefill over a network without RDMA.",
+)
+
+METRICS: dict[str, Metric[Any]] = {
+    metric.name: metric for metric in list(globals().values()) if isinstance(metric, Metric)
+}

@@ -1,0 +1,134 @@
+"""What is handed to Triton, which may not take all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from contextlib import suppress
+
+import pytest
+
+from pdserve.observability import catalogue
+from pdserve.observability.metrics import Registry
+from pdserve.observability.publisher import PUBLISH_S, Publisher
+from tests.unit.inprocess import virtual
+
+REQUESTS, SLOTS = "pdserve_requests_total", "pdserve_slots"
+
+
+class Server:
+    """Imitates Triton's ``MetricFamily``: keeps every series, but for what it ``refuses``."""
+
+    COUNTER, GAUGE = "counter", "gauge"
+
+    def __init__(self) -> None:
+        self.refuses: set[str] = set()
+        self.made: list[str] = []
+        self.values: defaultdict[str, float] = defaultdict(float)
+
+    def __call__(self, name: str, description: str, kind: str) -> Family:
+        self.take(f"family {name}")
+        self.made.append(f"{kind} {name}: {description}")
+        return Family(self, name)
+
+    def take(self, what: str) -> None:
+        if what in self.refuses:
+            raise RuntimeError(f"no {what}")
+
+
+class Family:
+    def __init__(self, server: Server, name: str) -> None:
+        self.server, self.name = server, name
+
+    def Metric(self, labels: dict[str, str]) -> Series:  # noqa: N802 - Triton's name
+        return Series(self.server, self.name, " ".join((self.name, *labels.values())))
+
+
+class Series:
+    def __init__(self, server: Server, name: str, text: str) -> None:
+        self.server, self.name, self.text = server, name, text
+
+    def increment(self, value: float) -> None:
+        self.server.take(self.name)
+        self.server.values[self.text] += value
+
+    def set(self, value: float) -> None:
+        self.server.take(self.name)
+        self.server.values[self.text] = value
+
+
+async def publish(publisher: Publisher, seconds: float) -> None:
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(publisher.run(), seconds)
+
+
+def count(registry: Registry) -> None:
+    registry.add(catalogue.REQUESTS, 1, scenario="a", outcome="stop")
+    registry.set(catalogue.SLOTS, 2, instance="p", state="used")
+    registry.observe(catalogue.TTFT, 0.3, scenario="a")
+    registry.add(catalogue.STEPS, 3, instance="p")
+
+
+def published(server: Server) -> dict[str, float]:
+    """Without the buckets."""
+    return {text: value for text, value in server.values.items() if "_bucket" not in text}
+
+
+ALL = {
+    "pdserve_requests_total a stop": 1,
+    "pdserve_steps_total p": 3,
+    "pdserve_ttft_seconds_count a": 1,
+    "pdserve_ttft_seconds_sum a": 0.3,
+    "pdserve_slots p used": 2,
+}
+
+
+@virtual
+async def test_changes_are_published() -> None:
+    server, registry = Server(), Registry()
+    count(registry)
+    await publish(Publisher(registry, server), PUBLISH_S / 2)
+    assert published(server) == ALL
+    assert f"counter {REQUESTS}: {catalogue.REQUESTS.help_text}" in server.made
+    assert f"gauge {SLOTS}: {catalogue.SLOTS.help_text}" in server.made
+
+
+@virtual
+@pytest.mark.parametrize("refused", [REQUESTS, f"family {REQUESTS}", SLOTS, f"family {SLOTS}"])
+async def test_a_metric_that_is_not_taken_stops_no_other(
+    refused: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, registry = Server(), Registry()
+    server.refuses = {refused}
+    publisher = Publisher(registry, server)
+    name = refused.removeprefix("family ")
+    others = {text: value for text, value in ALL.items() if not text.startswith(name)}
+    with caplog.at_level(logging.ERROR):
+        publishing = asyncio.create_task(publish(publisher, 10 * PUBLISH_S))
+        count(registry)
+        await asyncio.sleep(PUBLISH_S / 2)
+        assert published(server) == others
+        registry.add(catalogue.STEPS, 1, instance="p")
+        await asyncio.sleep(PUBLISH_S)
+        steps = others["pdserve_steps_total p"] + 1
+        assert published(server) == others | {"pdserve_steps_total p": steps}, "nor delays any"
+        await publishing
+    assert caplog.messages == [f"{name} cannot be published: RuntimeError('no {refused}')"]
+
+
+@virtual
+async def test_what_is_not_taken_is_published_later() -> None:
+    """Counters with all that has come meanwhile, gauges as they are by then."""
+    server, registry = Server(), Registry()
+    server.refuses = {REQUESTS, SLOTS}
+    publishing = asyncio.create_task(publish(Publisher(registry, server), 5 * PUBLISH_S))
+    count(registry)
+    await asyncio.sleep(1.5 * PUBLISH_S)
+    registry.add(catalogue.REQUESTS, 1, scenario="a", outcome="stop")
+    registry.set(catalogue.SLOTS, 1, instance="p", state="used")
+    await asyncio.sleep(PUBLISH_S)
+    server.refuses = set()
+    await publishing
+    again = {"pdserve_requests_total a stop": 2, "pdserve_slots p used": 1}
+    assert published(server) == ALL | again
