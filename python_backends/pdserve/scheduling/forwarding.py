@@ -41,8 +41,6 @@ class Forwarding(Generic[T]):
 
     Args:
         role: what the instances are, for messages.
-        queue: requests wait as in a queue inside an instance: first come first served, up to
-            the very limit.
         slots: of one instance.
         batch: requests that one instance works at together, and so the offers that it gets at
             once: one that got a whole burst would reject most of it before another is asked.
@@ -56,11 +54,8 @@ class Forwarding(Generic[T]):
         slots: int,
         batch: int,
         rng: random.Random,
-        *,
-        queue: bool = False,
     ) -> None:
         self.instances = instances
-        self.queue = queue
         self._role = role
         self._gateway = gateway
         self._slots = slots

@@ -29,6 +29,10 @@ MakeForwarding = Callable[[Sequence[Instance], bool], Forwarding[Any]]
 """Over some prefills; True: their line is to be as a queue inside a prefill would be."""
 
 
+class Queue(Forwarding[Any]):
+    """Requests wait as in a queue inside an instance: first come first served, to the limit."""
+
+
 class Policy(Protocol):
     """Decides which prefills of a group a request may go to."""
 

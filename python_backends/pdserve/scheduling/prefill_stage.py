@@ -17,6 +17,7 @@ from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Calls, Offered, failure, offer
+from pdserve.scheduling.policies import Queue
 from pdserve.scheduling.prefix_directory import PrefixDirectory, digests
 from pdserve.scheduling.request import RECOVER_S, Request, State
 from pdserve.scheduling.suspicion import admits
@@ -116,7 +117,7 @@ class PrefillStage:
             return taken
 
         order, takes, alone = request.order, 0.0, 0.0
-        if prefills.queue:
+        if isinstance(prefills, Queue):
             order = False, request.arrived
         else:
             fewest = tokens - max(cached.values(), default=0)

@@ -61,7 +61,8 @@ class Scheduler:
 
         def forwarding(instances: Sequence[Instance], queue: bool) -> Forwarding[Any]:
             slots, batch = prefill.slots, min(prefill.batch, prefill.slots)
-            return Forwarding(instances, "prefill", calls.gateway, slots, batch, rng, queue=queue)
+            kind = policies.Queue if queue else Forwarding[Any]
+            return kind(instances, "prefill", calls.gateway, slots, batch, rng)
 
         self.policy = policies.build(gateway.policy, prefills, forwarding, gateway.report_ms / 1e3)
         slots = decode.slots
