@@ -23,7 +23,7 @@ class TritonPythonModel(pdserve.TritonPythonModel):
     async def _start(self) -> None:
         await super()._start()
         aggregated = Aggregated(self.deployment)
-        self._router.default.next_group = lambda: aggregated  # type: ignore[assignment]
+        self._service._router.default.next_group = lambda: aggregated  # type: ignore[assignment]
         self._always.start(aggregated.compute())
 
 
