@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 from tests.servers import Running
 
-from pdserve.config import PolicyName
 from perf import budgets
+from perf.baselines.policies import PolicyName
 from perf.record import RESULTS, Record
 from perf.scheduling import client, crowd, loads, rejection, report, servers
 from perf.scheduling.ideal import ideal
@@ -104,7 +104,7 @@ def run(
             if wanted and not any(wants(load, layout, policy) for load in wanted):
                 continue
             progress.update(bar, description=f"{layout}, {policy}: starts")
-            with servers.serving(servers.deployment(layout, policy)) as server:
+            with servers.serving(servers.deployment(layout), policy) as server:
                 if not wanted:
                     idle, rejected = unloaded(server), rejection.cost(server)
                     every = loads.all_of(effort, idle.added_s, traces)

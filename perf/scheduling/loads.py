@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pdserve.config import PolicyName
+from perf.baselines.policies import PolicyName
 from perf.scheduling.servers import GATEWAYS, POLICIES, PREFILLS, SCENARIOS, Layout
 from perf.scheduling.workload import (
     Chain,

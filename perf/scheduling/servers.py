@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,10 +15,13 @@ import msgspec
 from tests.clients import metrics, wait_until
 from tests.servers import Running, running
 
+from pdctl.paths import MODEL_REPOSITORY
 from pdserve import config
-from perf.serving import MODEL, PROFILES
+from perf.baselines import policies
+from perf.baselines.policies import PolicyName
+from perf.serving import BASELINES, MODEL, PROFILES
 
-POLICIES: tuple[config.PolicyName, ...] = get_args(config.PolicyName)
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 Layout = Literal["pool", "groups", "gateways"]
 """One group of all instances; one for each scenario; one group, asked by several gateways."""
 
@@ -28,7 +32,7 @@ SCENARIOS = ("chat", "documents")
 """In the layout of groups; in the others nobody knows them, and all is served as one."""
 
 
-def deployment(layout: Layout, policy: config.PolicyName) -> config.Deployment:
+def deployment(layout: Layout) -> config.Deployment:
     """`PREFILLS` prefills that compute one prompt at a time, and as many decodes."""
     names = range(PREFILLS)
     prefill = tuple(f"prefill_{n}" for n in names)
@@ -53,19 +57,34 @@ def deployment(layout: Layout, policy: config.PolicyName) -> config.Deployment:
         prefill=config.Prefill(slots=2, batch=1, arena_mib=8),
         # Few responses for many tokens: they are what costs, and it is prefills that are measured.
         decode=config.Decode(blocks=16384, response_cost_ms=20.0, max_interval_ms=200.0),
-        gateway=config.Gateway(
-            policy=policy, default_scenario=scenarios[0].name if scenarios else "default"
-        ),
+        gateway=config.Gateway(default_scenario=scenarios[0].name if scenarios else "default"),
     )
 
 
+def repository(policy: PolicyName, target: Path) -> Path:
+    """Return what the servers' model repositories are made of.
+
+    For `on_demand` that is pdserve's own; for another policy it is a copy of that in `target`, in
+    which the model `scheduler`, the one that is asked, has that policy.
+    """
+    if policy == "on_demand":
+        return MODEL_REPOSITORY
+    shutil.copytree(MODEL_REPOSITORY, target, ignore=shutil.ignore_patterns("__pycache__"))
+    scheduler = target / "scheduler"
+    shutil.copy(BASELINES / "bound_scheduler" / "1" / "model.py", scheduler / "1")
+    shutil.copy(policies.__file__, scheduler / "1")
+    with (scheduler / "config.pbtxt").open("a") as file:
+        file.write(f'parameters {{ key: "policy" value: {{ string_value: "{policy}" }} }}\n')
+    return target
+
+
 @contextlib.contextmanager
-def serving(made: config.Deployment) -> Iterator[Running]:
+def serving(made: config.Deployment, policy: PolicyName = "on_demand") -> Iterator[Running]:
     """It runs, and every prefill has met every decode of its group."""
     with tempfile.TemporaryDirectory(prefix="pdserve-perf-") as folder:
         transfer = config.Transfer(key_file=str(Path(folder) / "kv.key"))
         made = msgspec.structs.replace(made, transfer=transfer)
-        with running(made, Path(folder)) as server:
+        with running(made, Path(folder), repository(policy, Path(folder) / "source")) as server:
             for gateway in gateways(server):
                 wait_until(partial(_met, gateway), MEET_S)
             yield server

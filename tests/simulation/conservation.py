@@ -8,6 +8,7 @@ from pdserve.instances.prefill import TICK_S, PrefillInstance
 from pdserve.kvcache.arena import State
 from pdserve.transfer.producer.lease_manager import QUIET_S
 from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
+from tests.unit.inprocess import prefill_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,7 +138,7 @@ class Conservation:
     def _at_gateway(self, gateway: Gateway) -> dict[str, object]:
         name, scheduler = gateway.name, gateway.scheduler
         counts: dict[str, object] = {}
-        for line in (*scheduler.policy.lines, scheduler.decodes):
+        for line in (*prefill_lines(scheduler), scheduler.decodes):
             counts |= {
                 f"{name}: waiting for a {line._role}": len(line),
                 f"{name}: watches for a {line._role}": len(line._watching),

@@ -10,12 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from perf.baselines.policies import SCHEDULERS
 
 from pdserve.observability.metrics import Registry
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Request, State
-from pdserve.scheduling.scheduler import Scheduler
 from tests.simulation.channels import Wire
 from tests.simulation.loop import Process
 from tests.unit.inprocess import EOS, Model
@@ -49,7 +49,7 @@ class Gateway:
             for role in (world.workers.prefills, world.workers.decodes)
         )
         self.kv_links = KVLinks(prefills, decodes, plan.layered, self.name, self.metrics)
-        self.scheduler = Scheduler(
+        self.scheduler = SCHEDULERS[plan.policy](
             prefills,
             decodes,
             self.kv_links,

@@ -15,6 +15,8 @@ from tests.simulation import faults
 from tests.unit.inprocess import VOCABULARY
 
 if TYPE_CHECKING:
+    from perf.baselines.policies import PolicyName
+
     from pdserve.transfer.consumer.cost_model import Strategy
     from tests.simulation.faults import Fault
 
@@ -55,6 +57,8 @@ class Plan:
     prefill: config.Prefill
     decode: config.Decode
     gateway: config.Gateway
+    policy: PolicyName
+    """How a gateway finds a prefill for a request."""
     longest_bytes: int
     """Of the KV cache of the longest request."""
     arena_bytes: int
@@ -81,7 +85,7 @@ class Plan:
         Not where something fails, nor where a request may have to wait for room.
         """
         roomy = self.arena_bytes >= ROOMY * self.prefill.slots * self.longest_bytes
-        return self.calm and self.gateway.policy == "on_demand" and roomy
+        return self.calm and self.policy == "on_demand" and roomy
 
 
 def draw(seed: int) -> Plan:
@@ -113,9 +117,11 @@ def draw(seed: int) -> Plan:
         blocks=blocks,
         response_cost_ms=rng.choice((0.0, 0.6, 5.0)),
     )
+    stall_s = rng.uniform(1.5, 4.0)
+    policies: tuple[PolicyName, ...] = ("on_demand",) * 8 + ("round_robin", "shortest_queue")
+    policy = rng.choice(policies)
     gateway = config.Gateway(
-        stall_s=rng.uniform(1.5, 4.0),
-        policy=rng.choice(("on_demand",) * 8 + ("round_robin", "shortest_queue")),
+        stall_s=stall_s,
         local=rng.choice(("off", "off", "off", "auto", "on")),
         local_tokens=rng.choice((8, 32)),
     )
@@ -130,6 +136,7 @@ def draw(seed: int) -> Plan:
         prefill=prefill,
         decode=decode,
         gateway=gateway,
+        policy=policy,
         longest_bytes=range_bytes,
         arena_bytes=range_bytes * rng.choice((1, 2, 8)),
         layered=rng.choice((None, None, True, False)),
@@ -159,7 +166,7 @@ def draw(seed: int) -> Plan:
     leaves = [
         faults.leave(plan, last + 0.2, rng)
         for _ in range(rng.choice((0, 0, 1, 3)))
-        if plan.gateway.policy == "on_demand" and prefills + decodes > 2
+        if plan.policy == "on_demand" and prefills + decodes > 2
     ]
     drawn = tuple(sorted((*drawn, *leaves), key=lambda fault: fault.at))
     return replace(plan, requests=requests, faults=drawn)

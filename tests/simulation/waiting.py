@@ -9,6 +9,7 @@ from pdserve.instances.prefill import PrefillInstance
 from pdserve.scheduling.request import State
 from pdserve.scheduling.suspicion import admits
 from tests.simulation.bounds import Bounds
+from tests.unit.inprocess import prefill_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,7 @@ class Waiting:
     def look(self, gateway: Gateway) -> None:
         """Called at every instant."""
         scheduler = gateway.scheduler
-        for line in (*scheduler.policy.lines, scheduler.decodes):
+        for line in (*prefill_lines(scheduler), scheduler.decodes):
             if line._queue._standing:
                 self._could_go(gateway, line)
             elif self._idle:
@@ -152,7 +153,7 @@ class Waiting:
             self._expect(times <= most, f"{other.name} is passed over {times} times")
 
     def _waits(self, gateway: Gateway) -> list[Client]:
-        standing = set(self._standing(gateway.scheduler.policy.lines[0]))
+        standing = set(self._standing(gateway.scheduler.prefills))
         waiting = self._open(gateway, State.WAITING)
         return [client for client in waiting if client.request.order in standing]
 

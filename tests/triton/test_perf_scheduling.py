@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 def test_what_is_answered_and_refused_is_seen_by_the_client() -> None:
     """Six at once on two prefills that take one each, with time for two in a row, of 0.4 s each."""
-    with servers.serving(servers.deployment("pool", "on_demand")) as server:
+    with servers.serving(servers.deployment("pool")) as server:
         idle = unloaded(server)
         assert 0 < idle.added_s < 0.1
         assert 0 < idle.way_s < 0.1
@@ -45,7 +45,7 @@ def test_what_is_answered_and_refused_is_seen_by_the_client() -> None:
 
 
 def test_every_gateway_and_group_serves() -> None:
-    with servers.serving(servers.deployment("groups", "on_demand")) as server:
+    with servers.serving(servers.deployment("groups")) as server:
         chains = [
             [Ask(0.0, 200, 5.0, seed, servers.SCENARIOS[seed % 2], outputs=2)] for seed in range(6)
         ]
@@ -53,7 +53,7 @@ def test_every_gateway_and_group_serves() -> None:
     assert {(one.ask.scenario, one.prefill) for one in found if one.good} == set(
         zip(servers.SCENARIOS, ("prefill_0", "prefill_1"), strict=True)
     )
-    with servers.serving(servers.deployment("gateways", "on_demand")) as server:
+    with servers.serving(servers.deployment("gateways")) as server:
         addresses = [one.grpc for one in servers.gateways(server)]
         chains = [[Ask(0.0, 200, 5.0, seed)] for seed in range(8)]
         found = client.run(chains, addresses)
@@ -61,3 +61,13 @@ def test_every_gateway_and_group_serves() -> None:
         assert Counter(one.gateway for one in found) == dict.fromkeys(range(servers.GATEWAYS), 2)
         time.sleep(PUBLISHED_S)
         assert Offers.of(server).made >= 8
+
+
+def test_another_policy_serves() -> None:
+    """The third waits in its turn for a prefill that computes, though the other is idle."""
+    with servers.serving(servers.deployment("pool"), "round_robin") as server:
+        asks = [Ask(0.0, 4000, 5.0, 1), Ask(0.1, 100, 5.0, 2), Ask(0.2, 100, 5.0, 3)]
+        long, short, behind = client.run([[ask] for ask in asks], [server.grpc])
+    assert all(one.good for one in (long, short, behind))
+    assert behind.prefill == long.prefill != short.prefill
+    assert (behind.first or 0.0) > (long.first or 0.0) > (short.first or 0.0)

@@ -22,6 +22,7 @@ from unittest import mock
 import async_solipsism
 import msgspec
 import numpy as np
+from perf.baselines.policies import BoundScheduler
 
 from pdserve import config
 from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill, Profile
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from pdserve.engines.protocol import DecodeSequence, PrefillJob, Tokens
+    from pdserve.scheduling.forwarding import Forwarding
     from pdserve.transfer.consumer.cost_model import Strategy
 
 SERIES = {
@@ -303,6 +305,7 @@ class Site:
     layered: bool | None = None
     transport: str = "shm"
     strategy: Strategy | None = None
+    scheduler_type: type[Scheduler] = Scheduler
 
     async def __aenter__(self) -> Self:
         self.rng = random.Random(self.seed)
@@ -390,7 +393,7 @@ class Site:
         ]
         prefills, decodes = self.instances
         self.kv_links = KVLinks(prefills, decodes, self.layered, "gateway", self.metrics)
-        self.scheduler = Scheduler(
+        self.scheduler = self.scheduler_type(
             prefills,
             decodes,
             self.kv_links,
@@ -489,7 +492,7 @@ class Site:
         """Everything that a request may hold, where it is not nothing."""
         counts: defaultdict[str, int] = defaultdict(int)
         for site in (self, *self.besides):
-            counts["waiting for a prefill"] += sum(map(len, site.scheduler.policy.lines))
+            counts["waiting for a prefill"] += sum(map(len, prefill_lines(site.scheduler)))
             counts["waiting for a decode"] += len(site.scheduler.decodes)
             for role, links in zip(site.instances, (site.p_links, site.d_links), strict=True):
                 for instance, link in zip(role, links, strict=True):
@@ -511,6 +514,13 @@ class Site:
                 f"{decode._name} pulls": len(decode._arrivals),
             }
         return {what: count for what, count in counts.items() if count}
+
+
+def prefill_lines(scheduler: Scheduler) -> list[Forwarding[Any]]:
+    """Where requests wait for a prefill: in one line, or in one of each prefill."""
+    if isinstance(scheduler, BoundScheduler):
+        return [queue.forwarding for queue in scheduler.queues.values()]
+    return [scheduler.prefills]
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:

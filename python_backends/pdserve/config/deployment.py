@@ -14,9 +14,6 @@ Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=1e7)]
 TransportName = Literal["cuda_ipc", "shm", "nixl"]
-PolicyName = Literal[
-    "on_demand", "round_robin", "fewest_streams", "shortest_queue", "pending_tokens"
-]
 Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,63}\Z")]
 
 
@@ -168,10 +165,6 @@ class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
     max_stop_words: Count = 16
     stall_s: Seconds = 30.0
     """An instance that says nothing for so long has failed."""
-    policy: PolicyName = "on_demand"
-    """Which prefills a request may go to; all but ``on_demand`` are there to compare with."""
-    report_ms: Annotated[float, Meta(ge=0)] = 100.0
-    """``shortest_queue`` and ``pending_tokens`` see loads as old as this."""
     local: Literal["off", "on", "auto"] = "off"
     """Prompts that a decode computes itself. ``auto``: those of which it has all but
     ``local_tokens`` cached, and any while all prefills are busy and a decode has nothing to do."""
@@ -280,3 +273,13 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     def instances(self, role: Role) -> dict[str, Server]:
         """Every instance of a role, with the server that holds it."""
         return {name: server for server in self.servers for name in getattr(server, role)}
+
+
+FORMER_KEYS = {
+    "gateway.policy": (
+        "a gateway forwards on demand; the policies that this is compared with are in "
+        "perf/baselines, and perf.scheduling chooses among them"
+    ),
+    "gateway.report_ms": "it belonged to policies that are in perf/baselines now",
+}
+"""Keys of earlier versions, with what the error on each says."""

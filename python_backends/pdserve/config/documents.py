@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,6 +23,7 @@ from pdserve.config import scalars
 
 T = TypeVar("T")
 _PLACE = re.compile(r" - at `(?:key in )?\$([^`]*)`$")
+_NUMBER = re.compile(r"\[[0-9]+\]")
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -40,10 +43,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def decode(data: bytes, type: type[T]) -> T:  # noqa: A002 - as msgspec.yaml.decode has it
-    """Raises: msgspec.MsgspecError: not YAML, a key stands twice or is unknown, or a value is not
-    of its type."""
+def decode(
+    data: bytes,
+    type: type[T],  # noqa: A002 - as msgspec.yaml.decode has it
+    former: Mapping[str, str] = MappingProxyType({}),
+) -> T:
+    """Read a document as this type.
+
+    Args:
+        former: keys that documents could have once, by their place (``gateway.policy``,
+            ``servers[].policy``), with what the error says of each.
+
+    Raises:
+        msgspec.MsgspecError: not YAML, a key stands twice or is unknown, or a value is not of its
+            type.
+    """
     info = inspect.type_info(type)
+    keys = _Keys(info, former)
     root = None
     try:
         loader = _Loader(data)
@@ -51,7 +67,7 @@ def decode(data: bytes, type: type[T]) -> T:  # noqa: A002 - as msgspec.yaml.dec
             root = loader.get_single_node()
             if root is None:
                 raise msgspec.DecodeError("it is empty")
-            found = loader.construct_document(_fitted(root, info, "$", info))
+            found = loader.construct_document(_fitted(root, info, "$", keys))
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
@@ -69,7 +85,7 @@ def decode(data: bytes, type: type[T]) -> T:  # noqa: A002 - as msgspec.yaml.dec
         raise msgspec.ValidationError(f"{error}{_given(root, str(error))}") from error
 
 
-def _fitted(node: yaml.Node, info: inspect.Type, place: str, root: inspect.Type) -> yaml.Node:
+def _fitted(node: yaml.Node, info: inspect.Type, place: str, keys: _Keys) -> yaml.Node:
     """The node with each plain word as its field takes it.
 
     Raises:
@@ -78,7 +94,7 @@ def _fitted(node: yaml.Node, info: inspect.Type, place: str, root: inspect.Type)
     if isinstance(info, inspect.UnionType):
         null = node.tag.endswith(":null")
         others = [one for one in info.types if not isinstance(one, inspect.NoneType)]
-        return node if null or len(others) > 1 else _fitted(node, others[0], place, root)
+        return node if null or len(others) > 1 else _fitted(node, others[0], place, keys)
     if isinstance(node, yaml.ScalarNode):
         try:
             return scalars.fitted(node, info)
@@ -88,14 +104,14 @@ def _fitted(node: yaml.Node, info: inspect.Type, place: str, root: inspect.Type)
         info, inspect.VarTupleType | inspect.ListType
     ):
         items = [
-            _fitted(item, info.item_type, f"{place}[{number}]", root)
+            _fitted(item, info.item_type, f"{place}[{number}]", keys)
             for number, item in enumerate(node.value)
         ]
         return yaml.SequenceNode(node.tag, items, node.start_mark, node.end_mark)
     if isinstance(node, yaml.MappingNode) and isinstance(
         info, inspect.StructType | inspect.DictType
     ):
-        pairs = [_pair(key, value, info, place, root) for key, value in node.value]
+        pairs = [_pair(key, value, info, place, keys) for key, value in node.value]
         return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
     return node
 
@@ -105,31 +121,41 @@ def _pair(
     value: yaml.Node,
     info: inspect.StructType | inspect.DictType,
     place: str,
-    root: inspect.Type,
+    keys: _Keys,
 ) -> tuple[yaml.Node, yaml.Node]:
     """A key with its value, of a mapping of this type."""
     if key.tag == _MERGE:
         merged = inspect.ListType(info) if isinstance(value, yaml.SequenceNode) else info
-        return key, _fitted(value, merged, place, root)
+        return key, _fitted(value, merged, place, keys)
     if not isinstance(key, yaml.ScalarNode):
         return key, value
     inside = f"{place}.{key.value}"
     if isinstance(info, inspect.DictType):
-        return scalars.fitted(key, info.key_type), _fitted(value, info.value_type, inside, root)
+        return scalars.fitted(key, info.key_type), _fitted(value, info.value_type, inside, keys)
     fields = {field.encode_name: field.type for field in info.fields}
     if key.value not in fields:
         raise msgspec.ValidationError(
             f"unknown key {key.value!r} - at `{place}`, {_line(key)}; "
-            f"{_meant(key.value, list(fields), root)}allowed: {', '.join(fields)}"
+            f"{keys.meant(inside, key.value, list(fields))}allowed: {', '.join(fields)}"
         )
-    return scalars.as_text(key), _fitted(value, fields[key.value], inside, root)
+    return scalars.as_text(key), _fitted(value, fields[key.value], inside, keys)
 
 
-def _meant(key: str, fields: list[str], root: inspect.Type) -> str:
-    """What the writer of an unknown key may have had in mind."""
-    homes = sorted(set(_homes(key, root, "")))
-    close = homes or difflib.get_close_matches(key, fields, n=1)
-    return f"did you mean {' or '.join(close)}? " if close else ""
+@dataclass(frozen=True)
+class _Keys:
+    """What keys a document may have, and what keys it could have once."""
+
+    document: inspect.Type
+    former: Mapping[str, str]
+
+    def meant(self, place: str, key: str, fields: list[str]) -> str:
+        """What the writer of an unknown key may have had in mind."""
+        former = self.former.get(_NUMBER.sub("[]", place.removeprefix("$.")))
+        if former is not None:
+            return f"this key was removed: {former}; "
+        homes = sorted(set(_homes(key, self.document, "")))
+        close = homes or difflib.get_close_matches(key, fields, n=1)
+        return f"did you mean {' or '.join(close)}? " if close else ""
 
 
 def _homes(key: str, info: inspect.Type, place: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from pdserve.config import addresses, checks, documents
-from pdserve.config.deployment import Deployment
+from pdserve.config.deployment import FORMER_KEYS, Deployment
 from pdserve.errors import DeploymentError
 
 
@@ -23,7 +23,7 @@ def load(path: Path) -> Deployment:
             names it.
     """
     try:
-        deployment = documents.decode(path.read_bytes(), Deployment)
+        deployment = documents.decode(path.read_bytes(), Deployment, FORMER_KEYS)
     except OSError as error:
         raise DeploymentError(f"{path}: {error.strerror}") from error
     except msgspec.MsgspecError as error:

@@ -69,15 +69,22 @@ class Groups:
         gateway: name of its model, for the metrics.
         connect: a channel to an instance of a server.
         rng: source of jitter.
+        scheduler: makes the scheduler of a group.
     """
 
     def __init__(
-        self, gateway: str, connect: Connect, metrics: Registry, rng: random.Random
+        self,
+        gateway: str,
+        connect: Connect,
+        metrics: Registry,
+        rng: random.Random,
+        scheduler: type[Scheduler] = Scheduler,
     ) -> None:
         self._gateway = gateway
         self._connect = connect
         self._metrics = metrics
         self._rng = rng
+        self._scheduler = scheduler
         self._current: dict[str, Group] = {}
         self._retired: list[Group] = []
         self._instances: dict[_Key, Instance] = {}
@@ -85,9 +92,8 @@ class Groups:
     def take(self, deployment: config.Deployment) -> dict[str, Group]:
         """Every group of a deployment by its name.
 
-        One that was there before goes on, with the instances that it has now, under the policy
-        ``on_demand``; under any other it is built anew. Instances that stay keep their channel.
-        The others serve what they have begun: see ``sweep``.
+        One that was there before goes on, with the instances that it has now. Instances that stay
+        keep their channel. The others serve what they have begun: see ``sweep``.
         """
         groups = {
             group.name: self._group(deployment, group)
@@ -136,12 +142,9 @@ class Groups:
         decodes = self._reach(deployment, "decode", spec.decode)
         current = self._current.get(spec.name)
         if current is not None:
-            if current.instances == prefills | decodes:
-                return current
-            # Any other policy has bound the requests that wait to their prefills already.
-            if deployment.gateway.policy == "on_demand":
+            if current.instances != prefills | decodes:
                 current.update(prefills, decodes)
-                return current
+            return current
         strategy = deployment.transfer.strategy
         kv_links = KVLinks(
             list(prefills.values()),
@@ -151,7 +154,7 @@ class Groups:
             self._metrics,
             spec.name,
         )
-        scheduler = Scheduler(
+        scheduler = self._scheduler(
             list(prefills.values()),
             list(decodes.values()),
             kv_links,

@@ -21,6 +21,7 @@ from pdserve.gateway.trace_context import Trace
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.scheduling.request import Request
+from pdserve.scheduling.scheduler import Scheduler
 from pdserve.text.stream import TextStream
 from pdserve.text.vocabulary import Vocabulary
 
@@ -58,6 +59,7 @@ class Service:
         longest: tokens of prompt and answer together, at most.
         connect: opens a channel to an instance of a server.
         rng: source of jitter.
+        scheduler: makes the scheduler of a group.
     """
 
     def __init__(
@@ -69,12 +71,13 @@ class Service:
         connect: Connect,
         metrics: Registry,
         rng: random.Random,
+        scheduler: type[Scheduler] = Scheduler,
     ) -> None:
         self._name = name
         self._vocabulary = vocabulary
         self._longest = longest
         self._metrics = metrics
-        self._groups = Groups(name, connect, metrics, rng)
+        self._groups = Groups(name, connect, metrics, rng, scheduler)
         self._open = 0
         """Requests of clients that are served, or wait."""
         self.take(deployment)

@@ -17,10 +17,10 @@ from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Calls, Offered, failure, offer
-from pdserve.scheduling.policies import Queue
 from pdserve.scheduling.prefix_directory import PrefixDirectory, digests
 from pdserve.scheduling.request import RECOVER_S, Request, State
 from pdserve.scheduling.suspicion import admits
+from pdserve.scheduling.wait_queue import Order
 
 
 class Computed(NamedTuple):
@@ -49,19 +49,21 @@ class PrefillStage:
     """The prefills of a group.
 
     Args:
+        forwarding: offers requests to them.
         stall_s: one that is silent for so long has failed.
     """
 
     def __init__(
         self,
-        prefills: Sequence[Instance],
+        forwarding: Forwarding[Offered],
         decode_stage: DecodeStage,
         kv_links: KVLinks,
         calls: Calls,
         metrics: Registry,
         stall_s: float,
     ) -> None:
-        self._prefills = frozenset(prefills)
+        self.forwarding = forwarding
+        self._prefills = frozenset(forwarding.instances)
         self._decode_stage = decode_stage
         self._kv_links = kv_links
         self._calls = calls
@@ -76,13 +78,29 @@ class PrefillStage:
         right and refuses nobody whom a prefill could serve."""
 
     def update(self, prefills: Sequence[Instance]) -> None:
-        """Go on with these; what is known of those who stay is kept."""
+        """Go on with these; what is known of those who stay is kept.
+
+        Requests that wait are offered to those who have joined.
+        """
         for gone in self._prefills.difference(prefills):
             self._prefixes.forget(gone.name)
         self._prefills = frozenset(prefills)
+        self.forwarding.update(prefills)
 
-    async def compute(self, request: Request, prefills: Forwarding[Offered]) -> Computed:
-        """Wait for an idle one of ``prefills``, and for what it makes of the request.
+    def place(self, request: Request, tokens: int) -> tuple[Order, float, float]:
+        """Return a request's place in the wait queue, and when it leaves that without a prefill.
+
+        Args:
+            tokens: that the prefill with most of them cached would have to compute.
+
+        Returns:
+            Its order among those that wait; how many seconds before its limit it leaves while
+            others wait, and how many if nobody else does.
+        """
+        return request.order, self._latency.expected(tokens), self._latency.usual(tokens)
+
+    async def compute(self, request: Request) -> Computed:
+        """Wait for an idle prefill, and for what it makes of the request.
 
         Raises:
             InvalidRequest: no arena can ever hold it.
@@ -110,26 +128,21 @@ class PrefillStage:
             prefill.tokens += uncached(prefill)
             taken = None
             try:
-                taken = await self._offer(request, prefill, prefills, hurry)
+                taken = await self._offer(request, prefill, hurry)
             finally:
                 if taken is None:
                     prefill.tokens -= uncached(prefill)
             return taken
 
-        order, takes, alone = request.order, 0.0, 0.0
-        if isinstance(prefills, Queue):
-            order = False, request.arrived
-        else:
-            fewest = tokens - max(cached.values(), default=0)
-            takes, alone = self._latency.expected(fewest), self._latency.usual(fewest)
+        order, takes, alone = self.place(request, tokens - max(cached.values(), default=0))
         limit = request.deadline
-        taken = await prefills.take(order, limit - takes, cost, ask, limit - alone)
+        taken = await self.forwarding.take(order, limit - takes, cost, ask, limit - alone)
         if taken is None:
-            raise late(prefills.why_not(), request, takes)
+            raise late(self.forwarding.why_not(), request, takes)
         request.attempts += 1
         offered = request.offers[-1].began
         try:
-            computed = await self._result(request, taken, prefills)
+            computed = await self._result(request, taken)
         finally:
             taken.instance.tokens -= uncached(taken.instance)
         now = asyncio.get_running_loop().time()
@@ -141,9 +154,7 @@ class PrefillStage:
             self._prefixes.stored(name, result.stored)
         return computed
 
-    async def _offer(
-        self, request: Request, prefill: Instance, prefills: Forwarding[Offered], hurry: bool
-    ) -> Offered | None:
+    async def _offer(self, request: Request, prefill: Instance, hurry: bool) -> Offered | None:
         loop = asyncio.get_running_loop()
         now = loop.time()
         message = messages.PrefillRequest(
@@ -165,7 +176,7 @@ class PrefillStage:
         try:
             taken = await offer(request, prefill, message, request.deadline)
         except errors.Late as error:
-            what = prefills.all_failed() or f"no answer of {prefill.name}"
+            what = self.forwarding.all_failed() or f"no answer of {prefill.name}"
             raise late(what, request) from error
         except errors.InstanceError:
             self._metrics.add(catalogue.RETRIES, 1, phase="offer", reason="error")
@@ -180,9 +191,7 @@ class PrefillStage:
         request.forwarded = request.forwarded or now
         return taken
 
-    async def _result(
-        self, request: Request, taken: Offered, prefills: Forwarding[Offered]
-    ) -> Computed:
+    async def _result(self, request: Request, taken: Offered) -> Computed:
         prefill, call, reply = taken
         handle, decode = b"", None
         try:
@@ -194,11 +203,11 @@ class PrefillStage:
             if isinstance(reply, Prefilled):
                 prefill.breaker.good()
                 call.computed()
-                prefills.freed(prefill)
+                self.forwarding.freed(prefill)
                 handle = handle or reply.handle
                 if not handle:  # to a decode, none means that it is to compute the prompt
                     raise errors.InstanceError(f"{prefill.name}: the handle was lost on the way")
-                return Computed(prefill, call, reply, handle, decode, prefills)
+                return Computed(prefill, call, reply, handle, decode, self.forwarding)
             error = failure(reply)
             if isinstance(error, errors.InstanceError):
                 call.blame()
@@ -209,7 +218,7 @@ class PrefillStage:
             if decode is not None:
                 self._decode_stage.let_go(decode)
             call.close()
-            prefills.freed(prefill)
+            self.forwarding.freed(prefill)
             raise
 
     def _cached(self, request: Request) -> dict[str, int]:

@@ -11,13 +11,11 @@ import math
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from pdserve import config, errors
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Accepted, Tokens
-from pdserve.scheduling import policies
 from pdserve.scheduling.circuit_breaker import RetryBudget
 from pdserve.scheduling.decode_stage import DecodeStage, NoRoom
 from pdserve.scheduling.forwarding import Forwarding
@@ -52,28 +50,22 @@ class Scheduler:
         decode: config.Decode,
         rng: random.Random,
     ) -> None:
-        self._prefills = prefills
         self._metrics = metrics
         self._stall_s = gateway.stall_s
         self._local = gateway.local
         self._local_tokens = gateway.local_tokens
-        calls = Calls(rng)
-
-        def forwarding(instances: Sequence[Instance], queue: bool) -> Forwarding[Any]:
-            slots, batch = prefill.slots, min(prefill.batch, prefill.slots)
-            kind = policies.Queue if queue else Forwarding[Any]
-            return kind(instances, "prefill", calls.gateway, slots, batch, rng)
-
-        self.policy = policies.build(gateway.policy, prefills, forwarding, gateway.report_ms / 1e3)
+        self._calls = calls = Calls(rng)
+        self._slots = slots = prefill.slots
+        batch = min(prefill.batch, slots)
+        self.prefills = Forwarding[Offered](prefills, "prefill", calls.gateway, slots, batch, rng)
         slots = decode.slots
         self.decodes = Forwarding[Offered](decodes, "decode", calls.gateway, slots, slots, rng)
-        self._slots = prefill.slots
         rooms = Rooms(decodes, decode.blocks, decode.block_size, self._at_once)
         self._decode_stage = DecodeStage(
             self.decodes, kv_links, calls, metrics, prefill.lease_s, rooms
         )
         self._prefill_stage = PrefillStage(
-            prefills, self._decode_stage, kv_links, calls, metrics, gateway.stall_s
+            self.prefills, self._decode_stage, kv_links, calls, metrics, gateway.stall_s
         )
         self._kv_links = kv_links
         self._budget = RetryBudget()
@@ -81,35 +73,35 @@ class Scheduler:
     @property
     def _at_once(self) -> int:
         """Requests that may come out of all prefills together."""
-        return len(self._prefills) * self._slots
+        return len(self.prefills.instances) * self._slots
 
     def update(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
         """Go on with these instances.
 
         Requests that wait are offered to those who have joined, and no longer to those who have
         left, which serve what they have begun. What is known of the others stays: prefixes, links,
-        circuit breakers, latencies, and the retry budget. Only for the policy ``on_demand``: any
-        other binds a request to a prefill when it comes.
+        circuit breakers, latencies, and the retry budget.
         """
-        assert isinstance(self.policy, policies.OnDemand)
         names = {one.name for one in (*prefills, *decodes)}
         moved = {
             one.name
-            for one in {*self._prefills, *self.decodes.instances}.difference(prefills, decodes)
+            for one in {*self.prefills.instances, *self.decodes.instances}.difference(
+                prefills, decodes
+            )
             if one.name in names
         }
-        self._prefills = prefills
         self._kv_links.update(prefills, decodes)
         self._prefill_stage.update(prefills)
         self._decode_stage.update(decodes, self._at_once)
         for name in moved:
             self._decode_stage.let_go_of(name)
-        self.policy.update(prefills)
 
     def let_go(self, instance: Instance) -> None:
         """An instance that has left serves nobody any more: what is known of it is forgotten."""
         self._kv_links.let_go(instance)
-        if all(one.name != instance.name for one in (*self._prefills, *self.decodes.instances)):
+        if all(
+            one.name != instance.name for one in (*self.prefills.instances, *self.decodes.instances)
+        ):
             self._decode_stage.let_go_of(instance.name)
 
     @property
@@ -118,7 +110,7 @@ class Scheduler:
         now = asyncio.get_running_loop().time()
         return all(
             any(one.breaker.allows(now, 0) for one in role)
-            for role in (self._prefills, self.decodes.instances)
+            for role in (self.prefills.instances, self.decodes.instances)
         )
 
     async def run(self, request: Request) -> AsyncGenerator[Chunk, None]:
@@ -134,10 +126,9 @@ class Scheduler:
         request.arrived = request.waiting_since = loop.time()
         self._budget.earn()
         try:
-            with self.policy.bound(request) as prefills:
-                async with aclosing(self._run(request, prefills)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
+            async with aclosing(self._run(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except BaseException as error:
             if request.state not in FINAL:
                 request.to(_end(request.state, error), loop.time())
@@ -146,12 +137,14 @@ class Scheduler:
             request.ended = loop.time()
             self._account(request)
 
-    async def _run(
-        self, request: Request, prefills: Forwarding[Offered]
-    ) -> AsyncGenerator[Chunk, None]:
+    def prefill_stage(self, request: Request) -> PrefillStage:
+        """Return the stage that computes this request's prompt; a subclass may have several."""
+        return self._prefill_stage
+
+    async def _run(self, request: Request) -> AsyncGenerator[Chunk, None]:
         while True:
             try:
-                async with aclosing(self._attempt(request, prefills)) as chunks:
+                async with aclosing(self._attempt(request)) as chunks:
                     async for chunk in chunks:
                         yield chunk
                 return
@@ -172,11 +165,9 @@ class Scheduler:
             self._metrics.add(catalogue.RETRIES, 1, phase=phase, reason="error")
             request.again(asyncio.get_running_loop().time())
 
-    async def _attempt(
-        self, request: Request, prefills: Forwarding[Offered]
-    ) -> AsyncGenerator[Chunk, None]:
+    async def _attempt(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """From the tokens so far to the end, with one pair."""
-        alone = await self._alone(request, prefills)
+        alone = await self._alone(request)
         if alone is not None:
             async with aclosing(self._decode(request, alone, None)) as chunks:
                 async for chunk in chunks:
@@ -187,10 +178,9 @@ class Scheduler:
             raise late("no decode with room", request)
         request.promise = promise
         try:
-            computed = await self._prefill_stage.compute(request, prefills)
+            computed = await self.prefill_stage(request).compute(request)
             try:
                 request.to(State.PREFILLED, asyncio.get_running_loop().time())
-                self.policy.computed(request)
                 async with aclosing(self._computed(request, computed)) as chunks:
                     async for chunk in chunks:
                         yield chunk
@@ -295,12 +285,13 @@ class Scheduler:
             reason = "length"
         return Chunk(ids, reason)
 
-    async def _alone(self, request: Request, prefills: Forwarding[Offered]) -> Offered | None:
+    async def _alone(self, request: Request) -> Offered | None:
         """A decode that does it all, where that is quicker than the way over a prefill."""
         if self._local == "off" or request.sampling.reproducible:
             return None
         short = math.inf if self._local == "on" else self._local_tokens
-        taken = await self._decode_stage.alone(request, short, prefills.congested)
+        congested = self.prefill_stage(request).forwarding.congested
+        taken = await self._decode_stage.alone(request, short, congested)
         if taken is not None:
             request.attempts += 1
             request.forwarded = request.forwarded or asyncio.get_running_loop().time()

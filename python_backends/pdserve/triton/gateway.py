@@ -30,6 +30,7 @@ from pdserve.observability.publisher import Publisher
 from pdserve.rpc.channels.bls import BlsChannel
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.client import Channel
+from pdserve.scheduling.scheduler import Scheduler
 from pdserve.supervision import Background, repeat
 from pdserve.text.vocabulary import Vocabulary
 from pdserve.transfer import key
@@ -52,6 +53,8 @@ class GatewayModel(ABC):
 
     prompt_input: str
     answers_in_text: bool
+    scheduler: type[Scheduler] = Scheduler
+    """Makes the scheduler of a group."""
 
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
@@ -193,6 +196,7 @@ class GatewayModel(ABC):
             self._channel,
             self._metrics,
             random.Random(secrets.randbits(128)),
+            self.scheduler,
         )
         self._always.start(
             Publisher(self._metrics, pb_utils.MetricFamily).run(),

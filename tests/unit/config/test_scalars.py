@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import pytest
@@ -10,7 +10,12 @@ from msgspec import Struct, inspect
 
 from pdserve import config
 from pdserve.config import documents
+from pdserve.config.deployment import FORMER_KEYS
 from pdserve.engines.emulated import Profile
+from pdserve.errors import DeploymentError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TRUE = ("on", "On", "yes", "true", "TRUE", "y")
 FALSE = ("off", "OFF", "no", "No", "false", "n")
@@ -178,3 +183,27 @@ def test_every_choice_of_every_document_can_be_written_plainly() -> None:
 def test_a_wrong_key_or_value_is_named_with_its_place(added: str, message: str) -> None:
     with pytest.raises(msgspec.ValidationError, match=message):
         documents.decode(f"{DEPLOYMENT}{added}\n".encode(), config.Deployment)
+
+
+def test_a_key_that_is_gone_is_named_with_where_to_look_now(tmp_path: Path) -> None:
+    """A file of before is refused with what is to be done about it."""
+    file = tmp_path / "deployment.yaml"
+    for key, value in {"policy": "on_demand", "report_ms": "50"}.items():
+        file.write_text(f"{DEPLOYMENT}gateway:\n  stall_s: 3\n  {key}: {value}\n")
+        with pytest.raises(DeploymentError) as raised:
+            config.load(file)
+        message = str(raised.value)
+        assert f"unknown key '{key}' - at `$.gateway`, line 6; this key was removed: " in message
+        assert "perf/baselines" in message
+        assert "did you mean" not in message
+
+
+def test_former_keys_are_found_at_any_number_and_hide_no_key_of_today() -> None:
+    former = {"servers[].color": "servers have none"}
+    document = DEPLOYMENT.replace("name: ", "color: red, name: ", 1)
+    assert document != DEPLOYMENT
+    with pytest.raises(msgspec.ValidationError, match=r"servers\[0\]`.*: servers have none; allow"):
+        documents.decode(document.encode(), config.Deployment, former)
+    for place in FORMER_KEYS:
+        section, key = place.split(".")
+        assert key not in getattr(config.Deployment("m", ()), section).__struct_fields__

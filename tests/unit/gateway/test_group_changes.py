@@ -118,7 +118,7 @@ async def test_who_leaves_while_it_is_introduced_has_no_link(tmp_path: Path) -> 
         links = scheduler(group)._kv_links
         connected.groups.take(members({0, 1}, {0}))
         connected.links["decode_0"].delay = (0.1, 0.1)
-        prefill = scheduler(group)._prefills[1]
+        prefill = scheduler(group).prefills.instances[1]
         meeting = asyncio.create_task(
             links.introduce(prefill, group._scheduler.decodes.instances[0])
         )
@@ -140,7 +140,10 @@ async def test_a_decode_that_cannot_meet_a_prefill_that_leaves_has_not_met_it(
         group = connected.groups.take(members({0, 1}, {0}))["a"]
         await asyncio.sleep(ROUND_S)
         links = scheduler(group)._kv_links
-        prefill, decode = scheduler(group)._prefills[1], scheduler(group).decodes.instances[0]
+        prefill, decode = (
+            scheduler(group).prefills.instances[1],
+            scheduler(group).decodes.instances[0],
+        )
         connected.groups.take(members({0}, {0}))
         answer = Failed("INTERNAL", "no way there")
         with (
@@ -170,18 +173,17 @@ def state(group: Group) -> object:
     made = scheduler(group)
     rooms = made._decode_stage._rooms
     return (
-        {one.name for one in made._prefills},
-        {one.name for one in made.policy.lines[0].instances},
+        {one.name for one in made.prefills.instances},
         {one.name for one in made.decodes.instances},
         {one.name for one in rooms._decodes},
         set(made._kv_links._refused),
         rooms._at_once,
         set(made._kv_links._joined),
         made._kv_links.useless,
-        made._prefill_stage._prefills == frozenset(made._prefills),
-        [(len(line), len(line._watching), len(line._busy)) for line in made.policy.lines],
+        made._prefill_stage._prefills == frozenset(made.prefills.instances),
+        (len(made.prefills), len(made.prefills._watching), len(made.prefills._busy)),
         (len(made.decodes), len(made.decodes._watching), len(made.decodes._busy)),
-        [(one.open, one.offers, one.tokens, one.computed) for one in made._prefills],
+        [(one.open, one.offers, one.tokens, one.computed) for one in made.prefills.instances],
         [(one.open, one.room.slots, one.room.blocks) for one in made.decodes.instances],
     )
 
@@ -214,7 +216,7 @@ def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
                 new = [site.request(max_tokens=1 + site.rng.randrange(20)) for _ in range(count)]
                 requests += new
                 tasks += [asyncio.create_task(serve(group, one)) for one in new]
-                for line in (*scheduler(group).policy.lines, scheduler(group).decodes):
+                for line in (scheduler(group).prefills, scheduler(group).decodes):
                     assert set(line._watching) | line._busy | line._told <= set(line.instances)
                 await asyncio.sleep(pause)
                 await connected.groups.sweep()

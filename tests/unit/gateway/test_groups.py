@@ -16,6 +16,7 @@ from pdserve.gateway.groups import Group, Groups
 from pdserve.gateway.router import Scenario
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.client import Replies
+from pdserve.scheduling.scheduler import Scheduler
 from tests.unit.inprocess import Link, Site, virtual
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ PROFILE = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 class Connected:
     """The groups of a gateway over a site's instances, and the channels that were opened."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, scheduler: type[Scheduler] = Scheduler) -> None:
         self._instances = {
             f"{role}_{i}": instance
             for role, instances in (("prefill", site.p), ("decode", site.d))
@@ -39,7 +40,7 @@ class Connected:
         self.links: dict[str, Link] = {}
         """The latest to each instance."""
         self.opened: list[str] = []
-        self.groups = Groups("gateway", self._connect, site.metrics, random.Random(1))
+        self.groups = Groups("gateway", self._connect, site.metrics, random.Random(1), scheduler)
 
     def _connect(self, name: str, server: config.Server) -> Link:
         self.opened.append(name)

@@ -327,14 +327,13 @@ def test_traces_are_read_by_path_and_left_out_without(tmp_path: Path) -> None:
 
 def test_every_deployment_has_the_same_instances() -> None:
     for layout in ("pool", "groups", "gateways"):
-        made = servers.deployment(layout, "round_robin")
+        made = servers.deployment(layout)
         assert list(made.instances("prefill")) == ["prefill_0", "prefill_1"]
         assert list(made.instances("decode")) == ["decode_0", "decode_1"]
         assert made.prefill.batch == 1
-        assert made.gateway.policy == "round_robin"
-    groups = servers.deployment("groups", "on_demand").served
+    groups = servers.deployment("groups").served
     assert [scenario.name for scenario in groups] == list(servers.SCENARIOS)
-    gateways = servers.deployment("gateways", "on_demand").servers
+    gateways = servers.deployment("gateways").servers
     assert sum(one.gateway for one in gateways) == servers.GATEWAYS
 
 

@@ -3,48 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, get_args
-
-import msgspec
-import pytest
+from typing import TYPE_CHECKING
 
 from pdserve import config
 from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.request import State
+from pdserve.scheduling.scheduler import Scheduler
 from tests.unit.gateway.test_groups import Connected, deployment, serve
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pdserve.config import PolicyName
-
 TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 
-def wanted(
-    prefills: int, decodes: int, policy: PolicyName = "on_demand", first: int = 0
-) -> config.Deployment:
+def wanted(prefills: int, decodes: int, first: int = 0) -> config.Deployment:
     """One group of so many instances, the first so many left out."""
     group = config.Group(
         "a",
         tuple(f"prefill_{i}" for i in range(first, prefills)),
         tuple(f"decode_{i}" for i in range(first, decodes)),
     )
-    made = deployment(group)
-    return msgspec.structs.replace(
-        made, gateway=msgspec.structs.replace(made.gateway, policy=policy)
-    )
+    return deployment(group)
 
 
-@pytest.mark.parametrize("policy", get_args(config.PolicyName))
-@virtual
-async def test_every_policy_takes_whoever_comes_and_lets_go(
-    tmp_path: Path, policy: PolicyName
-) -> None:
-    """TensorRT-LLM#8602: a router that could not accept new servers."""
+async def takes_whoever_comes_and_lets_go(tmp_path: Path, scheduler: type[Scheduler]) -> None:
+    """Whatever decides which prefill a request goes to."""
     async with Site(tmp_path, prefills=3, decodes=3, profile=TIMES) as site:
-        connected = Connected(site)
+        connected = Connected(site, scheduler)
 
         async def served_by(made: config.Deployment) -> tuple[set[str], set[str]]:
             group = connected.groups.take(made)["a"]
@@ -54,15 +41,21 @@ async def test_every_policy_takes_whoever_comes_and_lets_go(
             await connected.groups.sweep()
             return {one.prefill for one in requests}, {one.decode for one in requests}
 
-        assert await served_by(wanted(1, 1, policy)) == ({"prefill_0"}, {"decode_0"})
-        prefills, decodes = await served_by(wanted(3, 3, policy))
+        assert await served_by(wanted(1, 1)) == ({"prefill_0"}, {"decode_0"})
+        prefills, decodes = await served_by(wanted(3, 3))
         assert (len(prefills), len(decodes)) == (3, 3)
-        prefills, decodes = await served_by(wanted(3, 3, policy, first=1))
+        prefills, decodes = await served_by(wanted(3, 3, first=1))
         assert prefills == {"prefill_1", "prefill_2"}
         assert decodes == {"decode_1", "decode_2"}
         assert connected.closed == {"prefill_0", "decode_0"}
         await connected.groups.close()
         await site.idle()
+
+
+@virtual
+async def test_a_group_takes_whoever_comes_and_lets_go(tmp_path: Path) -> None:
+    """TensorRT-LLM#8602: a router that could not accept new servers."""
+    await takes_whoever_comes_and_lets_go(tmp_path, Scheduler)
 
 
 @virtual

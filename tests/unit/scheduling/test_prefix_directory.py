@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from perf.baselines.policies import SCHEDULERS
 
 from pdserve.kvcache import prefix_index
 from pdserve.kvcache.prefix_index import BLOCK_TOKENS, SHORT_BYTES
@@ -18,6 +19,8 @@ from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from perf.baselines.policies import PolicyName
 
     from pdserve.scheduling.request import Request
 
@@ -140,13 +143,14 @@ async def test_a_hot_prefix_makes_no_hot_spot(tmp_path: Path) -> None:
     rng = random.Random(1)
     ttft: dict[str, float] = {}
     parts: dict[str, list[int]] = {}
-    for name in ("on_demand", "round_robin"):
+    names: tuple[PolicyName, ...] = ("on_demand", "round_robin")
+    for name in names:
         async with Site(
             tmp_path,
             prefills=4,
             profile=LINEAR,
             prefill={"slots": 2, "batch_tokens": 1},
-            gateway={"policy": name},
+            scheduler_type=SCHEDULERS[name],
             seed=1,
         ) as site:
             hot = site.prompt(256)
