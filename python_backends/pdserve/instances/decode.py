@@ -22,7 +22,7 @@ from pdserve.instances.acceptance import AFTER_S, TRIAL_S, interval_s
 from pdserve.instances.accepted_call import AcceptedCall
 from pdserve.instances.kv_imports import KVImports
 from pdserve.instances.local_prefill import LocalPrefill
-from pdserve.instances.slot_watches import RoomWatches, Send
+from pdserve.instances.slot_watches import WATCHED_S, RoomWatches, Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.block_manager import BlockManager
 from pdserve.kvcache.handle import KVHandle
@@ -206,6 +206,7 @@ class DecodeInstance:
         """Say once that a request has ended since; at once if there is none."""
         used, slots = len(self._open), self._limits.slots
         self._watches.wait(request, stream, send, used, slots, self._loop.time())
+        self._loop.call_later(WATCHED_S, self._watches.release, request.id)
 
     def _refuse(self, reason: str, send: Send) -> None:
         self._watches.refused()

@@ -17,7 +17,7 @@ from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
 from pdserve.instances import admission
 from pdserve.instances.acceptance import TRIAL_S, Acceptance
 from pdserve.instances.forwards import Forwards
-from pdserve.instances.slot_watches import Send, SlotWatches
+from pdserve.instances.slot_watches import WATCHED_S, Send, SlotWatches
 from pdserve.instances.slots import show
 from pdserve.kvcache.arena import Range, State
 from pdserve.kvcache.prefix_index import PrefixIndex, shorten
@@ -222,6 +222,7 @@ class PrefillInstance:
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Say once when a slot is free for this gateway, which may be now."""
         self._watches.add(request, stream, send)
+        self._loop.call_later(WATCHED_S, self._watches.release, request.id)
         self._look()
         self._stirred.set()
 

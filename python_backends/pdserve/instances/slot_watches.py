@@ -28,6 +28,9 @@ Send = Callable[[Reply, bool], None]
 # An offer follows within a few milliseconds, ten of them where the gateway is busy. If none does,
 # the slot has been idle for so long.
 RESERVED_S = 0.02
+WATCHED_S = 2.0
+"""A watch is over after so long: a gateway that waits has asked again by then, and the release of
+one that does not may have been lost."""
 # Each may make those behind it wait for RESERVED_S.
 MAX_WATCHES = 256
 _FULL = Failed(errors.Unavailable.code, f"{MAX_WATCHES} gateways wait already")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve.instances.prefill import LOOK_S, MAX_QUARANTINED
-from pdserve.instances.slot_watches import MAX_WATCHES, RESERVED_S
+from pdserve.instances.slot_watches import MAX_WATCHES, RESERVED_S, WATCHED_S
 from pdserve.rpc.messages import Accepted, Busy, Failed, Freed, Prefilled, Released, Reply, Watch
 from tests.unit.inprocess import Site, virtual
 from tests.unit.instances.test_prefill import TIMES, Client
@@ -161,6 +161,35 @@ async def test_arena_without_room_is_no_reason_to_be_told_again_and_again(tmp_pa
         await asyncio.sleep(0.001)
         b.release("again")
         await site.idle(0.03)
+
+
+@virtual
+async def test_a_watch_whose_release_is_lost_is_over_after_a_while(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES, prefill={"slots": 1, "lease_s": 30}) as site:
+        a, b = gateways(site, "ab")
+        await fill(site, a)
+        b.watch()
+        await asyncio.sleep(WATCHED_S / 2)
+        b.watch("again")
+        await asyncio.sleep(0.6 * WATCHED_S)
+        assert b.of("watch") == [Released()], "the gateway has watched again"
+        assert b.of("again") == []
+        await asyncio.sleep(0.5 * WATCHED_S)
+        assert b.of("again") == [Released()]
+        assert not site.p[0]._watches
+        a.release("held 0")
+
+
+@virtual
+async def test_so_is_one_of_room_in_a_decode(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        told: list[Reply] = []
+        room = site.d[0]._room()
+        site.d[0].watch(Watch("a watch", "a", room), "a", lambda reply, _: told.append(reply))
+        await asyncio.sleep(0.9 * WATCHED_S)
+        assert not told
+        await asyncio.sleep(0.2 * WATCHED_S)
+        assert told == [Released()]
 
 
 # --------------------------------------------------------------- kept for a moment

@@ -17,7 +17,7 @@ from pdserve.instances.acceptance import AFTER_S, TRIAL_S, interval_s
 from pdserve.instances.decode import TICK_S
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
-from pdserve.instances.slot_watches import RoomWatches, Send
+from pdserve.instances.slot_watches import WATCHED_S, RoomWatches, Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.handle import unseal
 from pdserve.observability.metrics import Registry
@@ -215,6 +215,7 @@ class ExternalDecode:
         """Say once that a request has ended since; at once if there is none."""
         used, slots = len(self._open), self._limits.slots
         self._watches.wait(request, stream, send, used, slots, self._loop.time())
+        self._loop.call_later(WATCHED_S, self._watches.release, request.id)
 
     # ------------------------------------------------------------------- decode
 

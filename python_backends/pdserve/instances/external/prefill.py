@@ -30,7 +30,7 @@ from pdserve.instances.acceptance import TRIAL_S, Acceptance
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
 from pdserve.instances.prefill import TICK_S
-from pdserve.instances.slot_watches import Send, SlotWatches
+from pdserve.instances.slot_watches import WATCHED_S, Send, SlotWatches
 from pdserve.instances.slots import show
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
 from pdserve.observability import catalogue
@@ -156,6 +156,7 @@ class ExternalPrefill:
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Say once when a slot is free for this gateway, which may be now."""
         self._watches.add(request, stream, send)
+        self._loop.call_later(WATCHED_S, self._watches.release, request.id)
         self._look()
 
     def _look(self, offering: str | None = None) -> None:
