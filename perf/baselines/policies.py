@@ -25,7 +25,7 @@ from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Offered
-from pdserve.scheduling.prefill_stage import Computed, PrefillStage
+from pdserve.scheduling.prefill_stage import Computed, PrefillStage, prefill_load
 from pdserve.scheduling.request import Chunk, Request
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.scheduling.wait_queue import Order
@@ -174,7 +174,9 @@ class BoundScheduler(Scheduler):
         def queue(one: Instance) -> Queue:
             return Queue(
                 self.binding.computed,
-                Forwarding[Offered]([one], "prefill", calls.gateway, slots, batch, rng),
+                Forwarding[Offered](
+                    [one], "prefill", prefill_load, calls.gateway, slots, batch, rng
+                ),
                 self._decode_stage,
                 kv_links,
                 calls,

@@ -166,17 +166,16 @@ class _Crowd:
         )
 
     async def meet(self) -> None:
-        """Every pair; what is measured later is not the meetings.
+        """Every pair that is planned; what is measured later is not the meetings.
 
         Raises:
             TimeoutError: they have not.
         """
-        pairs = [(p.name, d.name) for p in self._prefills for d in self._decodes]
         meeting = asyncio.create_task(self._kv_links.run())
         until = time.monotonic() + MEET_S
-        while not all(self._kv_links.transfer_s(*pair, 1) for pair in pairs):
+        while missing := self._kv_links.missing:
             if time.monotonic() > until:
-                raise TimeoutError(f"{len(pairs)} pairs have not met within {MEET_S:g} s")
+                raise TimeoutError(f"{missing} pairs have not met within {MEET_S:g} s")
             await asyncio.sleep(0.1)
         meeting.cancel()
         await asyncio.gather(meeting, return_exceptions=True)

@@ -147,13 +147,13 @@ class Conservation:
             }
         for one in gateway.instances.values():
             counts |= {
-                f"{name}: calls to {one.name}": one.open,
-                f"{name}: offers to {one.name}": one.offers,
-                f"{name}: tokens at {one.name}": one.tokens,
+                f"{name}: calls to {one.name}": one.load.open,
+                f"{name}: offers to {one.name}": one.load.offers,
+                f"{name}: tokens at {one.name}": one.load.tokens,
                 f"{name}: promised of {one.name}": one.room.slots or one.room.blocks,
                 f"{name}: suspect at {one.name}": one.suspect,
             }
-        counts[f"{name}: pairs that have not met"] = list(gateway.kv_links._refused)
+        counts[f"{name}: pairs that have not met"] = list(gateway.kv_links._refused.known)
         tasks = [task for task in gateway.process.tasks if "KVLinks" not in repr(task.get_coro())]
         return counts | {f"{name}: tasks": tasks}
 

@@ -87,7 +87,8 @@ class Gateway:
 
     def _not_handed_over(self, told: Callable[..., None], prefill: str, decode: str) -> None:
         now = asyncio.get_running_loop().time()
-        if now >= self.scheduler._decode_stage._pairs[prefill, decode].reopens:  # else it is known
+        breaker = self.scheduler._decode_stage._pairs.known.get((prefill, decode))
+        if breaker is None or now >= breaker.reopens:  # else it is known
             self.parted_at[prefill, decode] = now
         told(prefill, decode)
 

@@ -95,13 +95,17 @@ class Waiting:
         if (
             life is None
             or not life.process.runs
-            or instance.offers
+            or instance.load.offers
             or now < instance.breaker.reopens
             or instance.name in gateway.kv_links.useless
             or now < wire.cut_until + self._bounds.message
         ):
             return False
-        if instance in line._busy and wire.connection and wire.connection.refused != "slots":
+        if (
+            instance in line.candidates.busy
+            and wire.connection
+            and wire.connection.refused != "slots"
+        ):
             return False  # it had no room for another one: more of it is waited for
         one = life.instance
         if isinstance(one, PrefillInstance):
@@ -122,6 +126,9 @@ class Waiting:
         pool, prefill = one._blocks.pool, gateway.instances[request.prefill]
         room = (pool.free_blocks + pool.cached_blocks) * pool.block_size
         if room < request.prompt_tokens + request.max_tokens + 1:
+            return False
+        linked = gateway.kv_links.decodes(prefill.name)
+        if linked and instance not in linked:
             return False
         return gateway.scheduler._decode_stage._cost(request, prefill, instance) is not None
 

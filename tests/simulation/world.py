@@ -128,9 +128,10 @@ class World:
             breaker.reopens
             for gateway in self.gateways
             if gateway is not None
+            for pairs in [gateway.scheduler._decode_stage._pairs]
             for breaker in (
                 *(instance.breaker for instance in gateway.instances.values()),
-                *gateway.scheduler._decode_stage._pairs.values(),
+                *pairs.known.values(),
             )
         )
 

@@ -14,8 +14,10 @@ from pdserve.instances.slot_watches import SlotWatches
 from pdserve.rpc.client import Replies
 from pdserve.rpc.messages import Accepted, Busy, Freed, PrefillRequest, Release, Reply, Watch
 from pdserve.sampling import Sampling
+from pdserve.scheduling.candidates import Rank
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.load import Load
 from pdserve.scheduling.offering import Offered, offer
 from pdserve.scheduling.request import Answer, Request
 
@@ -103,6 +105,10 @@ class Desk:
         self._watches.tell(self._free, asyncio.get_running_loop().time(), offering)
 
 
+def load(of: Load) -> float:
+    return of.open
+
+
 class Gateway:
     """Forwards requests to desks; each has its slot for `hold_s`."""
 
@@ -111,7 +117,7 @@ class Gateway:
         self.name = uuid.UUID(int=self.rng.getrandbits(128)).hex
         self.instances = [Instance(f"desk_{i}", desk) for i, desk in enumerate(desks)]
         self.forwarding = Forwarding[Offered](
-            self.instances, "prefill", self.name, desks[0].slots, desks[0].slots, self.rng
+            self.instances, "prefill", load, self.name, desks[0].slots, desks[0].slots, self.rng
         )
         self.hold_s = hold_s
         self.served: list[Request] = []
@@ -131,7 +137,7 @@ class Gateway:
         def rank(instance: Instance) -> float | None:
             if usable is not None and self.instances.index(instance) not in usable:
                 return None
-            return float(instance.open)
+            return float(instance.load.open)
 
         async def ask(instance: Instance, hurry: bool) -> Offered | None:
             name = f"{request.id}-{len(request.offers)}-{loop.time()}"
@@ -139,7 +145,7 @@ class Gateway:
             return await offer(request, instance, message, request.deadline)
 
         try:
-            taken = await self.forwarding.take(request.order, request.deadline, rank, ask)
+            taken = await self.forwarding.take(request.order, request.deadline, Rank(rank), ask)
         except errors.Late:
             return False
         if taken is None:

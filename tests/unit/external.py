@@ -170,7 +170,7 @@ class Relay(Site):
         counts: dict[str, int] = {}
         for role, links in zip(self.instances, (self.p_links, self.d_links), strict=True):
             for instance, link in zip(role, links, strict=True):
-                counts[f"{instance.name} open"] = instance.open
+                counts[f"{instance.name} open"] = instance.load.open
                 counts[f"{instance.name} calls"] = len(link.calls)
         for prefill in self.p:
             counts[f"{prefill._name} held"] = len(prefill._held)

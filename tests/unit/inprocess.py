@@ -496,7 +496,7 @@ class Site:
             counts["waiting for a decode"] += len(site.scheduler.decodes)
             for role, links in zip(site.instances, (site.p_links, site.d_links), strict=True):
                 for instance, link in zip(role, links, strict=True):
-                    counts[f"{instance.name} open"] += instance.open
+                    counts[f"{instance.name} open"] += instance.load.open
                     counts[f"{instance.name} calls"] += len(link.calls)
         for prefill in self.p:
             counts |= {

@@ -125,7 +125,8 @@ class Groups:
             key for group in (*self._current.values(), *self._retired) for key in group.instances
         }
         for key in self._instances.keys() - used:
-            if not (self._instances[key].open or self._instances[key].offers):
+            load = self._instances[key].load
+            if not (load.open or load.offers):
                 instance = self._instances.pop(key)
                 for group in self._current.values():
                     group.let_go(instance)

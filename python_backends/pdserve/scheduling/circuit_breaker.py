@@ -11,14 +11,21 @@ Of an instance, and of a pair of them that could not hand over.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 FIRST_S, LONGEST_S = 0.25, 15.0
 """The pause: doubled by each failure that follows a trial."""
 
 
 class CircuitBreaker:
-    """Times are ``loop.time()`` seconds."""
+    """Times are ``loop.time()`` seconds.
 
-    def __init__(self) -> None:
+    Args:
+        changed: called after each change.
+    """
+
+    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+        self._changed = changed
         self._pause = 0.0
         self.reopens = 0.0
         """When a trial is allowed."""
@@ -36,9 +43,12 @@ class CircuitBreaker:
         if now >= self.reopens:
             self._pause = min(max(2 * self._pause, FIRST_S), LONGEST_S)
             self.reopens = now + self._pause
+            self._changed()
 
     def good(self) -> None:
-        self._pause = self.reopens = 0.0
+        if self._pause:
+            self._pause = self.reopens = 0.0
+            self._changed()
 
 
 class RetryBudget:

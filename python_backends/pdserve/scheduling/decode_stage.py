@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 from pdserve import errors
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.messages import Stranger
+from pdserve.scheduling.candidates import Rank
 from pdserve.scheduling.circuit_breaker import CircuitBreaker
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Calls, Offered, offer
-from pdserve.scheduling.prefix_directory import PrefixDirectory, digests
+from pdserve.scheduling.pairs import Pairs
+from pdserve.scheduling.prefix_directory import NOTHING, PrefixDirectory, digests
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.room import Promise
 from pdserve.scheduling.rooms import Rooms
@@ -52,13 +54,15 @@ class DecodeStage:
         rooms: Rooms,
     ) -> None:
         self.decodes = decodes
+        self._members = {one.name: one for one in decodes.instances}
         self._rooms = rooms
         self._kv_links = kv_links
         self._calls = calls
         self._metrics = metrics
         self._lease_s = lease_s
         self._prefixes = PrefixDirectory()
-        self._pairs: defaultdict[tuple[str, str], CircuitBreaker] = defaultdict(CircuitBreaker)
+        self._pairs = Pairs[CircuitBreaker]()
+        kv_links.linked = decodes.told_of_link
 
     def update(self, decodes: Sequence[Instance], at_once: int) -> None:
         """Go on with these decodes; what is known of those who stay is kept.
@@ -68,13 +72,13 @@ class DecodeStage:
         """
         for gone in set(self.decodes.instances).difference(decodes):
             self._prefixes.forget(gone.name)
+        self._members = {one.name: one for one in decodes}
         self._rooms.update(decodes, at_once)
         self.decodes.update(decodes)
 
     def let_go_of(self, name: str) -> None:
         """A prefill or a decode of that name has left, and serves nobody any more."""
-        for pair in [pair for pair in self._pairs if name in pair]:
-            del self._pairs[pair]
+        self._pairs.drop(name)
 
     async def promise(self, request: Request) -> Promise | None:
         """A place for a request whose prompt is to be computed, waited for if there is none.
@@ -118,12 +122,8 @@ class DecodeStage:
         async def ask(decode: Instance, _hurry: bool) -> Offered | None:
             return await self._introduced(request, prefill, decode, token, handle)
 
-        taken = await self.decodes.take(
-            request.order,
-            min(kept_until, until),
-            lambda decode: self._cost(request, prefill, decode),
-            ask,
-        )
+        rank = self._rank(request, prefill)
+        taken = await self.decodes.take(request.order, min(kept_until, until), rank, ask)
         if taken is None and until <= kept_until:
             raise errors.Late("the request's own time limit has passed")
         if taken is None:
@@ -139,7 +139,7 @@ class DecodeStage:
         async def ask(decode: Instance, _hurry: bool) -> Offered | None:
             return await self._introduced(request, prefill, decode, None, handle)
 
-        return await self.decodes.once(lambda decode: self._cost(request, prefill, decode), ask)
+        return await self.decodes.once(self._rank(request, prefill), ask)
 
     async def alone(self, request: Request, short: float, congested: bool) -> Offered | None:
         """A decode that computes the prompt itself; None: none is to, or all are busy.
@@ -149,7 +149,7 @@ class DecodeStage:
             congested: so is one that has nothing else to do.
         """
         told = digests(request.so_far, request.tenant)
-        cached = self._prefixes.cached(told) if request.tokens_so_far > short else {}
+        cached = self._prefixes.cached(told) if request.tokens_so_far > short else NOTHING
 
         async def ask(decode: Instance, _hurry: bool) -> Offered | None:
             return await self._offer(request, decode, None, b"")
@@ -158,16 +158,20 @@ class DecodeStage:
             now = asyncio.get_running_loop().time()
             if not admits(decode, request, "decode", now):
                 return None
-            uncached = request.tokens_so_far - cached.get(decode.name, 0)
-            if uncached <= short or (congested and not decode.open):
-                return decode.open
+            uncached = request.tokens_so_far - cached.tokens(decode.name)
+            if uncached <= short or (congested and not decode.load.open):
+                return decode.load.open
             return None
 
-        return await self.decodes.once(cost, ask)
+        def special() -> list[Instance]:
+            return [self._members[name] for name in cached.some if name in self._members]
+
+        most = math.inf if request.tokens_so_far <= short else 0.0 if congested else -1.0
+        return await self.decodes.once(Rank(cost, special, most), ask)
 
     def decoded(self, request: Request, decode: Instance) -> None:
         """An answer has ended: the decode has the K and V of all of it but the last token."""
-        if decode in self.decodes.instances and not request.sampling.reproducible:
+        if self._members.get(decode.name) is decode and not request.sampling.reproducible:
             told = digests(request.so_far, request.tenant)
             self._prefixes.stored(decode.name, b"".join(told))
 
@@ -177,19 +181,45 @@ class DecodeStage:
         self.decodes.freed(taken.instance)
 
     def handed_over(self, prefill: str, decode: str) -> None:
-        self._pairs[prefill, decode].good()
+        if (breaker := self._pairs.known.get((prefill, decode))) is not None:
+            breaker.good()
 
     def not_handed_over(self, prefill: str, decode: str) -> None:
         """It failed between these two, whichever of them is to blame."""
-        self._pairs[prefill, decode].failed(asyncio.get_running_loop().time())
+        if (breaker := self._pairs.known.get((prefill, decode))) is None:
+            self._pairs[prefill, decode] = breaker = CircuitBreaker()
+        breaker.failed(asyncio.get_running_loop().time())
 
     def _check_reach(self, prefill: Instance) -> None:
-        refusals = {
-            decode.name: self._kv_links.refusal(prefill.name, decode.name)
-            for decode in self.decodes.instances
-        }
-        if all(refusals.values()):
+        if refusals := self._kv_links.unreachable(prefill.name):
             raise errors.Unavailable(f"no decode reaches {prefill.name}: {refusals}")
+
+    def prepare(self, prefill: Instance) -> None:
+        """A prompt is being computed: a decode that has room is to be linked when it is needed."""
+        self._linked(prefill)
+
+    def _linked(self, prefill: Instance) -> Sequence[Instance]:
+        """The decodes to be asked for what a prefill has: in a large group those linked to it.
+
+        If none of these can be asked, another one is linked.
+        """
+        if self._kv_links.dense:
+            return self.decodes.instances
+        linked = self._kv_links.decodes(prefill.name)
+        candidates = self.decodes.candidates
+        if not any(map(candidates.usable, linked)):
+            other = candidates.best(Rank(partial(self._other, prefill)))
+            if other is not None:
+                self._kv_links.connect(prefill, other)
+        return linked
+
+    def _other(self, prefill: Instance, decode: Instance) -> float | None:
+        return None if self._kv_links.refusal(prefill.name, decode.name) else decode.load.open
+
+    def _rank(self, request: Request, prefill: Instance) -> Rank:
+        """Of the decodes that are linked to a prefill; of all, as long as none is."""
+        cost = partial(self._cost, request, prefill)
+        return Rank(cost, lambda: self._linked(prefill), only=True)
 
     def _cost(self, request: Request, prefill: Instance, decode: Instance) -> float | None:
         """Open streams, and what the transfer would take, in streams."""
@@ -197,13 +227,13 @@ class DecodeStage:
         now = asyncio.get_running_loop().time()
         if self._kv_links.refusal(*pair):
             return None
-        breaker = self._pairs.get(pair)
+        breaker = self._pairs.known.get(pair)
         if breaker is not None and not breaker.allows(now, 0):
             return None
-        if not admits(decode, request, "decode", now):
+        if request.ends["decode"] and not admits(decode, request, "decode", now):
             return None
         transfer_s = self._kv_links.transfer_s(*pair, request.prompt_tokens)
-        return decode.open + math.floor(transfer_s / STREAM_S)
+        return decode.load.open + math.floor(transfer_s / STREAM_S)
 
     async def _introduced(
         self,
@@ -231,7 +261,7 @@ class DecodeStage:
             raise errors.InstanceError(
                 f"{decode.name} has not met {prefill.name} in time"
             ) from error
-        if decode not in self.decodes.instances:  # it has left the group meanwhile
+        if self._members.get(decode.name) is not decode:  # it has left the group meanwhile
             return None
         return await self._offer(request, decode, token, handle)
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from pdserve import errors
+from pdserve.scheduling.candidates import Candidates, Rank
 from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.load import Load
 from pdserve.scheduling.wait_queue import Order, QueuePlace, WaitQueue
 from pdserve.supervision import traced
 
@@ -25,6 +27,11 @@ _log = logging.getLogger(__name__)
 
 # With jitter, so that gateways do not ask together.
 WATCH_S = (0.5, 1.0)
+WATCHES = 64
+"""Instances that are watched at once, at most: in a large group one of them is free soon."""
+WATCHES_MORE, WATCHES_MORE_S = 8, 0.02
+"""So many watches begin at once, and as many more each time that somebody still waits after so
+long: most waits are over before."""
 SHORTEST_S = 1e-3
 MAX_WAITING = 4096
 
@@ -32,8 +39,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 Offer = Callable[[Instance, bool], Awaitable[T | None]]
 """Offer it to an instance, in a hurry if others wait; None: it is busy. Raises: InstanceError."""
-Rank = Callable[[Instance], float | None]
-"""The smaller is asked first; None: it cannot be used."""
 
 
 class Forwarding(Generic[T]):
@@ -41,6 +46,7 @@ class Forwarding(Generic[T]):
 
     Args:
         role: what the instances are, for messages.
+        load: the less, the sooner an instance is asked.
         slots: of one instance.
         batch: requests that one instance works at together, and so the offers that it gets at
             once: one that got a whole burst would reject most of it before another is asked.
@@ -50,6 +56,7 @@ class Forwarding(Generic[T]):
         self,
         instances: Sequence[Instance],
         role: str,
+        load: Callable[[Load], float],
         gateway: str,
         slots: int,
         batch: int,
@@ -58,15 +65,13 @@ class Forwarding(Generic[T]):
         self.instances = instances
         self._role = role
         self._gateway = gateway
-        self._slots = slots
-        self._batch = batch
         self._rng = rng
+        self.candidates = Candidates(instances, load, slots, batch)
         self._queue = WaitQueue()
         self._lookers = WaitQueue()
         """Those who offer nothing, and look at what instances have told."""
-        self._busy: set[Instance] = set()
-        self._told: set[Instance] = set()
-        """Something is free there, though as far as is known here this gateway has all of it."""
+        self._next = 0
+        """Of the instances, where everybody is watched in turn."""
         self._watching: dict[Instance, asyncio.Task[None]] = {}
         self._failure: errors.InstanceError | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -78,11 +83,10 @@ class Forwarding(Generic[T]):
     def update(self, instances: Sequence[Instance]) -> None:
         """Go on with these instances; whoever waits is offered to those who have joined."""
         for gone in set(self.instances).difference(instances):
-            self._busy.discard(gone)
-            self._told.discard(gone)
             if (watching := self._watching.pop(gone, None)) is not None:
                 watching.cancel()
         self.instances = instances
+        self.candidates.update(instances)
         self._failure = None
         self._queue.wake()
         self._lookers.wake()
@@ -90,7 +94,7 @@ class Forwarding(Generic[T]):
     @property
     def congested(self) -> bool:
         """Whether others wait already, or what this gateway has there fills all of them."""
-        return bool(self._queue) or all(map(self._full, self.instances))
+        return bool(self._queue) or self.candidates.all_full
 
     async def take(
         self, order: Order, until: float, rank: Rank, offer: Offer[T], alone_until: float = 0.0
@@ -144,6 +148,10 @@ class Forwarding(Generic[T]):
         """What instances have told, or have been promised, leaves more room than before."""
         self._lookers.wake()
 
+    def told_of_link(self) -> None:
+        """Somebody may be able to use what another could not."""
+        self._queue.wake()
+
     async def once(self, rank: Rank, offer: Offer[T]) -> T | None:
         """The first offer that is accepted now; None: nobody accepts."""
         try:
@@ -155,28 +163,26 @@ class Forwarding(Generic[T]):
     async def _round(self, rank: Rank, offer: Offer[T]) -> T | None:
         """Over those that are not known to be busy."""
         asked: set[Instance] = set()
-        while (instance := self._best(rank, asked)) is not None:
+        while (instance := self.candidates.best(rank, asked)) is not None:
             asked.add(instance)
-            self._told.discard(instance)
-            instance.offers += 1
-            instance.asked = asyncio.get_running_loop().time()
+            self.candidates.ask(instance)
+            instance.load.offer(asyncio.get_running_loop().time())
             try:
                 taken = await offer(instance, bool(self._queue))
             except errors.InstanceError as error:
                 self._failure = error
                 continue
             finally:
-                instance.offers -= 1
+                instance.load.answer()
             if taken is not None:
                 return taken
-            if instance in self.instances:  # it may have left meanwhile
-                self._busy.add(instance)
-            instance.refused = asyncio.get_running_loop().time()
+            self.candidates.refused(instance)
+            instance.load.refuse(asyncio.get_running_loop().time())
         return None
 
     def freed(self, instance: Instance) -> None:
         """One of this gateway's own requests holds nothing there any more."""
-        self._busy.discard(instance)
+        self.candidates.freed(instance)
         self._queue.wake()
         self._lookers.wake()
 
@@ -201,7 +207,7 @@ class Forwarding(Generic[T]):
         place = self._queue.join(order)
         # What became free while it was asking others woke nobody, if nobody else was in line.
         at_once = len(self._queue) == 1
-        if not at_once and self._best(rank, set()) is not None:
+        if not at_once and self.candidates.best(rank) is not None:
             # Those before it may be waiting for something else.
             asyncio.get_running_loop().call_soon(self._queue.wake)
         try:
@@ -209,8 +215,8 @@ class Forwarding(Generic[T]):
                 taken = await self._round(rank, offer)
                 if taken is not None:
                     return taken
-                at_once = self._best(rank, set()) is not None
-                if not at_once and self._best(lambda _: 0.0, set()) is not None:
+                at_once = self.candidates.best(rank) is not None
+                if not at_once and self.candidates.some:
                     place.pass_on()
             return None
         finally:
@@ -225,52 +231,38 @@ class Forwarding(Generic[T]):
         # It was not alone when it stood in line; it may be now.
         return len(self._queue) == 1 and loop.time() < max(until) and await self._turn(place, until)
 
-    def _best(self, rank: Rank, asked: set[Instance]) -> Instance | None:
-        now = asyncio.get_running_loop().time()
-        best, least = None, (0.0, 0.0, 0.0)
-        # What this gateway fills by itself would only say so: it is watched at once.
-        self._busy.update(
-            one for one in self.instances if self._full(one) and one not in self._told
-        )
-        for instance in self.instances:
-            if (
-                instance in self._busy
-                or instance in asked
-                or instance.offers >= self._batch
-                or not instance.breaker.allows(now, instance.offers)
-            ):
-                continue
-            cost = rank(instance)
-            if cost is None:
-                continue
-            # Among equals the one that has refused the longest ago, since what others have there
-            # is not seen from here; then the one that is the furthest with what it has of ours.
-            key = cost, instance.refused, instance.asked
-            if best is None or key < least:
-                best, least = instance, key
-        return best
-
-    def _full(self, instance: Instance) -> bool:
-        """Whether what this gateway has there is all that it can have."""
-        working = instance.open - instance.computed
-        return working >= self._batch or instance.open >= self._slots
-
     def _look_out(self) -> None:
         """Somebody is about to wait: see to it that what becomes free, or well, wakes the line."""
-        for instance in self.instances:
-            # One that has failed is looked at again when it may be tried.
-            waited_for = instance in self._busy or (self._lookers and instance.breaker.closed)
-            if waited_for and instance not in self._watching:
-                self._watching[instance] = asyncio.create_task(self._watch(instance))
+        more = self._watch_more()
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         if self._timer is None:
-            loop = asyncio.get_running_loop()
-            now = loop.time()
-            opens = (max(one.breaker.reopens, one.suspects_from) for one in self.instances)
-            reopen = [when for when in opens if when > now]
-            again = min([now + self._rng.uniform(*WATCH_S), *reopen])
+            again = min([now + self._rng.uniform(*WATCH_S), *self.candidates.opens(now)])
             # A timer may come a moment early, and would be set again for the same moment.
-            again = max(again, now + SHORTEST_S)
-            self._timer = loop.call_at(again, self._time_to_look)
+            self._timer = loop.call_at(max(again, now + SHORTEST_S), self._time_to_look)
+        if more and self._timer.when() > now + WATCHES_MORE_S:
+            self._timer.cancel()
+            self._timer = loop.call_at(now + WATCHES_MORE_S, self._time_to_look)
+
+    def _watch_more(self) -> bool:
+        """Watch those that somebody waits for; whether there are more of them."""
+        left = min(WATCHES_MORE, WATCHES - len(self._watching))
+        for instance in self._waited_for():
+            if instance not in self._watching:
+                if left <= 0:
+                    return len(self._watching) < WATCHES
+                left -= 1
+                self._watching[instance] = asyncio.create_task(self._watch(instance))
+        return False
+
+    def _waited_for(self) -> Iterator[Instance]:
+        yield from self.candidates.busy
+        # One that has failed is looked at again when it may be tried.
+        for _ in self.instances if self._lookers else ():
+            self._next = (self._next + 1) % len(self.instances)
+            instance = self.instances[self._next]
+            if instance.breaker.closed:
+                yield instance
 
     def _time_to_look(self) -> None:
         self._timer = None
@@ -282,6 +274,8 @@ class Forwarding(Generic[T]):
     async def _watch(self, instance: Instance) -> None:
         try:
             while not await instance.watch(self._gateway, self._rng.uniform(*WATCH_S)):
+                if len(self._watching) >= WATCHES:  # it is another's turn
+                    break
                 self._tell(instance)  # or so it may be: it is asked again
         except errors.InstanceError as error:
             self._failure = error
@@ -294,13 +288,12 @@ class Forwarding(Generic[T]):
         self._tell(instance)
 
     def _tell(self, instance: Instance) -> None:
-        self._told.add(instance)
+        self.candidates.tell(instance)
         self.freed(instance)
 
     def _forget(self) -> None:
         """Nobody waits: what is busy now need not be when somebody does."""
-        self._busy.clear()
-        self._told.clear()
+        self.candidates.forget()
         for task in self._watching.values():
             task.cancel()
         self._watching.clear()

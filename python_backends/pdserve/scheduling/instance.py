@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pdserve import errors
@@ -25,6 +26,7 @@ from pdserve.rpc.messages import (
 )
 from pdserve.rpc.messages import Request as Message
 from pdserve.scheduling.circuit_breaker import CircuitBreaker
+from pdserve.scheduling.load import Load
 from pdserve.scheduling.room import Room
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Call:
         self._replies = replies
         self.done = False
         """The instance holds nothing for this call any more."""
-        self._computed = 0
+        self._computed = False
         self._closed = False
 
     async def reply(self, timeout: float, until: float) -> Reply:
@@ -84,8 +86,8 @@ class Call:
 
     def computed(self) -> None:
         """The instance has computed what it was to; it only holds the result."""
-        self._computed = 1
-        self._instance.computed += 1
+        self._computed = True
+        self._instance.load.add(0, 1)
 
     def taken(self, tell: bool) -> None:
         """A decode has the result: the instance has let go of it, or does when it is told."""
@@ -99,8 +101,7 @@ class Call:
         if not self._closed:
             self._closed = True
             self.stay.over()
-            self._instance.computed -= self._computed
-            self._instance.close_call(self._id, release=not self.done)
+            self._instance.close_call(self._id, -self._computed, release=not self.done)
 
 
 class Instance:
@@ -108,26 +109,28 @@ class Instance:
 
     def __init__(self, name: str, channel: Channel) -> None:
         self.name = name
-        self.open = 0
-        """Calls of this gateway that hold, or wait for, something there."""
-        self.offers = 0
-        """Of them, those that it has not answered."""
-        self.computed = 0
-        """Of them, those that wait for nothing but a decode."""
-        self.tokens = 0
-        """Prompt tokens that it is computing for this gateway, cached ones left out."""
+        self.listeners: list[Callable[[Instance], None]] = []
+        """Called when its load, its room or its circuit breaker has changed, or who may come."""
+        self.load = Load(self._changed)
         self.suspect: Request | None = None
         """The one request there, of those that have made no progress there, that may end it."""
         self.suspects_from = 0.0
         """When one may be offered again (``loop.time()``), where another gateway's was there."""
-        self.refused = self.asked = 0.0
-        """When it was busy last, and offered something last."""
-        self.breaker = CircuitBreaker()
-        self.room = Room()
+        self.breaker = CircuitBreaker(self._changed)
+        self.room = Room(self._changed)
         """Of a decode."""
         self._channel = channel
         self._ids = f"{uuid.uuid4().hex}-{name}"
         self._asked = itertools.count()
+
+    def _changed(self) -> None:
+        for listener in self.listeners:
+            listener(self)
+
+    def leave_alone(self, until: float) -> None:
+        """It takes no suspect before ``until`` (``loop.time()``)."""
+        self.suspects_from = until
+        self._changed()
 
     def heard(self, reply: Reply) -> None:
         """Take in what a reply says of the instance itself."""
@@ -181,11 +184,11 @@ class Instance:
 
     def call(self, message: Message, stay: Stay) -> Call:
         """Send a request to it; ``stay`` is of who is served by that."""
-        self.open += 1
+        self.load.add(1)
         return Call(self, message.id, self._channel.open(message.id, message), stay)
 
-    def close_call(self, call_id: str, release: bool) -> None:
-        self.open -= 1
+    def close_call(self, call_id: str, computed: int, release: bool) -> None:
+        self.load.add(-1, computed)
         self._channel.forget(call_id)
         if release:
             self._release(call_id)

@@ -64,7 +64,7 @@ async def offer(
         if isinstance(reply, Busy):
             answer = Answer.BUSY
             if reply.reason == messages.SUSPECT:
-                instance.suspects_from = loop.time() + SUSPECT_S
+                instance.leave_alone(loop.time() + SUSPECT_S)
         elif not isinstance(reply, Stranger):
             answer = Answer.ACCEPTED
     except BaseException as error:

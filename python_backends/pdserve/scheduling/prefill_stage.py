@@ -12,12 +12,14 @@ from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.messages import Accepted, Prefilled
+from pdserve.scheduling.candidates import Rank
 from pdserve.scheduling.decode_stage import DecodeStage
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.kv_links import KVLinks
+from pdserve.scheduling.load import Load
 from pdserve.scheduling.offering import Calls, Offered, failure, offer
-from pdserve.scheduling.prefix_directory import PrefixDirectory, digests
+from pdserve.scheduling.prefix_directory import NOTHING, SOME, Cached, PrefixDirectory, digests
 from pdserve.scheduling.request import RECOVER_S, Request, State
 from pdserve.scheduling.suspicion import admits
 from pdserve.scheduling.wait_queue import Order
@@ -63,7 +65,7 @@ class PrefillStage:
         stall_s: float,
     ) -> None:
         self.forwarding = forwarding
-        self._prefills = frozenset(forwarding.instances)
+        self._members = {one.name: one for one in forwarding.instances}
         self._decode_stage = decode_stage
         self._kv_links = kv_links
         self._calls = calls
@@ -82,9 +84,9 @@ class PrefillStage:
 
         Requests that wait are offered to those who have joined.
         """
-        for gone in self._prefills.difference(prefills):
+        for gone in set(self._members.values()).difference(prefills):
             self._prefixes.forget(gone.name)
-        self._prefills = frozenset(prefills)
+        self._members = {one.name: one for one in prefills}
         self.forwarding.update(prefills)
 
     def place(self, request: Request, tokens: int) -> tuple[Order, float, float]:
@@ -111,7 +113,7 @@ class PrefillStage:
         tokens = request.tokens_so_far
 
         def uncached(prefill: Instance) -> int:
-            return tokens - cached.get(prefill.name, 0)
+            return tokens - cached.tokens(prefill.name)
 
         def cost(prefill: Instance) -> float | None:
             now = asyncio.get_running_loop().time()
@@ -121,22 +123,30 @@ class PrefillStage:
                 return None
             # What it computes for us already, then our own, in tokens that are not cached; among
             # equals the one with the fewest open calls.
-            return prefill.tokens + uncached(prefill) + prefill.open / (prefill.open + 1)
+            return prefill_load(prefill.load) + uncached(prefill)
+
+        def special() -> list[Instance]:
+            members = self._members
+            return [members[name] for name in cached.some if name in members]
+
+        charged = 0
 
         async def ask(prefill: Instance, hurry: bool) -> Offered | None:
+            nonlocal charged
             # What comes together with this request counts it, though it is not accepted yet.
-            prefill.tokens += uncached(prefill)
+            prefill.load.add_tokens(charged := uncached(prefill))
             taken = None
             try:
                 taken = await self._offer(request, prefill, hurry)
             finally:
                 if taken is None:
-                    prefill.tokens -= uncached(prefill)
+                    prefill.load.add_tokens(-charged)
             return taken
 
-        order, takes, alone = self.place(request, tokens - max(cached.values(), default=0))
+        order, takes, alone = self.place(request, tokens - cached.most)
         limit = request.deadline
-        taken = await self.forwarding.take(order, limit - takes, cost, ask, limit - alone)
+        rank = Rank(cost, special, look=1 if cached.all else SOME)
+        taken = await self.forwarding.take(order, limit - takes, rank, ask, limit - alone)
         if taken is None:
             raise late(self.forwarding.why_not(), request, takes)
         request.attempts += 1
@@ -144,19 +154,21 @@ class PrefillStage:
         try:
             computed = await self._result(request, taken)
         finally:
-            taken.instance.tokens -= uncached(taken.instance)
+            taken.instance.load.add_tokens(-charged)
         now = asyncio.get_running_loop().time()
         result, name = computed.result, taken.instance.name
         self._latency.saw(tokens - result.cached_tokens, now - offered)
         told = digests(request.so_far, request.tenant)
-        if taken.instance in self._prefills:
-            self._prefixes.correct(name, told, result.cached_tokens, cached.get(name, 0))
+        if self._members.get(name) is taken.instance:
+            self._prefixes.correct(name, told, result.cached_tokens, cached.tokens(name))
             self._prefixes.stored(name, result.stored)
         return computed
 
     async def _offer(self, request: Request, prefill: Instance, hurry: bool) -> Offered | None:
         loop = asyncio.get_running_loop()
         now = loop.time()
+        if now > request.deadline:  # the loop has been busy since it was looked at
+            raise late(self.forwarding.why_not(), request)
         message = messages.PrefillRequest(
             id=self._calls.new(request),
             prompt=request.so_far,
@@ -199,6 +211,8 @@ class PrefillStage:
                 if reply.handle is not None:
                     handle = reply.handle
                     decode = await self._decode_stage.follow(request, prefill, handle)
+                else:
+                    self._decode_stage.prepare(prefill)
                 reply = await call.reply(self._stall_s, request.ends_by)
             if isinstance(reply, Prefilled):
                 prefill.breaker.good()
@@ -221,11 +235,16 @@ class PrefillStage:
             self.forwarding.freed(prefill)
             raise
 
-    def _cached(self, request: Request) -> dict[str, int]:
+    def _cached(self, request: Request) -> Cached:
         """Tokens of it that prefills are believed to have."""
         if request.sampling.reproducible:  # it is computed whole
-            return {}
+            return NOTHING
         return self._prefixes.cached(digests(request.so_far, request.tenant))
+
+
+def prefill_load(load: Load) -> float:
+    """What orders prefills: the tokens that they compute for this gateway, then their calls."""
+    return load.tokens + load.open / (load.open + 1)
 
 
 def late(what: str, request: Request, takes: float = 0.0) -> errors.Late:

@@ -35,6 +35,8 @@ from pdserve.transfer.reports import NOTHING_PULLED, Pulled
 
 
 class State(enum.Enum):
+    __hash__ = object.__hash__  # an Enum's own is a function of Python, called for each look-up
+
     WAITING = enum.auto()
     PREFILLING = enum.auto()
     PREFILLED = enum.auto()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from pdserve.rpc import messages
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 
 class Room:
-    """Room in one decode, as one gateway knows it."""
+    """Room in one decode, as one gateway knows it.
 
-    def __init__(self) -> None:
+    Args:
+        changed: called after each change.
+    """
+
+    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+        self._changed = changed
         self.told: messages.Room | None = None
         self.told_at = -math.inf
         self.slots = 0
@@ -24,10 +26,18 @@ class Room:
 
     def tell(self, room: messages.Room, now: float) -> None:
         self.told, self.told_at = room, now
+        self._changed()
+
+    def promise(self, slots: int, blocks: int) -> None:
+        """So much more is promised; a negative number: it is no longer."""
+        self.slots += slots
+        self.blocks += blocks
+        self._changed()
 
     def forget(self) -> None:
         """It may have a new life."""
         self.told, self.told_at = None, -math.inf
+        self._changed()
 
     def fits(self, blocks: int) -> bool:
         """Whether a request of so many blocks finds room, as far as is known."""
@@ -35,11 +45,16 @@ class Room:
             return True
         return self.slots < self.told.slots and self.blocks + blocks <= self.told.blocks
 
+    @property
+    def free(self) -> int:
+        """Blocks, as has been told and less what is promised."""
+        assert self.told is not None
+        return self.told.blocks - self.blocks
+
     def most(self, blocks: int) -> int:
         """Requests of so many blocks that find room, as has been told."""
         assert self.told is not None
-        free = (self.told.blocks - self.blocks) // blocks
-        return max(min(self.told.slots - self.slots, free), 0)
+        return max(min(self.told.slots - self.slots, self.free // blocks), 0)
 
 
 class Promise:
@@ -57,13 +72,11 @@ class Promise:
         self._blocks = blocks
         self._over = over
         if room is not None:
-            room.slots += 1
-            room.blocks += blocks
+            room.promise(1, blocks)
 
     def over(self) -> None:
         """End it; to end it again is no error."""
         room, self._room = self._room, None
         if room is not None:
-            room.slots -= 1
-            room.blocks -= self._blocks
+            room.promise(-1, -self._blocks)
             self._over()

@@ -10,10 +10,12 @@ while ago.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 from pdserve.scheduling.instance import Instance
+from pdserve.scheduling.order import Order
 
 KNOWN_S = 1.0
 """So long what a decode has told is good enough to let a first token go before it has accepted."""
@@ -21,10 +23,17 @@ HELD_S = 0.1
 """For a decode to accept, where what it has told is older: far more than one that is well needs."""
 # How fast the largest request that has been seen is forgotten, with each that comes.
 FADING = 0.99
+LOOK = 32
+"""Decodes that are compared; in groups of up to so many all are."""
+SLACK = 0.75
+"""The largest request, as a part of what it is taken for in larger groups, at least: to count anew
+for another size is to look at all decodes."""
 
 
 class Rooms:
     """Finds room in the decodes of a group.
+
+    What it looks at is kept as decodes tell it, so that a request need not look at all of them.
 
     Args:
         blocks: of each decode.
@@ -35,16 +44,37 @@ class Rooms:
     def __init__(
         self, decodes: Sequence[Instance], blocks: int, block_size: int, at_once: int
     ) -> None:
-        self._decodes = decodes
         self._blocks = blocks
         self._block_size = block_size
-        self._at_once = at_once
         self._largest = 1.0
+        self._changed: set[Instance] = set()
+        self._numbers = itertools.count()
+        self._members: dict[Instance, int] = {}
+        self._failed = Order[tuple[float, int]]()
+        """By when they may be tried."""
+        self._roomy = Order[tuple[int, int]]()
+        """Decodes that have not failed and may have room, by the requests that they serve."""
+        self._free = Order[tuple[int, int]]()
+        """Of them those that have told what they have, by their free blocks."""
+        self._plenty = Plenty()
+        self.update(decodes, at_once)
 
     def update(self, decodes: Sequence[Instance], at_once: int) -> None:
         """Go on with these decodes."""
-        self._decodes = decodes
         self._at_once = at_once
+        for gone in self._members.keys() - set(decodes):
+            gone.listeners.remove(self._changed.add)
+            self._changed.discard(gone)
+            self._failed.put(gone, None)
+            self._roomy.put(gone, None)
+            self._free.put(gone, None)
+            self._plenty.forget(gone)
+            del self._members[gone]
+        for decode in decodes:
+            if decode not in self._members:
+                decode.listeners.append(self._changed.add)
+                self._changed.add(decode)
+                self._members[decode] = next(self._numbers)
 
     def need(self, tokens: int) -> int:
         """Blocks for so many tokens; what no decode has is 0, since it will be refused there."""
@@ -57,17 +87,33 @@ class Rooms:
     def find(self, blocks: int, now: float) -> Instance | None:
         """The decode with room for them that serves the fewest.
 
+        Where the first LOOK of them have too little room, it is the one with the most.
+
         One that has failed has room for a trial, whatever it has told: it may have said so in a
         former life, and is not watched before it has shown that it is well. If all have failed, the
         wait is for whichever is back.
         """
-        well = [one for one in self._decodes if one.breaker.allows(now, one.room.slots)]
-        found = [
-            one
-            for one in well or self._decodes
-            if one.room.fits(blocks) or (well and not one.breaker.closed)
-        ]
-        return min(found, key=lambda one: one.open + one.room.slots) if found else None
+        self._renew()
+        found = []
+        for (reopens, _), one in self._failed:
+            if reopens > now:
+                break
+            if one.breaker.allows(now, one.room.slots):
+                found.append(one)
+        if self._failed and not found and len(self._failed) == len(self._members):
+            found = [one for _, one in self._failed if one.room.fits(blocks)]
+        if (best := self._first(blocks)) is not None:
+            found.append(best)
+        return min(found, key=self._load) if found else None
+
+    def _first(self, blocks: int) -> Instance | None:
+        for looked, (_, decode) in enumerate(self._roomy):
+            if looked == LOOK:
+                break
+            if decode.room.fits(blocks):
+                return decode
+        most = self._free.last
+        return most if most is not None and most.room.fits(blocks) else None
 
     def plenty(self, now: float, age_s: float = KNOWN_S) -> bool:
         """Whether all that may come at once finds a place, whoever brings it.
@@ -77,9 +123,97 @@ class Rooms:
         Args:
             age_s: what has been told longer ago counts for nothing.
         """
-        rooms = [one.room for one in self._decodes if one.breaker.closed]
-        if any(room.told is None for room in rooms):
-            return True
-        blocks = math.ceil(self._largest)
-        known = (room.most(blocks) for room in rooms if now - room.told_at < age_s)
-        return sum(known) >= self._at_once
+        self._renew()
+        return self._plenty.takes(now - age_s) >= self._at_once
+
+    def _load(self, decode: Instance) -> tuple[int, int]:
+        return decode.load.open + decode.room.slots, self._members[decode]
+
+    def _renew(self) -> None:
+        if self._plenty.size(math.ceil(self._largest), exact=len(self._members) <= LOOK):
+            self._changed.update(self._members)
+        if not self._changed:
+            return
+        for decode in self._changed:
+            room, well = decode.room, decode.breaker.closed
+            tried = None if well else (decode.breaker.reopens, self._members[decode])
+            self._failed.put(decode, tried)
+            if well:
+                self._plenty.look_at(decode, self._members[decode])
+            else:
+                self._plenty.forget(decode)
+            roomy = well and room.fits(1)
+            told = roomy and room.told is not None
+            self._roomy.put(decode, self._load(decode) if roomy else None)
+            self._free.put(decode, (room.free, self._members[decode]) if told else None)
+        self._changed.clear()
+
+
+class Plenty:
+    """How many requests of the largest size find room, kept as decodes tell it."""
+
+    def __init__(self) -> None:
+        self._blocks = 1
+        self._unknown: set[Instance] = set()
+        self._takes: dict[Instance, int] = {}
+        self._sum = 0
+        self._fresh = Order[tuple[float, int]]()
+        """Those that have told it lately, by when they did."""
+        self._fresh_sum = 0
+        self._since = -math.inf
+
+    def size(self, blocks: int, *, exact: bool) -> bool:
+        """The largest request has so many blocks; True: all decodes are to be looked at again."""
+        least = self._blocks if exact else SLACK * self._blocks
+        if least <= blocks <= self._blocks:
+            return False
+        self._blocks = blocks
+        return True
+
+    def look_at(self, decode: Instance, number: int) -> None:
+        """It is well, and may have told something.
+
+        Args:
+            number: its own.
+        """
+        room = decode.room
+        if room.told is None:
+            self.forget(decode)
+            self._unknown.add(decode)
+            return
+        takes, known = room.most(self._blocks), self._fresh.key(decode)
+        if known == (room.told_at, number) and self._takes[decode] == takes:
+            return
+        self.forget(decode)
+        self._takes[decode] = takes
+        self._sum += takes
+        if room.told_at > self._since:
+            self._fresh.put(decode, (room.told_at, number))
+            self._fresh_sum += takes
+
+    def forget(self, decode: Instance) -> None:
+        """It has no room."""
+        self._unknown.discard(decode)
+        takes = self._takes.pop(decode, 0)
+        self._sum -= takes
+        self._age(decode, takes)
+
+    def _age(self, decode: Instance, takes: int) -> None:
+        if self._fresh.key(decode) is not None:
+            self._fresh.put(decode, None)
+            self._fresh_sum -= takes
+
+    def takes(self, since: float) -> float:
+        """How many find room, by what was told after ``since``; infinity: it is not all known.
+
+        Args:
+            since: no less than in the call before, or minus infinity.
+        """
+        if self._unknown:
+            return math.inf
+        if since == -math.inf:
+            return self._sum
+        self._since = since
+        while (first := self._fresh.first) is not None and first[0][0] <= since:
+            self._age(first[1], self._takes[first[1]])
+        return self._fresh_sum

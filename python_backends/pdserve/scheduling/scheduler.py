@@ -22,7 +22,7 @@ from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Calls, Offered, failure
-from pdserve.scheduling.prefill_stage import Computed, PrefillStage, late
+from pdserve.scheduling.prefill_stage import Computed, PrefillStage, late, prefill_load
 from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
 from pdserve.scheduling.rooms import HELD_S, KNOWN_S, Rooms
 
@@ -57,9 +57,13 @@ class Scheduler:
         self._calls = calls = Calls(rng)
         self._slots = slots = prefill.slots
         batch = min(prefill.batch, slots)
-        self.prefills = Forwarding[Offered](prefills, "prefill", calls.gateway, slots, batch, rng)
+        self.prefills = Forwarding[Offered](
+            prefills, "prefill", prefill_load, calls.gateway, slots, batch, rng
+        )
         slots = decode.slots
-        self.decodes = Forwarding[Offered](decodes, "decode", calls.gateway, slots, slots, rng)
+        self.decodes = Forwarding[Offered](
+            decodes, "decode", lambda of: of.open, calls.gateway, slots, slots, rng
+        )
         rooms = Rooms(decodes, decode.blocks, decode.block_size, self._at_once)
         self._decode_stage = DecodeStage(
             self.decodes, kv_links, calls, metrics, prefill.lease_s, rooms

@@ -81,9 +81,10 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
         made = scheduler(group)
         for _ in range(10):
             assert made._budget.spend()
-        made._decode_stage._pairs["prefill_0", "decode_0"].failed(asyncio.get_running_loop().time())
-        made._decode_stage._pairs["prefill_1", "decode_0"].failed(asyncio.get_running_loop().time())
-        joined = dict(made._kv_links._joined)
+        for prefill in ("prefill_0", "prefill_1"):
+            made._decode_stage.not_handed_over(prefill, "decode_0")
+        links = made._kv_links._joined
+        joined = dict(links.known)
         budget, takes = made._budget._left, made._prefill_stage._latency.expected(100)
         assert takes > 0
         assert len(joined) == 4
@@ -95,10 +96,10 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
         assert made is scheduler(group)
         assert made._budget._left == budget
         assert made._prefill_stage._latency.expected(100) == takes
-        assert set(made._decode_stage._pairs) == {("prefill_0", "decode_0")}
+        assert set(made._decode_stage._pairs.known) == {("prefill_0", "decode_0")}
         links = made._kv_links._joined
-        assert links["prefill_0", "decode_0"] == joined["prefill_0", "decode_0"]
-        assert set(links) == {(f"prefill_{i}", f"decode_{j}") for i in (0, 2) for j in (0, 2)}
+        assert links.known.get(("prefill_0", "decode_0")) == joined["prefill_0", "decode_0"]
+        assert set(links.known) == {(f"prefill_{i}", f"decode_{j}") for i in (0, 2) for j in (0, 2)}
 
         again = [site.request(prompt) for prompt in prompts]
         for before, after in zip(asked, again, strict=True):
@@ -126,7 +127,7 @@ async def test_who_leaves_while_it_is_introduced_has_no_link(tmp_path: Path) -> 
         connected.groups.take(members({0}, {0}))
         await meeting
         await connected.groups.sweep()
-        assert set(links._joined) == {("prefill_0", "decode_0")}
+        assert set(links._joined.known) == {("prefill_0", "decode_0")}
         await connected.groups.close()
 
 
@@ -164,7 +165,8 @@ def known(group: Group) -> set[str]:
         name
         for stage in (made._prefill_stage, made._decode_stage)
         for holders in stage._prefixes._holders.values()
-        for name in holders
+        for name, life in holders.items()
+        if life == stage._prefixes._lives.get(name, 0)
     }
 
 
@@ -175,16 +177,21 @@ def state(group: Group) -> object:
     return (
         {one.name for one in made.prefills.instances},
         {one.name for one in made.decodes.instances},
-        {one.name for one in rooms._decodes},
-        set(made._kv_links._refused),
+        {one.name for one in rooms._members},
+        set(made._kv_links._refused.known),
         rooms._at_once,
-        set(made._kv_links._joined),
+        set(made._kv_links._joined.known),
         made._kv_links.useless,
-        made._prefill_stage._prefills == frozenset(made.prefills.instances),
-        (len(made.prefills), len(made.prefills._watching), len(made.prefills._busy)),
-        (len(made.decodes), len(made.decodes._watching), len(made.decodes._busy)),
-        [(one.open, one.offers, one.tokens, one.computed) for one in made.prefills.instances],
-        [(one.open, one.room.slots, one.room.blocks) for one in made.decodes.instances],
+        set(made._prefill_stage._members.values()) == set(made.prefills.instances),
+        [
+            (len(line), len(line._watching), len(list(line.candidates.busy)))
+            for line in (made.prefills, made.decodes)
+        ],
+        [
+            (one.load.open, one.load.offers, one.load.tokens, one.load.computed)
+            for one in made.prefills.instances
+        ],
+        [(one.load.open, one.room.slots, one.room.blocks) for one in made.decodes.instances],
     )
 
 
@@ -217,7 +224,8 @@ def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
                 requests += new
                 tasks += [asyncio.create_task(serve(group, one)) for one in new]
                 for line in (scheduler(group).prefills, scheduler(group).decodes):
-                    assert set(line._watching) | line._busy | line._told <= set(line.instances)
+                    seen = {*line._watching, *line.candidates.busy, *line.candidates._told}
+                    assert seen <= set(line.instances)
                 await asyncio.sleep(pause)
                 await connected.groups.sweep()
             answers = await asyncio.gather(*tasks)
@@ -229,7 +237,7 @@ def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
             assert set(connected.links) - connected.closed == expected
             assert known(group) <= expected
             pairs_known = scheduler(group)._decode_stage._pairs
-            assert {name for pair in pairs_known for name in pair} <= expected
+            assert {name for pair in pairs_known.known for name in pair} <= expected
             pairs = len(prefills) * len(decodes)
             for kind, count in {"connected": pairs, "refused": 0, "unknown": 0}.items():
                 assert site.level("pdserve_kv_links", group="a", state=kind) == count

@@ -189,7 +189,7 @@ async def test_reader_who_leaves_cancels(tmp_path: Path) -> None:
             try:
                 await chunks.aclose()
                 assert request.state is State.CANCELLED
-                assert [i.open for role in site.instances for i in role] == [0, 0]
+                assert [i.load.open for role in site.instances for i in role] == [0, 0]
             finally:
                 gc.enable()
             await site.idle()

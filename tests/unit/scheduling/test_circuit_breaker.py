@@ -97,8 +97,8 @@ async def test_one_trial_at_a_time() -> None:
     seen = 0
     for _ in range(100):
         await asyncio.sleep(0.05)
-        assert instance.offers <= 1
-        seen += instance.offers
+        assert instance.load.offers <= 1
+        seen += instance.load.offers
     assert seen > 40, "some trial or other was under way most of the time"
     assert desk.messages[PrefillRequest] <= 3
     for task in tasks:

@@ -78,7 +78,7 @@ async def test_lost_in_mid_stream_another_goes_on(tmp_path: Path, how: str) -> N
         assert site.total("pdserve_retries_total", phase="decode", reason="error") == 1
         silence = 3.0 if how == "falls silent" else 0.0
         assert request.ended - request.arrived < 2.02 + silence + 0.1
-        assert [one.open for role in site.instances for one in role] == [0, 0, 0]
+        assert [one.load.open for role in site.instances for one in role] == [0, 0, 0]
         # It may not have heard of the release: the answer that nobody wants runs to its end.
         await let_go(site)
 

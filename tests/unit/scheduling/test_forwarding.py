@@ -38,7 +38,7 @@ async def let_go(gateway: Gateway, *desks: Desk) -> None:
     """Nobody waits, and nothing is held or watched any more."""
     await asyncio.sleep(0.05)
     assert not len(gateway.forwarding)
-    assert [instance.open for instance in gateway.instances] == [0] * len(desks)
+    assert [instance.load.open for instance in gateway.instances] == [0] * len(desks)
     assert not any(desk._watches or desk.held for desk in desks)
     assert not gateway.forwarding._watching
 
@@ -65,7 +65,7 @@ async def test_a_slot_that_is_freed_while_others_are_asked() -> None:
     """Busy when it was asked; free before the last of the others has said that it is busy."""
     desks = full(1, 1, 1)
     gateway = Gateway(desks)
-    gateway.instances[0].open = -1  # so that it is asked first
+    gateway.instances[0].load.add(-1)  # so that it is asked first
     task = gateway.start(gateway.request())
 
     def third(request: object) -> None:

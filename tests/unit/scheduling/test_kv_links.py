@@ -72,12 +72,15 @@ async def test_a_stranger_is_introduced_by_the_request(tmp_path: Path) -> None:
 @virtual
 async def test_a_decode_with_a_new_life(tmp_path: Path) -> None:
     async with Site(tmp_path, decodes=2, profile=TIMES) as site:
+        running = asyncio.create_task(site.kv_links.run())
+        await asyncio.sleep(0.1)
         for _ in range(2):
             forget_all(site)
             requests = [site.request() for _ in range(4)]
             answers = await asyncio.gather(*map(site.answer, requests))
             assert answers == [site.expected(request) for request in requests]
         assert all(link.of(Stranger) for link in site.d_links)
+        running.cancel()
         await site.idle()
 
 

@@ -215,7 +215,7 @@ async def test_a_reader_who_leaves_with_the_first_token(tmp_path: Path) -> None:
         chunks = site.scheduler.run(site.request(200, max_tokens=50))
         await anext(chunks)
         await chunks.aclose()
-        assert [i.open for role in site.instances for i in role] == [0, 0]
+        assert [i.load.open for role in site.instances for i in role] == [0, 0]
         await site.idle(CLEAN_S)
 
 
@@ -226,7 +226,7 @@ async def test_its_time_limit_passes_while_it_is_followed(tmp_path: Path) -> Non
         with pytest.raises(errors.Late, match="time limit"):
             await site.answer(request)
         assert request.state is State.EXPIRED
-        assert [i.open for role in site.instances for i in role] == [0, 0]
+        assert [i.load.open for role in site.instances for i in role] == [0, 0]
         await site.idle(CLEAN_S)
 
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pdserve import errors
-from pdserve.rpc.messages import Accepted, Described, Joined, Prefilled, Tokens
+from pdserve.rpc.messages import (
+    Accepted,
+    Described,
+    Joined,
+    Prefilled,
+    PrefillRequest,
+    Tokens,
+)
 from pdserve.scheduling.circuit_breaker import LONGEST_S
 from pdserve.scheduling.offering import ANSWER_S
 from pdserve.scheduling.request import RECOVER_S, Request, State
@@ -142,7 +149,7 @@ async def test_time_limit_ends_a_request_wherever_it_is(
             await task
         assert request.state is State.EXPIRED
         assert request.ended - request.arrived == pytest.approx(LIMIT_S, abs=1e-3)
-        assert [one.open for role in site.instances for one in role] == [0, 0]
+        assert [one.load.open for role in site.instances for one in role] == [0, 0]
         assert site.total("pdserve_requests_total", outcome="expired") == 1
         for link in (*site.p_links, *site.d_links):
             link.lose, link.broken = (lambda message: False), None
@@ -157,6 +164,18 @@ async def test_a_limit_longer_than_it_takes_changes_nothing(tmp_path: Path) -> N
     async with Site(tmp_path, profile=TIMES) as site:
         request = site.request(max_tokens=50, time_limit_s=0.6)
         assert await site.answer(request) == site.expected(request)
+        await site.idle()
+
+
+@virtual
+async def test_no_prefill_is_asked_once_the_limit_has_passed(tmp_path: Path) -> None:
+    """A loop that is late comes to an offer after the limit, which no message can carry then."""
+    async with Site(tmp_path) as site:
+        request = site.request(ttft_limit_s=-0.001)
+        with pytest.raises(errors.Late):
+            await site.answer(request)
+        assert not site.p_links[0].of(PrefillRequest)
+        assert site.instances[0][0].breaker.closed
         await site.idle()
 
 

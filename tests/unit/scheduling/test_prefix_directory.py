@@ -39,13 +39,13 @@ def chain(tokens: int, salt: str = "", start: int = 0) -> list[bytes]:
 def test_tokens_that_each_is_believed_to_have() -> None:
     known = PrefixDirectory()
     blocks = chain(5 * BLOCK_TOKENS)
-    assert known.cached(blocks) == {}
+    assert known.cached(blocks).some == {}
     known.stored("a", b"".join(blocks[:4]))
     known.stored("b", b"".join(blocks[:2]))
     known.stored("c", b"".join(chain(5 * BLOCK_TOKENS, start=7)))
-    assert known.cached(blocks) == {"a": 4 * BLOCK_TOKENS, "b": 2 * BLOCK_TOKENS}
-    assert known.cached(blocks[:1]) == {"a": BLOCK_TOKENS, "b": BLOCK_TOKENS}
-    assert known.cached([]) == {}
+    assert known.cached(blocks).some == {"a": 4 * BLOCK_TOKENS, "b": 2 * BLOCK_TOKENS}
+    assert known.cached(blocks[:1]).some == {"a": BLOCK_TOKENS, "b": BLOCK_TOKENS}
+    assert known.cached([]).some == {}
 
 
 def test_a_gap_ends_a_prefix() -> None:
@@ -54,9 +54,9 @@ def test_a_gap_ends_a_prefix() -> None:
     known.stored("a", b"".join(blocks))
     known.stored("b", b"".join(blocks))
     known.gone("a", blocks[1:2])
-    assert known.cached(blocks) == {"a": BLOCK_TOKENS, "b": 4 * BLOCK_TOKENS}
+    assert known.cached(blocks).some == {"a": BLOCK_TOKENS, "b": 4 * BLOCK_TOKENS}
     known.gone("b", blocks[:1])
-    assert known.cached(blocks) == {"a": BLOCK_TOKENS}
+    assert known.cached(blocks).some == {"a": BLOCK_TOKENS}
 
 
 def test_no_more_is_hashed_than_leads_on() -> None:
@@ -65,7 +65,7 @@ def test_no_more_is_hashed_than_leads_on() -> None:
     blocks = chain(4 * BLOCK_TOKENS)
     known.stored("a", b"".join(blocks[:2]))
     taken = iter(blocks)
-    assert known.cached(taken) == {"a": 2 * BLOCK_TOKENS}
+    assert known.cached(taken).some == {"a": 2 * BLOCK_TOKENS}
     assert list(taken) == blocks[3:]
 
 
@@ -75,7 +75,7 @@ def test_what_has_failed_has_nothing() -> None:
     known.stored("a", b"".join(blocks))
     known.stored("b", b"".join(blocks))
     known.forget("a")
-    assert known.cached(blocks) == {"b": 2 * BLOCK_TOKENS}
+    assert known.cached(blocks).some == {"b": 2 * BLOCK_TOKENS}
 
 
 def test_no_more_than_so_many_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,15 +87,15 @@ def test_no_more_than_so_many_are_known(monkeypatch: pytest.MonkeyPatch) -> None
     known.stored("a", b"".join(new))
     known.stored("a", b"".join(old))
     known.stored("a", b"".join(chain(4 * BLOCK_TOKENS, start=9)))
-    assert known.cached(old) == {"a": 4 * BLOCK_TOKENS}
-    assert known.cached(new) == {}
+    assert known.cached(old).some == {"a": 4 * BLOCK_TOKENS}
+    assert known.cached(new).some == {}
 
 
 def test_equal_prompts_of_two_tenants_are_not_equal() -> None:
     known = PrefixDirectory()
     known.stored("a", b"".join(chain(64, "one")))
-    assert known.cached(chain(64, "one"))
-    assert not known.cached(chain(64, "two"))
+    assert known.cached(chain(64, "one")).some
+    assert not known.cached(chain(64, "two")).some
 
 
 # Where requests go.
@@ -202,10 +202,10 @@ async def test_what_was_evicted_is_found_out(tmp_path: Path) -> None:
         known = site.scheduler._prefill_stage._prefixes
         request = site.request(site.prompt(5, system), max_tokens=1)
         blocks = list(digests(request.prompt, request.tenant))
-        assert known.cached(blocks) == {first.prefill: 640}
+        assert known.cached(blocks).some == {first.prefill: 640}
         await serve(site, request)
         assert (request.prefill, request.cached_tokens) == (first.prefill, 0)
-        assert known.cached(blocks) == {first.prefill: 640}, "it has been computed there again"
+        assert known.cached(blocks).some == {first.prefill: 640}, "it has been computed there again"
         await site.idle(0.3)
 
 
@@ -220,10 +220,10 @@ async def test_an_answer_that_found_less_corrects_the_belief(tmp_path: Path) -> 
         known.stored("prefill_1", b"".join(blocks[:11]))  # which is not so
         expected = asyncio.create_task(site.answer(again))
         await asyncio.sleep(0.001)
-        assert site.instances[0][1].tokens == 360 - 352
+        assert site.instances[0][1].load.tokens == 360 - 352
         assert await expected == site.expected(again)
         assert (again.prefill, again.cached_tokens) == ("prefill_1", 0)
-        assert known.cached(blocks) == {"prefill_0": 320, "prefill_1": 352}, "it has it by now"
+        assert known.cached(blocks).some == {"prefill_0": 320, "prefill_1": 352}, "it has it by now"
         site.instances[0][1].failed()
         known.stored("prefill_0", b"".join(blocks[:11]))
         third = site.request(again.prompt, max_tokens=1)

@@ -44,7 +44,7 @@ def test_what_is_promised_is_not_promised_again() -> None:
     assert rooms.find(100, 0.0) is decodes[0], "what is not known is room"
     assert rooms.plenty(0.0)
     for decode in decodes:
-        decode.room = told(2, 100)
+        decode.room.tell(messages.Room(2, 100), 0.0)
     woken: list[int] = []
     first = rooms.find(60, 0.0)
     assert first is decodes[0]
@@ -68,20 +68,20 @@ def test_plenty_is_room_for_all_that_may_come_at_once_and_known_of_late() -> Non
     decode = Instance("decode_0", Desk())
     rooms = Rooms([decode], blocks=100, block_size=16, at_once=4)
     rooms.need(16 * 25)
-    decode.room = told(4, 100)
+    decode.room.tell(messages.Room(4, 100), 0.0)
     assert rooms.plenty(KNOWN_S / 2)
     assert not rooms.plenty(KNOWN_S)
     assert rooms.plenty(KNOWN_S, math.inf)
-    decode.room = told(3, 100)
+    decode.room.tell(messages.Room(3, 100), 0.0)
     assert not rooms.plenty(0.0)
-    decode.room = told(4, 99)
+    decode.room.tell(messages.Room(4, 99), 0.0)
     assert not rooms.plenty(0.0)
 
 
 def test_a_decode_that_has_failed_has_room_for_one_trial() -> None:
     decodes = [Instance(f"decode_{number}", Desk()) for number in range(2)]
     rooms = Rooms(decodes, blocks=100, block_size=16, at_once=3)
-    decodes[0].room = told(0, 100)
+    decodes[0].room.tell(messages.Room(0, 100), 0.0)
     assert rooms.find(1, 0.0) is decodes[1]
     decodes[1].breaker.failed(0.0)
     assert rooms.find(1, 0.0) is None, "not known is no room where it is known to have failed"
@@ -98,7 +98,7 @@ def test_what_a_failed_decode_has_told_keeps_no_trial_from_it() -> None:
     decode = Instance("decode_0", Desk())
     rooms = Rooms([decode], blocks=100, block_size=16, at_once=3)
     decode.breaker.failed(0.0)
-    decode.room = told(0, 0)
+    decode.room.tell(messages.Room(0, 0), 0.0)
     assert rooms.find(1, 0.0) is None
     assert rooms.find(1, FIRST_S) is decode
     Promise(decode.room, 1)
