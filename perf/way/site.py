@@ -149,8 +149,7 @@ def _prefill(deployment: config.Deployment, metrics: Registry) -> PrefillInstanc
     limits, model = deployment.prefill, build.model(deployment)
     terms = plane.terms(deployment, model.fingerprint, model.layout)
     holder = plane.holder(deployment, "prefill_0", terms, limits.slots + MAX_QUARANTINED)
-    engine = build.prefill(model)
-    return PrefillInstance("prefill_0", model, engine, limits, holder, terms.sharding, metrics)
+    return PrefillInstance("prefill_0", model, build.prefill(model), limits, holder, metrics)
 
 
 def _decode(deployment: config.Deployment, metrics: Registry) -> DecodeInstance:

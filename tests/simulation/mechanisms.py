@@ -74,9 +74,7 @@ MECHANISMS: dict[str, Patches] = {
     # Who waits for longer goes first.
     "order": ((Request, "order", property(lambda request: (False, -request.arrived))),),
     # A prompt whose limit has passed is not computed.
-    "limit in the prefill": (
-        (PrefillInstance, "_worth_computing", lambda prefill: bool(prefill._pending)),
-    ),
+    "limit in the prefill": ((PrefillInstance, "_give_up_late", _nothing),),
 }
 
 

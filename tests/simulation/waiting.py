@@ -121,7 +121,7 @@ class Waiting:
         if not admits(instance, request, role, self._world.loop.time()):
             return False
         if isinstance(one, PrefillInstance):
-            nbytes = one._sharding.nbytes(one._model.layout, len(request.so_far) // 4)
+            nbytes = len(request.so_far) // 4 * one._holder.token_bytes
             return one._lending.arena._can_make_room(-(-nbytes // PAGE) * PAGE)
         pool, prefill = one._blocks.pool, gateway.instances[request.prefill]
         room = (pool.free_blocks + pool.cached_blocks) * pool.block_size

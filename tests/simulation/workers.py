@@ -91,9 +91,7 @@ class Workers:
         holder = Holder(name, region, plan.arena_bytes, slots, self._terms, ways)
         self._holders[region] = name, process
         engine = Prefill(self.model)
-        instance = PrefillInstance(
-            name, self.model, engine, plan.prefill, holder, Sharding(), Registry()
-        )
+        instance = PrefillInstance(name, self.model, engine, plan.prefill, holder, Registry())
         return Life(process, instance, holder)
 
     def _decode(self, name: str, process: Process) -> Life:

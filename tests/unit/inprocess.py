@@ -336,7 +336,7 @@ class Site:
             for i in range(self.prefills)
         ]
         self.p = [
-            PrefillInstance(f"prefill_{i}", self.model, engine, limits_p, holder, cut, self.metrics)
+            PrefillInstance(f"prefill_{i}", self.model, engine, limits_p, holder, self.metrics)
             for i, (engine, holder) in enumerate(zip(self.p_engines, self.holders, strict=True))
         ]
         self.receivers = [

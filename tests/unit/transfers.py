@@ -128,34 +128,42 @@ class Sender:
         self.lent: list[Offer] = []
         opened.append(self)
 
-    def begin(self, tokens: int = TOKENS, until: float | None = None) -> Offer:
-        """A leased KV cache, of which nothing has been computed yet."""
+    def _allocate(self, tokens: int) -> Offer:
+        """A KV cache that is not leased yet, and of which nothing has been computed."""
         layout, sharding = self.terms.layout, self.terms.sharding
-        until = time.monotonic() + 60 if until is None else until
         loan = self.lending.allocate(sharding.nbytes(layout, tokens))
         assert loan is not None, "no room"
-        sealed = self.lending.lend(loan, tokens, until)
         held = loan.range
         data = self.holder.data[held.offset : held.offset + held.nbytes]
         data[:] = 0
         whole = self.rng.integers(1, 256, layout.shape(tokens), np.uint8)
         parts = data.reshape(sharding.parts, layout.planes, tokens, -1)
-        self.lent.append(Offer(loan, sealed, whole, parts))
+        self.lent.append(Offer(loan, b"", whole, parts))
         return self.lent[-1]
+
+    def begin(self, tokens: int = TOKENS, until: float | None = None) -> Offer:
+        """A leased KV cache, of which nothing has been computed yet."""
+        offer = self._allocate(tokens)
+        until = time.monotonic() + 60 if until is None else until
+        offer.sealed = self.lending.lend(offer.loan, tokens, until)
+        return offer
 
     def compute(self, offer: Offer, planes: int) -> None:
         """The first `planes` planes are complete."""
+        self._write(offer, planes)
+        self.lending.fill(offer.loan, planes)
+
+    def _write(self, offer: Offer, planes: int) -> None:
         layout, sharding = self.terms.layout, self.terms.sharding
         for part in range(sharding.parts):
             offer.parts[part][:planes] = offer.whole[:planes, :, columns(sharding, layout, part)]
-        self.lending.fill(offer.loan, planes)
 
     def offer(self, tokens: int = TOKENS, until: float | None = None) -> Offer:
-        """A leased KV cache, complete."""
+        """A KV cache that is complete when it is leased."""
         until = time.monotonic() + 60 if until is None else until
-        offer = self.begin(tokens, until)
-        self.compute(offer, self.terms.layout.planes)
-        self.lending.complete(offer.loan, self.terms.layout.planes, token=7, until=until)
+        offer, planes = self._allocate(tokens), self.terms.layout.planes
+        self._write(offer, planes)
+        offer.sealed = self.lending.complete(offer.loan, tokens, planes, 7, until)
         return offer
 
     def end(self, offer: Offer, now: float) -> None:

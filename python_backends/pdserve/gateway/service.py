@@ -156,8 +156,8 @@ class Service:
             raise
         group = scenario.next_group()
         self._metrics.add(catalogue.ROUTED_REQUESTS, 1, scenario=request.scenario, group=group.name)
-        trace.carry(request)
         text = TextStream(self._vocabulary, asked.stop)
+        trace.carry(request)
         reads_text = in_text or bool(asked.stop)
         piece, ids, told = prompt.echo, list[int](), 0
         with group.serving(request) as scheduler:

@@ -41,6 +41,7 @@ class KVImports:
     ) -> None:
         self._name = name
         self._engine = engine
+        self._token_bytes = engine.pool[:, 0].nbytes
         self._receiver = receiver
         self._metrics = metrics
         self._puller = pools.started(pulls, "pull", _step_back)
@@ -97,7 +98,7 @@ class KVImports:
         done: Callable[[Pulled | Exception], None],
     ) -> None:
         """Bring a KV cache into its blocks; `done` is called once, perhaps before this returns."""
-        small = handle.nbytes <= INLINE_PULL and self._receiver.mapped(handle)
+        small = handle.tokens * self._token_bytes <= INLINE_PULL and self._receiver.mapped(handle)
         if small and sequence.tokens:  # else it is still being computed
             self._end(self._pull(handle, reserved, sequence), done)
         else:

@@ -21,7 +21,6 @@ from pdserve.instances.slot_watches import WATCHED_S, Send, SlotWatches
 from pdserve.instances.slots import show
 from pdserve.kvcache.arena import Range, State
 from pdserve.kvcache.prefix_index import PrefixIndex, shorten
-from pdserve.kvcache.sharding import Sharding
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
@@ -71,7 +70,6 @@ class PrefillInstance:
 
     Args:
         holder: of its memory; its data is the arena. Closed with the instance.
-        sharding: how a KV cache lies in its range.
     """
 
     def __init__(
@@ -81,7 +79,6 @@ class PrefillInstance:
         engine: PrefillEngine,
         limits: config.Prefill,
         holder: Holder,
-        sharding: Sharding,
         metrics: Registry,
     ) -> None:
         self._name = name
@@ -90,7 +87,6 @@ class PrefillInstance:
         self._limits = limits
         self._metrics = metrics
         self._holder = holder
-        self._sharding = sharding
         self._prefixes = PrefixIndex[Range]()
         self._lending = LeaseManager(holder, self._prefixes.remove)
         self._held: dict[str, _Held] = {}
@@ -101,7 +97,7 @@ class PrefillInstance:
         self._watches = SlotWatches()
         self._stirred = asyncio.Event()
         """Something is free for those who watch, or may soon be so by itself."""
-        self._forwards = Forwards(nearly_over=self._stirred.set)
+        self._forwards = Forwards(nearly_over=self._stir)
         self._refused_with = -1
         """Bytes that the arena had to give when they were too few; -1: some have come since."""
         self._tasks = Background()
@@ -142,7 +138,7 @@ class PrefillInstance:
             self._watches.took(request.gateway)
             send(Failed(error.code, f"{self._name}: {error}"), True)
             return
-        nbytes = self._sharding.nbytes(self._model.layout, len(tokens))
+        nbytes = len(tokens) * self._holder.token_bytes
         if nbytes > self._lending.arena.capacity:
             message = (
                 f"the KV cache of {len(tokens)} prompt tokens takes {nbytes} bytes; "
@@ -168,15 +164,16 @@ class PrefillInstance:
             self._refused_with = self._available()
             send(Busy("arena"), True)
             return
+        kv = self._holder.kv_range(loan.range.offset, loan.range.nbytes)
+        job = PrefillJob(tokens, kv.whole, request.sampling, kv.publish, request.outputs)
         self._watches.took(request.gateway)
-        kv = self._kv(loan.range)
         held = _Held(
             request=request,
             send=send,
             acceptance=Acceptance(send),
             loan=loan,
             kv=kv,
-            job=PrefillJob(tokens, kv.whole, request.sampling, kv.publish, request.outputs),
+            job=job,
             salt=request.tenant,
             deadline=self._loop.time() + request.deadline_ms / 1e3,
         )
@@ -200,12 +197,6 @@ class PrefillInstance:
         else:
             self._pending.append(held)
             self._work.set()
-
-    def _kv(self, range_: Range) -> KVRange:
-        layout = self._model.layout
-        tokens = range_.nbytes // self._sharding.nbytes(layout, 1)
-        data = self._holder.data[range_.offset : range_.offset + range_.nbytes]
-        return KVRange(data, layout, self._sharding, tokens)
 
     def _open_early(self, held: _Held) -> None:
         """Let a decode follow the computation."""
@@ -268,34 +259,38 @@ class PrefillInstance:
         while True:
             await self._work.wait()
             self._work.clear()
-            while self._worth_computing():
-                batch, sources = self._next_batch()
-                began = self._loop.time()
-                uncached = sum(len(held.job.tokens) - held.job.cached for held in batch)
-                try:
-                    with self._forwards.running(len(batch), uncached):
-                        tokens = await self._engine.prefill([held.job for held in batch])
-                except Exception as error:  # one bad forward may not end the instance
-                    failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
-                    for held in batch:
-                        self._end(held, failed)
-                    continue
-                finally:
-                    for source in sources:
-                        self._lending.arena.unpin(source)
-                        self._refused_with = -1
-                self._metrics.add(catalogue.STEPS, 1, instance=self._name)
-                ms = (self._loop.time() - began) * 1e3
-                for held, token in zip(batch, tokens, strict=True):
-                    self._hand_over(held, token, ms)
+            while self._pending:
+                self._give_up_late()
+                if self._pending:
+                    await self._forward(*self._next_batch())
 
-    def _worth_computing(self) -> bool:
-        """Whether any prompt waits, once those have been given up whose limit has passed."""
+    async def _forward(self, batch: list[_Held], sources: list[Range]) -> None:
+        """Compute prompts together, and hand each over."""
+        began = self._loop.time()
+        uncached = sum(len(held.job.tokens) - held.job.cached for held in batch)
+        try:
+            with self._forwards.running(len(batch), uncached):
+                tokens = await self._engine.prefill([held.job for held in batch])
+        except Exception as error:  # one bad forward may not end the instance
+            failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
+            for held in batch:
+                self._end(held, failed)
+            return
+        finally:
+            for source in sources:
+                self._lending.arena.unpin(source)
+                self._refused_with = -1
+        self._metrics.add(catalogue.STEPS, 1, instance=self._name)
+        ms = (self._loop.time() - began) * 1e3
+        for held, token in zip(batch, tokens, strict=True):
+            self._hand_over(held, token, ms)
+
+    def _give_up_late(self) -> None:
+        """Give up the prompts whose limit has passed."""
         now = self._loop.time()
         for held in [held for held in self._pending if now >= held.deadline]:
             self._pending.remove(held)
             self._end(held, Failed(errors.Unavailable.code, "too late to begin with it"))
-        return bool(self._pending)
 
     def _next_batch(self) -> tuple[list[_Held], list[Range]]:
         """The prompts of the next forward, first come first, and the ranges their prefixes are in.
@@ -323,7 +318,7 @@ class PrefillInstance:
                 continue
             if found is not None:
                 source, job.cached = found
-                job.prefix = self._kv(source)
+                job.prefix = self._holder.kv_range(source.offset, source.nbytes)
                 self._lending.arena.pin(source)
                 sources.append(source)
             batch.append(held)
@@ -342,14 +337,12 @@ class PrefillInstance:
             return
         held.acceptance.end()
         held.computing = False
-        self._stirred.set()
+        self._stir()
         planes = self._model.layout.planes
         held.kv.publish(planes)
         until = self._loop.time() + self._limits.lease_s
-        handle = b""  # told before, if a decode follows
-        if held.loan.slot is None:
-            handle = self._lending.lend(held.loan, len(held.job.tokens), until)
-        self._lending.complete(held.loan, planes, token, until)
+        # Empty, and told before, if a decode follows.
+        handle = self._lending.complete(held.loan, len(held.job.tokens), planes, token, until)
         stored = shorten(self._prefixes.add(held.loan.range, held.job.tokens, held.salt))
         eos = token in self._model.eos_ids
         held.send(Prefilled(token, eos, handle, held.job.cached, compute_ms, stored), True)
@@ -365,7 +358,7 @@ class PrefillInstance:
     def _take_back(self, held: _Held) -> None:
         """What is held for a request ends: taken, unwanted, failed, or over."""
         del self._held[held.request.id]
-        self._stirred.set()
+        self._stir()
         self._lending.give_back(held.loan, self._loop.time())
 
     def _sweep(self) -> None:
@@ -374,6 +367,11 @@ class PrefillInstance:
             if not held.computing and self._lending.over(held.loan, now):
                 self._take_back(held)
         self._lending.sweep(now)
+
+    def _stir(self) -> None:
+        """Something is free, or may soon be so by itself; matters to those who watch alone."""
+        if self._watches:
+            self._stirred.set()
 
     async def _attend(self) -> None:
         """While somebody watches, see soon what has ended."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Literal
 
 import msgspec
@@ -11,7 +12,7 @@ _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
-class KVLayout(msgspec.Struct, frozen=True, array_like=True):
+class KVLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
     """One prompt's KV cache: [layers][2: K, V][tokens][kv_heads][head_dim], C order.
 
     A *plane* is one layer's K (or V), a *row* kv_heads * head_dim elements of it: one token's.
@@ -23,22 +24,22 @@ class KVLayout(msgspec.Struct, frozen=True, array_like=True):
     head_dim: Count
     dtype: Literal["float32", "bfloat16", "float16"]
 
-    @property
+    @cached_property
     def itemsize(self) -> int:
         """Bytes of one element."""
         return _ITEMSIZE[self.dtype]
 
-    @property
+    @cached_property
     def planes(self) -> int:
         """Layers' Ks and Vs: they alternate."""
         return self.layers * 2
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one token of one plane."""
         return self.kv_heads * self.head_dim * self.itemsize
 
-    @property
+    @cached_property
     def bytes_per_token(self) -> int:
         """Bytes of one token over all planes."""
         return self.planes * self.row_bytes

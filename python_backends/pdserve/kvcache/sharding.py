@@ -16,6 +16,7 @@ With more ranks than heads, several ranks hold the same head, as tensor-parallel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 
@@ -23,13 +24,13 @@ from pdserve.errors import DeploymentError
 from pdserve.kvcache.layout import Count, KVLayout
 
 
-class Sharding(msgspec.Struct, frozen=True, array_like=True):
+class Sharding(msgspec.Struct, frozen=True, array_like=True, dict=True):
     """How a KV cache is cut at its holder: into `ranks` ranges of `slices` parts each."""
 
     ranks: Count = 1
     slices: Count = 1
 
-    @property
+    @cached_property
     def parts(self) -> int:
         return self.ranks * self.slices
 

@@ -22,6 +22,4 @@ class TritonPythonModel(InstanceModel):
         model = build.model(deployment)
         terms = plane.terms(deployment, model.fingerprint, model.layout)
         holder = plane.holder(deployment, name, terms, limits.slots + MAX_QUARANTINED)
-        return PrefillInstance(
-            name, model, build.prefill(model), limits, holder, terms.sharding, metrics
-        )
+        return PrefillInstance(name, model, build.prefill(model), limits, holder, metrics)

@@ -70,7 +70,6 @@ class Ends:
             ThreadedPrefill(model),
             config.Prefill(arena_mib=4),
             self.holder,
-            terms.sharding,
             metrics,
         )
         self.d = DecodeInstance("d", model, engine, limits, self.receiver, 1, TURN, 1, metrics)

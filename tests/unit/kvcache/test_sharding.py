@@ -177,7 +177,7 @@ def test_a_pull_layer_by_layer_from_2_ranks_to_4() -> None:
         for planes in (2, 4, 6):
             await asyncio.sleep(0.02)
             sender.compute(offer, planes)
-        sender.lending.complete(offer.loan, 6, 7, time.monotonic() + 60)
+        sender.lending.complete(offer.loan, TOKENS, 6, 7, time.monotonic() + 60)
         return (await following).strategy
 
     assert loop.run_until_complete(follow()) == "layered"

@@ -77,7 +77,7 @@ def test_an_abort_wins_over_a_prefill_that_has_just_finished(sender: Sender, tak
     """vllm#29906: the handle is under way when the request is cancelled."""
     offer = sender.begin()
     handle = taker.receiver.open(offer.sealed)
-    sender.lending.complete(offer.loan, LAYOUT.planes, 7, time.monotonic() + 60)
+    sender.lending.complete(offer.loan, TOKENS, LAYOUT.planes, 7, time.monotonic() + 60)
     sender.end(offer, 0.0)
     with pytest.raises(HandleError, match="has ended"):
         taker.receiver.pull(handle, [(0, TOKENS)])

@@ -168,7 +168,7 @@ def test_planes_are_taken_as_they_are_filled(way: str) -> None:
         for planes in range(2, LAYOUT.planes + 1, 2):
             time.sleep(0.05)
             sender.compute(offer, planes)
-        sender.lending.complete(offer.loan, LAYOUT.planes, 331, time.monotonic() + 60)
+        sender.lending.complete(offer.loan, TOKENS, LAYOUT.planes, 331, time.monotonic() + 60)
 
     computing = threading.Thread(target=compute)
     computing.start()

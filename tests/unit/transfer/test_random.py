@@ -229,7 +229,7 @@ class Holder:
             self.sender.compute(offer, planes)
             if planes == LAYOUT.planes:
                 until = time.monotonic() + LEASE_S
-                self.sender.lending.complete(offer.loan, planes, 7, until)
+                self.sender.lending.complete(offer.loan, offer.whole.shape[1], planes, 7, until)
 
     def _cancel(self, offer: Offer) -> None:
         if offer in self.sender.lent:

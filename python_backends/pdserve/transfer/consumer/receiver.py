@@ -61,11 +61,22 @@ class Receiver:
         self._terms = terms
         self._pool = pool
         self._staging = staging
-        self._ranks = ranks
         self.strategy = strategy
         self._timeout_s = timeout_s
         self._clock = clock
         self.peers = Peers(terms, transports, pool, staging, rdma_only)
+        layout, sharding = terms.layout, terms.sharding
+        self._row_bytes = sharding.row_bytes(layout)
+        """Of one part."""
+        head_bytes = layout.row_bytes // layout.kv_heads
+        # Ranks that outnumber the heads want some of them twice; here all ranks are together.
+        wanted = {
+            route.first_head: route.part
+            for rank in range(ranks)
+            for route in routes(sharding, ranks, layout.kv_heads, rank)
+        }
+        self._wanted = [(part, head * head_bytes) for head, part in wanted.items()]
+        """The parts that are pulled, and where their bytes go in a row of the pool."""
 
     def join(self, data: bytes) -> tuple[str, Met]:
         """Meet a holder; see `Peers.join`."""
@@ -80,16 +91,16 @@ class Receiver:
         """
         handle = unseal(data, KVHandle, self._terms.key)
         handle.check(self._terms.fingerprint, self._terms.layout, self._terms.sharding)
+        end = handle.offset + handle.nbytes
         peer = self.peers.find(handle.epoch)
         if handle.lease >= peer.holder.slots:
             raise HandleError(
                 f"KV handle names lease slot {handle.lease}; "
                 f"{peer.holder.name} has {peer.holder.slots}"
             )
-        if handle.offset + handle.nbytes > peer.holder.data_bytes:
+        if end > peer.holder.data_bytes:
             raise HandleError(
-                f"KV handle ends at byte {handle.offset + handle.nbytes}; "
-                f"{peer.holder.name} has {peer.holder.data_bytes}"
+                f"KV handle ends at byte {end}; {peer.holder.name} has {peer.holder.data_bytes}"
             )
         self._check_time(peer, handle.expires, "KV handle")
         return handle
@@ -167,25 +178,18 @@ class Receiver:
     ) -> Move:
         # Whatever the way: rows of another request are not written, and none of this one left out.
         runs = checked(runs, handle.tokens - first, self._pool.shape[1])
-        sharding, layout = handle.sharding, self._terms.layout
-        part_bytes = handle.nbytes // sharding.parts
-        head_bytes = layout.row_bytes // layout.kv_heads
-        # Ranks that outnumber the heads want some of them twice; here all ranks are together.
-        wanted = {
-            route.first_head: route.part
-            for rank in range(self._ranks)
-            for route in routes(sharding, self._ranks, layout.kv_heads, rank)
-        }
+        planes = self._terms.layout.planes
+        part_bytes = planes * handle.tokens * self._row_bytes
         parts = tuple(
-            Part(handle.offset + part * part_bytes, sharding.row_bytes(layout), head * head_bytes)
-            for head, part in wanted.items()
+            Part(handle.offset + part * part_bytes, self._row_bytes, column)
+            for part, column in self._wanted
         )
         return Move(
             link=link,
             parts=parts,
             length=handle.tokens,
             tokens=range(first, handle.tokens),
-            planes=range(layout.planes),
+            planes=range(planes),
             pool=self._pool,
             runs=runs,
             deadline=deadline,

@@ -24,8 +24,11 @@ class LeaseTable:
         """Slots in use."""
         return len(self._grants)
 
-    def grant(self, expires: float) -> tuple[int, bytes]:
+    def grant(self, expires: float, planes: int = 0, token: int = -1) -> tuple[int, bytes]:
         """A slot, and the nonce that opens it until `expires` (seconds on CLOCK_MONOTONIC).
+
+        Args:
+            planes, token: what is filled already; see `fill`.
 
         Raises:
             Unavailable: every slot is in use.
@@ -33,7 +36,7 @@ class LeaseTable:
         if not self._free:
             raise Unavailable(f"all {self._region.slots} lease slots are in use")
         slot = self._free.popleft()
-        grant = Grant(new_nonce(), expires)
+        grant = Grant(new_nonce(), expires, planes, token)
         self._write(slot, grant)
         return slot, grant.nonce
 

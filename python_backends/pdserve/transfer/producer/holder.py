@@ -16,6 +16,7 @@ from pdserve.transfer.arrays import Array
 from pdserve.transfer.endpoint import Endpoint, Terms, host_id
 from pdserve.transfer.lease.region import SharedRegion
 from pdserve.transfer.lease.table import LeaseTable
+from pdserve.transfer.producer.kv_range import KVRange
 from pdserve.transfer.protocol import Memory, Transport, Unreachable
 
 _log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class Holder:
         """Uint8 [data_bytes]."""
         self.leases = LeaseTable(self.region)
         self._terms = terms
+        self.token_bytes = terms.sharding.nbytes(terms.layout, 1)
+        """What a token takes in the data, over all planes and parts."""
         self._transports = transports
         ways = self._offer()
         self._description = seal(
@@ -101,6 +104,12 @@ class Holder:
             self.region.unlink()
             raise DeploymentError(f"the arena can be reached by no transport; {'; '.join(reasons)}")
         return ways
+
+    def kv_range(self, offset: int, nbytes: int) -> KVRange:
+        """Bytes of the data, as the KV cache of as many tokens as fit."""
+        layout, sharding = self._terms.layout, self._terms.sharding
+        tokens = nbytes // self.token_bytes
+        return KVRange(self.data[offset : offset + nbytes], layout, sharding, tokens)
 
     @property
     def description(self) -> bytes:

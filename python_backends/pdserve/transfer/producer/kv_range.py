@@ -14,13 +14,11 @@ class KVRange:
     """`tokens` tokens in `data` uint8 [sharding.nbytes(layout, tokens)]."""
 
     def __init__(self, data: Array, layout: KVLayout, sharding: Sharding, tokens: int) -> None:
-        self._columns = [columns(sharding, layout, part) for part in range(sharding.parts)]
-        self._parts = data.reshape(
-            (sharding.parts, layout.planes, tokens, sharding.row_bytes(layout))
-        )
+        self._parts = data.reshape((sharding.parts, layout.planes, tokens, -1))
         self._published = 0
         self._data = data
-        self._shape = layout.shape(tokens)
+        self._layout = layout
+        self._sharding = sharding
 
     @cached_property
     def whole(self) -> Array:
@@ -32,7 +30,13 @@ class KVRange:
         """
         if len(self._parts) == 1:
             return self._parts[0]
-        return arrays.like(self._data, self._shape)
+        return arrays.like(self._data, self._layout.shape(self._parts.shape[2]))
+
+    @cached_property
+    def _columns(self) -> list[slice]:
+        """Where each part's bytes stand in a row of all heads."""
+        parts = range(self._sharding.parts)
+        return [columns(self._sharding, self._layout, part) for part in parts]
 
     def publish(self, planes: int) -> None:
         """The first `planes` planes of `whole` are complete."""

@@ -73,13 +73,27 @@ class LeaseManager:
         self._holder.written()
         self._leases.fill(loan.slot, planes)
 
-    def complete(self, loan: LeasedRange, planes: int, token: int, until: float) -> None:
-        """All is filled, and the first token is known; a decode has until then to begin."""
-        assert loan.slot is not None
+    def complete(
+        self, loan: LeasedRange, tokens: int, planes: int, token: int, until: float
+    ) -> bytes:
+        """All is filled, and the first token is known; a decode has until then to begin.
+
+        Returns:
+            A sealed handle of the KV cache; empty where ``lend`` has given one.
+
+        Raises:
+            Unavailable: every lease slot is in use.
+        """
         self._holder.written()
-        self._leases.extend(loan.slot, until)
-        self._leases.fill(loan.slot, planes, token)
+        handle = b""
+        if loan.slot is None:
+            loan.slot, nonce = self._leases.grant(until, planes, token)
+            handle = self._holder.handle(loan.range.offset, tokens, loan.slot, nonce, until)
+        else:
+            self._leases.extend(loan.slot, until)
+            self._leases.fill(loan.slot, planes, token)
         self.arena.lease(loan.range, until)
+        return handle
 
     def over(self, loan: LeasedRange, now: float) -> bool:
         """Whether a completed loan has ended: taken, never begun in time, or its reader silent."""
