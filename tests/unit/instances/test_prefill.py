@@ -6,6 +6,7 @@ import asyncio
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -70,6 +71,19 @@ async def test_quick_result_is_the_only_reply(tmp_path: Path) -> None:
         client.release("a")
         assert client.replies[-1][1:] == (Released(), True)
         await site.idle(0.0)
+
+
+@virtual
+async def test_it_does_not_wake_for_those_who_do_not_watch(tmp_path: Path) -> None:
+    async with Site(tmp_path, profile={"speed": 0}) as site:
+        client, prefill = Client(site), site.p[0]
+        with mock.patch.object(prefill, "_look", wraps=prefill._look) as look:
+            client.submit("a")
+            await asyncio.sleep(1)
+            client.release("a")
+            await asyncio.sleep(1)
+        assert isinstance(client.replies[0][1], Prefilled)
+        assert look.call_count == 1, "at the offer"
 
 
 @virtual
