@@ -22,7 +22,7 @@ import typer
 from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
-from tests.clients import connected, stream, wait_met
+from tests.clients import connected, stream, wait_linked
 from tests.hosts import network
 from tests.hosts.servers import running_on
 
@@ -122,7 +122,7 @@ def main(quick: Annotated[bool, typer.Option("--quick", help="few turns")] = Fal
                 deployment = _deployment(strategy, Path(folder) / "kv.key")
                 placement = {"left": "left", "right": "right"}
                 with running_on(made, deployment, placement, Path(folder)) as server:
-                    wait_met(server)
+                    wait_linked(server)
                     rows += asyncio.run(_measure(server, strategy, 2 if quick else 7))
     table = Table("tokens", "strategy", "MiB", "prefill", "transfer", "exposed", "second token")
     for row in rows:

@@ -31,7 +31,7 @@ from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.scheduler import Scheduler
-from pdserve.transfer.reports import NOTHING_PULLED, Met
+from pdserve.transfer.reports import NO_TRANSFER, LinkReport
 from perf.record import Record
 
 SIZES = (2, 32, 500, 1000, 2000)
@@ -65,18 +65,18 @@ class Memory:
         match request:
             case messages.Describe():
                 return [messages.Described(self.name.encode())]
-            case messages.Join() if self.refuses:
+            case messages.Connect() if self.refuses:
                 return [messages.Failed("INTERNAL", f"{self.name} reaches nothing")]
-            case messages.Join(description=prefill):
-                met = Met("shm", "", 1e-6, 4e9, {}, fallback=False)
-                return [messages.Joined(prefill.decode(), met, 46080, ROOM)]
+            case messages.Connect(endpoint=prefill):
+                link = LinkReport("shm", "", 1e-6, 4e9, {}, fallback=False)
+                return [messages.Connected(prefill.decode(), link, 46080, ROOM)]
             case messages.PrefillRequest() | messages.DecodeRequest() if self.busy:
                 return [messages.Busy("slots")]
             case messages.PrefillRequest():
                 return [messages.Prefilled(7, False, b"handle", 0, 1.0)]
             case messages.DecodeRequest():
                 tokens = bytes(8)
-                return [messages.Tokens(1, tokens, "length", NOTHING_PULLED, ROOM)]
+                return [messages.Tokens(1, tokens, "length", NO_TRANSFER, ROOM)]
             case _:
                 return []
 

@@ -285,7 +285,7 @@ _STATES = {
 }
 
 
-def wait_met(server: Running, within: float = 10.0) -> None:
+def wait_linked(server: Running, within: float = 10.0) -> None:
     """Until every gateway of a server has brought every prefill and decode together."""
 
     def unmet() -> dict[str, float]:

@@ -24,11 +24,11 @@ from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
 from pdserve.rpc.messages import (
     Busy,
+    Connect,
+    Connected,
     DecodeRequest,
     Describe,
     Described,
-    Join,
-    Joined,
     Prefilled,
     PrefillRequest,
     Release,
@@ -41,16 +41,16 @@ from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.scheduler import Scheduler
-from pdserve.transfer.reports import NOTHING_PULLED, Met
+from pdserve.transfer.reports import NO_TRANSFER, LinkReport
 from perf.budgets import Budget
 
 SIZES = (2, 200)
-MET = Met("none", "", 0.0, 1e12, {}, False)
+LINK = LinkReport("none", "", 0.0, 1e12, {}, False)
 PROMPT = bytes(4 * 128)
 TOKEN = (100).to_bytes(4, "little")
 WAITING_S = 0.01
 """Between two requests that end, while half of all users wait."""
-MEET_S = 60.0
+LINKED_S = 60.0
 
 
 class Cost(Struct):
@@ -137,9 +137,9 @@ class _Decode(_Channel):
     def answer(self, call: str, request: messages.Request) -> None:
         if isinstance(request, DecodeRequest):
             self._prefills[request.handle].free()
-            self.reply(call, Tokens(1, TOKEN, "length", NOTHING_PULLED))
-        elif isinstance(request, Join):
-            self.reply(call, Joined(request.description.decode(), MET, 128))
+            self.reply(call, Tokens(1, TOKEN, "length", NO_TRANSFER))
+        elif isinstance(request, Connect):
+            self.reply(call, Connected(request.endpoint.decode(), LINK, 128))
         elif isinstance(request, Release):
             self.reply(call, Released())
 
@@ -165,20 +165,20 @@ class _Crowd:
             rng=random.Random(0),
         )
 
-    async def meet(self) -> None:
-        """Every pair that is planned; what is measured later is not the meetings.
+    async def link(self) -> None:
+        """Connect every pair that is planned; what is measured later does not include that.
 
         Raises:
             TimeoutError: they have not.
         """
-        meeting = asyncio.create_task(self._kv_links.run())
-        until = time.monotonic() + MEET_S
+        linking = asyncio.create_task(self._kv_links.run())
+        until = time.monotonic() + LINKED_S
         while missing := self._kv_links.missing:
             if time.monotonic() > until:
-                raise TimeoutError(f"{missing} pairs have not met within {MEET_S:g} s")
+                raise TimeoutError(f"{missing} pairs have no link within {LINKED_S:g} s")
             await asyncio.sleep(0.1)
-        meeting.cancel()
-        await asyncio.gather(meeting, return_exceptions=True)
+        linking.cancel()
+        await asyncio.gather(linking, return_exceptions=True)
 
     async def serve(self, requests: Sequence[str]) -> list[float]:
         """One after the other: seconds of each."""
@@ -195,12 +195,12 @@ class _Crowd:
 
 async def _cost(instances: int, requests: int) -> Cost:
     crowd = _Crowd(instances, 0.0)
-    await crowd.meet()
+    await crowd.link()
     idle = await crowd.serve([f"idle {number}" for number in range(requests)])
     users = instances
     each = -(-requests // users) + 1
     crowd = _Crowd(instances, WAITING_S * instances / 2)
-    await crowd.meet()
+    await crowd.link()
     cpu = time.process_time()
     await asyncio.gather(
         *(crowd.serve([f"{user} {number}" for number in range(each)]) for user in range(users))

@@ -27,7 +27,7 @@ Layout = Literal["pool", "groups", "gateways"]
 
 PREFILLS = 2
 GATEWAYS = 4
-MEET_S = 30.0
+LINKED_S = 30.0
 SCENARIOS = ("chat", "documents")
 """In the layout of groups; in the others nobody knows them, and all is served as one."""
 
@@ -80,17 +80,17 @@ def repository(policy: PolicyName, target: Path) -> Path:
 
 @contextlib.contextmanager
 def serving(made: config.Deployment, policy: PolicyName = "on_demand") -> Iterator[Running]:
-    """It runs, and every prefill has met every decode of its group."""
+    """It runs, and every decode of a group is linked to every prefill of it."""
     with tempfile.TemporaryDirectory(prefix="pdserve-perf-") as folder:
         transfer = config.Transfer(key_file=str(Path(folder) / "kv.key"))
         made = msgspec.structs.replace(made, transfer=transfer)
         with running(made, Path(folder), repository(policy, Path(folder) / "source")) as server:
             for gateway in gateways(server):
-                wait_until(partial(_met, gateway), MEET_S)
+                wait_until(partial(_linked, gateway), LINKED_S)
             yield server
 
 
-def _met(gateway: Running) -> bool:
+def _linked(gateway: Running) -> bool:
     """Whether its two models, pdserve and scheduler, know every pair of every group."""
     unknown = [
         sample.value

@@ -99,7 +99,7 @@ def _serve(pipe: Connection, holder: Holder, raw: RawHolder | None) -> None:
         if question == READY:  # whether a block is: all are
             pipe.send_bytes(READY)
         elif question == DESCRIBE:
-            pipe.send_bytes(holder.description)
+            pipe.send_bytes(holder.endpoint)
         elif question[:1] == RAW:
             assert raw is not None
             raw.busy = question == RAW + b"1"

@@ -77,7 +77,7 @@ class Point(Struct):
     ways: dict[str, float]
     """The hand-off as a decode does it, lease and all: whole, direct."""
     chosen: str
-    """By a cost model that has seen nothing but the probes at join."""
+    """By a cost model that has seen nothing but the probes on connecting."""
     expected: float
     per_block: float | None
     """With a handshake for each block of one layer's K or V; None: they would be too many."""
@@ -103,8 +103,8 @@ class Bench:
             Staging(aligned((STAGING_BUFFERS, plane.PIECE))),
             timeout_s=ANSWER_S,
         )
-        _, met = self._receiver.join(control.ask(DESCRIBE))
-        self._detail = met.detail
+        _, link = self._receiver.connect(control.ask(DESCRIBE))
+        self._detail = link.detail
         self._raw = None
         if spec.transport == "nixl":
             # Registered by itself: raw NIXL shares nothing with ours.

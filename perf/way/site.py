@@ -76,8 +76,8 @@ class MemoryChannel:
                 prefill.describe(send)
             case DecodeInstance() as decode, messages.DecodeRequest() as request:
                 decode.submit(request, send)
-            case DecodeInstance() as decode, messages.Join() as request:
-                decode.join(request, send)
+            case DecodeInstance() as decode, messages.Connect() as request:
+                decode.connect(request, send)
 
     def _send(self, call: str, data: bytes | None, _last: bool) -> None:
         if data is not None:

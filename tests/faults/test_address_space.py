@@ -14,7 +14,7 @@ import pytest
 
 from pdctl import fleet
 from pdserve.config import Decode, Deployment, Gateway, Prefill
-from tests.clients import wait_idle, wait_met, wait_until
+from tests.clients import wait_idle, wait_linked, wait_until
 from tests.faults.load import Load
 from tests.faults.serving import (
     LEASE_S,
@@ -66,7 +66,7 @@ def limited(server: Running, model: str, headroom: int) -> Iterator[None]:
 
 def test_pulls_go_on_where_no_thread_can_be_started(tmp_path: Path) -> None:
     with running(deployment(tmp_path), tmp_path) as server:
-        wait_met(server)
+        wait_linked(server)
         # Before the first request: no thread has been started by need.
         with (
             limited(server, "decode_0", 4 * MIB),

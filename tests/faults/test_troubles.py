@@ -200,7 +200,7 @@ def test_a_stub_dies_while_there_is_trouble(server: Running, trouble: str, model
         assert not load.wrong
         assert load.gap < min(on_this_machine(GAP_S), STALL_S - 1)
         assert watchers.pid(one.folder) == watchdog is not None
-    wait_until(lambda: _met(server), on_this_machine(RELOADED_S))
+    wait_until(lambda: _linked(server), on_this_machine(RELOADED_S))
 
 
 @pytest.mark.full
@@ -230,7 +230,7 @@ def test_a_server_dies_while_the_disk_is_full(server: Running) -> None:
     wait_until(
         lambda: watchers.reported(one.folder) is not None and repairs(one) > 0, on_this_machine(10)
     )
-    wait_until(lambda: _met(server), on_this_machine(RELOADED_S))
+    wait_until(lambda: _linked(server), on_this_machine(RELOADED_S))
 
 
 def test_of_a_life_that_is_none_nothing_is_lost(server: Running) -> None:
@@ -268,11 +268,11 @@ def _replaced(server: Server, model: str, before: psutil.Process) -> bool:
     return False
 
 
-def _tell(address: str, lost: str) -> None:
-    asyncio.run(asyncio.wait_for(questions.gateway(address, "scheduler", lost), 5))
+def _tell(address: str, notice: str) -> None:
+    asyncio.run(asyncio.wait_for(questions.gateway(address, "scheduler", notice), 5))
 
 
-def _met(server: Running) -> bool:
+def _linked(server: Running) -> bool:
     """Every prefill and every decode serve, and each knows each."""
     values = scrape(server.servers[0])
     return (

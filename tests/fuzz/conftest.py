@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from pdserve.config import Prefill
-from tests.clients import wait_met
+from tests.clients import wait_linked
 from tests.fuzz.budget import Budget
 from tests.servers import Running, default_deployment, running
 
@@ -30,5 +30,5 @@ def fuzzed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]
         default_deployment("emulated"), prefill=Prefill(lease_s=LEASE_S)
     )
     with running(deployment, tmp_path_factory.mktemp("fuzz")) as server:
-        wait_met(server)
+        wait_linked(server)
         yield server

@@ -20,15 +20,15 @@ from pdserve.rpc.client import NoAnswer
 from pdserve.rpc.messages import (
     Accepted,
     Busy,
+    Connect,
     DecodeRequest,
     Describe,
     Failed,
-    Join,
     Prefilled,
     PrefillRequest,
     Release,
-    Taken,
     Tokens,
+    Transferred,
     Watch,
 )
 from pdserve.rpc.seal import Seal, Unsealed
@@ -52,7 +52,7 @@ BY_DESIGN = (
     str(Unsealed()),
     "this instance speaks version",  # a deployment of two versions
     "came to a",  # a message that is not for this role
-    "is not of this deployment: its MAC is wrong",  # a handle, or a description
+    "is not of this deployment: its MAC is wrong",  # a handle, or an endpoint
 )
 """INTERNAL, since no client can cause it and no retry mends it."""
 
@@ -86,11 +86,12 @@ anything = {
     "trace": texts,
     "deadline_ms": floats,
     "min_interval_ms": floats,
-    "outputs": integers,
+    "resumed_tokens": integers,
+    "peers": integers,
     "max_tokens": integers,
     "first_token": st.none() | integers,
     "handle": st.binary(max_size=300),
-    "description": st.binary(max_size=300),
+    "endpoint": st.binary(max_size=300),
     "version": integers,
 }
 booleans, labels = st.booleans(), st.text("abc", max_size=3)
@@ -120,6 +121,7 @@ decodes = st.builds(
     max_tokens=st.integers(1, 64),
     ignore_eos=booleans,
     min_interval_ms=st.floats(0, 5),
+    peers=st.integers(1, 4),
 )
 
 
@@ -137,10 +139,10 @@ def maybe(good: st.SearchStrategy[Any]) -> st.SearchStrategy[Request]:
 
 REQUESTS: dict[str, st.SearchStrategy[Request]] = {
     "prefill": maybe(prefills) | maybe(prefills) | maybe(st.builds(Describe, uuids)),
-    "decode": maybe(decodes) | maybe(decodes) | maybe(st.builds(Join, uuids, st.binary())),
+    "decode": maybe(decodes) | maybe(decodes) | maybe(st.builds(Connect, uuids, st.binary())),
 }
 either = maybe(
-    st.builds(Watch, uuids, labels) | st.builds(Release, uuids) | st.builds(Taken, uuids)
+    st.builds(Watch, uuids, labels) | st.builds(Release, uuids) | st.builds(Transferred, uuids)
 ) | maybe(prefills | decodes)
 
 
@@ -253,7 +255,7 @@ class Feeder:
     def _bytes(self, one: Fed) -> bytes:
         request = one.request
         if one.spoiled == "old":
-            request = msgspec.structs.replace(request, version=one.place % 5)
+            request = msgspec.structs.replace(request, version=one.place % messages.VERSION)
         message, seal = messages.encode(request), Seal(self._secret, one.model)
         match one.spoiled:
             case "unsealed":

@@ -76,7 +76,8 @@ for name, (neutral,) in NEUTRAL.items():
     VALUES[name] = kind, st.just(given) | other
 wrong = st.none() | st.booleans() | whole | real | text | st.lists(whole, max_size=3)
 parameters = st.dictionaries(
-    st.sampled_from(["tenant", "scenario", "timeout", "traceparent", "lost", "other"]) | text,
+    st.sampled_from(["tenant", "scenario", "timeout", "traceparent", "failure_notice", "other"])
+    | text,
     text | st.integers(-(2**63), 2**63 - 1) | st.booleans(),
     max_size=2,
 )

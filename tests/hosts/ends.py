@@ -70,7 +70,7 @@ class Sender:
             time.sleep(TICK_S)
 
     def describe(self) -> str:
-        return self._sender.holder.description.hex()
+        return self._sender.holder.endpoint.hex()
 
     def offer(self) -> str:
         """A handle, and the digest of what it leads to."""
@@ -94,9 +94,9 @@ class Taker:
         agreed = transfers.terms(LAYOUT)
         self._taker = transfers.Taker("nixl", agreed, TOKENS, timeout_s=20.0, piece_bytes=4 << 20)
 
-    def join(self, description: str) -> str:
+    def connect(self, endpoint: str) -> str:
         """What the link runs over."""
-        return self._taker.receiver.join(bytes.fromhex(description))[1].detail
+        return self._taker.receiver.connect(bytes.fromhex(endpoint))[1].detail
 
     def pull(self, sealed: str) -> str:
         """The digest of what has arrived."""

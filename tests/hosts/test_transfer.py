@@ -43,8 +43,8 @@ def taker(network: Network) -> Iterator[End]:
 
 
 def begin(sender: End, taker: End) -> str:
-    """Join, and begin to pull; the digest that is expected of it."""
-    assert taker.say("join", sender.say("describe")) == "tcp/eth0"
+    """Connect, and begin to pull; the digest that is expected of it."""
+    assert taker.say("connect", sender.say("describe")) == "tcp/eth0"
     sealed, digest = sender.say("offer").split()
     taker.write("pull", sealed)
     return digest
@@ -89,10 +89,10 @@ def test_a_host_that_does_not_answer_is_not_waited_for(
 ) -> None:
     digest = begin(sender, taker)
     assert taker.read(LIMIT_S) == digest
-    description = sender.say("describe")
+    endpoint = sender.say("describe")
     other = End(network, "right", "taker")
     try:
         network.cut("left")
-        assert other.say("join", description, within=LIMIT_S).startswith("Unreachable: ")
+        assert other.say("connect", endpoint, within=LIMIT_S).startswith("Unreachable: ")
     finally:
         other.end()

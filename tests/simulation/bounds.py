@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pdserve.instances.prefill import LOOK_S, TICK_S
 from pdserve.instances.slot_watches import RESERVED_S
-from pdserve.scheduling.decode_stage import INTRODUCED_S
+from pdserve.scheduling.decode_stage import LINK_WAIT_S
 from pdserve.scheduling.forwarding import WATCH_S
 from pdserve.scheduling.offering import ANSWER_S
 from pdserve.scheduling.request import RECOVER_S
@@ -43,8 +43,8 @@ class Bounds:
         answer = max(asked.max_tokens for asked in plan.requests) * step
         self.stall = 0.0 if calm else plan.gateway.stall_s
         """What nobody answers is given up."""
-        # Each decode may leave an offer unanswered, meet the prefill, and leave another so.
-        self.asking = (2 * ANSWER_S + INTRODUCED_S) * plan.decodes
+        # Each decode may leave an offer unanswered, connect to the prefill, and leave another so.
+        self.asking = (2 * ANSWER_S + LINK_WAIT_S) * plan.decodes
         """A round over all decodes."""
         # Who is told that something is idle has to ask, perhaps each of them; and others are told
         # before it.

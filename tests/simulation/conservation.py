@@ -39,9 +39,9 @@ class Conservation:
 
     def prefill(self, prefill: PrefillInstance) -> None:
         """Slots, ranges and leases."""
-        held, lending, leases = prefill._held, prefill._lending, prefill._holder.leases
-        quarantined, arena = len(lending.quarantined), lending.arena
-        seen = len(held), quarantined, len(leases), len(arena._cache), arena._holes.free
+        held, manager, leases = prefill._held, prefill._leases, prefill._holder.leases
+        quarantined, arena = len(manager.quarantined), manager.arena
+        seen = len(held), quarantined, len(leases), len(arena._evictor), arena._free_list.free
         if self._seen.get(prefill) == seen:
             return
         self._seen[prefill] = seen
@@ -56,16 +56,16 @@ class Conservation:
         )
         total = sum(size for _, size in counts.values())
         self._expect(total == arena.capacity, f"{name}: {total} bytes in all")
-        leased = sum(one.loan.slot is not None for one in held.values()) + quarantined
-        self._expect(len(leases) == leased, f"{name}: {len(leases)} leases for {leased} loans")
+        leased = sum(one.leased.slot is not None for one in held.values()) + quarantined
+        self._expect(len(leases) == leased, f"{name}: {len(leases)} leases for {leased} ranges")
         free, slots = len(leases._free), leases._region.slots
         self._expect(len(leases) + free == slots, f"{name}: {free} lease slots free of {slots}")
 
     def decode(self, decode: DecodeInstance) -> None:
         """Slots and blocks."""
         opened, running, pool = decode._open, decode._running, decode._blocks.pool
-        kept = pool._cache.kept
-        seen = len(opened), len(running), len(kept), len(pool._cache.evictable), pool.free_blocks
+        kept = pool._evictor.kept
+        seen = len(opened), len(running), len(kept), len(pool._evictor.evictable), pool.free_blocks
         if self._seen.get(decode) == seen:
             return
         self._seen[decode] = seen
@@ -111,17 +111,17 @@ class Conservation:
         now, since = self._world.loop.time(), life.process.since
         grace = TICK_S + PAUSE_S + EPS_S
         for one in prefill._held.values():
-            limit = one.loan.range.until
+            limit = one.leased.range.until
             if one.computing:
                 limit = one.deadline + self._bounds.forward
-            elif one.loan.range.state is State.IN_TRANSFER:
-                limit = one.loan.heard_at + QUIET_S
+            elif one.leased.range.state is State.IN_TRANSFER:
+                limit = one.leased.heard_at + QUIET_S
             if now > max(limit, since) + grace:
-                what = f"{prefill._name}: {one.loan.range} {one.loan.range.state.value}"
+                what = f"{prefill._name}: {one.leased.range} {one.leased.range.state.value}"
                 self._expect(False, f"{what} outlives its end by {now - limit:.3f} s")
-        for loan in prefill._lending.quarantined:
-            if now > max(loan.heard_at + QUIET_S, since) + grace:
-                self._expect(False, f"{prefill._name}: {loan.range} stays in quarantine")
+        for leased in prefill._leases.quarantined:
+            if now > max(leased.heard_at + QUIET_S, since) + grace:
+                self._expect(False, f"{prefill._name}: {leased.range} stays in quarantine")
 
     # ---------------------------------------------------------- when all is over
 
@@ -153,7 +153,7 @@ class Conservation:
                 f"{name}: promised of {one.name}": one.room.slots or one.room.blocks,
                 f"{name}: suspect at {one.name}": one.suspect,
             }
-        counts[f"{name}: pairs that have not met"] = list(gateway.kv_links._refused.known)
+        counts[f"{name}: pairs without a link"] = list(gateway.kv_links._refused.known)
         tasks = [task for task in gateway.process.tasks if "KVLinks" not in repr(task.get_coro())]
         return counts | {f"{name}: tasks": tasks}
 
@@ -168,8 +168,8 @@ class Conservation:
                 "slots": list(one._held),
                 "pending": len(one._pending),
                 "leases": len(one._holder.leases),
-                "quarantined": len(one._lending.quarantined),
-                "ranges": len(one._lending.arena._cache.kept),
+                "quarantined": len(one._leases.quarantined),
+                "ranges": len(one._leases.arena._evictor.kept),
                 "tasks": len(life.process.tasks) - TASKS["prefill"],
             }
         else:
@@ -177,8 +177,8 @@ class Conservation:
                 "open": list(one._open),
                 "running": len(one._running),
                 "blocks": one._blocks.pool.used_blocks,
-                "pulls": len(one._arrivals),
-                "prompts": len(one._prompts),
+                "pulls": len(one._kv_imports),
+                "prompts": len(one._local_prefill),
                 "tasks": len(life.process.tasks) - TASKS["decode"],
             }
         return {f"{one._name}: {what}": count for what, count in counts.items()}

@@ -61,12 +61,12 @@ MECHANISMS: dict[str, Patches] = {
     "budget": ((RetryBudget, "spend", _always),),
     # What has failed is left alone.
     "breaker": ((CircuitBreaker, "allows", _always),),
-    # A pair that does not meet is left alone, though each of them is well.
+    # A pair that cannot be connected is left alone, though each of them is well.
     "breaker of pairs": ((DecodeStage, "not_handed_over", _nothing),),
     # What nobody wants any more is released.
     "release": ((Instance, "_release", _nothing),),
-    # A new life of an instance is introduced.
-    "introduction": ((KVLinks, "introduce", _never), (KVLinks, "_round", _never)),
+    # A new life of an instance is connected.
+    "connecting": ((KVLinks, "connect_now", _never), (KVLinks, "_round", _never)),
     # A group goes on with the instances that it has now.
     "update in place": ((Scheduler, "update", _nothing),),
     # A slot is kept for the gateway that was told of it.

@@ -133,7 +133,7 @@ class _Read:
             raise
 
 
-class PatientStaging(Staging):
+class VirtualStaging(Staging):
     """Waits in virtual time."""
 
     def __init__(self, memory: NDArray[np.uint8], clock: Clock) -> None:

@@ -122,7 +122,7 @@ class Waiting:
             return False
         if isinstance(one, PrefillInstance):
             nbytes = len(request.so_far) // 4 * one._holder.token_bytes
-            return one._lending.arena._can_make_room(-(-nbytes // PAGE) * PAGE)
+            return one._leases.arena._can_make_room(-(-nbytes // PAGE) * PAGE)
         pool, prefill = one._blocks.pool, gateway.instances[request.prefill]
         room = (pool.free_blocks + pool.cached_blocks) * pool.block_size
         if room < request.prompt_tokens + request.max_tokens + 1:

@@ -21,7 +21,7 @@ from pdserve.transfer.producer.holder import Holder, region_name
 from pdserve.transfer.transports.shm import ShmTransport
 from tests.simulation.channels import Life, Worker
 from tests.simulation.loop import Loop, Process
-from tests.simulation.memory import Network, PatientStaging, Transport
+from tests.simulation.memory import Network, Transport, VirtualStaging
 from tests.unit.inprocess import EOS, Decode, Model, Prefill, model
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Workers:
             self._terms,
             [Transport(process, network)],
             engine.pool,
-            PatientStaging(np.ones(STAGING, np.uint8), loop.clock),
+            VirtualStaging(np.ones(STAGING, np.uint8), loop.clock),
             strategy=plan.strategy,
             timeout_s=plan.timeout_s,
             clock=loop.time,
@@ -122,7 +122,6 @@ class Workers:
             receiver,
             PULLS,
             plan.prefill.batch_tokens,
-            plan.decodes,
             Registry(),
         )
         return Life(process, instance, receiver)

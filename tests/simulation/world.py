@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # All that was asked for has ended by then, whatever goes wrong.
 END_S = 120.0
-MEETING_S = 0.4
+LINKING_S = 0.4
 LOOK_S = 0.05
 
 # Names of regions, and of calls that are not requests: no two runs have them in common.
@@ -71,7 +71,7 @@ class World:
             self.workers.start(worker)
         self.gateways = [Gateway(self, i) for i in range(self.plan.gateways)]
         self.loop.instant = self.invariants.step
-        await asyncio.sleep(MEETING_S)
+        await asyncio.sleep(LINKING_S)
         self.weather.loss = self.plan.loss
         began = self.loop.time()
         trouble = [asyncio.create_task(self._trouble(began, one)) for one in self.plan.faults]
@@ -234,6 +234,6 @@ def _brief(message: Request | Reply) -> str:
             fields.append(value)
         elif isinstance(value, bytes):
             fields.append(f"{name}={len(value)} B")
-        elif value and name not in ("version", "gateway", "sampling", "pulled"):
+        elif value and name not in ("version", "gateway", "sampling", "transfer"):
             fields.append(f"{name}={value}")
     return f"{type(message).__name__}({', '.join(fields)})"

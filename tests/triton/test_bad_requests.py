@@ -455,12 +455,17 @@ def test_nobody_but_a_watchdog_says_that_an_instance_is_lost(
             asked = {"text_input": "a", "max_tokens": 2000, "stream": True, "ignore_eos": True}
             streams = [asyncio.create_task(ask(client, **asked)) for _ in range(8)]
             await asyncio.sleep(0.05)
-            said = [ask(client, text_input="a", parameters={"lost": instance}) for _ in range(5)]
+            said = [
+                ask(client, text_input="a", parameters={"failure_notice": instance})
+                for _ in range(5)
+            ]
             refused = await asyncio.gather(*said, return_exceptions=True)
             return await asyncio.gather(*streams), refused
 
     answers, refused = asyncio.run(run())
     for error in refused:
         assert isinstance(error, Refused)
-        assert str(error).startswith("INVALID_ARG: lost: only a watchdog of this deployment")
+        assert str(error).startswith(
+            "INVALID_ARG: failure_notice: only a watchdog of this deployment"
+        )
     assert [answer.stats["attempts"] for answer in answers] == [1] * 8

@@ -29,7 +29,7 @@ from tests.clients import (
     stream,
     tensor,
     wait_idle,
-    wait_met,
+    wait_linked,
     wait_same_files,
     wait_until,
 )
@@ -366,7 +366,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.mark.parametrize("requests", [500])
 def test_random_cancels_leave_nothing(wide: Running, requests: int) -> None:
     asyncio.run(crowd(wide, 64, random.Random(0)))
-    wait_met(wide)
+    wait_linked(wide)
     wait_idle(wide, 2)
     before = files(wide)
 

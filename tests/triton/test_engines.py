@@ -36,7 +36,7 @@ from tests.clients import (
     stream,
     stub,
     wait_idle,
-    wait_met,
+    wait_linked,
     wait_until,
 )
 from tests.fakes.repository import with_backend, with_tensorrt_llm
@@ -116,7 +116,7 @@ def theirs(wanted: config.Deployment, folder: Path) -> Iterator[Engine]:
 @pytest.fixture(scope="module", params=KINDS)
 def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with serving(request.param, tmp_path_factory.mktemp("engines")) as server:
-        wait_met(server)
+        wait_linked(server)
         yield server
 
 
@@ -369,7 +369,7 @@ def test_each_version_and_link(
     monkeypatch.setenv("FAKE_TENSORRT_LLM_VERSION", version)
     wanted = emulated_fake(tmp_path, monkeypatch, transceiver)
     with running(wanted, tmp_path, with_tensorrt_llm(tmp_path)) as server:
-        wait_met(server)
+        wait_linked(server)
         model = EmulatedModel(wanted.model, os.environ["FAKE_TENSORRT_LLM_PROFILE"])
         prompts = [[number, 5, 6] for number in range(10, 18)]
         with ThreadPoolExecutor(len(prompts)) as pool:
@@ -388,7 +388,7 @@ def test_versions_that_do_not_exchange(tmp_path: Path, monkeypatch: pytest.Monke
     older = 'import os\n\nos.environ["FAKE_TENSORRT_LLM_VERSION"] = "1.2.0"\n'
     model.write_text(older + model.read_text())
     with running(emulated_fake(tmp_path, monkeypatch), tmp_path, source) as server:
-        wait_met(server)
+        wait_linked(server)
         with pytest.raises(Refused, match=r"no decode reaches prefill_0.*is 1\.3\.0rc25:.*1\.2\.0"):
             generate(server, text_input=PROMPT, max_tokens=4)
 
@@ -401,7 +401,7 @@ def test_a_transfer_that_stalls_is_given_up_in_time(
     monkeypatch.setenv("FAKE_TENSORRT_LLM_FAULTS", str(faults))
     wanted = emulated_fake(tmp_path, monkeypatch)
     with running(wanted, tmp_path, with_tensorrt_llm(tmp_path)) as server:
-        wait_met(server)
+        wait_linked(server)
         answer = generate(server, text_input=PROMPT, max_tokens=4)
         assert answer.stats["attempts"] == 2
         assert answer.stats["output_tokens"] == 4

@@ -25,7 +25,7 @@ from tests.clients import (
     stream,
     stub,
     wait_idle,
-    wait_met,
+    wait_linked,
     wait_until,
 )
 from tests.servers import Running, emulated_deployment, running
@@ -50,7 +50,7 @@ def pair(tmp_path: Path) -> Iterator[Running]:
         gateway=Gateway(stall_s=STALL_S, ttft_limit_ms=10_000),
     )
     with running(deployment, tmp_path) as server:
-        wait_met(server)
+        wait_linked(server)
         yield server
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from pdctl import footprint
 from pdserve.config import Gateway
-from tests.clients import generate, wait_met
+from tests.clients import generate, wait_linked
 from tests.servers import Running, emulated_deployment, running
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def test_what_listens_where(
     deployment = msgspec.structs.replace(deployment, transfer=transfer)
 
     with running(deployment, tmp_path) as server:
-        wait_met(server)
+        wait_linked(server)
         answer = generate(server, text_input="The sky is", max_tokens=2, ignore_eos=True)
         found = listening(server)
         (spec,) = server.deployment.servers

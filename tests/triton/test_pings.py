@@ -29,10 +29,10 @@ def test_a_client_that_pings_through_a_long_silence_keeps_its_connection(tmp_pat
     """Without any call, and while a prompt is computed."""
     profile = {"prefill": {"base_ms": SILENCE_S * 1000}}
     with running(emulated_deployment(tmp_path, profile), tmp_path) as server:
-        asyncio.run(patient(server))
+        asyncio.run(silent(server))
 
 
-async def patient(server: Running) -> None:
+async def silent(server: Running) -> None:
     options = [
         ("grpc.keepalive_time_ms", PING_MS),
         ("grpc.keepalive_timeout_ms", 5000),

@@ -12,7 +12,7 @@ import pytest
 
 from pdctl import watchers
 from pdserve.config import Gateway
-from tests.clients import generate, stub, wait_met, wait_until
+from tests.clients import generate, stub, wait_linked, wait_until
 from tests.commandline import Pdctl
 from tests.servers import Running, emulated_deployment, free_ports
 
@@ -44,12 +44,12 @@ def server(pdctl: Pdctl) -> Iterator[Running]:
 
 
 def test_every_command_reaches_the_servers(pdctl: Pdctl, server: Running) -> None:
-    wait_met(server)
+    wait_linked(server)
     assert {one["state"] for one in json.loads(pdctl("status", "--json"))} == {"ready"}
     assert [one["ok"] for one in json.loads(pdctl("probe", "--json"))] == [True]
     said = json.loads(pdctl("chat", "Hello", "--json", "--max-tokens", "4"))
     assert said["finish_reason"]
-    pdctl("links")  # it ends with 3 if a pair has not met
+    pdctl("links")  # it ends with 3 if a pair has no link
     pdctl("reload")
 
 

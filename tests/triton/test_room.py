@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pdserve.config import Decode, Gateway, Prefill
-from tests.clients import Part, Refused, connected, stream, wait_idle, wait_met
+from tests.clients import Part, Refused, connected, stream, wait_idle, wait_linked
 from tests.servers import Running, emulated_deployment, running
 
 pytestmark = [pytest.mark.triton, pytest.mark.alone]
@@ -58,7 +58,7 @@ def test_nobody_gets_a_token_and_then_no_room(
         return await asyncio.gather(*(ask(server, n, max_tokens) for n in range(clients)))
 
     with running(deployment, tmp_path) as server:
-        wait_met(server)
+        wait_linked(server)
         answers = asyncio.run(all_at_once(server))
         print(f"\n{clients} clients of max_tokens {max_tokens}: {answers}")
         assert answers == [(max_tokens, "")] * clients

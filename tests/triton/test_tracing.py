@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from pdctl import fleet
 from pdserve.config import Gateway
-from tests.clients import Refused, ask, connected, generate, tensor, wait_met, wait_until
+from tests.clients import Refused, ask, connected, generate, tensor, wait_linked, wait_until
 from tests.servers import Running, emulated_deployment, running
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
 def traced(folder: Path, collector: Collector) -> Iterator[Running]:
     gateway = Gateway(traces=collector.address)
     with running(emulated_deployment(folder, PROFILE, gateway=gateway), folder) as server:
-        wait_met(server)  # introductions take offers of their own
+        wait_linked(server)  # connecting takes offers of its own
         yield server
 
 

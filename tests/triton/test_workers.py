@@ -17,7 +17,7 @@ import pytest
 from pdctl.paths import ROOT
 from pdctl.status import status
 from pdserve import config
-from tests.clients import Answer, connected, generate, stream, wait_met, wait_until
+from tests.clients import Answer, connected, generate, stream, wait_linked, wait_until
 from tests.servers import START_TIMEOUT_S, Running, emulated_deployment, running
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def workers(shared: Running) -> Running:
             server.start(held=True)
             server.wait_ready(START_TIMEOUT_S)
     for name in GATEWAYS:
-        wait_met(at(shared, name), 20)
+        wait_linked(at(shared, name), 20)
     return shared
 
 

@@ -50,8 +50,8 @@ def sender() -> Iterator[Sender]:
 
 @pytest.fixture
 def taker(sender: Sender) -> Iterator[Taker]:
-    """A decode's end, which has met it."""
+    """A decode's end, which is linked to it."""
     taker = Taker()
-    taker.meet(sender)
+    taker.connect(sender)
     yield taker
     taker.close()

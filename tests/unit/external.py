@@ -49,7 +49,7 @@ class World:
     asked: list[Asked] = field(default_factory=list)
 
     def token(self, asked: Asked, new: int) -> int:
-        return self.model.next(asked.prompt, asked.outputs, new)
+        return self.model.next(asked.prompt, asked.resumed_tokens, new)
 
 
 class ScriptedContext:
@@ -133,7 +133,7 @@ class ScriptedGeneration:
 class Relay(Site):
     """A scheduler over external instances."""
 
-    met: bool = False
+    linked: bool = False
     fingerprint: Callable[[str], str] = lambda name: "engine:1"
     """By instance name."""
 
@@ -156,7 +156,7 @@ class Relay(Site):
             for name, engine in zip(p_names, self.contexts, strict=True)
         ]
         self.d: list[Any] = [
-            ExternalDecode(name, engine, "scripted", limits_d, KEY, self.decodes, self.metrics)
+            ExternalDecode(name, engine, "scripted", limits_d, KEY, self.metrics)
             for name, engine in zip(d_names, self.generations, strict=True)
         ]
         for instance in (*self.p, *self.d):

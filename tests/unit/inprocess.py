@@ -38,13 +38,13 @@ from pdserve.observability.metrics import Histogram, Registry
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
 from pdserve.rpc.messages import (
+    Connect,
     Describe,
     Failed,
-    Join,
     PrefillRequest,
     Release,
     Reply,
-    Taken,
+    Transferred,
     Watch,
 )
 from pdserve.rpc.server import Answers, Call
@@ -213,18 +213,18 @@ def submit(
         instance.release(request.id, send)
     elif isinstance(request, Watch):
         instance.watch(request, request.gateway, send)
-    elif isinstance(request, Taken):
+    elif isinstance(request, Transferred):
         assert isinstance(instance, ExternalPrefill)
-        instance.taken(request.id, send)
+        instance.transferred(request.id, send)
     elif isinstance(request, PrefillRequest):
         assert isinstance(instance, PrefillInstance | ExternalPrefill)
         instance.submit(request, send)
     elif isinstance(request, Describe):
         assert isinstance(instance, PrefillInstance | ExternalPrefill)
         instance.describe(send)
-    elif isinstance(request, Join):
+    elif isinstance(request, Connect):
         assert isinstance(instance, DecodeInstance | ExternalDecode)
-        instance.join(request, send)
+        instance.connect(request, send)
     else:
         assert isinstance(instance, DecodeInstance | ExternalDecode)
         instance.submit(request, send)
@@ -300,8 +300,8 @@ class Site:
     stall_s: float = 5.0
     seed: int = 0
     pulls: int = 4
-    met: bool = True
-    """Every decode knows every prefill from the beginning; the meetings themselves do not run."""
+    linked: bool = True
+    """Every decode knows every prefill from the beginning; KVLinks does not run."""
     layered: bool | None = None
     transport: str = "shm"
     strategy: Strategy | None = None
@@ -321,8 +321,8 @@ class Site:
             Decode(self.model, limits_d.blocks, limits_d.block_size) for _ in range(self.decodes)
         ]
         prefill_ranks, decode_ranks = limits_p.tensor_parallel, limits_d.tensor_parallel
-        cut = sharding_for(prefill_ranks, decode_ranks, self.model.layout.kv_heads)
-        terms = Terms(self.model.fingerprint, self.model.layout, b"k" * 32, cut)
+        sharding = sharding_for(prefill_ranks, decode_ranks, self.model.layout.kv_heads)
+        terms = Terms(self.model.fingerprint, self.model.layout, b"k" * 32, sharding)
         slots = limits_p.slots + MAX_QUARANTINED
         self.holders = [
             Holder(
@@ -360,15 +360,14 @@ class Site:
                 receiver,
                 self.pulls,
                 limits_p.batch_tokens,
-                self.decodes,
                 self.metrics,
             )
             for i, (engine, receiver) in enumerate(zip(self.d_engines, self.receivers, strict=True))
         ]
-        if self.met:
+        if self.linked:
             for receiver in self.receivers:
                 for holder in self.holders:
-                    receiver.join(holder.description)
+                    receiver.connect(holder.endpoint)
         for engine_instance in self._engine_instances():
             engine_instance.start()
         self.limits = limits_p, limits_d
@@ -503,15 +502,15 @@ class Site:
                 f"{prefill._name} slots": len(prefill._held),
                 f"{prefill._name} pending": len(prefill._pending),
                 f"{prefill._name} leases": len(prefill._holder.leases),
-                f"{prefill._name} quarantined": len(prefill._lending.quarantined),
-                f"{prefill._name} ranges": len(prefill._lending.arena._cache.kept),
+                f"{prefill._name} quarantined": len(prefill._leases.quarantined),
+                f"{prefill._name} ranges": len(prefill._leases.arena._evictor.kept),
             }
         for decode in self.d:
             counts |= {
                 f"{decode._name} open": len(decode._open),
                 f"{decode._name} running": len(decode._running),
                 f"{decode._name} blocks": decode._blocks.pool.used_blocks,
-                f"{decode._name} pulls": len(decode._arrivals),
+                f"{decode._name} pulls": len(decode._kv_imports),
             }
         return {what: count for what, count in counts.items() if count}
 

@@ -13,7 +13,7 @@ import pytest
 from pdserve import pools
 from pdserve.errors import DeploymentError, InstanceError
 from pdserve.rpc.channels.bls import BlsChannel
-from pdserve.rpc.messages import Describe, Failed, Join, Reply
+from pdserve.rpc.messages import Connect, Describe, Failed, Reply
 from tests.unit.inprocess import Site, real, until
 
 if TYPE_CHECKING:
@@ -65,13 +65,13 @@ def test_a_pull_that_cannot_be_handed_over_ends_its_request(tmp_path: Path, laye
     async def run() -> None:
         profile = {"speed": 0, "layers": 4}
         async with Site(tmp_path, profile=profile, layered=layered) as site:
-            arrivals: Any = site.d[0]._arrivals
-            usual = arrivals._puller, arrivals._follower
-            arrivals._puller = arrivals._follower = Refusing(1)
+            imports: Any = site.d[0]._kv_imports
+            usual = imports._puller, imports._follower
+            imports._puller = imports._follower = Refusing(1)
             with pytest.raises(InstanceError, match="can't start new thread"):
                 await asyncio.wait_for(site.answer(site.request(1500)), 10)
             await site.idle()
-            arrivals._puller, arrivals._follower = usual
+            imports._puller, imports._follower = usual
             request = site.request(1500)
             assert await asyncio.wait_for(site.answer(request), 10) == site.expected(request)
             await site.idle()
@@ -80,14 +80,14 @@ def test_a_pull_that_cannot_be_handed_over_ends_its_request(tmp_path: Path, laye
 
 
 @real
-async def test_a_join_that_cannot_be_handed_over_is_answered(tmp_path: Path) -> None:
-    async with Site(tmp_path, met=False) as site:
-        arrivals: Any = site.d[0]._arrivals
-        arrivals._joiner.shutdown()
-        arrivals._joiner = Refusing(1)
+async def test_a_connect_that_cannot_be_handed_over_is_answered(tmp_path: Path) -> None:
+    async with Site(tmp_path, linked=False) as site:
+        imports: Any = site.d[0]._kv_imports
+        imports._connector.shutdown()
+        imports._connector = Refusing(1)
         replies: list[Reply] = []
-        join = Join("a", site.holders[0].description)
-        site.d[0].join(join, lambda reply, _: replies.append(reply))
+        connect = Connect("a", site.holders[0].endpoint)
+        site.d[0].connect(connect, lambda reply, _: replies.append(reply))
         await until(lambda: bool(replies))
         (failed,) = replies
         assert isinstance(failed, Failed)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pdserve.transfer.consumer.cost_model import Strategy
-    from pdserve.transfer.reports import Pulled
+    from pdserve.transfer.reports import TransferReport
 
 KEY = b"k" * 32
 MODEL = "tiny"
@@ -85,9 +85,9 @@ def terms(layout: KVLayout = LAYOUT, sharding: Sharding = Sharding(), key: bytes
 
 @dataclass(slots=True, eq=False)
 class Offer:
-    """A KV cache on loan."""
+    """A KV cache that is leased."""
 
-    loan: LeasedRange
+    leased: LeasedRange
     sealed: bytes
     whole: NDArray[np.uint8]
     """What it is, or will be: [planes, tokens, row_bytes]; no byte is zero."""
@@ -96,12 +96,12 @@ class Offer:
 
     @property
     def slot(self) -> int:
-        assert self.loan.slot is not None
-        return self.loan.slot
+        assert self.leased.slot is not None
+        return self.leased.slot
 
     @property
     def state(self) -> State:
-        return self.loan.range.state
+        return self.leased.range.state
 
     @property
     def digest(self) -> str:
@@ -124,34 +124,34 @@ class Sender:
         region = f"pdserve-test-{secrets.token_hex(6)}"
         self.holder = Holder(instance, region, data_bytes, slots, self.terms, [transport(name)])
         self.leases = self.holder.leases
-        self.lending = LeaseManager(self.holder, lambda freed: None)
-        self.lent: list[Offer] = []
+        self.lease_manager = LeaseManager(self.holder, lambda freed: None)
+        self.leased: list[Offer] = []
         opened.append(self)
 
     def _allocate(self, tokens: int) -> Offer:
         """A KV cache that is not leased yet, and of which nothing has been computed."""
         layout, sharding = self.terms.layout, self.terms.sharding
-        loan = self.lending.allocate(sharding.nbytes(layout, tokens))
-        assert loan is not None, "no room"
-        held = loan.range
+        leased = self.lease_manager.allocate(sharding.nbytes(layout, tokens))
+        assert leased is not None, "no room"
+        held = leased.range
         data = self.holder.data[held.offset : held.offset + held.nbytes]
         data[:] = 0
         whole = self.rng.integers(1, 256, layout.shape(tokens), np.uint8)
         parts = data.reshape(sharding.parts, layout.planes, tokens, -1)
-        self.lent.append(Offer(loan, b"", whole, parts))
-        return self.lent[-1]
+        self.leased.append(Offer(leased, b"", whole, parts))
+        return self.leased[-1]
 
     def begin(self, tokens: int = TOKENS, until: float | None = None) -> Offer:
         """A leased KV cache, of which nothing has been computed yet."""
         offer = self._allocate(tokens)
         until = time.monotonic() + 60 if until is None else until
-        offer.sealed = self.lending.lend(offer.loan, tokens, until)
+        offer.sealed = self.lease_manager.grant(offer.leased, tokens, until)
         return offer
 
     def compute(self, offer: Offer, planes: int) -> None:
         """The first `planes` planes are complete."""
         self._write(offer, planes)
-        self.lending.fill(offer.loan, planes)
+        self.lease_manager.fill(offer.leased, planes)
 
     def _write(self, offer: Offer, planes: int) -> None:
         layout, sharding = self.terms.layout, self.terms.sharding
@@ -163,30 +163,30 @@ class Sender:
         until = time.monotonic() + 60 if until is None else until
         offer, planes = self._allocate(tokens), self.terms.layout.planes
         self._write(offer, planes)
-        offer.sealed = self.lending.complete(offer.loan, tokens, planes, 7, until)
+        offer.sealed = self.lease_manager.complete(offer.leased, tokens, planes, 7, until)
         return offer
 
     def end(self, offer: Offer, now: float) -> None:
         """It is unwanted: cancelled, rejected by the decode, failed."""
-        self.lent.remove(offer)
-        self.lending.give_back(offer.loan, now)
+        self.leased.remove(offer)
+        self.lease_manager.give_back(offer.leased, now)
 
     def tick(self, now: float | None = None) -> None:
         """Sweep, whatever the load."""
         now = time.monotonic() if now is None else now
-        for offer in list(self.lent):
-            if offer.loan.range.filled and self.lending.over(offer.loan, now):
+        for offer in list(self.leased):
+            if offer.leased.range.filled and self.lease_manager.over(offer.leased, now):
                 self.end(offer, now)
-        self.lending.sweep(now)
+        self.lease_manager.sweep(now)
 
     def held(self) -> dict[str, int]:
         """What nobody else can have, where it is not nothing."""
         counts = {
             state.value: size
-            for state, (_, size) in self.lending.counts().items()
+            for state, (_, size) in self.lease_manager.counts().items()
             if state not in (State.FREE, State.CACHED)
         }
-        counts |= {"leases": len(self.leases), "waited for": len(self.lending.quarantined)}
+        counts |= {"leases": len(self.leases), "waited for": len(self.lease_manager.quarantined)}
         return {what: count for what, count in counts.items() if count}
 
     def forge(self, offer: Offer, **fields: object) -> bytes:
@@ -228,12 +228,12 @@ class Taker:
         )
         opened.append(self)
 
-    def meet(self, sender: Sender) -> None:
-        self.receiver.join(sender.holder.description)
+    def connect(self, sender: Sender) -> None:
+        self.receiver.connect(sender.holder.endpoint)
 
     def take(
         self, offer: Offer | bytes, runs: Sequence[tuple[int, int]] | None = None, first: int = 0
-    ) -> Pulled:
+    ) -> TransferReport:
         handle = self.receiver.open(offer if isinstance(offer, bytes) else offer.sealed)
         return self.receiver.pull(handle, runs or [(0, handle.tokens - first)], first)
 
@@ -267,7 +267,7 @@ class MidPull:
 
     def __init__(self, receiver: Receiver, handle: KVHandle, first_row: int = 0) -> None:
         self._gate = Gate([(first_row, handle.tokens)])
-        self._result: Pulled | BaseException | None = None
+        self._result: TransferReport | BaseException | None = None
         self._thread = threading.Thread(target=self._pull, args=(receiver, handle))
         self._thread.start()
         if not self._gate.reached.wait(LIMIT_S):
@@ -280,7 +280,7 @@ class MidPull:
             self._result = error
             self._gate.reached.set()
 
-    def end(self) -> Pulled:
+    def end(self) -> TransferReport:
         """Let it go on to its end, and be what the pull was: its result or its error."""
         self._gate.opened.set()
         self._thread.join(LIMIT_S)
@@ -325,7 +325,7 @@ class Process:
             self.process.communicate()
 
 
-# Answers `join HEX`, `pull HEX` and `halt HEX`; the latter stays in the middle of the pull until
+# Answers `connect HEX`, `pull HEX` and `halt HEX`; the latter stays in the middle of the pull until
 # it reads one more line.
 _RECEIVER = """
 import hashlib, sys
@@ -343,8 +343,8 @@ for line in sys.stdin:
     what, data = line.split()
     data = bytes.fromhex(data)
     try:
-        if what == "join":
-            print("joined", taker.receiver.join(data)[1].detail, flush=True)
+        if what == "connect":
+            print("connected", taker.receiver.connect(data)[1].detail, flush=True)
             continue
         handle = taker.receiver.open(data)
         runs = [(0, handle.tokens)]
@@ -363,11 +363,11 @@ class Child(Process):
     def __init__(self, name: str = "shm") -> None:
         super().__init__(_RECEIVER, name)
 
-    def meet(self, sender: Sender) -> str:
+    def connect(self, sender: Sender) -> str:
         """What the link runs over."""
-        said = self.say(f"join {sender.holder.description.hex()}")
-        assert said.startswith("joined"), said
-        return said.removeprefix("joined").strip()
+        said = self.say(f"connect {sender.holder.endpoint.hex()}")
+        assert said.startswith("connected"), said
+        return said.removeprefix("connected").strip()
 
     def pull(self, sealed: bytes) -> str:
         """The digest of what has arrived, or why nothing is valid."""
@@ -387,7 +387,7 @@ import sys
 from tests.unit import transfers
 
 sender = transfers.Sender(sys.argv[1], data_bytes=int(sys.argv[2]))
-print(sender.holder.region.name, sender.holder.description.hex(), flush=True)
+print(sender.holder.region.name, sender.holder.endpoint.hex(), flush=True)
 for line in sys.stdin:
     offer = sender.offer(int(line))
     print(offer.digest, offer.sealed.hex(), flush=True)
@@ -400,8 +400,8 @@ class Prefill(Process):
 
     def __init__(self, name: str = "shm", data_bytes: int = 1 << 20) -> None:
         super().__init__(_HOLDER, name, data_bytes)
-        self.region, description = self.read().split()
-        self.description = bytes.fromhex(description)
+        self.region, endpoint = self.read().split()
+        self.endpoint = bytes.fromhex(endpoint)
 
     def offer(self, tokens: int) -> tuple[str, bytes]:
         """The digest of a KV cache, and its handle."""

@@ -17,7 +17,7 @@ def copy(folder: Path) -> Path:
 def find(file: Path, running: Mapping[str, Path]) -> bytes:
     """The deployment's key, made if this is the first of its servers here and there is none.
 
-    Where others run already, theirs counts: with another key the new one could meet none of them.
+    Where others run already, theirs counts: with another key the new one could reach none of them.
 
     Args:
         file: of the deployment.

@@ -19,7 +19,7 @@ _FALLBACK = "pdserve_kv_link_fallback"
 
 @dataclass
 class Link:
-    """A pair of instances; `transport` is empty if they have not met."""
+    """A pair of instances; `transport` is empty if they have no link."""
 
     prefill: str
     decode: str

@@ -28,11 +28,11 @@ async def live(address: str) -> bool:
     return False
 
 
-async def gateway(address: str, model: str, lost: str) -> bool:
+async def gateway(address: str, model: str, notice: str) -> bool:
     """A gateway's model takes requests and answers them.
 
     Args:
-        lost: what it is told, as ``pdserve.node.failure_notice.encode`` says it.
+        notice: what it is told, as ``pdserve.node.failure_notice.encode`` says it.
 
     Raises:
         InstanceError: it does not.
@@ -42,7 +42,7 @@ async def gateway(address: str, model: str, lost: str) -> bool:
         _add(request, "input_ids", "INT32", (1).to_bytes(4, "little"))
     else:
         _add(request, "text_input", "BYTES", _bytes(b"a"))
-    request.parameters["lost"].string_param = lost
+    request.parameters["failure_notice"].string_param = notice
     await _streamed(address, request)
     return False
 

@@ -164,13 +164,13 @@ class Tended:
     def _new_stubs(self) -> Stubs:
         return Stubs(self.token or "", self.models)
 
-    def _tell_gateways(self, lost: failure_notice.FailureNotice) -> None:
+    def _tell_gateways(self, notice: failure_notice.FailureNotice) -> None:
         """So that they wait no longer for what was open on it. The repair goes on meanwhile."""
-        told = failure_notice.encode(lost, self.key)
+        told = failure_notice.encode(notice, self.key)
         for server in self.deployment.servers:
             for model in ("pdserve", "scheduler") if server.gateway else ():
                 address = f"{server.host}:{server.grpc_port}"
-                task = asyncio.create_task(self._tell(address, model, lost.instance, told))
+                task = asyncio.create_task(self._tell(address, model, notice.instance, told))
                 self._telling.add(task)
                 task.add_done_callback(self._telling.discard)
 
@@ -267,7 +267,7 @@ async def watch(folder: Path) -> None:
 
     limits = probe_limits(tended.deployment)
     probes = Probes(Channels(tended), prefills, tended.steps, limits)
-    dog = Watchdog(
+    watchdog = Watchdog(
         tended,
         list(tended.models),
         list(checks(tended, probes, limits)),
@@ -276,14 +276,14 @@ async def watch(folder: Path) -> None:
     )
 
     _log.info("looks after %s (process %d)", folder.name, os.getpid())
-    reporting = asyncio.create_task(report(folder, dog))
+    reporting = asyncio.create_task(report(folder, watchdog))
     try:
-        await dog.run()
+        await watchdog.run()
     finally:
         reporting.cancel()
 
 
-async def report(folder: Path, dog: Watchdog) -> None:
+async def report(folder: Path, watchdog: Watchdog) -> None:
     """Leave what it knows to whoever asks, again and again until cancelled.
 
     Nothing depends on it: what cannot be written now is tried again.
@@ -291,7 +291,7 @@ async def report(folder: Path, dog: Watchdog) -> None:
     failed = ""
     while True:
         try:
-            watchers.report(folder, state(dog))
+            watchers.report(folder, state(watchdog))
             failed = ""
         except Exception as error:
             if failed != (failed := repr(error)):
@@ -299,7 +299,7 @@ async def report(folder: Path, dog: Watchdog) -> None:
         await asyncio.sleep(REPORT_S)
 
 
-def state(dog: Watchdog) -> dict[str, Any]:
+def state(watchdog: Watchdog) -> dict[str, Any]:
     """What it knows, for people: times as seconds since the epoch, rounded."""
     offset = time.time() - asyncio.get_running_loop().time()
 
@@ -318,7 +318,7 @@ def state(dog: Watchdog) -> dict[str, Any]:
                 "down_s": round(health.down_s, 3),
                 "reason": health.reason,
             }
-            for thing, health in dog.health.items()
+            for thing, health in watchdog.health.items()
         },
     }
 

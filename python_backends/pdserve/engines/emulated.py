@@ -101,9 +101,9 @@ class EmulatedModel:
             token = (token + 1) % self.vocabulary
         return token
 
-    def next(self, prompt: Tokens, outputs: int, new: int) -> int:
-        """The token after a prompt, the last ``outputs`` of it output already, and ``new`` more."""
-        return self.token(prompt[: len(prompt) - outputs], outputs + new)
+    def next(self, prompt: Tokens, resumed_tokens: int, new: int) -> int:
+        """The token after a prompt, which ends in ``resumed_tokens``, and ``new`` tokens more."""
+        return self.token(prompt[: len(prompt) - resumed_tokens], resumed_tokens + new)
 
     def seconds(self, milliseconds: float) -> float:
         """The profile's time, at its speed."""
@@ -138,7 +138,7 @@ class EmulatedPrefill:
                 await asyncio.sleep(began + seconds * (layer + 1) / layers - loop.time())
             for job in jobs:
                 job.filled(2 * layer + 2)
-        return [self._model.next(job.tokens, job.outputs, 0) for job in jobs]
+        return [self._model.next(job.tokens, job.resumed_tokens, 0) for job in jobs]
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -181,7 +181,7 @@ class EmulatedDecode:
         if end < len(sequence.prompt):
             return None
         self.joined(sequence)
-        return self._model.next(sequence.prompt, sequence.outputs, 0)
+        return self._model.next(sequence.prompt, sequence.resumed_tokens, 0)
 
     async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
         """A step begins when the one before ended, though that one's tokens were dealt with since.
@@ -203,7 +203,7 @@ class EmulatedDecode:
         overlapped = goes_on and now < self._free_at + seconds
         self._free_at = (self._free_at if overlapped else now) + seconds
         await asyncio.sleep(self._free_at - now)
-        return [self._model.next(one.prompt, one.outputs, len(one.tokens)) for one in batch]
+        return [self._model.next(one.prompt, one.resumed_tokens, len(one.tokens)) for one in batch]
 
     def close(self) -> None:
         """Nothing to give back."""

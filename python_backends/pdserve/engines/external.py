@@ -24,8 +24,8 @@ class Asked(NamedTuple):
     max_tokens: int
     """Tokens of the answer, the first one included."""
     ignore_eos: bool
-    outputs: int
-    """So many of the prompt's last tokens are output already, that another pair has made."""
+    resumed_tokens: int
+    """Of the prompt's last tokens, how many are output already; see ``PrefillRequest``."""
 
 
 class Context(NamedTuple):

@@ -32,8 +32,8 @@ class PrefillJob:
     sampling: Sampling
     filled: Callable[[int], None] = lambda _: None
     """To be called with the number of planes that are complete, as they become so."""
-    outputs: int = 0
-    """So many of the last tokens are output already, that another pair has made."""
+    resumed_tokens: int = 0
+    """Of the last tokens, how many are output already; see ``PrefillRequest``."""
     cached: int = 0
     """Rows that another range holds already: less than the number of tokens, since at least
     one is computed, for its logits."""
@@ -64,8 +64,8 @@ class DecodeSequence:
     sampling: Sampling
     cached: int = 0
     """Tokens of the prompt that the pool held before it came; at least one less than it has."""
-    outputs: int = 0
-    """So many of the prompt's last tokens are output already, that another pair has made."""
+    resumed_tokens: int = 0
+    """Of the prompt's last tokens, how many are output already; see ``PrefillRequest``."""
     state: Any = field(default=None, repr=False)
     """The engine's own, from ``joined`` on."""
 

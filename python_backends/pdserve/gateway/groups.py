@@ -15,7 +15,7 @@ from pdserve.scheduling.request import Request
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.supervision import Background
 
-Connect = Callable[[str, config.Server], Channel]
+OpenChannel = Callable[[str, config.Server], Channel]
 _Key = tuple[config.Role, str, str, int]
 """An instance: role and name, host and gRPC port of its server."""
 
@@ -58,7 +58,7 @@ class Group:
         self._scheduler.let_go(instance)
 
     def retire(self) -> None:
-        """Nobody new will come: its instances need not be introduced any more."""
+        """Nobody new will come: its instances need not be connected any more."""
         self._linking.cancel()
 
 
@@ -75,7 +75,7 @@ class Groups:
     def __init__(
         self,
         gateway: str,
-        connect: Connect,
+        connect: OpenChannel,
         metrics: Registry,
         rng: random.Random,
         scheduler: type[Scheduler] = Scheduler,

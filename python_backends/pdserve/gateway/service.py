@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pdserve import config, errors
 from pdserve.gateway import parameters
-from pdserve.gateway.groups import Connect, Group, Groups
+from pdserve.gateway.groups import Group, Groups, OpenChannel
 from pdserve.gateway.parameters import Parameters
 from pdserve.gateway.router import Asked, Router
 from pdserve.gateway.trace_context import Trace
@@ -68,7 +68,7 @@ class Service:
         deployment: config.Deployment,
         vocabulary: Vocabulary,
         longest: int,
-        connect: Connect,
+        connect: OpenChannel,
         metrics: Registry,
         rng: random.Random,
         scheduler: type[Scheduler] = Scheduler,

@@ -41,7 +41,7 @@ from pdserve import errors
 from pdserve.connections import is_loopback
 from pdserve.gateway.trace_context import Log, Trace, Traces
 from pdserve.scheduling.request import Answer, Offer, Request, State
-from pdserve.transfer.reports import NOTHING_PULLED
+from pdserve.transfer.reports import NO_TRANSFER
 
 # At the end, what has not been handed over within this is lost.
 FLUSH_S = 2.0
@@ -211,8 +211,8 @@ def phases(request: Request) -> Iterator[Phase]:
             began = ended
         elif state is State.TRANSFERRING:
             until = ended
-            if following is State.DECODING and ended == arrived and request.pulled is not None:
-                until = min(taken.began + request.pulled.ms / 1e3, ended)
+            if following is State.DECODING and ended == arrived and request.transfer is not None:
+                until = min(taken.began + request.transfer.ms / 1e3, ended)
             yield Phase("transfer", taken.began, until, decode, failed)
             began = max(began, until)
         elif state is State.DECODING:
@@ -234,7 +234,7 @@ def _named(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _told(request: Request) -> dict[str, Any]:
-    pulled = request.pulled or NOTHING_PULLED
+    transfer = request.transfer or NO_TRANSFER
     return {
         "scenario": request.scenario,
         "group": request.group,
@@ -242,11 +242,11 @@ def _told(request: Request) -> dict[str, Any]:
         "prompt_tokens": request.prompt_tokens,
         "cached_tokens": request.cached_tokens,
         "output_tokens": request.output_tokens,
-        "kv.bytes": pulled.nbytes,
-        "kv.transport": pulled.transport,
-        "kv.strategy": pulled.strategy,
-        "kv.transfer_ms": pulled.ms,
-        "kv.exposed_ms": pulled.exposed_ms,
+        "kv.bytes": transfer.nbytes,
+        "kv.transport": transfer.transport,
+        "kv.strategy": transfer.strategy,
+        "kv.transfer_ms": transfer.ms,
+        "kv.exposed_ms": transfer.exposed_ms,
     }
 
 

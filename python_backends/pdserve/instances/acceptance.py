@@ -6,7 +6,7 @@ import asyncio
 
 from pdserve import config
 from pdserve.instances.slot_watches import Send
-from pdserve.rpc.messages import Accepted
+from pdserve.rpc.messages import Accepted, DecodeRequest
 
 # A result that comes sooner than this speaks for itself; else the acceptance is told first,
 # and told again while the computation lasts: silence would be a stall.
@@ -16,13 +16,14 @@ AGAIN_S = 5.0
 TRIAL_S = 0.02
 
 
-def interval_s(limits: config.Decode, streams: int, peers: int) -> float:
-    """Seconds between two responses of a stream: what all of them together cost, bounded.
+def interval_s(limits: config.Decode, streams: int, request: DecodeRequest) -> float:
+    """Seconds between two responses of a request: what those of all together cost, bounded.
 
-    A decode's own open ``streams`` times ``peers`` stand for what the gateway has open, since the
-    gateway spreads them evenly.
+    A decode's own open ``streams`` times the request's ``peers`` stand for what its gateway has
+    open, since a gateway spreads its requests evenly. A request may also ask for longer.
     """
-    return min(limits.response_cost_ms * streams * peers, limits.max_interval_ms) / 1e3
+    cost_ms = min(limits.response_cost_ms * streams * request.peers, limits.max_interval_ms)
+    return max(cost_ms, request.min_interval_ms) / 1e3
 
 
 class Acceptance:

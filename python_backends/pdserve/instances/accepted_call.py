@@ -9,7 +9,7 @@ from pdserve.engines.protocol import DecodeSequence
 from pdserve.instances.slot_watches import Send
 from pdserve.kvcache.block_manager import ReservedBlocks
 from pdserve.rpc.messages import DecodeRequest, Reply
-from pdserve.transfer.reports import Pulled
+from pdserve.transfer.reports import TransferReport
 
 
 @dataclass(slots=True, eq=False)
@@ -22,11 +22,11 @@ class AcceptedCall:
     sequence: DecodeSequence
     arrived: bool = False
     """The prompt's K and V are in its blocks."""
-    lost: bool = False
+    stuck: bool = False
     """Something may still be written to its blocks: they are given to nobody."""
     unsent: list[int] = field(default_factory=list)
     sent_at: float = 0.0
-    pulled: Pulled | None = None
+    transfer: TransferReport | None = None
     """How the KV cache came, until it has been told."""
     released: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
@@ -35,7 +35,7 @@ class AcceptedCall:
     @property
     def on_trial(self) -> bool:
         """It may end this instance, and has had no token here yet."""
-        return self.request.suspect and (not self.arrived or self.pulled is not None)
+        return self.request.suspect and (not self.arrived or self.transfer is not None)
 
     @property
     def local(self) -> bool:

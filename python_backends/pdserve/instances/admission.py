@@ -30,9 +30,9 @@ def prompt(request: PrefillRequest | DecodeRequest, context_length: int, vocabul
             f"prompt and max_tokens: {len(tokens)} and {answer}; "
             f"allowed: {context_length} tokens together"
         )
-    if request.outputs >= len(tokens):
+    if request.resumed_tokens >= len(tokens):
         raise InvalidRequest(
-            f"outputs: {request.outputs} of a prompt of {len(tokens)} tokens; "
+            f"resumed_tokens: {request.resumed_tokens} of a prompt of {len(tokens)} tokens; "
             f"allowed: 0 to {len(tokens) - 1}"
         )
     first = request.first_token if isinstance(request, DecodeRequest) else None

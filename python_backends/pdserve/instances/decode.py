@@ -32,14 +32,14 @@ from pdserve.rpc.messages import (
     SUSPECT,
     Accepted,
     Busy,
+    Connect,
+    Connected,
     DecodeRequest,
     Failed,
-    Join,
-    Joined,
+    NotConnected,
     Released,
     Reply,
     Room,
-    Stranger,
     Tokens,
     Watch,
 )
@@ -47,11 +47,11 @@ from pdserve.supervision import Background
 from pdserve.transfer.consumer import peers
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.protocol import Stuck
-from pdserve.transfer.reports import Met, Pulled
+from pdserve.transfer.reports import LinkReport, TransferReport
 
 TICK_S = 0.1
-# Joins under way, which go one after the other; every gateway asks for each of its pairs.
-MAX_JOINS = 1024
+# Connects under way, which go one after the other; every gateway asks for each of its pairs.
+MAX_CONNECTING = 1024
 
 
 class DecodeInstance:
@@ -61,7 +61,6 @@ class DecodeInstance:
         receiver: pulls into the engine's pool; closed with the instance.
         pulls: how many run at once.
         turn_tokens: of prompts that it computes itself, between two steps at most.
-        peers: decodes that a gateway spreads its streams over; see ``interval_s``.
     """
 
     def __init__(
@@ -73,21 +72,19 @@ class DecodeInstance:
         receiver: Receiver,
         pulls: int,
         turn_tokens: int,
-        peers: int,
         metrics: Registry,
     ) -> None:
         self._name = name
         self._model = model
         self._engine = engine
         self._limits = limits
-        self._peers = peers
         self._metrics = metrics
         self._blocks = BlockManager(limits.blocks, limits.block_size)
         self._capacity = limits.blocks * limits.block_size
-        self._arrivals = KVImports(name, engine, receiver, pulls, metrics)
-        self._prompts = LocalPrefill(name, engine, turn_tokens, metrics, self._arrived)
+        self._kv_imports = KVImports(name, engine, receiver, pulls, metrics)
+        self._local_prefill = LocalPrefill(name, engine, turn_tokens, metrics, self._arrived)
         self._watches = RoomWatches(self._room)
-        self._joins = 0
+        self._connecting = 0
         self._open: dict[str, AcceptedCall] = {}
         self._running: dict[str, AcceptedCall] = {}
         self._work = asyncio.Event()
@@ -101,12 +98,12 @@ class DecodeInstance:
 
     async def close(self) -> None:
         await self._tasks.close()
-        await self._arrivals.close()
+        await self._kv_imports.close()
         self._engine.close()
         failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
         self._watches.close(failed)
-        for opened in list(self._open.values()):
-            self._end(opened, failed)
+        for call in list(self._open.values()):
+            self._end(call, failed)
 
     @property
     def context_length(self) -> int:
@@ -138,9 +135,9 @@ class DecodeInstance:
             self._refuse(full, send)
             return
         try:
-            handle = self._arrivals.open(request.handle, len(prompt)) if request.handle else None
-        except peers.Stranger:
-            send(Stranger(), True)
+            handle = self._kv_imports.open(request.handle, len(prompt)) if request.handle else None
+        except peers.NoLink:
+            send(NotConnected(), True)
             return
         except errors.HandleError as error:
             send(Failed(error.code, f"{self._name}: {error}"), True)
@@ -157,47 +154,47 @@ class DecodeInstance:
             runs=list(reserved.table.runs),
             sampling=request.sampling,
             cached=reserved.held,
-            outputs=request.outputs,
+            resumed_tokens=request.resumed_tokens,
         )
-        opened = self._open[request.id] = AcceptedCall(request, send, reserved, sequence)
-        self._take_in(opened, handle)
+        call = self._open[request.id] = AcceptedCall(request, send, reserved, sequence)
+        self._take_in(call, handle)
 
-    def _take_in(self, opened: AcceptedCall, handle: KVHandle | None) -> None:
-        request = opened.request
+    def _take_in(self, call: AcceptedCall, handle: KVHandle | None) -> None:
+        request = call.request
         if request.suspect or request.hurry:
-            self._accept(opened)
+            self._accept(call)
         else:
-            opened.timer = self._loop.call_later(AFTER_S, self._accept, opened)
+            call.timer = self._loop.call_later(AFTER_S, self._accept, call)
         if request.suspect:
-            opened.timer = self._loop.call_later(TRIAL_S, self._begin, opened, handle)
+            call.timer = self._loop.call_later(TRIAL_S, self._begin, call, handle)
         else:
-            self._begin(opened, handle)
+            self._begin(call, handle)
 
-    def _accept(self, opened: AcceptedCall) -> None:
-        opened.send(Accepted(room=self._room()), False)
+    def _accept(self, call: AcceptedCall) -> None:
+        call.send(Accepted(room=self._room()), False)
 
     def _full(self, request: DecodeRequest) -> str:
         """What there is no room for, blocks aside; empty: there is."""
         if len(self._open) >= self._limits.slots:
             return "slots"
-        if request.suspect and any(opened.on_trial for opened in self._open.values()):
+        if request.suspect and any(call.on_trial for call in self._open.values()):
             return SUSPECT
-        return "prompts" if not request.handle and self._prompts.full else ""
+        return "prompts" if not request.handle and self._local_prefill.full else ""
 
-    def _begin(self, opened: AcceptedCall, handle: KVHandle | None) -> None:
+    def _begin(self, call: AcceptedCall, handle: KVHandle | None) -> None:
         if handle is not None:
-            done = partial(self._arrived, opened)
-            self._arrivals.pull(handle, opened.reserved, opened.sequence, done)
+            done = partial(self._arrived, call)
+            self._kv_imports.pull(handle, call.reserved, call.sequence, done)
         else:
-            opened.sent_at = self._loop.time()
-            self._prompts.add(opened)
+            call.sent_at = self._loop.time()
+            self._local_prefill.add(call)
             self._work.set()
 
     def release(self, request_id: str, send: Send) -> None:
         """Nobody wants the tokens any more; what a step or a pull still uses is freed after it."""
-        opened = self._open.get(request_id)
-        if opened is not None:
-            opened.released = True
+        call = self._open.get(request_id)
+        if call is not None:
+            call.released = True
             self._work.set()
         self._watches.release(request_id)
         send(Released(), True)
@@ -218,43 +215,43 @@ class DecodeInstance:
 
     # ----------------------------------------------------------------- transfer
 
-    def join(self, request: Join, send: Send) -> None:
-        """Meet a prefill; ``send`` gets how it is reached, or why it is not."""
-        if self._joins >= MAX_JOINS:
-            message = f"{self._name}: {MAX_JOINS} joins are under way already"
+    def connect(self, request: Connect, send: Send) -> None:
+        """Connect to a prefill; ``send`` gets how it is reached, or why it is not."""
+        if self._connecting >= MAX_CONNECTING:
+            message = f"{self._name}: {MAX_CONNECTING} connects are under way already"
             send(Failed(errors.Unavailable.code, message), True)
             return
-        self._joins += 1
+        self._connecting += 1
 
-        def done(result: tuple[str, Met] | errors.PDServeError) -> None:
-            self._joins -= 1
+        def done(result: tuple[str, LinkReport] | errors.PDServeError) -> None:
+            self._connecting -= 1
             if isinstance(result, errors.PDServeError):
                 send(Failed(result.code, f"{self._name}: {result}"), True)
             else:
-                send(Joined(*result, self._model.layout.bytes_per_token, self._room()), True)
+                send(Connected(*result, self._model.layout.bytes_per_token, self._room()), True)
 
-        self._arrivals.join(request.description, done)
+        self._kv_imports.connect(request.endpoint, done)
 
-    def _arrived(self, opened: AcceptedCall, pulled: Pulled | Exception) -> None:
-        if not isinstance(pulled, Exception):
-            opened.arrived = True
-            self._blocks.arrived(opened.reserved, opened.sequence.prompt)
-        opened.lost = isinstance(pulled, Stuck)
-        if opened.released:
-            self._end(opened, None)
-        elif isinstance(pulled, Exception):
-            self._end(opened, Failed(errors.HandleError.code, f"{self._name}: {pulled}"))
+    def _arrived(self, call: AcceptedCall, transfer: TransferReport | Exception) -> None:
+        if not isinstance(transfer, Exception):
+            call.arrived = True
+            self._blocks.arrived(call.reserved, call.sequence.prompt)
+        call.stuck = isinstance(transfer, Stuck)
+        if call.released:
+            self._end(call, None)
+        elif isinstance(transfer, Exception):
+            self._end(call, Failed(errors.HandleError.code, f"{self._name}: {transfer}"))
         else:
-            opened.pulled = pulled
-            self._running[opened.request.id] = opened
-            if opened.local:
-                self._append(opened, pulled.token, self._loop.time(), 0.0)
+            call.transfer = transfer
+            self._running[call.request.id] = call
+            if call.local:
+                self._append(call, transfer.token, self._loop.time(), 0.0)
                 self._watches.ended(self._loop.time())  # there is room for another prompt
                 return
-            if not opened.sequence.tokens:
-                opened.sequence.tokens.append(pulled.token)
-            if opened.request.min_interval_ms:
-                opened.sent_at = self._loop.time()
+            if not call.sequence.tokens:
+                call.sequence.tokens.append(transfer.token)
+            if call.request.min_interval_ms:
+                call.sent_at = self._loop.time()
             self._work.set()
 
     # ------------------------------------------------------------------- decode
@@ -263,71 +260,71 @@ class DecodeInstance:
         while True:
             await self._work.wait()
             self._work.clear()
-            while self._running or self._prompts:
-                await self._prompts.turn()
+            while self._running or self._local_prefill:
+                await self._local_prefill.turn()
                 if batch := self._batch():
                     await self._step(batch)
                 self._metrics.add(catalogue.STEPS, 1, instance=self._name)
 
     async def _step(self, batch: list[AcceptedCall]) -> None:
         try:
-            tokens = await self._engine.step([opened.sequence for opened in batch])
+            tokens = await self._engine.step([call.sequence for call in batch])
         except Exception as error:  # one bad step may not end the instance
             failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
-            for opened in batch:
-                self._end(opened, failed)
+            for call in batch:
+                self._end(call, failed)
             return
         now = self._loop.time()
-        interval = interval_s(self._limits, len(self._open), self._peers)
-        for opened, token in zip(batch, tokens, strict=True):
-            self._append(opened, token, now, max(interval, opened.request.min_interval_ms / 1e3))
+        for call, token in zip(batch, tokens, strict=True):
+            interval = interval_s(self._limits, len(self._open), call.request)
+            self._append(call, token, now, interval)
 
     def _batch(self) -> list[AcceptedCall]:
-        for opened in [opened for opened in self._running.values() if opened.released]:
-            self._end(opened, None)
+        for call in [call for call in self._running.values() if call.released]:
+            self._end(call, None)
         return list(self._running.values())
 
-    def _append(self, opened: AcceptedCall, token: int, now: float, interval: float) -> None:
-        if opened.released:
+    def _append(self, call: AcceptedCall, token: int, now: float, interval: float) -> None:
+        if call.released:
             return
-        request, sequence = opened.request, opened.sequence
+        request, sequence = call.request, call.sequence
         sequence.tokens.append(token)
-        opened.unsent.append(token)
+        call.unsent.append(token)
         reason = ""
         if token in self._model.eos_ids and not request.ignore_eos:
             reason = "stop"
         elif len(sequence.tokens) >= request.max_tokens:
             reason = "length"
-        elif now - opened.sent_at < interval:
+        elif now - call.sent_at < interval:
             return
-        ids = np.array(opened.unsent, "<i4").tobytes()
-        start = len(sequence.tokens) - len(opened.unsent)
-        room = self._room() if opened.pulled is not None and not reason else None
-        reply = Tokens(start, ids, reason, opened.pulled, room)
+        ids = np.array(call.unsent, "<i4").tobytes()
+        start = len(sequence.tokens) - len(call.unsent)
+        room = self._room() if call.transfer is not None and not reason else None
+        reply = Tokens(start, ids, reason, call.transfer, room)
         if reason:
-            self._end(opened, reply)
+            self._end(call, reply)
         else:
-            opened.tell(reply, False)
-            opened.unsent.clear()
-            if opened.on_trial:
+            call.tell(reply, False)
+            call.unsent.clear()
+            if call.on_trial:
                 self._watches.ended(now)  # another one may be tried
-            opened.pulled = None
-            opened.sent_at = now
+            call.transfer = None
+            call.sent_at = now
 
-    def _end(self, opened: AcceptedCall, reply: Reply | None) -> None:
+    def _end(self, call: AcceptedCall, reply: Reply | None) -> None:
         """The request is over; nothing is held for it from here on."""
-        self._running.pop(opened.request.id, None)
-        del self._open[opened.request.id]
-        if opened.arrived:
-            sequence = opened.sequence
+        self._running.pop(call.request.id, None)
+        del self._open[call.request.id]
+        if call.arrived:
+            sequence = call.sequence
             # The last token has no K and V yet.
             known = np.append(sequence.prompt, np.array(sequence.tokens[:-1], np.int32))
-            self._blocks.park(opened.reserved, known)
-        elif not opened.lost:
-            self._blocks.free(opened.reserved)
+            self._blocks.park(call.reserved, known)
+        elif not call.stuck:
+            self._blocks.free(call.reserved)
         if isinstance(reply, Tokens):
             reply = msgspec.structs.replace(reply, room=self._room())
-        opened.tell(reply or Failed(errors.Cancelled.code, "released"), True)
+        call.tell(reply or Failed(errors.Cancelled.code, "released"), True)
         self._watches.ended(self._loop.time())
 
     # ------------------------------------------------------------------ metrics

@@ -16,7 +16,7 @@ from pdserve.observability.metrics import Registry
 from pdserve.supervision import Background
 from pdserve.transfer import arrays
 from pdserve.transfer.consumer.receiver import Receiver
-from pdserve.transfer.reports import Met, Pulled
+from pdserve.transfer.reports import LinkReport, TransferReport
 from pdserve.transfer.scatter import part_of
 
 # Of the threads that pull: where cores are short, the step of the running batch goes first. Linux
@@ -46,20 +46,20 @@ class KVImports:
         self._metrics = metrics
         self._puller = pools.started(pulls, "pull", _step_back)
         self._follower = pools.started(FOLLOWERS, "follow", _step_back)
-        self._joiner = pools.started(1, "join", _step_back)
+        self._connector = pools.started(1, "connect", _step_back)
         self._links: dict[str, tuple[str, str, str, str]] = {}
         """Labels of the link to each prefill."""
         self._tasks = Background()
 
     def __len__(self) -> int:
-        """Pulls and joins under way outside the loop."""
+        """Pulls and connects under way outside the loop."""
         return len(self._tasks)
 
     def open(self, data: bytes, tokens: int) -> KVHandle:
         """A handle of the KV cache of a prompt of so many tokens, which may be pulled.
 
         Raises:
-            HandleError, Stranger: see `Receiver.open`.
+            HandleError, NoLink: see `Receiver.open`.
         """
         handle = self._receiver.open(data)
         if handle.tokens != tokens:
@@ -68,34 +68,34 @@ class KVImports:
             )
         return handle
 
-    def join(
-        self, description: bytes, done: Callable[[tuple[str, Met] | errors.PDServeError], None]
+    def connect(
+        self, endpoint: bytes, done: Callable[[tuple[str, LinkReport] | errors.PDServeError], None]
     ) -> None:
-        """Meet a prefill; `done` gets its name and how it is reached, or why it is not."""
-        self._tasks.start(self._join(description, done))
+        """Connect to a prefill; `done` gets its name and how it is reached, or why it is not."""
+        self._tasks.start(self._connect(endpoint, done))
 
-    async def _join(
-        self, description: bytes, done: Callable[[tuple[str, Met] | errors.PDServeError], None]
+    async def _connect(
+        self, endpoint: bytes, done: Callable[[tuple[str, LinkReport] | errors.PDServeError], None]
     ) -> None:
         loop = asyncio.get_running_loop()
         try:
-            prefill, met = await loop.run_in_executor(
-                self._joiner, self._receiver.join, description
+            prefill, link = await loop.run_in_executor(
+                self._connector, self._receiver.connect, endpoint
             )
         except errors.PDServeError as error:
             done(error)
         except Exception as error:  # whoever asked would wait in vain
             done(errors.InstanceError(f"{error!r}"))
         else:
-            self._publish(prefill, met)
-            done((prefill, met))
+            self._publish(prefill, link)
+            done((prefill, link))
 
     def pull(
         self,
         handle: KVHandle,
         reserved: ReservedBlocks,
         sequence: DecodeSequence,
-        done: Callable[[Pulled | Exception], None],
+        done: Callable[[TransferReport | Exception], None],
     ) -> None:
         """Bring a KV cache into its blocks; `done` is called once, perhaps before this returns."""
         small = handle.tokens * self._token_bytes <= INLINE_PULL and self._receiver.mapped(handle)
@@ -109,57 +109,61 @@ class KVImports:
         handle: KVHandle,
         reserved: ReservedBlocks,
         sequence: DecodeSequence,
-        done: Callable[[Pulled | Exception], None],
+        done: Callable[[TransferReport | Exception], None],
     ) -> None:
         loop = asyncio.get_running_loop()
         computed = bool(sequence.tokens)
         threads = self._puller if computed else self._follower
-        pulled: Pulled | Exception
+        transfer: TransferReport | Exception
         try:
-            pulled = await loop.run_in_executor(threads, self._pull, handle, reserved, sequence)
+            transfer = await loop.run_in_executor(threads, self._pull, handle, reserved, sequence)
         except Exception as error:  # it was not begun, and its request may not wait for it
-            pulled = error
-        self._end(pulled, done)
+            transfer = error
+        self._end(transfer, done)
 
     def _pull(
         self, handle: KVHandle, reserved: ReservedBlocks, sequence: DecodeSequence
-    ) -> Pulled | Exception:
+    ) -> TransferReport | Exception:
         tokens, held = handle.tokens, reserved.held
         try:
             for source, target, rows in reserved.copies():
                 arrays.copy_rows(self._engine.pool, source, target, rows)
             tail = part_of(sequence.runs, held, tokens - held)
-            pulled = self._receiver.pull(handle, tail, held)
+            transfer = self._receiver.pull(handle, tail, held)
             self._engine.joined(sequence)
         except Exception as error:  # becomes this request's one error; the others go on
             return error
-        return pulled
+        return transfer
 
-    def _end(self, pulled: Pulled | Exception, done: Callable[[Pulled | Exception], None]) -> None:
-        if isinstance(pulled, Pulled):
-            self._metrics.observe(catalogue.KV_TRANSFER, pulled.ms / 1e3)
-            self._metrics.observe(catalogue.KV_TRANSFER_EXPOSED, pulled.exposed_ms / 1e3)
+    def _end(
+        self,
+        transfer: TransferReport | Exception,
+        done: Callable[[TransferReport | Exception], None],
+    ) -> None:
+        if isinstance(transfer, TransferReport):
+            self._metrics.observe(catalogue.KV_TRANSFER, transfer.ms / 1e3)
+            self._metrics.observe(catalogue.KV_TRANSFER_EXPOSED, transfer.exposed_ms / 1e3)
             self._metrics.add(
-                catalogue.KV_TRANSFER_BYTES, pulled.nbytes, transport=pulled.transport
+                catalogue.KV_TRANSFER_BYTES, transfer.nbytes, transport=transfer.transport
             )
-            self._metrics.add(catalogue.KV_TRANSFERS, 1, strategy=pulled.strategy)
-        done(pulled)
+            self._metrics.add(catalogue.KV_TRANSFERS, 1, strategy=transfer.strategy)
+        done(transfer)
 
     async def close(self) -> None:
         """End all of it: pulls fail as their links close."""
         await self._tasks.close()
         self._receiver.close()
-        for threads in (self._puller, self._follower, self._joiner):
+        for threads in (self._puller, self._follower, self._connector):
             threads.shutdown(wait=True, cancel_futures=True)
 
-    def _publish(self, prefill: str, met: Met) -> None:
-        labels = prefill, self._name, met.transport, met.detail
+    def _publish(self, prefill: str, link: LinkReport) -> None:
+        labels = prefill, self._name, link.transport, link.detail
         former = self._links.get(prefill, labels)
         self._links[prefill] = labels
         for gauge, value in (
-            (catalogue.KV_LINK_RATE, met.bytes_per_s),
-            (catalogue.KV_LINK_LATENCY, met.latency_s),
-            (catalogue.KV_LINK_FALLBACK, float(met.fallback)),
+            (catalogue.KV_LINK_RATE, link.bytes_per_s),
+            (catalogue.KV_LINK_LATENCY, link.latency_s),
+            (catalogue.KV_LINK_FALLBACK, float(link.fallback)),
         ):
             if former != labels:
                 self._metrics.set(gauge, 0, *former)

@@ -20,7 +20,7 @@ from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Accepted
 from pdserve.transfer import arrays
-from pdserve.transfer.reports import Pulled
+from pdserve.transfer.reports import TransferReport
 
 # Below this many bytes a copy costs less than handing it to another thread.
 INLINE_COPY = 256 << 10
@@ -28,7 +28,7 @@ INLINE_COPY = 256 << 10
 
 @dataclass(slots=True, eq=False)
 class _Prompt:
-    opened: AcceptedCall
+    call: AcceptedCall
     computed: int
     """Tokens whose K and V are in its blocks, or will be once the cached ones are copied."""
     seconds: float = 0.0
@@ -49,7 +49,7 @@ class LocalPrefill:
         engine: DecodeEngine,
         turn_tokens: int,
         metrics: Registry,
-        done: Callable[[AcceptedCall, Pulled | Exception], None],
+        done: Callable[[AcceptedCall, TransferReport | Exception], None],
     ) -> None:
         self._name = name
         self._engine = engine
@@ -67,35 +67,35 @@ class LocalPrefill:
         """What waits takes a turn or more: whoever comes now is better served elsewhere."""
         return sum(map(self._left, self._waiting)) >= self._turn_tokens
 
-    def add(self, opened: AcceptedCall) -> None:
+    def add(self, call: AcceptedCall) -> None:
         """Compute a prompt, but for what the pool has of it."""
-        self._waiting.append(_Prompt(opened, opened.reserved.held))
+        self._waiting.append(_Prompt(call, call.reserved.held))
 
     async def turn(self) -> None:
         """Compute a part of the first prompt; if it is ended by that, those that fit in as well.
 
         No step of the engine may run meanwhile.
         """
-        for prompt in [each for each in self._waiting if each.opened.released]:
+        for prompt in [each for each in self._waiting if each.call.released]:
             self._end(prompt, errors.Cancelled("released"))
         room = self._turn_tokens
         while self._waiting and (room == self._turn_tokens or self._left(self._waiting[0]) <= room):
             prompt = self._waiting[0]
             tokens = self._left(prompt)
-            if not prompt.opened.request.sampling.reproducible:
+            if not prompt.call.request.sampling.reproducible:
                 tokens = min(tokens, room)
             room -= tokens
             await self._compute(prompt, tokens)
 
     async def _compute(self, prompt: _Prompt, tokens: int) -> None:
         loop = asyncio.get_running_loop()
-        opened, began = prompt.opened, loop.time()
+        call, began = prompt.call, loop.time()
         try:
-            if prompt.computed == opened.reserved.held:
-                await self._copy(opened)
+            if prompt.computed == call.reserved.held:
+                await self._copy(call)
             begin = prompt.computed
             prompt.computed += tokens
-            token = await self._engine.prefill(opened.sequence, begin, prompt.computed)
+            token = await self._engine.prefill(call.sequence, begin, prompt.computed)
         except Exception as error:  # becomes this request's one error; the others go on
             self._end(prompt, error)
             return
@@ -103,15 +103,15 @@ class LocalPrefill:
         prompt.seconds += now - began
         if token is not None:
             self._metrics.observe(catalogue.LOCAL_PREFILL, prompt.seconds, instance=self._name)
-            ms, cached = prompt.seconds * 1e3, opened.reserved.held
-            self._end(prompt, Pulled(0, "local", "", ms, 0.0, 0.0, token, cached))
-        elif now - opened.sent_at >= AGAIN_S:
-            opened.sent_at = now
-            opened.send(Accepted(), False)
+            ms, cached = prompt.seconds * 1e3, call.reserved.held
+            self._end(prompt, TransferReport(0, "local", "", ms, 0.0, 0.0, token, cached))
+        elif now - call.sent_at >= AGAIN_S:
+            call.sent_at = now
+            call.send(Accepted(), False)
 
-    async def _copy(self, opened: AcceptedCall) -> None:
+    async def _copy(self, call: AcceptedCall) -> None:
         """Bring what the pool has of a prompt into its blocks."""
-        pool, reserved = self._engine.pool, opened.reserved
+        pool, reserved = self._engine.pool, call.reserved
 
         def copy() -> None:
             for source, target, rows in reserved.copies():
@@ -122,10 +122,10 @@ class LocalPrefill:
         else:
             await asyncio.to_thread(copy)
 
-    def _end(self, prompt: _Prompt, computed: Pulled | Exception) -> None:
+    def _end(self, prompt: _Prompt, computed: TransferReport | Exception) -> None:
         self._waiting.remove(prompt)
-        self._done(prompt.opened, computed)
+        self._done(prompt.call, computed)
 
     @staticmethod
     def _left(prompt: _Prompt) -> int:
-        return len(prompt.opened.sequence.prompt) - prompt.computed
+        return len(prompt.call.sequence.prompt) - prompt.computed

@@ -54,7 +54,7 @@ class _Held:
     request: PrefillRequest
     send: Send
     acceptance: Acceptance
-    loan: LeasedRange
+    leased: LeasedRange
     kv: KVRange
     job: PrefillJob
     salt: str
@@ -88,7 +88,7 @@ class PrefillInstance:
         self._metrics = metrics
         self._holder = holder
         self._prefixes = PrefixIndex[Range]()
-        self._lending = LeaseManager(holder, self._prefixes.remove)
+        self._leases = LeaseManager(holder, self._prefixes.remove)
         self._held: dict[str, _Held] = {}
         self._pending: list[_Held] = []
         self._on_trial: _Held | None = None
@@ -125,7 +125,7 @@ class PrefillInstance:
 
     def describe(self, send: Send) -> None:
         """How its memory is reached."""
-        send(Described(self._holder.description), True)
+        send(Described(self._holder.endpoint), True)
 
     # ---------------------------------------------------------------- admission
 
@@ -139,10 +139,10 @@ class PrefillInstance:
             send(Failed(error.code, f"{self._name}: {error}"), True)
             return
         nbytes = len(tokens) * self._holder.token_bytes
-        if nbytes > self._lending.arena.capacity:
+        if nbytes > self._leases.arena.capacity:
             message = (
                 f"the KV cache of {len(tokens)} prompt tokens takes {nbytes} bytes; "
-                f"{self._name}'s arena has {self._lending.arena.capacity}"
+                f"{self._name}'s arena has {self._leases.arena.capacity}"
             )
             self._watches.took(request.gateway)
             send(Failed(errors.InvalidRequest.code, message), True)
@@ -159,19 +159,19 @@ class PrefillInstance:
         ):
             send(Busy(SUSPECT), True)
             return
-        loan = self._lending.allocate(nbytes)
-        if loan is None:
+        leased = self._leases.allocate(nbytes)
+        if leased is None:
             self._refused_with = self._available()
             send(Busy("arena"), True)
             return
-        kv = self._holder.kv_range(loan.range.offset, loan.range.nbytes)
-        job = PrefillJob(tokens, kv.whole, request.sampling, kv.publish, request.outputs)
+        kv = self._holder.kv_range(leased.range.offset, leased.range.nbytes)
+        job = PrefillJob(tokens, kv.whole, request.sampling, kv.publish, request.resumed_tokens)
         self._watches.took(request.gateway)
         held = _Held(
             request=request,
             send=send,
             acceptance=Acceptance(send),
-            loan=loan,
+            leased=leased,
             kv=kv,
             job=job,
             salt=request.tenant,
@@ -201,11 +201,11 @@ class PrefillInstance:
     def _open_early(self, held: _Held) -> None:
         """Let a decode follow the computation."""
         tokens = len(held.job.tokens)
-        handle = self._lending.lend(held.loan, tokens, held.deadline + self._limits.lease_s)
+        handle = self._leases.grant(held.leased, tokens, held.deadline + self._limits.lease_s)
 
         def filled(planes: int) -> None:
             held.kv.publish(planes)
-            self._lending.fill(held.loan, planes)
+            self._leases.fill(held.leased, planes)
 
         held.job.filled = filled
         held.acceptance.say(handle)
@@ -229,14 +229,14 @@ class PrefillInstance:
 
     def _free(self) -> int:
         """Slots that could be taken."""
-        if len(self._lending.quarantined) >= MAX_QUARANTINED:
+        if len(self._leases.quarantined) >= MAX_QUARANTINED:
             return 0
         uncomputed = len(self._pending) + self._forwards.prompts + (self._on_trial is not None)
         return min(self._limits.batch - uncomputed, self._limits.slots - len(self._held))
 
     def _available(self) -> int:
         """Bytes of the arena that are free, or can be had by eviction."""
-        counts = self._lending.counts()
+        counts = self._leases.counts()
         return counts[State.FREE][1] + counts[State.CACHED][1]
 
     def release(self, request_id: str, send: Send) -> None:
@@ -278,7 +278,7 @@ class PrefillInstance:
             return
         finally:
             for source in sources:
-                self._lending.arena.unpin(source)
+                self._leases.arena.unpin(source)
                 self._refused_with = -1
         self._metrics.add(catalogue.STEPS, 1, instance=self._name)
         ms = (self._loop.time() - began) * 1e3
@@ -319,7 +319,7 @@ class PrefillInstance:
             if found is not None:
                 source, job.cached = found
                 job.prefix = self._holder.kv_range(source.offset, source.nbytes)
-                self._lending.arena.pin(source)
+                self._leases.arena.pin(source)
                 sources.append(source)
             batch.append(held)
             openings.add(opening)
@@ -342,8 +342,8 @@ class PrefillInstance:
         held.kv.publish(planes)
         until = self._loop.time() + self._limits.lease_s
         # Empty, and told before, if a decode follows.
-        handle = self._lending.complete(held.loan, len(held.job.tokens), planes, token, until)
-        stored = shorten(self._prefixes.add(held.loan.range, held.job.tokens, held.salt))
+        handle = self._leases.complete(held.leased, len(held.job.tokens), planes, token, until)
+        stored = shorten(self._prefixes.add(held.leased.range, held.job.tokens, held.salt))
         eos = token in self._model.eos_ids
         held.send(Prefilled(token, eos, handle, held.job.cached, compute_ms, stored), True)
 
@@ -359,14 +359,14 @@ class PrefillInstance:
         """What is held for a request ends: taken, unwanted, failed, or over."""
         del self._held[held.request.id]
         self._stir()
-        self._lending.give_back(held.loan, self._loop.time())
+        self._leases.give_back(held.leased, self._loop.time())
 
     def _sweep(self) -> None:
         now = self._loop.time()
         for held in list(self._held.values()):
-            if not held.computing and self._lending.over(held.loan, now):
+            if not held.computing and self._leases.over(held.leased, now):
                 self._take_back(held)
-        self._lending.sweep(now)
+        self._leases.sweep(now)
 
     def _stir(self) -> None:
         """Something is free, or may soon be so by itself; matters to those who watch alone."""
@@ -379,7 +379,7 @@ class PrefillInstance:
             await self._stirred.wait()
             self._look()
             lent = any(not held.computing for held in self._held.values())
-            if not self._watches or not (lent or self._lending.quarantined or self._watches.kept):
+            if not self._watches or not (lent or self._leases.quarantined or self._watches.kept):
                 self._stirred.clear()
             await asyncio.sleep(LOOK_S)
 
@@ -392,6 +392,6 @@ class PrefillInstance:
     def _publish(self) -> None:
         show(self._metrics, self._name, len(self._held), self._limits.slots, self._watches)
         gauge = self._metrics.set
-        for state, (ranges, _) in self._lending.counts().items():
+        for state, (ranges, _) in self._leases.counts().items():
             if state is not State.FREE:
                 gauge(catalogue.KV_LEASES, ranges, instance=self._name, state=state.value)

@@ -108,8 +108,8 @@ class Arena:
         self.capacity = capacity // ALIGNMENT * ALIGNMENT
         self.max_ranges = max_ranges
         self._on_free = on_free
-        self._holes = FreeList(self.capacity)
-        self._cache: Evictor[Range] = Evictor()
+        self._free_list = FreeList(self.capacity)
+        self._evictor: Evictor[Range] = Evictor()
         # Kept, not counted anew: asked for on every tick, of thousands of ranges.
         self._counts = dict.fromkeys(State, (0, 0))
 
@@ -123,12 +123,12 @@ class Arena:
         size = -(-nbytes // ALIGNMENT) * ALIGNMENT
         if not self._can_make_room(size):
             return None
-        while self._holes.largest < size or len(self._cache) == self.max_ranges:
-            self.free(next(iter(self._cache.evictable)))
-        offset = self._holes.take(size)
+        while self._free_list.largest < size or len(self._evictor) == self.max_ranges:
+            self.free(next(iter(self._evictor.evictable)))
+        offset = self._free_list.take(size)
         assert offset is not None
         taken = Range(offset, size, nbytes)
-        self._cache.add(taken)
+        self._evictor.add(taken)
         self._tally(taken, 1)
         return taken
 
@@ -150,7 +150,7 @@ class Arena:
         """-> CACHED, or FREE if it was never filled: nobody writes or reads the range, or will."""
         if held.filled:
             self._move(held, State.CACHED)
-            self._cache.park(held)
+            self._evictor.park(held)
         else:
             self.free(held)
 
@@ -160,32 +160,32 @@ class Arena:
             raise ValueError(f"{held} is pinned by {held.pins} and cannot be freed")
         self._move(held, State.FREE)
         held.filled = False
-        self._cache.remove(held)
+        self._evictor.remove(held)
         self._on_free(held)
-        self._holes.give(held.offset, held.size)
+        self._free_list.give(held.offset, held.size)
 
     def pin(self, held: Range) -> None:
         """Keep a filled range from eviction while it is copied from."""
         if not held.filled:
             raise ValueError(f"{held} is {held.state.value}: nothing to copy from")
-        self._cache.pin(held)
+        self._evictor.pin(held)
 
     def unpin(self, held: Range) -> None:
         """End of `pin`; the range is now the most recently used."""
-        self._cache.unpin(held)
+        self._evictor.unpin(held)
 
     def counts(self) -> dict[State, tuple[int, int]]:
         """Ranges and bytes per state; FREE counts holes. The bytes add up to the capacity."""
-        return self._counts | {State.FREE: (len(self._holes), self._holes.free)}
+        return self._counts | {State.FREE: (len(self._free_list), self._free_list.free)}
 
     def _can_make_room(self, size: int) -> bool:
         """Whether `size` bytes in a row are free once all that can be evicted is."""
-        if len(self._cache) == self.max_ranges and not self._cache.evictable:
+        if len(self._evictor) == self.max_ranges and not self._evictor.evictable:
             return False
-        if self._holes.largest >= size:
+        if self._free_list.largest >= size:
             return True
         end = 0
-        for held in sorted(self._cache.kept, key=lambda held: held.offset):
+        for held in sorted(self._evictor.kept, key=lambda held: held.offset):
             if held.offset - end >= size:
                 return True
             end = held.offset + held.size

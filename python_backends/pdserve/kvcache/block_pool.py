@@ -106,18 +106,18 @@ class BlockPool:
         self.blocks = blocks
         self.block_size = block_size
         self._on_free = on_free
-        self._holes = FreeList(blocks)
-        self._cache: Evictor[BlockTable] = Evictor()
+        self._free_list = FreeList(blocks)
+        self._evictor: Evictor[BlockTable] = Evictor()
 
     @property
     def free_blocks(self) -> int:
         """Nobody's."""
-        return self._holes.free
+        return self._free_list.free
 
     @property
     def cached_blocks(self) -> int:
         """Blocks of parked tables, which are free as soon as somebody needs them."""
-        return sum(table.capacity for table in self._cache.evictable) // self.block_size
+        return sum(table.capacity for table in self._evictor.evictable) // self.block_size
 
     @property
     def used_blocks(self) -> int:
@@ -141,7 +141,7 @@ class BlockPool:
             runs.append((first * self.block_size, count * self.block_size))
             wanted -= count
         table = BlockTable(tuple(runs), self.block_size)
-        self._cache.add(table)
+        self._evictor.add(table)
         return table
 
     def park(self, table: BlockTable, tokens: int) -> None:
@@ -153,7 +153,7 @@ class BlockPool:
             ValueError: more tokens than the blocks hold, or the table is not in use.
         """
         kept = table.rows(-(-tokens // self.block_size) * self.block_size)
-        self._cache.park(table)
+        self._evictor.park(table)
         for (first, rows), (_, left) in zip_longest(table.runs, kept, fillvalue=(0, 0)):
             if left < rows:
                 self._give(first + left, rows - left)
@@ -165,11 +165,11 @@ class BlockPool:
         Raises:
             ValueError: the table is not of this pool, or has been freed.
         """
-        self._cache.pin(table)
+        self._evictor.pin(table)
 
     def unpin(self, table: BlockTable) -> None:
         """End of `pin`; a parked table is now the most recently used."""
-        self._cache.unpin(table)
+        self._evictor.unpin(table)
 
     def free(self, table: BlockTable) -> None:
         """Take the blocks of a table back.
@@ -177,13 +177,13 @@ class BlockPool:
         Raises:
             ValueError: the table is pinned, not of this pool, or has been freed before.
         """
-        self._cache.remove(table)
+        self._evictor.remove(table)
         self._on_free(table)
         for first, rows in table.runs:
             self._give(first, rows)
 
     def _give(self, first: int, rows: int) -> None:
-        self._holes.give(first // self.block_size, rows // self.block_size)
+        self._free_list.give(first // self.block_size, rows // self.block_size)
 
     def _take(self, wanted: int) -> tuple[int, int]:
         """(first, number) of up to `wanted` consecutive blocks, as many as can be.
@@ -192,20 +192,20 @@ class BlockPool:
         those that touch the blocks. Evicting in their order alone, until there are enough blocks,
         leaves nearly every sequence with several runs (4 to 9 on average) once the pool is full.
         """
-        trial, oldest = self._holes.copy(), []
-        for table in self._cache.evictable:
+        trial, oldest = self._free_list.copy(), []
+        for table in self._evictor.evictable:
             if trial.largest >= wanted:
                 break
             oldest.append(table)
             for first, rows in table.runs:
                 trial.give(first // self.block_size, rows // self.block_size)
         count = min(wanted, trial.largest)
-        if self._holes.largest < count:
+        if self._free_list.largest < count:
             start = trial.take(count)
             assert start is not None
             for table in oldest:
                 if table.touches(start * self.block_size, count * self.block_size):
                     self.free(table)
-        taken = self._holes.take(count)
+        taken = self._free_list.take(count)
         assert taken is not None
         return taken, count

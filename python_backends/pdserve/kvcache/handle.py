@@ -2,7 +2,7 @@
 
 It is the only thing about a KV cache that travels with a request; the bytes stay where they are
 until the decode pulls them (`pdserve.transfer`), and the ways to the holder's memory are told
-once, when the two meet (`pdserve.transfer.endpoint`). Sealed, it is 16 bytes of a keyed MAC
+once, when the two connect (`pdserve.transfer.endpoint`). Sealed, it is 16 bytes of a keyed MAC
 and the message: only who has the deployment's key can make or alter one.
 """
 

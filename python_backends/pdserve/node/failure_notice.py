@@ -28,9 +28,9 @@ ALIVE = FailureNotice("", bytes(EPOCH_BYTES))
 """Of no instance: a gateway that answers it lives."""
 
 
-def encode(lost: FailureNotice, key: bytes) -> str:
+def encode(notice: FailureNotice, key: bytes) -> str:
     """The notice as a request parameter, sealed."""
-    return base64.b64encode(seal(lost, key)).decode()
+    return base64.b64encode(seal(notice, key)).decode()
 
 
 def decode(text: str, key: bytes) -> FailureNotice:
@@ -43,5 +43,5 @@ def decode(text: str, key: bytes) -> FailureNotice:
         return unseal(base64.b64decode(text, validate=True), FailureNotice, key)
     except (binascii.Error, ValueError, HandleError) as error:
         raise InvalidRequest(
-            f"lost: only a watchdog of this deployment may say so: {error}"
+            f"failure_notice: only a watchdog of this deployment may say so: {error}"
         ) from error

@@ -15,20 +15,20 @@ from pdserve.rpc.client import Channel, Replies
 from pdserve.rpc.messages import (
     Accepted,
     Busy,
+    Connect,
+    Connected,
     DecodeRequest,
     Describe,
     Described,
-    Join,
-    Joined,
+    NotConnected,
     Prefilled,
     PrefillRequest,
     Release,
     Released,
     Reply,
     Request,
-    Stranger,
-    Taken,
     Tokens,
+    Transferred,
 )
 from pdserve.sampling import Sampling
 
@@ -108,7 +108,7 @@ class Probes:
                 return False
             goes_on = await self._goes_on(instance, prefill, computed)
             if goes_on and computed.unseen:
-                await self._ask(prefill, Taken(request.id), Released)
+                await self._ask(prefill, Transferred(request.id), Released)
             return goes_on
 
     async def _computed(self, instance: str, replies: Replies) -> Prefilled | None:
@@ -152,11 +152,11 @@ class Probes:
         )
         with self._asked(decode, request) as replies:
             reply = await self._end(replies)
-        if isinstance(reply, Stranger):
-            # The next probe shows it; who cannot meet has not failed.
+        if isinstance(reply, NotConnected):
+            # The next probe shows it; a pair that cannot be connected has not failed.
             with contextlib.suppress(InstanceError):
                 described = await self._ask(prefill, Describe(self._id()), Described)
-                await self._ask(decode, Join(self._id(), described.description), Joined)
+                await self._ask(decode, Connect(self._id(), described.endpoint), Connected)
             return False
         if isinstance(reply, Tokens | Busy):
             return await self._computes(decode, isinstance(reply, Tokens))

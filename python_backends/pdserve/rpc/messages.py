@@ -1,10 +1,11 @@
-"""What the scheduler and the instances say to each other, version 5.
+"""What the scheduler and the instances say to each other, version 6.
 
 A message is msgpack in one UINT8 tensor: ``request`` on the way in; on the way out
 ``reply``, any number of replies with the ids of the calls that they belong to, and the epoch of
 the process that gives them. A request travels sealed (``pdserve.rpc.seal``).
 Nothing here is part of the public contract; both ends of a deployment run the
-same version, and a message of another version is refused.
+same version, and a message of another version is refused. A field that is not known is ignored,
+so that an optional one may be added without a new version.
 Token ids are little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
 """
 
@@ -20,15 +21,18 @@ from msgspec import Meta, Struct
 
 from pdserve.errors import InstanceError, InvalidRequest
 from pdserve.sampling import Sampling
-from pdserve.transfer.reports import Met, Pulled
+from pdserve.transfer.reports import LinkReport, TransferReport
 
-VERSION = 5
+VERSION = 6
 
 MAX_BESIDE_PROMPT = 2 << 20
-"""Bytes of a request without its prompt: a description, or the link of an engine's own."""
+"""Bytes of a request without its prompt: a sealed endpoint, or the link of an engine's own."""
 
 MAX_TOKENS = 1 << 24
 """Of prompt and answer together, whatever the model; what it takes itself may be less."""
+
+MAX_PEERS = 4096
+"""Decodes that a request may name as its gateway's; of more, a gateway names so many."""
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 Count = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
@@ -59,8 +63,12 @@ class PrefillRequest(Struct, frozen=True, tag="prefill"):
     tenant: Label
     deadline_ms: Milliseconds
     """Milliseconds from now after which the first token is worthless."""
-    outputs: Count = 0
-    """So many of the prompt's last tokens are of the answer already: another pair began it."""
+    resumed_tokens: Count = 0
+    """How many of the prompt's last tokens are output of this request already.
+
+    Another pair of instances produced them before it failed. Penalties count them as output, and
+    random numbers go on from their position.
+    """
     gateway: Label = ""
     """Who asks: what has become free is kept for who has watched for it the longest."""
     hurry: bool = False
@@ -95,8 +103,8 @@ class Release(Struct, frozen=True, tag="release"):
     version: Version = VERSION
 
 
-class Taken(Struct, frozen=True, tag="taken"):
-    """A decode has the KV cache of a prefill that does not see it by itself."""
+class Transferred(Struct, frozen=True, tag="transferred"):
+    """Tell a prefill that a decode has its KV cache: one that has said that it does not see it."""
 
     id: Id
     version: Version = VERSION
@@ -118,8 +126,14 @@ class DecodeRequest(Struct, frozen=True, tag="decode"):
     ignore_eos: bool
     min_interval_ms: Milliseconds
     """At least this long between two replies with tokens."""
-    outputs: Count = 0
-    """So many of the prompt's last tokens are of the answer already: another pair began it."""
+    resumed_tokens: Count = 0
+    """See ``PrefillRequest``."""
+    peers: Annotated[int, Meta(ge=1, le=MAX_PEERS)] = 1
+    """Decodes among which the gateway spreads its requests, this one included.
+
+    A decode counts its own open requests times ``peers`` as those of the gateway, and spaces its
+    replies accordingly.
+    """
     suspect: bool = False
     """It may have ended an instance: tell the acceptance at once, and refuse it as busy while
     another one is here without a token."""
@@ -137,11 +151,14 @@ class Describe(Struct, frozen=True, tag="describe"):
     version: Version = VERSION
 
 
-class Join(Struct, frozen=True, tag="join"):
-    """A decode meets a prefill: connects, probes, warms. For one that it knows, nothing is done."""
+class Connect(Struct, frozen=True, tag="connect"):
+    """Connect a decode to a prefill: it opens a link, probes it and warms it.
+
+    For a prefill that it is linked to already, nothing is done.
+    """
 
     id: Id
-    description: Sealed
+    endpoint: Sealed
     """A sealed ``Endpoint``, as a prefill has told it."""
     version: Version = VERSION
 
@@ -191,7 +208,7 @@ class Prefilled(Struct, frozen=True, tag="prefilled"):
     stored: Annotated[bytes, Meta(max_length=MAX_TOKENS // 4)] = b""
     """Chained hashes, 8 bytes each, of the prompt's prefixes that are cached here from now on."""
     unseen: bool = False
-    """The prefill does not see when a decode has taken the KV cache: it wants a ``Taken``."""
+    """The prefill does not see when a decode has taken the KV cache: it wants a ``Transferred``."""
 
 
 class Tokens(Struct, frozen=True, tag="tokens"):
@@ -201,27 +218,30 @@ class Tokens(Struct, frozen=True, tag="tokens"):
     """Index of the first of them in the answer: a reply that was lost on the way is noticed."""
     ids: Ids
     finish_reason: Annotated[str, Meta(pattern="^(stop|length|)$")] = ""
-    pulled: Pulled | None = None
+    transfer: TransferReport | None = None
     """On the first reply: how the KV cache came; where the decode has computed it, no bytes."""
     room: Room | None = None
     """On the first and the last reply."""
 
 
-class Stranger(Struct, frozen=True, tag="stranger"):
-    """A decode does not know the holder of the KV cache; nothing is held. Join, then ask again."""
+class NotConnected(Struct, frozen=True, tag="not_connected"):
+    """A decode has no link to the holder of the KV cache; nothing is held.
+
+    The two are to be connected before it is asked again.
+    """
 
 
 class Described(Struct, frozen=True, tag="described"):
     """How a prefill's memory is reached; the same bytes for as long as it lives."""
 
-    description: Sealed
+    endpoint: Sealed
 
 
-class Joined(Struct, frozen=True, tag="joined"):
+class Connected(Struct, frozen=True, tag="connected"):
     """How the decode reaches the prefill."""
 
     prefill: Label
-    met: Met
+    link: LinkReport
     bytes_per_token: Annotated[int, Meta(ge=0, le=1 << 40)]
     """Of a KV cache."""
     room: Room | None = None
@@ -231,9 +251,18 @@ class Released(Struct, frozen=True, tag="released"):
     """Nothing is held for the request."""
 
 
-Request = PrefillRequest | DecodeRequest | Watch | Release | Taken | Describe | Join
+Request = PrefillRequest | DecodeRequest | Watch | Release | Transferred | Describe | Connect
 Reply = (
-    Busy | Freed | Accepted | Failed | Prefilled | Tokens | Released | Stranger | Described | Joined
+    Busy
+    | Freed
+    | Accepted
+    | Failed
+    | Prefilled
+    | Tokens
+    | Released
+    | NotConnected
+    | Described
+    | Connected
 )
 
 

@@ -11,7 +11,7 @@ from pdserve import errors
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
-from pdserve.rpc.messages import Stranger
+from pdserve.rpc.messages import NotConnected
 from pdserve.scheduling.candidates import Rank
 from pdserve.scheduling.circuit_breaker import CircuitBreaker
 from pdserve.scheduling.forwarding import Forwarding
@@ -27,8 +27,8 @@ from pdserve.scheduling.suspicion import admits
 
 # Replies of an answer that nobody reads as it comes; often enough to show life.
 UNREAD_INTERVAL_MS = 1000.0
-# A request does not wait longer for two to meet, which may go on without it.
-INTRODUCED_S = 5.0
+# A request does not wait longer for two to connect, which may go on without it.
+LINK_WAIT_S = 5.0
 # One more stream on a decode counts as much as so long a transfer.
 STREAM_S = 0.02
 
@@ -120,7 +120,7 @@ class DecodeStage:
         kept_until = asyncio.get_running_loop().time() + self._lease_s
 
         async def ask(decode: Instance, _hurry: bool) -> Offered | None:
-            return await self._introduced(request, prefill, decode, token, handle)
+            return await self._hand_over(request, prefill, decode, token, handle)
 
         rank = self._rank(request, prefill)
         taken = await self.decodes.take(request.order, min(kept_until, until), rank, ask)
@@ -137,7 +137,7 @@ class DecodeStage:
         """A decode that takes the KV cache while it is being computed; None: all are busy."""
 
         async def ask(decode: Instance, _hurry: bool) -> Offered | None:
-            return await self._introduced(request, prefill, decode, None, handle)
+            return await self._hand_over(request, prefill, decode, None, handle)
 
         return await self.decodes.once(self._rank(request, prefill), ask)
 
@@ -235,7 +235,7 @@ class DecodeStage:
         transfer_s = self._kv_links.transfer_s(*pair, request.prompt_tokens)
         return decode.load.open + math.floor(transfer_s / STREAM_S)
 
-    async def _introduced(
+    async def _hand_over(
         self,
         request: Request,
         prefill: Instance,
@@ -244,14 +244,14 @@ class DecodeStage:
         handle: bytes,
     ) -> Offered | None:
         taken = await self._offer(request, decode, token, handle)
-        if taken is None or not isinstance(taken.reply, Stranger):
+        if taken is None or not isinstance(taken.reply, NotConnected):
             return taken
         taken.call.close()
         until = request.deadline if token is None else request.ends_by
         left = until - asyncio.get_running_loop().time()
         try:
             await asyncio.wait_for(
-                self._kv_links.introduce(prefill, decode), min(left, INTRODUCED_S)
+                self._kv_links.connect_now(prefill, decode), min(left, LINK_WAIT_S)
             )
         except (errors.InstanceError, asyncio.TimeoutError) as error:
             self.not_handed_over(prefill.name, decode.name)
@@ -259,7 +259,7 @@ class DecodeStage:
             if isinstance(error, errors.InstanceError):
                 raise
             raise errors.InstanceError(
-                f"{decode.name} has not met {prefill.name} in time"
+                f"{decode.name} has not connected to {prefill.name} in time"
             ) from error
         if self._members.get(decode.name) is not decode:  # it has left the group meanwhile
             return None
@@ -280,7 +280,8 @@ class DecodeStage:
             ignore_eos=request.ignore_eos,
             min_interval_ms=0.0 if request.stream else UNREAD_INTERVAL_MS,
             hurry=request.held_back,
-            outputs=request.output_tokens - told,
+            resumed_tokens=request.output_tokens - told,
+            peers=min(len(self._members), messages.MAX_PEERS),
             suspect=bool(request.ends["decode"]),
             trace=request.trace,
         )

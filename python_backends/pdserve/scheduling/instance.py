@@ -13,15 +13,15 @@ from pdserve.rpc.client import Channel, NoAnswer, Replies
 from pdserve.rpc.messages import (
     Accepted,
     Busy,
+    Connected,
     Failed,
     Freed,
-    Joined,
+    NotConnected,
     Prefilled,
     Release,
     Reply,
-    Stranger,
-    Taken,
     Tokens,
+    Transferred,
     Watch,
 )
 from pdserve.rpc.messages import Request as Message
@@ -75,7 +75,7 @@ class Call:
             self.stay.progress()
         self.stay.answered = True
         self._instance.heard(reply)
-        self.done = isinstance(reply, Busy | Failed | Stranger) or (
+        self.done = isinstance(reply, Busy | Failed | NotConnected) or (
             isinstance(reply, Tokens) and bool(reply.finish_reason)
         )
         return reply
@@ -89,11 +89,11 @@ class Call:
         self._computed = True
         self._instance.load.add(0, 1)
 
-    def taken(self, tell: bool) -> None:
+    def transferred(self, tell: bool) -> None:
         """A decode has the result: the instance has let go of it, or does when it is told."""
         self.done = True
         if tell:
-            self._instance.tell(Taken(self._id))
+            self._instance.tell(Transferred(self._id))
         self.close()
 
     def close(self) -> None:
@@ -134,7 +134,10 @@ class Instance:
 
     def heard(self, reply: Reply) -> None:
         """Take in what a reply says of the instance itself."""
-        if isinstance(reply, Busy | Freed | Accepted | Tokens | Joined) and reply.room is not None:
+        if (
+            isinstance(reply, Busy | Freed | Accepted | Tokens | Connected)
+            and reply.room is not None
+        ):
             self.room.tell(reply.room, asyncio.get_running_loop().time())
 
     def failed(self) -> None:
@@ -196,7 +199,7 @@ class Instance:
     def _release(self, call_id: str) -> None:
         self.tell(Release(call_id))
 
-    def tell(self, message: Release | Taken) -> None:
+    def tell(self, message: Release | Transferred) -> None:
         """Nobody waits for the answer.
 
         If it is lost, a prefill's lease ends it, and a decode's request runs to its end.

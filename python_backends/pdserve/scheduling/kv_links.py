@@ -1,8 +1,8 @@
-"""Which decode reaches which prefill's memory, and how: told to each other before it is needed.
+"""Links from decodes to the memory of prefills, made before a request needs them.
 
-The pairs of a plan (``link_plan``) are introduced when they first can be, and again when either of
-them has a new life; a decode connects, probes and warms its link then, and not with the first
-request. Other pairs are introduced while a prompt is computed, if no linked decode is idle.
+The pairs of a plan (``link_plan``) are connected when they first can be, and again when either of
+them has a new life; a decode opens, probes and warms its link then, and not with the first
+request. Other pairs are connected while a prompt is computed, if no linked decode is idle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from pdserve import errors
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
-from pdserve.rpc.messages import Describe, Described, Join, Joined
+from pdserve.rpc.messages import Connect, Connected, Describe, Described
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.link_plan import PEERS, Ring
 from pdserve.scheduling.pairs import Pair, Pairs
@@ -26,13 +26,13 @@ from pdserve.supervision import repeat, traced
 _log = logging.getLogger(__name__)
 
 ROUND_S = 2.0
-# While somebody has not met: servers that start together are not ready together.
+# While a planned link is missing: servers that start together are not ready together.
 HASTE_S = 0.25
 AT_ONCE = 64
 """Prefills that are asked in one round whether they are what they were; others have their turn."""
 DESCRIBE_S = 2.0
 # A decode probes every transport in turn, some seconds each if a peer does not answer.
-JOIN_S = 20.0
+CONNECT_S = 20.0
 # A transfer that takes less is not worth choosing the decode before the prefill has begun: about
 # what one token takes.
 OVERLAP_S = 0.02
@@ -43,7 +43,7 @@ LINKS = 6 * PEERS
 class KVLinks:
     """Has the prefills and decodes of a gateway's group connect.
 
-    Several gateways may introduce the same pairs.
+    Several gateways may connect the same pairs.
 
     Args:
         gateway, group: names of its model and of the group, for the metrics.
@@ -62,16 +62,16 @@ class KVLinks:
         self._layered = layered
         self._labels = {"gateway": gateway, "group": group}
         self._metrics = metrics
-        self._joined = Pairs[tuple[bytes, Joined]]()
-        """With the description that led to it."""
+        self._links = Pairs[tuple[bytes, Connected]]()
+        """The links that have been made, each with the endpoint that it leads to."""
         self._refused = Pairs[str]()
         self.useless: frozenset[str] = frozenset()
-        """Prefills that no decode could meet, as long as there are others."""
+        """Prefills that no decode could connect to, as long as there are others."""
         self._alone: set[str] = set()
         """The same, whether or not there are others."""
         self.linked: Callable[[], None] = lambda: None
-        """Called when two have met."""
-        self._joining: dict[Pair, asyncio.Task[None]] = {}
+        """Called when a link has been made."""
+        self._linking: dict[Pair, asyncio.Task[None]] = {}
         self._on_demand: set[str] = set()
         """Prefills to which a decode is being linked on demand."""
         self._changed = asyncio.Event()
@@ -107,7 +107,7 @@ class KVLinks:
         return planned
 
     def update(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
-        """Go on with these instances: those who have joined are introduced at once.
+        """Go on with these instances: those who have joined are connected at once.
 
         What is known of those who have left is kept until ``let_go``, since KV caches of theirs may
         still wait to be handed over; unless another instance has taken the name.
@@ -115,7 +115,7 @@ class KVLinks:
         before = {*self._prefills, *self._decodes}
         names = {one.name for one in (*prefills, *decodes)}
         for gone in before.difference(prefills, decodes):
-            for pair, task in self._joining.items():
+            for pair, task in self._linking.items():
                 if gone.name in pair:
                     task.cancel()
             if gone.name in names:
@@ -129,25 +129,25 @@ class KVLinks:
             self._drop(instance.name)
 
     def _drop(self, name: str) -> None:
-        self._joined.drop(name)
+        self._links.drop(name)
         self._refused.drop(name)
 
     async def run(self) -> None:
-        """Introduce whom nobody has yet, until cancelled."""
+        """Connect the planned pairs that have no link, until cancelled."""
         try:
-            await repeat("introducing prefills and decodes", self._introductions, self._changed)
+            await repeat("connecting prefills and decodes", self._connect_all, self._changed)
         finally:
-            for task in list(self._joining.values()):
+            for task in list(self._linking.values()):
                 task.cancel()
             self._tell(connected=0, refused=0, unknown=0)
 
-    async def _introductions(self) -> float:
+    async def _connect_all(self) -> float:
         """One round; the seconds until the next."""
         await asyncio.gather(*map(self._round, self._due()))
-        met = sum(pair in self._joined.known for pair in self._pairs())
+        connected = sum(pair in self._links.known for pair in self._pairs())
         refused = sum(pair in self._refused.known for pair in self._pairs())
-        unknown = sum(map(len, self._planned.values())) - met - refused
-        self._tell(connected=met, refused=refused, unknown=unknown)
+        unknown = sum(map(len, self._planned.values())) - connected - refused
+        self._tell(connected=connected, refused=refused, unknown=unknown)
         return HASTE_S if unknown else ROUND_S
 
     @property
@@ -157,7 +157,7 @@ class KVLinks:
 
     def __len__(self) -> int:
         """Links that have been made."""
-        return len(self._joined)
+        return len(self._links)
 
     def _pairs(self) -> Iterator[Pair]:
         return ((one, other) for one, others in self._planned.items() for other in others)
@@ -176,7 +176,7 @@ class KVLinks:
         return [one for one in self._prefills if one.name in due]
 
     def _settled(self, pair: Pair) -> bool:
-        return pair in self._joined.known or pair in self._refused.known
+        return pair in self._links.known or pair in self._refused.known
 
     def _tell(self, **pairs: int) -> None:
         for state, count in pairs.items():
@@ -184,95 +184,97 @@ class KVLinks:
 
     async def _round(self, prefill: Instance) -> None:
         try:
-            description = await _describe(prefill)
+            endpoint = await _describe(prefill)
         except errors.PDServeError:
             return  # not there, or not yet
         if self._members.get(prefill.name) is not prefill:  # it has left meanwhile
             return
         for name in self._planned[prefill.name]:
-            self._start(prefill, self._members[name], description)
-        for name in self._joined.others(prefill.name):  # those on demand
+            self._start(prefill, self._members[name], endpoint)
+        for name in self._links.others(prefill.name):  # those on demand
             if (decode := self._members.get(name)) is not None:
-                self._start(prefill, decode, description)
+                self._start(prefill, decode, endpoint)
 
-    def _start(self, prefill: Instance, decode: Instance, description: bytes) -> None:
+    def _start(self, prefill: Instance, decode: Instance, endpoint: bytes) -> None:
         pair = prefill.name, decode.name
-        known, _ = self._joined.known.get(pair) or (b"", None)
+        known, _ = self._links.known.get(pair) or (b"", None)
         # One that takes its time holds up nobody else.
-        if pair not in self._joining and known != description:
-            task = asyncio.create_task(self._try(prefill, decode, description))
-            self._joining[pair] = task
+        if pair not in self._linking and known != endpoint:
+            task = asyncio.create_task(self._try(prefill, decode, endpoint))
+            self._linking[pair] = task
             task.add_done_callback(partial(self._tried, pair))
 
     def connect(self, prefill: Instance, decode: Instance) -> None:
-        """Introduce two that nobody has introduced yet, soon; see ``linked``.
+        """Connect two that have no link yet, in the background; see ``linked``.
 
         Not while another decode is being linked to the prefill on demand, nor where either of them
         has LINKS links already.
         """
         pair = prefill.name, decode.name
-        links = map(len, map(self._joined.others, pair))
-        if prefill.name in self._on_demand or pair in self._joining or max(links) >= LINKS:
+        links = map(len, map(self._links.others, pair))
+        if prefill.name in self._on_demand or pair in self._linking or max(links) >= LINKS:
             return
         self._on_demand.add(prefill.name)
         task = asyncio.create_task(self._try(prefill, decode, None))
-        self._joining[pair] = task
+        self._linking[pair] = task
         task.add_done_callback(partial(self._tried, pair))
         task.add_done_callback(lambda _: self._on_demand.discard(prefill.name))
 
     def decodes(self, prefill: str) -> list[Instance]:
         """The decodes that are linked to a prefill."""
         members = self._members
-        return [members[name] for name in self._joined.others(prefill) if name in members]
+        return [members[name] for name in self._links.others(prefill) if name in members]
 
     def _tried(self, pair: tuple[str, str], _: asyncio.Task[None]) -> None:
-        del self._joining[pair]
+        del self._linking[pair]
 
-    async def _try(self, prefill: Instance, decode: Instance, description: bytes | None) -> None:
+    async def _try(self, prefill: Instance, decode: Instance, endpoint: bytes | None) -> None:
         try:
-            await self._join(prefill, decode, description or await _describe(prefill))
+            await self._connect(prefill, decode, endpoint or await _describe(prefill))
         except errors.PDServeError:
             pass  # told in the log where it is an answer
-        except Exception as error:  # they are introduced again in the next round
-            _log.error("%s and %s cannot meet\n%s", prefill.name, decode.name, traced(error))
+        except Exception as error:  # they are tried again in the next round
+            _log.error(
+                "%s and %s cannot be connected\n%s", prefill.name, decode.name, traced(error)
+            )
 
-    async def introduce(self, prefill: Instance, decode: Instance) -> None:
-        """A decode has said that it does not know the prefill: it has a new life.
+    async def connect_now(self, prefill: Instance, decode: Instance) -> None:
+        """Connect two that a request waits for: the decode has said that it has no link.
 
         Raises:
-            InstanceError: they cannot meet, or one of them does not answer.
+            InstanceError: they cannot be connected, or one of them does not answer.
         """
         pair = prefill.name, decode.name
-        if (joining := self._joining.get(pair)) is not None:
-            await asyncio.wait({joining})
-            if pair in self._joined.known:
+        if (linking := self._linking.get(pair)) is not None:
+            await asyncio.wait({linking})
+            if pair in self._links.known:
                 return
-        description = await _describe(prefill)
+        endpoint = await _describe(prefill)
         if self._owns_names(prefill, decode):
-            self._joined.pop(pair)
-        await self._join(prefill, decode, description)
+            self._links.pop(pair)
+        await self._connect(prefill, decode, endpoint)
 
-    async def _join(self, prefill: Instance, decode: Instance, description: bytes) -> None:
+    async def _connect(self, prefill: Instance, decode: Instance, endpoint: bytes) -> None:
         pair = prefill.name, decode.name
-        known, _ = self._joined.known.get(pair) or (b"", None)
-        if known == description:
+        known, _ = self._links.known.get(pair) or (b"", None)
+        if known == endpoint:
             return
         if self._owns_names(prefill, decode):
-            self._joined.pop(pair)
-        joined = await decode.ask(Join(decode.new_id(), description), JOIN_S)
-        decode.heard(joined)
+            self._links.pop(pair)
+        connected = await decode.ask(Connect(decode.new_id(), endpoint), CONNECT_S)
+        decode.heard(connected)
         ours = self._owns_names(prefill, decode)
-        if not isinstance(joined, Joined):
-            reason = getattr(joined, "message", f"{joined}")
+        if not isinstance(connected, Connected):
+            reason = getattr(connected, "message", f"{connected}")
             if ours:
                 if self._refused.known.get(pair) != reason:
-                    _log.warning("%s and %s cannot meet: %s", *pair, reason)
+                    _log.warning("%s and %s cannot be connected: %s", *pair, reason)
                 self._refused[pair] = reason
                 self._reach_changed(prefill.name)
             raise errors.InstanceError(reason)
         if not ours:
             return
-        self._joined[pair] = description, joined
+        self._links[pair] = endpoint, connected
         if self._refused.pop(pair):
             self._reach_changed(prefill.name)
         self.linked()
@@ -299,24 +301,27 @@ class KVLinks:
     def forget(self, instance: Instance) -> None:
         """It has failed: what is known of it may be of a former life."""
         if self._members.get(instance.name) is instance:
-            self._joined.drop(instance.name)
+            self._links.drop(instance.name)
 
     def refusal(self, prefill: str, decode: str) -> str | None:
-        """Why the decode could not meet the prefill last; None: it could, or has not tried."""
+        """Why the decode could not connect to the prefill last; None: it could, or never tried."""
         return self._refused.known.get((prefill, decode))
 
     def unreachable(self, prefill: str) -> dict[str, str]:
-        """Why no decode could meet the prefill, by decode; empty: one could, or has not tried."""
+        """Why no decode could connect to the prefill, by decode; empty: one could, or has not."""
         if not self._is_alone(prefill):
             return {}
         return {one.name: self.refusal(prefill, one.name) or "" for one in self._decodes}
 
     def transfer_s(self, prefill: str, decode: str, tokens: int) -> float:
-        """What the KV cache of so many tokens would take; 0: they have not met yet."""
-        if (link := self._joined.known.get((prefill, decode))) is None:
+        """What the KV cache of so many tokens would take; 0: they have no link yet."""
+        if (link := self._links.known.get((prefill, decode))) is None:
             return 0.0
-        _, joined = link
-        return joined.met.latency_s + tokens * joined.bytes_per_token / joined.met.bytes_per_s
+        _, connected = link
+        return (
+            connected.link.latency_s
+            + tokens * connected.bytes_per_token / connected.link.bytes_per_s
+        )
 
     def layered(self, prefill: str, tokens: int) -> bool:
         """Whether a decode should follow this prefill's computation of so many tokens.
@@ -325,9 +330,9 @@ class KVLinks:
         """
         if self._layered is not None:
             return self._layered
-        for decode in self._joined.others(prefill):
-            _, one = self._joined.known[prefill, decode]
-            if tokens * one.bytes_per_token > OVERLAP_S * one.met.bytes_per_s:
+        for decode in self._links.others(prefill):
+            _, one = self._links.known[prefill, decode]
+            if tokens * one.bytes_per_token > OVERLAP_S * one.link.bytes_per_s:
                 return True
         return False
 
@@ -337,4 +342,4 @@ async def _describe(prefill: Instance) -> bytes:
     described = await prefill.ask(Describe(prefill.new_id()), DESCRIBE_S)
     if not isinstance(described, Described):
         raise errors.InstanceError(f"{prefill.name} answered {described} to describe")
-    return described.description
+    return described.endpoint

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pdserve import errors
 from pdserve.config import Role
 from pdserve.rpc import messages
-from pdserve.rpc.messages import Busy, Failed, Stranger
+from pdserve.rpc.messages import Busy, Failed, NotConnected
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.request import Answer, Offer, Request
 from pdserve.scheduling.suspicion import Stay
@@ -65,7 +65,7 @@ async def offer(
             answer = Answer.BUSY
             if reply.reason == messages.SUSPECT:
                 instance.leave_alone(loop.time() + SUSPECT_S)
-        elif not isinstance(reply, Stranger):
+        elif not isinstance(reply, NotConnected):
             answer = Answer.ACCEPTED
     except BaseException as error:
         if isinstance(error, errors.Late) and loop.time() - began > KEPT_S:

@@ -37,9 +37,9 @@ class Computed(NamedTuple):
     prefills: Forwarding[Offered]
     """Where somebody may wait for its slot."""
 
-    def taken(self) -> None:
+    def transferred(self) -> None:
         """The KV cache has left the prefill: its slot is free."""
-        self.call.taken(tell=self.result.unseen)
+        self.call.transferred(tell=self.result.unseen)
         self.prefills.freed(self.prefill)
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ class PrefillStage:
             sampling=request.sampling,
             tenant=request.tenant,
             deadline_ms=(request.deadline - now) * 1e3,
-            outputs=request.output_tokens,
+            resumed_tokens=request.output_tokens,
             gateway=self._calls.gateway,
             hurry=hurry,
             layered=self._kv_links.layered(prefill.name, request.prompt_tokens),

@@ -31,7 +31,7 @@ from pdserve.config import Role
 from pdserve.sampling import Sampling
 from pdserve.scheduling.room import Promise
 from pdserve.scheduling.wait_queue import Order
-from pdserve.transfer.reports import NOTHING_PULLED, Pulled
+from pdserve.transfer.reports import NO_TRANSFER, TransferReport
 
 
 class State(enum.Enum):
@@ -123,7 +123,7 @@ class Request:
     prefill: str = ""
     decode: str = ""
     prefill_ms: float = 0.0
-    pulled: Pulled | None = None
+    transfer: TransferReport | None = None
     """How its KV cache came to the decode."""
     arrived: float = 0.0
     promise: Promise = field(default_factory=lambda: Promise(None, 0), repr=False)
@@ -224,7 +224,7 @@ class Request:
         def ms(since: float, until: float) -> float:
             return round((until - since) * 1e3, 3)
 
-        pulled = self.pulled or NOTHING_PULLED
+        transfer = self.transfer or NO_TRANSFER
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
@@ -237,16 +237,16 @@ class Request:
             "ms": {
                 "forward": ms(self.arrived, self.forwarded),
                 "prefill": round(self.prefill_ms, 3),
-                "transfer": round(pulled.ms, 3),
-                "exposed": round(pulled.exposed_ms, 3),
+                "transfer": round(transfer.ms, 3),
+                "exposed": round(transfer.exposed_ms, 3),
                 "ttft": ms(self.arrived, self.first_token),
                 "e2e": ms(self.arrived, self.ended),
             },
             "kv": {
-                "bytes": pulled.nbytes,
-                "transport": pulled.transport,
-                "strategy": pulled.strategy,
-                "expected_ms": round(pulled.expected_ms, 3),
+                "bytes": transfer.nbytes,
+                "transport": transfer.transport,
+                "strategy": transfer.strategy,
+                "expected_ms": round(transfer.expected_ms, 3),
             },
         }
 

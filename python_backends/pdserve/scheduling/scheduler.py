@@ -326,12 +326,12 @@ class Scheduler:
                         f"{decode.name} sent token {begun + reply.start} "
                         f"after {request.output_tokens}"
                     )
-                if reply.pulled is not None:
+                if reply.transfer is not None:
                     self._arrived(request, taken, computed)
-                    request.pulled = reply.pulled
+                    request.transfer = reply.transfer
                     if computed is None and not request.first_token:
-                        request.cached_tokens = reply.pulled.cached
-                        request.prefill_ms = reply.pulled.ms
+                        request.cached_tokens = reply.transfer.cached
+                        request.prefill_ms = reply.transfer.ms
                 if computed is None and not reply.start and loop.time() > request.deadline:
                     raise late("no first token", request)
                 request.first_token = request.first_token or loop.time()
@@ -360,7 +360,7 @@ class Scheduler:
         if computed is not None:
             request.to(State.DECODING, asyncio.get_running_loop().time())
             self._decode_stage.handed_over(computed.prefill.name, taken.instance.name)
-            computed.taken()
+            computed.transferred()
 
     def _refused(self, request: Request, taken: Offered, computed: Computed | None) -> None:
         """The decode has failed at this request, or could not get at its KV cache."""

@@ -1,7 +1,7 @@
-"""The deployment's secret, under which handles, descriptions and notices are sealed.
+"""The deployment's secret, under which handles, endpoints and notices are sealed.
 
 ``pdctl`` makes it when it starts a deployment, and gives each server a copy of its own, so that
-what is loaded again later meets the others whatever has become of the deployment's file since.
+what is loaded again later reaches the others whatever has become of the deployment's file since.
 Each process reads it once and keeps it.
 """
 

@@ -2,7 +2,7 @@
 
     holder (prefill)                              receiver (decode)
     register(table, data)                         register(staging), register(pool)
-    describe() -> way  -- Endpoint, at join --> open(way) -> Link, probed
+    offer() -> way  -- Endpoint, on connect -->   open(way) -> Link, probed
     progress(), in its own loop                   Link.peek, Link.mark: words of the lease table
                                                   Link.pull; Link.data where it is mapped
 

@@ -1,4 +1,4 @@
-"""What a receiver says of its links and pulls."""
+"""What a decode says of its links, and of each KV cache that has come over one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Word = Annotated[str, Meta(max_length=256)]
 Finite = Annotated[float, Meta(ge=-1e15, le=1e15)]
 
 
-class Met(Struct, frozen=True, array_like=True):
+class LinkReport(Struct, frozen=True, array_like=True):
     """How a holder is reached."""
 
     transport: Word
@@ -19,15 +19,15 @@ class Met(Struct, frozen=True, array_like=True):
     latency_s: Annotated[float, Meta(ge=0, le=1e9)]
     """Of looking at one lease slot."""
     bytes_per_s: Annotated[float, Meta(gt=0, le=1e18)]
-    """Of a contiguous pull, scatter included, as measured when they met."""
+    """Of a contiguous pull, scatter included, as measured when the link was made."""
     refused: Annotated[dict[Word, Annotated[str, Meta(max_length=1 << 16)]], Meta(max_length=16)]
     """Why each better transport is not used."""
     fallback: bool
     """It is a network without RDMA."""
 
 
-class Pulled(Struct, frozen=True, array_like=True):
-    """What became of a pull."""
+class TransferReport(Struct, frozen=True, array_like=True):
+    """How a KV cache has come into a decode's pool."""
 
     nbytes: Annotated[int, Meta(ge=0, le=1 << 62)]
     """That were moved: the missing tail where the pool had a prefix."""
@@ -44,4 +44,4 @@ class Pulled(Struct, frozen=True, array_like=True):
     """Tokens of the prompt that the pool had, where the decode has computed the others itself."""
 
 
-NOTHING_PULLED = Pulled(0, "", "", 0.0, 0.0, 0.0, -1)
+NO_TRANSFER = TransferReport(0, "", "", 0.0, 0.0, 0.0, -1)

@@ -16,17 +16,14 @@ class TritonPythonModel(InstanceModel):
         self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
     ) -> DecodeInstance | ExternalDecode:
         limits = deployment.decode
-        peers = len(deployment.instances("decode"))
         if deployment.engine.external:
             external = build.external(name, "decode", deployment)
             kind = deployment.engine.kind
-            return ExternalDecode(name, external, kind, limits, secret, peers, metrics)
+            return ExternalDecode(name, external, kind, limits, secret, metrics)
         model = build.model(deployment)
         engine = build.decode(model, limits)
         terms = plane.terms(deployment, model.fingerprint, model.layout)
         receiver = plane.receiver(deployment, terms, engine.pool)
         pulls = deployment.transfer.pulls
         turn_tokens = deployment.prefill.batch_tokens
-        return DecodeInstance(
-            name, model, engine, limits, receiver, pulls, turn_tokens, peers, metrics
-        )
+        return DecodeInstance(name, model, engine, limits, receiver, pulls, turn_tokens, metrics)

@@ -125,8 +125,8 @@ class GatewayModel(ABC):
     async def _serve(self, key: str, request: Any) -> Any:
         """The last response. Raises: whatever has failed."""
         given = backend.parameters(request)
-        if (lost := given.get("lost")) is not None:
-            return self._lose(str(lost))
+        if (notice := given.get("failure_notice")) is not None:
+            return self._lose(str(notice))
         with self._service.admitted():
             self._heartbeat.turned(0)  # a burst is one pass of the loop
             self._heartbeat.worked(0)
@@ -232,13 +232,13 @@ class GatewayModel(ABC):
             return BlsChannel(pb_utils, name, self._key, BLS_THREADS)
         return GrpcChannel(f"{server.host}:{server.grpc_port}", name, self._key)
 
-    def _lose(self, lost: str) -> Any:
+    def _lose(self, notice: str) -> Any:
         """A watchdog says that an instance's process is gone; of none, it asks whether we live.
 
         Raises:
             InvalidRequest: it is not a watchdog that says so.
         """
-        told = failure_notice.decode(lost, self._key)
+        told = failure_notice.decode(notice, self._key)
         self._service.lose(told.instance, told.epoch)
         return pb_utils.InferenceResponse([self._unfinished])
 

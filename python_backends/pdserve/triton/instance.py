@@ -23,13 +23,13 @@ from pdserve.observability.metrics import Registry
 from pdserve.observability.publisher import Publisher
 from pdserve.rpc import messages
 from pdserve.rpc.messages import (
+    Connect,
     DecodeRequest,
     Describe,
     Failed,
-    Join,
     PrefillRequest,
     Release,
-    Taken,
+    Transferred,
     Watch,
 )
 from pdserve.rpc.seal import Refusals, Seal, Unsealed
@@ -137,16 +137,16 @@ class InstanceModel(ABC):
                 self._instance.release(released, send)
             case instance, Watch() as request:
                 instance.watch(request, call.stream, send)
-            case ExternalPrefill() as prefill, Taken(id=taken):
-                prefill.taken(taken, send)
+            case ExternalPrefill() as prefill, Transferred(id=transferred):
+                prefill.transferred(transferred, send)
             case PrefillInstance() | ExternalPrefill() as prefill, PrefillRequest() as request:
                 prefill.submit(request, send)
             case PrefillInstance() | ExternalPrefill() as prefill, Describe():
                 prefill.describe(send)
             case DecodeInstance() | ExternalDecode() as decode, DecodeRequest() as request:
                 decode.submit(request, send)
-            case DecodeInstance() | ExternalDecode() as decode, Join() as request:
-                decode.join(request, send)
+            case DecodeInstance() | ExternalDecode() as decode, Connect() as request:
+                decode.connect(request, send)
             case instance, request:
                 raise errors.InstanceError(
                     f"a {type(request).__name__} came to a {type(instance).__name__}"

@@ -37,14 +37,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def begun(
-    pair: Pair, tokens: Tokens, outputs: int, sampling: Sampling
+    pair: Pair, tokens: Tokens, resumed_tokens: int, sampling: Sampling
 ) -> tuple[DecodeSequence, PrefillJob]:
     """A decode's sequence, and what its prefill did, where the last tokens are output."""
     job = pair.job(tokens, sampling)
-    job.outputs = outputs
+    job.resumed_tokens = resumed_tokens
     first = pair.prefill.prefill([job])
     runs = [(100, 7), (200, 300)]
-    sequence = DecodeSequence(tokens, first, runs, sampling, outputs=outputs)
+    sequence = DecodeSequence(tokens, first, runs, sampling, resumed_tokens=resumed_tokens)
     scatter(job.kv, pair.decode.pool, sequence.rows(len(tokens)))
     return sequence, job
 
@@ -70,7 +70,7 @@ def test_every_cut_goes_on_with_the_same_tokens(pair: Pair, kind: str) -> None:
 
 
 def test_cut_again_and_again(pair: Pair) -> None:
-    """Each time to another pair; `outputs` counts all that has been said."""
+    """Each time to another pair; `resumed_tokens` counts all that has been said."""
     sampling, tokens = KINDS["seeded, penalties"], prompt(20)
     expected = stepped(pair, begun(pair, tokens, 0, sampling)[0], NEW)
     answer: list[int] = []
@@ -109,7 +109,7 @@ def test_reproducible_kv_has_the_bits_it_had(dtype: str, where: int, tmp_path: P
     assert torch.equal(torch.from_numpy(job.kv), had)
     assert again.tokens == answer[where:]
     runs = [(800, 16), (848, 48), (832, 16), (900, 20)]
-    local = DecodeSequence(again.prompt, [], runs, SEEDED, outputs=where)
+    local = DecodeSequence(again.prompt, [], runs, SEEDED, resumed_tokens=where)
     assert other.decode.prefill(local, 0, len(again.prompt)) == again.tokens[0]
     assert torch.equal(rows(other, local, len(tokens) + where), had)
 
@@ -128,7 +128,7 @@ def test_decode_that_computes_the_prompt_itself(pair: Pair, kind: str) -> None:
     for where in (1, 16, 30):
         for runs in ([(600, 128)], [(800, 16), (848, 48), (832, 16), (900, 20)]):
             told = cut(tokens, answer, where)
-            sequence = DecodeSequence(told, [], runs, sampling, outputs=where)
+            sequence = DecodeSequence(told, [], runs, sampling, resumed_tokens=where)
             first = pair.decode.prefill(sequence, 0, len(told))
             assert first is not None
             sequence.tokens.append(first)
@@ -138,7 +138,7 @@ def test_decode_that_computes_the_prompt_itself(pair: Pair, kind: str) -> None:
 def test_planes_of_a_continuation_are_told(pair: Pair) -> None:
     told: list[int] = []
     job = pair.job(prompt(40), SEEDED)
-    job.outputs, job.filled = 9, told.append
+    job.resumed_tokens, job.filled = 9, told.append
     pair.prefill.prefill([job])
     assert told == [6]
 
@@ -150,6 +150,6 @@ def test_where_no_reproducibility_was_asked_for(pair: Pair) -> None:
     pair.prefill.prefill([whole])
     jobs: list[Any] = [pair.job(tokens) for tokens in prompts]
     jobs[0].kv[:, :32], jobs[0].cached = whole.kv[:, :32], 32
-    jobs[0].outputs, jobs[1].outputs, jobs[1].sampling = 30, 12, FREE
+    jobs[0].resumed_tokens, jobs[1].resumed_tokens, jobs[1].sampling = 30, 12, FREE
     first, _ = pair.prefill.prefill(jobs)
     assert first == pair.expected(prompts[0], 1)[0]

@@ -72,7 +72,7 @@ class Ends:
             self.holder,
             metrics,
         )
-        self.d = DecodeInstance("d", model, engine, limits, self.receiver, 1, TURN, 1, metrics)
+        self.d = DecodeInstance("d", model, engine, limits, self.receiver, 1, TURN, metrics)
         self._ids = 0
 
     async def answer(
@@ -82,17 +82,17 @@ class Ends:
         *,
         local: bool,
         new: int = 12,
-        outputs: int = 0,
+        resumed_tokens: int = 0,
     ) -> Answer:
         self._ids += 1
         loop, name = asyncio.get_running_loop(), str(self._ids)
         data, answer = np.array(ids, "<i4").tobytes(), Answer()
         handle, first = b"", None
         if not local:
-            self.receiver.join(self.holder.description)
+            self.receiver.connect(self.holder.endpoint)
             handed: asyncio.Future[Reply] = loop.create_future()
             self.p.submit(
-                PrefillRequest(name, data, sampling, "", 60_000.0, outputs),
+                PrefillRequest(name, data, sampling, "", 60_000.0, resumed_tokens),
                 lambda reply, last: handed.set_result(reply) if last else None,
             )
             prefilled = await handed
@@ -105,13 +105,14 @@ class Ends:
             if isinstance(reply, Tokens):
                 assert reply.start == len(answer.tokens)
                 answer.tokens += np.frombuffer(reply.ids, "<i4").tolist()
-                if reply.pulled is not None:
-                    answer.cached = reply.pulled.cached
+                if reply.transfer is not None:
+                    answer.cached = reply.transfer.cached
             if last:
                 ended.set_result(reply)
 
         self.d.submit(
-            DecodeRequest(name, data, first, handle, sampling, "", new, True, 0.0, outputs), send
+            DecodeRequest(name, data, first, handle, sampling, "", new, True, 0.0, resumed_tokens),
+            send,
         )
         assert isinstance(await ended, Tokens)
         return answer
@@ -182,7 +183,9 @@ def test_answer_that_another_pair_began_goes_on(model: TorchModel, name: str) ->
         async with ends(model) as made:
             for done in (1, 7, 19):
                 begun = np.append(prompt(40), whole[:done])
-                rest = await made.answer(begun, sampling, local=True, new=20 - done, outputs=done)
+                rest = await made.answer(
+                    begun, sampling, local=True, new=20 - done, resumed_tokens=done
+                )
                 assert rest.tokens == whole[done:]
 
     run()

@@ -278,7 +278,7 @@ def test_greedy_is_said_by_top_k_and_sampling_by_top_p() -> None:
 
 
 def test_penalties_count_the_answer_alone_where_that_can_be_said() -> None:
-    request = asked(sampling=Sampling(presence_penalty=1.0), outputs=5)
+    request = asked(sampling=Sampling(presence_penalty=1.0), resumed_tokens=5)
     fields = (*sampling.NEEDED, "prompt_ignore_length")
     given = sampling.arguments(request, [EOS], fields)
     assert given["prompt_ignore_length"] == len(PROMPT) - 5

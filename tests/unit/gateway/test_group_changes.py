@@ -83,11 +83,11 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
             assert made._budget.spend()
         for prefill in ("prefill_0", "prefill_1"):
             made._decode_stage.not_handed_over(prefill, "decode_0")
-        links = made._kv_links._joined
-        joined = dict(links.known)
+        links = made._kv_links._links
+        before = dict(links.known)
         budget, takes = made._budget._left, made._prefill_stage._latency.expected(100)
         assert takes > 0
-        assert len(joined) == 4
+        assert len(before) == 4
 
         connected.groups.take(members({0, 2}, {0, 2}))
         await connected.groups.sweep()
@@ -97,8 +97,8 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
         assert made._budget._left == budget
         assert made._prefill_stage._latency.expected(100) == takes
         assert set(made._decode_stage._pairs.known) == {("prefill_0", "decode_0")}
-        links = made._kv_links._joined
-        assert links.known.get(("prefill_0", "decode_0")) == joined["prefill_0", "decode_0"]
+        links = made._kv_links._links
+        assert links.known[("prefill_0", "decode_0")] == before["prefill_0", "decode_0"]
         assert set(links.known) == {(f"prefill_{i}", f"decode_{j}") for i in (0, 2) for j in (0, 2)}
 
         again = [site.request(prompt) for prompt in prompts]
@@ -111,7 +111,7 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
 
 
 @virtual
-async def test_who_leaves_while_it_is_introduced_has_no_link(tmp_path: Path) -> None:
+async def test_who_leaves_while_it_is_connected_has_no_link(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, decodes=1, profile=TIMES) as site:
         connected = Connected(site)
         group = connected.groups.take(members({0}, {0}))["a"]
@@ -120,19 +120,19 @@ async def test_who_leaves_while_it_is_introduced_has_no_link(tmp_path: Path) -> 
         connected.groups.take(members({0, 1}, {0}))
         connected.links["decode_0"].delay = (0.1, 0.1)
         prefill = scheduler(group).prefills.instances[1]
-        meeting = asyncio.create_task(
-            links.introduce(prefill, group._scheduler.decodes.instances[0])
+        linking = asyncio.create_task(
+            links.connect_now(prefill, group._scheduler.decodes.instances[0])
         )
         await asyncio.sleep(0.15)
         connected.groups.take(members({0}, {0}))
-        await meeting
+        await linking
         await connected.groups.sweep()
-        assert set(links._joined.known) == {("prefill_0", "decode_0")}
+        assert set(links._links.known) == {("prefill_0", "decode_0")}
         await connected.groups.close()
 
 
 @virtual
-async def test_a_decode_that_cannot_meet_a_prefill_that_leaves_has_not_met_it(
+async def test_a_decode_that_cannot_connect_to_a_prefill_that_leaves_has_no_refusal(
     tmp_path: Path,
 ) -> None:
     """What waits in that prefill goes to another decode, and is not offered to this one again."""
@@ -151,7 +151,7 @@ async def test_a_decode_that_cannot_meet_a_prefill_that_leaves_has_not_met_it(
             mock.patch.object(decode, "ask", return_value=answer),
             pytest.raises(InstanceError, match=answer.message),
         ):
-            await links.introduce(prefill, decode)
+            await links.connect_now(prefill, decode)
         assert links.refusal("prefill_1", "decode_0") == "no way there"
         await connected.groups.sweep()
         assert links.refusal("prefill_1", "decode_0") is None
@@ -180,7 +180,7 @@ def state(group: Group) -> object:
         {one.name for one in rooms._members},
         set(made._kv_links._refused.known),
         rooms._at_once,
-        set(made._kv_links._joined.known),
+        set(made._kv_links._links.known),
         made._kv_links.useless,
         set(made._prefill_stage._members.values()) == set(made.prefills.instances),
         [

@@ -183,8 +183,8 @@ async def test_plain_request(tmp_path: Path) -> None:
             "pdserve.kv.bytes": site.model.layout.nbytes(20),
             "pdserve.kv.transport": "shm",
             "pdserve.kv.strategy": "whole",
-            "pdserve.kv.transfer_ms": request.pulled.ms,
-            "pdserve.kv.exposed_ms": request.pulled.exposed_ms,
+            "pdserve.kv.transfer_ms": request.transfer.ms,
+            "pdserve.kv.exposed_ms": request.transfer.exposed_ms,
         }
         assert before <= tree.root.start_time <= after, "it is the wall clock's"
         [event] = tree.root.events

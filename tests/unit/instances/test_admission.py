@@ -40,17 +40,20 @@ BAD = [
     (prefill(ids(*[1] * CONTEXT)), rf"{CONTEXT} and 1; allowed: {CONTEXT} tokens together"),
     (prefill(ids(1, VOCABULARY)), rf"token id: {VOCABULARY}; allowed: 0 to {VOCABULARY - 1}"),
     (prefill(ids(-1)), r"token id: -1; allowed: 0 to"),
-    (prefill(ids(1, 2), outputs=2), r"outputs: 2 of a prompt of 2 tokens; allowed: 0 to 1"),
+    (
+        prefill(ids(1, 2), resumed_tokens=2),
+        r"resumed_tokens: 2 of a prompt of 2 tokens; allowed: 0 to 1",
+    ),
     (decode(b""), r"prompt: 0 bytes"),
     (decode(ids(*[1] * 57)), rf"57 and 8; allowed: {CONTEXT}"),
     (decode(ids(1), max_tokens=CONTEXT), rf"1 and {CONTEXT}; allowed: {CONTEXT}"),
     (decode(ids(1, 1 << 30)), rf"token id: {1 << 30}; allowed"),
     (decode(ids(1), first_token=VOCABULARY), rf"token id: {VOCABULARY}; allowed"),
-    (decode(ids(1), outputs=1), r"outputs: 1 of a prompt of 1 tokens"),
+    (decode(ids(1), resumed_tokens=1), r"resumed_tokens: 1 of a prompt of 1 tokens"),
 ]
 FITS = [
     prefill(ids(*[1] * (CONTEXT - 1))),
-    prefill(ids(0, VOCABULARY - 1), outputs=1),
+    prefill(ids(0, VOCABULARY - 1), resumed_tokens=1),
     decode(ids(*[1] * 56)),
     decode(ids(1), max_tokens=CONTEXT - 1, first_token=VOCABULARY - 1),
 ]

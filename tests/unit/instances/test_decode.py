@@ -12,24 +12,24 @@ import numpy as np
 import pytest
 
 from pdserve import errors
-from pdserve.instances.decode import MAX_JOINS
+from pdserve.instances.decode import MAX_CONNECTING
 from pdserve.rpc.messages import (
     Accepted,
     Busy,
+    Connect,
+    Connected,
     DecodeRequest,
     Failed,
-    Join,
-    Joined,
+    NotConnected,
     Prefilled,
     PrefillRequest,
     Released,
     Reply,
     Room,
-    Stranger,
     Tokens,
 )
 from pdserve.sampling import Sampling
-from pdserve.transfer.reports import Met
+from pdserve.transfer.reports import LinkReport
 from tests.unit.inprocess import CLEAN_S, EOS, Site, real, until, virtual
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Client:
             max_tokens=max_tokens,
             ignore_eos=fields.get("ignore_eos", False),
             min_interval_ms=min_interval_ms,
+            peers=fields.get("peers", 1),
         )
         self.site.d[0].submit(request, lambda reply, last: self.replies.append((name, reply, last)))
 
@@ -123,7 +124,7 @@ async def test_first_reply_tells_the_transfer(tmp_path: Path) -> None:
         await asyncio.sleep(0.1)
         accepted, *tokens = client.of("a")
         assert accepted == Accepted(room=mock.ANY), "a step takes longer than a moment"
-        told = [reply.pulled for reply in tokens if isinstance(reply, Tokens)]
+        told = [reply.transfer for reply in tokens if isinstance(reply, Tokens)]
         assert len(told) == 3
         assert told[0] is not None
         assert (told[0].nbytes, told[0].transport, told[0].strategy) == (20 * 128, "shm", "whole")
@@ -276,6 +277,25 @@ async def test_decodes_count_as_many_streams_as_all_of_them_have(tmp_path: Path)
 
 
 @virtual
+async def test_the_interval_follows_the_peers_of_each_request(tmp_path: Path) -> None:
+    """Of two gateways with groups of different sizes, or of one whose group has grown."""
+    async with Site(
+        tmp_path,
+        profile={"decode": {"base_ms": 1.0}},
+        decode={"response_cost_ms": 0.95, "max_interval_ms": 39.5},
+    ) as site:
+        client = Client(site)
+        for name, peers in (("alone", 1), ("ten", 10), ("thousand", 1000)):
+            await client.submit(name, max_tokens=301, peers=peers)
+        await asyncio.sleep(0.25)
+        for name, tokens in (("alone", 3), ("ten", 29), ("thousand", 40)):
+            sizes = [len(reply.ids) // 4 for reply in client.of(name) if isinstance(reply, Tokens)]
+            assert set(sizes[2:-2]) == {tokens}, name
+        await asyncio.sleep(0.5)
+        await site.idle(0.0)
+
+
+@virtual
 async def test_tokens_that_nobody_reads_as_they_come(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
         client = Client(site)
@@ -404,13 +424,13 @@ async def test_handle_of_another_model_is_refused(tmp_path: Path) -> None:
 
 @virtual
 async def test_handle_of_a_holder_that_has_ended(tmp_path: Path) -> None:
-    """Who has met it may still take what is leased to them; whoever has not, never can."""
+    """Who is linked to it may still take what is leased to them; whoever is not, never can."""
     async with Site(tmp_path, decodes=2, profile=TIMES) as site:
         client, prompts = Client(site), [site.prompt(20) for _ in range(2)]
         results = [await client.prefilled(name, p) for name, p in zip("xy", prompts, strict=True)]
-        stranger = site.receivers[1]
-        stranger.peers.leave(stranger.peers.find(site.holders[0].epoch))
-        description = site.holders[0].description
+        without = site.receivers[1]
+        without.peers.leave(without.peers.find(site.holders[0].epoch))
+        endpoint = site.holders[0].endpoint
         await site.p[0].close()
         site.p[0].close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
         await client.submit("a", prompts[0], result=results[0])
@@ -418,9 +438,9 @@ async def test_handle_of_a_holder_that_has_ended(tmp_path: Path) -> None:
         assert len(client.tokens("a")) == 7
         site.d[0] = site.d[1]
         await client.submit("b", prompts[1], result=results[1])
-        assert client.of("b") == [Stranger()]
+        assert client.of("b") == [NotConnected()]
         told: list[Reply] = []
-        site.d[1].join(Join("c", description), lambda reply, last: told.append(reply))
+        site.d[1].connect(Connect("c", endpoint), lambda reply, last: told.append(reply))
         await asyncio.sleep(0.1)
         [failed] = told
         assert isinstance(failed, Failed)
@@ -436,18 +456,18 @@ async def test_handle_of_a_holder_that_has_ended(tmp_path: Path) -> None:
 async def test_link_is_shown_as_it_is(tmp_path: Path) -> None:
     """A gauge of what was before goes to zero: who looks at all of them sees one link."""
     links = [
-        Met("nixl", "rc_mlx5/mlx5_0:1", 3e-6, 2e10, {"shm": "another host"}, fallback=False),
-        Met("nixl", "tcp/eth0", 1e-4, 1e8, {}, fallback=True),
+        LinkReport("nixl", "rc_mlx5/mlx5_0:1", 3e-6, 2e10, {"shm": "another host"}, fallback=False),
+        LinkReport("nixl", "tcp/eth0", 1e-4, 1e8, {}, fallback=True),
     ]
     async with Site(tmp_path, profile=TIMES) as site:
         told: list[Reply] = []
-        for met in (links[0], links[0], links[1]):
-            site.receivers[0].join = lambda _, met=met: ("prefill_0", met)  # type: ignore[method-assign,misc]
-            site.d[0].join(Join("j", b""), lambda reply, last: told.append(reply))
+        for link in (links[0], links[0], links[1]):
+            site.receivers[0].connect = lambda _, link=link: ("prefill_0", link)  # type: ignore[method-assign,misc]
+            site.d[0].connect(Connect("j", b""), lambda reply, last: told.append(reply))
             await asyncio.sleep(0.001)
         per_token = site.model.layout.bytes_per_token
         assert told == [
-            Joined("prefill_0", met, per_token, Room(64, 256)) for met in (links[0], *links)
+            Connected("prefill_0", link, per_token, Room(64, 256)) for link in (links[0], *links)
         ]
         for gauge, wanted in (("bytes_per_second", 1e8), ("latency_seconds", 1e-4)):
             for detail, value in (("rc_mlx5/mlx5_0:1", 0.0), ("tcp/eth0", wanted)):
@@ -475,23 +495,23 @@ async def test_close_ends_every_answer(tmp_path: Path) -> None:
 
 
 @virtual
-async def test_so_many_meetings_are_under_way(
+async def test_so_many_connects_are_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Site(tmp_path) as site:
         decode, told = site.d[0], list[Reply]()
-        meeting: list[Callable[..., None]] = []
-        monkeypatch.setattr(decode._arrivals, "join", lambda _, done: meeting.append(done))
+        connecting: list[Callable[..., None]] = []
+        monkeypatch.setattr(decode._kv_imports, "connect", lambda _, done: connecting.append(done))
 
-        def join() -> None:
-            decode.join(Join("call", b"description"), lambda reply, _last: told.append(reply))
+        def connect() -> None:
+            decode.connect(Connect("call", b"endpoint"), lambda reply, _last: told.append(reply))
 
-        for _ in range(MAX_JOINS + 1):
-            join()
-        assert len(meeting) == MAX_JOINS
+        for _ in range(MAX_CONNECTING + 1):
+            connect()
+        assert len(connecting) == MAX_CONNECTING
         (refused,) = told
         assert isinstance(refused, Failed)
-        assert refused.message == f"decode_0: {MAX_JOINS} joins are under way already"
-        meeting.pop()(errors.HandleError("forged"))
-        join()
-        assert len(meeting) == MAX_JOINS
+        assert refused.message == f"decode_0: {MAX_CONNECTING} connects are under way already"
+        connecting.pop()(errors.HandleError("forged"))
+        connect()
+        assert len(connecting) == MAX_CONNECTING

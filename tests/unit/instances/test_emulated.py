@@ -42,10 +42,10 @@ async def test_another_pair_goes_on_with_the_same_tokens(tmp_path: Path) -> None
         for where in range(12):
             tokens = np.append(prompt, np.array(answer[:where], np.int32))
             kv = np.zeros((2, len(tokens), site.model.layout.row_bytes), np.uint8)
-            job = PrefillJob(tokens, kv, Sampling(), outputs=where)
+            job = PrefillJob(tokens, kv, Sampling(), resumed_tokens=where)
             first = await site.p_engines[0].prefill([job])
-            sequence = DecodeSequence(tokens, first, [(0, 64)], Sampling(), outputs=where)
-            local = DecodeSequence(tokens, [], [(64, 64)], Sampling(), outputs=where)
+            sequence = DecodeSequence(tokens, first, [(0, 64)], Sampling(), resumed_tokens=where)
+            local = DecodeSequence(tokens, [], [(64, 64)], Sampling(), resumed_tokens=where)
             assert await site.d_engines[0].prefill(local, 0, len(tokens)) == first[0]
             while len(sequence.tokens) < 12 - where:
                 sequence.tokens += await site.d_engines[0].step([sequence])

@@ -19,14 +19,14 @@ from pdserve.rpc.messages import (
     DecodeRequest,
     Failed,
     Freed,
+    NotConnected,
     Prefilled,
     PrefillRequest,
     Release,
     Released,
     Reply,
-    Stranger,
-    Taken,
     Tokens,
+    Transferred,
     Watch,
 )
 from pdserve.sampling import Sampling
@@ -58,7 +58,7 @@ async def test_an_answer_is_the_first_token_and_then_the_rest(tmp_path: Path) ->
         assert stats["kv"]["transport"] == "scripted"
         assert stats["kv"]["strategy"] == "engine"
         await site.idle()
-        assert len(site.p_links[0].of(Taken)) == 1
+        assert len(site.p_links[0].of(Transferred)) == 1
         assert site.p_links[0].of(Release) == []
 
 
@@ -192,7 +192,7 @@ async def test_an_answer_that_breaks_off_goes_on_elsewhere(tmp_path: Path) -> No
         site.world.generation_failures = [RuntimeError("CUDA error")]
         assert await task == site.expected(request)
         assert request.attempts == 2
-        assert [one.outputs for one in site.world.asked] == [0, 0, 6, 6]
+        assert [one.resumed_tokens for one in site.world.asked] == [0, 0, 6, 6]
         await site.idle()
 
 
@@ -219,7 +219,7 @@ async def test_pairs_that_cannot_exchange_are_refused_before_the_first_request(
         return "trtllm:1.2" if name == "prefill_1" else "trtllm:1.3"
 
     async with Relay(tmp_path, prefills=2, fingerprint=fingerprint) as site:
-        meeting = asyncio.create_task(site.kv_links.run())
+        linking = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.5)
         refusal = site.kv_links.refusal("prefill_1", "decode_0")
         assert refusal is not None
@@ -229,8 +229,8 @@ async def test_pairs_that_cannot_exchange_are_refused_before_the_first_request(
             request = site.request()
             assert await site.answer(request) == site.expected(request)
         assert site.p_links[1].of(PrefillRequest) == []
-        meeting.cancel()
-        await asyncio.gather(meeting, return_exceptions=True)
+        linking.cancel()
+        await asyncio.gather(linking, return_exceptions=True)
         await site.idle()
 
 
@@ -276,8 +276,8 @@ async def test_handles_that_a_decode_does_not_take(tmp_path: Path) -> None:
         decode = site.d[0]
 
         decode.submit(asks(site, prompt, made.handle), client.send)
-        assert client.replies == [Stranger()]
-        await site.kv_links.introduce(site.instances[0][0], site.instances[1][0])
+        assert client.replies == [NotConnected()]
+        await site.kv_links.connect_now(site.instances[0][0], site.instances[1][0])
 
         flipped = bytes([made.handle[0] ^ 1]) + made.handle[1:]
         theirs = unseal(made.handle, ExternalHandle, KEY)
@@ -315,7 +315,7 @@ async def test_who_waits_is_told_when_a_decode_has_taken_it(tmp_path: Path) -> N
         assert client.replies == [Busy("slots", mock.ANY)]
         site.p[0].watch(Watch("w", "gateway"), "gateway", client.send)
         assert client.replies == [Busy("slots", mock.ANY)]
-        site.p[0].taken("one", lambda reply, last: None)
+        site.p[0].transferred("one", lambda reply, last: None)
         assert client.replies == [Busy("slots", mock.ANY), Freed(mock.ANY)]
 
 

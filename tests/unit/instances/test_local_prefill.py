@@ -83,9 +83,9 @@ class Local(Client):
         return max(after - before for before, after in itertools.pairwise(times))
 
     def cached(self, name: str) -> int:
-        pulled = self.first(name).pulled
-        assert pulled is not None
-        return pulled.cached
+        transfer = self.first(name).transfer
+        assert transfer is not None
+        return transfer.cached
 
 
 # ----------------------------------------------------------------------- tokens
@@ -104,11 +104,11 @@ async def test_prompt_is_computed_where_there_is_no_handle(tmp_path: Path) -> No
         assert isinstance(second, Tokens)
         assert (first.start, len(first.ids), second.start) == (0, 4, 1), "at once, and alone"
         assert client.first_at("a") == pytest.approx(0.020)
-        pulled = first.pulled
-        assert pulled is not None
-        assert (pulled.nbytes, pulled.transport, pulled.strategy) == (0, "local", "")
-        assert pulled.ms == pytest.approx(20)
-        assert second.pulled is None
+        transfer = first.transfer
+        assert transfer is not None
+        assert (transfer.nbytes, transfer.transport, transfer.strategy) == (0, "local", "")
+        assert transfer.ms == pytest.approx(20)
+        assert second.transfer is None
         assert [last for _, _, last in client.replies].count(True) == 1
         assert not site.p_engines[0].forwards
         assert site.total("pdserve_kv_transfers_total") == 0
@@ -139,7 +139,7 @@ async def test_answer_that_another_pair_began_goes_on(tmp_path: Path) -> None:
         prompt = site.prompt(20)
         answer = client.expected(prompt, 12)
         so_far = prompt + np.array(answer[:5], "<i4").tobytes()
-        client.compute("a", so_far, max_tokens=7, outputs=5)
+        client.compute("a", so_far, max_tokens=7, resumed_tokens=5)
         await asyncio.sleep(0.2)
         assert client.tokens("a") == answer[5:]
         assert client.first("a").start == 0
@@ -173,9 +173,9 @@ async def test_running_streams_wait_for_one_turn_at_a_time(tmp_path: Path) -> No
         assert client.longest_gap("running") == pytest.approx(0.032 + 0.010)
         took = client.first_at("long") - 0.1
         assert took == pytest.approx(0.300 + 9 * 0.010, abs=0.011), "10 turns, 9 steps between"
-        pulled = client.first("long").pulled
-        assert pulled is not None
-        assert pulled.ms == pytest.approx(300), "of computing, without the steps"
+        transfer = client.first("long").transfer
+        assert transfer is not None
+        assert transfer.ms == pytest.approx(300), "of computing, without the steps"
         assert client.tokens("running") == client.expected(running, 60)
         assert client.tokens("long") == client.expected(long)
         await site.idle(0.0)
@@ -324,9 +324,9 @@ async def test_cached_prefix_is_not_computed(tmp_path: Path) -> None:
         assert client.cached("whole") == 64, "whole blocks, and one token at least is computed"
         await client.submit("pulled", site.prompt(5, prompt))
         await asyncio.sleep(0.2)
-        pulled = client.first("pulled").pulled
-        assert pulled is not None
-        assert pulled.nbytes == 15 * site.model.layout.bytes_per_token
+        transfer = client.first("pulled").transfer
+        assert transfer is not None
+        assert transfer.nbytes == 15 * site.model.layout.bytes_per_token
         await site.idle(0.0)
 
 

@@ -115,8 +115,8 @@ async def test_handle_leads_to_the_kv_cache(tmp_path: Path) -> None:
         [result] = client.of("a")
         assert isinstance(result, Prefilled)
         receiver, pool = site.receivers[0], site.d_engines[0].pool
-        pulled = receiver.pull(receiver.open(result.handle), [(100, 20), (7, 30)])
-        assert (pulled.nbytes, pulled.token) == (6 * 50 * 64, result.token)
+        transfer = receiver.pull(receiver.open(result.handle), [(100, 20), (7, 30)])
+        assert (transfer.nbytes, transfer.token) == (6 * 50 * 64, result.token)
         assert pool.shape == (6, 256 * 16, site.model.layout.row_bytes)
         source = np.concatenate([pool[:, 100:120], pool[:, 7:37]], axis=1)
         tokens = np.frombuffer(prompt, "<i4")

@@ -135,7 +135,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert set(held) <= set(range(BLOCKS))
         assert self.pool.cached_blocks == len(blocks(self.spare()))
         assert self.pool.used_blocks == len(held) - self.pool.cached_blocks
-        assert list(self.pool._cache.evictable) == self.spare()
+        assert list(self.pool._evictor.evictable) == self.spare()
 
 
 TestBlockPool = PoolMachine.TestCase
@@ -214,7 +214,7 @@ def test_what_lies_beside_the_run_is_not_evicted() -> None:
     table = pool.allocate(2 * SIZE)
     assert table is not None
     assert table.runs == ((2 * SIZE, 2 * SIZE),)
-    assert list(pool._cache.evictable) == [tables[block] for block in (4, 0, 1, 5)]
+    assert list(pool._evictor.evictable) == [tables[block] for block in (4, 0, 1, 5)]
 
 
 def test_unused_blocks_of_a_short_answer_are_free_at_once() -> None:

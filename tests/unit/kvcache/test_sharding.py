@@ -155,13 +155,13 @@ def test_a_pull_from_n_ranks_to_m(n: int, m: int, heads: int, way: str) -> None:
     strategy = None if way == "shm" else way
     sender = Sender(name, agreed)
     taker = Taker(name, agreed, ranks=m, strategy=strategy)  # type: ignore[arg-type]
-    taker.meet(sender)
+    taker.connect(sender)
     for first, runs in ((0, [(60, 20), (3, 30)]), (17, [(40, 33)])):
         taker.pool[:] = 0
         offer = sender.offer()
-        pulled = taker.take(offer, runs, first)
+        transfer = taker.take(offer, runs, first)
         taker.check(offer, runs, first)
-        assert pulled.nbytes == agreed.layout.nbytes(TOKENS - first), "no head travels twice"
+        assert transfer.nbytes == agreed.layout.nbytes(TOKENS - first), "no head travels twice"
     taker.close()
     sender.close()
 
@@ -169,7 +169,7 @@ def test_a_pull_from_n_ranks_to_m(n: int, m: int, heads: int, way: str) -> None:
 def test_a_pull_layer_by_layer_from_2_ranks_to_4() -> None:
     agreed = terms(layout_of(8), sharding_for(2, 4, 8))
     sender, taker = Sender("memcpy", agreed), Taker("memcpy", agreed, ranks=4)
-    taker.meet(sender)
+    taker.connect(sender)
     offer, loop = sender.begin(), asyncio.new_event_loop()
 
     async def follow() -> str:
@@ -177,7 +177,7 @@ def test_a_pull_layer_by_layer_from_2_ranks_to_4() -> None:
         for planes in (2, 4, 6):
             await asyncio.sleep(0.02)
             sender.compute(offer, planes)
-        sender.lending.complete(offer.loan, TOKENS, 6, 7, time.monotonic() + 60)
+        sender.lease_manager.complete(offer.leased, TOKENS, 6, 7, time.monotonic() + 60)
         return (await following).strategy
 
     assert loop.run_until_complete(follow()) == "layered"
@@ -193,7 +193,7 @@ def test_ends_that_were_told_different_cuts() -> None:
         Sender(agreed=terms(layout_of(8), Sharding(2, 1))),
         Taker(agreed=terms(layout_of(8))),
     )
-    taker.meet(sender)
+    taker.connect(sender)
     with pytest.raises(HandleError, match=r"has Sharding\(ranks=2.*expects Sharding\(ranks=1"):
         taker.take(sender.offer())
     assert not taker.pool.any()
@@ -218,8 +218,8 @@ async def test_answers_from_n_ranks_to_m(tmp_path: Path, n: int, m: int) -> None
         requests = [site.request(site.prompt(20 + i, shared), stream=False) for i in range(4)]
         for request in requests:
             assert await site.answer(request) == site.expected(request)
-            assert request.pulled is not None
-            assert request.pulled.nbytes <= site.model.layout.nbytes(request.prompt_tokens)
+            assert request.transfer is not None
+            assert request.transfer.nbytes <= site.model.layout.nbytes(request.prompt_tokens)
         assert requests[-1].cached_tokens == 96, "a prefix is read from its parts"
         await site.idle()
 

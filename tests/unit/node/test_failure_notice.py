@@ -43,7 +43,7 @@ def test_what_is_told_is_heard_whatever_the_clocks_say(monkeypatch: pytest.Monke
     ],
 )
 def test_what_anybody_could_say_is_refused(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="lost: only a watchdog of this deployment"):
+    with pytest.raises(InvalidRequest, match="failure_notice: only a watchdog of this deployment"):
         decode(text, KEY)
 
 

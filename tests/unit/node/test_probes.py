@@ -9,7 +9,7 @@ import pytest
 
 from pdserve.errors import InstanceError
 from pdserve.node.probes import Limits, Probes
-from pdserve.rpc.messages import DecodeRequest, Join, PrefillRequest
+from pdserve.rpc.messages import Connect, DecodeRequest, PrefillRequest
 from tests.unit.inprocess import Link, Site, virtual
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ async def test_decodes_are_probed_with_every_prefill_in_turn(tmp_path: Path) -> 
 
 
 @virtual
-async def test_who_has_not_met_is_introduced(tmp_path: Path) -> None:
-    async with Site(tmp_path, met=False) as site:
+async def test_who_has_no_link_is_connected(tmp_path: Path) -> None:
+    async with Site(tmp_path, linked=False) as site:
         asked = probes(site)
         assert not await asked.decode("decode_0")
-        assert len(site.d_links[0].of(Join)) == 1
+        assert len(site.d_links[0].of(Connect)) == 1
         assert await asked.decode("decode_0")
         await site.idle()
 

@@ -21,7 +21,7 @@ MODELS = ("front", "one", "two")
 EVERY_S, WITHIN_S = 1.0, 3.0
 
 
-class Patient:
+class FakeServer:
     """A server whose ends and answers a test writes. It keeps what is done to it, and when."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Patient:
         """What its restoring ends with."""
         self.takes: defaultdict[str, float] = defaultdict(lambda: 0.5)
         """Seconds to restore it."""
-        self.deaf = False
+        self.unreachable = False
         """Its models cannot be withdrawn."""
         self.crowded = 0
         """So many times it cannot be withdrawn itself."""
@@ -52,7 +52,7 @@ class Patient:
 
     async def withdraw(self, thing: str) -> None:
         self._note("withdraw", thing)
-        if self.deaf and thing != SERVER:
+        if self.unreachable and thing != SERVER:
             raise OSError("connection refused")
         if self.crowded and thing == SERVER:
             self.crowded -= 1
@@ -87,15 +87,15 @@ class Patient:
 
 
 @contextlib.asynccontextmanager
-async def watched(patient: Patient, asked: Sequence[str] = ()) -> AsyncIterator[Watchdog]:
+async def watched(server: FakeServer, asked: Sequence[str] = ()) -> AsyncIterator[Watchdog]:
     checks = [
-        Check(thing, lambda thing=thing: patient.ask(thing), EVERY_S, WITHIN_S) for thing in asked
+        Check(thing, lambda thing=thing: server.ask(thing), EVERY_S, WITHIN_S) for thing in asked
     ]
-    dog = Watchdog(patient, MODELS, checks, whole={"front"}, load_s=LOAD_S)
-    running = asyncio.create_task(dog.run())
+    watchdog = Watchdog(server, MODELS, checks, whole={"front"}, load_s=LOAD_S)
+    running = asyncio.create_task(watchdog.run())
     try:
         await asyncio.sleep(1)
-        yield dog
+        yield watchdog
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -108,88 +108,90 @@ def now() -> float:
 class TestNoticing:
     @virtual
     async def test_nothing_is_done_to_what_is_well(self) -> None:
-        patient = Patient()
-        async with watched(patient, [SERVER, *MODELS]) as dog:
+        server = FakeServer()
+        async with watched(server, [SERVER, *MODELS]) as watchdog:
             await asyncio.sleep(100)
-            assert {what for what, _, _ in patient.done} == {"ask"}
-            assert {health.state for health in dog.health.values()} == {State.HEALTHY}
-            assert all(now() - health.answered <= EVERY_S + 0.1 for health in dog.health.values())
+            assert {what for what, _, _ in server.done} == {"ask"}
+            assert {health.state for health in watchdog.health.values()} == {State.HEALTHY}
+            assert all(
+                now() - health.answered <= EVERY_S + 0.1 for health in watchdog.health.values()
+            )
 
     @virtual
     async def test_a_dead_stub_is_out_of_service_at_once(self) -> None:
-        patient = Patient()
-        async with watched(patient) as dog:
+        server = FakeServer()
+        async with watched(server) as watchdog:
             died = now()
-            patient.lives["one"] = Life.GONE
+            server.lives["one"] = Life.GONE
             await asyncio.sleep(1.5 * LOOK_S)
-            assert patient.times("withdraw", "one")[0] - died <= LOOK_S
-            assert dog.health["one"].state is State.REPAIRING
-            assert dog.health["two"].state is State.HEALTHY
+            assert server.times("withdraw", "one")[0] - died <= LOOK_S
+            assert watchdog.health["one"].state is State.REPAIRING
+            assert watchdog.health["two"].state is State.HEALTHY
             await asyncio.sleep(1)
-            assert dog.health["one"].state is State.HEALTHY
-            assert dog.health["one"].repairs == 1
-            assert dog.health["one"].down_s == pytest.approx(0.5)
-            assert not patient.times("withdraw", SERVER)
+            assert watchdog.health["one"].state is State.HEALTHY
+            assert watchdog.health["one"].repairs == 1
+            assert watchdog.health["one"].down_s == pytest.approx(0.5)
+            assert not server.times("withdraw", SERVER)
 
     @virtual
     async def test_a_server_that_cannot_be_withdrawn_is_restored_all_the_same(self) -> None:
-        patient = Patient()
-        patient.crowded = 100
-        async with watched(patient) as dog:
-            patient.lives[SERVER] = Life.GONE
+        server = FakeServer()
+        server.crowded = 100
+        async with watched(server) as watchdog:
+            server.lives[SERVER] = Life.GONE
             await asyncio.sleep(1)
-            assert dog.health[SERVER].state is State.HEALTHY
-            assert len(patient.times("withdraw", SERVER)) == 1
-            assert len(patient.times("restore", SERVER)) == 1
+            assert watchdog.health[SERVER].state is State.HEALTHY
+            assert len(server.times("withdraw", SERVER)) == 1
+            assert len(server.times("restore", SERVER)) == 1
 
     @virtual
     async def test_who_stops_for_a_moment_is_left_alone(self) -> None:
-        patient = Patient()
-        async with watched(patient):
+        server = FakeServer()
+        async with watched(server):
             for _ in range(5):
-                patient.lives["one"] = Life.STOPPED
+                server.lives["one"] = Life.STOPPED
                 await asyncio.sleep(STOPPED_S - 0.2)
-                patient.lives["one"] = Life.RUNS
+                server.lives["one"] = Life.RUNS
                 await asyncio.sleep(0.2)
-            assert patient.done == []
-            patient.lives["one"] = Life.STOPPED
+            assert server.done == []
+            server.lives["one"] = Life.STOPPED
             await asyncio.sleep(STOPPED_S + 0.2)
-            assert len(patient.times("withdraw", "one")) == 1
+            assert len(server.times("withdraw", "one")) == 1
 
     @virtual
     async def test_one_late_answer_is_no_failure(self) -> None:
-        patient = Patient()
-        async with watched(patient, ["one"]) as dog:
-            patient.silent.add("one")
+        server = FakeServer()
+        async with watched(server, ["one"]) as watchdog:
+            server.silent.add("one")
             await asyncio.sleep(EVERY_S + WITHIN_S)
-            assert dog.health["one"].state is State.LATE
-            patient.silent.clear()
+            assert watchdog.health["one"].state is State.LATE
+            server.silent.clear()
             await asyncio.sleep(10)
-            assert dog.health["one"].state is State.HEALTHY
-            assert not patient.times("withdraw", "one")
+            assert watchdog.health["one"].state is State.HEALTHY
+            assert not server.times("withdraw", "one")
 
     @virtual
     async def test_a_wedged_model_is_noticed_by_its_silence(self) -> None:
-        patient = Patient()
-        async with watched(patient, ["one", "two"]) as dog:
-            patient.silent.add("one")
+        server = FakeServer()
+        async with watched(server, ["one", "two"]) as watchdog:
+            server.silent.add("one")
             began = now()
             await asyncio.sleep(2 * (EVERY_S + WITHIN_S) + 0.6)
-            assert patient.times("withdraw", "one")[0] - began <= 2 * (EVERY_S + WITHIN_S)
-            assert dog.health["one"].repairs == 1
-            assert "no answer within 3 s" in dog.health["one"].reason
-            assert dog.health["two"].repairs == 0
+            assert server.times("withdraw", "one")[0] - began <= 2 * (EVERY_S + WITHIN_S)
+            assert watchdog.health["one"].repairs == 1
+            assert "no answer within 3 s" in watchdog.health["one"].reason
+            assert watchdog.health["two"].repairs == 0
 
     @virtual
     async def test_what_a_former_life_did_not_say_is_not_held_against_the_next(self) -> None:
-        patient = Patient()
-        async with watched(patient, ["one"]) as dog:
-            patient.silent.add("one")
+        server = FakeServer()
+        async with watched(server, ["one"]) as watchdog:
+            server.silent.add("one")
             await asyncio.sleep(EVERY_S + 2 * WITHIN_S)  # a second question is open
-            patient.lives["one"] = Life.GONE
+            server.lives["one"] = Life.GONE
             await asyncio.sleep(60)
-            assert len(patient.times("withdraw", "one")) == 1
-            assert dog.health["one"].state is State.HEALTHY
+            assert len(server.times("withdraw", "one")) == 1
+            assert watchdog.health["one"].state is State.HEALTHY
 
 
 class TestTroubles:
@@ -199,86 +201,86 @@ class TestTroubles:
     async def test_what_cannot_be_asked_has_not_failed(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        patient = Patient()
+        server = FakeServer()
         for trouble in (KeyError("prefill_1"), OSError(24, "Too many open files")):
-            patient.trouble = trouble
-            async with watched(patient, ["one", "two"]) as dog:
+            server.trouble = trouble
+            async with watched(server, ["one", "two"]) as watchdog:
                 await asyncio.sleep(20)
-                assert not patient.times("withdraw", "one")
-                assert dog.health["one"].state is State.HEALTHY
+                assert not server.times("withdraw", "one")
+                assert watchdog.health["one"].state is State.HEALTHY
                 said = [record for record in caplog.records if "cannot be asked" in record.message]
                 assert len(said) == 2, "said once of each, not each second"
                 caplog.clear()
-                patient.trouble = None
-                patient.silent.add("one")
+                server.trouble = None
+                server.silent.add("one")
                 await asyncio.sleep(20)
-                assert patient.times("withdraw", "one"), "it is asked again"
-            patient = Patient()
+                assert server.times("withdraw", "one"), "it is asked again"
+            server = FakeServer()
 
     @virtual
     async def test_misses_count_beside_what_cannot_be_asked(self) -> None:
-        patient = Patient()
-        async with watched(patient, ["one"]):
+        server = FakeServer()
+        async with watched(server, ["one"]):
             for _ in range(3):
-                patient.silent.add("one")
+                server.silent.add("one")
                 await asyncio.sleep(EVERY_S + WITHIN_S)
-                patient.silent.clear()
-                patient.trouble = KeyError("one")
+                server.silent.clear()
+                server.trouble = KeyError("one")
                 await asyncio.sleep(3 * EVERY_S)
-                patient.trouble = None
-            assert patient.times("withdraw", "one")
+                server.trouble = None
+            assert server.times("withdraw", "one")
 
     @virtual
     async def test_what_cannot_be_seen_is_looked_at_again(self) -> None:
-        patient = Patient()
-        async with watched(patient) as dog:
-            patient.blind = True
-            patient.lives["one"] = Life.GONE
+        server = FakeServer()
+        async with watched(server) as watchdog:
+            server.blind = True
+            server.lives["one"] = Life.GONE
             await asyncio.sleep(5)
-            assert patient.done == []
-            patient.blind = False
+            assert server.done == []
+            server.blind = False
             await asyncio.sleep(2)
-            assert dog.health["one"].repairs == 1
+            assert watchdog.health["one"].repairs == 1
 
     @virtual
     async def test_a_server_that_has_been_stopped_ends_it(self) -> None:
         """Also in the middle of a repair."""
         for what in ("look", "restore"):
-            patient = Patient()
-            dog = Watchdog(patient, MODELS, [], whole=(), load_s=LOAD_S)
-            running = asyncio.create_task(dog.run())
+            server = FakeServer()
+            watchdog = Watchdog(server, MODELS, [], whole=(), load_s=LOAD_S)
+            running = asyncio.create_task(watchdog.run())
             await asyncio.sleep(1)
-            patient.dismissed = what
-            patient.lives[SERVER] = Life.GONE
+            server.dismissed = what
+            server.lives[SERVER] = Life.GONE
             with pytest.raises(Dismissed, match="stopped"):
                 await asyncio.wait_for(running, 1)
-            assert len(patient.times("restore", SERVER)) == (what == "restore")
+            assert len(server.times("restore", SERVER)) == (what == "restore")
 
 
 class TestRepairing:
     @virtual
     async def test_a_gateways_model_takes_the_server_with_it(self) -> None:
-        patient = Patient()
-        async with watched(patient) as dog:
-            patient.lives["front"] = Life.GONE
+        server = FakeServer()
+        async with watched(server) as watchdog:
+            server.lives["front"] = Life.GONE
             await asyncio.sleep(2)
-            assert patient.times("withdraw", SERVER)
-            assert not patient.times("withdraw", "front")
-            assert dog.health[SERVER].repairs == 1
-            assert dog.health[SERVER].reason == "front: its process is gone"
+            assert server.times("withdraw", SERVER)
+            assert not server.times("withdraw", "front")
+            assert watchdog.health[SERVER].repairs == 1
+            assert watchdog.health[SERVER].reason == "front: its process is gone"
 
     @virtual
     async def test_a_dead_server_ends_the_repairs_of_its_models(self) -> None:
-        patient = Patient()
-        patient.takes["one"] = 20
-        async with watched(patient) as dog:
-            patient.lives["one"] = Life.GONE
+        server = FakeServer()
+        server.takes["one"] = 20
+        async with watched(server) as watchdog:
+            server.lives["one"] = Life.GONE
             await asyncio.sleep(2)
-            patient.lives |= dict.fromkeys((SERVER, *MODELS), Life.GONE)
+            server.lives |= dict.fromkeys((SERVER, *MODELS), Life.GONE)
             await asyncio.sleep(2)
-            assert {health.state for health in dog.health.values()} == {State.HEALTHY}
+            assert {health.state for health in watchdog.health.values()} == {State.HEALTHY}
             await asyncio.sleep(60)
-            assert [thing for what, thing, _ in patient.done if what == "restore"] == [
+            assert [thing for what, thing, _ in server.done if what == "restore"] == [
                 "one",
                 SERVER,
             ]
@@ -286,69 +288,69 @@ class TestRepairing:
     @virtual
     async def test_a_model_that_cannot_be_loaded_is_not_reloaded_in_a_loop(self) -> None:
         """Its server serves on; the pauses double from a second to a minute."""
-        patient = Patient()
-        patient.broken["one"] = NotRestored("no weights in /nowhere")
-        patient.takes["one"] = 0.0
-        async with watched(patient) as dog:
-            patient.lives["one"] = Life.GONE
+        server = FakeServer()
+        server.broken["one"] = NotRestored("no weights in /nowhere")
+        server.takes["one"] = 0.0
+        async with watched(server) as watchdog:
+            server.lives["one"] = Life.GONE
             await asyncio.sleep(40)
-            tries = patient.times("restore", "one")
+            tries = server.times("restore", "one")
             pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
             assert pauses == pytest.approx([1, 2, 4, 8, 16])
-            assert dog.health["one"].state is State.FAILED
-            assert dog.health["one"].reason == "no weights in /nowhere"
-            assert not patient.times("withdraw", SERVER)
-            del patient.broken["one"]
+            assert watchdog.health["one"].state is State.FAILED
+            assert watchdog.health["one"].reason == "no weights in /nowhere"
+            assert not server.times("withdraw", SERVER)
+            del server.broken["one"]
             await asyncio.sleep(32)
-            assert dog.health["one"].state is State.HEALTHY
+            assert watchdog.health["one"].state is State.HEALTHY
 
     @virtual
     async def test_a_load_that_does_not_end_restarts_the_server(self) -> None:
-        patient = Patient()
-        patient.takes["one"] = 1e6
-        async with watched(patient) as dog:
-            patient.lives["one"] = Life.GONE
+        server = FakeServer()
+        server.takes["one"] = 1e6
+        async with watched(server) as watchdog:
+            server.lives["one"] = Life.GONE
             await asyncio.sleep(LOAD_S - 1)
-            assert not patient.times("withdraw", SERVER)
+            assert not server.times("withdraw", SERVER)
             await asyncio.sleep(3)
-            assert dog.health[SERVER].repairs == 1
-            assert dog.health["one"].state is State.HEALTHY
-            assert "the repair of one has failed: too slow" in dog.health[SERVER].reason
+            assert watchdog.health[SERVER].repairs == 1
+            assert watchdog.health["one"].state is State.HEALTHY
+            assert "the repair of one has failed: too slow" in watchdog.health[SERVER].reason
 
     @virtual
     async def test_a_server_that_takes_no_part_is_restarted(self) -> None:
-        patient = Patient()
-        patient.deaf = True
-        async with watched(patient) as dog:
-            patient.lives["one"] = Life.GONE
+        server = FakeServer()
+        server.unreachable = True
+        async with watched(server) as watchdog:
+            server.lives["one"] = Life.GONE
             await asyncio.sleep(2)
-            assert dog.health[SERVER].repairs == 1
-            assert "connection refused" in dog.health[SERVER].reason
+            assert watchdog.health[SERVER].repairs == 1
+            assert "connection refused" in watchdog.health[SERVER].reason
 
     @virtual
     async def test_a_server_that_does_not_start_is_started_again(self) -> None:
-        patient = Patient()
-        patient.broken[SERVER] = NotRestored("port taken")
-        async with watched(patient) as dog:
-            patient.lives[SERVER] = Life.GONE
+        server = FakeServer()
+        server.broken[SERVER] = NotRestored("port taken")
+        async with watched(server) as watchdog:
+            server.lives[SERVER] = Life.GONE
             await asyncio.sleep(20)
-            tries = patient.times("restore", SERVER)
+            tries = server.times("restore", SERVER)
             pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
             assert pauses == pytest.approx([1.5, 2.5, 4.5, 8.5])
-            patient.broken.clear()
+            server.broken.clear()
             await asyncio.sleep(17)
-            assert dog.health[SERVER].state is State.HEALTHY
+            assert watchdog.health[SERVER].state is State.HEALTHY
 
     @virtual
     async def test_cancelled_it_leaves_everything_as_it_is(self) -> None:
-        patient = Patient()
-        patient.takes["one"] = 20
-        async with watched(patient):
-            patient.lives["one"] = Life.GONE
+        server = FakeServer()
+        server.takes["one"] = 20
+        async with watched(server):
+            server.lives["one"] = Life.GONE
             await asyncio.sleep(2)
-        done = list(patient.done)
+        done = list(server.done)
         await asyncio.sleep(100)
-        assert patient.done == done
+        assert server.done == done
 
 
 def test_pauses_double_and_are_forgotten_after_a_calm() -> None:

@@ -37,7 +37,7 @@ def test_every_pair_of_the_deployment_and_no_other() -> None:
     assert links.rows(found)[0]["bytes_per_second"] == 2e9
 
 
-def test_a_fallback_and_a_pair_that_has_not_met_are_seen() -> None:
+def test_a_fallback_and_a_pair_without_link_are_seen() -> None:
     console = Console(width=80, record=True)
     console.print(links.table(links.links(DEPLOYMENT, [values(PAGE)])))
     text = console.export_text()
@@ -47,7 +47,7 @@ def test_a_fallback_and_a_pair_that_has_not_met_are_seen() -> None:
     assert text.count(" - ") == 2
 
 
-def test_without_any_decode_that_answers_nobody_has_met() -> None:
+def test_without_any_decode_that_answers_nobody_is_linked() -> None:
     assert not any(link.transport for link in links.links(DEPLOYMENT, []))
 
 

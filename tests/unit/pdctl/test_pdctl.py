@@ -408,7 +408,7 @@ class TestLinks:
             ("prefill_1", "decode_0"),
         ]
         assert str(found[0]) == "shm (mapped)\n2.5 GiB/s, 2 us"
-        assert str(found[1]) == "-", "they have not met"
+        assert str(found[1]) == "-", "they have no link"
         assert links.table(found).row_count == 2
         assert links.rows(found)[0]["bytes_per_second"] == 2.5 * 2**30
 

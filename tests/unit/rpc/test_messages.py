@@ -12,11 +12,11 @@ from msgspec import inspect
 from pdserve.errors import InstanceError, InvalidRequest
 from pdserve.rpc import messages
 from pdserve.rpc.messages import (
+    Connect,
+    Connected,
     DecodeRequest,
     Describe,
     Failed,
-    Join,
-    Joined,
     Prefilled,
     PrefillRequest,
     Release,
@@ -26,28 +26,29 @@ from pdserve.rpc.messages import (
     Watch,
 )
 from pdserve.sampling import Sampling
-from pdserve.transfer.reports import NOTHING_PULLED, Met
+from pdserve.transfer.reports import NO_TRANSFER, LinkReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PREFILL = PrefillRequest("call", b"\1\0\0\0", Sampling(), "tenant", 1000.0)
 DECODE = DecodeRequest("call", b"\1\0\0\0", 1, b"handle", Sampling(), "", 8, False, 0.0)
-MET = Met("shm", "", 0.0, 1e9, {}, False)
+LINK = LinkReport("shm", "", 0.0, 1e9, {}, False)
 
 BAD_REQUESTS = [
     *((PREFILL, "id", value) for value in ("", "x" * 257)),
     *((PREFILL, "deadline_ms", value) for value in (-1.0, math.nan, math.inf, -math.inf, 1e10)),
-    *((PREFILL, "outputs", value) for value in (-1, 1 << 40)),
+    *((PREFILL, "resumed_tokens", value) for value in (-1, 1 << 40)),
     (PREFILL, "tenant", "x" * 129),
     (PREFILL, "gateway", "x" * 129),
     (PREFILL, "trace", "x" * 129),
     *((DECODE, "max_tokens", value) for value in (-39, 0, 1 << 40, -(1 << 63), (1 << 64) - 1)),
     *((DECODE, "first_token", value) for value in (-1, 1 << 31)),
     *((DECODE, "min_interval_ms", value) for value in (-1.0, math.nan, math.inf)),
-    *((DECODE, "outputs", value) for value in (-1, 1 << 40)),
+    *((DECODE, "resumed_tokens", value) for value in (-1, 1 << 40)),
+    *((DECODE, "peers", value) for value in (-1, 0, 4097)),
     (DECODE, "handle", bytes(2 << 20)),
-    (Join("call", b"x"), "description", bytes(2 << 20)),
+    (Connect("call", b"x"), "endpoint", bytes(2 << 20)),
     (Watch("call", "gateway"), "gateway", "x" * 129),
     (Release("call"), "id", ""),
     (Describe("call"), "id", "x" * 257),
@@ -67,7 +68,7 @@ BAD_REPLIES: list[tuple[Reply, str, Any]] = [
     (Tokens(1, b"\1\0\0\0"), "start", -1),
     (Tokens(1, b"\1\0\0\0"), "ids", b"\1\0\0"),
     (Tokens(1, b"\1\0\0\0"), "finish_reason", "bored"),
-    (Joined("prefill_0", MET, 1), "bytes_per_token", -1),
+    (Connected("prefill_0", LINK, 1), "bytes_per_token", -1),
     (Failed("INTERNAL", ""), "message", "x" * (2 << 20)),
 ]
 
@@ -112,8 +113,27 @@ def test_what_is_no_message_is_refused(data: bytes) -> None:
 
 def test_another_version_is_told_before_its_fields() -> None:
     newer = {"type": "decode", "version": 9, "max_tokens": "many", "new": 1}
-    with pytest.raises(InstanceError, match=r"version 9; .* version 5"):
+    with pytest.raises(InstanceError, match=r"version 9; .* version 6"):
         messages.decode_request(msgspec.msgpack.encode(newer))
+
+
+def test_a_message_of_the_version_before_is_refused_by_its_version() -> None:
+    for before in (
+        {"type": "join", "id": "call", "description": b"x", "version": 5},
+        {"type": "watch", "id": "call", "gateway": "pdserve", "version": 5},
+    ):
+        with pytest.raises(InstanceError, match=r"version 5; .* version 6"):
+            messages.decode_request(msgspec.msgpack.encode(before))
+
+
+def test_a_field_that_is_not_known_is_ignored() -> None:
+    """So that an optional one may be added without a new version."""
+    for message in (PREFILL, DECODE, Release("call")):
+        fields = msgspec.msgpack.decode(messages.encode(message))
+        assert messages.decode_request(msgspec.msgpack.encode({**fields, "new": 1})) == message
+    reply = [b"", [["call", {"type": "failed", "code": "INTERNAL", "message": "", "new": 1}]]]
+    [(_, decoded)] = messages.decode_replies(msgspec.msgpack.encode(reply)).replies
+    assert decoded == Failed("INTERNAL", "")
 
 
 def test_a_prompt_is_never_repeated() -> None:
@@ -130,7 +150,7 @@ def test_nothing_is_without_a_range(kind: type) -> None:
 
 
 def test_the_defaults_are_in_range() -> None:
-    reply = Tokens(0, b"", "stop", NOTHING_PULLED)
+    reply = Tokens(0, b"", "stop", NO_TRANSFER)
     assert messages.decode_replies(messages.encode_replies([("call", reply)])).replies == [
         ("call", reply)
     ]

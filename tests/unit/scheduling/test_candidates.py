@@ -15,7 +15,7 @@ from pdserve.scheduling.candidates import Candidates, Rank
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.load import Load
 from pdserve.scheduling.rooms import FADING, KNOWN_S, LOOK, Rooms
-from tests.unit.desks import Desk
+from tests.unit.fake_instances import FakeInstance
 
 SLOTS, BATCH = 4, 2
 STEPS = 300
@@ -82,7 +82,7 @@ class Walk:
         self.rng = random.Random(seed)
         self.clock = clock
         count = self.rng.choice((2, 5, 40))
-        self.every = [Instance(f"prefill_{number}", Desk()) for number in range(count)]
+        self.every = [Instance(f"prefill_{number}", FakeInstance()) for number in range(count)]
         self.kept, self.scan = Candidates(self.every, load, SLOTS, BATCH), Scan(self.every)
 
     def step(self) -> None:
@@ -167,7 +167,7 @@ def test_the_best_is_the_best_of_all(seed: int, clock: Clock) -> None:
 
 
 def test_a_look_at_the_best_does_not_look_at_all() -> None:
-    every = [Instance(f"prefill_{number}", Desk()) for number in range(1000)]
+    every = [Instance(f"prefill_{number}", FakeInstance()) for number in range(1000)]
     kept = Candidates(every, load, SLOTS, BATCH)
     looked: list[Instance] = []
 
@@ -191,7 +191,7 @@ class Rooming:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         count = self.rng.choice((2, 5, 32, 80))
-        self.every = [Instance(f"decode_{number}", Desk()) for number in range(count)]
+        self.every = [Instance(f"decode_{number}", FakeInstance()) for number in range(count)]
         self.decodes = list(self.every)
         self.now, self.largest = 0.0, 1.0
         self.at_once = self.rng.choice((1, 8, 4 * count))

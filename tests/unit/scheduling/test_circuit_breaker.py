@@ -13,7 +13,7 @@ from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.circuit_breaker import FIRST_S, LONGEST_S, CircuitBreaker, RetryBudget
 from pdserve.scheduling.request import State
 from pdserve.scheduling.scheduler import ATTEMPTS
-from tests.unit.desks import Desk, Gateway
+from tests.unit.fake_instances import FakeInstance, Gateway
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
@@ -88,11 +88,11 @@ def test_budget_is_a_share_of_what_comes() -> None:
 @virtual
 async def test_one_trial_at_a_time() -> None:
     """Many wait; while nobody knows whether it is well again, one of them finds out."""
-    desk = Desk(4)
-    gateway = Gateway([desk], hold_s=1.0)
+    fake = FakeInstance(4)
+    gateway = Gateway([fake], hold_s=1.0)
     [instance] = gateway.instances
     instance.failed()
-    desk.lose_all()
+    fake.lose_all()
     tasks = [gateway.start(gateway.request()) for _ in range(20)]
     seen = 0
     for _ in range(100):
@@ -100,7 +100,7 @@ async def test_one_trial_at_a_time() -> None:
         assert instance.load.offers <= 1
         seen += instance.load.offers
     assert seen > 40, "some trial or other was under way most of the time"
-    assert desk.messages[PrefillRequest] <= 3
+    assert fake.messages[PrefillRequest] <= 3
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)

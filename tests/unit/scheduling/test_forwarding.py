@@ -12,7 +12,7 @@ from pdserve.rpc.messages import Busy, Freed, PrefillRequest, Watch
 from pdserve.scheduling.forwarding import WATCH_S
 from pdserve.scheduling.request import PRIORITY_S
 from tests.unit import inprocess
-from tests.unit.desks import LATENCY_S, Desk, Gateway, rejections
+from tests.unit.fake_instances import LATENCY_S, FakeInstance, Gateway, rejections
 from tests.unit.inprocess import virtual
 
 # From a slot that is free to an offer that is accepted: told, offered, answered.
@@ -23,23 +23,23 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def full(*slots: int) -> list[Desk]:
-    desks = [Desk(number) for number in slots]
-    for desk in desks:
-        desk.fill()
-    return desks
+def full(*slots: int) -> list[FakeInstance]:
+    fakes = [FakeInstance(number) for number in slots]
+    for fake in fakes:
+        fake.fill()
+    return fakes
 
 
-def offers(*desks: Desk) -> int:
-    return sum(desk.messages[PrefillRequest] for desk in desks)
+def offers(*fakes: FakeInstance) -> int:
+    return sum(fake.messages[PrefillRequest] for fake in fakes)
 
 
-async def let_go(gateway: Gateway, *desks: Desk) -> None:
+async def let_go(gateway: Gateway, *fakes: FakeInstance) -> None:
     """Nobody waits, and nothing is held or watched any more."""
     await asyncio.sleep(0.05)
     assert not len(gateway.forwarding)
-    assert [instance.load.open for instance in gateway.instances] == [0] * len(desks)
-    assert not any(desk._watches or desk.held for desk in desks)
+    assert [instance.load.open for instance in gateway.instances] == [0] * len(fakes)
+    assert not any(fake._watches or fake.held for fake in fakes)
     assert not gateway.forwarding._watching
 
 
@@ -49,31 +49,31 @@ async def let_go(gateway: Gateway, *desks: Desk) -> None:
 @virtual
 async def test_a_slot_that_is_freed_between_busy_and_watch() -> None:
     """The watch finds it free, and says so."""
-    [desk] = full(1)
-    gateway = Gateway([desk])
+    [fake] = full(1)
+    gateway = Gateway([fake])
     task = gateway.start(gateway.request())
-    desk.heard = lambda request: desk.free() if isinstance(request, Watch) and desk.held else None
+    fake.heard = lambda request: fake.free() if isinstance(request, Watch) and fake.held else None
     await asyncio.sleep(3 * LATENCY_S + AT_ONCE_S)
     assert len(gateway.served) == 1
     assert await task
-    assert offers(desk) == 2
-    await let_go(gateway, desk)
+    assert offers(fake) == 2
+    await let_go(gateway, fake)
 
 
 @virtual
 async def test_a_slot_that_is_freed_while_others_are_asked() -> None:
     """Busy when it was asked; free before the last of the others has said that it is busy."""
-    desks = full(1, 1, 1)
-    gateway = Gateway(desks)
+    fakes = full(1, 1, 1)
+    gateway = Gateway(fakes)
     gateway.instances[0].load.add(-1)  # so that it is asked first
     task = gateway.start(gateway.request())
 
     def third(request: object) -> None:
-        if isinstance(request, PrefillRequest) and desks[0].held:
-            desks[0].free()
+        if isinstance(request, PrefillRequest) and fakes[0].held:
+            fakes[0].free()
             gateway.forwarding.freed(gateway.instances[0])
 
-    desks[2].heard = third
+    fakes[2].heard = third
     await asyncio.sleep(8 * LATENCY_S + AT_ONCE_S)
     assert len(gateway.served) == 1
     assert await task
@@ -83,11 +83,11 @@ async def test_a_slot_that_is_freed_while_others_are_asked() -> None:
 @virtual
 async def test_a_waiter_who_is_cancelled_just_when_a_slot_is_free(steps: int) -> None:
     """vllm#29906: at whichever step of its being told, the next one has it at once."""
-    [desk] = full(1)
-    gateway = Gateway([desk])
+    [fake] = full(1)
+    gateway = Gateway([fake])
     first, second = gateway.start(gateway.request()), gateway.start(gateway.request())
     await asyncio.sleep(0.1)
-    desk.free()
+    fake.free()
     freed = now()
     for _ in range(steps):
         await asyncio.sleep(LATENCY_S / 3)
@@ -97,22 +97,22 @@ async def test_a_waiter_who_is_cancelled_just_when_a_slot_is_free(steps: int) ->
     served = gateway.served[-1].forwarded
     assert served - freed < steps * LATENCY_S + 2 * AT_ONCE_S or first.cancelled()
     assert now() - freed < 2 * gateway.hold_s
-    await let_go(gateway, desk)
+    await let_go(gateway, fake)
 
 
 @virtual
 async def test_many_who_wait_and_one_free_slot() -> None:
     """One of them is told, and takes it; the others are not stirred up."""
-    [desk] = full(4)
-    gateway = Gateway([desk], hold_s=60.0)
+    [fake] = full(4)
+    gateway = Gateway([fake], hold_s=60.0)
     tasks = [gateway.start(gateway.request()) for _ in range(300)]
     await asyncio.sleep(0.2)
-    before = offers(desk)
+    before = offers(fake)
     for count in range(1, 4):
-        desk.free()
+        fake.free()
         await asyncio.sleep(AT_ONCE_S)
         assert len(gateway.served) == count
-    assert offers(desk) - before <= 9, "one that is accepted, and two in vain"
+    assert offers(fake) - before <= 9, "one that is accepted, and two in vain"
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
@@ -120,42 +120,42 @@ async def test_many_who_wait_and_one_free_slot() -> None:
 
 @virtual
 async def test_a_newcomer_is_not_kept_back_by_those_who_wait_for_something_else() -> None:
-    desks = [*full(1), Desk(1)]
-    gateway = Gateway(desks)
+    fakes = [*full(1), FakeInstance(1)]
+    gateway = Gateway(fakes)
     particular = [gateway.start(gateway.request(), usable=[0]) for _ in range(3)]
     await asyncio.sleep(0.1)
     other = gateway.start(gateway.request())
     await asyncio.sleep(AT_ONCE_S)
     assert len(gateway.served) == 1
     assert await other
-    desks[0].free()
+    fakes[0].free()
     assert all(await asyncio.gather(*particular))
-    await let_go(gateway, *desks)
+    await let_go(gateway, *fakes)
 
 
 @virtual
 async def test_nobody_is_kept_back_by_one_who_cannot_use_what_is_free() -> None:
     """A pair that cannot hand over blocks its own request, and not the line behind it."""
-    desks = full(1, 1)
-    gateway = Gateway(desks)
+    fakes = full(1, 1)
+    gateway = Gateway(fakes)
     particular = gateway.start(gateway.request(), usable=[0])
     other = gateway.start(gateway.request())
     await asyncio.sleep(0.1)
-    desks[1].free()
+    fakes[1].free()
     await asyncio.sleep(AT_ONCE_S)
     assert len(gateway.served) == 1
     assert await other
-    desks[0].free()
+    fakes[0].free()
     assert await particular
-    await let_go(gateway, *desks)
+    await let_go(gateway, *fakes)
 
 
 @virtual
 async def test_a_lost_message_costs_a_bounded_wait() -> None:
     """dynamo#13088: the net under what is lost on the way; of each kind in turn."""
     for kind in (Freed, Watch, Busy):
-        [desk] = full(1)
-        gateway = Gateway([desk])
+        [fake] = full(1)
+        gateway = Gateway([fake])
         lost: list[object] = []
 
         def lose_one(message: object, kind: type = kind, lost: list[object] = lost) -> bool:
@@ -164,24 +164,24 @@ async def test_a_lost_message_costs_a_bounded_wait() -> None:
             lost.append(message)
             return True
 
-        desk.lose = lose_one
+        fake.lose = lose_one
         task = gateway.start(gateway.request())
         await asyncio.sleep(0.1)
-        desk.free()
+        fake.free()
         freed = now()
         assert await task
         bound = 2.5 if kind is Busy else WATCH_S[1]  # a lost answer is waited for, ANSWER_S
         assert gateway.served[0].forwarded - freed < bound + AT_ONCE_S
         assert lost
-        await let_go(gateway, desk)
+        await let_go(gateway, fake)
 
 
 @virtual
 async def test_whatever_is_free_is_taken() -> None:
     """Arrivals, ends and cancels at random: no slot is idle while anybody waits."""
     rng = random.Random(4)
-    desks = [Desk(2) for _ in range(4)]
-    gateway = Gateway(desks, hold_s=0.03)
+    fakes = [FakeInstance(2) for _ in range(4)]
+    gateway = Gateway(fakes, hold_s=0.03)
     tasks: list[asyncio.Task[bool]] = []
     idle = 0.0
 
@@ -189,7 +189,7 @@ async def test_whatever_is_free_is_taken() -> None:
         nonlocal idle
         while True:
             await asyncio.sleep(LATENCY_S)
-            free = sum(desk.slots - len(desk.held) for desk in desks)
+            free = sum(fake.slots - len(fake.held) for fake in fakes)
             idle = idle + LATENCY_S if free and len(gateway.forwarding) else 0.0
             assert idle < 2 * AT_ONCE_S
 
@@ -202,7 +202,7 @@ async def test_whatever_is_free_is_taken() -> None:
     await asyncio.wait(tasks)
     assert not looking.done(), looking.exception()
     looking.cancel()
-    await let_go(gateway, *desks)
+    await let_go(gateway, *fakes)
 
 
 # Who goes next.
@@ -211,8 +211,8 @@ async def test_whatever_is_free_is_taken() -> None:
 @virtual
 async def test_order_of_those_who_wait() -> None:
     """Who has been promised an answer, then priority, then the earlier deadline."""
-    [desk] = full(1)
-    gateway = Gateway([desk], hold_s=0.01)
+    [fake] = full(1)
+    gateway = Gateway([fake], hold_s=0.01)
     begun = gateway.request()
     begun.add(bytes(4))
     requests = {
@@ -226,7 +226,7 @@ async def test_order_of_those_who_wait() -> None:
     for request in requests.values():
         tasks.append(gateway.start(request))
         await asyncio.sleep(0.002)
-    desk.free()
+    fake.free()
     assert all(await asyncio.gather(*tasks))
     order = [name for one in gateway.served for name, other in requests.items() if one is other]
     assert order == ["begun", "soon", "high", "late", "low"]
@@ -235,8 +235,8 @@ async def test_order_of_those_who_wait() -> None:
 @virtual
 async def test_nobody_starves() -> None:
     """Higher priorities without end: one of the lowest waits PRIORITY_S longer, and is served."""
-    desk = Desk(1)
-    gateway = Gateway([desk], hold_s=0.1)
+    fake = FakeInstance(1)
+    gateway = Gateway([fake], hold_s=0.1)
     tasks = []
 
     async def crowd() -> None:
@@ -267,16 +267,16 @@ def _an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
 @virtual
 async def test_waiting_for_an_hour_is_no_busy_loop() -> None:
     """One watch and one offer a second to each, and that for the sake of what might be lost."""
-    desks = full(2, 2, 2)
-    gateway = Gateway(desks)
+    fakes = full(2, 2, 2)
+    gateway = Gateway(fakes)
     tasks = [gateway.start(gateway.request(ttft_limit_s=3600.0)) for _ in range(20)]
     assert not any(await asyncio.gather(*tasks))
     assert now() == pytest.approx(3600.0, abs=0.01)
-    for desk in desks:
-        assert 3600 < desk.messages[Watch] < 3600 / WATCH_S[0]
-        assert desk.messages[PrefillRequest] < 2 * desk.messages[Watch]
-        desk.held.clear()
-    await let_go(gateway, *desks)
+    for fake in fakes:
+        assert 3600 < fake.messages[Watch] < 3600 / WATCH_S[0]
+        assert fake.messages[PrefillRequest] < 2 * fake.messages[Watch]
+        fake.held.clear()
+    await let_go(gateway, *fakes)
 
 
 @virtual
@@ -284,10 +284,10 @@ async def test_a_timer_that_fires_early_is_nobodys_fault(monkeypatch: pytest.Mon
     """As a loop's may, whose clock counts milliseconds: neither a watch's end nor a limit's."""
     get = Replies.get
     monkeypatch.setattr(Replies, "get", lambda replies, wait: get(replies, wait - 4e-4))
-    [desk] = full(1)
-    gateway = Gateway([desk])
+    [fake] = full(1)
+    gateway = Gateway([fake])
     assert not await gateway.serve(gateway.request(ttft_limit_s=3.0))
-    desk.lose_all()
+    fake.lose_all()
     assert not await gateway.serve(gateway.request(ttft_limit_s=0.2))
     assert gateway.instances[0].breaker.closed
 
@@ -295,21 +295,21 @@ async def test_a_timer_that_fires_early_is_nobodys_fault(monkeypatch: pytest.Mon
 @virtual
 async def test_burst_of_100_on_two_of_four_slots() -> None:
     """sglang#10110, agentic-pd-hybrid ef4dc81: each slot is offered, and refused once or twice."""
-    desks = [Desk(4), Desk(4)]
-    gateway = Gateway(desks, hold_s=0.1)
+    fakes = [FakeInstance(4), FakeInstance(4)]
+    gateway = Gateway(fakes, hold_s=0.1)
     requests = [gateway.request() for _ in range(100)]
     assert all(await asyncio.gather(*map(gateway.serve, requests)))
     assert now() < 100 / 8 * (0.1 + AT_ONCE_S) + 0.1
     assert rejections(requests) < 60
-    assert abs(sum(one.offers[-1].instance == "desk_0" for one in requests) - 50) <= 4
-    await let_go(gateway, *desks)
+    assert abs(sum(one.offers[-1].instance == "instance_0" for one in requests) - 50) <= 4
+    await let_go(gateway, *fakes)
 
 
 @virtual
 async def test_burst_with_room_for_all_of_it_is_refused_nowhere() -> None:
     """An idle prefill is fed without waiting for it to answer, so that its batch fills."""
-    desks = [Desk(4), Desk(4)]
-    gateway = Gateway(desks)
+    fakes = [FakeInstance(4), FakeInstance(4)]
+    gateway = Gateway(fakes)
     requests = [gateway.request() for _ in range(8)]
     tasks = [gateway.start(one) for one in requests]
     await asyncio.sleep(2 * LATENCY_S + 1e-5)
@@ -320,17 +320,17 @@ async def test_burst_with_room_for_all_of_it_is_refused_nowhere() -> None:
 
 async def messages_per_request(count: int, seconds: float) -> float:
     """At 125 % load over so many instances of one slot, all of them busy at first."""
-    desks = full(*[1] * count)
-    gateway = Gateway(desks, hold_s=1.0)
-    for number, desk in enumerate(desks):  # they become free one after the other
-        asyncio.get_running_loop().call_later(0.5 + number / count, desk.free)
+    fakes = full(*[1] * count)
+    gateway = Gateway(fakes, hold_s=1.0)
+    for number, fake in enumerate(fakes):  # they become free one after the other
+        asyncio.get_running_loop().call_later(0.5 + number / count, fake.free)
     tasks = []
     for _ in range(int(1.25 * count * seconds)):
         tasks.append(gateway.start(gateway.request()))
         await asyncio.sleep(0.8 / count)
     served = len(gateway.served)
     assert served >= count * (seconds - 1)
-    total = sum(desk.messages.total() for desk in desks)
+    total = sum(fake.messages.total() for fake in fakes)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
@@ -348,13 +348,13 @@ async def test_messages_to_200_busy_instances() -> None:
 @virtual
 async def test_one_that_is_stopped_holds_up_only_who_was_offered_to_it() -> None:
     """TensorRT-LLM#15363, dynamo#13088: everybody else goes on with the others."""
-    desks = [Desk(1), Desk(1), Desk(1)]
-    desks[0].lose_all()
-    gateway = Gateway(desks, hold_s=0.05)
+    fakes = [FakeInstance(1), FakeInstance(1), FakeInstance(1)]
+    fakes[0].lose_all()
+    gateway = Gateway(fakes, hold_s=0.05)
     requests = [gateway.request() for _ in range(40)]
     assert all(await asyncio.gather(*map(gateway.serve, requests)))
     waits = sorted(one.forwarded - one.arrived for one in requests)
     assert waits[-2] < 40 / 2 * 0.05 + 0.1
     assert waits[-1] < 2.1, "the one that found out"
-    asked = [one for one in requests if any(o.instance == "desk_0" for o in one.offers)]
+    asked = [one for one in requests if any(o.instance == "instance_0" for o in one.offers)]
     assert len(asked) == 1

@@ -12,7 +12,7 @@ from pdserve import errors
 from pdserve.instances.slot_watches import RESERVED_S
 from pdserve.rpc.messages import PrefillRequest
 from pdserve.scheduling.request import State
-from tests.unit.desks import LATENCY_S, Desk, Gateway, rejections
+from tests.unit.fake_instances import LATENCY_S, FakeInstance, Gateway, rejections
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ async def offered(
 @virtual
 async def test_each_gets_its_part_of_what_is_too_little(count: int) -> None:
     """TensorRT-LLM#19399, agentic-pd-hybrid ef4dc81: balanced and bounded at 150 % load."""
-    desks = [Desk(4), Desk(4)]
-    gateways = [Gateway(desks, seed, HOLD_S) for seed in range(count)]
+    fakes = [FakeInstance(4), FakeInstance(4)]
+    gateways = [Gateway(fakes, seed, HOLD_S) for seed in range(count)]
     requests = await offered(gateways, [1.5 * CAPACITY / count] * count, 30.0)
     served = [len(gateway.served) for gateway in gateways]
     success = [len(g.served) / len(r) for g, r in zip(gateways, requests, strict=True)]
@@ -61,8 +61,8 @@ async def test_each_gets_its_part_of_what_is_too_little(count: int) -> None:
 @virtual
 async def test_one_that_asks_for_more_does_not_get_the_others_part() -> None:
     """In turn among gateways: who asks for less than its part gets all of it."""
-    desks = [Desk(4), Desk(4)]
-    gateways = [Gateway(desks, seed, HOLD_S) for seed in range(3)]
+    fakes = [FakeInstance(4), FakeInstance(4)]
+    gateways = [Gateway(fakes, seed, HOLD_S) for seed in range(3)]
     requests = await offered(gateways, [CAPACITY * 3, CAPACITY / 5, CAPACITY / 5], 20.0)
     success = [len(g.served) / len(r) for g, r in zip(gateways, requests, strict=True)]
     assert min(success[1:]) > 0.95, success
@@ -71,15 +71,15 @@ async def test_one_that_asks_for_more_does_not_get_the_others_part() -> None:
 
 @virtual
 async def test_who_has_watched_the_longest_is_told_first() -> None:
-    desk = Desk(1)
-    desk.fill()
-    gateways = [Gateway([desk], seed, hold_s=0.01) for seed in range(4)]
+    fake = FakeInstance(1)
+    fake.fill()
+    gateways = [Gateway([fake], seed, hold_s=0.01) for seed in range(4)]
     order = [2, 0, 3, 1]
     tasks = []
     for number in order:
         tasks.append(gateways[number].start(gateways[number].request()))
         await asyncio.sleep(0.01)
-    desk.free()
+    fake.free()
     await asyncio.gather(*tasks)
     served = sorted(range(4), key=lambda number: gateways[number].served[0].forwarded)
     assert served == order
@@ -88,12 +88,12 @@ async def test_who_has_watched_the_longest_is_told_first() -> None:
 @virtual
 async def test_a_newcomer_does_not_overtake_a_gateway_that_waits() -> None:
     """What has just become free is kept for who has watched, though another asks first."""
-    desk = Desk(1)
-    desk.fill()
-    waits, comes = Gateway([desk], 0), Gateway([desk], 1)
+    fake = FakeInstance(1)
+    fake.fill()
+    waits, comes = Gateway([fake], 0), Gateway([fake], 1)
     first = waits.start(waits.request())
     await asyncio.sleep(0.01)
-    desk.free()
+    fake.free()
     second = comes.start(comes.request())
     await asyncio.sleep(10 * LATENCY_S)
     assert (len(waits.served), len(comes.served)) == (1, 0)
@@ -104,17 +104,17 @@ async def test_a_newcomer_does_not_overtake_a_gateway_that_waits() -> None:
 @virtual
 async def test_one_that_is_gone_costs_a_moment() -> None:
     """What is kept for a gateway that does not come is given to the next."""
-    desk = Desk(1)
-    desk.fill()
-    gone, other = Gateway([desk], 0), Gateway([desk], 1)
+    fake = FakeInstance(1)
+    fake.fill()
+    gone, other = Gateway([fake], 0), Gateway([fake], 1)
     lost = gone.start(gone.request())
     await asyncio.sleep(0.01)
     task = other.start(other.request())
     await asyncio.sleep(0.01)
-    desk.lose = lambda message: isinstance(message, PrefillRequest) and message.gateway == gone.name
-    desk.free()
+    fake.lose = lambda message: isinstance(message, PrefillRequest) and message.gateway == gone.name
+    fake.free()
     await asyncio.sleep(RESERVED_S)
-    desk._look()  # as an instance does every millisecond while somebody watches
+    fake._look()  # as an instance does every millisecond while somebody watches
     await asyncio.sleep(6 * LATENCY_S)
     assert len(other.served) == 1
     assert await task
@@ -127,8 +127,8 @@ async def test_while_there_is_room_few_are_refused() -> None:
 
     In the same order for all, a request would be refused by 40 of these before it found room.
     """
-    desks = [Desk(1) for _ in range(200)]
-    gateways = [Gateway(desks, seed, hold_s=1.0) for seed in range(4)]
+    fakes = [FakeInstance(1) for _ in range(200)]
+    gateways = [Gateway(fakes, seed, hold_s=1.0) for seed in range(4)]
     requests = await offered(gateways, [0.8 * 200 / 4] * 4, 10.0)
     everybody = [one for asked in requests for one in asked]
     assert len([one for one in everybody if one.forwarded]) > 0.99 * len(everybody)

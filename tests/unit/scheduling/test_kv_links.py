@@ -1,4 +1,4 @@
-"""Prefills and decodes are introduced before it is needed, and again when one has a new life."""
+"""Prefills and decodes are connected before it is needed, and again when one has a new life."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.rpc.messages import DecodeRequest, Describe, Described, Failed, Join, Joined, Stranger
+from pdserve.rpc.messages import (
+    Connect,
+    Connected,
+    DecodeRequest,
+    Describe,
+    Described,
+    Failed,
+    NotConnected,
+)
 from pdserve.scheduling.kv_links import OVERLAP_S, ROUND_S
 from pdserve.transfer.protocol import Unreachable
-from pdserve.transfer.reports import Met
+from pdserve.transfer.reports import LinkReport
 from tests.unit.inprocess import Message, Site, virtual
 
 if TYPE_CHECKING:
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
 TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 
-def forget_all(site: Site) -> None:
+def drop_links(site: Site) -> None:
     """Every decode has a new life: it knows nobody."""
     for receiver in site.receivers:
         for holder in site.holders:
@@ -29,43 +37,43 @@ def forget_all(site: Site) -> None:
 
 
 @virtual
-async def test_every_pair_meets_at_once(tmp_path: Path) -> None:
-    async with Site(tmp_path, prefills=2, decodes=3, profile=TIMES, met=False) as site:
+async def test_every_pair_is_connected_at_once(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, decodes=3, profile=TIMES, linked=False) as site:
         running = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.1)
         for link in site.d_links:
-            assert {joined.prefill for joined in link.of(Joined)} == {"prefill_0", "prefill_1"}
+            assert {one.prefill for one in link.of(Connected)} == {"prefill_0", "prefill_1"}
         requests = [site.request() for _ in range(6)]
         answers = await asyncio.gather(*map(site.answer, requests))
         assert answers == [site.expected(request) for request in requests]
-        assert not [link for link in site.d_links if link.of(Stranger)]
+        assert not [link for link in site.d_links if link.of(NotConnected)]
         assert site.level("pdserve_kv_link_bytes_per_second", transport="shm") > 0
         running.cancel()
         await site.idle()
 
 
 @virtual
-async def test_who_has_met_is_not_bothered_again(tmp_path: Path) -> None:
-    async with Site(tmp_path, decodes=2, profile=TIMES, met=False) as site:
+async def test_who_is_linked_is_not_bothered_again(tmp_path: Path) -> None:
+    async with Site(tmp_path, decodes=2, profile=TIMES, linked=False) as site:
         running = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(5 * ROUND_S + 0.1)
-        assert [len(link.of(Join)) for link in site.d_links] == [1, 1]
+        assert [len(link.of(Connect)) for link in site.d_links] == [1, 1]
         assert len(site.p_links[0].of(Describe)) == 6, "one question to a prefill in each round"
-        assert len({one.description for one in site.p_links[0].of(Described)}) == 1
+        assert len({one.endpoint for one in site.p_links[0].of(Described)}) == 1
         running.cancel()
         await site.idle()
 
 
 @virtual
-async def test_a_stranger_is_introduced_by_the_request(tmp_path: Path) -> None:
-    """No meeting has been held: the first request pays for it, and is served."""
-    async with Site(tmp_path, profile=TIMES, met=False) as site:
+async def test_a_pair_without_link_is_connected_by_the_request(tmp_path: Path) -> None:
+    """No link has been made: the first request pays for it, and is served."""
+    async with Site(tmp_path, profile=TIMES, linked=False) as site:
         first, second = site.request(), site.request()
         assert await site.answer(first) == site.expected(first)
-        assert len(site.d_links[0].of(Stranger)) == 1
-        assert len(site.d_links[0].of(Join)) == 1
+        assert len(site.d_links[0].of(NotConnected)) == 1
+        assert len(site.d_links[0].of(Connect)) == 1
         assert await site.answer(second) == site.expected(second)
-        assert len(site.d_links[0].of(Join)) == 1
+        assert len(site.d_links[0].of(Connect)) == 1
         await site.idle()
 
 
@@ -75,25 +83,25 @@ async def test_a_decode_with_a_new_life(tmp_path: Path) -> None:
         running = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.1)
         for _ in range(2):
-            forget_all(site)
+            drop_links(site)
             requests = [site.request() for _ in range(4)]
             answers = await asyncio.gather(*map(site.answer, requests))
             assert answers == [site.expected(request) for request in requests]
-        assert all(link.of(Stranger) for link in site.d_links)
+        assert all(link.of(NotConnected) for link in site.d_links)
         running.cancel()
         await site.idle()
 
 
 @virtual
 async def test_a_prefill_that_comes_later(tmp_path: Path) -> None:
-    async with Site(tmp_path, prefills=2, profile=TIMES, met=False) as site:
+    async with Site(tmp_path, prefills=2, profile=TIMES, linked=False) as site:
         site.p_links[1].broken = "connection refused"
         running = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.1)
-        assert [one.prefill for one in site.d_links[0].of(Joined)] == ["prefill_0"]
+        assert [one.prefill for one in site.d_links[0].of(Connected)] == ["prefill_0"]
         site.p_links[1].broken = None
         await asyncio.sleep(ROUND_S)
-        assert [one.prefill for one in site.d_links[0].of(Joined)] == ["prefill_0", "prefill_1"]
+        assert [one.prefill for one in site.d_links[0].of(Connected)] == ["prefill_0", "prefill_1"]
         running.cancel()
         await site.idle()
 
@@ -103,42 +111,42 @@ async def test_one_that_does_not_answer_holds_up_no_other(tmp_path: Path) -> Non
     def everything(message: Message) -> bool:
         return True
 
-    async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, met=False) as site:
+    async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, linked=False) as site:
         site.p_links[0].lose = site.d_links[0].lose = everything
         running = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.1)
-        assert [one.prefill for one in site.d_links[1].of(Joined)] == ["prefill_1"]
+        assert [one.prefill for one in site.d_links[1].of(Connected)] == ["prefill_1"]
         running.cancel()
         await site.idle()
 
 
-# Pairs that cannot meet.
+# Pairs that cannot be connected.
 
 
 @virtual
-async def test_a_pair_that_cannot_meet_is_passed_over(
+async def test_a_pair_that_cannot_be_connected_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """vllm#55906: said once, by name and with the reason; and it never costs a request anything."""
 
-    def unreachable(description: bytes) -> tuple[str, Met]:
+    def unreachable(endpoint: bytes) -> tuple[str, LinkReport]:
         raise Unreachable("prefill_0 cannot be reached; nixl: UCX has picked tcp")
 
-    async with Site(tmp_path, decodes=2, profile=TIMES, met=False) as site:
-        join = site.receivers[0].join
-        site.receivers[0].join = unreachable  # type: ignore[method-assign]
+    async with Site(tmp_path, decodes=2, profile=TIMES, linked=False) as site:
+        connect = site.receivers[0].connect
+        site.receivers[0].connect = unreachable  # type: ignore[method-assign]
         with caplog.at_level(logging.WARNING):
             running = asyncio.create_task(site.kv_links.run())
             await asyncio.sleep(3 * ROUND_S)
-        said = [line for line in caplog.messages if "cannot meet" in line]
+        said = [line for line in caplog.messages if "cannot be connected" in line]
         reason = "decode_0: prefill_0 cannot be reached; nixl: UCX has picked tcp"
-        assert said == [f"prefill_0 and decode_0 cannot meet: {reason}"]
+        assert said == [f"prefill_0 and decode_0 cannot be connected: {reason}"]
         requests = [site.request() for _ in range(3)]
         answers = await asyncio.gather(*map(site.answer, requests))
         assert answers == [site.expected(request) for request in requests]
         assert {request.decode for request in requests} == {"decode_1"}
         assert not site.d_links[0].of(DecodeRequest)
-        site.receivers[0].join = join  # type: ignore[method-assign]
+        site.receivers[0].connect = connect  # type: ignore[method-assign]
         await asyncio.sleep(ROUND_S)
         assert site.kv_links.refusal("prefill_0", "decode_0") is None, "it may come to reach it"
         running.cancel()
@@ -149,11 +157,11 @@ async def test_a_pair_that_cannot_meet_is_passed_over(
 async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
     """sglang#15674, llm-d#2433: the reason goes to the client, and not to a log alone."""
 
-    def unreachable(description: bytes) -> tuple[str, Met]:
+    def unreachable(endpoint: bytes) -> tuple[str, LinkReport]:
         raise Unreachable("no way")
 
-    async with Site(tmp_path, profile=TIMES, met=False) as site:
-        site.receivers[0].join = unreachable  # type: ignore[method-assign]
+    async with Site(tmp_path, profile=TIMES, linked=False) as site:
+        site.receivers[0].connect = unreachable  # type: ignore[method-assign]
         for match in ("no way", "no decode reaches prefill_0: .*no way"):
             request = site.request()
             with pytest.raises((errors.InstanceError, errors.Unavailable), match=match):
@@ -177,8 +185,8 @@ async def test_long_transfers_are_overlapped(tmp_path: Path) -> None:
             (("prefill_0", "decode_1"), 0.1e9),
             (("prefill_1", "decode_0"), 10e9),
         ):
-            link = Met("nixl", "tcp/eth0", 1e-4, rate, {}, fallback=True)
-            site.kv_links._joined[pair] = b"", Joined(pair[0], link, bytes_per_token=100_000)
+            link = LinkReport("nixl", "tcp/eth0", 1e-4, rate, {}, fallback=True)
+            site.kv_links._links[pair] = b"", Connected(pair[0], link, bytes_per_token=100_000)
         longest = int(OVERLAP_S * 0.1e9 / 100_000)
         assert not site.kv_links.layered("prefill_0", longest)
         assert site.kv_links.layered("prefill_0", longest + 1)
@@ -201,8 +209,8 @@ async def test_prefill_that_no_decode_reaches_takes_no_requests_from_the_others(
     tmp_path: Path,
 ) -> None:
     """Its slots are free soonest, since all that it takes fails."""
-    async with Site(tmp_path, prefills=2, met=False) as site:
-        site.receivers[0].join(site.holders[0].description)
+    async with Site(tmp_path, prefills=2, linked=False) as site:
+        site.receivers[0].connect(site.holders[0].endpoint)
         site.holders[1].region.unlink()
         task = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.1)

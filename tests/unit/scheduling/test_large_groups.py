@@ -159,13 +159,13 @@ async def test_a_link_on_demand_is_made_while_the_prompt_is_computed() -> None:
     await site.serve()
     assert len(site.links.decodes("prefill_0")) == len(linked) + 1
     told = [(name, type(message)) for name, message in asked]
-    (name,) = (name for name, kind in told if kind is messages.Join)
-    assert told.index((name, messages.Join)) < told.index((name, messages.DecodeRequest))
+    (name,) = (name for name, kind in told if kind is messages.Connect)
+    assert told.index((name, messages.Connect)) < told.index((name, messages.DecodeRequest))
     assert [kind for _, kind in told].count(messages.DecodeRequest) == 1
 
     asked.clear()
     await site.serve()
-    assert messages.Join not in [type(message) for _, message in asked], "it is there now"
+    assert messages.Connect not in [type(message) for _, message in asked], "it is there now"
 
 
 @virtual
@@ -206,7 +206,7 @@ async def test_only_one_link_on_demand_is_made_at_once() -> None:
     for decode in site.decodes:
         site.links.connect(site.prefills[0], decode)
     await asyncio.sleep(0.01)
-    assert sum(isinstance(message, messages.Join) for _, message in asked) == 1
+    assert sum(isinstance(message, messages.Connect) for _, message in asked) == 1
 
 
 @virtual

@@ -34,7 +34,7 @@ SLOW: dict[str, Any] = {
 
 
 def followed(request: Request) -> bool:
-    return request.pulled is not None and request.pulled.strategy == "layered"
+    return request.transfer is not None and request.transfer.strategy == "layered"
 
 
 @real
@@ -43,8 +43,8 @@ async def test_transfer_is_hidden_behind_the_computation(tmp_path: Path) -> None
         request = site.request(600, max_tokens=6)
         assert await site.answer(request) == site.expected(request)
         assert followed(request)
-        assert request.pulled is not None
-        assert request.pulled.nbytes == site.model.layout.nbytes(600)
+        assert request.transfer is not None
+        assert request.transfer.nbytes == site.model.layout.nbytes(600)
         ms = request.stats()["ms"]
         assert ms["transfer"] > COMPUTE_MS / 2, "it began with the computation"
         assert ms["exposed"] < ms["transfer"] / 2, "and one layer was left after it"
@@ -54,7 +54,7 @@ async def test_transfer_is_hidden_behind_the_computation(tmp_path: Path) -> None
         assert accepted.handle == asked.handle
         [prefilled] = site.p_links[0].of(Prefilled)
         assert prefilled.handle == b"", "it is told once"
-        assert request.pulled.token == prefilled.token
+        assert request.transfer.token == prefilled.token
         await site.idle(CLEAN_S)
 
 
@@ -99,7 +99,7 @@ async def test_those_who_follow_wait_for_no_thread(tmp_path: Path) -> None:
         requests = [site.request(100 + i, max_tokens=5) for i in range(6)]
         answers = await asyncio.gather(*map(site.answer, requests))
         assert answers == [site.expected(request) for request in requests]
-        strategies = [request.pulled.strategy for request in requests if request.pulled]
+        strategies = [request.transfer.strategy for request in requests if request.transfer]
         assert strategies == ["layered"] * 6
         await site.idle(CLEAN_S)
 
@@ -147,8 +147,8 @@ async def test_all_decodes_are_busy(tmp_path: Path) -> None:
         second = site.request(20, max_tokens=4)
         assert await site.answer(second) == site.expected(second)
         assert await task == site.expected(first)
-        assert second.pulled is not None
-        assert second.pulled.strategy == "whole"
+        assert second.transfer is not None
+        assert second.transfer.strategy == "whole"
         assert Busy("slots", mock.ANY) in site.d_links[0].of(Busy)
         asked = site.d_links[0].of(DecodeRequest)
         assert len({one.handle for one in asked}) == 1
@@ -324,7 +324,7 @@ async def test_decode_that_is_gone_in_mid_stream(tmp_path: Path) -> None:
         assert followed(request)
         [asked] = site.d_links[int(request.decode[-1])].of(DecodeRequest)
         assert asked.first_token is None
-        assert len(asked.prompt) // 4 == 100 + asked.outputs
+        assert len(asked.prompt) // 4 == 100 + asked.resumed_tokens
         await site.idle(0.3)
 
 

@@ -11,8 +11,8 @@ import pytest
 from pdserve import errors
 from pdserve.rpc.messages import (
     Accepted,
+    Connected,
     Described,
-    Joined,
     Prefilled,
     PrefillRequest,
     Tokens,
@@ -98,13 +98,13 @@ async def nobody_goes_on_with_it(site: Site) -> None:
     asyncio.get_running_loop().call_later(0.5, lose)
 
 
-async def strangers(site: Site) -> None:
+async def not_connected(site: Site) -> None:
     """The decode does not know the prefill, which does not say who it is."""
     site.p_links[0].lose = first_of(Described)
 
 
-async def slow_to_meet(site: Site) -> None:
-    site.d_links[0].lose = first_of(Joined)
+async def slow_to_connect(site: Site) -> None:
+    site.d_links[0].lose = first_of(Connected)
 
 
 SHORT: dict[str, Any] = {"prefill": {"slots": 1}, "decode": {"slots": 1}}
@@ -121,8 +121,8 @@ STOPS: list[tuple[Callable[[Site], Any], dict[str, Any], State]] = [
     (decode_accepts_and_falls_silent, {}, State.TRANSFERRING),
     (long_answer, {}, State.DECODING),
     (nobody_goes_on_with_it, {}, State.WAITING),
-    (strangers, {"met": False}, State.PREFILLED),
-    (slow_to_meet, {"met": False}, State.PREFILLED),
+    (not_connected, {"linked": False}, State.PREFILLED),
+    (slow_to_connect, {"linked": False}, State.PREFILLED),
     (long_forward, {**LONG, "gateway": {"local": "on"}}, State.DECODING),
     (silent_decode, {"gateway": {"local": "on"}, "prefills": 1}, State.WAITING),
 ]

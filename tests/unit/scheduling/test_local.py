@@ -220,7 +220,7 @@ async def test_lost_decode_is_made_up_for(tmp_path: Path, after: int) -> None:
         assert await task == site.expected(request)
         assert (request.attempts, request.prefill, request.decode) == (2, "", "decode_1")
         [again] = site.d_links[1].of(DecodeRequest)
-        assert (again.outputs, again.max_tokens) == (after, 12 - after)
+        assert (again.resumed_tokens, again.max_tokens) == (after, 12 - after)
         await site.idle(0.3)
 
 

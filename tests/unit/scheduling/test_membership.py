@@ -59,6 +59,28 @@ async def test_a_group_takes_whoever_comes_and_lets_go(tmp_path: Path) -> None:
 
 
 @virtual
+async def test_decodes_are_told_how_many_there_are_now(tmp_path: Path) -> None:
+    """What they space their responses by."""
+    async with Site(tmp_path, prefills=3, decodes=3, profile=TIMES) as site:
+        connected = Connected(site)
+        for made, peers in ((wanted(3, 1), 1), (wanted(3, 3), 3), (wanted(3, 3, first=1), 2)):
+            group = connected.groups.take(made)["a"]
+            before = {name: len(link.requests) for name, link in connected.links.items()}
+            requests = [site.request() for _ in range(6)]
+            await asyncio.gather(*(serve(group, one) for one in requests))
+            since = [
+                message
+                for name, link in connected.links.items()
+                for message in link.requests[before.get(name, 0) :]
+                if isinstance(message, DecodeRequest)
+            ]
+            assert len(since) >= len(requests)
+            assert {message.peers for message in since} == {peers}
+        await connected.groups.close()
+        await site.idle()
+
+
+@virtual
 async def test_who_leaves_finishes_and_hands_over(tmp_path: Path) -> None:
     """dynamo#13559, dynamo#4917: nothing new; what runs ends, KV caches that wait included."""
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, decode={"slots": 1}) as site:

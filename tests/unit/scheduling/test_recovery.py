@@ -64,12 +64,12 @@ async def test_at_every_token(tmp_path: Path, decodes: int) -> None:
             assert chunks[-1].finish_reason == request.finish_reason == "length"
             assert (request.output_tokens, request.attempts) == (12, 2)
             again = site.p_links[0].of(PrefillRequest)[-1]
-            assert again.outputs == position
+            assert again.resumed_tokens == position
             assert again.prompt == request.prompt + bytes(request.output[: 4 * position])
             asked = [one for link in site.d_links for one in link.of(DecodeRequest)]
-            last = max(asked, key=lambda one: (int(one.id.split("-")[1]), one.outputs))
+            last = max(asked, key=lambda one: (int(one.id.split("-")[1]), one.resumed_tokens))
             # The prefill of the last token has nobody to hand over to.
-            assert (last.outputs, last.max_tokens) == (
+            assert (last.resumed_tokens, last.max_tokens) == (
                 (position, 12 - position) if position < 11 else (0, 12)
             )
             await heals(site)
@@ -164,7 +164,7 @@ async def test_sampling_goes_on(tmp_path: Path, sampling: Sampling) -> None:
         assert ids(chunks) == site.expected(request)
         first, second = (one for link in site.p_links for one in link.of(PrefillRequest))
         assert first.sampling == second.sampling == sampling
-        assert sorted((first.outputs, second.outputs)) == [0, 10]
+        assert sorted((first.resumed_tokens, second.resumed_tokens)) == [0, 10]
         assert max(len(first.prompt), len(second.prompt)) // 4 == 60
         await site.idle(0.4)
 

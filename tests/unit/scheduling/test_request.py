@@ -9,7 +9,7 @@ import pytest
 
 from pdserve.scheduling import request as request_module
 from pdserve.scheduling.request import FINAL, RECOVER_S, Request, State
-from pdserve.transfer.reports import Pulled
+from pdserve.transfer.reports import TransferReport
 
 ALLOWED = {
     State.WAITING: {State.PREFILLING, State.DECODING, State.REJECTED},
@@ -71,7 +71,7 @@ def test_stats() -> None:
     done = request(State.DECODING)
     done.arrived, done.forwarded, done.first_token = 10.0, 10.001, 10.0205
     done.prefill, done.decode = "prefill_0", "decode_1"
-    done.pulled = Pulled(384, "nixl", "direct", 1.5, 1.25, 0.7504, token=7)
+    done.transfer = TransferReport(384, "nixl", "direct", 1.5, 1.25, 0.7504, token=7)
     done.prefill_ms, done.cached_tokens = 18.00049, 32
     done.attempts, done.output_tokens = 1, 4
     done.finish("stop", now=10.1)

@@ -18,7 +18,7 @@ from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.request import State
 from pdserve.scheduling.room import Promise, Room
 from pdserve.scheduling.rooms import HELD_S, KNOWN_S, Rooms
-from tests.unit.desks import Desk
+from tests.unit.fake_instances import FakeInstance
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def told(slots: int, blocks: int) -> Room:
 
 
 def test_what_is_promised_is_not_promised_again() -> None:
-    decodes = [Instance(f"decode_{number}", Desk()) for number in range(2)]
+    decodes = [Instance(f"decode_{number}", FakeInstance()) for number in range(2)]
     rooms = Rooms(decodes, blocks=100, block_size=16, at_once=3)
     assert rooms.need(16) == 1
     assert rooms.need(17) == 2
@@ -65,7 +65,7 @@ def test_what_is_promised_is_not_promised_again() -> None:
 
 
 def test_plenty_is_room_for_all_that_may_come_at_once_and_known_of_late() -> None:
-    decode = Instance("decode_0", Desk())
+    decode = Instance("decode_0", FakeInstance())
     rooms = Rooms([decode], blocks=100, block_size=16, at_once=4)
     rooms.need(16 * 25)
     decode.room.tell(messages.Room(4, 100), 0.0)
@@ -79,7 +79,7 @@ def test_plenty_is_room_for_all_that_may_come_at_once_and_known_of_late() -> Non
 
 
 def test_a_decode_that_has_failed_has_room_for_one_trial() -> None:
-    decodes = [Instance(f"decode_{number}", Desk()) for number in range(2)]
+    decodes = [Instance(f"decode_{number}", FakeInstance()) for number in range(2)]
     rooms = Rooms(decodes, blocks=100, block_size=16, at_once=3)
     decodes[0].room.tell(messages.Room(0, 100), 0.0)
     assert rooms.find(1, 0.0) is decodes[1]
@@ -95,7 +95,7 @@ def test_a_decode_that_has_failed_has_room_for_one_trial() -> None:
 
 def test_what_a_failed_decode_has_told_keeps_no_trial_from_it() -> None:
     """Nobody watches it meanwhile: a reply that was late would count for ever."""
-    decode = Instance("decode_0", Desk())
+    decode = Instance("decode_0", FakeInstance())
     rooms = Rooms([decode], blocks=100, block_size=16, at_once=3)
     decode.breaker.failed(0.0)
     decode.room.tell(messages.Room(0, 0), 0.0)
@@ -111,7 +111,7 @@ def test_what_a_failed_decode_has_told_keeps_no_trial_from_it() -> None:
 async def test_nobody_is_computed_before_there_is_room(tmp_path: Path) -> None:
     """One decode, six answers of which two fit: each is whole, or has no token at all."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 6}, decode={"blocks": 64}) as site:
-        site.instances[1][0].room.tell(site.d[0]._room(), 0.0)  # as when it is introduced
+        site.instances[1][0].room.tell(site.d[0]._room(), 0.0)  # as when it is connected
         requests = [site.request(20, max_tokens=480, ttft_limit_s=60.0) for _ in range(6)]
         first, *others = map(site.start, requests)
         await asyncio.sleep(0.2)
@@ -139,7 +139,7 @@ async def race(site: Site, tokens: int, limit_s: float) -> list[Request]:
         except errors.Unavailable:
             assert not request.output, "a token, and then no decode"
 
-    for one in sites:  # as when they are introduced
+    for one in sites:  # as when they are connected
         for instance, decode in zip(one.instances[1], site.d, strict=True):
             instance.room.tell(decode._room(), asyncio.get_running_loop().time())
     await asyncio.gather(*(ask(sites[number % 2]) for number in range(16)))

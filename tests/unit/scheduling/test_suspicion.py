@@ -28,7 +28,7 @@ from pdserve.sampling import Sampling
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.suspicion import ENDS, UNANSWERED, Stay, admits
-from tests.unit.desks import Desk
+from tests.unit.fake_instances import FakeInstance
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def request(name: str = "7") -> Request:
 
 
 def instance(name: str) -> Instance:
-    return Instance(name, Desk())
+    return Instance(name, FakeInstance())
 
 
 def stay(asked: Request, where: str, *, answered: bool = True, role: Role = "decode") -> Stay:

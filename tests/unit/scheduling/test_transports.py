@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve.rpc.messages import Stranger
+from pdserve.rpc.messages import NotConnected
 from pdserve.scheduling.forwarding import WATCH_S
 from pdserve.scheduling.request import Request, State
 from pdserve.transfer.protocol import TransferError
@@ -79,10 +79,10 @@ async def test_answers_are_exact(
         ]
         answers = await asyncio.gather(*map(site.answer, requests))
         assert answers == [site.expected(request) for request in requests]
-        pulls = [request.pulled for request in requests if request.pulled is not None]
+        pulls = [request.transfer for request in requests if request.transfer is not None]
         assert len(pulls) == 16
-        assert {pulled.transport for pulled in pulls} == {name}
-        used = {pulled.strategy for pulled in pulls}
+        assert {transfer.transport for transfer in pulls} == {name}
+        used = {transfer.strategy for transfer in pulls}
         if layered:
             assert "layered" in used
         elif strategy is not None:
@@ -139,7 +139,7 @@ async def test_a_link_that_breaks_is_made_again(tmp_path: Path) -> None:
         assert broken.ended - broken.first_token < WATCH_S[1] + 2.0
         after = site.request(200)
         assert await site.answer(after) == site.expected(after)
-        assert len(site.d_links[0].of(Stranger)) == 1
+        assert len(site.d_links[0].of(NotConnected)) == 1
         assert [link.closed for link in transport.links] == [True, False]
         # Nobody has said that the first pull is over: its range waits for the silence.
         await asyncio.sleep(0.05)  # a look at the leases

@@ -33,10 +33,10 @@ EVERYTHING = 1 << 20
 
 def room(sender: Sender) -> bool:
     """Whether the whole arena can be had; it is given back at once."""
-    loan = sender.lending.allocate(EVERYTHING)
-    if loan is None:
+    leased = sender.lease_manager.allocate(EVERYTHING)
+    if leased is None:
         return False
-    sender.lending.give_back(loan, 0.0)
+    sender.lease_manager.give_back(leased, 0.0)
     return True
 
 
@@ -49,7 +49,7 @@ def test_a_lease_that_ends_in_mid_pull_is_noticed(way: str, child: Child) -> Non
     TensorRT-LLM#12540, #14565: what is being read is not given to anybody.
     """
     sender = Sender(way)
-    child.meet(sender)
+    child.connect(sender)
     offer = sender.offer()
     assert child.begin(offer.sealed) == "pulling"
     sender.end(offer, time.monotonic())
@@ -77,11 +77,11 @@ def test_an_abort_wins_over_a_prefill_that_has_just_finished(sender: Sender, tak
     """vllm#29906: the handle is under way when the request is cancelled."""
     offer = sender.begin()
     handle = taker.receiver.open(offer.sealed)
-    sender.lending.complete(offer.loan, TOKENS, LAYOUT.planes, 7, time.monotonic() + 60)
+    sender.lease_manager.complete(offer.leased, TOKENS, LAYOUT.planes, 7, time.monotonic() + 60)
     sender.end(offer, 0.0)
     with pytest.raises(HandleError, match="has ended"):
         taker.receiver.pull(handle, [(0, TOKENS)])
-    assert sender.lending.counts()[State.LEASED] == (0, 0)
+    assert sender.lease_manager.counts()[State.LEASED] == (0, 0)
     assert sender.held() == {}
 
 
@@ -116,8 +116,8 @@ def test_an_arena_that_is_full_of_what_may_be_read(sender: Sender, taker: Taker)
     now = time.monotonic()
     for offer in offers:
         sender.end(offer, now)
-    most = sender.lending.arena.capacity - 3 * offers[0].loan.range.size
-    assert sender.lending.allocate(most + 1) is None
+    most = sender.lease_manager.arena.capacity - 3 * offers[0].leased.range.size
+    assert sender.lease_manager.allocate(most + 1) is None
     for pull in pulls:
         with pytest.raises(HandleError, match="has ended"):
             pull.end()
@@ -148,12 +148,12 @@ class Words:
 def test_a_receiver_at_work_keeps_its_lease(sender: Sender, taker: Taker) -> None:
     """Longer than the lease: as long as it shows life, until it says that it is done."""
     offer, now = sender.offer(), 0.0
-    offer.loan.range.until = 1.0
+    offer.leased.range.until = 1.0
     receiver = Words(taker, offer)
     for _ in range(10):
         sender.tick(now)
         assert offer.state is State.IN_TRANSFER
-        assert offer.loan.range.until == now + QUIET_S
+        assert offer.leased.range.until == now + QUIET_S
         now += QUIET_S - 0.01
         sender.tick(now)
         assert offer.state is State.IN_TRANSFER
@@ -200,7 +200,7 @@ def test_a_pull_that_takes_longer_than_its_lease(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(remote, "BEAT_S", 0.02)
     monkeypatch.setattr(lease_manager, "QUIET_S", 0.3)
     sender, taker = Sender("memcpy"), Taker("memcpy", strategy="direct")
-    taker.meet(sender)
+    taker.connect(sender)
     assert isinstance(taker.transport, MemcpyTransport)
     offer = sender.offer(until=time.monotonic() + 0.2)
     taker.transport.links[0].nap_s = 0.003
@@ -229,7 +229,7 @@ def test_a_pull_that_waits_for_staging_shows_life(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(remote, "BEAT_S", 0.02)
     monkeypatch.setattr(lease_manager, "QUIET_S", 0.3)
     sender, taker = Sender("memcpy"), Taker("memcpy", strategy="whole")
-    taker.meet(sender)
+    taker.connect(sender)
     offer, began = sender.offer(until=time.monotonic() + 0.1), time.monotonic()
     with taker.staging.take(2, began + 1):
         pulling = threading.Thread(target=taker.take, args=(offer,))
@@ -249,7 +249,7 @@ def test_a_pull_that_waits_for_staging_shows_life(monkeypatch: pytest.MonkeyPatc
 def test_a_lease_that_ends_beside_a_move_costs_no_other_pull() -> None:
     """A decode that follows a computation: what is cancelled leaves the link to the others."""
     sender, taker = Sender("memcpy"), Taker("memcpy", strategy="whole", rows=2 * ROWS)
-    taker.meet(sender)
+    taker.connect(sender)
     assert isinstance(taker.transport, MemcpyTransport)
     [link] = taker.transport.links
     link.nap_s = 0.02
@@ -263,7 +263,7 @@ def test_a_lease_that_ends_beside_a_move_costs_no_other_pull() -> None:
         except Exception as error:
             failures.append(error)
 
-    link.before = lambda number: sender.end(followed, 0.0) if followed in sender.lent else None
+    link.before = lambda number: sender.end(followed, 0.0) if followed in sender.leased else None
     thread = threading.Thread(target=follow)
     thread.start()
     taker.take(other)
@@ -284,7 +284,7 @@ def test_a_lease_that_ends_beside_a_move_costs_no_other_pull() -> None:
 def test_a_receiver_killed_in_mid_pull_holds_its_range_for_a_bound(way: str, child: Child) -> None:
     sender = Sender(way)
     victim = Child(way)
-    victim.meet(sender)
+    victim.connect(sender)
     offer = sender.offer()
     assert victim.begin(offer.sealed) == "pulling"
     victim.kill()
@@ -296,7 +296,7 @@ def test_a_receiver_killed_in_mid_pull_holds_its_range_for_a_bound(way: str, chi
     assert offer.state is State.CACHED
     assert sender.held() == {}
     # The holder goes on, whatever its peer has left behind.
-    child.meet(sender)
+    child.connect(sender)
     fresh = sender.offer()
     assert child.pull(fresh.sealed) == fresh.digest
     sender.close()
@@ -304,7 +304,7 @@ def test_a_receiver_killed_in_mid_pull_holds_its_range_for_a_bound(way: str, chi
 
 def test_a_receiver_killed_after_its_pull_holds_nothing(way: str) -> None:
     sender, victim = Sender(way), Child(way)
-    victim.meet(sender)
+    victim.connect(sender)
     offer = sender.offer()
     assert victim.pull(offer.sealed) == offer.digest
     victim.kill()
@@ -317,7 +317,7 @@ def test_a_receiver_killed_after_its_pull_holds_nothing(way: str) -> None:
 def test_an_error_of_the_receiver_reaches_the_holder(way: str) -> None:
     """TensorRT-LLM#12542: one side threw, the other waited forever."""
     sender, taker = Sender(way), Taker(way, strategy="whole")
-    taker.meet(sender)
+    taker.connect(sender)
     offer = sender.offer()
     with pytest.raises(ValueError, match="not inside the pool"):
         taker.take(offer, [(ROWS - 1, TOKENS)])
@@ -353,8 +353,8 @@ def test_a_decode_s_blocks_come_back_when_a_pull_fails(sender: Sender, taker: Ta
 def test_a_late_receiver_does_not_disturb_the_slot_s_next_lease(way: str) -> None:
     """vllm#46289: late signals are ignored."""
     sender, late, prompt = Sender(way), Taker(way), Taker(way)
-    late.meet(sender)
-    prompt.meet(sender)
+    late.connect(sender)
+    prompt.connect(sender)
     first, now = sender.offer(), time.monotonic()
     pull = MidPull(late.receiver, late.receiver.open(first.sealed))
     sender.end(first, now)

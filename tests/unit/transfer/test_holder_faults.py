@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from pdserve.errors import HandleError
-from pdserve.transfer.consumer.peers import Stranger
+from pdserve.transfer.consumer.peers import NoLink
 from pdserve.transfer.lease import remote
 from pdserve.transfer.producer.lease_manager import QUIET_S
 from pdserve.transfer.protocol import TransferError
@@ -21,14 +21,16 @@ from tests.unit.transfers import TOKENS, WAYS, Child, MidPull, Prefill, Sender, 
 
 def test_handles_of_a_former_life_are_refused(way: str, child: Child) -> None:
     first = Sender(way)
-    child.meet(first)
+    child.connect(first)
     used, old = first.offer(), first.offer()
     assert child.pull(used.sealed) == used.digest
     first.close()
     second = Sender(way)
-    child.meet(second)
+    child.connect(second)
     for offer in (used, old):
-        assert child.pull(offer.sealed).startswith(f"Stranger holder {first.holder.epoch.hex()}")
+        assert child.pull(offer.sealed).startswith(
+            f"NoLink there is no link to holder {first.holder.epoch.hex()}"
+        )
     fresh = second.offer()
     assert child.pull(fresh.sealed) == fresh.digest
     second.close()
@@ -37,7 +39,7 @@ def test_handles_of_a_former_life_are_refused(way: str, child: Child) -> None:
 def test_a_restart_in_mid_pull_is_harmless() -> None:
     """What is mapped stays, until its reader has done."""
     first, child = Sender(), Child()
-    child.meet(first)
+    child.connect(first)
     offer = first.offer()
     assert child.begin(offer.sealed) == "pulling"
     first.close()
@@ -65,9 +67,9 @@ def test_a_prefill_that_is_killed_or_stops(
     timeout_s, tokens = 0.6, 40_000 if when == "in mid-transfer" else TOKENS
     prefill = Prefill(way, data_bytes=32 << 20)
     taker = Taker(way, rows=tokens, strategy="whole", timeout_s=timeout_s)
-    taker.receiver.join(prefill.description)
+    taker.receiver.connect(prefill.endpoint)
     digest, sealed = prefill.offer(tokens)
-    handle, pulled = taker.receiver.open(sealed), None
+    handle, transfer = taker.receiver.open(sealed), None
 
     def end() -> None:
         if stops:
@@ -80,31 +82,31 @@ def test_a_prefill_that_is_killed_or_stops(
         if when == "before the pull":
             end()
             began = time.monotonic()
-            pulled = taker.receiver.pull(handle, [(0, tokens)])
+            transfer = taker.receiver.pull(handle, [(0, tokens)])
         elif when == "in mid-pull":
             pull = MidPull(taker.receiver, handle)
             end()
             began = time.monotonic()
-            pulled = pull.end()
+            transfer = pull.end()
         else:
             watching = threading.Thread(target=_when_something_has_arrived, args=(taker, end))
             watching.start()
             try:
-                pulled = taker.receiver.pull(handle, [(0, tokens)])
+                transfer = taker.receiver.pull(handle, [(0, tokens)])
             finally:
                 watching.join()
     except TransferError:
         # Once more the deadline's worth for the words: that it begins, and that it is done.
         assert time.monotonic() - began < timeout_s + 2 * remote.WORD_S + 0.5
-        with pytest.raises(Stranger):
+        with pytest.raises(NoLink):
             taker.receiver.open(sealed)
         assert way == "nixl"
     # Memory that is mapped, and that of a stopped process, can be read without its help.
     if way == "shm" or (stops and not over_tcp):
-        assert pulled is not None
+        assert transfer is not None
     if over_tcp:
-        assert pulled is None
-    if pulled is not None:
+        assert transfer is None
+    if transfer is not None:
         assert hashlib.sha256(taker.pool.tobytes()).hexdigest() == digest
     assert taker.staging.free == taker.staging.memory.nbytes
     before = taker.pool.copy()
@@ -112,8 +114,8 @@ def test_a_prefill_that_is_killed_or_stops(
         prefill.signal(signal.SIGCONT)
         time.sleep(0.1)
         assert (taker.pool == before).all(), "bytes came after the error was told"
-        # It lives, and may be met again.
-        taker.receiver.join(prefill.description)
+        # It lives, and may be connected to again.
+        taker.receiver.connect(prefill.endpoint)
         digest, sealed = prefill.offer(TOKENS)
         taker.take(sealed)
         arrived = taker.pool[:, :TOKENS].tobytes()
@@ -132,7 +134,7 @@ def _when_something_has_arrived(taker: Taker, end: Callable[[], None]) -> None:
 
 def test_a_link_that_fails_is_left_and_made_again() -> None:
     sender, taker = Sender("memcpy"), Taker("memcpy")
-    taker.meet(sender)
+    taker.connect(sender)
     assert isinstance(taker.transport, MemcpyTransport)
     offer, later = sender.offer(), sender.offer()
     [link] = taker.transport.links
@@ -144,9 +146,9 @@ def test_a_link_that_fails_is_left_and_made_again() -> None:
     with pytest.raises(TransferError):
         taker.take(offer)
     assert link.closed
-    with pytest.raises(Stranger):
+    with pytest.raises(NoLink):
         taker.take(later)
-    taker.meet(sender)
+    taker.connect(sender)
     assert len(taker.transport.links) == 2
     with pytest.raises(HandleError, match="was used before"):
         taker.take(offer)

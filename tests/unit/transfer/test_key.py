@@ -127,7 +127,7 @@ def test_reading_makes_none(tmp_path: Path) -> None:
 def test_a_process_of_a_server_reads_its_servers_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And makes none where that is gone: it could meet nobody with it."""
+    """And makes none where that is gone: it could reach nobody with it."""
     file, copy = tmp_path / "kv.key", tmp_path / "copy"
     deployment = Deployment(model="m", servers=(), transfer=Transfer(key_file=str(file)))
     key.copy(b"c" * KEY_BYTES, copy)

@@ -1,4 +1,4 @@
-"""Two ends meet: which transport is taken, what is measured, and what is told where none can be."""
+"""How links are made: the transport, what is measured, what is told where none can be."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pdserve.errors import DeploymentError
 from pdserve.kvcache.handle import KVHandle, unseal
 from pdserve.transfer.consumer import probe
 from pdserve.transfer.consumer.cost_model import Cost
-from pdserve.transfer.consumer.peers import Stranger
+from pdserve.transfer.consumer.peers import NoLink
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.endpoint import Endpoint, host_id
 from pdserve.transfer.lease import region as regions
 from pdserve.transfer.producer.holder import BUSY_S, IDLE_S, Holder
 from pdserve.transfer.protocol import Memory, Spans, Stuck, TransferError, Transport, Unreachable
-from pdserve.transfer.reports import Met
+from pdserve.transfer.reports import LinkReport
 from pdserve.transfer.transports.shm import ShmTransport
 from tests.unit.memcpy import MemcpyLink, MemcpyTransport
 from tests.unit.transfers import KEY, LAYOUT, LIMIT_S, ROWS, Sender, Taker, pick, terms
@@ -44,28 +44,28 @@ def holder(*transports: Transport, name: str = "prefill_0", region: str = "") ->
     return Holder(name, region, 1 << 20, 4, terms(), transports)
 
 
-def receiver(*transports: Transport, rdma_only: bool = False) -> Receiver:
+def new_receiver(*transports: Transport, rdma_only: bool = False) -> Receiver:
     pool = np.zeros(LAYOUT.shape(ROWS), np.uint8)
     return Receiver(
         terms(), transports, pool, Staging(np.ones((2, 1 << 16), np.uint8)), rdma_only=rdma_only
     )
 
 
-def met(by: Receiver, of: Holder) -> Met:
-    return by.join(of.description)[1]
+def link_report(by: Receiver, of: Holder) -> LinkReport:
+    return by.connect(of.endpoint)[1]
 
 
 # The holder.
 
 
-def test_a_description_says_what_there_is() -> None:
+def test_an_endpoint_says_what_there_is() -> None:
     made = holder(ShmTransport(), MemcpyTransport())
-    described = unseal(made.description, Endpoint, KEY)
+    described = unseal(made.endpoint, Endpoint, KEY)
     assert (described.name, described.host, described.epoch) == ("prefill_0", host_id(), made.epoch)
     assert (described.fingerprint, described.layout) == ("tiny", LAYOUT)
     assert (described.slots, described.data_bytes) == (4, 1 << 20)
     assert set(described.ways) == {"shm", "memcpy"}
-    assert made.description == made.description
+    assert made.endpoint == made.endpoint
     made.close()
 
 
@@ -82,7 +82,7 @@ def test_a_transport_that_cannot_export_the_memory_is_left_out() -> None:
             raise Unreachable("cudaMallocAsync memory cannot be exported; use cudaMalloc")
 
     made = holder(Unable(), ShmTransport())
-    assert set(unseal(made.description, Endpoint, KEY).ways) == {"shm"}
+    assert set(unseal(made.endpoint, Endpoint, KEY).ways) == {"shm"}
     made.close()
     region = f"pdserve-test-{secrets.token_hex(6)}"
     with pytest.raises(
@@ -141,10 +141,10 @@ def test_the_best_transport_that_reaches_it_is_taken() -> None:
         ([ShmTransport(), Other()], "shm"),
         ([Other(), ShmTransport()], "memcpy"),  # as its links say
     ):
-        joined = receiver(*order)
-        assert met(joined, made).transport == wanted
-        assert met(joined, made).refused == {}
-        joined.close()
+        receiver = new_receiver(*order)
+        assert link_report(receiver, made).transport == wanted
+        assert link_report(receiver, made).refused == {}
+        receiver.close()
     made.close()
 
 
@@ -171,8 +171,8 @@ def test_why_a_better_one_is_not_taken() -> None:
 
     made = holder(ShmTransport(), Unfit(), Closed(), Dead())
     dead = Dead()
-    joined = receiver(Unfit(), Other(), Closed(), dead, ShmTransport())
-    found = met(joined, made)
+    receiver = new_receiver(Unfit(), Other(), Closed(), dead, ShmTransport())
+    found = link_report(receiver, made)
     assert found.transport == "shm"
     assert found.refused == {
         "unfit": f"{2 << 16} bytes cannot be registered",
@@ -181,25 +181,25 @@ def test_why_a_better_one_is_not_taken() -> None:
         "dead": "the link is closed",
     }
     assert [link.closed for link in dead.links] == [True]
-    joined.close()
-    nothing = receiver(Unfit(), Closed())
+    receiver.close()
+    nothing = new_receiver(Unfit(), Closed())
     with pytest.raises(
         Unreachable, match=r"prefill_0 cannot be reached; unfit: .* registered; closed: no route"
     ):
-        nothing.join(made.description)
+        nothing.connect(made.endpoint)
     nothing.close()
     made.close()
 
 
-def test_a_holder_that_is_known_is_not_met_again() -> None:
+def test_a_holder_that_is_known_is_not_connected_again() -> None:
     made, transport = holder(MemcpyTransport()), MemcpyTransport()
-    joined = receiver(transport)
-    first = met(joined, made)
+    receiver = new_receiver(transport)
+    first = link_report(receiver, made)
     pulls = len(transport.links[0].pulls)
-    assert met(joined, made) is first
+    assert link_report(receiver, made) is first
     assert len(transport.links) == 1
     assert len(transport.links[0].pulls) == pulls, "nor probed"
-    joined.close()
+    receiver.close()
     assert transport.links[0].closed
     made.close()
 
@@ -207,136 +207,136 @@ def test_a_holder_that_is_known_is_not_met_again() -> None:
 def test_a_link_that_has_failed_is_made_again_at_once() -> None:
     """What it costs is known; that bytes come over the new one is seen, not believed."""
     made, transport = holder(MemcpyTransport()), MemcpyTransport()
-    joined = receiver(transport)
-    first = met(joined, made)
-    peer = joined.peers.find(made.epoch)
-    joined.peers.leave(peer)
-    again = met(joined, made)
+    receiver = new_receiver(transport)
+    first = link_report(receiver, made)
+    peer = receiver.peers.find(made.epoch)
+    receiver.peers.leave(peer)
+    again = link_report(receiver, made)
     assert (again.bytes_per_s, again.detail) == (first.bytes_per_s, first.detail)
-    assert joined.peers.find(made.epoch).cost_model is peer.cost_model
+    assert receiver.peers.find(made.epoch).cost_model is peer.cost_model
     former, link = transport.links
     assert (former.closed, link.closed, link.spans) == (True, False, 1)
     # A second pull over the former link may fail long after the first.
-    joined.peers.leave(peer)
-    assert joined.peers.find(made.epoch).link is link
-    joined.close()
+    receiver.peers.leave(peer)
+    assert receiver.peers.find(made.epoch).link is link
+    receiver.close()
     assert link.closed
     made.close()
 
 
 def test_a_link_over_something_else_or_to_a_new_life_is_measured() -> None:
     made, transport = holder(MemcpyTransport()), MemcpyTransport()
-    joined = receiver(transport)
-    met(joined, made)
-    joined.peers.leave(joined.peers.find(made.epoch))
+    receiver = new_receiver(transport)
+    link_report(receiver, made)
+    receiver.peers.leave(receiver.peers.find(made.epoch))
     with mock.patch.object(MemcpyLink, "detail", "eth0"):
-        assert met(joined, made).detail == "eth0"
+        assert link_report(receiver, made).detail == "eth0"
         next_life = holder(MemcpyTransport())
-        met(joined, next_life)
+        link_report(receiver, next_life)
     assert [link.spans > 1 for link in transport.links] == [True, True, True]
-    joined.close()
+    receiver.close()
     for one in (made, next_life):
         one.close()
 
 
 def test_a_link_made_again_is_as_fast_as_pulls_over_the_former_were() -> None:
-    made, joined = holder(MemcpyTransport()), receiver(MemcpyTransport())
-    met(joined, made)
-    peer = joined.peers.find(made.epoch)
+    made, receiver = holder(MemcpyTransport()), new_receiver(MemcpyTransport())
+    link_report(receiver, made)
+    peer = receiver.peers.find(made.epoch)
     assert peer.cost_model is not None
     peer.cost_model.costs = {"whole": Cost(0.0, 0.0, 1e-6), "direct": Cost(0.0, 0.0, 2e-6)}
-    joined.peers.leave(peer)
-    assert met(joined, made).bytes_per_s == pytest.approx(1e6)
-    joined.close()
+    receiver.peers.leave(peer)
+    assert link_report(receiver, made).bytes_per_s == pytest.approx(1e6)
+    receiver.close()
     made.close()
 
 
 def test_a_mapped_link_made_again_is_not_measured() -> None:
-    made, joined = holder(ShmTransport()), receiver(ShmTransport())
-    first = met(joined, made)
-    joined.peers.leave(joined.peers.find(made.epoch))
+    made, receiver = holder(ShmTransport()), new_receiver(ShmTransport())
+    first = link_report(receiver, made)
+    receiver.peers.leave(receiver.peers.find(made.epoch))
     with mock.patch.object(probe, "mapped", side_effect=AssertionError):
-        again = met(joined, made)
+        again = link_report(receiver, made)
     assert (again.detail, again.bytes_per_s) == ("mapped", first.bytes_per_s)
-    joined.close()
+    receiver.close()
     made.close()
 
 
 def test_what_is_known_of_a_link_outlasts_that_there_is_none() -> None:
     made, transport = holder(MemcpyTransport()), MemcpyTransport()
-    joined = receiver(transport)
-    first = met(joined, made)
-    joined.peers.leave(joined.peers.find(made.epoch))
+    receiver = new_receiver(transport)
+    first = link_report(receiver, made)
+    receiver.peers.leave(receiver.peers.find(made.epoch))
     with (
         mock.patch.object(transport, "open", side_effect=Unreachable("no route")),
         pytest.raises(Unreachable),
     ):
-        joined.join(made.description)
-    with pytest.raises(Stranger):
-        joined.peers.find(made.epoch)
-    assert met(joined, made).bytes_per_s == first.bytes_per_s
-    joined.close()
+        receiver.connect(made.endpoint)
+    with pytest.raises(NoLink):
+        receiver.peers.find(made.epoch)
+    assert link_report(receiver, made).bytes_per_s == first.bytes_per_s
+    receiver.close()
     made.close()
 
 
 def test_a_link_over_which_nothing_comes_is_not_taken_again() -> None:
     made, dead = holder(MemcpyTransport(), ShmTransport()), MemcpyTransport()
-    joined = receiver(dead, ShmTransport())
-    assert met(joined, made).transport == "memcpy"
-    joined.peers.leave(joined.peers.find(made.epoch))
+    receiver = new_receiver(dead, ShmTransport())
+    assert link_report(receiver, made).transport == "memcpy"
+    receiver.peers.leave(receiver.peers.find(made.epoch))
 
     def fail(self: MemcpyLink, spans: Spans, deadline: float) -> None:
         raise TransferError("no bytes")
 
     with mock.patch.object(MemcpyLink, "pull", fail):
-        found = met(joined, made)
+        found = link_report(receiver, made)
     assert (found.transport, found.refused) == ("shm", {"memcpy": "no bytes"})
-    joined.close()
+    receiver.close()
     made.close()
 
 
-def test_decodes_that_join_at_once_share_a_link() -> None:
+def test_decodes_that_connect_at_once_share_a_link() -> None:
     made, transport = holder(MemcpyTransport()), MemcpyTransport()
-    joined = receiver(transport)
-    threads = [threading.Thread(target=met, args=(joined, made)) for _ in range(8)]
+    receiver = new_receiver(transport)
+    threads = [threading.Thread(target=link_report, args=(receiver, made)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(transport.links) == 1
-    joined.close()
+    receiver.close()
     made.close()
 
 
 def test_a_new_life_takes_the_place_of_the_former() -> None:
     transport = MemcpyTransport()
-    joined, other = receiver(transport), holder(MemcpyTransport(), name="prefill_1")
-    joined.join(other.description)
+    receiver, other = new_receiver(transport), holder(MemcpyTransport(), name="prefill_1")
+    receiver.connect(other.endpoint)
     lives = []
     for number in range(3):
         lives.append(holder(MemcpyTransport()))
-        joined.join(lives[-1].description)
+        receiver.connect(lives[-1].endpoint)
         for former in lives[:-1]:
-            with pytest.raises(Stranger):
-                joined.peers.find(former.epoch)
-        assert joined.peers.find(lives[-1].epoch).holder.name == "prefill_0"
+            with pytest.raises(NoLink):
+                receiver.peers.find(former.epoch)
+        assert receiver.peers.find(lives[-1].epoch).holder.name == "prefill_0"
         assert [link.closed for link in transport.links] == [False, *[True] * number, False]
-    joined.peers.find(other.epoch)
-    joined.close()
+    receiver.peers.find(other.epoch)
+    receiver.close()
     for one in (*lives, other):
         one.close()
 
 
 def test_a_former_life_whose_link_does_not_end_is_told_once() -> None:
     former, transport = holder(MemcpyTransport()), MemcpyTransport()
-    joined, made = receiver(transport), holder(MemcpyTransport())
-    joined.join(former.description)
+    receiver, made = new_receiver(transport), holder(MemcpyTransport())
+    receiver.connect(former.endpoint)
     with mock.patch.object(transport.links[0], "close", side_effect=Stuck("cuda:0")):
         with pytest.raises(Stuck):
-            joined.join(made.description)
-        joined.join(made.description)
-    assert joined.peers.find(made.epoch).link is transport.links[1]
-    joined.close()
+            receiver.connect(made.endpoint)
+        receiver.connect(made.endpoint)
+    assert receiver.peers.find(made.epoch).link is transport.links[1]
+    receiver.close()
     for one in (former, made):
         one.close()
 
@@ -344,19 +344,19 @@ def test_a_former_life_whose_link_does_not_end_is_told_once() -> None:
 def test_what_is_measured() -> None:
     made = holder(MemcpyTransport())
     transport = MemcpyTransport()
-    joined = receiver(transport)
-    found = met(joined, made)
+    receiver = new_receiver(transport)
+    found = link_report(receiver, made)
     assert 0 < found.latency_s < 0.1
     assert 1e6 < found.bytes_per_s < 1e12
     assert not found.fallback
-    cost_model = joined.peers.find(made.epoch).cost_model
+    cost_model = receiver.peers.find(made.epoch).cost_model
     assert cost_model is not None
     assert set(cost_model.costs) == {"whole", "direct"}
-    assert not joined.mapped(_any_handle(made))
-    joined.close()
-    mapped = receiver(ShmTransport())
+    assert not receiver.mapped(_any_handle(made))
+    receiver.close()
+    mapped = new_receiver(ShmTransport())
     shm = holder(ShmTransport())
-    assert met(mapped, shm).detail == "mapped"
+    assert link_report(mapped, shm).detail == "mapped"
     assert mapped.peers.find(shm.epoch).cost_model is None, "there is nothing to choose"
     assert mapped.mapped(_any_handle(shm))
     mapped.close()
@@ -377,10 +377,10 @@ def test_a_slow_link_is_told_as_such() -> None:
             link.bytes_per_s = 1e6
             return link
 
-    joined, began = receiver(Slow()), time.monotonic()
-    assert met(joined, made).bytes_per_s == pytest.approx(1e6, rel=0.3)
+    receiver, began = new_receiver(Slow()), time.monotonic()
+    assert link_report(receiver, made).bytes_per_s == pytest.approx(1e6, rel=0.3)
     assert time.monotonic() - began < 2, "it is not probed for longer than it takes to know"
-    joined.close()
+    receiver.close()
     made.close()
 
 
@@ -388,11 +388,11 @@ def test_a_slow_link_is_told_as_such() -> None:
 def test_a_fallback_from_rdma_is_loud(
     way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A log line, a metric (`Met.fallback`), and a refusal where the deployment says so."""
+    """A log line, a metric (`LinkReport.fallback`), and a refusal where the deployment says so."""
     name, over_tcp = pick(way, monkeypatch), way == "nixl over tcp"
     sender, taker = Sender(name), Taker(name)
     with caplog.at_level(logging.WARNING):
-        found = taker.receiver.join(sender.holder.description)[1]
+        found = taker.receiver.connect(sender.holder.endpoint)[1]
     assert found.detail.startswith("tcp") == found.fallback == over_tcp
     assert ("without RDMA" in caplog.text) == over_tcp
     strict = Receiver(terms(), [type(taker.transport)()], taker.pool, taker.staging, rdma_only=True)
@@ -400,35 +400,35 @@ def test_a_fallback_from_rdma_is_loud(
         with pytest.raises(
             Unreachable, match=r"nixl: UCX has picked tcp\S*; transfer.require is rdma"
         ):
-            strict.join(sender.holder.description)
+            strict.connect(sender.holder.endpoint)
     strict.close()
     taker.close()
     sender.close()
 
 
-def test_meeting_and_leaving_leaks_nothing() -> None:
+def test_connecting_and_leaving_leaks_nothing() -> None:
     def open_files() -> int:
         gc.collect()
         return len(list(Path("/proc/self/fd").iterdir()))
 
     before, threads = open_files(), threading.active_count()
     for _ in range(3):
-        made, joined = holder(ShmTransport(), MemcpyTransport()), receiver(ShmTransport())
-        joined.join(made.description)
-        joined.close()
+        made, receiver = holder(ShmTransport(), MemcpyTransport()), new_receiver(ShmTransport())
+        receiver.connect(made.endpoint)
+        receiver.close()
         made.close()
-        with pytest.raises(Stranger):
-            joined.peers.find(made.epoch)
-    del made, joined
+        with pytest.raises(NoLink):
+            receiver.peers.find(made.epoch)
+    del made, receiver
     assert open_files() == before
     assert threading.active_count() == threads
 
 
 def test_a_holder_whose_data_are_less_than_a_probe() -> None:
     tiny = Holder("prefill_0", f"pdserve-test-{secrets.token_hex(6)}", 300, 1, terms(), [Other()])
-    joined = receiver(Other())
-    assert met(joined, tiny).bytes_per_s > 0
-    joined.close()
+    receiver = new_receiver(Other())
+    assert link_report(receiver, tiny).bytes_per_s > 0
+    receiver.close()
     tiny.close()
 
 
@@ -444,15 +444,17 @@ def test_a_link_that_fails_while_it_is_probed_raises_no_other_error() -> None:
             link.before = fail
             return link
 
-    made, joined = holder(MemcpyTransport()), receiver(Broken())
+    made, receiver = holder(MemcpyTransport()), new_receiver(Broken())
     with pytest.raises(Unreachable, match="prefill_0 cannot be reached; memcpy: cable cut"):
-        joined.join(made.description)
-    with pytest.raises(Stranger):
-        joined.peers.find(made.epoch)
-    joined.close()
+        receiver.connect(made.endpoint)
+    with pytest.raises(NoLink):
+        receiver.peers.find(made.epoch)
+    receiver.close()
     made.close()
 
 
 def test_reports_travel_as_messages() -> None:
-    made = Met("nixl", "rc_mlx5/mlx5_0:1", 3e-6, 2e10, {"shm": "another host"}, fallback=False)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=Met) == made
+    made = LinkReport(
+        "nixl", "rc_mlx5/mlx5_0:1", 3e-6, 2e10, {"shm": "another host"}, fallback=False
+    )
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=LinkReport) == made

@@ -18,7 +18,7 @@ from pdserve.kvcache.arena import State
 from pdserve.kvcache.handle import KVHandle, seal, unseal
 from pdserve.kvcache.layout import KVLayout
 from pdserve.kvcache.sharding import Sharding
-from pdserve.transfer.consumer.peers import Stranger
+from pdserve.transfer.consumer.peers import NoLink
 from pdserve.transfer.endpoint import Endpoint
 from pdserve.transfer.lease.words import Pull
 from pdserve.transfer.producer import holder as holders
@@ -46,7 +46,7 @@ FORGED = 10_000
 
 def test_contents_are_equal_and_the_lease_ends(way: str, child: Child) -> None:
     sender = Sender(way)
-    detail = child.meet(sender)
+    detail = child.connect(sender)
     if way == "nixl":
         assert detail.startswith("tcp") == (os.environ.get("UCX_TLS") == "tcp")
     for _ in range(6):  # more than there are slots or ranges
@@ -64,8 +64,8 @@ def test_contents_are_equal_and_the_lease_ends(way: str, child: Child) -> None:
 
 def test_a_used_handle_is_refused(way: str, child: Child) -> None:
     sender, taker = Sender(way), Taker(way)
-    child.meet(sender)
-    taker.meet(sender)
+    child.connect(sender)
+    taker.connect(sender)
     offer = sender.offer()
     assert child.begin(offer.sealed) == "pulling"
     with pytest.raises(HandleError, match=f"was used before: lease {offer.slot}"):
@@ -83,17 +83,17 @@ def test_a_used_handle_is_refused(way: str, child: Child) -> None:
 @pytest.mark.parametrize("strategy", ["whole", "direct"])
 def test_what_is_told_of_a_pull(way: str, strategy: Strategy) -> None:
     sender, taker = Sender(way), Taker(way, strategy=strategy)
-    taker.meet(sender)
+    taker.connect(sender)
     offer, runs = sender.offer(), [(70, 20), (3, 30)]
-    pulled = taker.take(offer, runs)
+    transfer = taker.take(offer, runs)
     taker.check(offer, runs)
-    assert pulled.nbytes == LAYOUT.nbytes(TOKENS)
-    assert pulled.transport == way
+    assert transfer.nbytes == LAYOUT.nbytes(TOKENS)
+    assert transfer.transport == way
     # What is mapped is copied once, whatever is asked for.
-    assert pulled.strategy == ("whole" if way == "shm" else strategy)
-    assert pulled.token == 7
-    assert 0 < pulled.exposed_ms == pulled.ms < 1000
-    assert 0 < pulled.expected_ms < 1000
+    assert transfer.strategy == ("whole" if way == "shm" else strategy)
+    assert transfer.token == 7
+    assert 0 < transfer.exposed_ms == transfer.ms < 1000
+    assert 0 < transfer.expected_ms < 1000
     taker.close()
     sender.close()
 
@@ -103,13 +103,13 @@ def test_only_the_missing_tail_is_moved(way: str, strategy: Strategy) -> None:
     """The pool has a prefix of the prompt already."""
     sender = Sender(way, slots=8)
     taker = Taker(way, strategy=strategy, piece_bytes=2048)
-    taker.meet(sender)
+    taker.connect(sender)
     for first in (1, 16, TOKENS - 1):
         offer, tail = sender.offer(), TOKENS - first
         taker.pool[:] = 0
         runs = [(60, tail // 2), (7, tail - tail // 2)] if tail > 1 else [(7, 1)]
-        pulled = taker.take(offer, runs, first)
-        assert pulled.nbytes == LAYOUT.nbytes(tail)
+        transfer = taker.take(offer, runs, first)
+        assert transfer.nbytes == LAYOUT.nbytes(tail)
         taker.check(offer, runs, first)
     taker.close()
     sender.close()
@@ -128,7 +128,7 @@ def test_rows_that_are_not_this_request_s_are_not_written(
     way: str, strategy: Strategy, runs: list[tuple[int, int]], message: str
 ) -> None:
     sender, taker = Sender(way), Taker(way, strategy=strategy)
-    taker.meet(sender)
+    taker.connect(sender)
     offer = sender.offer()
     with pytest.raises(ValueError, match=message):
         taker.take(offer, runs)
@@ -141,13 +141,13 @@ def test_rows_that_are_not_this_request_s_are_not_written(
 def test_pulls_at_once_do_not_mix(way: str) -> None:
     """More than there are staging buffers, over one link."""
     sender, taker = Sender(way, slots=16), Taker(way, rows=16 * TOKENS)
-    taker.meet(sender)
+    taker.connect(sender)
     offers = [sender.offer() for _ in range(16)]
     with ThreadPoolExecutor(6) as threads:
-        pulled = list(
+        transfers = list(
             threads.map(lambda n: taker.take(offers[n], [(n * TOKENS, TOKENS)]), range(16))
         )
-    assert {one.nbytes for one in pulled} == {LAYOUT.nbytes(TOKENS)}
+    assert {one.nbytes for one in transfers} == {LAYOUT.nbytes(TOKENS)}
     for number, offer in enumerate(offers):
         assert (taker.pool[:, number * TOKENS : (number + 1) * TOKENS] == offer.whole).all()
         assert sender.leases.state(offer.slot) is Pull.DONE
@@ -161,23 +161,25 @@ def test_pulls_at_once_do_not_mix(way: str) -> None:
 def test_planes_are_taken_as_they_are_filled(way: str) -> None:
     """None before: what is not filled yet is zero."""
     sender, taker = Sender(way), Taker(way)
-    taker.meet(sender)
+    taker.connect(sender)
     offer = sender.begin()
 
     def compute() -> None:
         for planes in range(2, LAYOUT.planes + 1, 2):
             time.sleep(0.05)
             sender.compute(offer, planes)
-        sender.lending.complete(offer.loan, TOKENS, LAYOUT.planes, 331, time.monotonic() + 60)
+        sender.lease_manager.complete(
+            offer.leased, TOKENS, LAYOUT.planes, 331, time.monotonic() + 60
+        )
 
     computing = threading.Thread(target=compute)
     computing.start()
-    pulled = taker.take(offer)
+    transfer = taker.take(offer)
     computing.join()
     taker.check(offer, [(0, TOKENS)])
-    assert (pulled.strategy, pulled.token) == ("layered", 331)
-    assert pulled.ms > 140
-    assert pulled.exposed_ms < 70
+    assert (transfer.strategy, transfer.token) == ("layered", 331)
+    assert transfer.ms > 140
+    assert transfer.exposed_ms < 70
     taker.close()
     sender.close()
 
@@ -195,7 +197,7 @@ def test_the_first_token_is_waited_for(sender: Sender, taker: Taker) -> None:
 def test_planes_that_are_never_filled(sender: Sender) -> None:
     """TensorRT-LLM#15363, dynamo#13088: no wait is unbounded."""
     taker = Taker(timeout_s=0.2)
-    taker.meet(sender)
+    taker.connect(sender)
     offer, began = sender.begin(), time.monotonic()
     sender.compute(offer, 2)
     with pytest.raises(HandleError, match="only 2 of 6 planes were computed in time"):
@@ -253,11 +255,11 @@ def test_what_does_not_match_is_named(
     taker.check(offer, [(0, TOKENS)])
 
 
-def test_a_holder_that_nobody_has_met(sender: Sender, taker: Taker) -> None:
+def test_a_holder_without_link(sender: Sender, taker: Taker) -> None:
     offer = sender.offer()
-    with pytest.raises(Stranger, match="holder 0000000000000000 has not been met"):
+    with pytest.raises(NoLink, match="no link to holder 0000000000000000"):
         taker.take(sender.forge(offer, epoch=bytes(8)))
-    with pytest.raises(Stranger):
+    with pytest.raises(NoLink):
         Taker().take(offer)
     taker.take(offer)
 
@@ -292,7 +294,7 @@ def test_a_holder_with_a_clock_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     """Of another host: its lease table alone tells."""
     monkeypatch.setattr(holders, "host_id", lambda: "another host")
     sender, taker = Sender(), Taker()
-    taker.meet(sender)
+    taker.connect(sender)
     offer = sender.offer(until=0.0)
     taker.take(offer)
     taker.check(offer, [(0, TOKENS)])
@@ -351,57 +353,57 @@ class Forger:
 def test_10_000_handles_that_are_not_good(sender: Sender, taker: Taker) -> None:
     """Must show of the issue: forged, truncated, replayed, bit-flipped, of other keys and lives."""
     former = Sender()
-    taker.meet(former)  # of another name or not, it is left as its successor comes
+    taker.connect(former)  # of another name or not, it is left as its successor comes
     forger = Forger(sender, sender.offer())
     forger.used = [former.offer().sealed, sender.offer().sealed]
-    taker.meet(sender)
+    taker.connect(sender)
     taker.take(forger.used[1])
     sender.tick()
     sender.offer()
     taker.pool[:] = 0
-    refused = {HandleError: 0, Stranger: 0}
+    refused = {HandleError: 0, NoLink: 0}
     for _ in range(FORGED):
-        with pytest.raises((HandleError, Stranger)) as raised:
+        with pytest.raises((HandleError, NoLink)) as raised:
             taker.take(forger.handle())
         refused[raised.type] += 1
         assert not taker.pool.any(), "bytes were moved"
     assert sum(refused.values()) == FORGED
     assert min(refused.values()) > FORGED / 20
-    assert {sender.leases.state(offer.slot) for offer in sender.lent} == {Pull.IDLE}
-    assert len(sender.lent) == 2
+    assert {sender.leases.state(offer.slot) for offer in sender.leased} == {Pull.IDLE}
+    assert len(sender.leased) == 2
     taker.take(forger.offer)
     taker.check(forger.offer, [(0, TOKENS)])
     former.close()
 
 
-def test_descriptions_that_are_not_good(sender: Sender) -> None:
+def test_endpoints_that_are_not_good(sender: Sender) -> None:
     taker, forger = Taker(), Forger(sender, sender.offer())
-    good = sender.holder.description
+    good = sender.holder.endpoint
     described = unseal(good, Endpoint, KEY)
     bad = [forger.altered(good) for _ in range(1000)]
     bad += [seal(described, forger.rng.randbytes(32)), forger.offer.sealed]
     for data in bad:
         with pytest.raises(HandleError, match="its MAC is wrong"):
-            taker.receiver.join(data)
-        with pytest.raises(Stranger):
+            taker.receiver.connect(data)
+        with pytest.raises(NoLink):
             taker.take(forger.offer)
     for fields, message in (
         ({"fingerprint": "other"}, f"prefill has model 'other' in .* this instance '{MODEL}'"),
         ({"layout": KVLayout(3, 2, 8, "bfloat16")}, "bfloat16.*this instance .*float32"),
     ):
         with pytest.raises(HandleError, match=message):
-            taker.receiver.join(seal(msgspec.structs.replace(described, **fields), KEY))
-    taker.meet(sender)
+            taker.receiver.connect(seal(msgspec.structs.replace(described, **fields), KEY))
+    taker.connect(sender)
     taker.take(forger.offer)
     taker.check(forger.offer, [(0, TOKENS)])
     taker.close()
 
 
 def test_ends_of_two_deployments(sender: Sender) -> None:
-    """Another key: neither the description nor the handle is believed."""
+    """Another key: neither the endpoint nor the handle is believed."""
     foreign = Taker(agreed=terms(key=b"x" * 32))
     with pytest.raises(HandleError, match=r"Endpoint of .* is not of this deployment"):
-        foreign.meet(sender)
+        foreign.connect(sender)
     with pytest.raises(HandleError, match=r"KVHandle of .* is not of this deployment"):
         foreign.take(sender.offer())
     foreign.close()

@@ -25,7 +25,7 @@ import pytest
 
 from pdserve.errors import HandleError, PDServeError
 from pdserve.kvcache.arena import State
-from pdserve.transfer.consumer.peers import Stranger
+from pdserve.transfer.consumer.peers import NoLink
 from pdserve.transfer.lease import remote
 from pdserve.transfer.lease.remote import RemoteLease
 from pdserve.transfer.lease.words import Pull
@@ -68,7 +68,7 @@ class Job:
 
     kind: str
     sealed: str
-    description: str
+    endpoint: str
     digest: str
     tokens: int
     seconds: float
@@ -79,8 +79,8 @@ class Job:
         try:
             try:
                 handle = taker.receiver.open(bytes.fromhex(self.sealed))
-            except Stranger:
-                taker.receiver.join(bytes.fromhex(self.description))
+            except NoLink:
+                taker.receiver.connect(bytes.fromhex(self.endpoint))
                 handle = taker.receiver.open(bytes.fromhex(self.sealed))
             if self.kind == "dies":
                 link = taker.receiver.peers.find(handle.epoch).link
@@ -209,7 +209,7 @@ class Holder:
         job = Job(
             kind=kind,
             sealed=offer.sealed.hex(),
-            description=self.sender.holder.description.hex(),
+            endpoint=self.sender.holder.endpoint.hex(),
             digest=offer.digest,
             tokens=tokens,
             seconds=seconds,
@@ -218,21 +218,23 @@ class Holder:
             self.jobs.put(job)
 
     def _has_room(self, tokens: int) -> bool:
-        loan = self.sender.lending.allocate(LAYOUT.nbytes(tokens))
-        if loan is None:
+        leased = self.sender.lease_manager.allocate(LAYOUT.nbytes(tokens))
+        if leased is None:
             return False
-        self.sender.lending.give_back(loan, 0.0)
+        self.sender.lease_manager.give_back(leased, 0.0)
         return True
 
     def _compute(self, offer: Offer, planes: int) -> None:
-        if offer in self.sender.lent:
+        if offer in self.sender.leased:
             self.sender.compute(offer, planes)
             if planes == LAYOUT.planes:
                 until = time.monotonic() + LEASE_S
-                self.sender.lending.complete(offer.loan, offer.whole.shape[1], planes, 7, until)
+                self.sender.lease_manager.complete(
+                    offer.leased, offer.whole.shape[1], planes, 7, until
+                )
 
     def _cancel(self, offer: Offer) -> None:
-        if offer in self.sender.lent:
+        if offer in self.sender.leased:
             self.sender.end(offer, time.monotonic())
 
     def tick_while(self, waiting: Callable[[], bool], within: float = 10.0) -> None:
@@ -277,8 +279,8 @@ def test_no_wrong_byte_is_taken_for_good(
     for worker in workers:
         worker.end()
     holder.settle()
-    counts = holder.sender.lending.counts()
-    capacity = holder.sender.lending.arena.capacity
+    counts = holder.sender.lease_manager.counts()
+    capacity = holder.sender.lease_manager.arena.capacity
     assert counts[State.FREE][1] + counts[State.CACHED][1] == capacity
     holder.sender.close()
     if taker is not None:
@@ -310,7 +312,5 @@ def _check(outcomes: Counter[tuple[str, str]], kinds: list[str]) -> None:
         assert good[kind] > 0.5 * kinds.count(kind), (kind, outcomes)
     for kind in ("cancelled", "layered, cancelled", "late"):
         assert good[kind] < kinds.count(kind), "no fault came in time"
-    refused = [
-        (kind, o) for kind, o in outcomes if o.startswith((HandleError.__name__, "Stranger"))
-    ]
+    refused = [(kind, o) for kind, o in outcomes if o.startswith((HandleError.__name__, "NoLink"))]
     assert {kind for kind, _ in refused} >= {"cancelled", "late", "twice"}

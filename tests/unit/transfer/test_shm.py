@@ -164,8 +164,8 @@ def test_mappings_are_bounded_and_leak_nothing() -> None:
     for _ in range(3):
         lives = [Sender(instance=f"prefill_{index}") for index in range(2)]
         for sender in lives:
-            taker.meet(sender)
-            taker.meet(sender)
+            taker.connect(sender)
+            taker.connect(sender)
             taker.take(sender.offer())
         assert descriptors() <= before + 2 * (2 + 2)  # each end's two mappings keep one each
         for sender in lives:

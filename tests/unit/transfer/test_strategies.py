@@ -178,7 +178,7 @@ def test_over_nixl(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     staging, pool = Staging(np.ones((2, 1 << 10), np.uint8)), np.empty((6, 300, 64), np.uint8)
     for array in (staging.memory, pool):
         receiver.register(Memory.of(array))
-    link = receiver.open(unseal(sender.holder.description, Endpoint, KEY).ways[name])
+    link = receiver.open(unseal(sender.holder.endpoint, Endpoint, KEY).ways[name])
     runs, rows = [(150, 60), (10, 13)], np.r_[150:210, 10:23]
     for parts in ((Part(4096, 64, 0),), (Part(4096, 32, 32), Part(65536, 32, 0))):
         for strategy in ("whole", "direct"):

@@ -47,8 +47,8 @@ class TorchDecode:
         runs = [self._pool.narrow(2, *run) for run in sequence.rows(end)]
         kv = runs[0] if len(runs) == 1 else torch.cat(runs, 2)
         last = [end - begin - 1] if end == len(sequence.prompt) else []
-        if sequence.outputs and sequence.sampling.reproducible:
-            logits = replay(self._model, sequence.prompt, sequence.outputs, kv)
+        if sequence.resumed_tokens and sequence.sampling.reproducible:
+            logits = replay(self._model, sequence.prompt, sequence.resumed_tokens, kv)
         else:
             logits = self._model.forward(
                 sequence.prompt[begin:end].astype(np.int64),
@@ -61,7 +61,9 @@ class TorchDecode:
                 run.copy_(part)
         if not last:
             return None
-        return sample(logits, [Choice(sequence.sampling, sequence.prompt, (), sequence.outputs)])[0]
+        return sample(
+            logits, [Choice(sequence.sampling, sequence.prompt, (), sequence.resumed_tokens)]
+        )[0]
 
     def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
         """The next token of each sequence.
@@ -99,5 +101,5 @@ class TorchDecode:
             None,
             memory,
         )
-        choices = [Choice(s.sampling, s.prompt, s.tokens, s.outputs) for s in batch]
+        choices = [Choice(s.sampling, s.prompt, s.tokens, s.resumed_tokens) for s in batch]
         return sample(logits[: len(batch)], choices)

@@ -15,18 +15,18 @@ from pdserve.engines.pytorch.model import TorchModel
 FIXED_ROWS = 16
 
 
-def replay(model: TorchModel, tokens: Tokens, outputs: int, kv: Tensor) -> Tensor:
-    """Go the way again that led to the last ``outputs`` of the tokens; the logits of what follows.
+def replay(model: TorchModel, tokens: Tokens, resumed_tokens: int, kv: Tensor) -> Tensor:
+    """Compute the last ``resumed_tokens`` as they were first; the logits of what follows.
 
     The prompt before them is computed as a prefill does, and each of them as the one row of a
-    decode step that it was: here the steps' other rows are the outputs beside it, since they are
-    known. So all K and V have the bits that they had, for a sixteenth of the forwards.
+    decode step that it was: here the steps' other rows are the resumed tokens beside it, since
+    they are known. So all K and V have the bits that they had, for a sixteenth of the forwards.
 
     Args:
-        outputs: at least 1.
+        resumed_tokens: how many, at least 1; see ``PrefillRequest``.
         kv: [layers, 2, tokens, kv_heads, head_dim], filled in.
     """
-    given = len(tokens) - outputs
+    given = len(tokens) - resumed_tokens
     memory = PrefillMemory([kv[:, :, :given]], [0], lambda _: None)
     model.forward(tokens[:given].astype(np.int64), np.arange(given), np.array([], np.int64), memory)
     logits = torch.empty(0)

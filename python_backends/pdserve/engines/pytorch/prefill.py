@@ -38,8 +38,8 @@ class TorchPrefill:
                 job.filled(2 * layers)
 
         first = jobs[0]
-        if first.outputs and first.sampling.reproducible:
-            logits = replay(self._model, first.tokens, first.outputs, kv[0])
+        if first.resumed_tokens and first.sampling.reproducible:
+            logits = replay(self._model, first.tokens, first.resumed_tokens, kv[0])
             filled(self._model.layout.layers)
         else:
             logits = self._model.forward(
@@ -48,4 +48,6 @@ class TorchPrefill:
                 np.cumsum([len(job.tokens) - job.cached for job in jobs]) - 1,
                 PrefillMemory(kv, cached, filled),
             )
-        return sample(logits, [Choice(job.sampling, job.tokens, (), job.outputs) for job in jobs])
+        return sample(
+            logits, [Choice(job.sampling, job.tokens, (), job.resumed_tokens) for job in jobs]
+        )

@@ -25,8 +25,8 @@ class Choice:
     sampling: Sampling
     prompt: NDArray[np.int32]
     output: Sequence[int]
-    outputs: int = 0
-    """So many of the prompt's last tokens are output, too."""
+    resumed_tokens: int = 0
+    """Of the prompt's last tokens, how many are output already; see ``PrefillRequest``."""
 
     @property
     def position(self) -> int:
@@ -52,7 +52,7 @@ def sample(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
 def penalize(scores: NDArray[np.float32], choice: Choice) -> None:
     """Apply a row's penalties in place; each token counts once for repetition and presence."""
     sampling = choice.sampling
-    begun = choice.prompt[len(choice.prompt) - choice.outputs :]
+    begun = choice.prompt[len(choice.prompt) - choice.resumed_tokens :]
     output = np.append(begun, choice.output).astype(np.int64)
     if sampling.repetition_penalty != 1.0:
         seen = np.union1d(choice.prompt, output)

@@ -55,5 +55,5 @@ def arguments(asked: Asked, eos_ids: list[int], fields: Collection[str]) -> dict
         if sampling.seed is not None:
             given["seed"] = sampling.seed
     if IGNORED_PROMPT in fields and (sampling.presence_penalty or sampling.frequency_penalty):
-        given[IGNORED_PROMPT] = len(asked.prompt) - asked.outputs
+        given[IGNORED_PROMPT] = len(asked.prompt) - asked.resumed_tokens
     return given

@@ -26,26 +26,26 @@ from pdserve.rpc.messages import (
     SUSPECT,
     Accepted,
     Busy,
+    Connect,
+    Connected,
     DecodeRequest,
     Failed,
-    Join,
-    Joined,
+    NotConnected,
     Released,
     Reply,
     Room,
-    Stranger,
     Tokens,
     Watch,
 )
 from pdserve.supervision import Background
-from pdserve.transfer.reports import Met, Pulled
+from pdserve.transfer.reports import LinkReport, TransferReport
 
 # Nothing is known of the engine's own link: all pairs are alike to who chooses among them.
 UNKNOWN_RATE = 1e12
 
 
 @dataclass(slots=True, eq=False)
-class _Opened:
+class _Call:
     """A request that has been accepted, until its end."""
 
     request: DecodeRequest
@@ -55,7 +55,7 @@ class _Opened:
     """Tokens of the answer that have been told, the prefill's first one included."""
     sent_at: float = 0.0
     unsent: list[int] = field(default_factory=list)
-    pulled: Pulled | None = None
+    transfer: TransferReport | None = None
     """How the KV cache came, until it has been told."""
     arrived: bool = False
     task: asyncio.Task[Reply] | None = field(default=None, repr=False)
@@ -64,7 +64,7 @@ class _Opened:
     @property
     def on_trial(self) -> bool:
         """It may end this instance, and has had no token here yet."""
-        return self.request.suspect and (not self.arrived or self.pulled is not None)
+        return self.request.suspect and (not self.arrived or self.transfer is not None)
 
     def tell(self, reply: Reply, last: bool) -> None:
         if self.timer is not None:
@@ -78,7 +78,6 @@ class ExternalDecode:
     Args:
         transport: what the engine's link is called in ``stats``.
         key: of the deployment, under which handles are sealed.
-        peers: decodes that a gateway spreads its streams over.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class ExternalDecode:
         transport: str,
         limits: config.Decode,
         key: bytes,
-        peers: int,
         metrics: Registry,
     ) -> None:
         self._name = name
@@ -96,13 +94,12 @@ class ExternalDecode:
         self._transport = transport
         self._limits = limits
         self._key = key
-        self._peers = peers
         self._metrics = metrics
-        self._met: dict[bytes, str] = {}
-        """Prefills by epoch."""
+        self._prefills: dict[bytes, str] = {}
+        """Names of the prefills that it is connected to, by epoch."""
         self._watches = RoomWatches(self._room)
         self._reports = Reports(name, engine, metrics)
-        self._open: dict[str, _Opened] = {}
+        self._open: dict[str, _Call] = {}
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """What is said of an answer that is given up."""
         self._tasks = Background()
@@ -115,7 +112,7 @@ class ExternalDecode:
     async def close(self) -> None:
         self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
         await self._tasks.close()
-        tasks = [opened.task for opened in self._open.values() if opened.task]
+        tasks = [call.task for call in self._open.values() if call.task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -127,10 +124,10 @@ class ExternalDecode:
         """Tokens of prompt and answer together, at most."""
         return self._engine.context_length
 
-    def join(self, request: Join, send: Send) -> None:
-        """Meet a prefill: make sure that its KV caches are of use here."""
+    def connect(self, request: Connect, send: Send) -> None:
+        """Connect to a prefill: make sure that its KV caches are of use here."""
         try:
-            holder = unseal(request.description, ExternalEndpoint, self._key)
+            holder = unseal(request.endpoint, ExternalEndpoint, self._key)
             if holder.fingerprint != self._engine.fingerprint:
                 raise errors.HandleError(
                     f"{holder.name} is {holder.fingerprint}; this instance "
@@ -139,12 +136,12 @@ class ExternalDecode:
         except errors.HandleError as error:
             send(Failed(error.code, f"{self._name}: {error}"), True)
             return
-        former = [epoch for epoch, name in self._met.items() if name == holder.name]
+        former = [epoch for epoch, name in self._prefills.items() if name == holder.name]
         for epoch in former:
-            del self._met[epoch]
-        self._met[holder.epoch] = holder.name
-        met = Met(self._transport, "", 0.0, UNKNOWN_RATE, {}, False)
-        send(Joined(holder.name, met, 0, self._room()), True)
+            del self._prefills[epoch]
+        self._prefills[holder.epoch] = holder.name
+        link = LinkReport(self._transport, "", 0.0, UNKNOWN_RATE, {}, False)
+        send(Connected(holder.name, link, 0, self._room()), True)
 
     # ---------------------------------------------------------------- admission
 
@@ -167,8 +164,8 @@ class ExternalDecode:
         if request.handle:
             try:
                 handle = unseal(request.handle, ExternalHandle, self._key)
-                if handle.epoch not in self._met:
-                    send(Stranger(), True)
+                if handle.epoch not in self._prefills:
+                    send(NotConnected(), True)
                     return
                 if handle.prompt != digest(request.prompt):
                     raise errors.HandleError("the handle is of another prompt")
@@ -179,17 +176,17 @@ class ExternalDecode:
                 return
             link = handle.link
         now = self._loop.time()
-        opened = _Opened(request, send, now, 0 if request.first_token is None else 1, now)
-        self._open[request.id] = opened
+        call = _Call(request, send, now, 0 if request.first_token is None else 1, now)
+        self._open[request.id] = call
         if request.suspect or request.hurry:
-            self._accept(opened)
+            self._accept(call)
         else:
-            opened.timer = self._loop.call_later(AFTER_S, self._accept, opened)
-        opened.task = asyncio.create_task(self._run(opened, link))
-        opened.task.add_done_callback(partial(self._ended, opened))
+            call.timer = self._loop.call_later(AFTER_S, self._accept, call)
+        call.task = asyncio.create_task(self._run(call, link))
+        call.task.add_done_callback(partial(self._ended, call))
 
-    def _accept(self, opened: _Opened) -> None:
-        opened.send(Accepted(room=self._room()), False)
+    def _accept(self, call: _Call) -> None:
+        call.send(Accepted(room=self._room()), False)
 
     def _room(self) -> Room:
         """Blocks are the engine's own matter."""
@@ -199,15 +196,15 @@ class ExternalDecode:
         """What there is no room for; empty: there is."""
         if len(self._open) >= self._limits.slots:
             return "slots"
-        on_trial = request.suspect and any(opened.on_trial for opened in self._open.values())
+        on_trial = request.suspect and any(call.on_trial for call in self._open.values())
         return SUSPECT if on_trial else ""
 
     def release(self, request_id: str, send: Send) -> None:
         """Nobody wants the tokens any more."""
-        opened = self._open.get(request_id)
-        if opened is not None:
-            assert opened.task is not None
-            opened.task.cancel()
+        call = self._open.get(request_id)
+        if call is not None:
+            assert call.task is not None
+            call.task.cancel()
         self._watches.release(request_id)
         send(Released(), True)
 
@@ -219,15 +216,15 @@ class ExternalDecode:
 
     # ------------------------------------------------------------------- decode
 
-    async def _run(self, opened: _Opened, link: bytes) -> Reply:
+    async def _run(self, call: _Call, link: bytes) -> Reply:
         """Tell tokens as they come; the last reply."""
-        request = opened.request
+        request = call.request
         asked = Asked(
             prompt=np.frombuffer(request.prompt, "<i4"),
             sampling=request.sampling,
             max_tokens=request.max_tokens,
             ignore_eos=request.ignore_eos,
-            outputs=request.outputs,
+            resumed_tokens=request.resumed_tokens,
         )
         try:
             if request.suspect:
@@ -235,7 +232,7 @@ class ExternalDecode:
             answer = self._engine.generate(asked, request.first_token, link)
             async with aclosing(answer) as pieces:
                 async for piece in pieces:
-                    ended = self._append(opened, piece)
+                    ended = self._append(call, piece)
                     if ended is not None:
                         return ended
         except errors.PDServeError as error:
@@ -244,8 +241,8 @@ class ExternalDecode:
             return Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
         return Failed(errors.InstanceError.code, f"{self._name}: the answer has no end")
 
-    def _ended(self, opened: _Opened, task: asyncio.Task[Reply]) -> None:
-        del self._open[opened.request.id]
+    def _ended(self, call: _Call, task: asyncio.Task[Reply]) -> None:
+        del self._open[call.request.id]
         # Cancelled before its first step, perhaps: nothing in it would know.
         if task.cancelled():
             reply: Reply = self._unwanted
@@ -255,35 +252,34 @@ class ExternalDecode:
             reply = task.result()
         if isinstance(reply, Tokens):
             reply = msgspec.structs.replace(reply, room=self._room())
-        opened.tell(reply, True)
+        call.tell(reply, True)
         self._watches.ended(self._loop.time())
 
-    def _append(self, opened: _Opened, piece: Piece) -> Tokens | None:
+    def _append(self, call: _Call, piece: Piece) -> Tokens | None:
         """Take in new tokens; the last reply, if they end the answer."""
-        request, now = opened.request, self._loop.time()
-        if not opened.arrived:
-            opened.arrived = True
+        request, now = call.request, self._loop.time()
+        if not call.arrived:
+            call.arrived = True
             first = (
                 next(iter(piece.ids), -1) if request.first_token is None else request.first_token
             )
-            ms = (now - opened.began) * 1e3
-            opened.pulled = Pulled(0, self._transport, "engine", ms, ms, 0.0, first)
-        opened.unsent += piece.ids
-        interval = interval_s(self._limits, len(self._open), self._peers)
-        quiet = now - opened.sent_at < max(interval, request.min_interval_ms / 1e3)
+            ms = (now - call.began) * 1e3
+            call.transfer = TransferReport(0, self._transport, "engine", ms, ms, 0.0, first)
+        call.unsent += piece.ids
+        quiet = now - call.sent_at < interval_s(self._limits, len(self._open), request)
         # What frees the prefill's slot does not wait.
-        if quiet and not piece.finish_reason and opened.pulled is None:
+        if quiet and not piece.finish_reason and call.transfer is None:
             return None
-        ids = np.array(opened.unsent, "<i4").tobytes()
-        room = self._room() if opened.pulled is not None and not piece.finish_reason else None
-        reply = Tokens(opened.sent, ids, piece.finish_reason, opened.pulled, room)
-        if opened.on_trial:
+        ids = np.array(call.unsent, "<i4").tobytes()
+        room = self._room() if call.transfer is not None and not piece.finish_reason else None
+        reply = Tokens(call.sent, ids, piece.finish_reason, call.transfer, room)
+        if call.on_trial:
             self._watches.ended(now)  # another one may be tried
-        opened.sent += len(opened.unsent)
-        opened.sent_at, opened.unsent, opened.pulled = now, [], None
+        call.sent += len(call.unsent)
+        call.sent_at, call.unsent, call.transfer = now, [], None
         if piece.finish_reason:
             return reply
-        opened.tell(reply, False)
+        call.tell(reply, False)
         return None
 
     async def _keep_time(self) -> None:

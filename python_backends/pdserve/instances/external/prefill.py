@@ -184,7 +184,7 @@ class ExternalPrefill:
         self._look()
         send(Released(), True)
 
-    def taken(self, request_id: str, send: Send) -> None:
+    def transferred(self, request_id: str, send: Send) -> None:
         """A decode has the KV cache."""
         held = self._held.get(request_id)
         if held is not None and held.phase is Phase.WAITING:
@@ -201,7 +201,7 @@ class ExternalPrefill:
             sampling=request.sampling,
             max_tokens=1,
             ignore_eos=request.ignore_eos,
-            outputs=request.outputs,
+            resumed_tokens=request.resumed_tokens,
         )
         if request.suspect:
             await asyncio.sleep(TRIAL_S)

@@ -1,1 +1,1 @@
-"""A decode's side: the holders that it has met, and how it pulls KV caches from them."""
+"""A decode's side: its links to holders, and how it pulls KV caches over them."""

@@ -6,7 +6,7 @@ Every strategy has a cost of its own, linear in what it does:
 
 For *direct* a segment is a descriptor; for *whole* it is a copy of the scatter, so that the
 difference of the two `per_byte` is what staging and scattering cost. The coefficients are those
-of least *relative* error over the probes made at join and the moves seen since, of which older
+of least *relative* error over the probes on connecting and the moves seen since, of which older
 ones count less; none is negative. That a link has become ten times slower is half believed after
 fifty moves, and all but so after a hundred.
 """

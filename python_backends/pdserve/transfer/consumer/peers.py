@@ -1,4 +1,4 @@
-"""The holders that a receiver has met, and how each is reached."""
+"""The holders that a receiver is linked to, and how each is reached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pdserve.transfer.consumer.cost_model import CostModel
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.endpoint import Endpoint, Terms
 from pdserve.transfer.protocol import Link, TransferError, Transport, Unreachable
-from pdserve.transfer.reports import Met
+from pdserve.transfer.reports import LinkReport
 
 _log = logging.getLogger(__name__)
 
@@ -25,17 +25,17 @@ _log = logging.getLogger(__name__)
 WITHOUT_RDMA = "tcp"
 
 
-class Stranger(PDServeError):
-    """The holder of this KV cache has not been met, or its link has failed since: join first."""
+class NoLink(PDServeError):
+    """There is no link to the holder of a KV cache, or it has failed: connect first."""
 
 
 @dataclass(slots=True)
 class Peer:
-    """A holder that has been met."""
+    """A holder that there is a link to."""
 
     holder: Endpoint
     link: Link
-    met: Met
+    report: LinkReport
     cost_model: CostModel | None
     """None: its memory is mapped, there is nothing to choose."""
     failed: bool = False
@@ -43,11 +43,11 @@ class Peer:
 
     def over_the_same(self, link: Link) -> bool:
         """Whether a link is reached as this peer is: what is known of one holds for the other."""
-        return (self.met.transport, self.met.detail) == (link.transport, link.detail)
+        return (self.report.transport, self.report.detail) == (link.transport, link.detail)
 
 
 class Peers:
-    """The holders that this receiver has met, by epoch. Thread-safe.
+    """The holders that this receiver is linked to, by epoch. Thread-safe.
 
     Args:
         transports: best first; one that cannot use the memory is left out, and says why.
@@ -67,7 +67,7 @@ class Peers:
         self._staging = staging
         self._rdma_only = rdma_only
         self._peers: dict[bytes, Peer] = {}
-        self._joining = threading.Lock()
+        self._connecting = threading.Lock()
         self._transports: list[Transport] = []
         self._unfit: dict[str, str] = {}
         for transport in transports:
@@ -79,14 +79,14 @@ class Peers:
             else:
                 self._transports.append(transport)
 
-    def join(self, data: bytes) -> tuple[str, Met]:
-        """Meet a holder by its sealed `Endpoint`: its name, and how it is reached.
+    def connect(self, data: bytes) -> tuple[str, LinkReport]:
+        """Connect to a holder by its sealed `Endpoint`: its name, and how it is reached.
 
         Blocks, for some seconds at most; for one that is known, not at all, and for one whose link
         has failed only until there is another: a request may be waiting for that.
 
         Raises:
-            HandleError: the description is forged, or of another model.
+            HandleError: the endpoint is forged, or of another model.
             Unreachable: by no transport; the message has every reason.
         """
         holder = unseal(data, Endpoint, self._terms.key)
@@ -96,20 +96,20 @@ class Peers:
                 f"{holder.name} has model {holder.fingerprint!r} in {holder.layout}; "
                 f"this instance {terms.fingerprint!r} in {terms.layout}"
             )
-        with self._joining:
+        with self._connecting:
             peer = self._peers.get(holder.epoch)
             if peer is None or peer.failed:
                 former = [p for p in self._peers.values() if p.holder.name == holder.name]
                 for one in former:
                     if not one.failed:
                         self.leave(one)
-                peer = self._meet(holder, peer)
+                peer = self._connected(holder, peer)
                 for one in former:
                     del self._peers[one.holder.epoch]
                 self._peers[holder.epoch] = peer
-        return holder.name, peer.met
+        return holder.name, peer.report
 
-    def _meet(self, holder: Endpoint, former: Peer | None) -> Peer:
+    def _connected(self, holder: Endpoint, former: Peer | None) -> Peer:
         refused = dict(self._unfit)
         for transport in self._transports:
             way = holder.ways.get(transport.name)
@@ -145,8 +145,8 @@ class Peers:
         except BaseException:
             link.close()
             raise
-        met = Met(link.transport, link.detail, latency, rate, dict(refused), fallback)
-        return Peer(holder, link, met, cost_model)
+        report = LinkReport(link.transport, link.detail, latency, rate, dict(refused), fallback)
+        return Peer(holder, link, report, cost_model)
 
     def _rate(
         self, holder: Endpoint, link: Link, like: Peer | None
@@ -154,7 +154,7 @@ class Peers:
         """Bytes per second, and a cost model; not measured anew if there is a peer `like` it."""
         if link.data is not None:
             if like is not None:
-                return like.met.bytes_per_s, None
+                return like.report.bytes_per_s, None
             return probe.mapped(link, self._staging, holder.data_bytes), None
         if like is not None and like.cost_model is not None:
             probe.once(link, self._staging, holder.data_bytes)
@@ -165,20 +165,20 @@ class Peers:
         return large / min(c.seconds(1, large) for c in cost_model.costs.values()), cost_model
 
     def find(self, epoch: bytes) -> Peer:
-        """Raises: Stranger."""
+        """Raises: NoLink."""
         peer = self._peers.get(epoch)
         if peer is None or peer.failed:
-            raise Stranger(f"holder {epoch.hex()} has not been met, or its link has failed")
+            raise NoLink(f"there is no link to holder {epoch.hex()}, or it has failed")
         return peer
 
     def leave(self, peer: Peer) -> None:
-        """The link has failed; the holder may be met again."""
+        """The link has failed; another one may be made."""
         peer.failed = True
         peer.link.close()
 
     def close(self) -> None:
         """Leave every holder."""
-        with self._joining:
+        with self._connecting:
             for peer in list(self._peers.values()):
                 self.leave(peer)
         for transport in self._transports:

@@ -1,4 +1,4 @@
-"""What a link can do, measured when two instances meet: its latency, and the cost of its moves."""
+"""What a link can do, measured as it is made: its latency, and the cost of its moves."""
 
 from __future__ import annotations
 

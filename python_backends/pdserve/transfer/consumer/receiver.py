@@ -1,6 +1,6 @@
-"""A decode's end of the transfer plane: links to the holders it has met, and pulls over them.
+"""A decode's end of the transfer plane: links to holders, and pulls over them.
 
-    join     meet a holder: connect over the best transport that reaches it, probe, warm
+    connect  open a link to a holder over the best transport that reaches it, probe, warm
     open     check a handle
     pull     look at the lease, say PULLING, move the bytes, look again, say DONE
 
@@ -21,14 +21,14 @@ from pdserve.kvcache.sharding import routes
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.consumer import strategies
 from pdserve.transfer.consumer.cost_model import Seen, Strategy
-from pdserve.transfer.consumer.peers import Peer, Peers, Stranger
+from pdserve.transfer.consumer.peers import NoLink, Peer, Peers
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.consumer.strategies import Move, Part
 from pdserve.transfer.endpoint import Terms, host_id
 from pdserve.transfer.lease.remote import RemoteLease
 from pdserve.transfer.lease.words import Pull
 from pdserve.transfer.protocol import Link, TransferError, Transport
-from pdserve.transfer.reports import Met, Pulled
+from pdserve.transfer.reports import LinkReport, TransferReport
 from pdserve.transfer.scatter import Runs, checked
 
 
@@ -78,16 +78,16 @@ class Receiver:
         self._wanted = [(part, head * head_bytes) for head, part in wanted.items()]
         """The parts that are pulled, and where their bytes go in a row of the pool."""
 
-    def join(self, data: bytes) -> tuple[str, Met]:
-        """Meet a holder; see `Peers.join`."""
-        return self.peers.join(data)
+    def connect(self, data: bytes) -> tuple[str, LinkReport]:
+        """Connect to a holder; see `Peers.connect`."""
+        return self.peers.connect(data)
 
     def open(self, data: bytes) -> KVHandle:
         """A handle that may be pulled, as far as it says itself.
 
         Raises:
             HandleError: forged, altered, expired, of another model, or beyond its holder's memory.
-            Stranger: its holder has to be joined first.
+            NoLink: its holder has to be connected to first.
         """
         handle = unseal(data, KVHandle, self._terms.key)
         handle.check(self._terms.fingerprint, self._terms.layout, self._terms.sharding)
@@ -117,10 +117,10 @@ class Receiver:
         """Whether nothing is waited for but a copy."""
         try:
             return self.peers.find(handle.epoch).link.data is not None
-        except Stranger:
+        except NoLink:
             return False
 
-    def pull(self, handle: KVHandle, runs: Runs, first: int = 0) -> Pulled:
+    def pull(self, handle: KVHandle, runs: Runs, first: int = 0) -> TransferReport:
         """Copy a KV cache from token `first` on into `runs` of the pool.
 
         Layer by layer, if it is still being computed. The handle is one that `open` has returned;
@@ -129,7 +129,7 @@ class Receiver:
         Raises:
             HandleError: the lease is over, used, or ended meanwhile; what was copied is not valid.
             TransferError: the bytes could not be moved; the link is closed.
-            Stranger: the link has failed since `open`.
+            NoLink: the link has failed since `open`.
             ValueError: the runs have not as many rows as there are tokens, or are not in the pool.
         """
         peer = self.peers.find(handle.epoch)
@@ -157,7 +157,7 @@ class Receiver:
             self.peers.leave(peer)
             raise
         ended = time.monotonic()
-        return Pulled(
+        return TransferReport(
             nbytes=move.nbytes,
             transport=peer.link.transport,
             strategy=strategy,
@@ -213,7 +213,7 @@ class Receiver:
     def _choose_and_move(self, peer: Peer, move: Move) -> tuple[str, float]:
         if peer.cost_model is None:
             strategies.mapped(move)
-            return "whole", move.nbytes / peer.met.bytes_per_s
+            return "whole", move.nbytes / peer.report.bytes_per_s
         choice = peer.cost_model.choose(move.segments, move.nbytes, self._staging.free)
         strategy = self.strategy or choice.strategy
         began = time.perf_counter()

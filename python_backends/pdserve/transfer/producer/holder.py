@@ -69,7 +69,7 @@ class Holder:
         """What a token takes in the data, over all planes and parts."""
         self._transports = transports
         ways = self._offer()
-        self._description = seal(
+        self._endpoint = seal(
             Endpoint(
                 name=name,
                 host=host_id(),
@@ -112,9 +112,9 @@ class Holder:
         return KVRange(self.data[offset : offset + nbytes], layout, sharding, tokens)
 
     @property
-    def description(self) -> bytes:
+    def endpoint(self) -> bytes:
         """A sealed `Endpoint`, for those who will pull."""
-        return self._description
+        return self._endpoint
 
     def handle(self, offset: int, tokens: int, lease: int, nonce: bytes, expires: float) -> bytes:
         """A sealed `KVHandle` of a range of the data."""

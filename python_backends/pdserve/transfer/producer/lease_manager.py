@@ -1,9 +1,9 @@
-"""A prefill's KV memory on loan: ranges and their leases, until nobody reads them any more.
+"""Leases of a prefill's KV memory: ranges of its arena, until nobody reads them any more.
 
-A loan is a range of the arena (`pdserve.kvcache.arena` draws its states). Once a lease is granted
-a decode may take it; what the decode says in the lease table is looked at on every sweep:
+`pdserve.kvcache.arena` draws the states of a range. Once a lease is granted a decode may take it;
+what the decode says in the lease table is looked at on every sweep:
 
-    DONE, or never begun by `until`      the loan ends, its range is CACHED
+    DONE, or never begun by `until`      the lease ends, its range is CACHED
     PULLING, and its beat moves          the lease goes on: the receiver's own deadline bounds it
     PULLING, but silent for QUIET_S      the receiver is dead or stands still: as expired
     given back while PULLING             QUARANTINED until the receiver says DONE or falls silent
@@ -28,7 +28,7 @@ MAX_RANGES = 4096
 
 @dataclass(slots=True, eq=False)
 class LeasedRange:
-    """A range, and from `lend` on its lease. Changed by its `LeaseManager` only."""
+    """A range, and from `grant` on its lease. Changed by its `LeaseManager` only."""
 
     range: Range
     slot: int | None = None
@@ -58,80 +58,80 @@ class LeaseManager:
         held = self.arena.allocate(nbytes)
         return LeasedRange(held) if held is not None else None
 
-    def lend(self, loan: LeasedRange, tokens: int, until: float) -> bytes:
+    def grant(self, leased: LeasedRange, tokens: int, until: float) -> bytes:
         """Grant a lease; a sealed handle of the KV cache, which may still be being filled.
 
         Raises:
             Unavailable: every lease slot is in use.
         """
-        loan.slot, nonce = self._leases.grant(until)
-        return self._holder.handle(loan.range.offset, tokens, loan.slot, nonce, until)
+        leased.slot, nonce = self._leases.grant(until)
+        return self._holder.handle(leased.range.offset, tokens, leased.slot, nonce, until)
 
-    def fill(self, loan: LeasedRange, planes: int) -> None:
-        """So many planes may be read now. For the thread that computes; the loan goes on."""
-        assert loan.slot is not None
+    def fill(self, leased: LeasedRange, planes: int) -> None:
+        """So many planes may be read now. For the thread that computes; the lease goes on."""
+        assert leased.slot is not None
         self._holder.written()
-        self._leases.fill(loan.slot, planes)
+        self._leases.fill(leased.slot, planes)
 
     def complete(
-        self, loan: LeasedRange, tokens: int, planes: int, token: int, until: float
+        self, leased: LeasedRange, tokens: int, planes: int, token: int, until: float
     ) -> bytes:
         """All is filled, and the first token is known; a decode has until then to begin.
 
         Returns:
-            A sealed handle of the KV cache; empty where ``lend`` has given one.
+            A sealed handle of the KV cache; empty where ``grant`` has given one.
 
         Raises:
             Unavailable: every lease slot is in use.
         """
         self._holder.written()
         handle = b""
-        if loan.slot is None:
-            loan.slot, nonce = self._leases.grant(until, planes, token)
-            handle = self._holder.handle(loan.range.offset, tokens, loan.slot, nonce, until)
+        if leased.slot is None:
+            leased.slot, nonce = self._leases.grant(until, planes, token)
+            handle = self._holder.handle(leased.range.offset, tokens, leased.slot, nonce, until)
         else:
-            self._leases.extend(loan.slot, until)
-            self._leases.fill(loan.slot, planes, token)
-        self.arena.lease(loan.range, until)
+            self._leases.extend(leased.slot, until)
+            self._leases.fill(leased.slot, planes, token)
+        self.arena.lease(leased.range, until)
         return handle
 
-    def over(self, loan: LeasedRange, now: float) -> bool:
-        """Whether a completed loan has ended: taken, never begun in time, or its reader silent."""
-        if self._reading(loan, now):
-            self.arena.transfer(loan.range, loan.heard_at + QUIET_S)
+    def over(self, leased: LeasedRange, now: float) -> bool:
+        """Whether a completed lease has ended: taken, never begun in time, or its reader silent."""
+        if self._reading(leased, now):
+            self.arena.transfer(leased.range, leased.heard_at + QUIET_S)
             return False
-        return loan.beat[0] is not Pull.IDLE or now >= loan.range.until
+        return leased.beat[0] is not Pull.IDLE or now >= leased.range.until
 
-    def give_back(self, loan: LeasedRange, now: float) -> None:
-        """End a loan, whatever its state; nothing may be writing to its range any more."""
-        if loan.slot is None:
-            self.arena.free(loan.range)
-        elif self._leases.revoke(loan.slot) is Pull.PULLING and self._reading(loan, now):
-            self.arena.quarantine(loan.range, loan.heard_at + QUIET_S)
-            self.quarantined.append(loan)
+    def give_back(self, leased: LeasedRange, now: float) -> None:
+        """Take a range back, whatever its state; nothing may be writing to it any more."""
+        if leased.slot is None:
+            self.arena.free(leased.range)
+        elif self._leases.revoke(leased.slot) is Pull.PULLING and self._reading(leased, now):
+            self.arena.quarantine(leased.range, leased.heard_at + QUIET_S)
+            self.quarantined.append(leased)
         else:
-            self._let_go(loan)
+            self._let_go(leased)
 
     def sweep(self, now: float) -> None:
         """Let go of what nobody reads any more; on every tick, whatever the load."""
-        for loan in list(self.quarantined):
-            if not self._reading(loan, now):
-                self.quarantined.remove(loan)
-                self._let_go(loan)
+        for leased in list(self.quarantined):
+            if not self._reading(leased, now):
+                self.quarantined.remove(leased)
+                self._let_go(leased)
 
     def counts(self) -> dict[State, tuple[int, int]]:
         """Ranges and bytes by state."""
         return self.arena.counts()
 
-    def _let_go(self, loan: LeasedRange) -> None:
-        assert loan.slot is not None
-        self._leases.free(loan.slot)
-        self.arena.release(loan.range)
+    def _let_go(self, leased: LeasedRange) -> None:
+        assert leased.slot is not None
+        self._leases.free(leased.slot)
+        self.arena.release(leased.range)
 
-    def _reading(self, loan: LeasedRange, now: float) -> bool:
+    def _reading(self, leased: LeasedRange, now: float) -> bool:
         """Whether its receiver says that it is reading, and has shown life lately."""
-        assert loan.slot is not None
-        heard = self._leases.heard(loan.slot)
-        if heard != loan.beat:
-            loan.beat, loan.heard_at = heard, now
-        return heard[0] is Pull.PULLING and now < loan.heard_at + QUIET_S
+        assert leased.slot is not None
+        heard = self._leases.heard(leased.slot)
+        if heard != leased.beat:
+            leased.beat, leased.heard_at = heard, now
+        return heard[0] is Pull.PULLING and now < leased.heard_at + QUIET_S

@@ -91,7 +91,7 @@ class Server:
 
     def _do(self, peer: str, ask: Ask) -> None:
         if isinstance(ask, Hello):
-            self._meet(peer, ask)
+            self._greet(peer, ask)
         elif peer not in self._peers:
             _log.info("ask of receiver %s, which has not said hello, or was left", peer)
         elif isinstance(ask, Push):
@@ -99,7 +99,7 @@ class Server:
         elif not isinstance(ask, Wait):
             self._agent.say(peer, encode(self._look(ask)))
 
-    def _meet(self, peer: str, hello: Hello) -> None:
+    def _greet(self, peer: str, hello: Hello) -> None:
         if not compare_digest(hello.secret, self._secret):
             _log.warning("receiver %s does not know this holder's secret", peer)
             return

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LATENCY_S = 1e-4
 
 
-class Desk:
+class FakeInstance:
     """A channel to an instance with `slots`; the same one for any number of gateways."""
 
     def __init__(self, slots: int = 1) -> None:
@@ -110,14 +110,14 @@ def load(of: Load) -> float:
 
 
 class Gateway:
-    """Forwards requests to desks; each has its slot for `hold_s`."""
+    """Forwards requests to fake instances; each has its slot for `hold_s`."""
 
-    def __init__(self, desks: Sequence[Desk], seed: int = 0, hold_s: float = 0.1) -> None:
+    def __init__(self, fakes: Sequence[FakeInstance], seed: int = 0, hold_s: float = 0.1) -> None:
         self.rng = random.Random(seed)
         self.name = uuid.UUID(int=self.rng.getrandbits(128)).hex
-        self.instances = [Instance(f"desk_{i}", desk) for i, desk in enumerate(desks)]
+        self.instances = [Instance(f"instance_{i}", fake) for i, fake in enumerate(fakes)]
         self.forwarding = Forwarding[Offered](
-            self.instances, "prefill", load, self.name, desks[0].slots, desks[0].slots, self.rng
+            self.instances, "prefill", load, self.name, fakes[0].slots, fakes[0].slots, self.rng
         )
         self.hold_s = hold_s
         self.served: list[Request] = []
