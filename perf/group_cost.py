@@ -3,9 +3,9 @@
     python -m perf.group_cost [--quick]
 
 Everything is in one process: the scheduler and its KV links, and instances that answer at once over
-a channel in memory. So what is measured is the gateway's own work, without any channel's: CPU
-milliseconds of a request of two tokens, seconds until all planned KV links of a new group are made,
-and memory. The group has as many prefills as decodes.
+a channel in memory. So what is measured is the gateway's own work, without any channel's: the CPU
+milliseconds of a request of three tokens, the seconds until all planned KV links of a new group are
+made, and memory. The group has as many prefills as decodes.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tides": scheduling.tides,
     "gateways": scheduling.gateways,
     "costs": scheduling.costs,
+    "group costs": scheduling.group_costs,
     "soak": endurance.soak,
     "repairs": endurance.repairs,
     "gateway faults": endurance.gateways,

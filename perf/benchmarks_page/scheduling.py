@@ -1,4 +1,4 @@
-"""Scheduling policies side by side: scheduling.json, scheduling-poisson.json."""
+"""Scheduling: scheduling.json, scheduling-poisson.json, group_cost.json."""
 
 from __future__ import annotations
 
@@ -138,3 +138,21 @@ def costs() -> str:
         ),
     ]
     return against_target([(plain, result.budget(what)) for plain, what in rows])
+
+
+def group_costs() -> str:
+    measured = Result("group_cost").results
+    first = measured[0]["request_ms"]
+    rows = [
+        (
+            number(cost["instances"]),
+            *(
+                f"{milliseconds:.3f} ({milliseconds / first[state]:.2f} x)"
+                for state, milliseconds in cost["request_ms"].items()
+            ),
+            *(number(cost[what]) for what in ("links", "usable_s", "mib")),
+        )
+        for cost in measured
+    ]
+    states = [f"{state}: ms" for state in first]
+    return table(("instances", *states, "KV links", "usable after: s", "memory: MiB"), rows)

@@ -120,7 +120,9 @@ class Groups:
 
     async def sweep(self) -> None:
         """Let go of groups and instances that are in no deployment and serve nobody any more."""
-        self._retired = [group for group in self._retired if group.open]
+        for group in [group for group in self._retired if not group.open]:
+            self._retired.remove(group)
+            group.update({}, {})  # instances that stay tell it nothing any more
         used = {
             key for group in (*self._current.values(), *self._retired) for key in group.instances
         }

@@ -102,6 +102,20 @@ async def test_a_group_is_served_by_its_own_instances_alone(tmp_path: Path) -> N
 
 
 @virtual
+async def test_instances_that_stay_keep_nothing_of_a_group_that_is_gone(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
+        connected = Connected(site)
+        heard = []
+        for name in ("a", "another", "a", "another"):
+            groups = connected.groups.take(deployment(replaced(A, name=name)))
+            await serve(groups[name], site.request())
+            await connected.groups.sweep()
+            heard.append([len(one.listeners) for one in groups[name].instances.values()])
+        assert heard[1:] == heard[:-1]
+        await connected.groups.close()
+
+
+@virtual
 async def test_a_group_without_a_prefill_is_passed_over_until_it_is_back(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
         connected = Connected(site)

@@ -1,0 +1,17 @@
+"""What a request costs as its group grows: the command."""
+
+from __future__ import annotations
+
+import asyncio
+
+from perf import group_cost
+
+
+def test_it_measures_each_state() -> None:
+    cost = asyncio.run(group_cost.measure(4, 20))
+    assert cost.links == 4
+    assert cost.mib > 0
+    assert all(milliseconds > 0 for milliseconds in cost.request_ms.values())
+    table = group_cost.table([cost, cost])
+    assert table.row_count == 2
+    assert next(iter(table.columns[1].cells)).endswith("(1.00 x)")
