@@ -164,6 +164,5 @@ def _decode(deployment: config.Deployment, metrics: Registry) -> DecodeInstance:
         plane.receiver(deployment, terms, engine.pool),
         deployment.transfer.pulls,
         deployment.prefill.batch_tokens,
-        1,
         metrics,
     )

@@ -6,10 +6,12 @@ import asyncio
 
 from perf import group_cost
 
+from pdserve.scheduling.link_plan import PEERS
+
 
 def test_it_measures_each_state() -> None:
-    cost = asyncio.run(group_cost.measure(4, 20))
-    assert cost.links == 4
+    cost = asyncio.run(group_cost.measure(64, 20))
+    assert cost.links >= 32 * PEERS
     assert cost.mib > 0
     assert all(milliseconds > 0 for milliseconds in cost.request_ms.values())
     table = group_cost.table([cost, cost])
