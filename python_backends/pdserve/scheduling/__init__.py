@@ -1,1 +1,2 @@
-"""Which instance does what, when: pure asyncio, without Triton and without torch."""
+"""Scheduling: which instance serves which request, and when. Pure asyncio, without Triton or
+torch."""

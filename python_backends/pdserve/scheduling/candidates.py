@@ -1,6 +1,8 @@
-"""The instances of a role that may take a request now, ordered by load.
+"""The instances of one role that may be offered a request now, ordered by load.
 
-Choosing one costs the same in a group of two and in one of a thousand: the order is kept as loads
+Choosing one costs the same in a group of two and in one of a thousand: the order is maintained as
+    loads change, and a request looks at the head of it and at the few instances that are better or
+    worse for this request than their load says.
 change, and a request looks at the head of it, and at the few instances that are better or worse for
 this request than their load says.
 """
@@ -20,34 +22,36 @@ from pdserve.scheduling.order import Order
 
 
 class Rank(NamedTuple):
-    """What a request makes of the instances."""
+    """How one request orders the instances."""
 
     cost: Callable[[Instance], float | None]
-    """The smaller is asked first; None: it cannot be used. Never less than the instance's load; and
-    for all that are not ``special``, the load and the same constant."""
+    """Cost of an instance; the one with the smallest cost is offered the request first. None: the
+    instance cannot be used. The cost is never less than the instance's load; for all instances that
+    are not ``special`` it is the load plus the same constant."""
     special: Callable[[], Collection[Instance]] = tuple
-    """Instances whose cost is another."""
+    """Instances whose cost differs from their load plus the constant."""
     most: float = math.inf
-    """Other instances are used up to this load."""
+    """Instances that are not special are used up to this load."""
     only: bool = False
-    """And not at all while there are special ones."""
+    """Instances that are not special are not used at all while there are special ones."""
     look: int = 1
-    """How many of the others that can be used are compared."""
+    """Number of usable instances that are not special to compare."""
 
 
 _Key = tuple[float, float, float, int]
-"""Load, when it has refused and when it was asked last, and the instance's number, so that no two
-are equal."""
+"""Sort key: load, time of the last refusal, time of the last offer, and the instance's number, so
+that no two keys are equal."""
 
 
 class Candidates:
-    """Keeps the order.
+    """Keeps the instances of one role in the order in which they are offered requests.
 
     Args:
-        load: what instances are ordered by.
-        slots: of one instance.
-        batch: requests that one instance works at together, and so the offers that it gets at
-            once: one that got a whole burst would reject most of it before another is asked.
+        load: returns the load by which instances are ordered.
+        slots: slots of one instance.
+        batch: requests that one instance computes together, and so the number of offers that it
+            gets at the same time: an instance that got a whole burst would reject most of it before
+            another is asked.
     """
 
     def __init__(
@@ -65,19 +69,23 @@ class Candidates:
         self._changed: set[Instance] = set()
         self._order = Order[_Key]()
         self._full: dict[Instance, None] = {}
-        """What this gateway has there is all that it can have. A dict, as below, for its order."""
+        """Instances at which this gateway's calls take up all that it can have. A dict, like those
+        below, since it keeps its order."""
         self._failed = Order[tuple[float, int]]()
-        """Those whose circuit breaker is not closed, by when they may be tried."""
+        """Instances whose circuit breaker is not closed, by the time from which they may be
+        tried."""
         self._later: dict[Instance, None] = {}
-        """Those that may not take a suspect for a while."""
+        """Instances that may not take a suspect for a while."""
         self._refusing: dict[Instance, None] = {}
-        """Those that have said that they are busy, since anything became free there."""
+        """Instances that have refused a request as busy, and where nothing has become free
+        since."""
         self._told: set[Instance] = set()
-        """Something is free there, though as far as is known here this gateway has all of it."""
+        """Instances that have reported something free, although this gateway's calls take up all of
+        them as far as it knows."""
         self.update(instances)
 
     def update(self, instances: Sequence[Instance]) -> None:
-        """Go on with these instances."""
+        """Replace the instances; what is known of those that stay is kept."""
         members = dict.fromkeys(instances, 0)
         for gone in self._members.keys() - members.keys():
             gone.listeners.remove(self._changed.add)
@@ -96,18 +104,18 @@ class Candidates:
 
     @property
     def all_full(self) -> bool:
-        """Whether what this gateway has at each of them is all that it can have."""
+        """Tell whether this gateway's calls take up all that it can have at every instance."""
         self._renew()
         return len(self._full) == len(self._members)
 
     @property
     def some(self) -> bool:
-        """Whether any of them can be asked."""
+        """Tell whether any instance can be offered a request."""
         self._renew()
         return bool(self._order) or any(self._trials())
 
     def usable(self, instance: Instance) -> bool:
-        """Whether this one can be asked."""
+        """Tell whether this instance can be offered a request."""
         self._renew()
         return self._order.key(instance) is not None or (
             self._failed.key(instance) is not None and instance in self._trials()
@@ -115,7 +123,7 @@ class Candidates:
 
     @property
     def busy(self) -> Iterator[Instance]:
-        """Those that are not asked before something becomes free there."""
+        """Yield the instances that are not offered requests before something becomes free there."""
         self._renew()
         yield from self._refusing
         for instance in self._full:
@@ -123,7 +131,8 @@ class Candidates:
                 yield instance
 
     def opens(self, now: float) -> Iterator[float]:
-        """When those that are left alone for a while may be asked again (``loop.time()``)."""
+        """Yield the times (``loop.time()``) from which instances that are left alone may be tried
+        again."""
         self._renew()
         for instance in [one for one in self._later if one.suspects_from <= now]:
             del self._later[instance]
@@ -132,13 +141,13 @@ class Candidates:
         yield from itertools.islice((opens for (opens, _), _ in self._failed if opens > now), 1)
 
     def best(self, rank: Rank, asked: Collection[Instance] = ()) -> Instance | None:
-        """The one that costs the least; None: none can be used.
+        """Return the instance with the smallest cost; None: none can be used.
 
-        Among equals the one that has refused the longest ago, since what others have there is not
-        seen from here; then the one that is the furthest with what it has of ours.
+        Among equals, the one that refused the longest ago is chosen, since the load of other
+        gateways is not seen from here; then the one that was offered something the longest ago.
 
         Args:
-            asked: those that are left out.
+            asked: instances to leave out.
         """
         self._renew()
         special = rank.special()
@@ -157,32 +166,33 @@ class Candidates:
         return None if best is None else best[1]
 
     def refused(self, instance: Instance) -> None:
-        """It has said that it is busy."""
+        """Note that an instance has refused a request as busy."""
         if instance in self._members:  # it may have left meanwhile
             self._refusing[instance] = None
             self._changed.add(instance)
 
     def freed(self, instance: Instance) -> None:
-        """Something is free there again."""
+        """Note that something has become free at an instance."""
         if instance in self._refusing:
             del self._refusing[instance]
             self._changed.add(instance)
 
     def tell(self, instance: Instance) -> None:
-        """It has said that something is free, whatever is known here."""
+        """Note that an instance has reported something free, whatever is known here."""
         if instance in self._members:
             self._told.add(instance)
             self._refusing.pop(instance, None)
             self._changed.add(instance)
 
     def ask(self, instance: Instance) -> None:
-        """It is about to be asked: what it has said before is over."""
+        """Note that an instance is about to be offered a request: its last report no longer
+        counts."""
         if instance in self._told:
             self._told.discard(instance)
             self._changed.add(instance)
 
     def forget(self) -> None:
-        """What is busy now need not be when somebody comes."""
+        """Forget which instances are busy: they may be idle when the next request comes."""
         self._changed.update(self._refusing, self._told)
         self._refusing.clear()
         self._told.clear()
@@ -192,7 +202,7 @@ class Candidates:
     def _renew(self) -> None:
         if not self._changed:
             return
-        # In order, or what is first among equals would differ from run to run.
+        # Sorted, since otherwise the first among equals would differ from run to run.
         for instance in sorted(self._changed, key=self._members.__getitem__):
             load = instance.load
             if load.open - load.computed >= self._batch or load.open >= self._slots:
@@ -213,11 +223,11 @@ class Candidates:
         return self._load(load), load.refused, load.asked, self._members[instance]
 
     def _is_busy(self, instance: Instance) -> bool:
-        # What this gateway fills by itself would only say so: it is watched at once.
+        # An instance that this gateway fills by itself would only refuse: it is watched at once.
         return instance in self._refusing or (instance in self._full and instance not in self._told)
 
     def _trials(self) -> Iterator[Instance]:
-        """Those that have failed, and may be tried now."""
+        """Yield the instances that have failed and may be tried now."""
         now = asyncio.get_running_loop().time()
         for (reopens, _), instance in self._failed:
             if reopens > now:
@@ -239,12 +249,13 @@ def _least(
     most: float = math.inf,
     look: int = sys.maxsize,
 ) -> tuple[_Key, Instance] | None:
-    """The one that costs the least, of some and the best so far; its cost in the load's place.
+    """Return the entry with the smallest cost among some and the best so far, with its cost as its
+    load.
 
     Args:
-        entries: by load.
-        most: up to this load.
-        look: compare so many of those that can be used, at most.
+        entries: instances by load, the smallest first.
+        most: largest load to consider.
+        look: number of usable instances to compare, at most.
     """
     for key, instance in entries:
         if not look or key[0] > most or (best is not None and best[0] <= key):

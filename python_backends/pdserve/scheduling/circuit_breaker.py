@@ -1,4 +1,4 @@
-"""What has failed is left alone for a while, and tried by one request before others follow.
+"""Circuit breakers: what has failed is left alone for a while, then tried by one request first.
 
 ::
 
@@ -6,7 +6,7 @@
                         ▲                       │
                         └──failed, pause doubled┘
 
-Of an instance, and of a pair of them that could not hand over.
+There is one for each instance, and one for each pair of instances between which a transfer failed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 FIRST_S, LONGEST_S = 0.25, 15.0
-"""The pause: doubled by each failure that follows a trial."""
+"""The first and the longest pause, in seconds; each failure that follows a trial doubles it."""
 
 
 class CircuitBreaker:
-    """Times are ``loop.time()`` seconds.
+    """A circuit breaker. Times are ``loop.time()`` seconds.
 
     Args:
         changed: called after each change.
@@ -28,18 +28,19 @@ class CircuitBreaker:
         self._changed = changed
         self._pause = 0.0
         self.reopens = 0.0
-        """When a trial is allowed."""
+        """Time from which a trial is allowed."""
 
     @property
     def closed(self) -> bool:
         return self._pause == 0.0
 
     def allows(self, now: float, trying: int) -> bool:
-        """Whether one more may try while ``trying`` do already."""
+        """Tell whether another request may be sent while ``trying`` requests are open already."""
         return self.closed or (now >= self.reopens and not trying)
 
     def failed(self, now: float) -> None:
-        """Many failures in one pause are one: a stream each of the same broken connection."""
+        """Note a failure. Failures within one pause count as one: a broken connection fails many
+        streams."""
         if now >= self.reopens:
             self._pause = min(max(2 * self._pause, FIRST_S), LONGEST_S)
             self.reopens = now + self._pause
@@ -52,9 +53,9 @@ class CircuitBreaker:
 
 
 class RetryBudget:
-    """How often requests may be tried again: some at once, then one for so many that are new.
+    """Limits retries: ``MOST`` at once, then ``SHARE`` of a retry for each new request.
 
-    Without it, all that an overload makes fail would be asked for a second time, and make it worse.
+    Without it, whatever an overload makes fail would be retried and make the overload worse.
     """
 
     MOST, SHARE = 256.0, 0.2
@@ -63,11 +64,11 @@ class RetryBudget:
         self._left = self.MOST
 
     def earn(self) -> None:
-        """A request has come."""
+        """Note that a request has arrived."""
         self._left = min(self._left + self.SHARE, self.MOST)
 
     def spend(self) -> bool:
-        """Whether one more may be tried again."""
+        """Take one retry from the budget; False: there is none left."""
         if self._left < 1:
             return False
         self._left -= 1

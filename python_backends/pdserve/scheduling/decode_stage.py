@@ -1,4 +1,4 @@
-"""From a KV cache that waits in a prefill to a decode that goes on with it."""
+"""From a KV cache that waits in a prefill to a decode that generates the rest of the answer."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from pdserve.scheduling.room import Promise
 from pdserve.scheduling.rooms import Rooms
 from pdserve.scheduling.suspicion import admits
 
-# Replies of an answer that nobody reads as it comes; often enough to show life.
+# Replies of an answer that is not streamed; frequent enough to show that the instance is alive.
 UNREAD_INTERVAL_MS = 1000.0
-# A request does not wait longer for two to connect, which may go on without it.
+# Longest wait of a request for a link between two instances, since it may go on without it.
 LINK_WAIT_S = 5.0
-# One more stream on a decode counts as much as so long a transfer.
+# One more stream on a decode costs as much as a transfer of this length.
 STREAM_S = 0.02
 
 
 class NoRoom(errors.Unavailable):
-    """No decode has taken a KV cache for as long as its prefill keeps it."""
+    """No decode has accepted a KV cache for as long as its prefill keeps it."""
 
 
 class DecodeStage:
     """The decodes of a group.
 
     Args:
-        lease_s: how long a prefill keeps a KV cache that no decode has taken.
+        lease_s: seconds for which a prefill keeps a KV cache that no decode has taken.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class DecodeStage:
         kv_links.linked = decodes.told_of_link
 
     def update(self, decodes: Sequence[Instance], at_once: int) -> None:
-        """Go on with these decodes; what is known of those who stay is kept.
+        """Replace the decodes; what is known of those that stay is kept.
 
         Args:
             at_once: see ``Rooms``.
@@ -77,16 +77,16 @@ class DecodeStage:
         self.decodes.update(decodes)
 
     def let_go_of(self, name: str) -> None:
-        """A prefill or a decode of that name has left, and serves nobody any more."""
+        """Forget the pairs of a prefill or decode that has left and serves no request any more."""
         self._pairs.drop(name)
 
     async def promise(self, request: Request) -> Promise | None:
-        """A place for a request whose prompt is to be computed, waited for if there is none.
+        """Promise a request room in a decode before its prompt is computed; wait if there is none.
 
-        None: there was none within its limit.
+        Returns None if there was no room before the request's deadline.
 
         Raises:
-            Unavailable: too many wait.
+            Unavailable: too many requests wait.
         """
         only = request.max_tokens - request.output_tokens == 1
         blocks = self._rooms.need(request.prompt_tokens + request.max_tokens)
@@ -100,21 +100,24 @@ class DecodeStage:
         return await self.decodes.look(request.order, request.deadline, find)
 
     def plenty(self, age_s: float) -> bool:
-        """Whether there is room for all that may come, by what was told within the last `age_s`."""
+        """Tell whether there is room for all requests that may come, by reports of the last `age_s`
+        seconds."""
         return self._rooms.plenty(asyncio.get_running_loop().time(), age_s)
 
     async def reserve(
         self, request: Request, prefill: Instance, token: int, handle: bytes, until: float
     ) -> Offered:
-        """An idle decode that takes the KV cache; the prefill holds it meanwhile, slot and all.
+        """Find an idle decode that accepts the KV cache; the prefill keeps it and its slot
+        meanwhile.
 
         Args:
-            until: the request's own limit for this (``loop.time()``).
+            until: the request's own time limit (``loop.time()``).
 
         Raises:
-            InvalidRequest: no decode can ever hold it.
-            Unavailable: none reaches the prefill; or all have failed, and a token has been told.
-            NoRoom: none was idle in time.
+            InvalidRequest: no decode can ever hold the request.
+            Unavailable: no decode reaches the prefill; or all decodes have failed, and the client
+                has a token already.
+            NoRoom: no decode was idle in time.
         """
         self._check_reach(prefill)
         kept_until = asyncio.get_running_loop().time() + self._lease_s
@@ -127,14 +130,15 @@ class DecodeStage:
         if taken is None and until <= kept_until:
             raise errors.Late("the request's own time limit has passed")
         if taken is None:
-            # Without a token told, it may wait for a decode that is repaired, within its limit.
+            # If its client has no token yet, the request may wait for a decode to recover, within
+            # its limit.
             told = request.output_tokens > request.held_back
             kind = errors.Unavailable if told and self.decodes.all_failed() else NoRoom
             raise kind(f"{self.decodes.why_not()} within {self._lease_s:g} s")
         return taken
 
     async def follow(self, request: Request, prefill: Instance, handle: bytes) -> Offered | None:
-        """A decode that takes the KV cache while it is being computed; None: all are busy."""
+        """Find a decode that pulls the KV cache while it is being computed; None: all are busy."""
 
         async def ask(decode: Instance, _hurry: bool) -> Offered | None:
             return await self._hand_over(request, prefill, decode, None, handle)
@@ -142,11 +146,11 @@ class DecodeStage:
         return await self.decodes.once(self._rank(request, prefill), ask)
 
     async def alone(self, request: Request, short: float, congested: bool) -> Offered | None:
-        """A decode that computes the prompt itself; None: none is to, or all are busy.
+        """Find a decode that computes the prompt itself; None: none should, or all are busy.
 
         Args:
-            short: it is to, if no more tokens are not in its cache.
-            congested: so is one that has nothing else to do.
+            short: largest number of uncached tokens that a decode should compute.
+            congested: a decode without open requests should compute the prompt whatever its length.
         """
         told = digests(request.so_far, request.tenant)
         cached = self._prefixes.cached(told) if request.tokens_so_far > short else NOTHING
@@ -170,13 +174,14 @@ class DecodeStage:
         return await self.decodes.once(Rank(cost, special, most), ask)
 
     def decoded(self, request: Request, decode: Instance) -> None:
-        """An answer has ended: the decode has the K and V of all of it but the last token."""
+        """Note that a decode has cached the K and V of a finished answer, but for its last
+        token."""
         if self._members.get(decode.name) is decode and not request.sampling.reproducible:
             told = digests(request.so_far, request.tenant)
             self._prefixes.stored(decode.name, b"".join(told))
 
     def let_go(self, taken: Offered) -> None:
-        """A decode is not wanted any more; again is no error."""
+        """Release a decode that is not wanted any more; calling it again is no error."""
         taken.call.close()
         self.decodes.freed(taken.instance)
 
@@ -185,7 +190,7 @@ class DecodeStage:
             breaker.good()
 
     def not_handed_over(self, prefill: str, decode: str) -> None:
-        """It failed between these two, whichever of them is to blame."""
+        """Note that a transfer between these two failed, whichever of them is to blame."""
         if (breaker := self._pairs.known.get((prefill, decode))) is None:
             self._pairs[prefill, decode] = breaker = CircuitBreaker()
         breaker.failed(asyncio.get_running_loop().time())
@@ -195,13 +200,14 @@ class DecodeStage:
             raise errors.Unavailable(f"no decode reaches {prefill.name}: {refusals}")
 
     def prepare(self, prefill: Instance) -> None:
-        """A prompt is being computed: a decode that has room is to be linked when it is needed."""
+        """Make sure that an idle decode is linked to a prefill that has begun to compute a
+        prompt."""
         self._linked(prefill)
 
     def _linked(self, prefill: Instance) -> Sequence[Instance]:
-        """The decodes to be asked for what a prefill has: in a large group those linked to it.
+        """Return the decodes to offer a prefill's KV caches: in a large group, those linked to it.
 
-        If none of these can be asked, another one is linked.
+        If none of them can be offered one, another decode is linked in the background.
         """
         if self._kv_links.dense:
             return self.decodes.instances
@@ -217,12 +223,14 @@ class DecodeStage:
         return None if self._kv_links.refusal(prefill.name, decode.name) else decode.load.open
 
     def _rank(self, request: Request, prefill: Instance) -> Rank:
-        """Of the decodes that are linked to a prefill; of all, as long as none is."""
+        """Rank the decodes that are linked to a prefill, or all decodes as long as none is
+        linked."""
         cost = partial(self._cost, request, prefill)
         return Rank(cost, lambda: self._linked(prefill), only=True)
 
     def _cost(self, request: Request, prefill: Instance, decode: Instance) -> float | None:
-        """Open streams, and what the transfer would take, in streams."""
+        """Return the open streams, plus the estimated duration of the transfer in units of
+        streams."""
         pair = prefill.name, decode.name
         now = asyncio.get_running_loop().time()
         if self._kv_links.refusal(*pair):
@@ -285,7 +293,7 @@ class DecodeStage:
             suspect=bool(request.ends["decode"]),
             trace=request.trace,
         )
-        # A first token that does not come in time is worth no wait.
+        # If the first token does not come in time, the request is not worth waiting for.
         until = request.ends_by if told else request.deadline
         try:
             taken = await offer(request, decode, message, until)

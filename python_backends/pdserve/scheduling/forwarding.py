@@ -1,11 +1,11 @@
 """On-demand forwarding: a request goes to an instance that is idle now, or waits at the gateway.
 
 An instance accepts or rejects at once. One that has rejected is not asked again before something
-has become free there: while anybody waits here, the gateway watches it (one message, answered
-when a slot is free), and hears of slots that its own requests free without that. So nobody polls,
-what a request costs does not grow with the number of busy instances, and whatever becomes free
-wakes somebody. A watch that hears nothing for ``WATCH_S`` is given up and the instance asked
-again: the net under messages that were lost.
+has become free there: while requests wait here, the gateway watches it (one message, answered when
+a slot is free), and it knows without that of slots that its own requests free. So there is no
+polling, the cost of a request does not grow with the number of busy instances, and whatever becomes
+free wakes a waiting request. A watch that gets no answer for ``WATCH_S`` is given up and the
+instance asked again, in case a message was lost.
 """
 
 from __future__ import annotations
@@ -25,31 +25,34 @@ from pdserve.supervision import traced
 
 _log = logging.getLogger(__name__)
 
-# With jitter, so that gateways do not ask together.
+# Range in seconds; random, so that gateways do not all ask at the same time.
 WATCH_S = (0.5, 1.0)
 WATCHES = 64
-"""Instances that are watched at once, at most: in a large group one of them is free soon."""
+"""Maximum number of instances that are watched at once: in a large group one of them is free
+soon."""
 WATCHES_MORE, WATCHES_MORE_S = 8, 0.02
-"""So many watches begin at once, and as many more each time that somebody still waits after so
-long: most waits are over before."""
+"""Number of watches that begin at once, and seconds after which as many more begin if a request
+still waits: most waits are shorter."""
 SHORTEST_S = 1e-3
 MAX_WAITING = 4096
 
 T = TypeVar("T")
 R = TypeVar("R")
 Offer = Callable[[Instance, bool], Awaitable[T | None]]
-"""Offer it to an instance, in a hurry if others wait; None: it is busy. Raises: InstanceError."""
+"""Offers the request to an instance, in a hurry if others wait; returns None if the instance is
+busy. Raises InstanceError."""
 
 
 class Forwarding(Generic[T]):
     """Forwards a gateway's requests to the instances of one role, or to some of them.
 
     Args:
-        role: what the instances are, for messages.
-        load: the less, the sooner an instance is asked.
-        slots: of one instance.
-        batch: requests that one instance works at together, and so the offers that it gets at
-            once: one that got a whole burst would reject most of it before another is asked.
+        role: name of the role, for error messages.
+        load: the smaller it is, the sooner an instance is asked.
+        slots: slots of one instance.
+        batch: requests that one instance computes together, and so the number of offers that it
+            gets at the same time: an instance that got a whole burst would reject most of it before
+            another is asked.
     """
 
     def __init__(
@@ -69,19 +72,19 @@ class Forwarding(Generic[T]):
         self.candidates = Candidates(instances, load, slots, batch)
         self._queue = WaitQueue()
         self._lookers = WaitQueue()
-        """Those who offer nothing, and look at what instances have told."""
+        """Requests that offer nothing and only check what instances have reported."""
         self._next = 0
-        """Of the instances, where everybody is watched in turn."""
+        """Index of the next instance to watch, where all instances are watched in turn."""
         self._watching: dict[Instance, asyncio.Task[None]] = {}
         self._failure: errors.InstanceError | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
-        """Requests that wait."""
+        """Return the number of requests that wait."""
         return len(self._queue)
 
     def update(self, instances: Sequence[Instance]) -> None:
-        """Go on with these instances; whoever waits is offered to those who have joined."""
+        """Replace the instances; waiting requests are offered to those that have joined."""
         for gone in set(self.instances).difference(instances):
             if (watching := self._watching.pop(gone, None)) is not None:
                 watching.cancel()
@@ -93,22 +96,24 @@ class Forwarding(Generic[T]):
 
     @property
     def congested(self) -> bool:
-        """Whether others wait already, or what this gateway has there fills all of them."""
+        """Tell whether requests wait already, or this gateway's calls fill all instances."""
         return bool(self._queue) or self.candidates.all_full
 
     async def take(
         self, order: Order, until: float, rank: Rank, offer: Offer[T], alone_until: float = 0.0
     ) -> T | None:
-        """The first offer that is accepted; None: none was until ``until`` (``loop.time()``).
+        """Return the first accepted offer; None: none was accepted before ``until``
+        (``loop.time()``).
 
         Args:
-            alone_until: until then, if it is later, who stands in nobody's way goes on waiting.
+            alone_until: if this is later than ``until``, a request that nobody waits behind goes on
+                waiting until then.
 
         Raises:
-            Unavailable: too many wait, or no instance can be used.
+            Unavailable: too many requests wait, or no instance can be used.
         """
         try:
-            # If nobody waits, it may try without standing in line.
+            # If no request waits, this one may try without joining the queue.
             taken = await self._round(rank, offer) if not self._queue else None
             if taken is not None:
                 return taken
@@ -119,12 +124,13 @@ class Forwarding(Generic[T]):
                 self._forget()
 
     async def look(self, order: Order, until: float, find: Callable[[], R | None]) -> R | None:
-        """What `find` finds, tried at once and whenever something may have become free.
+        """Return what `find` returns, called at once and whenever something may have become free.
 
-        Only the first in line looks. None: there was nothing until `until` (``loop.time()``).
+        Only the first in the queue calls it. None: nothing was found before `until`
+            (``loop.time()``).
 
         Raises:
-            Unavailable: too many wait.
+            Unavailable: too many requests wait.
         """
         found = find() if not self._lookers else None
         if found is not None:
@@ -145,15 +151,17 @@ class Forwarding(Generic[T]):
                 self._forget()
 
     def told(self) -> None:
-        """What instances have told, or have been promised, leaves more room than before."""
+        """Wake the waiting request: instances have reported, or been relieved of promises for, more
+        room."""
         self._lookers.wake()
 
     def told_of_link(self) -> None:
-        """Somebody may be able to use what another could not."""
+        """Wake the queue: with a new link, a request may be able to use an instance that others
+        cannot."""
         self._queue.wake()
 
     async def once(self, rank: Rank, offer: Offer[T]) -> T | None:
-        """The first offer that is accepted now; None: nobody accepts."""
+        """Return the first offer that is accepted now; None: no instance accepts."""
         try:
             return await self._round(rank, offer)
         finally:
@@ -161,7 +169,7 @@ class Forwarding(Generic[T]):
                 self._forget()
 
     async def _round(self, rank: Rank, offer: Offer[T]) -> T | None:
-        """Over those that are not known to be busy."""
+        """Offer the request to the instances that are not known to be busy, one after another."""
         asked: set[Instance] = set()
         while (instance := self.candidates.best(rank, asked)) is not None:
             asked.add(instance)
@@ -181,19 +189,19 @@ class Forwarding(Generic[T]):
         return None
 
     def freed(self, instance: Instance) -> None:
-        """One of this gateway's own requests holds nothing there any more."""
+        """Note that one of this gateway's own requests has freed something at an instance."""
         self.candidates.freed(instance)
         self._queue.wake()
         self._lookers.wake()
 
     def why_not(self) -> str:
-        """What the end of a wait in vain was like, for its error."""
+        """Say why a wait ended without an instance, for the error."""
         return self.all_failed() or f"no idle {self._role}"
 
     def all_failed(self) -> str | None:
-        """Says that all have failed, with the last failure; None: some have not.
+        """Say that all instances have failed, with the last failure; None: some have not.
 
-        One that is on trial counts as failed.
+        An instance on trial counts as failed.
         """
         if self._failure is None or any(one.breaker.closed for one in self.instances):
             return None
@@ -205,10 +213,10 @@ class Forwarding(Generic[T]):
         if len(self._queue) >= MAX_WAITING:
             raise errors.Unavailable(f"{MAX_WAITING} requests wait for a {self._role} already")
         place = self._queue.join(order)
-        # What became free while it was asking others woke nobody, if nobody else was in line.
+        # If no other request was queued, nobody was woken by what became free during the offers.
         at_once = len(self._queue) == 1
         if not at_once and self.candidates.best(rank) is not None:
-            # Those before it may be waiting for something else.
+            # The requests before it may be waiting for something else.
             asyncio.get_running_loop().call_soon(self._queue.wake)
         try:
             while at_once or await self._turn(place, until):
@@ -223,29 +231,29 @@ class Forwarding(Generic[T]):
             place.leave()
 
     async def _turn(self, place: QueuePlace, until: tuple[float, float]) -> bool:
-        """Whether it is worth trying, and still its turn: not if it is late and others wait."""
+        """Wait for the request's turn; False: it is late and others wait."""
         self._look_out()
         loop = asyncio.get_running_loop()
         if await place.turn(max(until) if len(self._queue) == 1 else until[0]):
             return loop.time() < until[0] or len(self._queue) == 1
-        # It was not alone when it stood in line; it may be now.
+        # It was not alone when it joined the queue; it may be now.
         return len(self._queue) == 1 and loop.time() < max(until) and await self._turn(place, until)
 
     def _look_out(self) -> None:
-        """Somebody is about to wait: see to it that what becomes free, or well, wakes the line."""
+        """Make sure that the queue is woken when an instance becomes free or recovers."""
         more = self._watch_more()
         loop = asyncio.get_running_loop()
         now = loop.time()
         if self._timer is None:
             again = min([now + self._rng.uniform(*WATCH_S), *self.candidates.opens(now)])
-            # A timer may come a moment early, and would be set again for the same moment.
+            # A timer may fire slightly early, and would then be set again for the same moment.
             self._timer = loop.call_at(max(again, now + SHORTEST_S), self._time_to_look)
         if more and self._timer.when() > now + WATCHES_MORE_S:
             self._timer.cancel()
             self._timer = loop.call_at(now + WATCHES_MORE_S, self._time_to_look)
 
     def _watch_more(self) -> bool:
-        """Watch those that somebody waits for; whether there are more of them."""
+        """Watch instances that requests wait for; return whether there are more to watch."""
         left = min(WATCHES_MORE, WATCHES - len(self._watching))
         for instance in self._waited_for():
             if instance not in self._watching:
@@ -257,7 +265,7 @@ class Forwarding(Generic[T]):
 
     def _waited_for(self) -> Iterator[Instance]:
         yield from self.candidates.busy
-        # One that has failed is looked at again when it may be tried.
+        # A failed instance is asked again when a trial is allowed.
         for _ in self.instances if self._lookers else ():
             self._next = (self._next + 1) % len(self.instances)
             instance = self.instances[self._next]
@@ -274,13 +282,13 @@ class Forwarding(Generic[T]):
     async def _watch(self, instance: Instance) -> None:
         try:
             while not await instance.watch(self._gateway, self._rng.uniform(*WATCH_S)):
-                if len(self._watching) >= WATCHES:  # it is another's turn
+                if len(self._watching) >= WATCHES:  # other instances have their turn
                     break
-                self._tell(instance)  # or so it may be: it is asked again
+                self._tell(instance)  # it may be free all the same: ask it again
         except errors.InstanceError as error:
             self._failure = error
             instance.failed()
-        except Exception as error:  # else nobody would hear again of what becomes free there
+        except Exception as error:  # otherwise nothing that becomes free there would be noticed
             _log.error("watching %s has failed\n%s", instance.name, traced(error))
             self._failure = errors.InstanceError(f"{instance.name}: {errors.loggable(error)}")
             instance.failed()
@@ -292,7 +300,7 @@ class Forwarding(Generic[T]):
         self.freed(instance)
 
     def _forget(self) -> None:
-        """Nobody waits: what is busy now need not be when somebody does."""
+        """Stop watching, since no request waits: what is busy now may be idle when one does."""
         self.candidates.forget()
         for task in self._watching.values():
             task.cancel()

@@ -1,4 +1,4 @@
-"""An instance as the scheduler sees it: a name, a channel, and what is open on it."""
+"""An instance as the scheduler sees it: a name, a channel, and the calls that are open on it."""
 
 from __future__ import annotations
 
@@ -43,24 +43,25 @@ class Call:
         self._id = call_id
         self._replies = replies
         self.done = False
-        """The instance holds nothing for this call any more."""
+        """Whether the instance holds nothing for this call any more."""
         self._computed = False
         self._closed = False
 
     async def reply(self, timeout: float, until: float) -> Reply:
-        """The next reply.
+        """Wait for the next reply and return it.
 
         Args:
-            timeout: seconds after which an instance that says nothing has failed.
-            until: the request's own limit (``loop.time()``), which is no failure of the instance.
+            timeout: seconds of silence after which the instance counts as failed.
+            until: the request's own time limit (``loop.time()``), which is no failure of the
+                instance.
 
         Raises:
-            InstanceError: the instance failed, or said nothing for ``timeout`` seconds.
-            Suspected: it has ended, and the request is not tried again.
-            Late: ``until`` has come.
+            InstanceError: the instance failed, or was silent for ``timeout`` seconds.
+            Suspected: the instance has ended, and the request is not retried.
+            Late: ``until`` has passed.
         """
         left = until - asyncio.get_running_loop().time()
-        if left <= 0:  # whatever has come meanwhile
+        if left <= 0:  # even if a reply has arrived meanwhile
             raise errors.Late("the request's own time limit has passed")
         try:
             reply = await self._replies.get(min(timeout, left))
@@ -81,23 +82,25 @@ class Call:
         return reply
 
     def blame(self) -> None:
-        """The instance has failed at this call, and may fail at the next."""
+        """Note that the instance has failed at this call, and may fail at the next."""
         self._instance.failed()
 
     def computed(self) -> None:
-        """The instance has computed what it was to; it only holds the result."""
+        """Note that the instance has computed the result and only holds it now."""
         self._computed = True
         self._instance.load.add(0, 1)
 
     def transferred(self, tell: bool) -> None:
-        """A decode has the result: the instance has let go of it, or does when it is told."""
+        """Note that a decode has the result, and close the call; with ``tell``, inform the
+        instance."""
         self.done = True
         if tell:
             self._instance.tell(Transferred(self._id))
         self.close()
 
     def close(self) -> None:
-        """End the call, telling the instance to let go unless it has already; once is enough."""
+        """End the call, and tell the instance to release it unless it has; a second call does
+        nothing."""
         if not self._closed:
             self._closed = True
             self.stay.over()
@@ -110,15 +113,18 @@ class Instance:
     def __init__(self, name: str, channel: Channel) -> None:
         self.name = name
         self.listeners: list[Callable[[Instance], None]] = []
-        """Called when its load, its room or its circuit breaker has changed, or who may come."""
+        """Called when its load, its room, its circuit breaker or its time for suspects has
+        changed."""
         self.load = Load(self._changed)
         self.suspect: Request | None = None
-        """The one request there, of those that have made no progress there, that may end it."""
+        """The request that is a suspect, has been offered here and has made no progress yet, if
+        any."""
         self.suspects_from = 0.0
-        """When one may be offered again (``loop.time()``), where another gateway's was there."""
+        """Time (``loop.time()``) from which a suspect may be offered again, if another gateway's
+        was here."""
         self.breaker = CircuitBreaker(self._changed)
         self.room = Room(self._changed)
-        """Of a decode."""
+        """Free slots and KV blocks, if this is a decode."""
         self._channel = channel
         self._ids = f"{uuid.uuid4().hex}-{name}"
         self._asked = itertools.count()
@@ -128,12 +134,12 @@ class Instance:
             listener(self)
 
     def leave_alone(self, until: float) -> None:
-        """It takes no suspect before ``until`` (``loop.time()``)."""
+        """Offer it no suspect before ``until`` (``loop.time()``)."""
         self.suspects_from = until
         self._changed()
 
     def heard(self, reply: Reply) -> None:
-        """Take in what a reply says of the instance itself."""
+        """Note what a reply says of the instance itself."""
         if (
             isinstance(reply, Busy | Freed | Accepted | Tokens | Connected)
             and reply.room is not None
@@ -145,14 +151,14 @@ class Instance:
         self.breaker.failed(asyncio.get_running_loop().time())
 
     def new_id(self) -> str:
-        """For a request to it that is not a call, unique over all gateways."""
+        """Return an id, unique over all gateways, for a message to it that is not a call."""
         return f"{self._ids}-{next(self._asked)}"
 
     async def ask(self, request: Message, timeout: float) -> Reply:
-        """One question that holds nothing there.
+        """Send a message for which the instance holds nothing, and return the reply.
 
         Raises:
-            InstanceError: no answer within ``timeout`` seconds.
+            InstanceError: no reply came within ``timeout`` seconds.
         """
         replies = self._channel.open(request.id, request)
         try:
@@ -161,12 +167,13 @@ class Instance:
             self._channel.forget(request.id)
 
     async def watch(self, gateway: str, timeout: float) -> bool:
-        """Whether something has become free there within ``timeout`` seconds.
+        """Wait until something has become free there; False: nothing has within ``timeout``
+        seconds.
 
-        Asked again, the gateway keeps its place among those who watch.
+        A gateway that watches again keeps its place among the watching gateways.
 
         Raises:
-            InstanceError: it cannot be reached any more.
+            InstanceError: the instance cannot be reached any more.
         """
         watch = Watch(self.new_id(), gateway, self.room.told)
         replies = self._channel.open(watch.id, watch)
@@ -174,7 +181,7 @@ class Instance:
             reply = await replies.get(timeout)
             self.heard(reply)
             freed = isinstance(reply, Freed)
-            if not freed:  # so many wait there that it has no place: as if it said nothing
+            if not freed:  # its list of watching gateways is full: treated like silence
                 await asyncio.sleep(timeout)
             return freed
         except NoAnswer:
@@ -186,7 +193,7 @@ class Instance:
             self._channel.forget(watch.id)
 
     def call(self, message: Message, stay: Stay) -> Call:
-        """Send a request to it; ``stay`` is of who is served by that."""
+        """Send it a message that opens a call; ``stay`` belongs to the request that is served."""
         self.load.add(1)
         return Call(self, message.id, self._channel.open(message.id, message), stay)
 
@@ -200,16 +207,16 @@ class Instance:
         self.tell(Release(call_id))
 
     def tell(self, message: Release | Transferred) -> None:
-        """Nobody waits for the answer.
+        """Send a message whose reply is not awaited.
 
-        If it is lost, a prefill's lease ends it, and a decode's request runs to its end.
+        If it is lost, a prefill's lease expires, and a decode's request runs to its end.
         """
         call = f"{message.id}-over"
         self._channel.open(call, message)
         self._channel.forget(call)
 
     def lose(self, epoch: bytes) -> None:
-        """A process of it is gone; see ``Channel.lose``."""
+        """Note that a process of the instance is gone; see ``Channel.lose``."""
         self._channel.lose(epoch)
 
     async def close(self) -> None:

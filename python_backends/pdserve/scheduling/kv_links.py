@@ -1,8 +1,8 @@
 """Links from decodes to the memory of prefills, made before a request needs them.
 
-The pairs of a plan (``link_plan``) are connected when they first can be, and again when either of
-them has a new life; a decode opens, probes and warms its link then, and not with the first
-request. Other pairs are connected while a prompt is computed, if no linked decode is idle.
+The pairs of a plan (``link_plan``) are connected as soon as they can be, and again when either of
+them has restarted; a decode opens, probes and warms its link then, and not with the first request.
+Other pairs are connected while a prompt is computed, if no linked decode is idle.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ from pdserve.supervision import repeat, traced
 _log = logging.getLogger(__name__)
 
 ROUND_S = 2.0
-# While a planned link is missing: servers that start together are not ready together.
+# Interval while a planned link is missing: servers that start together are not ready together.
 HASTE_S = 0.25
 AT_ONCE = 64
-"""Prefills that are asked in one round whether they are what they were; others have their turn."""
+"""Prefills that are asked in one round whether their endpoint has changed; the others follow in
+turn."""
 DESCRIBE_S = 2.0
-# A decode probes every transport in turn, some seconds each if a peer does not answer.
+# A decode probes every transport in turn, which takes seconds for each that does not answer.
 CONNECT_S = 20.0
-# A transfer that takes less is not worth choosing the decode before the prefill has begun: about
-# what one token takes.
+# A shorter transfer is not worth choosing the decode before the prefill has begun: about the time
+# that one token takes.
 OVERLAP_S = 0.02
 LINKS = 6 * PEERS
-"""Links of an instance: with so many, none is made on demand any more."""
+"""Links of one instance above which none is made on demand any more."""
 
 
 class KVLinks:
-    """Has the prefills and decodes of a gateway's group connect.
+    """Connects the prefills and decodes of one gateway's group.
 
     Several gateways may connect the same pairs.
 
     Args:
-        gateway, group: names of its model and of the group, for the metrics.
-        layered: True, False, or None: where a transfer would be long.
+        gateway, group: names of the gateway's model and of the group, for the metrics.
+        layered: whether decodes pull layer by layer; None: only where the transfer would be long.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class KVLinks:
         self.useless: frozenset[str] = frozenset()
         """Prefills that no decode could connect to, as long as there are others."""
         self._alone: set[str] = set()
-        """The same, whether or not there are others."""
+        """Prefills that no decode could connect to, whether or not there are others."""
         self.linked: Callable[[], None] = lambda: None
         """Called when a link has been made."""
         self._linking: dict[Pair, asyncio.Task[None]] = {}
@@ -76,7 +77,7 @@ class KVLinks:
         """Prefills to which a decode is being linked on demand."""
         self._changed = asyncio.Event()
         self._next, self._turn_at = 0, 0.0
-        """Of the prefills, whose turn it is to be asked, and when."""
+        """Index of the prefill that is asked next, and the time of the next turn."""
         self._take(prefills, decodes)
 
     def _take(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
@@ -85,18 +86,19 @@ class KVLinks:
         self._ring = Ring(one.name for one in decodes)
         ring = Ring(one.name for one in prefills)
         self._chosen = defaultdict[str, list[str]](list)
-        """Decodes that have chosen a prefill."""
+        """For each prefill, the decodes that have chosen it."""
         for decode in decodes:
             for name in itertools.islice(ring.after(decode.name), PEERS):
                 self._chosen[name].append(decode.name)
         self.dense = len(prefills) <= PEERS and len(decodes) <= PEERS
-        """Every pair is planned to be linked."""
+        """Whether all pairs are planned to be linked."""
         self._planned = {one.name: self._plan(one.name) for one in prefills}
         self._alone = {one.name for one in prefills if self._is_alone(one.name)}
         self._find_useless()
 
     def _plan(self, prefill: str) -> dict[str, None]:
-        """Decodes to be linked to a prefill: those that have chosen it, and PEERS that reach it."""
+        """Return the decodes to link to a prefill: those that have chosen it, and PEERS that reach
+        it."""
         planned = dict.fromkeys(self._chosen[prefill])
         reach = 0
         for name in self._ring.after(prefill):
@@ -107,10 +109,10 @@ class KVLinks:
         return planned
 
     def update(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
-        """Go on with these instances: those who have joined are connected at once.
+        """Replace the instances; those that have joined are connected at once.
 
-        What is known of those who have left is kept until ``let_go``, since KV caches of theirs may
-        still wait to be handed over; unless another instance has taken the name.
+        What is known of those that have left is kept until ``let_go``, since KV caches of theirs
+        may still wait to be handed over, unless another instance has taken the name.
         """
         before = {*self._prefills, *self._decodes}
         names = {one.name for one in (*prefills, *decodes)}
@@ -124,7 +126,8 @@ class KVLinks:
         self._changed.set()
 
     def let_go(self, instance: Instance) -> None:
-        """An instance has left and serves nobody any more: forget it, unless its name is taken."""
+        """Forget an instance that has left and serves no request any more, unless its name is
+        taken."""
         if instance.name not in self._members:
             self._drop(instance.name)
 
@@ -142,7 +145,7 @@ class KVLinks:
             self._tell(connected=0, refused=0, unknown=0)
 
     async def _connect_all(self) -> float:
-        """One round; the seconds until the next."""
+        """Run one round; return the seconds until the next."""
         await asyncio.gather(*map(self._round, self._due()))
         connected = sum(pair in self._links.known for pair in self._pairs())
         refused = sum(pair in self._refused.known for pair in self._pairs())
@@ -152,18 +155,19 @@ class KVLinks:
 
     @property
     def missing(self) -> int:
-        """Planned links that have neither been made nor refused."""
+        """Return the number of planned links that have been neither made nor refused."""
         return sum(not self._settled(pair) for pair in self._pairs())
 
     def __len__(self) -> int:
-        """Links that have been made."""
+        """Return the number of links that have been made."""
         return len(self._links)
 
     def _pairs(self) -> Iterator[Pair]:
         return ((one, other) for one, others in self._planned.items() for other in others)
 
     def _due(self) -> Sequence[Instance]:
-        """Prefills to be asked in this round: those that lack a link, and some others in turn."""
+        """Return the prefills to ask in this round: those that lack a link, and some others in
+        turn."""
         if len(self._prefills) <= AT_ONCE:
             return self._prefills
         due = {pair[0] for pair in self._pairs() if not self._settled(pair)}
@@ -186,29 +190,29 @@ class KVLinks:
         try:
             endpoint = await _describe(prefill)
         except errors.PDServeError:
-            return  # not there, or not yet
+            return  # not reachable, or not yet
         if self._members.get(prefill.name) is not prefill:  # it has left meanwhile
             return
         for name in self._planned[prefill.name]:
             self._start(prefill, self._members[name], endpoint)
-        for name in self._links.others(prefill.name):  # those on demand
+        for name in self._links.others(prefill.name):  # links made on demand
             if (decode := self._members.get(name)) is not None:
                 self._start(prefill, decode, endpoint)
 
     def _start(self, prefill: Instance, decode: Instance, endpoint: bytes) -> None:
         pair = prefill.name, decode.name
         known, _ = self._links.known.get(pair) or (b"", None)
-        # One that takes its time holds up nobody else.
+        # A pair that takes long delays no other.
         if pair not in self._linking and known != endpoint:
             task = asyncio.create_task(self._try(prefill, decode, endpoint))
             self._linking[pair] = task
             task.add_done_callback(partial(self._tried, pair))
 
     def connect(self, prefill: Instance, decode: Instance) -> None:
-        """Connect two that have no link yet, in the background; see ``linked``.
+        """Connect two instances that have no link yet, in the background; see ``linked``.
 
-        Not while another decode is being linked to the prefill on demand, nor where either of them
-        has LINKS links already.
+        Nothing is done while another decode is being linked to the prefill on demand, or where
+        either of them has LINKS links already.
         """
         pair = prefill.name, decode.name
         links = map(len, map(self._links.others, pair))
@@ -221,7 +225,7 @@ class KVLinks:
         task.add_done_callback(lambda _: self._on_demand.discard(prefill.name))
 
     def decodes(self, prefill: str) -> list[Instance]:
-        """The decodes that are linked to a prefill."""
+        """Return the decodes that are linked to a prefill."""
         members = self._members
         return [members[name] for name in self._links.others(prefill) if name in members]
 
@@ -232,14 +236,14 @@ class KVLinks:
         try:
             await self._connect(prefill, decode, endpoint or await _describe(prefill))
         except errors.PDServeError:
-            pass  # told in the log where it is an answer
+            pass  # an instance's refusal has been logged already
         except Exception as error:  # they are tried again in the next round
             _log.error(
                 "%s and %s cannot be connected\n%s", prefill.name, decode.name, traced(error)
             )
 
     async def connect_now(self, prefill: Instance, decode: Instance) -> None:
-        """Connect two that a request waits for: the decode has said that it has no link.
+        """Connect two instances for a waiting request, whose decode has said that it has no link.
 
         Raises:
             InstanceError: they cannot be connected, or one of them does not answer.
@@ -280,7 +284,7 @@ class KVLinks:
         self.linked()
 
     def _owns_names(self, prefill: Instance, decode: Instance) -> bool:
-        """Whether no successor has the name of either, so that what is learned is of these two."""
+        """Tell whether both still own their names, so that what is learned belongs to these two."""
         return all(self._members.get(one.name, one) is one for one in (prefill, decode))
 
     def _reach_changed(self, prefill: str) -> None:
@@ -299,22 +303,25 @@ class KVLinks:
         self.useless = frozenset(self._alone if len(self._alone) < len(self._prefills) else ())
 
     def forget(self, instance: Instance) -> None:
-        """It has failed: what is known of it may be of a former life."""
+        """Forget the links of an instance that has failed, since it may have restarted."""
         if self._members.get(instance.name) is instance:
             self._links.drop(instance.name)
 
     def refusal(self, prefill: str, decode: str) -> str | None:
-        """Why the decode could not connect to the prefill last; None: it could, or never tried."""
+        """Return why the decode could not connect to the prefill last; None: it could, or never
+        tried."""
         return self._refused.known.get((prefill, decode))
 
     def unreachable(self, prefill: str) -> dict[str, str]:
-        """Why no decode could connect to the prefill, by decode; empty: one could, or has not."""
+        """Return for each decode why it could not connect to the prefill; empty: one could, or has
+        not tried."""
         if not self._is_alone(prefill):
             return {}
         return {one.name: self.refusal(prefill, one.name) or "" for one in self._decodes}
 
     def transfer_s(self, prefill: str, decode: str, tokens: int) -> float:
-        """What the KV cache of so many tokens would take; 0: they have no link yet."""
+        """Return the estimated seconds of a transfer of ``tokens`` tokens; 0: the pair has no link
+        yet."""
         if (link := self._links.known.get((prefill, decode))) is None:
             return 0.0
         _, connected = link
@@ -324,9 +331,10 @@ class KVLinks:
         )
 
     def layered(self, prefill: str, tokens: int) -> bool:
-        """Whether a decode should follow this prefill's computation of so many tokens.
+        """Tell whether a decode should pull layer by layer while this prefill computes ``tokens``
+        tokens.
 
-        The slowest of its links decides: which decode will be idle is not known yet.
+        The slowest of its links decides, since it is not known yet which decode will be idle.
         """
         if self._layered is not None:
             return self._layered
@@ -338,7 +346,7 @@ class KVLinks:
 
 
 async def _describe(prefill: Instance) -> bytes:
-    """Raises: InstanceError: it does not answer, or with something else."""
+    """Return a prefill's endpoint. Raises InstanceError if it does not answer, or not with one."""
     described = await prefill.ask(Describe(prefill.new_id()), DESCRIBE_S)
     if not isinstance(described, Described):
         raise errors.InstanceError(f"{prefill.name} answered {described} to describe")

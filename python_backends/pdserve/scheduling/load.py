@@ -1,4 +1,4 @@
-"""What one gateway has at an instance."""
+"""The load of an instance by one gateway."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ class Load:
     def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
         self._changed = changed
         self.open = 0
-        """Calls that hold, or wait for, something there."""
+        """Number of open calls, which hold something there or wait for it."""
         self.offers = 0
-        """Of them, those that it has not answered."""
+        """Number of open calls that the instance has not answered."""
         self.computed = 0
-        """Of them, those that wait for nothing but a decode."""
+        """Number of open calls that wait for nothing but a decode."""
         self.tokens = 0
-        """Prompt tokens that it is computing, cached ones left out."""
+        """Number of prompt tokens that it is computing, cached ones left out."""
         self.asked = self.refused = 0.0
-        """When something was offered last, and when it was busy last (``loop.time()``)."""
+        """Time of the last offer, and of the last refusal as busy (``loop.time()``)."""
 
     def add(self, calls: int, computed: int = 0) -> None:
-        """So many calls have been opened, or wait only for a decode now; negative: no longer."""
+        """Add open calls, and calls that only wait for a decode; negative numbers take them off."""
         self.open += calls
         self.computed += computed
         self._changed()
 
     def add_tokens(self, tokens: int) -> None:
-        """So many prompt tokens are to be computed; a negative number: no longer."""
+        """Add prompt tokens to be computed; a negative number takes them off."""
         self.tokens += tokens
         self._changed()
 
     def offer(self, now: float) -> None:
-        """Something is offered; ``answer`` follows."""
+        """Note that something is offered; ``answer`` follows."""
         self.offers += 1
         self.asked = now
         self._changed()
 
     def answer(self) -> None:
-        """An offer has been answered, or has failed."""
+        """Note that an offer has been answered or has failed."""
         self.offers -= 1
         self._changed()
 
     def refuse(self, now: float) -> None:
-        """It has said that it is busy."""
+        """Note that the instance has refused an offer as busy."""
         self.refused = now
         self._changed()

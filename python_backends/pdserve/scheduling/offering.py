@@ -1,4 +1,4 @@
-"""What an offer to an instance is, and what becomes of its replies."""
+"""Offers of requests to instances, and the meaning of their replies."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.request import Answer, Offer, Request
 from pdserve.scheduling.suspicion import Stay
 
-# An instance accepts or rejects at once: one that does neither for so long has failed.
+# An instance accepts or rejects at once: one that does neither for this long has failed.
 ANSWER_S = 2.0
-# And one that has kept a request until its limit, for so long: else those with short limits would
-# never find out that it is gone.
+# An instance that has kept a request this long until the request's limit has failed, too: otherwise
+# requests with short limits would never find out that it is gone.
 KEPT_S = 0.25
-# Where another gateway's suspect is on trial, ours is not offered for so long.
+# Where another gateway's suspect is on trial, ours is not offered for this long.
 SUSPECT_S = 0.05
 
 
 class Offered(NamedTuple):
-    """An instance has taken a request."""
+    """A request that an instance has accepted."""
 
     instance: Instance
     call: Call
     reply: messages.Reply
-    """Its first."""
+    """The instance's first reply."""
 
 
 class Calls:
-    """Names of calls, unique over all gateways: of a request, one for each offer."""
+    """Makes ids of calls, unique over all gateways, one for each offer of a request."""
 
     def __init__(self, rng: random.Random) -> None:
         self.gateway = uuid.UUID(int=rng.getrandbits(128)).hex
@@ -48,12 +48,12 @@ class Calls:
 async def offer(
     request: Request, instance: Instance, message: messages.Request, until: float
 ) -> Offered | None:
-    """What an instance says to a request; None: it is busy.
+    """Offer a request to an instance; None: it is busy.
 
     Raises:
-        InstanceError: it failed, or has not answered; whatever it may hold is released.
-        Suspected: it has ended, and the request is not tried again.
-        Late: ``until`` (``loop.time()``) has come.
+        InstanceError: the instance failed or did not answer; whatever it may hold is released.
+        Suspected: the instance has ended, and the request is not retried.
+        Late: ``until`` (``loop.time()``) has passed.
     """
     loop = asyncio.get_running_loop()
     began, answer = loop.time(), Answer.FAILED
@@ -81,7 +81,7 @@ async def offer(
 
 
 def failure(reply: messages.Reply) -> errors.PDServeError:
-    """What an instance's refusal to go on becomes."""
+    """Return the error for a reply by which an instance refuses to go on."""
     if isinstance(reply, Failed):
         for kind in (errors.InvalidRequest, errors.Unavailable, errors.Cancelled):
             if reply.code == kind.code:

@@ -1,4 +1,4 @@
-"""Instances in the order of a key that changes."""
+"""Instances ordered by a key that changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ K = TypeVar("K", bound=tuple[float, ...])
 
 
 class Order(Generic[K]):
-    """The least key first. No two instances have equal keys.
+    """Keeps instances by key, the smallest first. No two instances have equal keys.
 
     A sorted list: to move one of a thousand entries takes two microseconds.
     """
@@ -29,21 +29,21 @@ class Order(Generic[K]):
         return iter(self._entries)
 
     def key(self, instance: Instance) -> K | None:
-        """Its key; None: it is not in the order."""
+        """Return an instance's key; None: it is not in the order."""
         return self._keys.get(instance)
 
     @property
     def first(self) -> tuple[K, Instance] | None:
-        """The least key, and whose it is; None: there is none."""
+        """Return the smallest key and its instance; None: the order is empty."""
         return self._entries[0] if self._entries else None
 
     @property
     def last(self) -> Instance | None:
-        """The one with the greatest key; None: there is none."""
+        """Return the instance with the largest key; None: the order is empty."""
         return self._entries[-1][1] if self._entries else None
 
     def put(self, instance: Instance, key: K | None) -> None:
-        """Give it this key; None: take it out."""
+        """Set an instance's key; None takes the instance out of the order."""
         before = self._keys.get(instance)
         if before == key:
             return

@@ -1,4 +1,4 @@
-"""What is known of pairs of a prefill and a decode, by either of the two."""
+"""Values of pairs of a prefill and a decode, found by either of the two."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Generic, TypeVar
 
 V = TypeVar("V")
 Pair = tuple[str, str]
-"""Names of a prefill and a decode; no two instances of a deployment have the same."""
+"""Names of a prefill and a decode; names are unique among the instances of a deployment."""
 
 
 class Pairs(Generic[V]):
-    """One value for each pair that has one."""
+    """Maps pairs of a prefill and a decode to values."""
 
     def __init__(self) -> None:
         self.known: dict[Pair, V] = {}
-        """The values, to be read."""
+        """The value of each pair; to be read only."""
         self._others: defaultdict[str, dict[str, None]] = defaultdict(dict)
 
     def __setitem__(self, pair: Pair, value: V) -> None:
@@ -28,7 +28,7 @@ class Pairs(Generic[V]):
         return len(self.known)
 
     def pop(self, pair: Pair) -> V | None:
-        """The value of a pair, which has none any more; None: it had none."""
+        """Remove the value of a pair and return it; None: it had none."""
         if pair not in self.known:
             return None
         for one, other in (pair, pair[::-1]):
@@ -38,11 +38,11 @@ class Pairs(Generic[V]):
         return self.known.pop(pair)
 
     def others(self, name: str) -> Collection[str]:
-        """Names of those with which an instance is a pair that has a value."""
+        """Return the names of the instances that form a pair with this one that has a value."""
         return self._others.get(name, {})
 
     def drop(self, name: str) -> None:
-        """No pair of this instance has a value any more."""
+        """Remove the values of all pairs of this instance."""
         for other in list(self.others(name)):
             self.pop((name, other))
             self.pop((other, name))

@@ -26,19 +26,19 @@ from pdserve.scheduling.wait_queue import Order
 
 
 class Computed(NamedTuple):
-    """A prompt's KV cache lies in a prefill."""
+    """The result of a prefill: a prompt's KV cache that the prefill holds."""
 
     prefill: Instance
     call: Call
     result: Prefilled
     handle: bytes
     decode: Offered | None
-    """That has followed the computation already."""
+    """The decode that has pulled the KV cache during the computation, if any."""
     prefills: Forwarding[Offered]
-    """Where somebody may wait for its slot."""
+    """The forwarding whose requests may wait for the prefill's slot."""
 
     def transferred(self) -> None:
-        """The KV cache has left the prefill: its slot is free."""
+        """Note that the KV cache has left the prefill, which frees its slot."""
         self.call.transferred(tell=self.result.unseen)
         self.prefills.freed(self.prefill)
 
@@ -51,8 +51,8 @@ class PrefillStage:
     """The prefills of a group.
 
     Args:
-        forwarding: offers requests to them.
-        stall_s: one that is silent for so long has failed.
+        forwarding: offers requests to the prefills.
+        stall_s: seconds of silence after which a prefill counts as failed.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class PrefillStage:
         self._stall_s = stall_s
         self._prefixes = PrefixDirectory()
         self._latency = LatencyEstimate()
-        """From an offer to the first token. A request that still waits when it would come after its
-        limit could only be computed in vain, in the place of one that is in time; with nobody in
-        line but itself it waits somewhat longer. Used for leaving the line and for nothing else:
-        whoever finds an idle prefill is computed, whatever the guess, so that a wrong one is put
-        right and refuses nobody whom a prefill could serve."""
+        """Estimate of the time from an offer to the first token. A waiting request whose first
+        token would come after its limit could only be computed in vain, in the place of one that is
+        in time; if no other request waits, it waits somewhat longer. The estimate is used only for
+        leaving the queue: a request that finds an idle prefill is computed whatever the estimate,
+        so that a wrong estimate is corrected and refuses no request that a prefill could serve."""
 
     def update(self, prefills: Sequence[Instance]) -> None:
-        """Go on with these; what is known of those who stay is kept.
+        """Replace the prefills; what is known of those that stay is kept.
 
-        Requests that wait are offered to those who have joined.
+        Waiting requests are offered to those that have joined.
         """
         for gone in set(self._members.values()).difference(prefills):
             self._prefixes.forget(gone.name)
@@ -90,24 +90,25 @@ class PrefillStage:
         self.forwarding.update(prefills)
 
     def place(self, request: Request, tokens: int) -> tuple[Order, float, float]:
-        """Return a request's place in the wait queue, and when it leaves that without a prefill.
+        """Return a request's place in the wait queue, and when it leaves the queue without a
+        prefill.
 
         Args:
-            tokens: that the prefill with most of them cached would have to compute.
+            tokens: tokens that the prefill with the longest cached prefix would have to compute.
 
         Returns:
-            Its order among those that wait; how many seconds before its limit it leaves while
-            others wait, and how many if nobody else does.
+            Its order among the waiting requests; the seconds before its limit at which it leaves
+            while others wait, and those if no other does.
         """
         return request.order, self._latency.expected(tokens), self._latency.usual(tokens)
 
     async def compute(self, request: Request) -> Computed:
-        """Wait for an idle prefill, and for what it makes of the request.
+        """Wait for an idle prefill and for its result.
 
         Raises:
-            InvalidRequest: no arena can ever hold it.
-            Late: no prefill was idle, or the first token has not come, within its limit.
-            InstanceError: the prefill that took it has failed.
+            InvalidRequest: no arena can ever hold the prompt.
+            Late: no prefill was idle, or the first token did not come, within the request's limit.
+            InstanceError: the prefill that accepted the request has failed.
         """
         cached = self._cached(request)
         tokens = request.tokens_so_far
@@ -121,8 +122,8 @@ class PrefillStage:
                 return None
             if not admits(prefill, request, "prefill", now):
                 return None
-            # What it computes for us already, then our own, in tokens that are not cached; among
-            # equals the one with the fewest open calls.
+            # The tokens that the prefill computes for this gateway already, plus this request's
+            # uncached tokens; among equals the prefill with the fewest open calls.
             return prefill_load(prefill.load) + uncached(prefill)
 
         def special() -> list[Instance]:
@@ -133,7 +134,7 @@ class PrefillStage:
 
         async def ask(prefill: Instance, hurry: bool) -> Offered | None:
             nonlocal charged
-            # What comes together with this request counts it, though it is not accepted yet.
+            # Requests that arrive at the same moment count this one, though it is not accepted yet.
             prefill.load.add_tokens(charged := uncached(prefill))
             taken = None
             try:
@@ -167,7 +168,7 @@ class PrefillStage:
     async def _offer(self, request: Request, prefill: Instance, hurry: bool) -> Offered | None:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        if now > request.deadline:  # the loop has been busy since it was looked at
+        if now > request.deadline:  # the loop has been busy since the limit was checked
             raise late(self.forwarding.why_not(), request)
         message = messages.PrefillRequest(
             id=self._calls.new(request),
@@ -219,7 +220,7 @@ class PrefillStage:
                 call.computed()
                 self.forwarding.freed(prefill)
                 handle = handle or reply.handle
-                if not handle:  # to a decode, none means that it is to compute the prompt
+                if not handle:  # to a decode, none means that it computes the prompt
                     raise errors.InstanceError(f"{prefill.name}: the handle was lost on the way")
                 return Computed(prefill, call, reply, handle, decode, self.forwarding)
             error = failure(reply)
@@ -236,22 +237,23 @@ class PrefillStage:
             raise
 
     def _cached(self, request: Request) -> Cached:
-        """Tokens of it that prefills are believed to have."""
-        if request.sampling.reproducible:  # it is computed whole
+        """Return how many of the request's tokens each prefill is believed to have cached."""
+        if request.sampling.reproducible:  # it is computed from the first token
             return NOTHING
         return self._prefixes.cached(digests(request.so_far, request.tenant))
 
 
 def prefill_load(load: Load) -> float:
-    """What orders prefills: the tokens that they compute for this gateway, then their calls."""
+    """Return the load of a prefill: the tokens that it computes for this gateway, then its open
+    calls."""
     return load.tokens + load.open / (load.open + 1)
 
 
 def late(what: str, request: Request, takes: float = 0.0) -> errors.Late:
-    """The error of a request whose limit has passed, or cannot be kept any more.
+    """Return the error of a request whose limit has passed, or cannot be met any more.
 
     Args:
-        takes: seconds that its prefill would take.
+        takes: estimated seconds of its prefill.
     """
     waited = asyncio.get_running_loop().time() - request.waiting_since
     more = f"; a prefill would take {takes * 1e3:.0f} ms" if takes else ""

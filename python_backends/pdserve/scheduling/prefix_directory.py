@@ -1,9 +1,9 @@
-"""Which instance has which prefixes cached, as far as its answers have told.
+"""Which instance has which prefixes cached, as far as its replies have told.
 
-A prefill says with every answer which prefixes of that prompt it has from then on; of a decode it
-is known what it has decoded. What they evict is not told: an answer that found less in the cache
-than was expected corrects it. So this is a guess, used to choose among those that may take a
-request now, and never a reason to wait for a busy one.
+With every result a prefill reports which prefixes of that prompt it has cached; a decode is known
+to have cached what it has decoded. Evictions are not reported: a result that found less in the
+cache than expected corrects the directory. So it is a guess, used to choose among the instances
+that may take a request now, and never a reason to wait for a busy one.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ import numpy as np
 from pdserve.kvcache.prefix_index import BLOCK_TOKENS, SHORT_BYTES, chain
 
 MOST = 1 << 16
-"""Prefixes known at once; the least recently used are forgotten."""
+"""Number of prefixes known at once; the least recently used are forgotten."""
 HOLDERS = 128
 """Instances known to have one prefix; those that stored it the longest ago are forgotten."""
 SOME = 32
-"""Instances with a prefix that are told apart: where more have it, the load decides."""
+"""Instances with a prefix that are distinguished: where more have it, the load decides."""
 
 
 class Cached:
-    """The tokens of one prompt that instances are believed to have.
+    """The tokens of one prompt that instances are believed to have cached.
 
     Args:
-        holders: of the first block, the first two, and so on, each in one of its lives.
-        lives: which life of each instance counts, where it is not the first.
+        holders: for the first block, the first two blocks and so on, the instances that have them,
+            each with its life (restarts counted).
+        lives: the life of each instance that counts, where it is not the first.
     """
 
     def __init__(self, holders: list[dict[str, int]], lives: Mapping[str, int]) -> None:
         self._holders = holders
         self._lives = lives
         self.some: dict[str, int] = {}
-        """Tokens by instance, without those that have none: SOME instances at most, those with the
-        most tokens."""
+        """Cached tokens by instance, without those that have none: at most SOME instances, those
+        with the most tokens."""
         self.all = True
-        """These are all."""
+        """Whether ``some`` holds all instances that have any."""
         for names in reversed(holders):
             for name in reversed(names):
                 if name in self.some or not (tokens := self._count(name)):
@@ -51,7 +52,7 @@ class Cached:
                 self.some[name] = tokens
 
     def tokens(self, name: str) -> int:
-        """How many an instance has."""
+        """Return the number of tokens that an instance has cached."""
         found = self.some.get(name)
         if found is None:
             found = 0 if self.all else self._count(name)
@@ -59,7 +60,7 @@ class Cached:
 
     @property
     def most(self) -> int:
-        """The most that any has."""
+        """Return the largest number of tokens that any instance has cached."""
         return max(self.some.values(), default=0)
 
     def _count(self, name: str) -> int:
@@ -74,9 +75,9 @@ NOTHING = Cached([], {})
 
 
 class PrefixDirectory:
-    """Knows instances by the prefixes that they have, as chained hashes.
+    """Knows which instances have which prefixes cached, as chained hashes.
 
-    Equal hashes are equal prefixes of one tenant.
+    Equal hashes mean equal prefixes of one tenant.
     """
 
     def __init__(self) -> None:
@@ -84,9 +85,9 @@ class PrefixDirectory:
         self._lives: dict[str, int] = {}
 
     def cached(self, digests: Iterable[bytes]) -> Cached:
-        """What instances are believed to have of a prompt.
+        """Return what instances are believed to have cached of a prompt.
 
-        No more of its digests are taken than lead on.
+        Only as many of its digests are read as are found, and one more.
         """
         found = []
         for digest in digests:
@@ -96,13 +97,13 @@ class PrefixDirectory:
         return Cached(found, self._lives) if found else NOTHING
 
     def stored(self, name: str, digests: bytes) -> None:
-        """An instance has these from now on; ``SHORT_BYTES`` each."""
+        """Note that an instance has these prefixes from now on; ``SHORT_BYTES`` each."""
         life = self._lives.get(name, 0)
         for start in range(0, len(digests), SHORT_BYTES):
             digest = digests[start : start + SHORT_BYTES]
             holders = self._holders.setdefault(digest, {})
             holders.pop(name, None)
-            holders[name] = life  # the last of them now
+            holders[name] = life  # moved to the end: the most recent
             if len(holders) > HOLDERS:
                 del holders[next(iter(holders))]
             self._holders.move_to_end(digest)
@@ -110,26 +111,27 @@ class PrefixDirectory:
             self._holders.popitem(last=False)
 
     def correct(self, name: str, digests: Iterable[bytes], found: int, expected: int) -> None:
-        """It had only ``found`` tokens of a prompt, where ``expected`` were."""
+        """Note that an instance had only ``found`` tokens of a prompt cached, not ``expected``."""
         if found < expected:
             self.gone(name, islice(digests, found // BLOCK_TOKENS, expected // BLOCK_TOKENS))
 
     def gone(self, name: str, digests: Iterable[bytes]) -> None:
-        """It has not had these after all."""
+        """Note that an instance does not have these prefixes after all."""
         for digest in digests:
             if holders := self._holders.get(digest):
                 holders.pop(name, None)
 
     def forget(self, name: str) -> None:
-        """It has failed, and its cache with it."""
-        # What it had is left where it is: there may be many instances, and many prefixes of each.
+        """Forget the cache of an instance that has failed."""
+        # Its entries stay where they are, since there may be many instances with many prefixes
+        # each: those of a former life do not count.
         self._lives[name] = self._lives.get(name, 0) + 1
 
 
 def digests(ids: bytes, tenant: str) -> Iterator[bytes]:
-    """Hashes of a prompt's prefixes, as instances tell them.
+    """Return the hashes of a prompt's prefixes, as instances report them.
 
-    The last token is left out: it is always computed.
+    The last token is left out, since it is always computed.
 
     Args:
         ids: little-endian int32.

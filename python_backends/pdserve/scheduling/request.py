@@ -1,4 +1,4 @@
-"""One request, from its arrival to its one end.
+"""One request, from its arrival to its end.
 
 ::
 
@@ -35,7 +35,7 @@ from pdserve.transfer.reports import NO_TRANSFER, TransferReport
 
 
 class State(enum.Enum):
-    __hash__ = object.__hash__  # an Enum's own is a function of Python, called for each look-up
+    __hash__ = object.__hash__  # Enum's own is a Python function, called for each look-up
 
     WAITING = enum.auto()
     PREFILLING = enum.auto()
@@ -57,12 +57,12 @@ _NEXT = {
     State.TRANSFERRING: {State.DECODING, State.WAITING},
     State.DECODING: {State.FINISHED, State.WAITING},
 }
-# Whatever it is doing.
+# From any state that is not final.
 _ALWAYS = {State.EXPIRED, State.CANCELLED, State.FAILED}
 
-# Who has been promised an answer is not let down for being late.
+# A request whose answer has begun is not given up for being late before this.
 RECOVER_S = 30.0
-# So long a wait outweighs a level of priority.
+# Seconds of waiting that outweigh one level of priority.
 PRIORITY_S = 10.0
 
 FinishReason = Literal["stop", "length", ""]
@@ -75,7 +75,7 @@ class Answer(enum.Enum):
 
 
 class Offer(NamedTuple):
-    """What an instance has answered to a request that it was offered."""
+    """The offer of a request to an instance, with the instance's answer."""
 
     instance: str
     began: float
@@ -85,7 +85,7 @@ class Offer(NamedTuple):
 
 @dataclass(slots=True)
 class Request:
-    """What is asked, and what has become of it so far. Times are ``loop.time()`` seconds."""
+    """A request and its state. Times are ``loop.time()`` seconds."""
 
     id: str
     prompt: bytes
@@ -98,42 +98,42 @@ class Request:
     scenario: str = "default"
     group: str = "default"
     priority: int = 0
-    """Among waiting requests the higher goes first."""
+    """Among waiting requests the one with the highest priority goes first."""
     ttft_limit_s: float = 60.0
     time_limit_s: float = math.inf
-    """From its arrival to its end."""
+    """Seconds from its arrival to its end."""
     trace: str = ""
-    """W3C traceparent; empty: it is not traced."""
+    """W3C traceparent; empty: the request is not traced."""
 
     state: State = State.WAITING
     history: list[tuple[float, State]] = field(default_factory=list, repr=False)
-    """When it has come to each state but the first."""
+    """Times at which it entered each state but the first."""
     offers: list[Offer] = field(default_factory=list, repr=False)
     ends: dict[Role, list[str]] = field(
         default_factory=lambda: {"prefill": [], "decode": []}, repr=False
     )
-    """By role, instances that ended when it was there without progress; see `suspicion`."""
+    """By role, the instances that ended while it was there without progress; see `suspicion`."""
     finish_reason: FinishReason = ""
     output: bytearray = field(default_factory=bytearray, repr=False)
-    """Token ids as in ``prompt``."""
+    """Token ids, encoded like ``prompt``."""
     output_tokens: int = 0
     cached_tokens: int = 0
     attempts: int = 0
-    """Prefills, or decodes in their stead, that took it."""
+    """Number of prefills, or decodes in their place, that accepted it."""
     prefill: str = ""
     decode: str = ""
     prefill_ms: float = 0.0
     transfer: TransferReport | None = None
-    """How its KV cache came to the decode."""
+    """How its KV cache was transferred to the decode."""
     arrived: float = 0.0
     promise: Promise = field(default_factory=lambda: Promise(None, 0), repr=False)
-    """Of a place in a decode."""
+    """Room in a decode that is promised to it."""
     held_back: bool = False
-    """Its first token is not told before a decode has accepted it."""
+    """Whether its first token is held back until a decode has accepted it."""
     waiting_since: float = 0.0
-    """Its arrival, or when the instance failed that had it."""
+    """Time of its arrival, or of the failure of the instance that had it."""
     forwarded: float = 0.0
-    """When the prefill that took it was offered it."""
+    """Time at which it was offered to the prefill that accepted it."""
     first_token: float = 0.0
     ended: float = 0.0
     _answer_ends_at: int | None = field(default=None, repr=False)
@@ -144,12 +144,13 @@ class Request:
 
     @property
     def tokens_so_far(self) -> int:
-        """Tokens of prompt and output together."""
+        """Return the number of tokens of prompt and output together."""
         return (len(self.prompt) + len(self.output)) // 4
 
     @property
     def deadline(self) -> float:
-        """For the next first token; in mid-answer, for that of the pair that goes on with it."""
+        """Return the deadline of the next first token: of the request's own, or of the pair that
+        resumes it."""
         limit = RECOVER_S if self.output else self.ttft_limit_s
         return min(self.waiting_since + limit, self.ends_by)
 
@@ -159,37 +160,38 @@ class Request:
 
     @property
     def order(self) -> Order:
-        """Among those that wait: who has been promised an answer, then priority, then deadline.
+        """Return its order among waiting requests: answers that have begun, then priority, then
+        deadline.
 
-        A level of priority is worth ``PRIORITY_S`` of waiting, so that nobody starves.
+        A level of priority is worth ``PRIORITY_S`` of waiting, so that no request starves.
         """
         return not self.output, self.deadline - PRIORITY_S * self.priority
 
     @property
     def so_far(self) -> bytes:
-        """Token ids of prompt and output: what another pair has to go on from."""
+        """Return the token ids of prompt and output, from which another pair resumes."""
         return self.prompt + self.output
 
     def to(self, state: State, now: float) -> None:
-        """Move on; a request that has ended never moves again."""
+        """Change the state; a request that has ended never changes it again."""
         if state not in _NEXT.get(self.state, set()) | (set() if self.state in FINAL else _ALWAYS):
             raise AssertionError(f"request {self.id}: {self.state.name} -> {state.name}")
         self.state = state
         self.history.append((now, state))
 
     def add(self, ids: bytes) -> list[int]:
-        """New tokens of the answer, and the same as numbers."""
+        """Add new tokens to the answer, and return them as numbers."""
         self.output += ids
         self.output_tokens += len(ids) // 4
         return list(memoryview(ids).cast("i")) if ids else []
 
     def take_back(self, tokens: int) -> None:
-        """The last tokens have been told to nobody, and will be computed again."""
+        """Remove the last tokens, which have been sent to nobody and will be computed again."""
         del self.output[len(self.output) - 4 * tokens :]
         self.output_tokens -= tokens
 
     def end_answer(self, output_tokens: int) -> None:
-        """Called by who reads the tokens: a stop string is complete, nothing more is wanted."""
+        """Note that the answer ends after so many tokens, since a stop string is complete."""
         self._answer_ends_at = output_tokens
 
     @property
@@ -197,21 +199,22 @@ class Request:
         return self._answer_ends_at is not None
 
     def again(self, now: float) -> None:
-        """An instance has failed: back in line. A limit for the first token goes on as it was."""
+        """Put it back in the queue after a failure. A limit for the first token goes on as it
+        was."""
         if self.state is not State.WAITING:
             self.to(State.WAITING, now)
         if self.output:
             self.waiting_since = now
 
     def ended_by(self, chunk: Chunk, now: float) -> bool:
-        """Whether the answer is whole, now that its reader has seen this of it."""
+        """Tell whether the answer is complete with this chunk; if so, finish the request."""
         if chunk.finish_reason or self.answer_ended:
             self.finish(chunk.finish_reason, now)
             return True
         return False
 
     def finish(self, reason: FinishReason, now: float) -> None:
-        """The one good end."""
+        """Note that the answer is complete."""
         if self._answer_ends_at is not None:
             self.output_tokens, reason = self._answer_ends_at, "stop"
         self.finish_reason = reason
@@ -219,7 +222,7 @@ class Request:
         self.to(State.FINISHED, now)
 
     def stats(self) -> dict[str, Any]:
-        """The public ``stats`` of the last response; times in milliseconds."""
+        """Return the public ``stats`` of the last response; times in milliseconds."""
 
         def ms(since: float, until: float) -> float:
             return round((until - since) * 1e3, 3)
@@ -253,7 +256,7 @@ class Request:
 
 @dataclass(slots=True, frozen=True)
 class Chunk:
-    """New tokens of an answer; the last one carries the finish reason."""
+    """New tokens of an answer; the last chunk carries the finish reason."""
 
     ids: Sequence[int]
     finish_reason: FinishReason = ""

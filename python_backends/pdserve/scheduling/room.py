@@ -1,4 +1,4 @@
-"""Room in one decode: what it has told, less what is promised of it."""
+"""Room in one decode: what it has reported, less what is promised."""
 
 from __future__ import annotations
 
@@ -20,49 +20,50 @@ class Room:
         self.told: messages.Room | None = None
         self.told_at = -math.inf
         self.slots = 0
-        """That are promised."""
+        """Number of slots that are promised."""
         self.blocks = 0
-        """The same."""
+        """Number of blocks that are promised."""
 
     def tell(self, room: messages.Room, now: float) -> None:
         self.told, self.told_at = room, now
         self._changed()
 
     def promise(self, slots: int, blocks: int) -> None:
-        """So much more is promised; a negative number: it is no longer."""
+        """Add promised slots and blocks; negative numbers take them off."""
         self.slots += slots
         self.blocks += blocks
         self._changed()
 
     def forget(self) -> None:
-        """It may have a new life."""
+        """Forget what the decode has reported, since it may have restarted."""
         self.told, self.told_at = None, -math.inf
         self._changed()
 
     def fits(self, blocks: int) -> bool:
-        """Whether a request of so many blocks finds room, as far as is known."""
+        """Tell whether a request of ``blocks`` blocks finds room, as far as is known."""
         if self.told is None:
             return True
         return self.slots < self.told.slots and self.blocks + blocks <= self.told.blocks
 
     @property
     def free(self) -> int:
-        """Blocks, as has been told and less what is promised."""
+        """Return the number of free blocks, as reported, less those that are promised."""
         assert self.told is not None
         return self.told.blocks - self.blocks
 
     def most(self, blocks: int) -> int:
-        """Requests of so many blocks that find room, as has been told."""
+        """Return how many requests of ``blocks`` blocks find room, as reported."""
         assert self.told is not None
         return max(min(self.told.slots - self.slots, self.free // blocks), 0)
 
 
 class Promise:
-    """A place in a decode, until one has accepted the request or it does not need any.
+    """A place in a decode that is promised, until a decode has accepted the request or it needs
+    none.
 
     Args:
-        room: of the decode; None: none is needed, or none has so much.
-        over: called once, at its end.
+        room: the room of the decode; None: the request needs none, or no decode has as much.
+        over: called once, when the promise ends.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Promise:
             room.promise(1, blocks)
 
     def over(self) -> None:
-        """End it; to end it again is no error."""
+        """End the promise; ending it again is no error."""
         room, self._room = self._room, None
         if room is not None:
             room.promise(-1, -self._blocks)

@@ -1,11 +1,11 @@
-"""Room in the decodes, asked for before a prompt is computed: who has no place waits without it.
+"""Room in the decodes, checked before a prompt is computed: a request without a place waits.
 
-A decode tells what it could still accept with replies that go anyway. From that the gateway takes
-what it has promised since: to requests whose prompt waits or is being computed, and that no decode
-has accepted yet. What no decode has told is not known, and counts as room. Other gateways promise
-the same room: where there is not enough for all that could come at once, a first token is held back
-until a decode has accepted its request; for a moment at most where there was enough, as was told a
-while ago.
+A decode reports what it could still accept with replies that are sent anyway. From that the gateway
+subtracts what it has promised since: to requests whose prompt waits or is being computed, and that
+no decode has accepted yet. A decode that has reported nothing counts as having room. Other gateways
+promise the same room: where there is not enough for all requests that could come at once, a first
+token is held back until a decode has accepted its request; where there was enough by an older
+report, it is held back for a moment at most.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.order import Order
 
 KNOWN_S = 1.0
-"""So long what a decode has told is good enough to let a first token go before it has accepted."""
+"""Seconds for which a decode's report is recent enough to send a first token before a decode has
+accepted."""
 HELD_S = 0.1
-"""For a decode to accept, where what it has told is older: far more than one that is well needs."""
-# How fast the largest request that has been seen is forgotten, with each that comes.
+"""Seconds for a decode to accept where its report is older: far more than a healthy one needs."""
+# Factor by which the largest request seen is reduced with each new request.
 FADING = 0.99
 LOOK = 32
-"""Decodes that are compared; in groups of up to so many all are."""
+"""Number of decodes that are compared; in groups of up to this size all are."""
 SLACK = 0.75
-"""The largest request, as a part of what it is taken for in larger groups, at least: to count anew
-for another size is to look at all decodes."""
+"""In larger groups, least ratio of the largest request to the size that is counted with: counting
+anew for another size means looking at all decodes."""
 
 
 class Rooms:
     """Finds room in the decodes of a group.
 
-    What it looks at is kept as decodes tell it, so that a request need not look at all of them.
+    Its orders are maintained as decodes report, so that a request need not look at all of them.
 
     Args:
-        blocks: of each decode.
+        blocks: KV blocks of each decode.
         block_size: tokens of each block.
-        at_once: requests that all gateways together may bring before any of them hears of it.
+        at_once: requests that all gateways together may bring before any of them learns of it.
     """
 
     def __init__(
@@ -51,16 +52,17 @@ class Rooms:
         self._numbers = itertools.count()
         self._members: dict[Instance, int] = {}
         self._failed = Order[tuple[float, int]]()
-        """By when they may be tried."""
+        """Decodes that have failed, by the time from which they may be tried."""
         self._roomy = Order[tuple[int, int]]()
-        """Decodes that have not failed and may have room, by the requests that they serve."""
+        """Decodes that have not failed and may have room, by the number of requests that they
+        serve."""
         self._free = Order[tuple[int, int]]()
-        """Of them those that have told what they have, by their free blocks."""
+        """Those of ``_roomy`` that have reported their room, by their free blocks."""
         self._plenty = Plenty()
         self.update(decodes, at_once)
 
     def update(self, decodes: Sequence[Instance], at_once: int) -> None:
-        """Go on with these decodes."""
+        """Replace the decodes; what is known of those that stay is kept."""
         self._at_once = at_once
         for gone in self._members.keys() - set(decodes):
             gone.listeners.remove(self._changed.add)
@@ -77,7 +79,8 @@ class Rooms:
                 self._members[decode] = next(self._numbers)
 
     def need(self, tokens: int) -> int:
-        """Blocks for so many tokens; what no decode has is 0, since it will be refused there."""
+        """Return the blocks for ``tokens`` tokens; 0 if no decode has as many, since one will
+        refuse."""
         blocks = -(-tokens // self._block_size)
         if blocks > self._blocks:
             return 0
@@ -85,11 +88,13 @@ class Rooms:
         return blocks
 
     def find(self, blocks: int, now: float) -> Instance | None:
-        """The decode with room for them that serves the fewest.
+        """Return the decode that has room for ``blocks`` blocks and serves the fewest requests.
 
-        Where the first LOOK of them have too little room, it is the one with the most.
+        Where the first LOOK decodes have too little room, it is the one with the most.
 
-        One that has failed has room for a trial, whatever it has told: it may have said so in a
+        A failed decode has room for a trial, whatever it has reported: the report may be of a
+            former life, and it is not watched before it has recovered. If all have failed, the
+            request waits for whichever recovers first.
         former life, and is not watched before it has shown that it is well. If all have failed, the
         wait is for whichever is back.
         """
@@ -116,12 +121,13 @@ class Rooms:
         return most if most is not None and most.room.fits(blocks) else None
 
     def plenty(self, now: float, age_s: float = KNOWN_S) -> bool:
-        """Whether all that may come at once finds a place, whoever brings it.
+        """Tell whether all requests that may come at once find a place, whichever gateway brings
+        them.
 
-        A decode that has failed has none, until it has shown that it is well.
+        A failed decode counts as having no room until it has recovered.
 
         Args:
-            age_s: what has been told longer ago counts for nothing.
+            age_s: seconds after which a report does not count any more.
         """
         self._renew()
         return self._plenty.takes(now - age_s) >= self._at_once
@@ -150,7 +156,7 @@ class Rooms:
 
 
 class Plenty:
-    """How many requests of the largest size find room, kept as decodes tell it."""
+    """Number of requests of the largest size that find room, maintained as decodes report."""
 
     def __init__(self) -> None:
         self._blocks = 1
@@ -158,12 +164,13 @@ class Plenty:
         self._takes: dict[Instance, int] = {}
         self._sum = 0
         self._fresh = Order[tuple[float, int]]()
-        """Those that have told it lately, by when they did."""
+        """Decodes that have reported lately, by the time of their report."""
         self._fresh_sum = 0
         self._since = -math.inf
 
     def size(self, blocks: int, *, exact: bool) -> bool:
-        """The largest request has so many blocks; True: all decodes are to be looked at again."""
+        """Set the size of the largest request, in blocks; True: all decodes are to be counted
+        again."""
         least = self._blocks if exact else SLACK * self._blocks
         if least <= blocks <= self._blocks:
             return False
@@ -171,10 +178,10 @@ class Plenty:
         return True
 
     def look_at(self, decode: Instance, number: int) -> None:
-        """It is well, and may have told something.
+        """Count a healthy decode, which may have reported its room.
 
         Args:
-            number: its own.
+            number: the decode's own number.
         """
         room = decode.room
         if room.told is None:
@@ -192,7 +199,7 @@ class Plenty:
             self._fresh_sum += takes
 
     def forget(self, decode: Instance) -> None:
-        """It has no room."""
+        """Count a decode as having no room."""
         self._unknown.discard(decode)
         takes = self._takes.pop(decode, 0)
         self._sum -= takes
@@ -204,10 +211,11 @@ class Plenty:
             self._fresh_sum -= takes
 
     def takes(self, since: float) -> float:
-        """How many find room, by what was told after ``since``; infinity: it is not all known.
+        """Return how many requests find room, by reports after ``since``; infinity: some is not
+        known.
 
         Args:
-            since: no less than in the call before, or minus infinity.
+            since: no less than in the previous call, or minus infinity.
         """
         if self._unknown:
             return math.inf

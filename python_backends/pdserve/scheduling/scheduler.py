@@ -1,7 +1,7 @@
-"""The life of a request: an idle prefill, its first token, an idle decode, the rest.
+"""The life of a request: an idle prefill, the first token, an idle decode, the other tokens.
 
-Whatever fails on the way, the request goes on with another pair from the tokens that its client
-has, as long as there are attempts left: the KV cache is computed anew, or found as a prefix.
+If anything fails on the way, the request goes on with another pair from the tokens that its client
+has, as long as attempts are left: the KV cache is computed again, or found as a prefix.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, Stat
 from pdserve.scheduling.rooms import HELD_S, KNOWN_S, Rooms
 
 ATTEMPTS = 4
-"""Pairs that may take a request: what fails again and again is its own fault."""
+"""Number of pairs that may take a request: one that fails again and again is at fault itself."""
 
 
 class Scheduler:
     """Serves any number of requests at once over one group: a set of prefills and decodes.
 
     Args:
-        kv_links: of the same instances.
+        kv_links: links of the same instances.
         rng: source of jitter.
     """
 
@@ -76,15 +76,15 @@ class Scheduler:
 
     @property
     def _at_once(self) -> int:
-        """Requests that may come out of all prefills together."""
+        """Return the number of requests that may come out of all prefills together."""
         return len(self.prefills.instances) * self._slots
 
     def update(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
-        """Go on with these instances.
+        """Replace the instances.
 
-        Requests that wait are offered to those who have joined, and no longer to those who have
-        left, which serve what they have begun. What is known of the others stays: prefixes, links,
-        circuit breakers, latencies, and the retry budget.
+        Waiting requests are offered to instances that have joined, and no longer to those that have
+        left, which finish what they have begun. What is known of the others is kept: prefixes,
+        links, circuit breakers, latencies, and the retry budget.
         """
         names = {one.name for one in (*prefills, *decodes)}
         moved = {
@@ -101,7 +101,7 @@ class Scheduler:
             self._decode_stage.let_go_of(name)
 
     def let_go(self, instance: Instance) -> None:
-        """An instance that has left serves nobody any more: what is known of it is forgotten."""
+        """Forget an instance that has left and serves no request any more."""
         self._kv_links.let_go(instance)
         if all(
             one.name != instance.name for one in (*self.prefills.instances, *self.decodes.instances)
@@ -110,7 +110,7 @@ class Scheduler:
 
     @property
     def healthy(self) -> bool:
-        """It has a prefill and a decode that have not failed."""
+        """Tell whether it has a prefill and a decode that have not failed."""
         now = asyncio.get_running_loop().time()
         return all(
             any(one.breaker.allows(now, 0) for one in role)
@@ -118,13 +118,13 @@ class Scheduler:
         )
 
     async def run(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """The answer as it comes; closing the iterator early cancels the request.
+        """Yield the answer as it comes; closing the iterator early cancels the request.
 
         Raises:
-            InvalidRequest: no instance can ever hold it.
-            Unavailable: no prefill or no decode within the limit.
+            InvalidRequest: no instance can ever hold the request.
+            Unavailable: no prefill or no decode accepted it within the limit.
             InstanceError: an instance failed and no other could go on.
-            Suspected: two instances have ended with it.
+            Suspected: two instances have ended while they served it.
         """
         loop = asyncio.get_running_loop()
         request.arrived = request.waiting_since = loop.time()
@@ -153,8 +153,8 @@ class Scheduler:
                         yield chunk
                 return
             except NoRoom:
-                # Without a token it goes on waiting within its limit; with one it has as many tries
-                # as if an instance had failed.
+                # If its client has no token, the request goes on waiting within its limit;
+                # otherwise it has as many attempts as if an instance had failed.
                 if request.output and request.attempts >= ATTEMPTS:
                     raise
                 if not request.output:
@@ -170,7 +170,7 @@ class Scheduler:
             request.again(asyncio.get_running_loop().time())
 
     async def _attempt(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """From the tokens so far to the end, with one pair."""
+        """Serve the request with one pair, from its tokens so far to the end."""
         alone = await self._alone(request)
         if alone is not None:
             async with aclosing(self._decode(request, alone, None)) as chunks:
@@ -196,7 +196,7 @@ class Scheduler:
             promise.over()
 
     async def _computed(self, request: Request, computed: Computed) -> AsyncGenerator[Chunk, None]:
-        """From a prompt that is computed to the end."""
+        """Serve the request from its computed prompt to the end."""
         loop, decode, reserving = asyncio.get_running_loop(), computed.decode, None
         first = self._first(request, computed)
         if not (decode or first.finish_reason or self._decode_stage.plenty(KNOWN_S)):
@@ -223,14 +223,14 @@ class Scheduler:
         )
 
     async def _hold_back(self, request: Request, computed: Computed) -> asyncio.Task[Offered]:
-        """What reserves a decode, before anybody is told the first token.
+        """Begin to reserve a decode before the first token is sent; return the task that does.
 
-        It has reserved one, or the token need not wait for it any longer.
+        On return the task has reserved one, or the token need not wait for it any longer.
 
         Raises:
-            Late: none was idle within the request's limit.
-            NoRoom: none was as long as the prefill keeps the KV cache.
-            InstanceError, InvalidRequest, Unavailable: as where the token had been told.
+            Late: no decode was idle within the request's limit.
+            NoRoom: no decode was idle for as long as the prefill keeps the KV cache.
+            InstanceError, InvalidRequest, Unavailable: as if the token had been sent.
         """
         loop = asyncio.get_running_loop()
         whole_answer, told_at = request.output_tokens == 1, 0.0
@@ -258,7 +258,7 @@ class Scheduler:
         return reserving
 
     def _give_up(self, reserving: asyncio.Task[Offered]) -> None:
-        """Nobody wants a decode any more: one that it has reserved is let go."""
+        """Cancel the reservation of a decode; one that it has reserved is released."""
 
         def ended(task: asyncio.Task[Offered]) -> None:
             if not task.cancelled() and task.exception() is None:
@@ -268,10 +268,10 @@ class Scheduler:
         reserving.add_done_callback(ended)
 
     def _first(self, request: Request, computed: Computed) -> Chunk:
-        """The token that the prefill has computed.
+        """Return the token that the prefill has computed.
 
         Raises:
-            Late: it comes after its limit.
+            Late: it came after the request's limit.
         """
         result = computed.result
         now = asyncio.get_running_loop().time()
@@ -290,7 +290,8 @@ class Scheduler:
         return Chunk(ids, reason)
 
     async def _alone(self, request: Request) -> Offered | None:
-        """A decode that does it all, where that is quicker than the way over a prefill."""
+        """Find a decode that computes prompt and answer, where that is faster than with a
+        prefill."""
         if self._local == "off" or request.sampling.reproducible:
             return None
         short = math.inf if self._local == "on" else self._local_tokens
@@ -306,7 +307,7 @@ class Scheduler:
     async def _decode(
         self, request: Request, taken: Offered, computed: Computed | None
     ) -> AsyncGenerator[Chunk, None]:
-        """The tokens of a decode that takes the KV cache over, or computes it."""
+        """Yield the tokens of a decode that has pulled the KV cache, or computes it."""
         loop = asyncio.get_running_loop()
         decode, call, reply = taken
         begun = request.output_tokens - (computed is not None)
@@ -345,7 +346,7 @@ class Scheduler:
             self._decode_stage.let_go(taken)
 
     def _ends(self, request: Request, chunk: Chunk, decode: Instance) -> bool:
-        """Whether the answer has ended with this chunk."""
+        """Tell whether the answer has ended with this chunk."""
         if not request.ended_by(chunk, asyncio.get_running_loop().time()):
             return False
         if self._local == "auto":
@@ -353,7 +354,7 @@ class Scheduler:
         return True
 
     def _arrived(self, request: Request, taken: Offered, computed: Computed | None) -> None:
-        """The KV cache has left the prefill: its slot is free."""
+        """Note that the KV cache has left the prefill, which frees its slot."""
         taken.instance.breaker.good()
         if taken.call.stay.suspect:
             self.decodes.freed(taken.instance)
@@ -363,7 +364,7 @@ class Scheduler:
             computed.transferred()
 
     def _refused(self, request: Request, taken: Offered, computed: Computed | None) -> None:
-        """The decode has failed at this request, or could not get at its KV cache."""
+        """Note that the decode has failed at this request, or could not pull its KV cache."""
         if computed is not None and request.state is State.TRANSFERRING:
             self._decode_stage.not_handed_over(computed.prefill.name, taken.instance.name)
         else:
@@ -387,7 +388,7 @@ class Scheduler:
 
 
 def _end(state: State, error: BaseException) -> State:
-    """How a request ends that ``error`` stopped in ``state``."""
+    """Return the final state of a request that ``error`` stopped in ``state``."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return State.CANCELLED
     if isinstance(error, errors.Late):

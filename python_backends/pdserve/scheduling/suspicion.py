@@ -1,10 +1,10 @@
-"""Which requests may be what ends the instances that they are on, and how that is found out.
+"""Which requests may be the cause when instances end, and how that is found out.
 
-An instance that ends takes many requests with it, and at most one of them is the cause. One that
-has had a token of it since it was accepted there is not; any other one is a *suspect*, until it has
-a token of an instance of that role. An instance takes one suspect at a time, and says so as soon as
-it has, before it computes anything for it. So an end finds one suspect that has been accepted: that
-one is not tried again, and everybody else is. Two ends by other causes, the second in the moment
+An instance that ends takes many requests with it, and at most one of them is the cause. A request
+that has had a token from it since it was accepted there is not; any other is a *suspect*, until it
+has a token from an instance of that role. An instance takes one suspect at a time, and reports its
+acceptance before it computes anything for it. So when an instance ends, at most one suspect has
+been accepted: that one is not retried, and all others are. Two ends by other causes, the second
 between a suspect's acceptance and its first token, look the same.
 """
 
@@ -17,13 +17,14 @@ from pdserve.config import Role
 from pdserve.scheduling.request import Request
 
 ENDS = 2
-"""Instances whose end a request may share, if the last one had accepted it."""
+"""Number of instances that may end with a request, if the last one had accepted it."""
 UNANSWERED = 4
-"""The same if it had not, and may have ended before the request came."""
+"""The same number if the last one had not accepted it, and may have ended before the request
+came."""
 
 
 class Suspectable(Protocol):
-    """An instance, as far as what may end it is concerned."""
+    """The part of an instance that concerns suspects."""
 
     name: str
     suspect: Request | None
@@ -39,23 +40,23 @@ class Stay:
         self._role: Role = role
         self._progress = False
         self.answered = False
-        """The instance has said something to it."""
+        """Whether the instance has answered the request."""
         self.suspect = bool(request.ends[role])
-        """Others that are may wait for its progress."""
+        """Whether the request is a suspect; other suspects may wait for its progress."""
         if self.suspect:
             instance.suspect = request
 
     def progress(self) -> None:
-        """The instance has computed a token for it."""
+        """Note that the instance has computed a token for the request."""
         self._progress = True
         self._request.ends[self._role].clear()
         self.over()
 
     def ended(self) -> None:
-        """The instance has ended.
+        """Note that the instance has ended.
 
         Raises:
-            Suspected: so have too many.
+            Suspected: too many instances have ended with the request.
         """
         if self._progress:
             return
@@ -68,13 +69,13 @@ class Stay:
             )
 
     def over(self) -> None:
-        """It has left; again is no error."""
+        """Note that the request has left; calling it again is no error."""
         if self._instance.suspect is self._request:
             self._instance.suspect = None
 
 
 def admits(instance: Suspectable, request: Request, role: Role, now: float) -> bool:
-    """Whether a request may be offered to an instance, as far as its own past is concerned."""
+    """Tell whether a request may be offered to an instance, as far as suspects are concerned."""
     if not request.ends[role]:
         return True
     return instance.suspect in (None, request) and now >= instance.suspects_from

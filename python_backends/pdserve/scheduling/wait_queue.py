@@ -1,4 +1,4 @@
-"""Who goes next: requests that found every instance busy, and how they are woken."""
+"""The queue of requests that found every instance busy, and how they are woken."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import itertools
 from bisect import bisect, insort
 
 Order = tuple[bool, float]
-"""The smaller goes first."""
+"""Sort key of a waiting request; the smallest goes first."""
 
-# Below the resolution of a loop's clock, a wait would let no time pass: 1e-6 in virtual time.
+# A wait below the resolution of a loop's clock would let no time pass: 1e-6 in virtual time.
 _SHORTEST_WAIT = 1e-5
 
 
 class WaitQueue:
-    """A line of waiting requests.
+    """A queue of waiting requests.
 
-    Each ``wake`` lets one of them try, the first by its order; who finds nothing stands in
-    line again, where it stood. Who leaves, for whatever reason, wakes the next: so all that
+    Each ``wake`` lets one of them try, the first by its order; one that finds nothing returns to
+    its place in the queue. A request that leaves, for whatever reason, wakes the next: so all that
     is free is taken, and no wake-up is lost with a request that ends before it could use it.
     """
 
@@ -27,7 +27,7 @@ class WaitQueue:
         self._members = 0
 
     def __len__(self) -> int:
-        """Those who have joined and not left."""
+        """Return the number of requests that have joined and not left."""
         return self._members
 
     def join(self, order: Order) -> QueuePlace:
@@ -35,7 +35,8 @@ class WaitQueue:
         return QueuePlace(self, (order, next(self._joined)))
 
     def wake(self, behind: QueuePlace | None = None) -> None:
-        """Something may be free now: the first in line tries, or the first behind another."""
+        """Let the first request in the queue try, or the first behind another: something may be
+        free."""
         first = bisect(self._standing, behind.key) if behind else 0
         while first < len(self._standing):
             if self._standing.pop(first)[-1].call():
@@ -50,7 +51,7 @@ class WaitQueue:
 
 
 class QueuePlace:
-    """A request's place in the line, from joining until ``leave``."""
+    """A request's place in the queue, from joining until ``leave``."""
 
     def __init__(self, queue: WaitQueue, key: tuple[Order, int]) -> None:
         self.key = key
@@ -58,7 +59,7 @@ class QueuePlace:
         self._turn: asyncio.Future[bool] | None = None
 
     async def turn(self, deadline: float) -> bool:
-        """Wait until it is worth trying; False: ``deadline`` passed."""
+        """Wait until it is worth trying; False: ``deadline`` (``loop.time()``) has passed."""
         loop = asyncio.get_running_loop()
         if loop.time() >= deadline:
             return False
@@ -73,7 +74,7 @@ class QueuePlace:
             self._turn = None
 
     def call(self) -> bool:
-        """Its turn; False: it does not wait any more."""
+        """Let the request try; False: it does not wait any more."""
         return self._answer(True)
 
     def _answer(self, turn: bool) -> bool:
@@ -83,9 +84,9 @@ class QueuePlace:
         return True
 
     def pass_on(self) -> None:
-        """What is free is not for this one: the next behind it tries."""
+        """Let the next request behind this one try: what is free does not suit this one."""
         self._queue.wake(behind=self)
 
     def leave(self) -> None:
-        """Go on, or give up; the next in line tries."""
+        """Leave the queue, with or without an instance; the next request tries."""
         self._queue.leave()
