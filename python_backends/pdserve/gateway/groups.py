@@ -1,4 +1,4 @@
-"""The groups of a deployment, each with a scheduler of its own, from one deployment to the next."""
+"""The groups of a deployment, each with its own scheduler, kept from one deployment to the next."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pdserve.supervision import Background
 
 OpenChannel = Callable[[str, config.Server], Channel]
 _Key = tuple[config.Role, str, str, int]
-"""An instance: role and name, host and gRPC port of its server."""
+"""Key of an instance: role, name, and host and gRPC port of its server."""
 
 
 class Group:
-    """Prefills and decodes, and who schedules them."""
+    """Prefills and decodes, and their scheduler."""
 
     def __init__(
         self, name: str, instances: dict[_Key, Instance], scheduler: Scheduler, kv_links: KVLinks
@@ -29,7 +29,7 @@ class Group:
         self.name = name
         self.instances = instances
         self.open = 0
-        """Requests that it serves."""
+        """Number of requests that it serves."""
         self._scheduler = scheduler
         self._linking = Background()
         self._linking.start(kv_links.run())
@@ -40,7 +40,7 @@ class Group:
 
     @contextmanager
     def serving(self, request: Request) -> Iterator[Scheduler]:
-        """Its scheduler, for one request."""
+        """Return its scheduler, for the duration of one request."""
         request.group = self.name
         self.open += 1
         try:
@@ -49,16 +49,17 @@ class Group:
             self.open -= 1
 
     def update(self, prefills: dict[_Key, Instance], decodes: dict[_Key, Instance]) -> None:
-        """Go on with these instances; see ``Scheduler.update``."""
+        """Replace the instances; see ``Scheduler.update``."""
         self.instances = prefills | decodes
         self._scheduler.update(list(prefills.values()), list(decodes.values()))
 
     def let_go(self, instance: Instance) -> None:
-        """An instance has left, perhaps this group, and serves nobody any more."""
+        """Forget an instance that has left, perhaps from this group, and serves no request any
+        more."""
         self._scheduler.let_go(instance)
 
     def retire(self) -> None:
-        """Nobody new will come: its instances need not be connected any more."""
+        """Stop connecting its instances, since no new request will come."""
         self._linking.cancel()
 
 
@@ -66,8 +67,8 @@ class Groups:
     """Keeps the groups of one gateway as its deployment changes.
 
     Args:
-        gateway: name of its model, for the metrics.
-        connect: a channel to an instance of a server.
+        gateway: name of the gateway's model, for the metrics.
+        connect: opens a channel to an instance of a server.
         rng: source of jitter.
         scheduler: makes the scheduler of a group.
     """
@@ -90,10 +91,10 @@ class Groups:
         self._instances: dict[_Key, Instance] = {}
 
     def take(self, deployment: config.Deployment) -> dict[str, Group]:
-        """Every group of a deployment by its name.
+        """Return every group of a deployment by its name.
 
-        One that was there before goes on, with the instances that it has now. Instances that stay
-        keep their channel. The others serve what they have begun: see ``sweep``.
+        A group that was there before goes on, with the instances that it has now. Instances that
+        stay keep their channel. The others finish what they have begun: see ``sweep``.
         """
         groups = {
             group.name: self._group(deployment, group)
@@ -109,9 +110,10 @@ class Groups:
         return groups
 
     def lose(self, name: str, epoch: bytes) -> None:
-        """A process of an instance is gone; see ``Channel.lose``.
+        """Note that a process of an instance is gone; see ``Channel.lose``.
 
-        An instance that another deployment has moved is told of at both places: what its former
+        An instance that another deployment has moved is notified at both places: the former place
+            may still serve requests, and no two processes have the same epoch.
         one still serves is open there, and an epoch is no other's.
         """
         for (_, instance, *_), reached in self._instances.items():
@@ -119,10 +121,10 @@ class Groups:
                 reached.lose(epoch)
 
     async def sweep(self) -> None:
-        """Let go of groups and instances that are in no deployment and serve nobody any more."""
+        """Close groups and instances that are in no deployment and serve no request any more."""
         for group in [group for group in self._retired if not group.open]:
             self._retired.remove(group)
-            group.update({}, {})  # instances that stay tell it nothing any more
+            group.update({}, {})  # so that instances that stay do not call it any more
         used = {
             key for group in (*self._current.values(), *self._retired) for key in group.instances
         }

@@ -1,7 +1,7 @@
-"""What a client may ask for: names, types, ranges and defaults, checked before any work is done.
+"""The parameters of a request: names, types, ranges and defaults, checked before any work is done.
 
-Triton has checked names, types and dimensions of tensors against the model's
-configuration by the time they come here; this checks what they hold.
+Triton has checked names, types and dimensions of tensors against the model's configuration before;
+this module checks their values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pdserve.sampling import Sampling
 DEFAULT_MAX_TOKENS = 128
 MAX_LABEL_BYTES = 64
 MAX_STOP_BYTES = 256
-# Also accepted as request parameters of the same names.
+# These are accepted as request parameters of the same names, too.
 ROUTING = ("scenario", "tenant", "priority")
 PARAMETERS = (*ROUTING, "timeout", "traceparent")
 
@@ -31,29 +31,29 @@ Tensors = Mapping[str, NDArray[Any]]
 
 @dataclass(slots=True, frozen=True)
 class Parameters:
-    """Everything of a request but its prompt. None: not given, the scenario decides."""
+    """All parameters of a request but its prompt. None: not given, the scenario decides."""
 
     max_tokens: int | None
-    """``answer_length`` checks it, since the prompt's length decides."""
+    """Checked by ``answer_length``, since the bound depends on the prompt's length."""
     sampling: Mapping[str, Any]
-    """Fields of ``Sampling``: those that are given."""
+    """Fields of ``Sampling`` that are given."""
     stop: tuple[str, ...]
     stream: bool
     ignore_eos: bool
     scenario: str
-    """Its label; empty: none is given."""
+    """Label of the scenario; empty: none is given."""
     tenant: str
     priority: int | None
     ttft_limit_ms: int | None
     timeout_us: int
-    """0: none. HTTP's generate brings Triton's own request timeout as a parameter."""
+    """Microseconds; 0: none. HTTP's generate passes Triton's own request timeout as a parameter."""
 
 
 def scalar(tensors: Tensors, name: str) -> Any:
-    """The one value of tensor ``name``, or None where it is not given.
+    """Return the one value of tensor ``name``, or None where it is not given.
 
     Raises:
-        InvalidRequest: more or fewer values than one.
+        InvalidRequest: the tensor has more or fewer values than one.
     """
     tensor = tensors.get(name)
     if tensor is None:
@@ -70,15 +70,15 @@ def parse(
 
     Args:
         tensors: the request's inputs by name.
-        extra: its request parameters.
-        inputs: names of the inputs that mean something, for the error of an unknown field.
+        extra: the request's parameters.
+        inputs: names of the inputs that are allowed, for the error of an unknown field.
 
     Raises:
-        InvalidRequest: names the value and what is allowed.
+        InvalidRequest: a value is not allowed; the message names it and what is allowed.
     """
     for name, value in extra.items():
-        # HTTP's generate leaves the request id among them, and clients of other backends send
-        # fields such as bad_words empty.
+        # HTTP's generate leaves the request id among the parameters, and clients of other backends
+        # send fields such as bad_words empty.
         if name not in (*PARAMETERS, "id") and value not in ("", None):
             raise _unknown(name, inputs)
     routing = {name: extra[name] for name in ROUTING if name in extra}
@@ -118,7 +118,7 @@ def _unknown(name: str, inputs: Collection[str]) -> InvalidRequest:
 
 
 def sampling(given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> Sampling:
-    """How tokens are chosen: as a request says, and else as its scenario does.
+    """Return the sampling parameters: those of a request, and otherwise those of its scenario.
 
     A ``top_p`` of 0 is off, as in TensorRT-LLM.
     """
@@ -129,14 +129,14 @@ def sampling(given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> Sampling
 def answer_length(
     asked: int | None, otherwise: int | None, prompt_tokens: int, context_length: int
 ) -> int:
-    """How many tokens the answer may have.
+    """Return the maximum number of tokens of the answer.
 
     Args:
-        asked: what the client wants.
-        otherwise: what a request gets that does not say it, as far as there is room.
+        asked: the client's ``max_tokens``.
+        otherwise: the default for a request that gives none, as far as there is room.
 
     Raises:
-        InvalidRequest: the prompt leaves no room, or ``asked`` is not within it.
+        InvalidRequest: the prompt leaves no room, or ``asked`` exceeds it.
     """
     room = context_length - prompt_tokens
     if room < 1:
@@ -151,7 +151,7 @@ def answer_length(
 
 
 def _number(tensors: Tensors, name: str, low: float, high: float, above: bool = False) -> Any:
-    """The value of tensor ``name`` within its bounds, or None where it is not given."""
+    """Return the value of tensor ``name`` within its bounds, or None where it is not given."""
     value = scalar(tensors, name)
     if value is None:
         return None
@@ -163,7 +163,7 @@ def _number(tensors: Tensors, name: str, low: float, high: float, above: bool = 
 
 
 def _seed(tensors: Tensors) -> int | None:
-    """The value of ``seed``, or of ``random_seed``, which is TensorRT-LLM's older name of it."""
+    """Return the value of ``seed``, or of ``random_seed``, TensorRT-LLM's older name for it."""
     seed, older = scalar(tensors, "seed"), scalar(tensors, "random_seed")
     if seed is not None and older is not None and seed != older:
         raise InvalidRequest(f"random_seed: {older}; allowed: what seed says, {seed}, or none")
@@ -186,7 +186,7 @@ def _label(name: str, value: bytes | str) -> str:
     text = _utf8(name, value) if isinstance(value, bytes) else value
     if not isinstance(text, str):
         raise InvalidRequest(f"{name}: {shown(value)}; a string is allowed")
-    # In this order: a lone surrogate, which JSON can carry, is not printable and has no bytes.
+    # In this order: a lone surrogate, which JSON can carry, is not printable and cannot be encoded.
     if not text.isprintable() or len(text.encode()) > MAX_LABEL_BYTES:
         more = "..." if len(text) > MAX_LABEL_BYTES else ""
         raise InvalidRequest(
@@ -198,7 +198,7 @@ def _label(name: str, value: bytes | str) -> str:
 
 def _stop_words(tensors: Tensors, most: int) -> tuple[str, ...]:
     given = tensors.get("stop_words", np.empty(0, object)).reshape(-1)
-    # An empty stop string is how clients of other backends say "none".
+    # Clients of other backends send an empty stop string to give none.
     words = tuple(_utf8("stop_words", word) for word in given if word)
     if len(words) > most:
         raise InvalidRequest(f"stop_words: {len(words)} given; at most {most} are allowed")

@@ -1,4 +1,4 @@
-"""From what a request says of itself to a scenario, and to one of the scenario's groups."""
+"""The choice of a scenario for a request, and of one of the scenario's groups."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pdserve.observability.metrics import Registry
 
 
 class Servable(Protocol):
-    """What the router has to know of a group."""
+    """The part of a group that the router needs."""
 
     @property
     def healthy(self) -> bool:
-        """It has a prefill and a decode that have not failed."""
+        """Whether the group has a prefill and a decode that have not failed."""
 
 
 G = TypeVar("G", bound=Servable)
@@ -24,15 +24,15 @@ G = TypeVar("G", bound=Servable)
 
 @dataclass(slots=True, frozen=True)
 class Asked:
-    """What decides the scenario."""
+    """The properties of a request that decide its scenario."""
 
     label: str
-    """Empty: none is given."""
+    """Label of the scenario; empty: none is given."""
     tenant: str
     model: str
-    """The Triton model that was asked."""
+    """The Triton model that was called."""
     beginning: str
-    """Of the prompt's text; empty for token ids."""
+    """Beginning of the prompt's text; empty for token ids."""
 
     def meets(self, rule: config.Rule) -> bool:
         return (
@@ -43,10 +43,11 @@ class Asked:
 
 
 class Scenario(Generic[G]):
-    """Its terms, and its groups by turns.
+    """A scenario's settings, and its groups, chosen in turn.
 
-    Smooth weighted round robin: a group's credit grows by its share with every request, and who
-    has the most goes next and pays for all. Shares of 2, 1 and 1 give a b c a, not a a b c.
+    The turn is a smooth weighted round robin: with every request, each group's credit grows by its
+    share, and the group with the most credit goes next and pays the sum of the shares. Shares of 2,
+    1 and 1 give a b c a, not a a b c.
     """
 
     def __init__(self, terms: config.Scenario, groups: Mapping[str, G]) -> None:
@@ -55,7 +56,7 @@ class Scenario(Generic[G]):
         self._credits = [0.0] * len(self._groups)
 
     def next_group(self) -> G:
-        """Whose turn it is; a group that has failed is passed over unless all have."""
+        """Return the group whose turn it is; a failed group is skipped unless all have failed."""
         alive = [i for i, (_, group) in enumerate(self._groups) if group.healthy]
         turns = alive or range(len(self._groups))
         for i in turns:
@@ -70,8 +71,8 @@ class Router(Generic[G]):
 
     Args:
         groups: every group by its name.
-        default: of requests that carry no label and that no rule claims.
-        strict: refuse an unknown label; otherwise it stands for the default scenario.
+        default: name of the scenario of requests that carry no label and match no rule.
+        strict: refuse an unknown label; otherwise it means the default scenario.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class Router(Generic[G]):
         self.default = self._scenarios[default]
 
     def scenario(self, asked: Asked) -> Scenario[G]:
-        """Choose by label, else by the first rule that claims the request, else the default.
+        """Return a request's scenario: by its label, else by the first rule that it matches, else
+        the default.
 
         Raises:
             NotFound: no scenario has that label, and the deployment is strict.

@@ -1,4 +1,4 @@
-"""A request from its arrival to its answer, whatever server stands around it."""
+"""A request from its arrival to its answer, independent of the server around it."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from pdserve.text.vocabulary import Vocabulary
 
 Tokens = NDArray[np.int32]
 MAX_OPEN = 4096
-"""Requests of clients that are open at once; more are refused before anything is done for them."""
+"""Number of clients' requests that are open at once; more are refused before any work is done."""
 
 
 class Prompt(NamedTuple):
-    """A prompt as token ids, with what goes with it."""
+    """A prompt as token ids, with its text where needed."""
 
     ids: Tokens
     echo: str = ""
-    """Text that is told before the answer: the prompt, if the client asks for it."""
+    """Text that is sent before the answer: the prompt, if the client asks for it."""
     beginning: str = ""
-    """The rules of scenarios look at this text."""
+    """Beginning of the text, which the rules of scenarios match."""
 
 
 class Part(NamedTuple):
-    """A part of an answer: what has come since the part before."""
+    """A part of an answer: what has come since the previous part."""
 
     text: str
     ids: list[int]
     finish_reason: str = ""
-    """``stop`` or ``length`` in the last part; empty before it."""
+    """``stop`` or ``length`` in the last part; empty in the others."""
     stats: str = ""
-    """In the last part: the request's statistics, as JSON."""
+    """The request's statistics as JSON, in the last part; empty in the others."""
 
 
 class Service:
     """Serves requests over the scenarios and groups of a deployment; used in one event loop.
 
     Args:
-        name: of the gateway: its metrics and the rules of scenarios name it.
-        longest: tokens of prompt and answer together, at most.
+        name: name of the gateway, used in metrics and by the rules of scenarios.
+        longest: maximum number of tokens of prompt and answer together.
         connect: opens a channel to an instance of a server.
         rng: source of jitter.
         scheduler: makes the scheduler of a group.
@@ -79,7 +79,7 @@ class Service:
         self._metrics = metrics
         self._groups = Groups(name, connect, metrics, rng, scheduler)
         self._open = 0
-        """Requests of clients that are served, or wait."""
+        """Number of clients' requests that are being served or wait."""
         self.take(deployment)
 
     def take(self, deployment: config.Deployment) -> None:
@@ -95,23 +95,23 @@ class Service:
         )
 
     async def sweep(self) -> None:
-        """Let go of what is in no deployment any more; see ``Groups.sweep``."""
+        """Close what is in no deployment any more; see ``Groups.sweep``."""
         await self._groups.sweep()
 
     def lose(self, instance: str, epoch: bytes) -> None:
-        """A process of an instance is gone; see ``Groups.lose``."""
+        """Note that a process of an instance is gone; see ``Groups.lose``."""
         self._groups.lose(instance, epoch)
 
     async def close(self) -> None:
-        """Close the channels. No request is served any more."""
+        """Close the channels; no request is served any more."""
         await self._groups.close()
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """A request of a client is here.
+        """Count a client's request as open, until the context ends.
 
         Raises:
-            Unavailable: ``MAX_OPEN`` others are.
+            Unavailable: ``MAX_OPEN`` requests are open already.
         """
         if self._open >= MAX_OPEN:
             self._reject(self._router.default.terms.name)
@@ -134,16 +134,16 @@ class Service:
 
         Args:
             request_id: unique among the open requests of this gateway.
-            read: gives what is asked for; what it raises is raised here.
-            in_text: a part is worth telling when it has text; else, when it has tokens.
+            read: returns the parameters and the prompt; its errors are raised here.
+            in_text: whether a part is sent only when it has text; otherwise, when it has tokens.
 
         Yields:
-            The parts of the answer, one as tokens come if it is streamed; the last one has a
-            finish reason, and there is no other after it.
+            The parts of the answer: if it is streamed, one as tokens come; the last part has a
+            finish reason.
 
         Raises:
-            InvalidRequest, NotFound: it can never be served.
-            Unavailable, InstanceError, Suspected: as the scheduler's ``run``.
+            InvalidRequest, NotFound: the request can never be served.
+            Unavailable, InstanceError, Suspected: see the scheduler's ``run``.
         """
         scenario = self._router.default
         try:
@@ -186,10 +186,10 @@ class Service:
     def _request(
         self, request_id: str, asked: Parameters, prompt: Tokens, terms: config.Scenario
     ) -> Request:
-        """Make the request that a client asks for; where it says nothing, its scenario decides.
+        """Make the request that a client asks for; its scenario gives what is not specified.
 
         Raises:
-            InvalidRequest: prompt or answer are too long.
+            InvalidRequest: prompt or answer is too long.
         """
         limits = self.deployment.gateway
         most = limits.max_prompt_tokens
@@ -218,7 +218,8 @@ class Service:
 def _within_limits(request: Request, terms: config.Scenario) -> bool:
     """Tell whether an answer's tokens came as fast as its scenario promises.
 
-    Its first token came within its limit, or the request would have ended without an answer.
+    Its first token came within its limit, since otherwise the request would have ended without an
+    answer.
     """
     limit = terms.tpot_limit_ms
     steps = max(request.output_tokens - 1, 1)

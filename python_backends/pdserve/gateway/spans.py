@@ -1,4 +1,4 @@
-"""The spans of a request, made when it has ended, of what it has kept of its way.
+"""The spans of a request, made from its recorded history when it has ended.
 
 ::
 
@@ -11,10 +11,10 @@
     ├─ transfer                   of the KV cache, as long as the decode says that it took
     └─ decode
 
-All but the offers follow one another without a gap; a transfer layer by layer begins during the
-prefill, and nobody waits for a decode then. When an instance fails, what it was at is in error,
-and another ``wait`` follows. What an instance does begins with the offer that it accepts: it says
-so only if it takes long.
+All but the offers follow one another without a gap; a layered transfer begins during the prefill,
+and there is no wait for a decode then. When an instance fails, the span of its work is marked as an
+error, and another ``wait`` follows. The work of an instance begins with the offer that it accepts,
+since it reports its acceptance only if the work takes long.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from pdserve.gateway.trace_context import Log, Trace, Traces
 from pdserve.scheduling.request import Answer, Offer, Request, State
 from pdserve.transfer.reports import NO_TRANSFER
 
-# At the end, what has not been handed over within this is lost.
+# At shutdown, spans that have not been exported within these seconds are lost.
 FLUSH_S = 2.0
-# A collector that does not answer is worth a line so often.
+# A collector that does not answer is logged once in these seconds.
 LOG_S = 60.0
 _IN_VAIN = {State.WAITING, State.REJECTED, State.EXPIRED, State.FAILED}
 _TAKEN = {State.PREFILLING, State.TRANSFERRING, State.DECODING}
@@ -53,7 +53,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Phase(NamedTuple):
-    """A time in which one thing went on with a request. Times are ``loop.time()`` seconds."""
+    """A period in which a request was in one phase. Times are ``loop.time()`` seconds."""
 
     name: str
     began: float
@@ -74,7 +74,7 @@ class RecordedTraces(Traces):
         return RecordedTrace(self._tracer, self.parent(parameters), self._gateway)
 
     def close(self) -> None:
-        """Hand over the spans that are left, FLUSH_S seconds at most."""
+        """Export the spans that are left, for FLUSH_S seconds at most."""
         flush = threading.Thread(target=self._provider.shutdown, name="flush", daemon=True)
         flush.start()
         flush.join(FLUSH_S)
@@ -115,7 +115,7 @@ class RecordedTrace(Trace):
         ended = self._ns(asyncio.get_running_loop().time())
         outcome = _outcome(error)
         request = self._request
-        # One that could not be routed has been through nothing.
+        # A request that could not be routed has no history.
         if request is not None and request.history:
             outcome = request.finish_reason or request.state.name.lower()
             self._root.set_attributes(_named(_told(request)))
@@ -150,12 +150,14 @@ class RecordedTrace(Trace):
         )
 
     def _ns(self, moment: float) -> int:
-        """Nanoseconds of the wall clock, which may have been set meanwhile: the loop's goes on."""
+        """Return nanoseconds of the wall clock, by the loop's clock, since the wall clock may have
+        been set."""
         return self._began_ns + round((moment - self._began) * 1e9)
 
 
 class Complaints(logging.Handler):
-    """What OpenTelemetry complains of, such as a collector that does not answer, now and then."""
+    """Logs OpenTelemetry's warnings, such as a collector that does not answer, every LOG_S
+    seconds."""
 
     def __init__(self, gateway: str, log: Log) -> None:
         super().__init__(logging.WARNING)
@@ -170,10 +172,10 @@ class Complaints(logging.Handler):
 
 
 def exported(endpoint: str, gateway: str, log: Log) -> RecordedTraces:
-    """Traces to a collector, sent by a thread out of a bounded queue.
+    """Return traces that are sent to a collector, by a thread out of a bounded queue.
 
-    What the deployment does not say (sampling, queue, headers) OpenTelemetry's own environment
-    variables do.
+    OpenTelemetry's own environment variables set what the deployment does not (sampling, queue,
+    headers).
     """
     complaints = logging.getLogger("opentelemetry")
     complaints.addHandler(Complaints(gateway, log))
@@ -186,7 +188,8 @@ def exported(endpoint: str, gateway: str, log: Log) -> RecordedTraces:
 
 
 def _session(endpoint: str) -> requests.Session | None:
-    """None: OpenTelemetry's own, which takes proxies and certificates from the environment."""
+    """Return a session for an exporter; None: OpenTelemetry's own, which reads proxies and
+    certificates from the environment."""
     if not is_loopback(endpoint):
         return None
     session = requests.Session()
@@ -195,7 +198,7 @@ def _session(endpoint: str) -> requests.Session | None:
 
 
 def phases(request: Request) -> Iterator[Phase]:
-    """All that has led to its end, in order; offers apart."""
+    """Yield the phases of a request in order, without the offers."""
     offers = deque(request.offers)
     prefill = taken = Offer("", 0.0, 0.0, Answer.ACCEPTED)
     state, began = State.WAITING, request.arrived
@@ -220,7 +223,7 @@ def phases(request: Request) -> Iterator[Phase]:
             began = ended
         else:
             until = taken.began if following in _TAKEN else ended
-            # Nobody waits for a decode that has followed the prefill, or after the last token.
+            # No request waits for a decode that has followed the prefill, or after the last token.
             if until >= began and following is not State.FINISHED:
                 role = "prefill" if state is State.WAITING else "decode"
                 yield Phase("wait", began, until, {"role": role}, failed)
@@ -251,7 +254,7 @@ def _told(request: Request) -> dict[str, Any]:
 
 
 def _outcome(error: BaseException | None) -> str:
-    """Of a request that has been through nothing."""
+    """Return the outcome of a request that has no history."""
     if isinstance(error, asyncio.CancelledError):
         return "cancelled"
     return "rejected" if isinstance(error, errors.InvalidRequest | errors.NotFound) else "failed"

@@ -1,4 +1,4 @@
-"""Trace contexts: a request may bring one (W3C traceparent), and it goes along with every call."""
+"""Trace contexts: a request may bring one (W3C traceparent), and each of its calls carries it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdserve.scheduling.request import Request
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Version 00 ends with its flags; a later one may go on, and is read as far as we know it.
+# Version 00 ends with its flags; a later version may be longer, and only its known part is read.
 _TRACEPARENT = re.compile(
     r"(?!ff|00.{54})[0-9a-f]{2}"
     r"(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(?=-|\Z)",
@@ -26,14 +26,14 @@ class Trace:
     """The trace context of one request: a context manager from its arrival to its end.
 
     Args:
-        traceparent: what its calls bring along; empty: nothing.
+        traceparent: the context that the request's calls carry; empty: none.
     """
 
     def __init__(self, traceparent: str) -> None:
         self.traceparent = traceparent
 
     def carry(self, request: Request) -> None:
-        """What has arrived is this."""
+        """Set the trace context of a request."""
         request.trace = self.traceparent
 
     def __enter__(self) -> Self:
@@ -49,10 +49,10 @@ class Trace:
 
 
 class Traces:
-    """Traces of one gateway that only passes on what a client brings.
+    """Traces of one gateway that only passes on the contexts that clients bring.
 
     Args:
-        log: called with a line now and then, from any thread.
+        log: called with a line from time to time, from any thread.
     """
 
     def __init__(self, gateway: str, log: Log) -> None:
@@ -61,14 +61,14 @@ class Traces:
         self._invalid_logged = False
 
     def begin(self, parameters: Mapping[str, Any]) -> Trace:
-        """A request with these parameters has arrived."""
+        """Begin the trace of a request with these parameters."""
         return Trace(self.parent(parameters))
 
     def close(self) -> None:
-        """No request comes any more."""
+        """End all traces; no request comes any more."""
 
     def parent(self, parameters: Mapping[str, Any]) -> str:
-        """The traceparent among a request's parameters; empty: none, or an invalid one."""
+        """Return the traceparent among a request's parameters; empty: none, or an invalid one."""
         given = parameters.get("traceparent") or ""
         if given == "":
             return ""

@@ -1,7 +1,7 @@
-"""What a gateway does with the traces of its requests.
+"""Tracing of a gateway's requests.
 
-It passes on the trace context that a client brings. Where the deployment names a collector, it
-makes spans of each request, too.
+A gateway passes on the trace context that a client brings. Where the deployment names a collector,
+it also makes spans of each request.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pdserve.gateway.trace_context import Log, Traces
 
 
 def start(endpoint: str | None, gateway: str, log: Log) -> Traces:
-    """What a gateway does with the trace contexts of its requests.
+    """Return a gateway's traces, with spans if there is a collector.
 
     Args:
-        endpoint: of an OTLP/HTTP collector; None: no spans are made.
+        endpoint: URL of an OTLP/HTTP collector; None: no spans are made.
 
     Raises:
         DeploymentError: OpenTelemetry is not installed.

@@ -1,1 +1,1 @@
-"""What the gateways and the instances say to each other, and how it travels."""
+"""Messages between the gateways and the instances, and the channels that carry them."""

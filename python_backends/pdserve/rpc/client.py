@@ -1,4 +1,4 @@
-"""A channel to one instance: requests go in, any number of replies come back for each."""
+"""A channel to one instance: it carries requests, and any number of replies to each."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from pdserve.rpc.messages import Reply, Request
 
 
 class NoAnswer(InstanceError):
-    """Nothing came for as long as was waited. (A timer may fire early: the clock does not tell.)"""
+    """No reply came within the time of the wait. (A timer may fire early: the clock does not
+    tell.)"""
 
 
 class Replies:
     """The replies to one request, in order, for one reader.
 
-    Every wait is bounded; a failure of the channel is raised once the replies
-    that came before it have been read.
+    Every wait is bounded; a failure of the channel is raised after the replies that came before it
+    have been read.
     """
 
     __slots__ = ("_error", "_items", "_waiter", "carrier", "epoch")
 
     def __init__(self, carrier: str = "") -> None:
         self.carrier = carrier
-        """The call whose responses bring these replies; see ``pdserve.rpc.server``."""
+        """The call whose responses carry these replies; see ``pdserve.rpc.server``."""
         self.epoch = b""
-        """Of the process that gave the latest of them."""
+        """Epoch of the process that sent the latest of them."""
         self._items: deque[Reply] = deque()
         self._error: InstanceError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -46,7 +47,7 @@ class Replies:
             self._waiter.set_result(None)
 
     async def get(self, timeout: float) -> Reply:
-        """The next reply.
+        """Return the next reply.
 
         Raises:
             InstanceError: the channel broke.
@@ -72,7 +73,7 @@ class Calls:
     def __init__(self) -> None:
         self._replies: dict[str, Replies] = {}
         self._epoch = self._over = b""
-        """Of the instance's process that has spoken last, and of the one before it."""
+        """Epoch of the instance's process that replied last, and of the process before it."""
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -85,10 +86,10 @@ class Calls:
         self._replies.pop(call, None)
 
     def deliver(self, carrier: str, data: bytes) -> None:
-        """A response to the call ``carrier`` has come, with replies to any.
+        """Hand out the replies in a response to the call ``carrier``; they may belong to any calls.
 
         Raises:
-            InstanceError: it is malformed.
+            InstanceError: the response is malformed.
         """
         batch = messages.decode_replies(data)
         if batch.epoch and batch.epoch != self._epoch:
@@ -102,9 +103,10 @@ class Calls:
                 replies.put(reply)
 
     def lost(self, epoch: bytes) -> bool:
-        """A process of the instance is gone: whether it is the one that has spoken last.
+        """Note that a process of the instance is gone; tell whether it is the one that replied
+        last.
 
-        What any other one is said to have come to changes nothing.
+        If it is any other process, nothing changes.
         """
         if not epoch or epoch != self._epoch:
             return False
@@ -112,7 +114,7 @@ class Calls:
         return True
 
     def _succeeded(self, epoch: bytes) -> None:
-        """Another process speaks: the former one is gone, and with it what it had begun."""
+        """Note that another process replies: the former one is gone, and its open calls with it."""
         former, self._epoch = self._epoch, epoch
         if former:
             self._over = former
@@ -120,7 +122,8 @@ class Calls:
                 self._replies.pop(call).fail(InstanceEnded("its process is gone"))
 
     def fail(self, carrier: str, error: InstanceError) -> None:
-        """No response to ``carrier`` will come any more, nor what it brought to others."""
+        """Fail the calls whose replies ``carrier`` brought, since no response to it will come any
+        more."""
         for call in [call for call, one in self._replies.items() if one.carrier == carrier]:
             self._replies.pop(call).fail(error)
 
@@ -130,17 +133,18 @@ class Calls:
 
 
 class Channel(Protocol):
-    """Reaches one instance."""
+    """A channel to one instance."""
 
     def open(self, call: str, request: Request) -> Replies:
         """Send one request; ``call`` is unique among the open calls of this channel."""
 
     def forget(self, call: str) -> None:
-        """No further reply to this call is wanted."""
+        """Drop a call: no further reply to it is wanted."""
 
     def lose(self, epoch: bytes) -> None:
-        """A process of the instance is gone: if it is the one that has spoken last, every open call
-        fails, and the next one finds what comes after. Said of any other, it changes nothing."""
+        """Note that a process of the instance is gone. If it is the one that replied last, every
+        open call fails, and the next call reaches its successor; if it is any other, nothing
+        changes."""
 
     async def close(self) -> None:
         """Give up every open call and the connection."""

@@ -1,6 +1,11 @@
-"""What the scheduler and the instances say to each other, version 6.
+"""The messages between the scheduler and the instances, version 6.
 
-A message is msgpack in one UINT8 tensor: ``request`` on the way in; on the way out
+A message is msgpack in one UINT8 tensor: ``request`` to the instance; from it ``reply``, any number
+    of replies with the ids of the calls that they belong to, and the epoch of the process that
+    sends them. A request travels sealed (``pdserve.rpc.seal``). Nothing here is part of the public
+    contract; both ends of a deployment run the same version, and a message of another version is
+    refused. An unknown field is ignored, so that an optional one may be added without a new
+    version. Token ids are little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
 ``reply``, any number of replies with the ids of the calls that they belong to, and the epoch of
 the process that gives them. A request travels sealed (``pdserve.rpc.seal``).
 Nothing here is part of the public contract; both ends of a deployment run the
@@ -26,19 +31,21 @@ from pdserve.transfer.reports import LinkReport, TransferReport
 VERSION = 6
 
 MAX_BESIDE_PROMPT = 2 << 20
-"""Bytes of a request without its prompt: a sealed endpoint, or the link of an engine's own."""
+"""Maximum bytes of a request without its prompt: a sealed endpoint, or the link of an external
+engine."""
 
 MAX_TOKENS = 1 << 24
-"""Of prompt and answer together, whatever the model; what it takes itself may be less."""
+"""Maximum tokens of prompt and answer together, whatever the model; a model may allow fewer."""
 
 MAX_PEERS = 4096
-"""Decodes that a request may name as its gateway's; of more, a gateway names so many."""
+"""Maximum number of decodes that a request may state for its gateway; of more, it states so
+many."""
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 Count = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
-"""Of tokens."""
+"""Number of tokens."""
 Token = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
-"""An id; an instance knows its vocabulary."""
+"""A token id; the instance checks it against its vocabulary."""
 Ids = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1 << 31)]
 Sealed = Annotated[bytes, Meta(max_length=MAX_BESIDE_PROMPT - (1 << 10))]
@@ -47,11 +54,12 @@ Version = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 
 
 class Room(Struct, frozen=True, array_like=True):
-    """What a decode could still accept."""
+    """The slots and KV blocks that a decode could still accept."""
 
     slots: Count
     blocks: Count
-    """Of KV cache, those included that are kept for prefixes only; ``MAX_TOKENS``: any number."""
+    """Number of KV blocks, those included that are kept for prefixes only; ``MAX_TOKENS``: any
+    number."""
 
 
 class PrefillRequest(Struct, frozen=True, tag="prefill"):
@@ -62,49 +70,52 @@ class PrefillRequest(Struct, frozen=True, tag="prefill"):
     sampling: Sampling
     tenant: Label
     deadline_ms: Milliseconds
-    """Milliseconds from now after which the first token is worthless."""
+    """Milliseconds from now after which the first token is useless."""
     resumed_tokens: Count = 0
-    """How many of the prompt's last tokens are output of this request already.
+    """Number of the prompt's last tokens that are output of this request already.
 
     Another pair of instances produced them before it failed. Penalties count them as output, and
     random numbers go on from their position.
     """
     gateway: Label = ""
-    """Who asks: what has become free is kept for who has watched for it the longest."""
+    """Name of the gateway: what becomes free is kept for the one that has watched for it the
+    longest."""
     hurry: bool = False
-    """Others wait for this answer: tell the acceptance at once."""
+    """Other requests wait for this answer: report the acceptance at once."""
     layered: bool = False
-    """Tell the handle with the acceptance, for a decode that pulls layer by layer meanwhile."""
+    """Send the handle with the acceptance, for a decode that pulls layer by layer meanwhile."""
     only: bool = False
     """No decode will follow: the answer ends with the first token."""
     ignore_eos: bool = False
     suspect: bool = False
-    """It may have ended an instance: tell the acceptance at once, and refuse it as busy while
-    another one is here without a token."""
+    """The request may have ended an instance: report the acceptance at once, and refuse it as busy
+    while another suspect is here without a token."""
     trace: Label = ""
     """W3C traceparent of the attempt; empty: it is not traced."""
     version: Version = VERSION
 
 
 class Watch(Struct, frozen=True, tag="watch"):
-    """Say once when something has become free; a ``Release`` with its id ends it."""
+    """Report once when something has become free; a ``Release`` with its id ends the watch."""
 
     id: Id
     gateway: Label
     room: Room | None = None
-    """What a decode has told last: say so at once if it is more now, and not otherwise."""
+    """The room that a decode reported last: report at once if it is larger now, and not
+    otherwise."""
     version: Version = VERSION
 
 
 class Release(Struct, frozen=True, tag="release"):
-    """Give up whatever the instance holds for a request: compute, lease, blocks."""
+    """Release whatever the instance holds for a request: compute, lease, blocks."""
 
     id: Id
     version: Version = VERSION
 
 
 class Transferred(Struct, frozen=True, tag="transferred"):
-    """Tell a prefill that a decode has its KV cache: one that has said that it does not see it."""
+    """Tell a prefill that a decode has its KV cache, if the prefill has said that it cannot see
+    that."""
 
     id: Id
     version: Version = VERSION
@@ -116,88 +127,89 @@ class DecodeRequest(Struct, frozen=True, tag="decode"):
     id: Id
     prompt: Ids
     first_token: Token | None
-    """None: it is not computed yet, and will stand in the lease."""
+    """None: it is not computed yet, and the decode will read it from the lease."""
     handle: Sealed
     """A sealed ``KVHandle``; empty: the decode computes the prompt itself."""
     sampling: Sampling
     tenant: Label
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
-    """Tokens that are to come, the first one included."""
+    """Number of tokens to generate, the first one included."""
     ignore_eos: bool
     min_interval_ms: Milliseconds
-    """At least this long between two replies with tokens."""
+    """Minimum time between two replies with tokens."""
     resumed_tokens: Count = 0
     """See ``PrefillRequest``."""
     peers: Annotated[int, Meta(ge=1, le=MAX_PEERS)] = 1
-    """Decodes among which the gateway spreads its requests, this one included.
+    """Number of decodes among which the gateway spreads its requests, this one included.
 
-    A decode counts its own open requests times ``peers`` as those of the gateway, and spaces its
-    replies accordingly.
+    A decode multiplies its own open requests by ``peers`` to estimate those of the gateway, and
+    spaces its replies accordingly.
     """
     suspect: bool = False
-    """It may have ended an instance: tell the acceptance at once, and refuse it as busy while
-    another one is here without a token."""
+    """The request may have ended an instance: report the acceptance at once, and refuse it as busy
+    while another suspect is here without a token."""
     hurry: bool = False
-    """The first token waits for this answer: tell the acceptance at once."""
+    """The first token waits for this answer: report the acceptance at once."""
     trace: Label = ""
     """W3C traceparent of the attempt; empty: it is not traced."""
     version: Version = VERSION
 
 
 class Describe(Struct, frozen=True, tag="describe"):
-    """A prefill says how its memory is reached."""
+    """Ask a prefill how its memory is reached."""
 
     id: Id
     version: Version = VERSION
 
 
 class Connect(Struct, frozen=True, tag="connect"):
-    """Connect a decode to a prefill: it opens a link, probes it and warms it.
+    """Connect a decode to a prefill: the decode opens a link, probes it and warms it.
 
-    For a prefill that it is linked to already, nothing is done.
+    If it is linked to the prefill already, nothing is done.
     """
 
     id: Id
     endpoint: Sealed
-    """A sealed ``Endpoint``, as a prefill has told it."""
+    """A sealed ``Endpoint``, as the prefill has described it."""
     version: Version = VERSION
 
 
 SUSPECT = "suspect"
-"""Reason of a ``Busy``: there is room, but for no other request that is ``suspect``."""
+"""Reason of a ``Busy``: there is room, but not for another request that is ``suspect``."""
 
 
 class Busy(Struct, frozen=True, tag="busy"):
-    """Not accepted; nothing is held for the request."""
+    """The request is not accepted; nothing is held for it."""
 
     reason: Label
     room: Room | None = None
-    """Of a decode, as in all replies that have it."""
+    """Room of a decode, here and in all replies that have it."""
 
 
 class Freed(Struct, frozen=True, tag="freed"):
-    """Something may be free now, and is kept for this gateway for a moment."""
+    """Something may be free now, and is reserved for this gateway for a moment."""
 
     room: Room | None = None
 
 
 class Failed(Struct, frozen=True, tag="failed"):
-    """Accepted, but it ended in an error; nothing is held for the request any more."""
+    """The request was accepted, but ended in an error; nothing is held for it any more."""
 
     code: Label
     message: Annotated[str, Meta(max_length=1 << 20)]
 
 
 class Accepted(Struct, frozen=True, tag="accepted"):
-    """An instance has taken the request; sent only where the result takes longer than a moment."""
+    """The request is accepted; sent only where the result takes longer than a moment."""
 
     handle: Sealed | None = None
-    """A prefill's, where the request is ``layered``: the KV cache may be followed from now on."""
+    """A prefill's handle if the request is ``layered``: the KV cache may be followed from now
+    on."""
     room: Room | None = None
 
 
 class Prefilled(Struct, frozen=True, tag="prefilled"):
-    """The first token, and where the KV cache waits."""
+    """The first token, and the handle of the KV cache that waits."""
 
     token: Token
     eos: bool
@@ -208,31 +220,33 @@ class Prefilled(Struct, frozen=True, tag="prefilled"):
     stored: Annotated[bytes, Meta(max_length=MAX_TOKENS // 4)] = b""
     """Chained hashes, 8 bytes each, of the prompt's prefixes that are cached here from now on."""
     unseen: bool = False
-    """The prefill does not see when a decode has taken the KV cache: it wants a ``Transferred``."""
+    """Whether the prefill cannot see when a decode has the KV cache, and needs a
+    ``Transferred``."""
 
 
 class Tokens(Struct, frozen=True, tag="tokens"):
-    """New tokens of a stream; the last reply carries the finish reason."""
+    """New tokens of an answer; the last reply carries the finish reason."""
 
     start: Count
-    """Index of the first of them in the answer: a reply that was lost on the way is noticed."""
+    """Index of the first of them in the answer, so that a lost reply is noticed."""
     ids: Ids
     finish_reason: Annotated[str, Meta(pattern="^(stop|length|)$")] = ""
     transfer: TransferReport | None = None
-    """On the first reply: how the KV cache came; where the decode has computed it, no bytes."""
+    """In the first reply: how the KV cache was transferred; if the decode has computed it, no
+    bytes."""
     room: Room | None = None
-    """On the first and the last reply."""
+    """Sent in the first and the last reply."""
 
 
 class NotConnected(Struct, frozen=True, tag="not_connected"):
-    """A decode has no link to the holder of the KV cache; nothing is held.
+    """The decode has no link to the holder of the KV cache; nothing is held.
 
-    The two are to be connected before it is asked again.
+    The two must be connected before it is asked again.
     """
 
 
 class Described(Struct, frozen=True, tag="described"):
-    """How a prefill's memory is reached; the same bytes for as long as it lives."""
+    """How a prefill's memory is reached; the same bytes for as long as its process lives."""
 
     endpoint: Sealed
 
@@ -243,7 +257,7 @@ class Connected(Struct, frozen=True, tag="connected"):
     prefill: Label
     link: LinkReport
     bytes_per_token: Annotated[int, Meta(ge=0, le=1 << 40)]
-    """Of a KV cache."""
+    """Bytes of KV cache per token."""
     room: Room | None = None
 
 
@@ -267,12 +281,12 @@ Reply = (
 
 
 class Batch(Struct, frozen=True, array_like=True):
-    """What an instance says in one response."""
+    """The replies that an instance sends in one response."""
 
     epoch: bytes
-    """Names its process; see `pdserve.node.epoch`. Empty: it does not say."""
+    """Name of its process; see `pdserve.node.epoch`. Empty: not given."""
     replies: Sequence[tuple[str, Reply]]
-    """Call ids and a reply to each."""
+    """Call ids, with a reply to each."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -281,7 +295,7 @@ _batches: msgspec.msgpack.Decoder[Batch] = msgspec.msgpack.Decoder(Batch)
 
 
 def longest(context_length: int) -> int:
-    """Bytes of a request to an instance of this context, at most."""
+    """Return the maximum bytes of a request to an instance of this context length."""
     return 4 * context_length + MAX_BESIDE_PROMPT
 
 
@@ -290,22 +304,22 @@ def encode(message: Request) -> bytes:
 
 
 def encode_replies(replies: Sequence[tuple[str, Reply]], epoch: bytes = b"") -> bytes:
-    """A ``Batch``."""
+    """Encode a ``Batch``."""
     return _encoder.encode(Batch(epoch, replies))
 
 
 def decode_request(data: bytes | memoryview) -> Request:
-    """The request, whose numbers are in their ranges.
+    """Decode a request and check that its numbers are in their ranges.
 
     Raises:
         InvalidRequest: they are not, or it is no request at all; the message names the field.
-        InstanceError: one of another version.
+        InstanceError: it is a request of another version.
     """
     try:
         message = _requests.decode(data)
         version = message.version
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        # One of another version may have other fields.
+        # A message of another version may have other fields.
         version = _version(data)
         if version == VERSION:
             raise InvalidRequest(f"malformed message: {error}{_given(data, error)}") from error
@@ -315,7 +329,7 @@ def decode_request(data: bytes | memoryview) -> Request:
 
 
 def decode_replies(data: bytes | memoryview) -> Batch:
-    """Raises: InstanceError: these are no replies."""
+    """Decode a batch of replies. Raises InstanceError if it is malformed."""
     try:
         batch = _batches.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -341,7 +355,7 @@ def _version(data: bytes | memoryview) -> int:
 
 
 def _given(data: bytes | memoryview, error: Exception) -> str:
-    """The number that is out of its range; anything else may be a prompt, and is not repeated."""
+    """Name the number that is out of range; anything else may be a prompt, and is not repeated."""
     place = re.search(r"`\$\.(\w+)(?:\[(\d+)\])?`", str(error))
     with suppress(msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):
         value = msgspec.msgpack.decode(data)[place[1] if place else ""]

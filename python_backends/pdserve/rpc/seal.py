@@ -1,7 +1,8 @@
-"""Messages to an instance behind a MAC: only who has the deployment's key is listened to.
+"""Messages to an instance with a MAC: only senders with the deployment's key are accepted.
 
 A sealed message is 16 bytes of MAC (keyed BLAKE2b) and the message. The MAC's key is derived from
-the deployment's and the instance's name, so that a message to one instance is none to another.
+the deployment's key and the instance's name, so that a message to one instance is not valid for
+another.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ MAC_BYTES = 16
 _PERSON = b"pdserve message"
 
 LOG_EVERY_S = 10.0
-"""Whoever reaches the port can send anything, as often as he likes."""
+"""Interval of the log lines, since anyone who reaches the port can send anything, at any rate."""
 
 
 class Unsealed(PDServeError):
-    """Not a message of this deployment; always in the same words, which tell nothing."""
+    """A message was not sealed with this deployment's key; the text is constant, so that it reveals
+    nothing."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -37,17 +39,18 @@ class Seal:
         self._keyed = hashlib.blake2b(digest_size=MAC_BYTES, key=own, person=_PERSON)
 
     def close(self, message: bytes) -> bytes:
-        """The message behind its MAC."""
+        """Return the message, preceded by its MAC."""
         return self._mac(message) + message
 
     def open(self, data: memoryview, most: int) -> memoryview:
-        """The message, once its MAC has been found good.
+        """Return the message, after its MAC has been verified.
 
         Args:
-            most: bytes of a message; of more than that not even the MAC is computed.
+            most: maximum bytes of a message; of a longer one not even the MAC is computed.
 
         Raises:
-            Unsealed: cut short, altered, too long, for another instance or under another key.
+            Unsealed: the message is cut short, altered, too long, for another instance or under
+                another key.
         """
         mac, message = bytes(data[:MAC_BYTES]), data[MAC_BYTES:]
         if len(message) > most or not compare_digest(mac, self._mac(message)):
@@ -61,14 +64,15 @@ class Seal:
 
 
 class Refusals:
-    """Counts what was not sealed, to say so now and then."""
+    """Counts refused messages, and reports them from time to time."""
 
     def __init__(self) -> None:
         self._count = 0
         self._next = 0.0
 
     def refused(self, instance: str) -> str | None:
-        """One more: what to log, at most once every ``LOG_EVERY_S``."""
+        """Count a refused message; return a line to log, at most once every ``LOG_EVERY_S``
+        seconds."""
         self._count += 1
         now = time.monotonic()
         if now < self._next:

@@ -9,16 +9,17 @@ from pdserve.rpc import messages
 from pdserve.rpc.messages import Reply
 
 MAX_RESPONSES = 256
-"""By one request, before another takes over: Triton keeps something of each until it has ended."""
+"""Responses to one request, before another carries the replies: Triton keeps some memory for each
+response until its request has ended."""
 
 
 class Call:
-    """One request to this instance, until its last reply has been given.
+    """One request to this instance, until its last reply has been sent.
 
     Args:
         key: unique among the calls of this instance.
-        request_id: ``stream/id``, where the stream is one connection of one gateway. A caller
-            that names none has a stream of its own.
+        request_id: ``stream/id``, where the stream is one connection of one gateway. A caller that
+            names none has a stream of its own.
     """
 
     def __init__(self, key: str, request_id: str) -> None:
@@ -29,29 +30,29 @@ class Call:
 
 
 class _Carrier:
-    """The request that answers others of its stream, too."""
+    """A request whose responses carry replies to other calls of its stream, too."""
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.responses = 0
         self.calls: dict[str, Call] = {}
-        """Those that are being answered, by key."""
+        """The calls whose replies it carries, by key."""
         self.batch: list[tuple[str, Reply]] = []
 
 
 class Answers:
-    """Every reply of one instance; used in its event loop alone.
+    """All replies of one instance; used in its event loop only.
 
-    A call that is answered by one reply gets it as its own response. The longer answers of a
-    stream share a *carrier*: the first of them lends its request until none is left, and what
-    is said to all of them at one moment is one response. So a step of many sequences costs one
-    message, and an idle stream keeps nothing open that Triton would wait for before it unloads
-    the model. After MAX_RESPONSES the next answer's request takes over.
+    A call that is answered by one reply gets it as its own response. The longer answers of a stream
+    share a *carrier*: the first of them lends its request until none is left, and all replies of
+    one moment form one response. So a step of many sequences costs one message, and an idle stream
+    keeps no request open that Triton would wait for before it unloads the model. After
+    MAX_RESPONSES the request of the next answer becomes the carrier.
 
     Args:
-        send: given a call's key, a response to it (None: nothing more to say) and whether it is
-            the last one.
-        epoch: names this process in each response.
+        send: called with a call's key, a response to it (None: no further content) and whether it
+            is the last one.
+        epoch: name of this process, sent in each response.
     """
 
     def __init__(self, send: Callable[[str, bytes | None, bool], None], epoch: bytes = b"") -> None:
@@ -61,7 +62,7 @@ class Answers:
         self._carriers: dict[str, _Carrier] = {}
 
     def open(self, call: Call) -> None:
-        """Replies to ``call`` will follow."""
+        """Note that replies to ``call`` will follow."""
         self._calls[call.key] = call
 
     def reply(self, call: Call, reply: Reply, last: bool) -> None:
@@ -78,9 +79,9 @@ class Answers:
             del carrier.calls[call.key]
 
     def abandon(self, key: str) -> list[str]:
-        """The caller of ``key`` has gone: the ids of the calls that it would have heard of.
+        """Note that the caller of ``key`` has gone; return the ids of the calls it would have heard of.
 
-        No further call is carried by it: one that comes late would never be noticed as unheard.
+        It carries no further call, whose missing caller would otherwise never be noticed.
         """
         for stream, carrier in self._carriers.items():
             if carrier.key == key:
@@ -102,11 +103,11 @@ class Answers:
         return carrier
 
     def _retire(self, former: _Carrier, carrier: _Carrier) -> None:
-        """Another answers from now on what ``former`` has answered so far."""
+        """Make ``carrier`` answer the calls that ``former`` has answered so far."""
         for call in former.calls.values():
             call.carrier = carrier
         carrier.calls, former.calls = former.calls, {}
-        if not former.batch:  # else it ends with what it is about to say
+        if not former.batch:  # otherwise it ends with its pending replies
             self._send(former.key, None, True)
 
     def _flush(self, stream: str, carrier: _Carrier) -> None:

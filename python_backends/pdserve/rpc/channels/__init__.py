@@ -1,1 +1,1 @@
-"""How an instance is reached. Both ways carry opaque bytes and look the same from above."""
+"""Channels to an instance: both kinds carry opaque bytes and have the same interface."""

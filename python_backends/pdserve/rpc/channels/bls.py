@@ -1,8 +1,7 @@
-"""Reach an instance in the same server by Triton's business logic scripting (BLS).
+"""A channel to an instance in the same server, by Triton's business logic scripting (BLS).
 
-``async_exec`` on a decoupled model gives an iterator whose ``next`` blocks, so
-every response that is waited for keeps one thread; calls beyond ``threads`` wait
-for one.
+``async_exec`` on a decoupled model returns an iterator whose ``next`` blocks, so every awaited
+response occupies one thread; calls beyond ``threads`` wait for a free one.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class BlsChannel:
     """A channel to Triton model ``model`` of this server; ``pb_utils`` is the stub's module.
 
     Args:
-        key: of the deployment; what is sent is sealed with it.
+        key: key of the deployment, with which messages are sealed.
     """
 
     def __init__(self, pb_utils: ModuleType, model: str, key: bytes, threads: int) -> None:
@@ -81,6 +80,6 @@ class BlsChannel:
                     raise InstanceError(response.error().message())
                 for tensor in response.output_tensors():
                     self._calls.deliver(call, tensor.as_numpy().tobytes())
-        except Exception as error:  # whatever it is: whoever asked may not wait in vain
+        except Exception as error:  # any error at all: its caller may not wait in vain
             known = isinstance(error, self._pb.TritonModelException | InstanceError)
             self._calls.fail(call, InstanceError(str(error) if known else repr(error)))

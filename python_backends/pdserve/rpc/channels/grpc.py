@@ -1,8 +1,8 @@
-"""Reach an instance over gRPC: one long-lived stream, its calls told apart by request id.
+"""A channel to an instance over gRPC: one long-lived stream, its calls distinguished by request id.
 
-One stream for all calls, since setting one up costs as much as ten messages. A
-broken stream fails the calls that are open on it; the next call opens a new one,
-so that a restart on either side needs nobody's help.
+One stream carries all calls, since opening one costs as much as ten messages. A broken stream fails
+the calls that are open on it; the next call opens a new one, so that a restart on either side needs
+no intervention.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pdserve.supervision import traced
 _log = logging.getLogger(__name__)
 
 Outgoing: TypeAlias = "asyncio.Queue[service_pb2.ModelInferRequest | None]"
-"""None: there are no more."""
+"""Requests to send; None: there are no more."""
 
 
 class GrpcChannel:
     """A channel to Triton model ``model`` of the server at ``address`` (host:port).
 
     Args:
-        key: of the deployment; what is sent is sealed with it.
+        key: key of the deployment, with which messages are sealed.
     """
 
     def __init__(self, address: str, model: str, key: bytes) -> None:
@@ -53,7 +53,7 @@ class GrpcChannel:
         return self.send(call, self._seal.close(messages.encode(request)))
 
     def send(self, call: str, payload: bytes) -> Replies:
-        """Send what has been encoded and sealed already; otherwise as ``open``."""
+        """Send a request that has been encoded and sealed already; otherwise like ``open``."""
         if self._closed:
             replies = self._calls.open(call)
             replies.fail(self._error("the channel is closed"))
@@ -110,7 +110,7 @@ class GrpcChannel:
                 self._deliver(message)
         except grpc.RpcError as error:
             reason = f"{error.code().name}: {error.details()}"
-            # Where there was no connection, perhaps nobody was there.
+            # Without a connection, perhaps no server was there.
             failure = self._ended(reason) if connected else self._error(reason)
         except InstanceError as error:
             failure = self._error(str(error))
@@ -126,7 +126,8 @@ class GrpcChannel:
             await connection.close()
 
     def _deliver(self, message: service_pb2.ModelStreamInferResponse) -> None:
-        """Raises: InstanceError: Triton does not say which call failed: none may wait in vain."""
+        """Deliver a response. Raises InstanceError if Triton names no failed call: none may wait in
+        vain."""
         response = message.infer_response
         call = response.id.rpartition("/")[2]
         if not message.error_message:
