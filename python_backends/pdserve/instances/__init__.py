@@ -1,1 +1,1 @@
-"""One engine in one role: admission, batching and the hand-over of KV caches."""
+"""Instances: one engine in one role, with admission, batching and the transfer of KV caches."""

@@ -14,32 +14,32 @@ from pdserve.transfer.reports import TransferReport
 
 @dataclass(slots=True, eq=False)
 class AcceptedCall:
-    """Changed by its instance only."""
+    """An accepted request and its state; changed by its instance only."""
 
     request: DecodeRequest
     send: Send
     reserved: ReservedBlocks
     sequence: DecodeSequence
     arrived: bool = False
-    """The prompt's K and V are in its blocks."""
+    """Whether the prompt's K and V are in its blocks."""
     stuck: bool = False
-    """Something may still be written to its blocks: they are given to nobody."""
+    """Whether something may still be written to its blocks, which are not reused then."""
     unsent: list[int] = field(default_factory=list)
     sent_at: float = 0.0
     transfer: TransferReport | None = None
-    """How the KV cache came, until it has been told."""
+    """Report of the KV cache's transfer, until it has been sent."""
     released: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
-    """Tells the acceptance, unless something else is told before."""
+    """Timer of the acceptance, unless another reply is sent before."""
 
     @property
     def on_trial(self) -> bool:
-        """It may end this instance, and has had no token here yet."""
+        """Tell whether it is a suspect that has had no token here yet."""
         return self.request.suspect and (not self.arrived or self.transfer is not None)
 
     @property
     def local(self) -> bool:
-        """The decode computes the prompt itself."""
+        """Tell whether the decode computes the prompt itself."""
         return not self.request.handle
 
     def tell(self, reply: Reply, last: bool) -> None:

@@ -1,4 +1,4 @@
-"""What an instance alone can check of a request: whether it fits the model."""
+"""The checks of a request that an instance makes by itself: whether it fits the model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 
 
 def prompt(request: PrefillRequest | DecodeRequest, context_length: int, vocabulary: int) -> Tokens:
-    """The prompt's token ids, int32 [n], of a request that the model can compute.
+    """Return the prompt's token ids, int32 [n], of a request that the model can compute.
 
     Args:
-        context_length: tokens of prompt and answer together, at most.
-        vocabulary: token ids are below it.
+        context_length: maximum tokens of prompt and answer together.
+        vocabulary: number of token ids.
 
     Raises:
-        InvalidRequest: no or broken ids, ids of no token, more tokens than there is room for, or
-            more of them said to be output than there are.
+        InvalidRequest: ids are missing, broken or outside the vocabulary, the tokens exceed the
+            context, or more of them are said to be output than there are.
     """
     size = len(request.prompt)
     if size == 0 or size % 4:
@@ -36,7 +36,7 @@ def prompt(request: PrefillRequest | DecodeRequest, context_length: int, vocabul
             f"allowed: 0 to {len(tokens) - 1}"
         )
     first = request.first_token if isinstance(request, DecodeRequest) else None
-    # Seen without a sign, a negative id is above all others.
+    # Viewed as unsigned, a negative id is larger than all others.
     highest = max(int(tokens.view("<u4").max()), first or 0)
     if highest >= vocabulary:
         wrong = first if first == highest else int(np.uint32(highest).view(np.int32))

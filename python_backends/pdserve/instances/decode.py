@@ -1,10 +1,9 @@
 """A decode instance: reserves at once, pulls the KV cache, and decodes in one running batch.
 
-Blocks for the prompt and the longest answer are reserved on acceptance, so that
-an accepted request never waits for memory again. Requests join and leave the
-batch between two steps. What they leave behind stays until its blocks are needed:
-a prompt that begins alike has only its tail pulled.
-A request without a KV cache has its prompt computed here, between two steps.
+Blocks for the prompt and the longest answer are reserved on acceptance, so that an accepted request
+never waits for memory again. Requests join and leave the batch between two steps. Their blocks stay
+cached until they are needed: of a prompt with a cached prefix only the tail is pulled. The prompt
+of a request without a KV cache is computed here, between two steps.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from pdserve.transfer.protocol import Stuck
 from pdserve.transfer.reports import LinkReport, TransferReport
 
 TICK_S = 0.1
-# Connects under way, which go one after the other; every gateway asks for each of its pairs.
+# Connects in progress, which run one after another; every gateway asks for each of its pairs.
 MAX_CONNECTING = 1024
 
 
@@ -59,8 +58,8 @@ class DecodeInstance:
 
     Args:
         receiver: pulls into the engine's pool; closed with the instance.
-        pulls: how many run at once.
-        turn_tokens: of prompts that it computes itself, between two steps at most.
+        pulls: number of pulls that run at the same time.
+        turn_tokens: maximum tokens of prompts that it computes itself between two steps.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class DecodeInstance:
 
     def start(self) -> None:
         """Begin to decode and to keep time; called once in the running loop."""
-        # An event loop's clock is CLOCK_MONOTONIC, which leases and handles count by.
+        # An event loop's clock is CLOCK_MONOTONIC, which leases and handles use, too.
         self._loop = asyncio.get_running_loop()
         self._tasks.start(self._decode(), self._keep_time())
 
@@ -107,13 +106,13 @@ class DecodeInstance:
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together, at most."""
+        """Return the maximum tokens of prompt and answer together."""
         return self._model.context_length
 
     # ---------------------------------------------------------------- admission
 
     def submit(self, request: DecodeRequest, send: Send) -> None:
-        """Accept or reject, at once; ``send`` gets the rejection or, later, the tokens."""
+        """Accept or reject at once; ``send`` gets the rejection or, later, the tokens."""
         try:
             model = self._model
             prompt = admission.prompt(request, model.context_length, model.vocabulary)
@@ -142,7 +141,7 @@ class DecodeInstance:
         except errors.HandleError as error:
             send(Failed(error.code, f"{self._name}: {error}"), True)
             return
-        # What was computed in other company has other bits.
+        # A prompt computed together with others has different bits.
         salt = None if request.sampling.reproducible else request.tenant
         reserved = self._blocks.reserve(prompt, length, salt)
         if reserved is None:
@@ -174,7 +173,7 @@ class DecodeInstance:
         call.send(Accepted(room=self._room()), False)
 
     def _full(self, request: DecodeRequest) -> str:
-        """What there is no room for, blocks aside; empty: there is."""
+        """Return the resource that is exhausted, blocks aside; empty: none."""
         if len(self._open) >= self._limits.slots:
             return "slots"
         if request.suspect and any(call.on_trial for call in self._open.values()):
@@ -191,7 +190,7 @@ class DecodeInstance:
             self._work.set()
 
     def release(self, request_id: str, send: Send) -> None:
-        """Nobody wants the tokens any more; what a step or a pull still uses is freed after it."""
+        """Give up a request; what a step or a pull still uses is freed after it."""
         call = self._open.get(request_id)
         if call is not None:
             call.released = True
@@ -200,7 +199,7 @@ class DecodeInstance:
         send(Released(), True)
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
-        """Say once that a request has ended since; at once if there is none."""
+        """Report once that a request has ended since; at once if none is open."""
         used, slots = len(self._open), self._limits.slots
         self._watches.wait(request, stream, send, used, slots, self._loop.time())
         self._loop.call_later(WATCHED_S, self._watches.release, request.id)
@@ -216,7 +215,7 @@ class DecodeInstance:
     # ----------------------------------------------------------------- transfer
 
     def connect(self, request: Connect, send: Send) -> None:
-        """Connect to a prefill; ``send`` gets how it is reached, or why it is not."""
+        """Connect to a prefill; ``send`` gets how it is reached, or the error."""
         if self._connecting >= MAX_CONNECTING:
             message = f"{self._name}: {MAX_CONNECTING} connects are under way already"
             send(Failed(errors.Unavailable.code, message), True)
@@ -269,7 +268,7 @@ class DecodeInstance:
     async def _step(self, batch: list[AcceptedCall]) -> None:
         try:
             tokens = await self._engine.step([call.sequence for call in batch])
-        except Exception as error:  # one bad step may not end the instance
+        except Exception as error:  # one failed step may not end the instance
             failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
             for call in batch:
                 self._end(call, failed)
@@ -307,17 +306,17 @@ class DecodeInstance:
             call.tell(reply, False)
             call.unsent.clear()
             if call.on_trial:
-                self._watches.ended(now)  # another one may be tried
+                self._watches.ended(now)  # another suspect may be tried
             call.transfer = None
             call.sent_at = now
 
     def _end(self, call: AcceptedCall, reply: Reply | None) -> None:
-        """The request is over; nothing is held for it from here on."""
+        """End a request and free everything that it holds."""
         self._running.pop(call.request.id, None)
         del self._open[call.request.id]
         if call.arrived:
             sequence = call.sequence
-            # The last token has no K and V yet.
+            # The K and V of the last token are not computed yet.
             known = np.append(sequence.prompt, np.array(sequence.tokens[:-1], np.int32))
             self._blocks.park(call.reserved, known)
         elif not call.stuck:

@@ -1,4 +1,4 @@
-"""How busy an engine is with its forwards, and when it will want the next batch."""
+"""How busy an engine is with its forwards, and when it needs the next batch."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from contextlib import contextmanager
 
 from pdserve.latency_estimate import LatencyEstimate
 
-# So long before the end of a forward the next batch is let in: to be told, to offer and to accept
-# take 2 to 3 ms together.
+# Seconds before the end of a forward at which the next batch is admitted: to notify a gateway and
+# to get and accept its offer takes 2 to 3 ms.
 AHEAD_S = 0.004
 
 
 class Forwards:
-    """Knows the forward that an engine is running, one after the other.
+    """Keeps track of the forward that an engine is running.
 
     Args:
-        nearly_over: called when the running one leaves room for the next batch, if that can be
-            said before it is over.
+        nearly_over: called when the running forward leaves room for the next batch, if its end can
+            be estimated.
     """
 
     def __init__(self, nearly_over: Callable[[], None]) -> None:
         self._nearly_over = nearly_over
         self._latency = LatencyEstimate()
         self.prompts = 0
-        """That leave no room for others."""
+        """Number of prompts in the running forward that leave no room for others."""
 
     @contextmanager
     def running(self, prompts: int, tokens: int) -> Iterator[None]:
-        """One of so many prompts, and of tokens that are not cached."""
+        """Account for one forward of ``prompts`` prompts with ``tokens`` uncached tokens."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         self.prompts = prompts

@@ -1,4 +1,4 @@
-"""KV caches on their way into a decode's pool: the links, the pulls, the threads that do both."""
+"""KV caches on their way into a decode's pool: the links, the pulls, and the threads for both."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.reports import LinkReport, TransferReport
 from pdserve.transfer.scatter import part_of
 
-# Of the threads that pull: where cores are short, the step of the running batch goes first. Linux
-# has a nice value for each thread.
+# Nice value of the threads that pull: where cores are scarce, the step of the running batch goes
+# first. Linux has a nice value for each thread.
 NICENESS = 5
-# Pulls layer by layer wait for a prefill most of the time: they are not to keep others waiting.
+# Threads for layered pulls, which wait for a prefill most of the time and must not keep others
+# waiting.
 FOLLOWERS = 16
 # Below this many bytes a copy costs less than handing it to another thread.
 INLINE_PULL = 256 << 10
 
 
 class KVImports:
-    """Brings KV caches into the pool of one decode instance; used in its event loop.
+    """Pulls KV caches into the pool of one decode instance; used in its event loop.
 
     Args:
-        receiver: pulls into the engine's pool; closed with this.
-        pulls: how many run at once, besides those that follow a prefill.
+        receiver: pulls into the engine's pool; closed with this object.
+        pulls: number of pulls that run at the same time, besides those that follow a prefill.
     """
 
     def __init__(
@@ -48,15 +49,16 @@ class KVImports:
         self._follower = pools.started(FOLLOWERS, "follow", _step_back)
         self._connector = pools.started(1, "connect", _step_back)
         self._links: dict[str, tuple[str, str, str, str]] = {}
-        """Labels of the link to each prefill."""
+        """Labels of the link to each prefill, for metrics."""
         self._tasks = Background()
 
     def __len__(self) -> int:
-        """Pulls and connects under way outside the loop."""
+        """Return the number of pulls and connects in progress outside the loop."""
         return len(self._tasks)
 
     def open(self, data: bytes, tokens: int) -> KVHandle:
-        """A handle of the KV cache of a prompt of so many tokens, which may be pulled.
+        """Return the handle of a KV cache of ``tokens`` tokens, after checking that it may be
+        pulled.
 
         Raises:
             HandleError, NoLink: see `Receiver.open`.
@@ -71,7 +73,7 @@ class KVImports:
     def connect(
         self, endpoint: bytes, done: Callable[[tuple[str, LinkReport] | errors.PDServeError], None]
     ) -> None:
-        """Connect to a prefill; `done` gets its name and how it is reached, or why it is not."""
+        """Connect to a prefill; `done` gets its name and how it is reached, or the error."""
         self._tasks.start(self._connect(endpoint, done))
 
     async def _connect(
@@ -84,7 +86,7 @@ class KVImports:
             )
         except errors.PDServeError as error:
             done(error)
-        except Exception as error:  # whoever asked would wait in vain
+        except Exception as error:  # otherwise the caller would wait in vain
             done(errors.InstanceError(f"{error!r}"))
         else:
             self._publish(prefill, link)
@@ -97,9 +99,9 @@ class KVImports:
         sequence: DecodeSequence,
         done: Callable[[TransferReport | Exception], None],
     ) -> None:
-        """Bring a KV cache into its blocks; `done` is called once, perhaps before this returns."""
+        """Pull a KV cache into its blocks; `done` is called once, perhaps before this returns."""
         small = handle.tokens * self._token_bytes <= INLINE_PULL and self._receiver.mapped(handle)
-        if small and sequence.tokens:  # else it is still being computed
+        if small and sequence.tokens:  # otherwise it is still being computed
             self._end(self._pull(handle, reserved, sequence), done)
         else:
             self._tasks.start(self._pull_aside(handle, reserved, sequence, done))
@@ -131,7 +133,7 @@ class KVImports:
             tail = part_of(sequence.runs, held, tokens - held)
             transfer = self._receiver.pull(handle, tail, held)
             self._engine.joined(sequence)
-        except Exception as error:  # becomes this request's one error; the others go on
+        except Exception as error:  # it fails this request only; the others go on
             return error
         return transfer
 
@@ -150,7 +152,7 @@ class KVImports:
         done(transfer)
 
     async def close(self) -> None:
-        """End all of it: pulls fail as their links close."""
+        """Stop all pulls and connects: pulls fail as their links close."""
         await self._tasks.close()
         self._receiver.close()
         for threads in (self._puller, self._follower, self._connector):
@@ -171,6 +173,6 @@ class KVImports:
 
 
 def _step_back() -> None:
-    # Less than its process has may not be asked for.
+    # A thread may not ask for a lower nice value than its process has.
     niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

@@ -1,9 +1,9 @@
 """Prompts that a decode computes itself, in turns with the steps of its running batch.
 
-A turn is bounded, and a longer prompt takes several: the running streams wait for one at a time.
-What they wait, on two cores for SmolLM2-135M in float32: 8 streams with a token every 105 ms have
-one after 310 ms beside a prompt of 64 tokens, after 630 ms beside one of 256, and after 1.2 s at
-each turn of 512.
+A turn is bounded, and a longer prompt takes several: the running streams wait for one turn at a
+time. Their waits, on two cores for SmolLM2-135M in float32: 8 streams with a token every 105 ms
+have one after 310 ms beside a prompt of 64 tokens, after 630 ms beside one of 256, and after 1.2 s
+at each turn of 512.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ INLINE_COPY = 256 << 10
 class _Prompt:
     call: AcceptedCall
     computed: int
-    """Tokens whose K and V are in its blocks, or will be once the cached ones are copied."""
+    """Number of tokens whose K and V are in its blocks, or will be once the cached ones are
+    copied."""
     seconds: float = 0.0
-    """Of computing."""
+    """Seconds spent on computing it."""
 
 
 class LocalPrefill:
-    """Computes prompts in one decode instance, first come first; used in its event loop.
+    """Computes prompts in one decode instance, in order of arrival; used in its event loop.
 
     Args:
-        turn_tokens: that are computed in one turn, at most.
+        turn_tokens: maximum tokens that are computed in one turn.
         done: called once for each prompt, in a turn.
     """
 
@@ -59,20 +60,21 @@ class LocalPrefill:
         self._waiting: list[_Prompt] = []
 
     def __len__(self) -> int:
-        """Prompts that are not computed yet."""
+        """Return the number of prompts that are not computed yet."""
         return len(self._waiting)
 
     @property
     def full(self) -> bool:
-        """What waits takes a turn or more: whoever comes now is better served elsewhere."""
+        """Tell whether the waiting prompts take a turn or more, so that a new one is better served
+        elsewhere."""
         return sum(map(self._left, self._waiting)) >= self._turn_tokens
 
     def add(self, call: AcceptedCall) -> None:
-        """Compute a prompt, but for what the pool has of it."""
+        """Compute a prompt, except for the prefix that the pool has."""
         self._waiting.append(_Prompt(call, call.reserved.held))
 
     async def turn(self) -> None:
-        """Compute a part of the first prompt; if it is ended by that, those that fit in as well.
+        """Compute a part of the first prompt; if that ends it, also the next prompts that fit.
 
         No step of the engine may run meanwhile.
         """
@@ -96,7 +98,7 @@ class LocalPrefill:
             begin = prompt.computed
             prompt.computed += tokens
             token = await self._engine.prefill(call.sequence, begin, prompt.computed)
-        except Exception as error:  # becomes this request's one error; the others go on
+        except Exception as error:  # it fails this request only; the others go on
             self._end(prompt, error)
             return
         now = loop.time()
@@ -110,7 +112,7 @@ class LocalPrefill:
             call.send(Accepted(), False)
 
     async def _copy(self, call: AcceptedCall) -> None:
-        """Bring what the pool has of a prompt into its blocks."""
+        """Copy the prefix that the pool has into a prompt's blocks."""
         pool, reserved = self._engine.pool, call.reserved
 
         def copy() -> None:

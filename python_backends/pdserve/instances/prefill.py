@@ -1,10 +1,11 @@
-"""A prefill instance: accepts or rejects at once, computes, and keeps the KV cache until taken.
+"""A prefill instance: accepts or rejects at once, computes, and keeps the KV cache until it is
+taken.
 
-A request holds a *slot* from acceptance until its KV cache has been transferred, given up or left
-to expire, so that a slow decode shows as rejection here. There is no queue: of those that are not
-computed yet there are no more than a *batch*, and they share the next forward. When the running one
-is nearly over, the next batch is let in, so that the engine goes from one to the other without
-waiting for an offer. Gateways that found it busy may watch, and are told in turn.
+A request holds a *slot* from acceptance until its KV cache has been transferred, released or has
+expired, so that a slow decode shows as rejections here. There is no queue: at most a *batch* of
+requests is not computed yet, and they share the next forward. When the running forward is nearly
+over, the next batch is admitted, so that the engine goes from one to the other without waiting for
+an offer. Gateways that found it busy may watch, and are notified in turn.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ from pdserve.transfer.producer.kv_range import KVRange
 from pdserve.transfer.producer.lease_manager import LeasedRange, LeaseManager
 
 TICK_S = 0.02
-# So often, while somebody waits, it is looked at what decodes have taken: from then on a slot is
-# idle. To wake up and look takes some 50 us.
+# Interval of checks, while gateways watch, of what decodes have taken: the time in which a free
+# slot is noticed. One check takes some 50 us.
 LOOK_S = 0.001
-# Ranges whose lease ended while a decode was reading them; with more, nothing is accepted.
+# Maximum ranges whose lease ended while a decode was reading them; with more, nothing is accepted.
 MAX_QUARANTINED = 16
 
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """What a slot is taken by."""
+    """A request that holds a slot."""
 
     request: PrefillRequest
     send: Send
@@ -59,9 +60,9 @@ class _Held:
     job: PrefillJob
     salt: str
     deadline: float
-    """When its first token will be worthless."""
+    """Time after which its first token is useless."""
     computing: bool = True
-    """The first token is not known yet."""
+    """Whether its first token is not known yet."""
     cancelled: bool = False
 
 
@@ -69,7 +70,7 @@ class PrefillInstance:
     """One engine in the prefill role. Everything but the forward runs in the event loop.
 
     Args:
-        holder: of its memory; its data is the arena. Closed with the instance.
+        holder: holder of its memory, whose data is the arena; closed with the instance.
     """
 
     def __init__(
@@ -96,20 +97,23 @@ class PrefillInstance:
         self._work = asyncio.Event()
         self._watches = SlotWatches()
         self._stirred = asyncio.Event()
-        """Something is free for those who watch, or may soon be so by itself."""
+        """Set when something is free for watching gateways, or may become free without a further
+        call."""
         self._forwards = Forwards(nearly_over=self._stir)
         self._refused_with = -1
-        """Bytes that the arena had to give when they were too few; -1: some have come since."""
+        """Available bytes of the arena when they were too few for a request; -1: more have become
+        free since."""
         self._tasks = Background()
 
     def start(self) -> None:
         """Begin to compute and to keep time; called once in the running loop."""
-        # An event loop's clock is CLOCK_MONOTONIC, which leases and handles count by.
+        # An event loop's clock is CLOCK_MONOTONIC, which leases and handles use, too.
         self._loop = asyncio.get_running_loop()
         self._tasks.start(self._compute(), self._keep_time(), self._attend())
 
     async def close(self) -> None:
-        """Stop, and let go of the memory: who has it mapped may still take what is leased."""
+        """Stop, and release the memory: a receiver that has mapped it may still read what is
+        leased."""
         await self._tasks.close()
         self._engine.close()
         failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
@@ -120,17 +124,17 @@ class PrefillInstance:
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together, at most."""
+        """Return the maximum tokens of prompt and answer together."""
         return self._model.context_length
 
     def describe(self, send: Send) -> None:
-        """How its memory is reached."""
+        """Send how its memory is reached."""
         send(Described(self._holder.endpoint), True)
 
     # ---------------------------------------------------------------- admission
 
     def submit(self, request: PrefillRequest, send: Send) -> None:
-        """Accept or reject, at once; ``send`` gets the rejection or, later, the result."""
+        """Accept or reject at once; ``send`` gets the rejection or, later, the result."""
         try:
             model = self._model
             tokens = admission.prompt(request, model.context_length, model.vocabulary)
@@ -190,7 +194,7 @@ class PrefillInstance:
             self._work.set()
 
     def _try(self, held: _Held) -> None:
-        """A suspect's acceptance has been told: it is computed like others from here on."""
+        """Begin to compute a suspect like other requests, now that its acceptance has been sent."""
         self._on_trial = None
         if held.cancelled:
             self._end(held, Failed(errors.Cancelled.code, "released"))
@@ -211,36 +215,36 @@ class PrefillInstance:
         held.acceptance.say(handle)
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
-        """Say once when a slot is free for this gateway, which may be now."""
+        """Report once when a slot is free for this gateway, which may be now."""
         self._watches.add(request, stream, send)
         self._loop.call_later(WATCHED_S, self._watches.release, request.id)
         self._look()
         self._stirred.set()
 
     def _look(self, offering: str | None = None) -> None:
-        """See what has become free, and tell whose turn it is."""
+        """Check what has become free, and notify the next gateways."""
         self._sweep()
         if 0 <= self._refused_with < self._available():
             self._refused_with = -1
-        # Without a size it is not known whether the arena has room, but this is: nothing has
-        # come back since it had none.
+        # Without a request's size it is unknown whether the arena has room for it, but if no bytes
+        # have become free since a refusal, it has none.
         free = self._free() if self._refused_with < 0 else 0
         self._watches.tell(free, self._loop.time(), offering)
 
     def _free(self) -> int:
-        """Slots that could be taken."""
+        """Return the number of slots that could be taken."""
         if len(self._leases.quarantined) >= MAX_QUARANTINED:
             return 0
         uncomputed = len(self._pending) + self._forwards.prompts + (self._on_trial is not None)
         return min(self._limits.batch - uncomputed, self._limits.slots - len(self._held))
 
     def _available(self) -> int:
-        """Bytes of the arena that are free, or can be had by eviction."""
+        """Return the bytes of the arena that are free or can be evicted."""
         counts = self._leases.counts()
         return counts[State.FREE][1] + counts[State.CACHED][1]
 
     def release(self, request_id: str, send: Send) -> None:
-        """Whatever is held for the request, or a watch, is wanted no longer."""
+        """Release whatever is held for the request, or end a watch."""
         self._watches.release(request_id)
         held = self._held.get(request_id)
         if held is not None:
@@ -265,13 +269,13 @@ class PrefillInstance:
                     await self._forward(*self._next_batch())
 
     async def _forward(self, batch: list[_Held], sources: list[Range]) -> None:
-        """Compute prompts together, and hand each over."""
+        """Compute prompts together, and hand each KV cache over."""
         began = self._loop.time()
         uncached = sum(len(held.job.tokens) - held.job.cached for held in batch)
         try:
             with self._forwards.running(len(batch), uncached):
                 tokens = await self._engine.prefill([held.job for held in batch])
-        except Exception as error:  # one bad forward may not end the instance
+        except Exception as error:  # one failed forward may not end the instance
             failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
             for held in batch:
                 self._end(held, failed)
@@ -293,10 +297,11 @@ class PrefillInstance:
             self._end(held, Failed(errors.Unavailable.code, "too late to begin with it"))
 
     def _next_batch(self) -> tuple[list[_Held], list[Range]]:
-        """The prompts of the next forward, first come first, and the ranges their prefixes are in.
+        """Return the prompts of the next forward, in order of arrival, and the ranges with their
+        prefixes.
 
-        Prompts that begin alike are not computed side by side: the second waits for
-        the first, and reuses it.
+        Prompts with the same first block are not computed together: the second waits for the first,
+        and reuses its prefix.
         """
         batch: list[_Held] = []
         sources: list[Range] = []
@@ -331,7 +336,7 @@ class PrefillInstance:
         return batch, sources
 
     def _hand_over(self, held: _Held, token: int, compute_ms: float) -> None:
-        """The KV cache is there: lease it to the decode to come, or that follows already."""
+        """Lease the complete KV cache to a decode that will pull it, or that follows already."""
         if held.cancelled:
             self._end(held, Failed(errors.Cancelled.code, "released"))
             return
@@ -341,14 +346,14 @@ class PrefillInstance:
         planes = self._model.layout.planes
         held.kv.publish(planes)
         until = self._loop.time() + self._limits.lease_s
-        # Empty, and told before, if a decode follows.
+        # The handle is empty, and was sent before, if a decode follows.
         handle = self._leases.complete(held.leased, len(held.job.tokens), planes, token, until)
         stored = shorten(self._prefixes.add(held.leased.range, held.job.tokens, held.salt))
         eos = token in self._model.eos_ids
         held.send(Prefilled(token, eos, handle, held.job.cached, compute_ms, stored), True)
 
     def _end(self, held: _Held, reply: Reply) -> None:
-        """Before its first token the request has failed or is unwanted."""
+        """End a request that has failed or is unwanted before its first token."""
         held.acceptance.end()
         self._take_back(held)
         held.send(reply, True)
@@ -356,7 +361,8 @@ class PrefillInstance:
     # ------------------------------------------------------------------- leases
 
     def _take_back(self, held: _Held) -> None:
-        """What is held for a request ends: taken, unwanted, failed, or over."""
+        """Free what is held for a request: it was transferred, released, has failed or has
+        expired."""
         del self._held[held.request.id]
         self._stir()
         self._leases.give_back(held.leased, self._loop.time())
@@ -369,12 +375,13 @@ class PrefillInstance:
         self._leases.sweep(now)
 
     def _stir(self) -> None:
-        """Something is free, or may soon be so by itself; matters to those who watch alone."""
+        """Wake the task that serves watching gateways, if there are any: something is or may soon
+        be free."""
         if self._watches:
             self._stirred.set()
 
     async def _attend(self) -> None:
-        """While somebody watches, see soon what has ended."""
+        """While gateways watch, check every LOOK_S seconds what has ended."""
         while True:
             await self._stirred.wait()
             self._look()

@@ -1,4 +1,5 @@
-"""Gateways that wait until an instance has something free: told in turn, and given a moment.
+"""Gateways that wait until an instance has something free: each is notified in turn, and the slot
+is kept for it for a moment.
 
     watch ──► waiting, one watch to a gateway and to a connection, first come first
                 │ a slot is free and kept for nobody
@@ -8,9 +9,9 @@
                 ▼
               over
 
-An offer finds a slot unless all that are free are kept for others; so a gateway that comes late,
-or often, is not served before one that has waited; and one that gives itself many names has one
-turn, as long as it has one connection.
+An offer finds a slot unless all free slots are kept for others. So a gateway that comes late, or
+often, is not served before one that has waited, and a gateway that uses many names has one turn, as
+long as it has one connection.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from pdserve import errors
 from pdserve.rpc.messages import Failed, Freed, Released, Reply, Room, Watch
 
 Send = Callable[[Reply, bool], None]
-"""Sends a reply; True with the last one."""
+"""Sends a reply; the flag is True with the last one."""
 
 # An offer follows within a few milliseconds, ten of them where the gateway is busy. If none does,
-# the slot has been idle for so long.
+# the slot has been idle for this long.
 RESERVED_S = 0.02
 WATCHED_S = 2.0
-"""A watch is over after so long: a gateway that waits has asked again by then, and the release of
-one that does not may have been lost."""
+"""Seconds after which a watch ends: a gateway that still waits has asked again by then, and the
+release of one that does not may have been lost."""
 # Each may make those behind it wait for RESERVED_S.
 MAX_WATCHES = 256
 _FULL = Failed(errors.Unavailable.code, f"{MAX_WATCHES} gateways wait already")
@@ -44,7 +45,7 @@ class _Waiting(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A slot that is free, but not for everybody."""
+    """A free slot that is kept for one gateway."""
 
     id: str
     gateway: str
@@ -52,27 +53,28 @@ class Kept(NamedTuple):
 
 
 class SlotWatches:
-    """Keeps the gateways that wait for a slot of one instance, and tells them in turn.
+    """Keeps the gateways that wait for a slot of one instance, and notifies them in turn.
 
     Times are ``loop.time()`` seconds, given by the caller.
 
-    Whatever may have made something free is followed by ``tell``, and so is every watch.
+    Call ``tell`` after whatever may have made something free, and after every watch.
     """
 
     def __init__(self) -> None:
         self._waiting: list[_Waiting] = []
-        """In the order in which they are told."""
+        """Waiting gateways in the order in which they are notified."""
         self.kept: list[Kept] = []
 
     def __len__(self) -> int:
-        """Gateways that wait."""
+        """Return the number of gateways that wait."""
         return len(self._waiting)
 
     def add(self, watch: Watch, stream: str, send: Send) -> None:
-        """A gateway waits. One that waits already keeps its place, and its former watch is over.
+        """Add a gateway's watch. A gateway that waits already keeps its place, and its former watch
+        ends.
 
         Args:
-            stream: its connection, which has one watch, whatever names it gives.
+            stream: the gateway's connection, which has one watch, whatever names it gives.
         """
         waiting = _Waiting(watch.id, watch.gateway, stream, send)
         formers = [
@@ -89,16 +91,17 @@ class SlotWatches:
             former.send(Released(), True)
 
     def release(self, watch_id: str) -> None:
-        """A watch is wanted no longer, nor is the slot that is kept for it."""
+        """End a watch, and free the slot that is kept for it."""
         self.kept = [kept for kept in self.kept if kept.id != watch_id]
         for waiting in [one for one in self._waiting if one.id == watch_id]:
             self._waiting.remove(waiting)
             waiting.send(Released(), True)
 
     def tell(self, free: int, now: float, offering: str | None = None) -> None:
-        """``free`` slots could be taken: each that is not kept yet is, for the next who waits.
+        """Keep each of ``free`` slots that is not kept yet for the next waiting gateway, and notify
+        it.
 
-        The gateway that is ``offering`` at this moment need not be told: it takes its turn with
+        The gateway that is ``offering`` at this moment need not be notified: it uses its turn with
         the offer, and waits again behind the others.
         """
         self.kept = [kept for kept in self.kept if now < kept.until]
@@ -115,48 +118,50 @@ class SlotWatches:
         return Freed()
 
     def admits(self, gateway: str, free: int) -> bool:
-        """Whether one of ``free`` slots, as just told, is there for an offer of this gateway."""
+        """Tell whether one of ``free`` slots, as just told, is available to an offer of this
+        gateway."""
         return free > sum(kept.gateway != gateway for kept in self.kept)
 
     def took(self, gateway: str) -> None:
-        """An offer has been accepted, or cannot ever be: its gateway has had its turn."""
+        """Note that a gateway has had its turn: its offer has been accepted, or can never be."""
         for kept in self.kept:
             if kept.gateway == gateway:
                 self.kept.remove(kept)
                 return
 
     def close(self, reply: Reply) -> None:
-        """Nothing will become free any more."""
+        """End all watches: nothing will become free any more."""
         waiting, self._waiting = self._waiting, []
         for one in waiting:
             one.send(reply, True)
 
 
 class RoomWatches(SlotWatches):
-    """Keeps those who wait for room in a decode.
+    """Keeps the gateways that wait for room in a decode.
 
-    Nobody says how much room he waits for, so all are told when a request has ended."""
+    A watch does not state how much room it needs, so all are notified when a request has ended."""
 
     def __init__(self, room: Callable[[], Room]) -> None:
         super().__init__()
         self._room = room
         self._refused = False
-        """Somebody, since the last end."""
+        """Whether a request has been refused since the last one ended."""
 
     def refused(self) -> None:
-        """Somebody has been, and may watch."""
+        """Note that a request has been refused, whose gateway may watch."""
         self._refused = True
 
     def wait(
         self, watch: Watch, stream: str, send: Send, used: int, slots: int, now: float
     ) -> None:
-        """Say once that a request has ended since; at once if there is none, or more room.
+        """Report once that a request has ended since; at once if none is open, or there is more
+        room.
 
         Args:
-            used: of so many ``slots``.
+            used: number of the ``slots`` that are taken.
         """
         self.add(watch, stream, send)
-        # One may have ended while the refusal was on its way to who watches now.
+        # A request may have ended while the refusal was on its way to the gateway that watches now.
         if watch.room is not None:
             room = self._room()
             ended = room.slots > watch.room.slots or room.blocks > watch.room.blocks
@@ -169,6 +174,6 @@ class RoomWatches(SlotWatches):
         return Freed(self._room())
 
     def ended(self, now: float) -> None:
-        """A request has, or something else has become free."""
+        """Notify all gateways: a request has ended, or something else has become free."""
         self._refused = False
         self.tell(sys.maxsize, now)

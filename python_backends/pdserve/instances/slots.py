@@ -1,4 +1,4 @@
-"""The slots of an instance, as metrics: the same of every kind of engine and of both roles."""
+"""The slots of an instance, as metrics: the same for every kind of engine and for both roles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pdserve.observability.metrics import Registry
 
 
 def show(metrics: Registry, name: str, used: int, slots: int, watches: SlotWatches) -> None:
-    """So many of them are used, and so many gateways wait."""
+    """Set the metrics of used and free slots, and of the gateways that wait."""
     metrics.set(catalogue.SLOTS, used, instance=name, state="used")
     metrics.set(catalogue.SLOTS, slots - used, instance=name, state="free")
     metrics.set(catalogue.SLOT_WATCHES, len(watches), instance=name)

@@ -79,7 +79,7 @@ class Answers:
             del carrier.calls[call.key]
 
     def abandon(self, key: str) -> list[str]:
-        """Note that the caller of ``key`` has gone; return the ids of the calls it would have heard of.
+        """Note that the caller of ``key`` has gone; return the ids of its calls.
 
         It carries no further call, whose missing caller would otherwise never be noticed.
         """

@@ -1,1 +1,2 @@
-"""Instances of engines that move KV caches themselves; what links two of them is only passed on."""
+"""Instances of engines that transfer KV caches themselves; the link between two is only passed
+on."""

@@ -40,7 +40,7 @@ from pdserve.rpc.messages import (
 from pdserve.supervision import Background
 from pdserve.transfer.reports import LinkReport, TransferReport
 
-# Nothing is known of the engine's own link: all pairs are alike to who chooses among them.
+# Rate that is reported for the engine's own link, which is unknown: all pairs count as equal.
 UNKNOWN_RATE = 1e12
 
 
@@ -52,18 +52,18 @@ class _Call:
     send: Send
     began: float
     sent: int
-    """Tokens of the answer that have been told, the prefill's first one included."""
+    """Number of tokens of the answer that have been sent, the prefill's first one included."""
     sent_at: float = 0.0
     unsent: list[int] = field(default_factory=list)
     transfer: TransferReport | None = None
-    """How the KV cache came, until it has been told."""
+    """Report of the KV cache's transfer, until it has been sent."""
     arrived: bool = False
     task: asyncio.Task[Reply] | None = field(default=None, repr=False)
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
     @property
     def on_trial(self) -> bool:
-        """It may end this instance, and has had no token here yet."""
+        """Tell whether it is a suspect that has had no token here yet."""
         return self.request.suspect and (not self.arrived or self.transfer is not None)
 
     def tell(self, reply: Reply, last: bool) -> None:
@@ -73,11 +73,11 @@ class _Call:
 
 
 class ExternalDecode:
-    """One engine in the decode role. Closed with the instance.
+    """One engine in the decode role. The engine is closed with the instance.
 
     Args:
-        transport: what the engine's link is called in ``stats``.
-        key: of the deployment, under which handles are sealed.
+        transport: name of the engine's link in ``stats``.
+        key: key of the deployment, under which handles are sealed.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class ExternalDecode:
         self._reports = Reports(name, engine, metrics)
         self._open: dict[str, _Call] = {}
         self._unwanted = Failed(errors.Cancelled.code, "released")
-        """What is said of an answer that is given up."""
+        """Reply to a request that is given up."""
         self._tasks = Background()
 
     def start(self) -> None:
@@ -121,11 +121,11 @@ class ExternalDecode:
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together, at most."""
+        """Return the maximum tokens of prompt and answer together."""
         return self._engine.context_length
 
     def connect(self, request: Connect, send: Send) -> None:
-        """Connect to a prefill: make sure that its KV caches are of use here."""
+        """Connect to a prefill: check that its KV caches can be used here."""
         try:
             holder = unseal(request.endpoint, ExternalEndpoint, self._key)
             if holder.fingerprint != self._engine.fingerprint:
@@ -146,7 +146,7 @@ class ExternalDecode:
     # ---------------------------------------------------------------- admission
 
     def submit(self, request: DecodeRequest, send: Send) -> None:
-        """Accept or reject, at once; ``send`` gets the rejection or, later, the tokens."""
+        """Accept or reject at once; ``send`` gets the rejection or, later, the tokens."""
         try:
             engine = self._engine
             admission.prompt(request, engine.context_length, engine.vocabulary)
@@ -189,18 +189,19 @@ class ExternalDecode:
         call.send(Accepted(room=self._room()), False)
 
     def _room(self) -> Room:
-        """Blocks are the engine's own matter."""
+        """Return the free slots; the engine manages its blocks itself, so their number is not
+        limited."""
         return Room(self._limits.slots - len(self._open), MAX_TOKENS)
 
     def _full(self, request: DecodeRequest) -> str:
-        """What there is no room for; empty: there is."""
+        """Return the resource that is exhausted; empty: none."""
         if len(self._open) >= self._limits.slots:
             return "slots"
         on_trial = request.suspect and any(call.on_trial for call in self._open.values())
         return SUSPECT if on_trial else ""
 
     def release(self, request_id: str, send: Send) -> None:
-        """Nobody wants the tokens any more."""
+        """Give up a request."""
         call = self._open.get(request_id)
         if call is not None:
             assert call.task is not None
@@ -209,7 +210,7 @@ class ExternalDecode:
         send(Released(), True)
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
-        """Say once that a request has ended since; at once if there is none."""
+        """Report once that a request has ended since; at once if none is open."""
         used, slots = len(self._open), self._limits.slots
         self._watches.wait(request, stream, send, used, slots, self._loop.time())
         self._loop.call_later(WATCHED_S, self._watches.release, request.id)
@@ -217,7 +218,7 @@ class ExternalDecode:
     # ------------------------------------------------------------------- decode
 
     async def _run(self, call: _Call, link: bytes) -> Reply:
-        """Tell tokens as they come; the last reply."""
+        """Send tokens as they come; return the last reply."""
         request = call.request
         asked = Asked(
             prompt=np.frombuffer(request.prompt, "<i4"),
@@ -237,13 +238,13 @@ class ExternalDecode:
                         return ended
         except errors.PDServeError as error:
             return Failed(error.code, f"{self._name}: {error}")
-        except Exception as error:  # one bad answer may not end the instance
+        except Exception as error:  # one failed answer may not end the instance
             return Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
         return Failed(errors.InstanceError.code, f"{self._name}: the answer has no end")
 
     def _ended(self, call: _Call, task: asyncio.Task[Reply]) -> None:
         del self._open[call.request.id]
-        # Cancelled before its first step, perhaps: nothing in it would know.
+        # It may have been cancelled before its first step, where no handler in it runs.
         if task.cancelled():
             reply: Reply = self._unwanted
         elif error := task.exception():
@@ -256,7 +257,7 @@ class ExternalDecode:
         self._watches.ended(self._loop.time())
 
     def _append(self, call: _Call, piece: Piece) -> Tokens | None:
-        """Take in new tokens; the last reply, if they end the answer."""
+        """Add new tokens to the answer; return the last reply if they end it."""
         request, now = call.request, self._loop.time()
         if not call.arrived:
             call.arrived = True
@@ -267,14 +268,14 @@ class ExternalDecode:
             call.transfer = TransferReport(0, self._transport, "engine", ms, ms, 0.0, first)
         call.unsent += piece.ids
         quiet = now - call.sent_at < interval_s(self._limits, len(self._open), request)
-        # What frees the prefill's slot does not wait.
+        # The reply that frees the prefill's slot is not delayed.
         if quiet and not piece.finish_reason and call.transfer is None:
             return None
         ids = np.array(call.unsent, "<i4").tobytes()
         room = self._room() if call.transfer is not None and not piece.finish_reason else None
         reply = Tokens(call.sent, ids, piece.finish_reason, call.transfer, room)
         if call.on_trial:
-            self._watches.ended(now)  # another one may be tried
+            self._watches.ended(now)  # another suspect may be tried
         call.sent += len(call.unsent)
         call.sent_at, call.unsent, call.transfer = now, [], None
         if piece.finish_reason:

@@ -1,4 +1,5 @@
-"""What travels from an external prefill to a decode, sealed like every handle of the deployment."""
+"""The messages that an external prefill gives a decode, sealed like every handle of the
+deployment."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ PROMPT_BYTES = 16
 
 
 class ExternalEndpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a prefill says of itself, once, to those who will take from it."""
+    """The description of a prefill, sent once to the decodes that will fetch from it."""
 
     version: Literal[2] = 2
     name: Annotated[str, Meta(max_length=128)]
@@ -28,13 +29,13 @@ class ExternalHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     version: Literal[2] = 2
     epoch: Epoch
-    """Of the prefill."""
+    """Epoch of the prefill."""
     prompt: Annotated[bytes, Meta(min_length=PROMPT_BYTES, max_length=PROMPT_BYTES)]
     """``digest`` of its token ids: the link is of no use to another prompt."""
     link: Annotated[bytes, Meta(max_length=MAX_LINK_BYTES)]
-    """The engine's own."""
+    """The engine's own message, opaque here."""
 
 
 def digest(prompt: bytes) -> bytes:
-    """Digest of token ids (little-endian int32)."""
+    """Return the digest of token ids (little-endian int32)."""
     return hashlib.blake2b(prompt, digest_size=PROMPT_BYTES).digest()

@@ -1,7 +1,7 @@
 """A prefill whose engine queues, batches and keeps KV caches by itself.
 
-What an idle engine is, is counted here: it would take any number of requests, and never say that it
-is busy. A request holds a slot:
+This module counts slots for the engine, which would take any number of requests and never report
+that it is busy. A request holds a slot:
 
     submit ──► COMPUTING ──► WAITING ──────────► over   a decode has taken the KV cache
                   │             │ release
@@ -9,8 +9,8 @@ is busy. A request holds a slot:
                   ▼           PINNED ──────────► over   the engine has let go of it by itself
                 over
 
-The engine offers no way to free a KV cache that nobody takes; it does so after ``keeps_s``. Until
-then the slot stays taken, so that what is accepted always finds memory.
+The engine offers no way to free a KV cache that no decode fetches; it does so after ``keeps_s``.
+Until then the slot stays taken, so that an accepted request always finds memory.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Phase(Enum):
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """What a slot is taken by."""
+    """A request that holds a slot."""
 
     request: PrefillRequest
     send: Send
@@ -65,15 +65,15 @@ class _Held:
     began: float
     phase: Phase = Phase.COMPUTING
     until: float = 0.0
-    """When the engine lets go of the KV cache by itself."""
+    """Time at which the engine frees the KV cache by itself."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
 class ExternalPrefill:
-    """One engine in the prefill role. Closed with the instance.
+    """One engine in the prefill role. The engine is closed with the instance.
 
     Args:
-        key: of the deployment, under which handles are sealed.
+        key: key of the deployment, under which handles are sealed.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ExternalPrefill:
         self._watches = SlotWatches()
         self._reports = Reports(name, engine, metrics)
         self._unwanted = Failed(errors.Cancelled.code, "released")
-        """What is said of a prompt that is given up."""
+        """Reply to a prompt that is given up."""
         self._tasks = Background()
 
     def start(self) -> None:
@@ -114,11 +114,11 @@ class ExternalPrefill:
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together, at most."""
+        """Return the maximum tokens of prompt and answer together."""
         return self._engine.context_length
 
     def describe(self, send: Send) -> None:
-        """Whose KV caches these are; the memory's ways are the engine's own matter."""
+        """Send the prefill's name and epoch; how its memory is reached is up to the engine."""
         described = ExternalEndpoint(
             name=self._name, epoch=self._epoch, fingerprint=self._engine.fingerprint
         )
@@ -127,7 +127,7 @@ class ExternalPrefill:
     # ---------------------------------------------------------------- admission
 
     def submit(self, request: PrefillRequest, send: Send) -> None:
-        """Accept or reject, at once; ``send`` gets the rejection or, later, the result."""
+        """Accept or reject at once; ``send`` gets the rejection or, later, the result."""
         try:
             engine = self._engine
             admission.prompt(request, engine.context_length, engine.vocabulary)
@@ -154,13 +154,13 @@ class ExternalPrefill:
         held.task.add_done_callback(partial(self._computed, held))
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
-        """Say once when a slot is free for this gateway, which may be now."""
+        """Report once when a slot is free for this gateway, which may be now."""
         self._watches.add(request, stream, send)
         self._loop.call_later(WATCHED_S, self._watches.release, request.id)
         self._look()
 
     def _look(self, offering: str | None = None) -> None:
-        """See what the engine has let go of, and tell whose turn it is."""
+        """Check which KV caches the engine has freed, and notify the next gateways."""
         now = self._loop.time()
         for held in list(self._held.values()):
             if held.phase is not Phase.COMPUTING and now >= held.until:
@@ -168,12 +168,12 @@ class ExternalPrefill:
         self._watches.tell(self._free(), now, offering)
 
     def _free(self) -> int:
-        """Slots that could be taken."""
+        """Return the number of slots that could be taken."""
         computing = sum(held.phase is Phase.COMPUTING for held in self._held.values())
         return min(self._limits.batch - computing, self._limits.slots - len(self._held))
 
     def release(self, request_id: str, send: Send) -> None:
-        """Whatever is held for the request, or a watch, is wanted no longer."""
+        """Release whatever is held for the request, or end a watch."""
         self._watches.release(request_id)
         held = self._held.get(request_id)
         if held is not None and held.phase is Phase.COMPUTING:
@@ -185,7 +185,7 @@ class ExternalPrefill:
         send(Released(), True)
 
     def transferred(self, request_id: str, send: Send) -> None:
-        """A decode has the KV cache."""
+        """Note that a decode has the KV cache."""
         held = self._held.get(request_id)
         if held is not None and held.phase is Phase.WAITING:
             del self._held[request_id]
@@ -206,7 +206,8 @@ class ExternalPrefill:
         if request.suspect:
             await asyncio.sleep(TRIAL_S)
         try:
-            # Told again and again that it is being computed, a gateway would wait for ever.
+            # Otherwise a gateway, told again and again that it is being computed, would wait for
+            # ever.
             context = await asyncio.wait_for(
                 self._engine.context(asked, keep=not request.only), request.deadline_ms / 1e3
             )
@@ -215,13 +216,13 @@ class ExternalPrefill:
             self._end(held, Failed(errors.Unavailable.code, message))
         except errors.PDServeError as error:
             self._end(held, Failed(error.code, f"{self._name}: {error}"))
-        except Exception as error:  # one bad prompt may not end the instance
+        except Exception as error:  # one failed prompt may not end the instance
             self._end(held, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
         else:
             self._hand_over(held, context)
 
     def _computed(self, held: _Held, task: asyncio.Task[None]) -> None:
-        if task.cancelled():  # before its first step, perhaps: nothing in it would know
+        if task.cancelled():  # perhaps before its first step, where no handler in it runs
             self._end(held, self._unwanted)
         elif (error := task.exception()) and self._held.get(held.request.id) is held:
             self._end(held, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
@@ -249,7 +250,7 @@ class ExternalPrefill:
         held.send(prefilled, True)
 
     def _end(self, held: _Held, reply: Reply) -> None:
-        """Before its first token the request has failed or is unwanted."""
+        """End a request that has failed or is unwanted before its first token."""
         held.acceptance.end()
         del self._held[held.request.id]
         held.send(reply, True)

@@ -1,4 +1,4 @@
-"""What an engine says of its own memory, as metrics."""
+"""An engine's reports of its own memory, as metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPORT_S = 2.0
 
 
 class Reports:
-    """Shows as metrics what the engine of one instance reports."""
+    """Publishes the reports of one instance's engine as metrics."""
 
     def __init__(self, name: str, engine: EngineTerms, metrics: Registry) -> None:
         self._name = name
@@ -23,7 +23,7 @@ class Reports:
         self._metrics = metrics
 
     async def run(self) -> None:
-        """Until cancelled; an engine that fails at this is not asked again."""
+        """Run until cancelled; an engine that fails to report is not asked again."""
         try:
             while True:
                 report = await self._engine.report()
@@ -32,5 +32,5 @@ class Reports:
                 for kind, count in report.events.items():
                     self._metrics.add(catalogue.KV_EVENTS, count, instance=self._name, type=kind)
                 await asyncio.sleep(REPORT_S)
-        except Exception as error:  # metrics are no reason to end an instance
+        except Exception as error:  # missing metrics are no reason to end an instance
             _log.warning("%s: no metrics of the engine's memory: %r", self._name, error)
