@@ -1,1 +1,2 @@
-"""Moving a KV cache from the process that computed it to the one that decodes with it."""
+"""The transfer plane: moves KV caches from the process that computed them to the one that
+decodes."""

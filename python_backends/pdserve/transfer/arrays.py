@@ -1,7 +1,7 @@
-"""Where bytes are moved from and to: numpy arrays in host memory, torch tensors on a device.
+"""Arrays that bytes are moved from and to: numpy arrays in host memory, torch tensors on a device.
 
-Both are uint8 and sliced alike. Here is what they do not do alike; torch is not imported unless
-there is a tensor. What is special to a CUDA tensor has not run on hardware.
+Both are uint8 and sliced in the same way. This module holds what differs between them; torch is
+imported only if there is a tensor. What is specific to CUDA tensors has not run on hardware.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 Array: TypeAlias = "NDArray[np.uint8] | torch.Tensor"
 Runs = host.Runs
 
-# Of a scatter, which takes milliseconds.
+# Longest time of a scatter, which takes milliseconds.
 SCATTER_S = 5.0
 
 
 def address(array: Array) -> int:
-    """Address of its first byte."""
+    """Return the address of an array's first byte."""
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
 
 
 def strides(array: Array) -> tuple[int, ...]:
-    """Bytes from one index to the next."""
+    """Return the bytes from one index to the next, for each dimension."""
     return array.strides if isinstance(array, np.ndarray) else tuple(array.stride())
 
 
 def memory(array: Array) -> Memory:
-    """The memory of a contiguous array."""
+    """Return the memory of a contiguous array."""
     if isinstance(array, np.ndarray):
         return Memory.of(array)
     device = array.device.index if array.is_cuda else None
@@ -49,7 +49,7 @@ def memory(array: Array) -> Memory:
 
 
 def seen(data: NDArray[np.uint8] | Memory) -> Array:
-    """Memory as an array: `Link.data`, say. It is kept alive by what this returns."""
+    """Return memory, such as `Link.data`, as an array, which keeps it alive."""
     if isinstance(data, np.ndarray):
         return data
     import torch  # noqa: PLC0415 - see above
@@ -58,9 +58,9 @@ def seen(data: NDArray[np.uint8] | Memory) -> Array:
 
 
 def aligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Host memory that begins with a page, zeros, every page written to.
+    """Return page-aligned host memory, filled with zeros, every page written to.
 
-    numpy's own begins 16 bytes behind one, and to copy to there takes twice as long (glibc's memcpy
+    numpy's own begins 16 bytes after a page, and copying there takes twice as long (glibc's memcpy
     on an AMD EPYC, in pieces of 8 KiB to 1 MiB: those of a scatter). A page that was never written
     to makes a first arrival 20 times slower. numpy asks for huge pages, torch does not: a scatter
     of 44 MiB into torch's memory takes 15 % longer.
@@ -72,12 +72,13 @@ def aligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def like(array: Array, shape: tuple[int, ...]) -> Array:
-    """Memory where `array` is."""
+    """Return memory on the device of `array`, uninitialized on a GPU."""
     return aligned(shape) if isinstance(array, np.ndarray) else array.new_empty(shape)
 
 
 def copy_rows(pool: Array, source: int, target: int, rows: int) -> None:
-    """Within [planes, rows, row_bytes]: rows from `source` on to those from `target` on."""
+    """Copy rows of a pool [planes, rows, row_bytes]: those from `source` on to those from `target`
+    on."""
     into, out_of = slice(target, target + rows), slice(source, source + rows)
     if isinstance(pool, np.ndarray):
         pool[:, into] = pool[:, out_of]
@@ -88,12 +89,12 @@ def copy_rows(pool: Array, source: int, target: int, rows: int) -> None:
 def scatter(source: Array, pool: Array, runs: Runs) -> None:
     """Copy uint8 [planes, tokens, row_bytes] into runs of pool [planes, rows, row_bytes].
 
-    Complete when it returns: the source may be overwritten, the pool read by any stream. Both are
-    of one kind. On a device it is one launch for all planes and runs.
+    The copy is complete on return: the source may be overwritten, and any stream may read the pool.
+    Both must be of the same kind. On a device it is one launch for all planes and runs.
 
     Raises:
         ValueError: the runs do not match the source, or are not inside the pool.
-        Stuck: the device has not done it within SCATTER_S.
+        Stuck: the device has not completed it within SCATTER_S.
     """
     if isinstance(source, np.ndarray):
         assert isinstance(pool, np.ndarray)
@@ -106,7 +107,7 @@ def scatter(source: Array, pool: Array, runs: Runs) -> None:
         return
     import torch  # noqa: PLC0415 - see above
 
-    # Its own stream: it is not to queue up behind the decode's steps.
+    # It has its own stream, so that it is not queued behind the decode's steps.
     stream = _stream(pool.device)
     with torch.cuda.stream(stream):
         _scatter(source, pool, runs)
@@ -130,10 +131,11 @@ def _scatter(source: torch.Tensor, pool: torch.Tensor, runs: Runs) -> None:
 
 
 def _widened(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """With as wide elements as all of them allow: 16 bytes is what one thread moves best."""
+    """View tensors with the widest elements that all of them allow: one thread moves 16 bytes
+    best."""
     import torch  # noqa: PLC0415 - see above
 
-    # Complex, because it is copied as it is, and torch has no integer as wide.
+    # Complex, because it is only copied, and torch has no integer of this width.
     wide = {16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     multiples = [m for t in tensors for m in (t.data_ptr(), t.storage_offset(), t.shape[-1])]
     multiples += [stride for tensor in tensors for stride in tensor.stride()[:-1]]

@@ -1,4 +1,4 @@
-"""What a holder says of itself, once, to those who will pull from it."""
+"""The description of a holder that receivers need before they pull from it."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from pdserve.kvcache.sharding import Sharding
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What sender and receiver must agree on before a byte is moved."""
+    """The properties that sender and receiver must agree on before any byte is moved."""
 
     fingerprint: str
     layout: KVLayout
     key: bytes
-    """Of KEY_BYTES; see `pdserve.transfer.key`."""
+    """The deployment's key, of KEY_BYTES; see `pdserve.transfer.key`."""
     sharding: Sharding
-    """How the prefill lays a KV cache out."""
+    """Layout of the KV cache over the prefill's ranks."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sealed like a handle (`pdserve.kvcache.handle.seal`)."""
+    """A holder's description. Sealed like a handle (`pdserve.kvcache.handle.seal`)."""
 
     version: Literal[2] = 2
     name: Annotated[str, Meta(max_length=128)]
-    """Of the holder's instance."""
+    """Name of the holder's instance."""
     host: Annotated[str, Meta(max_length=128)]
-    """`host_id` where the holder runs."""
+    """`host_id` of the holder's host."""
     epoch: Epoch
     fingerprint: Fingerprint
     layout: KVLayout
     slots: Annotated[int, Meta(ge=1, le=1 << 20)]
-    """Of its lease table."""
+    """Number of slots of its lease table."""
     data_bytes: Annotated[int, Meta(ge=0)]
     ways: dict[str, bytes]
-    """By transport's name; what each means is the transport's own."""
+    """How the holder is reached, by the transport's name; the bytes are the transport's own
+    message."""
 
 
 @lru_cache
 def host_id() -> str:
-    """Equal in two processes that share a clock: of this boot of this machine."""
+    """Return an id of this boot of this machine, equal in two processes that share a clock."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

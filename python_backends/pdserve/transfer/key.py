@@ -1,8 +1,8 @@
-"""The deployment's secret, under which handles, endpoints and notices are sealed.
+"""The deployment's key, under which handles, endpoints and notices are sealed.
 
-``pdctl`` makes it when it starts a deployment, and gives each server a copy of its own, so that
-what is loaded again later reaches the others whatever has become of the deployment's file since.
-Each process reads it once and keeps it.
+``pdctl`` makes it when it starts a deployment, and gives each server its own copy, so that models
+that are loaded later use the same key whatever happens to the deployment's file. Each process reads
+it once and keeps it.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from pdserve.errors import DeploymentError
 from pdserve.kvcache.handle import KEY_BYTES
 
 VARIABLE = "PDSERVE_KEY_FILE"
-"""Names, in the environment of a server's processes, the server's own copy."""
+"""Environment variable of a server's processes with the path of the server's own copy."""
 
 
 def of(deployment: Deployment) -> bytes:
-    """The key for a process of a server: its server's copy, else the deployment's file.
+    """Return the key for a process of a server: its server's copy, else the deployment's file.
 
-    A server that was started without ``pdctl`` has no copy, and nobody has made the file: the first
-    of its models does.
+    A server that was started without ``pdctl`` has no copy, and perhaps no file exists: the first
+    of its models makes it.
 
     Raises:
-        DeploymentError: as `load`.
+        DeploymentError: see `load`.
     """
     copy = os.environ.get(VARIABLE)
     return load(Path(copy)) if copy else make(Path(deployment.transfer.key_file))
 
 
 def make(path: Path) -> bytes:
-    """The key in a file, which is made (mode 0600) if there is none; of several makers one wins.
+    """Return the key in a file, which is made (mode 0600) if there is none; one of several makers
+    wins.
 
-    Servers on several hosts are given the same file.
+    Servers on several hosts must be given the same file.
 
     Raises:
-        DeploymentError: it cannot be made, or as `load`.
+        DeploymentError: it cannot be made; see also `load`.
     """
     try:
         if not path.exists():
@@ -50,10 +51,10 @@ def make(path: Path) -> bytes:
 
 
 def load(path: Path) -> bytes:
-    """The key in a file.
+    """Return the key in a file.
 
     Raises:
-        DeploymentError: it cannot be read, has another size, or others may read it.
+        DeploymentError: it cannot be read, has a wrong size, or others may read it.
     """
     try:
         found = path.stat()
@@ -74,7 +75,7 @@ def load(path: Path) -> bytes:
 
 
 def copy(key: bytes, path: Path) -> None:
-    """Write a key to a file for its owner alone. Raises: OSError."""
+    """Write a key to a file that only its owner may read. Raises OSError."""
     path.unlink(missing_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -84,7 +85,8 @@ def copy(key: bytes, path: Path) -> None:
 
 
 def _make(path: Path) -> None:
-    # Written aside and linked: nobody ever sees half a key, and of several makers one wins.
+    # Written to another name and linked: no process sees half a key, and one of several makers
+    # wins.
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     copy(secrets.token_bytes(KEY_BYTES), aside)
     try:

@@ -1,4 +1,4 @@
-"""The transfer plane that a deployment asks for: a prefill's holder, a decode's receiver."""
+"""The transfer plane that a deployment configures: a prefill's holder, a decode's receiver."""
 # ruff: noqa: PLC0415 - what a deployment does not use is not imported
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ PIECE = 4 << 20
 
 
 def terms(deployment: Deployment, fingerprint: str, layout: KVLayout) -> Terms:
-    """Raises: DeploymentError: no key, or prefill and decode cannot be paired."""
+    """Return a deployment's terms. Raises DeploymentError without a key, or if prefill and decode
+    do not fit."""
     ranks = deployment.prefill.tensor_parallel, deployment.decode.tensor_parallel
     secret = key.of(deployment)
     return Terms(fingerprint, layout, secret, sharding_for(*ranks, layout.kv_heads))
 
 
 def transports(deployment: Deployment) -> list[Transport]:
-    """Best first."""
+    """Return a deployment's transports, the best first."""
     made: list[Transport] = []
     for name in deployment.transports:
         if name == "shm":
@@ -46,10 +47,10 @@ def transports(deployment: Deployment) -> list[Transport]:
 
 
 def holder(deployment: Deployment, name: str, terms: Terms, slots: int) -> Holder:
-    """Make the holder of a prefill's arena, which is where its engine computes.
+    """Make the holder of a prefill's arena, in which its engine computes.
 
     Raises:
-        DeploymentError: there is no memory for it, or no transport can export it.
+        DeploymentError: there is not enough memory, or no transport can export it.
     """
     data_bytes = deployment.prefill.arena_mib << 20
     data = None
@@ -66,7 +67,7 @@ def holder(deployment: Deployment, name: str, terms: Terms, slots: int) -> Holde
 
 
 def receiver(deployment: Deployment, terms: Terms, pool: Array) -> Receiver:
-    """Into a decode's pool, uint8 [planes, rows, row_bytes]."""
+    """Make the receiver for a decode's pool, uint8 [planes, rows, row_bytes]."""
     wanted = deployment.transfer
     strategy: Strategy | None = None
     if wanted.strategy == "whole" or wanted.strategy == "direct":

@@ -1,4 +1,4 @@
-"""What a transport is: a way from one process to KV memory that another one holds.
+"""The interface of transports: each reaches, from one process, KV memory that another one holds.
 
     holder (prefill)                              receiver (decode)
     register(table, data)                         register(staging), register(pool)
@@ -6,9 +6,9 @@
     progress(), in its own loop                   Link.peek, Link.mark: words of the lease table
                                                   Link.pull; Link.data where it is mapped
 
-A way is the transport's own message, opaque to everybody else. Everything after ``open`` is
-one-sided: the receiver reads the lease table and the bytes, and writes its own word, without a
-call of the holder's; see `pdserve.transfer.lease.region` for the words.
+A way is the transport's own message, opaque to others. Everything after ``open`` is one-sided: the
+receiver reads the lease table and the bytes, and writes its own word, without a call by the holder;
+see `pdserve.transfer.lease.region` for the words.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from numpy.typing import NDArray
 from pdserve.errors import InstanceError
 
 Spans = NDArray[np.int64]
-"""What a pull moves, int64 [n, 3]: offset in the holder's data, local address, bytes."""
+"""The ranges that a pull moves, int64 [n, 3]: offset in the holder's data, local address, bytes."""
 
 
 class TransferError(InstanceError):
-    """Bytes could not be moved: the peer is gone, stands still, or refuses."""
+    """Bytes could not be moved: the peer is gone, does not respond, or refuses."""
 
 
 class Stuck(TransferError):
     """A device has not finished work long after its deadline, and may still write to memory.
 
-    That memory must not be used again; a process whose device does this had better end.
+    That memory must not be reused; a process whose device does this should end.
     """
 
 
@@ -48,13 +48,13 @@ class Memory:
     address: int
     nbytes: int
     owner: Any = field(repr=False)
-    """What keeps it alive."""
+    """Object that keeps the memory alive."""
     device: int | None = None
-    """Number of the CUDA device that it is on; None: host memory."""
+    """Number of its CUDA device; None: host memory."""
 
     @classmethod
     def of(cls, array: NDArray[np.uint8]) -> Memory:
-        """A contiguous host array."""
+        """Return the memory of a contiguous host array."""
         return cls(array.ctypes.data, array.nbytes, array)
 
 
@@ -62,7 +62,7 @@ class Pending(Protocol):
     """A pull that has begun."""
 
     def wait(self, alive: Callable[[], None] = ...) -> None:
-        """Return when every byte is there; `alive` is called often meanwhile.
+        """Return when every byte has arrived; `alive` is called often meanwhile.
 
         Raises:
             TransferError: not by the pull's deadline, or the holder is gone. The link is closed
@@ -71,26 +71,27 @@ class Pending(Protocol):
 
 
 class Link(Protocol):
-    """A receiver's way to one holder. Thread-safe."""
+    """A receiver's connection to one holder. Thread-safe."""
 
     transport: str
     """Name of the transport."""
     detail: str
-    """What it runs over: the transport that UCX picked, the device; empty if there is no choice."""
+    """Underlying transport that UCX has picked, or the device; empty if there is no choice."""
 
     @property
     def data(self) -> NDArray[np.uint8] | Memory | None:
-        """The holder's data as this process sees it, read-only; None if it is not mapped here."""
+        """Return the holder's data as this process sees it, read-only; None if it is not mapped
+        here."""
 
     def ready(self, deadline: float) -> None:
-        """Return when all that the holder's words say is filled can be read from ``data``.
+        """Return when all that the holder's words report as filled can be read from ``data``.
 
         Raises:
-            TransferError: as ``peek``.
+            TransferError: see ``peek``.
         """
 
     def peek(self, slot: int, deadline: float) -> bytes:
-        """A lease slot's SLOT_BYTES as they are now.
+        """Return a lease slot's SLOT_BYTES bytes as they are now.
 
         Raises:
             TransferError: not by ``deadline`` (seconds on CLOCK_MONOTONIC), or the holder is gone.
@@ -100,53 +101,56 @@ class Link(Protocol):
         """Write the receiver's word (unsigned, 8 bytes, at RECEIVER_WORD) of a lease slot.
 
         Raises:
-            TransferError: as ``peek``.
+            TransferError: see ``peek``.
         """
 
     def pull(self, spans: Spans, deadline: float) -> Pending:
         """Begin to copy from the holder's data into registered local memory.
 
-        Several pulls may be under way at once.
+        Several pulls may be in progress at the same time.
 
         Raises:
-            TransferError: as ``peek``.
+            TransferError: see ``peek``.
         """
 
     def close(self) -> None:
-        """Let go of the holder. What is being pulled over it fails; again is no error."""
+        """Close the link. Pulls over it fail; calling it again is no error."""
 
 
 class Transport(Protocol):
-    """One kind of way, in one process; its own registrations and connections."""
+    """One kind of transport in one process, with its own registrations and connections."""
 
     name: ClassVar[str]
 
     def register(self, memory: Memory) -> None:
-        """Receiver: memory that pulls may arrive in.
+        """Register memory that pulls may arrive in; called by a receiver.
 
         Raises:
             Unreachable: this memory cannot be used with this transport.
         """
 
     def offer(self, table: Memory, data: Memory) -> bytes:
-        """Holder: make a lease table and its data reachable; the way to them.
+        """Make a lease table and its data reachable, and return the way to them; called by a
+        holder.
 
         Raises:
-            Unreachable: this memory cannot be exported; the message says what would.
+            Unreachable: this memory cannot be exported; the message says what could be.
         """
 
     def open(self, way: bytes) -> Link:
-        """Receiver: connect.
+        """Connect to a holder by its way; called by a receiver.
 
         Raises:
-            Unreachable: not from here, or not that holder.
+            Unreachable: that holder cannot be reached from here.
         """
 
     def written(self) -> None:
-        """Holder: what has been written to the data so far is to be seen by pulls from now on."""
+        """Make what has been written to the data so far visible to later pulls; called by a
+        holder."""
 
     def progress(self) -> None:
-        """Holder: let peers' requests move; called often while a lease is on."""
+        """Let requests of peers make progress; called by a holder, often while a lease is
+        granted."""
 
     def close(self) -> None:
-        """Let go of every registration and link."""
+        """Close all links and drop all registrations."""

@@ -1,4 +1,4 @@
-"""What a decode says of its links, and of each KV cache that has come over one."""
+"""A decode's reports of its links, and of each KV cache that has come over one."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ class LinkReport(Struct, frozen=True, array_like=True):
 
     transport: Word
     detail: Word
-    """What it runs over: the transport that UCX picked, the device; empty if there is no choice."""
+    """Underlying transport that UCX has picked, or the device; empty if there is no choice."""
     latency_s: Annotated[float, Meta(ge=0, le=1e9)]
-    """Of looking at one lease slot."""
+    """Seconds of reading one lease slot."""
     bytes_per_s: Annotated[float, Meta(gt=0, le=1e18)]
-    """Of a contiguous pull, scatter included, as measured when the link was made."""
+    """Rate of a contiguous pull, scatter included, as measured when the link was made."""
     refused: Annotated[dict[Word, Annotated[str, Meta(max_length=1 << 16)]], Meta(max_length=16)]
-    """Why each better transport is not used."""
+    """Reason for each better transport that is not used."""
     fallback: bool
-    """It is a network without RDMA."""
+    """Whether it is a network without RDMA."""
 
 
 class TransferReport(Struct, frozen=True, array_like=True):
     """How a KV cache has come into a decode's pool."""
 
     nbytes: Annotated[int, Meta(ge=0, le=1 << 62)]
-    """That were moved: the missing tail where the pool had a prefix."""
+    """Number of bytes that were moved: only the missing tail if the pool had a prefix."""
     transport: Word
     strategy: Word
     ms: Finite
     exposed_ms: Finite
-    """Of that, what came after the last plane had been computed."""
+    """Part of `ms` after the last plane had been computed."""
     expected_ms: Finite
-    """What was expected of `exposed_ms` when the strategy was chosen."""
+    """Expected `exposed_ms` when the strategy was chosen."""
     token: Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)]
-    """The first token, as the holder's words tell it."""
+    """The first token, from the holder's words."""
     cached: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] = 0
-    """Tokens of the prompt that the pool had, where the decode has computed the others itself."""
+    """Number of cached prompt tokens, if the decode has computed the others itself."""
 
 
 NO_TRANSFER = TransferReport(0, "", "", 0.0, 0.0, 0.0, -1)

@@ -1,4 +1,5 @@
-"""From contiguous KV caches, or pieces of them, into the rows of a paged pool in host memory."""
+"""Scatter of contiguous KV caches, or pieces of them, into the rows of a paged pool in host
+memory."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Runs: TypeAlias = Sequence[tuple[int, int]] | NDArray[np.int64]
-"""(first row, rows) each: where consecutive tokens go. Thousands of them are an array, [n, 2]."""
+"""Runs of (first row, rows) for consecutive tokens. Thousands of them are an array, [n, 2]."""
 
 # Segments from this size on are copied run by run: the fewest calls. Smaller ones go plane by
 # plane, since a run's place in the next plane is megabytes away and every copy a TLB miss. Against
@@ -20,8 +21,8 @@ LONG = 64 << 10
 def scatter(source: NDArray[np.uint8], pool: NDArray[np.uint8], runs: Runs) -> None:
     """Copy uint8 [planes, tokens, row_bytes] into runs of pool [planes, rows, row_bytes].
 
-    `runs` have together as many rows as there are tokens; the GIL is released. numpy's copies:
-    torch's index_copy_ takes 1.5 to 4 times as long here.
+    `runs` have together as many rows as there are tokens; the GIL is released. It uses numpy's
+    copies: torch's index_copy_ takes 1.5 to 4 times as long here.
 
     Raises:
         ValueError: the runs do not match the source, or are not inside the pool.
@@ -44,9 +45,10 @@ def scatter(source: NDArray[np.uint8], pool: NDArray[np.uint8], runs: Runs) -> N
 
 
 def _unit(runs: NDArray[np.int64], pool: NDArray[np.uint8]) -> int:
-    """The largest block that all runs but the end of the last one are made of; 0: none needed.
+    """Return the largest block of which all runs but the end of the last one consist; 0: none
+    needed.
 
-    Rows of a pool that are only filled in part are blocks of their own.
+    Rows of a pool that are filled only in part are separate blocks.
     """
     if len(runs) == 1 and pool.strides[1] == pool.shape[2]:
         return 0
@@ -63,14 +65,14 @@ def _by_run(source: NDArray[np.uint8], pool: NDArray[np.uint8], runs: Runs) -> N
 
 
 def checked(runs: Runs, tokens: int, limit: int) -> NDArray[np.int64]:
-    """Runs that have `tokens` rows, of a pool of `limit`: [n, 2].
+    """Check runs, and return them as an array: [n, 2].
 
     Raises:
         ValueError: the runs do not match the source, or are not inside the pool.
     """
     array = _array(runs)
     firsts, rows = array.T
-    # A slice beyond the end would be cut short without a word.
+    # A slice beyond the end would be cut short silently.
     outside = (firsts < 0) | (rows < 1) | (firsts + rows > limit)
     if outside.any():
         worst = int(outside.argmax())
@@ -86,17 +88,17 @@ def _array(runs: Runs) -> NDArray[np.int64]:
 
 
 def each(firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The numbers of all runs, one after the other: int64 [sum of the counts]."""
+    """Return the numbers of all runs, one run after another: int64 [sum of the counts]."""
     starts = np.cumsum(counts) - counts
     numbers: NDArray[np.int64] = np.repeat(firsts - starts, counts)
     return numbers + np.arange(len(numbers))
 
 
 def part_of(runs: Runs, start: int, tokens: int) -> NDArray[np.int64]:
-    """The runs of tokens `start` to `start + tokens`, as far as `runs` have rows: [n, 2]."""
+    """Return the runs of tokens `start` to `start + tokens`, as far as `runs` have rows: [n, 2]."""
     array = _array(runs)
     ends = np.cumsum(array[:, 1])
-    # Found, not filtered: every piece of a KV cache asks, of thousands of runs.
+    # Searched, not filtered: every piece of a KV cache looks in thousands of runs.
     begin = np.searchsorted(ends, start, "right")
     part = array[begin : np.searchsorted(ends, start + tokens) + 1].copy() if tokens else array[:0]
     if len(part):

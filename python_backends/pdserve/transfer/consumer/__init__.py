@@ -1,1 +1,1 @@
-"""A decode's side: its links to holders, and how it pulls KV caches over them."""
+"""The receiving side: a decode's links to holders, and how it pulls KV caches over them."""

@@ -1,14 +1,14 @@
-"""Which strategy is the quickest for a move, by what this link's moves have taken so far.
+"""A cost model of moves over one link, from the moves seen so far, to choose the fastest strategy.
 
-Every strategy has a cost of its own, linear in what it does:
+Every strategy has its own cost, linear in the work:
 
     seconds = fixed + per_segment * segments + per_byte * bytes
 
 For *direct* a segment is a descriptor; for *whole* it is a copy of the scatter, so that the
-difference of the two `per_byte` is what staging and scattering cost. The coefficients are those
-of least *relative* error over the probes on connecting and the moves seen since, of which older
-ones count less; none is negative. That a link has become ten times slower is half believed after
-fifty moves, and all but so after a hundred.
+difference of the two `per_byte` is the cost of staging and scattering. The coefficients minimize
+the *relative* error over the probes on connecting and the moves seen since, of which older ones
+count less; none is negative. If a link becomes ten times slower, the estimate has adapted by half
+after fifty moves, and almost fully after a hundred.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from numpy.typing import NDArray
 
 Strategy = Literal["whole", "direct"]
 
-# What a move that was seen counts, when one more has been; and a probe, down to what it always
-# counts: moves are much alike, and would alone leave a fit open. More, and the probes of a link
-# that has become slower would never be outvoted: to foretell ten times what was seen is an error
-# of 9, a tenth one of 0.9 only.
+# Factors by which the weight of a seen move is reduced with each further move, and the least weight
+# of a probe: moves are much alike, and would alone leave a fit undetermined. With a larger least
+# weight, the probes of a link that has become slower would never be outvoted: to predict ten times
+# of what was seen is an error of 9, a tenth an error of only 0.9.
 FADING = 0.95
 KEPT = 0.01
-# A cost that has foretold a move within this is left as it is: a fit takes 0.2 ms.
+# A cost that has predicted a move within this relative error is kept: a fit takes 0.2 ms.
 GOOD = 0.1
 _RIDGE = 1e-9
 
 
 class Seen(NamedTuple):
-    """A move, and what it took."""
+    """A move that was measured."""
 
     segments: int
     nbytes: int
@@ -42,7 +42,7 @@ class Seen(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Seconds of a move by one strategy."""
+    """Coefficients of the seconds of a move by one strategy."""
 
     fixed: float
     per_segment: float
@@ -69,7 +69,7 @@ NOTHING = Sums(np.zeros((3, 3)), np.zeros(3))
 
 
 def sums(seen: Iterable[Seen]) -> Sums:
-    """Each move weighs 1 / seconds: what counts is the relative error."""
+    """Return the sums over moves, each weighted by 1 / seconds: the relative error counts."""
     made = NOTHING
     for move in seen:
         row = np.array([1.0, move.segments, move.nbytes]) / move.seconds
@@ -78,10 +78,10 @@ def sums(seen: Iterable[Seen]) -> Sums:
 
 
 def fit(of: Sums) -> Cost:
-    """The coefficients of least squared relative error that are not negative.
+    """Return the non-negative coefficients with the least squared relative error.
 
-    The best of the fits by some of the coefficients, without those that have a negative one: one
-    of them is the optimum of non-negative least squares.
+    They are the best of the fits by a subset of the coefficients in which none is negative: one of
+    these is the optimum of non-negative least squares.
     """
     scale = 1 / np.sqrt(np.maximum(of.squares.diagonal(), 1e-300))
     squares, products = of.squares * np.outer(scale, scale), of.products * scale
@@ -89,7 +89,8 @@ def fit(of: Sums) -> Cost:
     for number in (1, 2, 3):
         for some in map(list, combinations(range(3), number)):
             found = np.zeros(3)
-            # Of a diagonal of ones: so little more makes any of them solvable, and moves nothing.
+            # Added to a diagonal of ones, so small a term makes every system solvable, and changes
+            # nothing.
             regular = squares[np.ix_(some, some)] + _RIDGE * np.eye(number)
             found[some] = np.linalg.solve(regular, products[some])
             loss = found @ squares @ found - 2 * products @ found
@@ -101,11 +102,12 @@ def fit(of: Sums) -> Cost:
 class Choice(NamedTuple):
     strategy: Strategy
     seconds: float
-    """Expected."""
+    """Expected seconds of the move."""
 
 
 def choose(costs: dict[Strategy, Cost], segments: int, nbytes: int, staging_free: int) -> Choice:
-    """The strategy that is expected to be the quickest; *whole* only while it finds staging."""
+    """Return the strategy that is expected to be the fastest; *whole* only while staging is
+    free."""
     able: list[Strategy] = ["whole", "direct"] if staging_free else ["direct"]
     return min(
         (Choice(name, costs[name].seconds(segments, nbytes)) for name in able),
@@ -114,9 +116,9 @@ def choose(costs: dict[Strategy, Cost], segments: int, nbytes: int, staging_free
 
 
 class CostModel:
-    """Estimates what moves over one link take.
+    """Estimates the duration of moves over one link.
 
-    It begins with the probes, and never quite forgets them."""
+    It begins with the probes, which always keep a small weight."""
 
     def __init__(self, probes: dict[Strategy, list[Seen]]) -> None:
         self._probes = {name: sums(seen) for name, seen in probes.items()}
@@ -128,7 +130,7 @@ class CostModel:
         return choose(self.costs, segments, nbytes, staging_free)
 
     def probed(self, segments: int, nbytes: int, staging_free: int) -> Choice:
-        """What the choice was before any move had been seen."""
+        """Return the choice by the probes only, as before any move had been seen."""
         costs = {name: fit(sums) for name, sums in self._probes.items()}
         return choose(costs, segments, nbytes, staging_free)
 

@@ -20,8 +20,8 @@ from pdserve.transfer.reports import LinkReport
 
 _log = logging.getLogger(__name__)
 
-# What UCX falls back to where it finds no RDMA device, or may not use it. Within one host it
-# copies (cma) instead.
+# The transport that UCX falls back to where it finds no RDMA device, or may not use it. Within one
+# host it copies (cma) instead.
 WITHOUT_RDMA = "tcp"
 
 
@@ -31,18 +31,19 @@ class NoLink(PDServeError):
 
 @dataclass(slots=True)
 class Peer:
-    """A holder that there is a link to."""
+    """A holder with the link to it."""
 
     holder: Endpoint
     link: Link
     report: LinkReport
     cost_model: CostModel | None
-    """None: its memory is mapped, there is nothing to choose."""
+    """None: its memory is mapped, so there is nothing to choose."""
     failed: bool = False
-    """The link has; what it was like is still known."""
+    """Whether the link has failed; its report is kept."""
 
     def over_the_same(self, link: Link) -> bool:
-        """Whether a link is reached as this peer is: what is known of one holds for the other."""
+        """Tell whether a link has the transport of this peer, so that the peer's measurements hold
+        for it."""
         return (self.report.transport, self.report.detail) == (link.transport, link.detail)
 
 
@@ -50,8 +51,8 @@ class Peers:
     """The holders that this receiver is linked to, by epoch. Thread-safe.
 
     Args:
-        transports: best first; one that cannot use the memory is left out, and says why.
-        pool: what pulls arrive in, besides the staging buffers.
+        transports: the best first; one that cannot use the memory is left out, with the reason.
+        pool: memory that pulls arrive in, besides the staging buffers.
         rdma_only: refuse a network link that is not RDMA.
     """
 
@@ -80,14 +81,14 @@ class Peers:
                 self._transports.append(transport)
 
     def connect(self, data: bytes) -> tuple[str, LinkReport]:
-        """Connect to a holder by its sealed `Endpoint`: its name, and how it is reached.
+        """Connect to a holder by its sealed `Endpoint`; return its name, and how it is reached.
 
-        Blocks, for some seconds at most; for one that is known, not at all, and for one whose link
-        has failed only until there is another: a request may be waiting for that.
+        Blocks for some seconds at most; for a known holder, not at all, and for one whose link has
+        failed only until there is a new one, since a request may be waiting for that.
 
         Raises:
-            HandleError: the endpoint is forged, or of another model.
-            Unreachable: by no transport; the message has every reason.
+            HandleError: the endpoint is forged, or belongs to another model.
+            Unreachable: no transport reaches it; the message has every reason.
         """
         holder = unseal(data, Endpoint, self._terms.key)
         terms = self._terms
@@ -131,7 +132,7 @@ class Peers:
         self, holder: Endpoint, link: Link, refused: dict[str, str], former: Peer | None
     ) -> Peer:
         try:
-            # A link that does not say what it runs over is not trusted to have RDMA.
+            # A link that does not report its transport is not trusted to have RDMA.
             fallback = link.transport == "nixl" and (
                 not link.detail or link.detail.startswith(WITHOUT_RDMA)
             )
@@ -151,7 +152,8 @@ class Peers:
     def _rate(
         self, holder: Endpoint, link: Link, like: Peer | None
     ) -> tuple[float, CostModel | None]:
-        """Bytes per second, and a cost model; not measured anew if there is a peer `like` it."""
+        """Return bytes per second, and a cost model; measured only if there is no peer `like` this
+        one."""
         if link.data is not None:
             if like is not None:
                 return like.report.bytes_per_s, None
@@ -165,19 +167,19 @@ class Peers:
         return large / min(c.seconds(1, large) for c in cost_model.costs.values()), cost_model
 
     def find(self, epoch: bytes) -> Peer:
-        """Raises: NoLink."""
+        """Return the peer of an epoch. Raises NoLink if there is none, or its link has failed."""
         peer = self._peers.get(epoch)
         if peer is None or peer.failed:
             raise NoLink(f"there is no link to holder {epoch.hex()}, or it has failed")
         return peer
 
     def leave(self, peer: Peer) -> None:
-        """The link has failed; another one may be made."""
+        """Close a link that has failed; a new one may be made."""
         peer.failed = True
         peer.link.close()
 
     def close(self) -> None:
-        """Leave every holder."""
+        """Close the links to all holders."""
         with self._connecting:
             for peer in list(self._peers.values()):
                 self.leave(peer)

@@ -1,4 +1,4 @@
-"""What a link can do, measured as it is made: its latency, and the cost of its moves."""
+"""Measures a new link: its latency, and the cost of its moves."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ from pdserve.transfer.consumer.strategies import Move, Part
 from pdserve.transfer.protocol import Link
 
 Shape = tuple[int, int, int]
-"""Planes, rows, rows in a run."""
+"""Planes, rows, and rows of a run."""
 Way = Callable[[Shape, int], "Seen | None"]
 
 PROBE_S = 2.0
-"""Of each measurement at most."""
+"""Longest time of each measurement, in seconds."""
 LOOKS = 5
 TURNS = 5
 ROW_BYTES = 1 << 10
-# (planes, rows, rows in a run), the smaller first: from one row to 16 MiB, in one segment and many.
-# What is small fits into caches and sockets' buffers, and tells nothing of what is large.
+# Shapes, the smaller first: from one row to 16 MiB, in one segment and in many. Small moves fit
+# into caches and socket buffers, and tell nothing about large ones.
 SHAPES = (
     *((1, 1, 1), (1, 16, 16), (1, 256, 256), (1, 256, 4)),
     *((1, 1024, 1024), (1, 1024, 64), (1, 1024, 8)),
-    # Planes as large as those of long prompts: their runs lie further apart than pages' tables
-    # in a cache reach, which is what a scatter then pays for.
+    # Planes as large as those of long prompts: their runs are further apart than page tables in a
+    # cache reach, which a scatter then pays for.
     *((4, 4096, 4096), (4, 4096, 64), (4, 4096, 8)),
 )
-# A link that takes so long for one of them is slow: the larger ones would tell nothing new.
+# A link that takes this long for one shape is slow: the larger shapes would tell nothing new.
 SLOW_S = 60e-3
 COLD = 48 << 20
-"""Bytes written before each move: more than caches have, so that what moves is in none of them."""
+"""Bytes written before each move: more than the caches hold, so that the moved bytes are in
+none."""
 LARGE = 16 << 20
-"""Bytes of the move that a link's rate is told by."""
+"""Bytes of the move by which a link's rate is reported."""
 ONCE = 1 << 20
-"""Bytes of a move that only has to arrive: so many take another way than a look does."""
+"""Bytes of a move that only has to arrive: of this size it takes another path than a lease slot."""
 
 
 def latency(link: Link) -> float:
-    """Seconds of a look at a lease slot, the median.
+    """Return the median seconds of reading a lease slot.
 
     Raises:
         TransferError: the holder does not answer.
@@ -60,10 +61,10 @@ def latency(link: Link) -> float:
 
 
 def once(link: Link, staging: Staging, data_bytes: int) -> None:
-    """Move something, to see that the link, which is not mapped, does.
+    """Move some bytes, to check that a link that is not mapped works.
 
     Raises:
-        TransferError: it does not, or no buffer became free.
+        TransferError: it does not work, or no buffer became free.
     """
     deadline = time.monotonic() + PROBE_S
     with staging.take(1, deadline) as (buffer,):
@@ -72,15 +73,15 @@ def once(link: Link, staging: Staging, data_bytes: int) -> None:
 
 
 def moves(link: Link, staging: Staging, data_bytes: int) -> dict[Strategy, list[Seen]]:
-    """Moves of several shapes, of whatever the holder's data are.
+    """Measure moves of several shapes, of arbitrary bytes of the holder's data.
 
-    The strategies take turns, so that a slow moment of the machine counts against both.
+    The strategies take turns, so that a slow moment of the machine affects both.
 
     Raises:
         TransferError: the holder does not answer, or no buffer became free.
     """
     memory = staging.memory
-    # What is scattered goes to memory of its own; what comes directly, to registered memory.
+    # Scattered bytes go to private memory; bytes pulled directly, to registered memory.
     own = arrays.like(memory, (min(LARGE, data_bytes),))
 
     def whole(shape: Shape, turn: int) -> Seen | None:
@@ -89,7 +90,7 @@ def moves(link: Link, staging: Staging, data_bytes: int) -> dict[Strategy, list[
 
     def direct(shape: Shape, turn: int) -> Seen | None:
         with staging.take(len(memory), time.monotonic() + PROBE_S) as buffers:
-            alone = len(buffers) == len(memory)  # and so all of them, one after another
+            alone = len(buffers) == len(memory)  # all buffers, which are contiguous
             room = memory.reshape(-1) if alone else buffers[0]
             move = _move(link, room, data_bytes, shape, turn)
             return _timed(strategies.direct, move)
@@ -99,7 +100,7 @@ def moves(link: Link, staging: Staging, data_bytes: int) -> dict[Strategy, list[
 
 
 def mapped(link: Link, staging: Staging, data_bytes: int) -> float:
-    """Bytes per second of copies out of mapped memory."""
+    """Return the bytes per second of copies out of mapped memory."""
     room = arrays.like(staging.memory, (staging.memory.nbytes,))
 
     def copy(shape: Shape, turn: int) -> Seen | None:
@@ -111,7 +112,7 @@ def mapped(link: Link, staging: Staging, data_bytes: int) -> float:
 
 
 def _by_turns(ways: Sequence[Way], cold: Array) -> list[list[Seen]]:
-    """Of every shape that there is room for, the median of its turns."""
+    """Return the median of the turns of each strategy, for every shape that there is room for."""
     found: list[list[Seen]] = [[] for _ in ways]
     for shape in SHAPES:
         turns: list[list[Seen]] = [[] for _ in ways]
@@ -125,7 +126,7 @@ def _by_turns(ways: Sequence[Way], cold: Array) -> list[list[Seen]]:
                     taken.append(seen)
         for before, taken in zip(found, turns, strict=True):
             if taken:
-                # The first also pays for what is set up once.
+                # The first turn also pays for one-time setup.
                 seconds = statistics.median(seen.seconds for seen in taken[1:] or taken)
                 before.append(taken[0]._replace(seconds=seconds))
     return found
@@ -140,13 +141,13 @@ def _timed(strategy: Callable[[Move], object], move: Move | None) -> Seen | None
 
 
 def _move(link: Link, room: Array, data_bytes: int, shape: Shape, turn: int) -> Move | None:
-    """Into `room`; None: it, or what the holder has, is too small."""
+    """Return a move into `room`; None: `room` or the holder's data is too small."""
     planes, rows, run = shape
     row_bytes = min(ROW_BYTES, data_bytes, len(room))
     nbytes = planes * rows * row_bytes
     if nbytes > min(data_bytes, len(room)):
         return None
-    # Not from where the last one was.
+    # Not at the offset of the previous turn.
     offset = turn * nbytes % (data_bytes - nbytes + 1)
     firsts = list(range(0, rows, run))
     random.Random(rows).shuffle(firsts)

@@ -4,9 +4,9 @@
     open     check a handle
     pull     look at the lease, say PULLING, move the bytes, look again, say DONE
 
-Neither side waits for the other. A holder that takes a lease back in mid-pull is noticed by the
-last look, and what was copied is discarded; a receiver that dies in mid-pull stays PULLING, and
-the holder waits for its own bound only.
+Neither side waits for the other. If a holder revokes a lease during a pull, the last look shows it,
+and what was copied is discarded; a receiver that dies during a pull stays PULLING, and the holder
+waits only for its own bound.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Receiver:
     """Pulls KV caches of one model into one pool. Thread-safe.
 
     Args:
-        transports: best first.
+        transports: the best first.
         pool: uint8 [planes, rows, row_bytes].
         ranks: tensor parallelism of this side; all of its ranks are in this process.
         rdma_only: refuse a network link that is not RDMA.
-        strategy: None: the cost model's choice.
-        timeout_s: of one pull, the wait for planes that are still being computed included.
-        clock: in seconds, the one that leases of this host are counted by.
+        strategy: None: the cost model chooses.
+        timeout_s: seconds of one pull, the wait for planes that are still being computed included.
+        clock: returns seconds, on the clock of this host's leases.
     """
 
     def __init__(
@@ -67,27 +67,29 @@ class Receiver:
         self.peers = Peers(terms, transports, pool, staging, rdma_only)
         layout, sharding = terms.layout, terms.sharding
         self._row_bytes = sharding.row_bytes(layout)
-        """Of one part."""
+        """Bytes of a row of one part."""
         head_bytes = layout.row_bytes // layout.kv_heads
-        # Ranks that outnumber the heads want some of them twice; here all ranks are together.
+        # If there are more ranks than heads, several ranks need the same head; here all ranks are
+        # together.
         wanted = {
             route.first_head: route.part
             for rank in range(ranks)
             for route in routes(sharding, ranks, layout.kv_heads, rank)
         }
         self._wanted = [(part, head * head_bytes) for head, part in wanted.items()]
-        """The parts that are pulled, and where their bytes go in a row of the pool."""
+        """The parts that are pulled, and the offset of their bytes in a row of the pool."""
 
     def connect(self, data: bytes) -> tuple[str, LinkReport]:
         """Connect to a holder; see `Peers.connect`."""
         return self.peers.connect(data)
 
     def open(self, data: bytes) -> KVHandle:
-        """A handle that may be pulled, as far as it says itself.
+        """Check a handle by itself, and return it.
 
         Raises:
-            HandleError: forged, altered, expired, of another model, or beyond its holder's memory.
-            NoLink: its holder has to be connected to first.
+            HandleError: it is forged, altered, expired, of another model, or beyond its holder's
+                memory.
+            NoLink: there is no link to its holder yet.
         """
         handle = unseal(data, KVHandle, self._terms.key)
         handle.check(self._terms.fingerprint, self._terms.layout, self._terms.sharding)
@@ -106,7 +108,7 @@ class Receiver:
         return handle
 
     def _check_time(self, peer: Peer, expires: float, what: str) -> None:
-        # On another host, with a clock of its own, the lease table alone tells.
+        # On another host, with another clock, only the lease table tells.
         if peer.holder.host == host_id():
             now = self._clock()
             # Written so that a NaN counts as expired.
@@ -114,7 +116,7 @@ class Receiver:
                 raise HandleError(f"{what} expired {now - expires:.3f} s ago")
 
     def mapped(self, handle: KVHandle) -> bool:
-        """Whether nothing is waited for but a copy."""
+        """Tell whether a pull would be a copy only."""
         try:
             return self.peers.find(handle.epoch).link.data is not None
         except NoLink:
@@ -123,14 +125,15 @@ class Receiver:
     def pull(self, handle: KVHandle, runs: Runs, first: int = 0) -> TransferReport:
         """Copy a KV cache from token `first` on into `runs` of the pool.
 
-        Layer by layer, if it is still being computed. The handle is one that `open` has returned;
-        it is good for one pull, however that ends.
+        The copy is layered if the KV cache is still being computed. The handle must be one that
+        `open` has returned; it is valid for one pull, however that ends.
 
         Raises:
-            HandleError: the lease is over, used, or ended meanwhile; what was copied is not valid.
+            HandleError: the lease has ended or was used; what was copied is not valid.
             TransferError: the bytes could not be moved; the link is closed.
             NoLink: the link has failed since `open`.
-            ValueError: the runs have not as many rows as there are tokens, or are not in the pool.
+            ValueError: the runs do not have as many rows as there are tokens, or are not in the
+                pool.
         """
         peer = self.peers.find(handle.epoch)
         began = time.monotonic()
@@ -149,7 +152,7 @@ class Receiver:
                 # Before DONE is said: from then on the holder may end the lease.
                 lease.look()
             except BaseException:
-                with suppress(TransferError):  # what has happened is the error, not this
+                with suppress(TransferError):  # the first error is reported, not this one
                     lease.say(Pull.DONE)
                 raise
             lease.say(Pull.DONE)
@@ -176,7 +179,7 @@ class Receiver:
         deadline: float,
         alive: Callable[[], None],
     ) -> Move:
-        # Whatever the way: rows of another request are not written, and none of this one left out.
+        # For every strategy: no row of another request is written, and none of this one left out.
         runs = checked(runs, handle.tokens - first, self._pool.shape[1])
         planes = self._terms.layout.planes
         part_bytes = planes * handle.tokens * self._row_bytes
@@ -197,7 +200,8 @@ class Receiver:
         )
 
     def _follow(self, peer: Peer, move: Move, lease: RemoteLease) -> tuple[str, float]:
-        """Move every plane as it becomes ready; the strategy, and the last move's expected time."""
+        """Move every plane as it becomes ready; return the strategy, and the last move's expected
+        seconds."""
         layered, done, chosen, expected_s = not lease.filled, 0, "whole", 0.0
         while not lease.filled or done < lease.planes:
             ready = min(lease.grant.filled, lease.planes)
@@ -227,5 +231,5 @@ class Receiver:
         return strategy, expected_s
 
     def close(self) -> None:
-        """Leave every holder."""
+        """Close the links to all holders."""
         self.peers.close()

@@ -1,4 +1,4 @@
-"""The arrival space: registered buffers in which pieces wait until they are scattered."""
+"""The staging buffers: registered memory in which pieces wait until they are scattered."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from contextlib import contextmanager, suppress
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.protocol import Stuck, TransferError
 
-# Well below the time in which a receiver has to show life.
+# Well below the time within which a receiver has to show life.
 NAP_S = 0.05
 
 
 class Staging:
     """Buffers of `piece_bytes`, shared by all pulls of an instance. Thread-safe.
 
-    Small on purpose: what waits here would be better off decoding elsewhere, and a piece that has
-    just arrived is scattered from the processor's cache.
+    They are small on purpose: a request that would wait for more is better decoded elsewhere, and a
+    piece that has just arrived is scattered from the processor's cache.
     """
 
     def __init__(self, memory: Array) -> None:
         self.memory = memory
-        """Uint8 [buffers, piece_bytes], every page written to: else a first arrival takes 20 x."""
+        """Uint8 [buffers, piece_bytes], every page written to: otherwise a first arrival takes 20
+        x."""
         self.piece_bytes = int(memory.shape[1])
         self._free: queue.SimpleQueue[Array] = queue.SimpleQueue()
         for buffer in memory:
@@ -31,18 +32,18 @@ class Staging:
 
     @property
     def free(self) -> int:
-        """Bytes that nobody uses now."""
+        """Return the bytes that are not in use."""
         return self._free.qsize() * self.piece_bytes
 
     @contextmanager
     def take(
         self, wanted: int, deadline: float, alive: Callable[[], None] = lambda: None
     ) -> Iterator[list[Array]]:
-        """At least one buffer, and up to `wanted` of those that are free.
+        """Take at least one buffer, and up to `wanted` if they are free.
 
         Args:
             deadline: seconds on CLOCK_MONOTONIC.
-            alive: called now and then while none is free.
+            alive: called repeatedly while none is free.
 
         Raises:
             TransferError: none was free by `deadline`.
@@ -54,7 +55,7 @@ class Staging:
         try:
             yield taken
         except Stuck:
-            raise  # something may still arrive there
+            raise  # bytes may still arrive there
         except BaseException:
             self._give(taken)
             raise

@@ -1,12 +1,12 @@
-"""How a KV cache, or some of it, comes over a link and into a pool.
+"""Strategies of moving a KV cache, or parts of it, over a link and into a pool.
 
     mapped   the holder's memory is this process's too: one scatter from there
     whole    contiguous pieces into the staging buffers, each scattered while the next arrives
     direct   one transfer straight into the pool's rows, a descriptor for every segment
 
-*Layered* is any of the three, done for the planes that have become ready while others are still
-being computed. A *segment* is what is contiguous at both ends: a run of one plane, or a row of it
-where a part does not fill the pool's rows.
+*Layered* is any of the three, applied to the planes that have become ready while others are still
+being computed. A *segment* is contiguous at both ends: a run of one plane, or a row of it where a
+part does not fill the pool's rows.
 """
 
 from __future__ import annotations
@@ -24,44 +24,44 @@ from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.protocol import Link, Pending, Spans
 from pdserve.transfer.scatter import Runs, each, part_of
 
-# Between two pieces, of some 30 ms, the receiver can say that it is alive.
+# Between two pieces, of some 30 ms, the receiver can show that it is alive.
 MAPPED_PIECE = 256 << 20
-# Pieces under way at once: one arrives while the other is scattered.
+# Pieces in progress at the same time: one arrives while the other is scattered.
 DEPTH = 2
-# Tokens: a multiple of all usual blocks. A piece that begins within one is scattered row by row; in
-# blocks that are larger, run by run.
+# Tokens: a multiple of all usual block sizes. A piece that begins within a block is scattered row
+# by row; one of blocks that are larger, run by run.
 WHOLE_BLOCKS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some heads of a KV cache: uint8 [planes, tokens, row_bytes] from `offset` of the data."""
+    """Some heads of a KV cache: uint8 [planes, tokens, row_bytes] at `offset` of the data."""
 
     offset: int
     row_bytes: int
     column: int
-    """Where its bytes go in a row of the pool."""
+    """Offset of its bytes in a row of the pool."""
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What comes over which link, and where it goes."""
+    """A copy of a KV cache, or a part of it, over a link into a pool."""
 
     link: Link
     parts: tuple[Part, ...]
     length: int
-    """Tokens of the KV cache at its holder."""
+    """Number of tokens of the KV cache at its holder."""
     tokens: range
-    """Those that are wanted."""
+    """Tokens to copy."""
     planes: range
     pool: Array
-    """[planes, rows, row_bytes]."""
+    """The pool, [planes, rows, row_bytes]."""
     runs: Runs
-    """For the wanted tokens."""
+    """Runs of the pool for the tokens to copy."""
     deadline: float
     """Seconds on CLOCK_MONOTONIC."""
     alive: Callable[[], None] = lambda: None
-    """Called while bytes are waited for."""
+    """Called repeatedly while waiting for bytes."""
 
     @property
     def nbytes(self) -> int:
@@ -74,11 +74,11 @@ class Move:
 
     @property
     def fills_rows(self) -> bool:
-        """Whether the pool's rows are filled whole, so that runs of them are contiguous."""
+        """Tell whether the pool's rows are filled whole, so that runs of them are contiguous."""
         return all(part.row_bytes == self.pool.shape[2] for part in self.parts)
 
     def of(self, planes: range) -> Move:
-        """The same move for some of the planes."""
+        """Return the same move for some of the planes."""
         return replace(self, planes=planes)
 
 
@@ -100,9 +100,9 @@ class _Piece:
         return planes * tokens * row_bytes
 
     def spans(self, length: int, address: int) -> Spans:
-        """Where it lies at the holder; it arrives contiguously at `address`."""
+        """Return where it lies at the holder; it arrives contiguously at `address`."""
         planes, tokens, row_bytes = self.shape
-        # Planes with all of their tokens follow one another: one span.
+        # Planes with all of their tokens are adjacent: one span.
         spans = 1 if tokens == length else planes
         span_bytes = self.nbytes // spans
         number = np.arange(spans, dtype=np.int64)
@@ -124,7 +124,7 @@ class _Piece:
 
 
 def _pieces(move: Move, limit: int) -> Iterator[_Piece]:
-    """The move in pieces of at most `limit` bytes, or of one row."""
+    """Split the move into pieces of at most `limit` bytes, or of one row."""
     for part in move.parts:
         plane_bytes = len(move.tokens) * part.row_bytes
         if plane_bytes <= limit:
@@ -142,10 +142,10 @@ def _pieces(move: Move, limit: int) -> Iterator[_Piece]:
 
 
 def mapped(move: Move) -> None:
-    """Copy once: out of the holder's memory, into the pool's rows.
+    """Copy once, out of the holder's memory into the pool's rows.
 
     Raises:
-        TransferError: the holder's device does not finish what it says is filled.
+        TransferError: the holder's device does not finish what is reported as filled.
     """
     assert move.link.data is not None
     move.link.ready(move.deadline)
@@ -161,7 +161,7 @@ def mapped(move: Move) -> None:
 
 
 def whole(move: Move, staging: Staging) -> None:
-    """Pull and scatter, piece by piece.
+    """Pull into staging buffers and scatter from there, piece by piece.
 
     Raises:
         TransferError: the link failed; see `Pending.wait`.
@@ -178,7 +178,7 @@ def whole(move: Move, staging: Staging) -> None:
             while arriving:
                 _land(move, *arriving.popleft())
         except BaseException:
-            # Nobody else may get a buffer that something still arrives in.
+            # Nobody else may get a buffer in which bytes still arrive.
             move.link.close()
             raise
 
@@ -190,7 +190,7 @@ def _land(move: Move, piece: _Piece, buffer: Array, pending: Pending) -> None:
 
 
 def direct(move: Move) -> None:
-    """Pull every segment to where it belongs.
+    """Pull every segment to its place in the pool.
 
     Raises:
         TransferError: the link failed; see `Pending.wait`.
@@ -199,7 +199,7 @@ def direct(move: Move) -> None:
 
 
 def segments(move: Move) -> Spans:
-    """The move as one transfer: int64 [segments, 3]."""
+    """Return the move as one transfer: int64 [segments, 3]."""
     plane_bytes, row_bytes = arrays.strides(move.pool)[:2]
     starts, rows, firsts = _along_tokens(move)
     planes = np.arange(move.planes.start, move.planes.stop)[:, None]
@@ -215,7 +215,7 @@ def segments(move: Move) -> Spans:
 
 
 def _along_tokens(move: Move) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """First token, tokens and first pool row of every segment of a plane: int64 [n] each."""
+    """Return first token, tokens and first pool row of every segment of a plane: int64 [n] each."""
     firsts, rows = np.array(move.runs, np.int64).T
     if move.fills_rows:
         return move.tokens.start + np.cumsum(rows) - rows, rows, firsts

@@ -1,1 +1,1 @@
-"""The lease table: the words in registered memory by which both sides agree on a KV cache."""
+"""The lease table: words in registered memory by which holder and receiver agree on a KV cache."""

@@ -1,4 +1,4 @@
-"""A file in /dev/shm with KV caches in it, and the lease table that goes with them.
+"""A file in /dev/shm with KV caches and their lease table.
 
 page 0          header: magic, version, lease slots, epoch, data bytes
 from page 1     lease table; what its words say: `pdserve.transfer.lease.words`
@@ -34,10 +34,10 @@ _HEADER = Struct(f"<8sII{EPOCH_BYTES}sQ")
 
 
 class SharedRegion:
-    """`data` uint8 [data_bytes] under a name in shared memory, with a lease table.
+    """Shared memory with a name: `data` uint8 [data_bytes], and a lease table.
 
-    `data` is writable for the process that created it, and read-only for one that opened it.
-    Errors do not tell the name: they reach clients.
+    `data` is writable for the process that created it, and read-only for one that opened it. Errors
+    do not contain the name, since they reach clients.
     """
 
     def __init__(self, name: str, fd: int, *, writable: bool) -> None:
@@ -59,9 +59,9 @@ class SharedRegion:
         self.slots: int = slots
         self._inode = status.st_dev, status.st_ino
         self._words = memoryview(mmap.mmap(fd, start, mmap.MAP_SHARED))
-        # The holder pays for its page tables once, while its model loads (0.35 s/GiB), and not
-        # in the first requests. A receiver does not: mmap keeps the GIL, 0.1 s/GiB in which its
-        # decode would stand still; faults inside a copy cost it 1.5 x the copy, once per page.
+        # The holder sets up its page tables once, while its model loads (0.35 s/GiB), and not in
+        # the first requests. A receiver does not: mmap keeps the GIL, 0.1 s/GiB in which its decode
+        # would stand still; faults during a copy cost it 1.5 x the copy, once per page.
         if not data_bytes:
             self.data: NDArray[np.uint8] = np.empty(0, np.uint8)
             return
@@ -73,7 +73,7 @@ class SharedRegion:
 
     @classmethod
     def create(cls, name: str, data_bytes: int, lease_slots: int, epoch: bytes) -> SharedRegion:
-        """Make a region and reserve all its memory.
+        """Create a region and reserve all its memory.
 
         Raises:
             DeploymentError: the name is taken or not allowed, or there is not enough memory.
@@ -89,7 +89,7 @@ class SharedRegion:
             ) from error
         size = _data_start(lease_slots) + data_bytes
         try:
-            # Without this, a full file system would show as SIGBUS at some later write.
+            # Otherwise a full file system would cause SIGBUS at some later write.
             os.posix_fallocate(fd, 0, size)
             os.pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, lease_slots, epoch, data_bytes), 0)
             return cls(name, fd, writable=True)
@@ -109,7 +109,7 @@ class SharedRegion:
         """Map a region that another process holds.
 
         Raises:
-            HandleError: there is none, or it is of another kind or version.
+            HandleError: there is none, or it has another kind or version.
         """
         try:
             fd = os.open(SHM / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -124,12 +124,13 @@ class SharedRegion:
 
     @property
     def epoch(self) -> bytes:
-        """Epoch of the holder, as it stands in the header now."""
+        """Return the epoch of the holder, as it stands in the header now."""
         epoch: bytes = _HEADER.unpack_from(self._words)[3]
         return epoch
 
     def named(self) -> bool:
-        """Whether the name still leads here: not removed, nor taken by a later region."""
+        """Tell whether the name still belongs to this region: not removed, nor taken by a later
+        one."""
         try:
             status = (SHM / self.name).stat()
         except FileNotFoundError:
@@ -142,18 +143,18 @@ class SharedRegion:
             (SHM / self.name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Unmap. Arrays made from `data` stay good: the memory goes with the last of them."""
-        # Closing the maps themselves would raise BufferError while there are such arrays.
+        """Unmap. Arrays made from `data` stay valid: the memory is freed with the last of them."""
+        # Closing the maps themselves would raise BufferError while such arrays exist.
         self.data = np.empty(0, np.uint8)
         self._words = memoryview(bytearray(_data_start(self.slots)))
 
     @property
     def table(self) -> NDArray[np.uint8]:
-        """The lease table, uint8 [slots * SLOT_BYTES]."""
+        """Return the lease table, uint8 [slots * SLOT_BYTES]."""
         return np.frombuffer(self._words, np.uint8)[_PAGE : _PAGE + self.slots * SLOT_BYTES]
 
     def grant(self, slot: int, grant: Grant) -> None:
-        """Write the holder's words of a slot: the nonce last, which makes them count."""
+        """Write the holder's words of a slot, the nonce last, since it makes them valid."""
         words = grant.pack()
         start = self._start(slot)
         nonce = len(grant.nonce)
@@ -167,7 +168,7 @@ class SharedRegion:
         self._words[start : start + len(packed)] = packed
 
     def peek(self, slot: int) -> bytes:
-        """A slot's SLOT_BYTES."""
+        """Return the SLOT_BYTES bytes of a slot."""
         start = self._start(slot)
         return bytes(self._words[start : start + SLOT_BYTES])
 

@@ -1,4 +1,4 @@
-"""A receiver's side of one lease: what it reads in the slot, and what it says there."""
+"""A receiver's side of one lease: reads and writes the words of its slot."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pdserve.transfer.lease.words import NO_GRANT, NO_NONCE, Pull, grant, pulled
 from pdserve.transfer.protocol import Link
 
 WORD_S = 2.0
-"""Of reading or writing a few bytes, at most."""
+"""Longest time of reading or writing a few bytes, in seconds."""
 BEAT_S = 0.25
-"""How often a receiver shows that it is at work."""
-# Between two looks at planes that are not filled yet: with nothing else to do, and beside a move.
+"""Interval at which a receiver shows that it is working, in seconds."""
+# Intervals of looks at planes that are not filled yet: without other work, and during a move.
 LOOK_S = 1e-3
 LOOK_BESIDE_S = 10e-3
 
@@ -23,7 +23,7 @@ class RemoteLease:
     """A receiver's side of the lease of one KV cache; used by one thread.
 
     Args:
-        planes: of the KV cache of ``handle``.
+        planes: number of planes of the KV cache of ``handle``.
     """
 
     def __init__(self, link: Link, handle: KVHandle, planes: int) -> None:
@@ -31,9 +31,9 @@ class RemoteLease:
         self.grant = NO_GRANT
         """The holder's words at the last look."""
         self.said = Pull.IDLE
-        """What stood in the slot as a receiver's word at the last look."""
+        """The receiver's word in the slot at the last look."""
         self.unfilled_at = 0.0
-        """When it was last seen that planes were still being computed (time.monotonic())."""
+        """Time of the last look at which planes were still being computed (time.monotonic())."""
         self._link = link
         self._handle = handle
         self._beat = 0
@@ -42,14 +42,14 @@ class RemoteLease:
 
     @property
     def filled(self) -> bool:
-        """Every plane has been computed, and the first token."""
+        """Tell whether every plane has been computed, and the first token."""
         return self.grant.filled >= self.planes and self.grant.token >= 0
 
     def look(self) -> None:
         """Read the slot.
 
         Raises:
-            HandleError: the lease has ended, or is another's.
+            HandleError: the lease has ended, or the slot has another lease.
             TransferError: the holder does not answer.
         """
         now = time.monotonic()
@@ -63,9 +63,9 @@ class RemoteLease:
             self.unfilled_at = now
 
     def say(self, state: Pull) -> None:
-        """Write the receiver's word, unless the slot was another lease's at the last look.
+        """Write the receiver's word, unless the slot had another lease at the last look.
 
-        A receiver that has stood still for so long may not wipe out what another one says.
+        A receiver that was stopped for that long must not overwrite another receiver's word.
 
         Raises:
             TransferError: the holder does not answer.
@@ -77,12 +77,12 @@ class RemoteLease:
         self._link.mark(self._handle.lease, said, self._said_at + WORD_S)
 
     def alive(self) -> None:
-        """Called often during a move: shows life, and looks how far the computation is."""
+        """Show life, and look how far the computation is; called often during a move."""
         now = time.monotonic()
         beats = now - self._said_at > BEAT_S
         if beats or (not self.filled and now - self._looked_at > LOOK_BESIDE_S):
-            # A move that is broken off costs the link, and so the other pulls on it. That the
-            # lease has ended is told by the look after it.
+            # Breaking off a move costs the link, and so the other pulls on it. The look after the
+            # move tells whether the lease has ended.
             with suppress(HandleError):
                 self.look()
         if beats:
@@ -90,7 +90,7 @@ class RemoteLease:
             self.say(Pull.PULLING)
 
     def wait(self) -> None:
-        """For more planes, a moment."""
+        """Wait a moment for more planes."""
         time.sleep(LOOK_S)
         self.look()
         self.alive()

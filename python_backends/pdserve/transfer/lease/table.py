@@ -11,8 +11,9 @@ from pdserve.transfer.lease.words import NO_GRANT, Grant, Pull, new_nonce, pulle
 
 
 class LeaseTable:
-    """Between revoking and freeing, the holder waits for a receiver that is PULLING (bounded by
-    itself), since neither the range nor the slot may be used again under its eyes.
+    """The leases of one holder. Between revoking and freeing, the holder waits (within its own
+    bound) for a receiver that is PULLING, since neither the range nor the slot may be reused while
+    it reads.
     """
 
     def __init__(self, region: SharedRegion) -> None:
@@ -21,11 +22,12 @@ class LeaseTable:
         self._grants: dict[int, Grant] = {}
 
     def __len__(self) -> int:
-        """Slots in use."""
+        """Return the number of slots in use."""
         return len(self._grants)
 
     def grant(self, expires: float, planes: int = 0, token: int = -1) -> tuple[int, bytes]:
-        """A slot, and the nonce that opens it until `expires` (seconds on CLOCK_MONOTONIC).
+        """Return a slot, and the nonce of its lease, valid until `expires` (seconds on
+        CLOCK_MONOTONIC).
 
         Args:
             planes, token: what is filled already; see `fill`.
@@ -41,34 +43,36 @@ class LeaseTable:
         return slot, grant.nonce
 
     def fill(self, slot: int, planes: int, token: int = -1) -> None:
-        """Say how many planes are filled, and the first token once it is known.
+        """Report how many planes are filled, and the first token once it is known.
 
-        May be called in another thread than the rest, while nobody ends the lease.
+        May be called in another thread than the other methods, while none of them ends the lease.
         """
         self._write(slot, replace(self._grants[slot], filled=planes, token=token))
 
     def extend(self, slot: int, expires: float) -> None:
-        """Move a lease's end."""
+        """Change the end of a lease."""
         self._write(slot, replace(self._grants[slot], expires=expires))
 
     def revoke(self, slot: int) -> Pull:
-        """End a lease; what its receiver was doing at that moment. Again is no error."""
+        """End a lease; return the receiver's state at that moment. Calling it again is no error."""
         self._region.grant(slot, NO_GRANT)
         return self.state(slot)
 
     def state(self, slot: int) -> Pull:
-        """What the receiver of a granted or revoked lease is doing."""
+        """Return the state of the receiver of a granted or revoked lease."""
         return self.heard(slot)[0]
 
     def heard(self, slot: int) -> tuple[Pull, int]:
-        """What the receiver of a lease is doing, and its beat, which moves while it works."""
+        """Return the state of the receiver of a lease, and its beat, which changes while it
+        works."""
         return pulled(self._region.peek(slot), self._grants[slot].nonce)
 
     def free(self, slot: int) -> None:
         """Make a slot available to the next lease."""
         self.revoke(slot)
         del self._grants[slot]
-        # The longest unused slot is the next: a late receiver has most likely gone by then.
+        # The slot that was unused the longest is the next: a late receiver has most likely gone by
+        # then.
         self._free.append(slot)
 
     def _write(self, slot: int, grant: Grant) -> None:

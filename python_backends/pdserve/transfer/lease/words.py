@@ -10,10 +10,10 @@ A slot is a cache line; each word in it has one writer:
     32      8      receiver   its word: 48 bits of the nonce, an 8-bit beat, an 8-bit Pull
 
 The receiver's word counts only while it carries the nonce of the slot's lease: so a slot is idle
-again with its next nonce, and what a late receiver says about an earlier lease is ignored. It is
-one aligned word, so that no network can tear it. A torn nonce is no lease at all, which is safe.
-That a plane's bytes are seen before the count that covers them leans on the store order of x86-64,
-and elsewhere on the many instructions between two steps of an interpreter.
+again with its next nonce, and a late receiver's word about an earlier lease is ignored. It is one
+aligned word, so that no network can tear it. A torn nonce matches no lease, which is safe. That a
+plane's bytes are visible before the count that covers them relies on the store order of x86-64, and
+elsewhere on the many instructions between two steps of an interpreter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TAG_BYTES = 6
 
 
 class Pull(IntEnum):
-    """What the receiver does with a lease."""
+    """State of the receiver of a lease."""
 
     IDLE = 0
     PULLING = 1
@@ -53,7 +53,7 @@ class Grant:
         return _HOLDER.pack(self.nonce, self.expires, self.filled, self.token)
 
     def is_of(self, nonce: bytes) -> bool:
-        """Whether the lease of this nonce is on."""
+        """Tell whether these words grant the lease of this nonce."""
         return compare_digest(self.nonce, nonce) and nonce != NO_NONCE
 
 
@@ -63,22 +63,22 @@ HOLDER_BYTES = _HOLDER.size
 
 
 def new_nonce() -> bytes:
-    """Random, and never that of no lease."""
+    """Return a random nonce, never NO_NONCE in practice."""
     return secrets.token_bytes(NONCE_BYTES)
 
 
 def grant(slot: bytes | memoryview) -> Grant:
-    """The holder's words of a slot's bytes."""
+    """Return the holder's words of a slot's bytes."""
     return Grant(*_HOLDER.unpack_from(slot))
 
 
 def word(nonce: bytes, state: Pull, beat: int = 0) -> int:
-    """A receiver's word about the lease of ``nonce``; ``beat`` counts modulo 256."""
+    """Return a receiver's word about the lease of ``nonce``; ``beat`` counts modulo 256."""
     return int.from_bytes(nonce[:_TAG_BYTES], "big") << 16 | (beat & 0xFF) << 8 | state
 
 
 def pulled(slot: bytes | memoryview, nonce: bytes) -> tuple[Pull, int]:
-    """What the receiver of the lease of ``nonce`` says, and its beat."""
+    """Return the state of the receiver of the lease of ``nonce``, and its beat."""
     found: int = _RECEIVER.unpack_from(slot, RECEIVER_WORD)[0]
     if found >> 16 != int.from_bytes(nonce[:_TAG_BYTES], "big"):
         return Pull.IDLE, 0

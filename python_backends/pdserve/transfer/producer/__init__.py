@@ -1,1 +1,1 @@
-"""A prefill's side: its memory, the ranges that are leased, and the ways that lead there."""
+"""The sending side: a prefill's memory, its leased ranges, and how receivers reach them."""

@@ -1,4 +1,4 @@
-"""A prefill's end of the transfer plane: its memory, its leases, and the ways that lead there."""
+"""A prefill's end of the transfer plane: its memory, its leases, and how receivers reach them."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from pdserve.transfer.protocol import Memory, Transport, Unreachable
 
 _log = logging.getLogger(__name__)
 
-# While a lease is on, peers that are served by this process's progress may not wait for it;
+# While a lease is granted, receivers that depend on this process's progress must not wait for it;
 # otherwise only their first contact does.
 BUSY_S = 500e-6
 IDLE_S = 5e-3
 CLOSE_S = 2.0
-# After an error of a transport, which may well be the same the next time.
+# Pause after an error of a transport, which may well recur.
 PAUSE_S = 1.0
 
 
 class Holder:
-    """One life of a prefill's memory.
+    """The memory of one prefill process.
 
     Args:
-        region_name: of its shared memory, which holds the lease table.
-        transports: each is offered the memory.
-        data: uint8 [data_bytes] on a device. None: host memory, shared where a transport maps it;
-            else private, in huge pages, which CMA reads twice as fast.
+        region_name: name of its shared memory, which holds the lease table.
+        transports: transports that are offered the memory.
+        data: uint8 [data_bytes] on a device. None: host memory, shared if a transport maps it;
+            otherwise private, in huge pages, which CMA reads twice as fast.
 
     Raises:
-        DeploymentError: the memory cannot be had, or no transport can export it.
+        DeploymentError: the memory cannot be allocated, or no transport can export it.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Holder:
         elif data is None:
             data = arrays.aligned((data_bytes,))
         self.data: Array = data
-        """Uint8 [data_bytes]."""
+        """The KV memory, uint8 [data_bytes]."""
         self.leases = LeaseTable(self.region)
         self._terms = terms
         self.token_bytes = terms.sharding.nbytes(terms.layout, 1)
-        """What a token takes in the data, over all planes and parts."""
+        """Bytes of a token in the data, over all planes and parts."""
         self._transports = transports
         ways = self._offer()
         self._endpoint = seal(
@@ -84,7 +84,7 @@ class Holder:
         )
         self._closing = threading.Event()
         self._thread = Thread(target=self._progress, name="progress", daemon=True)
-        # Shared memory needs no help from its holder.
+        # Shared memory needs no progress of its holder.
         if set(ways) - {"shm"}:
             self._thread.start()
 
@@ -106,18 +106,18 @@ class Holder:
         return ways
 
     def kv_range(self, offset: int, nbytes: int) -> KVRange:
-        """Bytes of the data, as the KV cache of as many tokens as fit."""
+        """Return bytes of the data as the KV cache of as many tokens as fit."""
         layout, sharding = self._terms.layout, self._terms.sharding
         tokens = nbytes // self.token_bytes
         return KVRange(self.data[offset : offset + nbytes], layout, sharding, tokens)
 
     @property
     def endpoint(self) -> bytes:
-        """A sealed `Endpoint`, for those who will pull."""
+        """Return the sealed `Endpoint` for receivers."""
         return self._endpoint
 
     def handle(self, offset: int, tokens: int, lease: int, nonce: bytes, expires: float) -> bytes:
-        """A sealed `KVHandle` of a range of the data."""
+        """Return a sealed `KVHandle` of a range of the data."""
         return seal(
             KVHandle(
                 fingerprint=self._terms.fingerprint,
@@ -134,12 +134,14 @@ class Holder:
         )
 
     def written(self) -> None:
-        """What is in the data now is to be seen by pulls from now on; may be called in a thread."""
+        """Make what has been written to the data visible to later pulls; may be called in a
+        thread."""
         for transport in self._transports:
             transport.written()
 
     def close(self) -> None:
-        """Remove the memory. Who has mapped it may still read what is leased to them."""
+        """Remove the memory. Receivers that have mapped it may still read what is leased to
+        them."""
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
@@ -153,12 +155,12 @@ class Holder:
             for transport in self._transports:
                 try:
                     transport.progress()
-                except Exception as error:  # the thread serves every receiver: it may not end
+                except Exception as error:  # the thread serves every receiver and must not end
                     _log.error("%s makes no progress: %r", transport.name, error)
                     self._closing.wait(PAUSE_S)
 
 
 def region_name(instance: str) -> str:
-    """A name for an instance's shared memory, under the launcher's prefix if there is one."""
+    """Return a name for an instance's shared memory, with the launcher's prefix if there is one."""
     prefix = os.environ.get("PDSERVE_SHM_PREFIX", "pdserve")
     return f"{prefix}-{instance}-{secrets.token_hex(8)}".replace("_", "-")

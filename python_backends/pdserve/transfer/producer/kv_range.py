@@ -1,4 +1,4 @@
-"""A KV cache in its range, seen as one array however it is sharded."""
+"""A KV cache in its range, accessible as one array however it is sharded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdserve.transfer.arrays import Array
 
 
 class KVRange:
-    """`tokens` tokens in `data` uint8 [sharding.nbytes(layout, tokens)]."""
+    """The KV cache of `tokens` tokens in `data` uint8 [sharding.nbytes(layout, tokens)]."""
 
     def __init__(self, data: Array, layout: KVLayout, sharding: Sharding, tokens: int) -> None:
         self._parts = data.reshape((sharding.parts, layout.planes, tokens, -1))
@@ -22,11 +22,11 @@ class KVRange:
 
     @cached_property
     def whole(self) -> Array:
-        """Uint8 [planes, tokens, row_bytes]: the range itself, where it is of one part.
+        """Return uint8 [planes, tokens, row_bytes]: the range itself, if it has one part.
 
-        Where ranks keep their heads apart it is memory of its own, that `publish` copies from. An
-        engine whose ranks are separate devices has no use for it; on a CPU one process stands for
-        all of them.
+        If the ranks' heads are stored separately, it is private memory that `publish` copies from.
+        An engine whose ranks are separate devices does not need it; on a CPU one process acts for
+        all ranks.
         """
         if len(self._parts) == 1:
             return self._parts[0]
@@ -34,12 +34,12 @@ class KVRange:
 
     @cached_property
     def _columns(self) -> list[slice]:
-        """Where each part's bytes stand in a row of all heads."""
+        """Return the position of each part's bytes in a row of all heads."""
         parts = range(self._sharding.parts)
         return [columns(self._sharding, self._layout, part) for part in parts]
 
     def publish(self, planes: int) -> None:
-        """The first `planes` planes of `whole` are complete."""
+        """Note that the first `planes` planes of `whole` are complete."""
         if len(self._parts) > 1:
             new = slice(self._published, planes)
             for part, where in zip(self._parts, self._columns, strict=True):

@@ -1,15 +1,15 @@
-"""Leases of a prefill's KV memory: ranges of its arena, until nobody reads them any more.
+"""Leases of a prefill's KV memory: ranges of its arena, until no receiver reads them any more.
 
 `pdserve.kvcache.arena` draws the states of a range. Once a lease is granted a decode may take it;
-what the decode says in the lease table is looked at on every sweep:
+every sweep reads the decode's word in the lease table:
 
     DONE, or never begun by `until`      the lease ends, its range is CACHED
     PULLING, and its beat moves          the lease goes on: the receiver's own deadline bounds it
     PULLING, but silent for QUIET_S      the receiver is dead or stands still: as expired
     given back while PULLING             QUARANTINED until the receiver says DONE or falls silent
 
-A receiver only reads, and looks at the lease again before it uses what it has read: one that
-stood still and goes on one day finds its lease gone.
+A receiver only reads, and looks at the lease again before it uses what it has read: one that was
+stopped and resumes later finds its lease gone.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MAX_RANGES = 4096
 
 @dataclass(slots=True, eq=False)
 class LeasedRange:
-    """A range, and from `grant` on its lease. Changed by its `LeaseManager` only."""
+    """A range, and after `grant` its lease. Changed by its `LeaseManager` only."""
 
     range: Range
     slot: int | None = None
-    """In the lease table."""
+    """Slot in the lease table."""
     beat: tuple[Pull, int] = (Pull.IDLE, 0)
-    """What was heard last of the receiver, and when."""
+    """The receiver's state and beat when they changed last, at `heard_at`."""
     heard_at: float = 0.0
 
 
@@ -44,7 +44,7 @@ class LeaseManager:
     Times are seconds on CLOCK_MONOTONIC, given by the caller.
 
     Args:
-        on_free: told of every range that becomes FREE, before its bytes are handed out again.
+        on_free: called with every range that becomes FREE, before its bytes are reused.
     """
 
     def __init__(self, holder: Holder, on_free: Callable[[Range], None]) -> None:
@@ -54,12 +54,12 @@ class LeaseManager:
         self.quarantined: list[LeasedRange] = []
 
     def allocate(self, nbytes: int) -> LeasedRange | None:
-        """A range to be filled; None if there is no room now."""
+        """Allocate a range to be filled; None if there is no room now."""
         held = self.arena.allocate(nbytes)
         return LeasedRange(held) if held is not None else None
 
     def grant(self, leased: LeasedRange, tokens: int, until: float) -> bytes:
-        """Grant a lease; a sealed handle of the KV cache, which may still be being filled.
+        """Grant a lease; return a sealed handle of the KV cache, which may still be being filled.
 
         Raises:
             Unavailable: every lease slot is in use.
@@ -68,7 +68,8 @@ class LeaseManager:
         return self._holder.handle(leased.range.offset, tokens, leased.slot, nonce, until)
 
     def fill(self, leased: LeasedRange, planes: int) -> None:
-        """So many planes may be read now. For the thread that computes; the lease goes on."""
+        """Note that ``planes`` planes may be read now. For the computing thread; the lease must not
+        end."""
         assert leased.slot is not None
         self._holder.written()
         self._leases.fill(leased.slot, planes)
@@ -76,10 +77,11 @@ class LeaseManager:
     def complete(
         self, leased: LeasedRange, tokens: int, planes: int, token: int, until: float
     ) -> bytes:
-        """All is filled, and the first token is known; a decode has until then to begin.
+        """Note that the KV cache and the first token are complete; a decode may begin until
+        ``until``.
 
         Returns:
-            A sealed handle of the KV cache; empty where ``grant`` has given one.
+            A sealed handle of the KV cache; empty if ``grant`` has returned one.
 
         Raises:
             Unavailable: every lease slot is in use.
@@ -96,7 +98,8 @@ class LeaseManager:
         return handle
 
     def over(self, leased: LeasedRange, now: float) -> bool:
-        """Whether a completed lease has ended: taken, never begun in time, or its reader silent."""
+        """Tell whether a completed lease has ended: taken, never begun in time, or its receiver
+        silent."""
         if self._reading(leased, now):
             self.arena.transfer(leased.range, leased.heard_at + QUIET_S)
             return False
@@ -113,14 +116,14 @@ class LeaseManager:
             self._let_go(leased)
 
     def sweep(self, now: float) -> None:
-        """Let go of what nobody reads any more; on every tick, whatever the load."""
+        """Free what no receiver reads any more; called on every tick."""
         for leased in list(self.quarantined):
             if not self._reading(leased, now):
                 self.quarantined.remove(leased)
                 self._let_go(leased)
 
     def counts(self) -> dict[State, tuple[int, int]]:
-        """Ranges and bytes by state."""
+        """Return the number of ranges and of bytes by state."""
         return self.arena.counts()
 
     def _let_go(self, leased: LeasedRange) -> None:
@@ -129,7 +132,7 @@ class LeaseManager:
         self.arena.release(leased.range)
 
     def _reading(self, leased: LeasedRange, now: float) -> bool:
-        """Whether its receiver says that it is reading, and has shown life lately."""
+        """Tell whether the receiver is PULLING, and has shown life lately."""
         assert leased.slot is not None
         heard = self._leases.heard(leased.slot)
         if heard != leased.beat:

@@ -1,1 +1,1 @@
-"""The ways from one process to the KV memory of another."""
+"""Transports from one process to the KV memory of another."""

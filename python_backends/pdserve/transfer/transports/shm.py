@@ -1,4 +1,4 @@
-"""Transport `shm`: one host, host memory. The receiver maps the holder's region and reads there."""
+"""Transport `shm`: one host, host memory. The receiver maps the holder's region and reads it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Way(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ShmLink:
-    """Implements `Link`; `data` is the holder's own memory, and a pull is a copy by its user."""
+    """Implements `Link`; `data` is the holder's own memory, from which the receiver copies."""
 
     transport = "shm"
     detail = "mapped"
@@ -32,7 +32,7 @@ class ShmLink:
         return self._region.data
 
     def ready(self, deadline: float) -> None:
-        """Stores are seen in order: what the words say is there."""
+        """Do nothing: stores are seen in order, so what the words report is there."""
 
     def peek(self, slot: int, deadline: float) -> bytes:
         return self._region.peek(slot)
@@ -44,7 +44,7 @@ class ShmLink:
         raise TransferError("shared memory is mapped: read `data`")
 
     def close(self) -> None:
-        """Whoever still copies from `data` keeps it mapped."""
+        """Unmap the region; an array made from `data` keeps it mapped."""
         self._region.close()
 
 
@@ -54,7 +54,7 @@ class ShmTransport:
     name: ClassVar[str] = "shm"
 
     def register(self, memory: Memory) -> None:
-        """Nothing to do: nothing arrives here by itself."""
+        """Do nothing: no transport writes to the memory."""
 
     def offer(self, table: Memory, data: Memory) -> bytes:
         region = data.owner
@@ -73,10 +73,10 @@ class ShmTransport:
         return ShmLink(region)
 
     def written(self) -> None:
-        """Nothing to do: stores are seen in order."""
+        """Do nothing: stores are seen in order."""
 
     def progress(self) -> None:
-        """Nothing to do: memory needs no help."""
+        """Do nothing: memory needs no help."""
 
     def close(self) -> None:
-        """Nothing to let go of: links have been closed by those who opened them."""
+        """Do nothing: links are closed by those who opened them."""

@@ -1,6 +1,6 @@
-"""CUDA's calls as the transfer plane makes them: through cuda-bindings, every error checked.
+"""The CUDA calls of the transfer plane, through cuda-bindings, with every error checked.
 
-Written to the documented API of CUDA 12.9 and 13; it has not run on hardware.
+Written according to the documented API of CUDA 12.9 and 13; it has not run on hardware.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pdserve.transfer.protocol import TransferError, Unreachable
 _log = logging.getLogger(__name__)
 
 HANDLE_BYTES = 64
-"""CUDA_IPC_HANDLE_SIZE: of memory's handles, and of events'."""
+"""CUDA_IPC_HANDLE_SIZE: bytes of a handle of memory or of an event."""
 UUID_BYTES = 16
 
-# Between two looks at the device, growing from the first to the second.
+# Interval of looks at the device, growing from the first value to the second.
 _LOOK_S = (20e-6, 500e-6)
 
 _HINTS = {
@@ -54,20 +54,21 @@ class Cuda:
     """The runtime and the driver, as cuda-bindings has them: results are (error, values...).
 
     Args:
-        runtime: `cuda.bindings.runtime`, or what behaves like it.
-        driver: `cuda.bindings.driver`, likewise.
+        runtime: `cuda.bindings.runtime`, or a fake of it.
+        driver: `cuda.bindings.driver`, or a fake of it.
     """
 
     def __init__(self, runtime: ModuleType | Any, driver: ModuleType | Any) -> None:
         self.runtime = runtime
         self.driver = driver
         self.opened: dict[tuple[int, bytes], Opened] = {}
-        """By device and IPC handle; see `Mapping`."""
-        # Of `opened`. A Mapping may go, and take it, in a garbage collection in any thread.
+        """Opened handles by device and IPC handle; see `Mapping`."""
+        # It guards `opened`, and is reentrant, since garbage collection may end a Mapping, which
+        # takes the lock, in any thread.
         self.lock = threading.RLock()
 
     def call(self, name: str, *args: Any, raising: type[InstanceError] = Unreachable) -> Any:
-        """What a function returns besides its error.
+        """Call a function, and return its results without the error.
 
         Raises:
             Unreachable: or `raising`, with CUDA's name of the error.
@@ -78,7 +79,7 @@ class Cuda:
         return values[0] if len(values) == 1 else values
 
     def finished(self, name: str, what: Any) -> bool:
-        """The answer of cudaEventQuery or cudaStreamQuery.
+        """Return the result of cudaEventQuery or cudaStreamQuery.
 
         Raises:
             TransferError: the work has failed.
@@ -90,7 +91,7 @@ class Cuda:
         return True
 
     def discard(self, name: str, what: Any) -> None:
-        """Give something back; that it was gone already, with its device, changes nothing."""
+        """Free something; that it was gone already, with its device, is only logged."""
         try:
             self.call(name, what)
         except Unreachable as error:
@@ -99,18 +100,19 @@ class Cuda:
     def use(self, device: int) -> None:
         """Make a device current in this thread, which it stays.
 
-        Restoring the one before would cost a context on device 0 in every process that uses
-        another: that is what a thread begins with, and since CUDA 12 setting it creates one.
+        Restoring the previous one would cost a context on device 0 in every process that uses
+        another: a thread begins with device 0, and since CUDA 12 setting it creates a context.
         """
         self.call("cudaSetDevice", device)
 
     def uuid(self, device: int) -> bytes:
-        """The device's UUID (UUID_BYTES), which all processes share; its number they do not."""
+        """Return the device's UUID (UUID_BYTES), equal in all processes, which its number is
+        not."""
         uuid: bytes = self.call("cudaGetDeviceProperties", device).uuid.bytes
         return uuid
 
     def number(self, uuid: bytes) -> int | None:
-        """The device in this process; None if CUDA_VISIBLE_DEVICES hides it, or it is elsewhere."""
+        """Return a device's number in this process; None if it is hidden or on another host."""
         count = self.call("cudaGetDeviceCount")
         return next((device for device in range(count) if self.uuid(device) == uuid), None)
 
@@ -123,10 +125,10 @@ def _check(name: str, error: Any, raising: type[InstanceError]) -> None:
 
 @lru_cache
 def load() -> Cuda:
-    """The CUDA of this process.
+    """Return the CUDA of this process.
 
     Raises:
-        Unreachable: no cuda-bindings, driver or GPU.
+        Unreachable: there is no cuda-bindings, driver or GPU.
     """
     try:
         from cuda.bindings import driver, runtime  # noqa: PLC0415 - most processes need none
@@ -138,25 +140,26 @@ def load() -> Cuda:
 
 
 def gpu(uuid: bytes) -> str:
-    """A device as nvidia-smi names it."""
+    """Return the name of a device in nvidia-smi."""
     return f"GPU-{UUID(bytes=uuid)}"
 
 
 def visible() -> str:
-    """For messages: which devices a process sees."""
+    """Return which devices a process sees, for messages."""
     return f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}"
 
 
-# An IPC handle's bytes have a name (`reserved`) up to cuda-bindings 13.3 only: hence its address.
+# Only up to cuda-bindings 13.3 the bytes of an IPC handle have a name (`reserved`), so its address
+# is used.
 
 
 def handle_bytes(handle: Any) -> bytes:
-    """HANDLE_BYTES of a cudaIpcMemHandle_t or cudaIpcEventHandle_t."""
+    """Return the HANDLE_BYTES bytes of a cudaIpcMemHandle_t or cudaIpcEventHandle_t."""
     return ctypes.string_at(handle.getPtr(), HANDLE_BYTES)
 
 
 def handle_of(kind: Any, data: bytes) -> Any:
-    """The handle of these HANDLE_BYTES."""
+    """Return the handle with these HANDLE_BYTES bytes."""
     handle = kind()
     ctypes.memmove(handle.getPtr(), data, HANDLE_BYTES)
     return handle
@@ -165,7 +168,7 @@ def handle_of(kind: Any, data: bytes) -> Any:
 def until(
     done: Callable[[], bool], deadline: float, alive: Callable[[], None] = lambda: None
 ) -> bool:
-    """Look again and again; whether it was done by `deadline` (seconds on CLOCK_MONOTONIC)."""
+    """Poll until `done`; False: it was not by `deadline` (seconds on CLOCK_MONOTONIC)."""
     pause, longest = _LOOK_S
     while not done():
         if time.monotonic() >= deadline:

@@ -1,4 +1,4 @@
-"""Copies between memories that one device reaches, each behind another process's writes.
+"""Copies between memories that one device reaches, each ordered after another process's writes.
 
 It has not run on hardware.
 """
@@ -14,26 +14,26 @@ from typing import Any
 from pdserve.transfer.protocol import Stuck, TransferError
 from pdserve.transfer.transports.cuda_ipc.calls import Cuda, until
 
-# For a copy that is under way when its time is over. At 1 GB/s this would be 5 GB.
+# Time for a copy that is in progress at its deadline. At 1 GB/s this would be 5 GB.
 SETTLE_S = 5.0
 
 Copies = Sequence[tuple[int, int, int]]
-"""Source, destination, bytes."""
+"""Tuples of source, destination and bytes."""
 
 
 class Lane:
-    """Streams of its own on `device`, behind an event that another process records. Thread-safe.
+    """Two streams on `device`, ordered after an event that another process records. Thread-safe.
 
-    What waits for the event is on one stream; a copy goes to the other, once that wait is known
-    to be over. So a holder that dies before its kernels end is in no other copy's way, and a copy
-    that is given up is not behind a wait that may end later: it has not been enqueued at all.
+    Waits for the event are on one stream; a copy goes to the other, once its wait is known to be
+    over. So a holder that dies before its kernels end does not delay other copies, and a copy that
+    is given up is not queued behind a wait that may end later: it has not been enqueued at all.
 
     Args:
-        written: the event; the lane destroys it.
-        failed: called when a copy has not come to its end; closes the lane.
+        written: the event; destroyed with the lane.
+        failed: called when a copy has not completed; closes the lane.
 
     Raises:
-        Unreachable: the device gives no streams.
+        Unreachable: the device provides no streams.
     """
 
     def __init__(self, cuda: Cuda, device: int, written: Any, failed: Callable[[], None]) -> None:
@@ -57,9 +57,9 @@ class Lane:
             raise
 
     def begin(self, copies: Copies, deadline: float) -> Copy:
-        """Copy what is written by now, and nothing older.
+        """Begin copies of what has been written by now, and nothing older.
 
-        It waits for the event's newest record, and so for all that the holder has enqueued by now.
+        They wait for the event's newest record, and so for all that the holder has enqueued by now.
 
         Raises:
             TransferError: the lane is closed, or a call failed.
@@ -78,7 +78,7 @@ class Lane:
         return copy
 
     def done(self, copy: Copy) -> bool:
-        """Whether a copy is complete; moves the others on, too.
+        """Tell whether a copy is complete; lets the others make progress, too.
 
         Raises:
             TransferError: the lane is closed, or a call failed.
@@ -93,7 +93,7 @@ class Lane:
             return True
 
     def _enqueue(self) -> None:
-        """The copies whose waits are over; these end in their order."""
+        """Enqueue the copies whose waits are over; these complete in order."""
         _, stream = self._streams
         default = self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDefault
         while self._gated and self._cuda.finished("cudaEventQuery", self._gated[0].event):
@@ -104,12 +104,13 @@ class Lane:
             self._do("cudaEventRecord", copy.event, stream)
 
     def close(self) -> None:
-        """Copies that are not complete fail, and none is under way any more; again is no error.
+        """Fail incomplete copies, and return when none is in progress; calling it again is no
+        error.
 
         Raises:
-            Stuck: one still was after SETTLE_S.
+            Stuck: a copy was still in progress after SETTLE_S.
         """
-        # Under the lock: a second caller, too, may use its memory again when this returns.
+        # Under the lock: a second caller, too, may reuse its memory when this returns.
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -122,13 +123,14 @@ class Lane:
     def _settled(self) -> bool:
         try:
             return self._cuda.finished("cudaStreamQuery", self._streams[1])
-        except TransferError:  # a device that has failed writes no more
+        except TransferError:  # a failed device does not write any more
             return True
 
     def _destroy(self) -> None:
         for event in self._events:
             self._cuda.discard("cudaEventDestroy", event)
-        # That of the gates may have work: it ends when the device says so, and touches no memory.
+        # The stream of the waits may have work: it ends when the device reaches it, and touches no
+        # memory.
         for stream in self._streams:
             self._cuda.discard("cudaStreamDestroy", stream)
 
@@ -148,13 +150,13 @@ class Copy:
         self._deadline = deadline
         self.copies = copies
         self.event = event
-        """First that the source is written, then that the copies are done."""
+        """Event that marks first the end of the wait for the source, then the end of the copies."""
 
     def wait(self, alive: Callable[[], None] = lambda: None) -> None:
         try:
             if not until(lambda: self._lane.done(self), self._deadline, alive):
                 raise TransferError("not by the deadline: the holder's device, or a copy, is slow")
         except BaseException:
-            # Nothing may arrive any more when this has raised.
+            # Nothing may arrive any more after this has raised.
             self._lane.failed()
             raise

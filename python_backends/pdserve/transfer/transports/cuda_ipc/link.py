@@ -1,4 +1,4 @@
-"""A receiver's link over CUDA IPC, and the way that leads there. It has not run on hardware."""
+"""A receiver's link over CUDA IPC, and the way to its holder. It has not run on hardware."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _Handle = Annotated[bytes, Meta(min_length=HANDLE_BYTES, max_length=HANDLE_BYTES
 
 
 class CudaIpcWay(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the data of a holder is."""
+    """Location of a holder's data."""
 
     table: bytes
     """The `shm` way to the lease table: region name and epoch."""
     device: Annotated[bytes, Meta(min_length=UUID_BYTES, max_length=UUID_BYTES)]
-    """UUID; its number is another in another process."""
+    """UUID of the device, whose number differs between processes."""
     memory: _Handle
-    """Of the allocation that the data is in."""
+    """IPC handle of the allocation with the data."""
     offset: Annotated[int, Meta(ge=0)]
-    """Of the data in it."""
+    """Offset of the data in the allocation."""
     nbytes: Annotated[int, Meta(ge=0)]
     event: _Handle
 
@@ -35,12 +35,12 @@ class CudaIpcLink:
     """Implements `Link`.
 
     Args:
-        device: the receiver's.
-        table: the lease table, closed with this.
+        device: the receiver's device.
+        table: link to the lease table, closed with this link.
         readable: whether kernels of the receiver may read the holder's memory; see `data`.
 
     Raises:
-        Unreachable: the holder's event cannot be opened, or the device gives no streams.
+        Unreachable: the holder's event cannot be opened, or the device provides no streams.
     """
 
     transport = "cuda_ipc"
@@ -70,11 +70,11 @@ class CudaIpcLink:
 
     @property
     def data(self) -> Memory | None:
-        """The holder's memory, if it is on the device that pulls arrive on.
+        """Return the holder's memory, if it is on the device that pulls arrive on.
 
-        `ready` says when it may be read. It stays mapped while its `owner` lives. Of another
+        `ready` returns when it may be read. It stays mapped while its `owner` lives. For another
         device there is no `data`: a kernel would read it word by word over the bus, where copy
-        engines do better, and to torch a tensor is on the device that its memory is on.
+        engines are faster, and torch expects a tensor on the device of its memory.
         """
         mapping = self._mapping
         if not self._readable or mapping is None:
@@ -82,7 +82,7 @@ class CudaIpcLink:
         return Memory(self._address, self._nbytes, mapping, self._device)
 
     def ready(self, deadline: float) -> None:
-        """Return when all that the holder's words have said to be filled is written.
+        """Return when all that the holder's words have reported as filled is written.
 
         Raises:
             TransferError: not by `deadline` (seconds on CLOCK_MONOTONIC); the link is closed.
@@ -97,7 +97,7 @@ class CudaIpcLink:
 
     def pull(self, spans: Spans, deadline: float) -> Pending:
         offsets, _, sizes = spans.T
-        # Beyond the allocation is an illegal address, which ends every context of this process.
+        # An address beyond the allocation is illegal, and ends every context of this process.
         if ((offsets < 0) | (sizes < 0) | (offsets > self._nbytes - sizes)).any():
             raise TransferError(f"spans reach beyond the holder's {self._nbytes} bytes")
         base = self._address
@@ -105,10 +105,10 @@ class CudaIpcLink:
         return self._lane.begin(copies, deadline)
 
     def close(self) -> None:
-        """Nothing arrives any more when this returns.
+        """Close the link; nothing arrives any more when this returns.
 
         Raises:
-            Stuck: a copy does not end; where it arrives must not be used again.
+            Stuck: a copy does not end; its destination must not be reused.
         """
         self._table.close()
         mapping, self._mapping = self._mapping, None

@@ -10,8 +10,8 @@ from pdserve.transfer.transports.cuda_ipc.calls import Cuda, Opened, handle_of
 class Mapping:
     """The allocation behind an IPC handle, opened once per device however many Mappings it has.
 
-    Opening it twice fails with older drivers. It stays mapped until the last Mapping is gone: who
-    reads from it keeps one. On another device than its own, peer access is enabled.
+    Opening it twice fails with older drivers. It stays mapped until the last Mapping is gone, so a
+    reader keeps one. On another device than its own, peer access is enabled.
 
     Raises:
         Unreachable: it cannot be opened from here.
@@ -33,15 +33,15 @@ class Mapping:
                 opened = cuda.opened[key] = Opened(int(address))
         self.address = opened.address
         self._end = weakref.finalize(self, _release, cuda, key)
-        # At exit CUDA may be gone already; mappings go with the process.
+        # At exit CUDA may be gone already; mappings end with the process.
         self._end.atexit = False
 
     def close(self) -> None:
-        """Let go of it now; again is no error."""
+        """Drop the mapping now; calling it again is no error."""
         self._end()
 
     def keep(self) -> None:
-        """Leave it mapped until the process ends: something may still read from it."""
+        """Leave it mapped until the process ends: a copy may still read from it."""
         self._end.detach()
 
 

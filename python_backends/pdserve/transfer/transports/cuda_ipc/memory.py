@@ -1,4 +1,4 @@
-"""Memory on a CUDA device: made so that another process can map it, or refused with the reason.
+"""Memory on a CUDA device that another process can map, and its export or the reason against it.
 
 It has not run on hardware.
 """
@@ -15,14 +15,14 @@ _INSTEAD = "what can be is memory of cudaMalloc, as DeviceMemory is"
 
 
 class DeviceMemory:
-    """`nbytes` bytes of cudaMalloc, which is what CUDA IPC exports; not cleared.
+    """Memory of `nbytes` bytes from cudaMalloc, which CUDA IPC can export; not cleared.
 
-    torch's allocator gives ranges of larger allocations, and with expandable segments or as
+    torch's allocator returns ranges of larger allocations, and with expandable segments or
     cudaMallocAsync none that can be exported. `torch.as_tensor(memory, device="cuda")` is a view
     that keeps this alive.
 
     Raises:
-        Unreachable: no such device, or not that much memory on it.
+        Unreachable: there is no such device, or not enough memory on it.
     """
 
     def __init__(self, cuda: Cuda, nbytes: int, device: int = 0) -> None:
@@ -41,14 +41,14 @@ class DeviceMemory:
         return array_interface(self.address, self.nbytes)
 
     def free(self) -> None:
-        """Give it back; again is no error. Undefined while another process has it mapped."""
+        """Free it; calling it again is no error. Undefined while another process has it mapped."""
         self._cuda.discard("cudaFree", self.address)
         self.address = self.nbytes = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceArray:
-    """Device memory as torch.as_tensor takes it, without a copy; the tensor keeps its owner."""
+    """Device memory that torch.as_tensor takes without a copy; the tensor keeps its owner alive."""
 
     memory: Memory
 
@@ -58,16 +58,16 @@ class DeviceArray:
 
 
 def array_interface(address: int, nbytes: int) -> dict[str, Any]:
-    """Uint8 [nbytes], in CUDA Array Interface version 3."""
-    # Writable: torch takes nothing else.
+    """Return uint8 [nbytes] in the CUDA Array Interface, version 3."""
+    # Marked writable, since torch accepts nothing else.
     return {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
 def export(cuda: Cuda, memory: Memory) -> tuple[bytes, int]:
-    """The IPC handle of the allocation that `memory` is in, and its offset there.
+    """Return the IPC handle of the allocation that contains `memory`, and its offset there.
 
     Raises:
-        Unreachable: it cannot be exported; why, and what could be.
+        Unreachable: it cannot be exported; the message says why, and what could be.
     """
     if memory.device is None:
         raise Unreachable(f"{memory} is host memory and cannot be exported; {_INSTEAD}")
@@ -92,7 +92,7 @@ def _origin(cuda: Cuda, memory: Memory) -> str:
     wanted = cuda.driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE
     try:
         pool = int(cuda.call("cuPointerGetAttribute", wanted, memory.address))
-    except Unreachable:  # that it is of no pool may be an error, too
+    except Unreachable:  # that it belongs to no pool may be an error, too
         pool = 0
     if pool:
         return "of a pool (cudaMallocAsync; PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync)"

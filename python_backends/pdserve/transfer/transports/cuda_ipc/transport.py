@@ -1,8 +1,8 @@
 """Transport `cuda_ipc`: one host, device memory. The receiver maps it, and copies on its device.
 
-The lease table is host shared memory, reached as over `shm`. What orders the two processes is an
-event of the holder's: it is recorded behind the kernels that fill planes and before the words
-that say so, and each pull waits for it on the device. It has not run on hardware: written to the
+The lease table is host shared memory, reached as over `shm`. An event of the holder orders the two
+processes: it is recorded after the kernels that fill planes and before the words that report them,
+and each pull waits for it on the device. It has not run on hardware: written according to the
 documented API, and tested against a fake of it.
 """
 
@@ -30,8 +30,8 @@ class CudaIpcTransport:
     """Implements `Transport`.
 
     Args:
-        device: the receiver's: where its pulls arrive, or which copies to its host memory.
-        cuda: another than this process's own.
+        device: the receiver's device, on which pulls arrive, or which copies to host memory.
+        cuda: CUDA to use in place of this process's own.
     """
 
     name: ClassVar[str] = "cuda_ipc"
@@ -41,7 +41,7 @@ class CudaIpcTransport:
         self._given = cuda
         self._pinned: list[int] = []
         self._to_device = False
-        """Whether pulls arrive on the device, not in host memory only."""
+        """Whether pulls arrive on the device, not only in host memory."""
         self._links: WeakSet[CudaIpcLink] = WeakSet()
         self._exported: tuple[int, Any] | None = None
         """The device, and the event that `written` records on it."""
@@ -52,7 +52,8 @@ class CudaIpcTransport:
         return self._given or load()
 
     def register(self, memory: Memory) -> None:
-        """Host memory is pinned: into other, copies would not be asynchronous."""
+        """Register memory. Host memory is pinned, since copies to other memory would not be
+        asynchronous."""
         cuda = self._cuda
         if memory.device is not None:
             if memory.device != self._device:
@@ -93,12 +94,13 @@ class CudaIpcTransport:
         return handle_bytes(cuda.call("cudaIpcGetEventHandle", self._exported[1]))
 
     def written(self, stream: int = 0) -> None:
-        """Holder: what `stream` has been given to do so far, is what later pulls wait for.
+        """Make later pulls wait for the work that `stream` has been given so far; called by a
+        holder.
 
-        Call it after the kernels that fill planes are enqueued, and before a lease's words say
-        that the planes are filled. There is one event for all leases, and a pull waits for its
-        newest record: so call it as kernels end rather than far ahead of them, or the pulls of
-        finished KV caches wait for what is still computed.
+        Call it after the kernels that fill planes are enqueued, and before a lease's words report
+        the planes as filled. There is one event for all leases, and a pull waits for its newest
+        record: so call it as kernels end rather than far ahead of them, or the pulls of finished KV
+        caches wait for others that are still being computed.
 
         Args:
             stream: a cudaStream_t as a number (torch: `stream.cuda_stream`); 0: the default one.
@@ -111,7 +113,8 @@ class CudaIpcTransport:
         device, event = self._exported
         cuda = self._cuda
         cuda.call("cudaSetDevice", device, raising=TransferError)
-        # Behind the record before, of whichever stream: so that the newest covers them all.
+        # Ordered after the previous record, of whichever stream, so that the newest covers them
+        # all.
         with self._recording:
             cuda.call("cudaStreamWaitEvent", stream, event, 0, raising=TransferError)
             cuda.call("cudaEventRecord", event, stream, raising=TransferError)
@@ -124,7 +127,7 @@ class CudaIpcTransport:
         cuda = self._cuda
         number = cuda.number(wanted.device)
         same = number == self._device
-        # What CUDA_VISIBLE_DEVICES hides from here can be opened, but not asked about.
+        # A device that CUDA_VISIBLE_DEVICES hides can be opened, but not queried.
         if not (
             number is None or same or cuda.call("cudaDeviceCanAccessPeer", self._device, number)
         ):
@@ -149,7 +152,7 @@ class CudaIpcTransport:
         return f"the holder's memory is on {gpu(wanted.device)}, this is {here} ({visible()})"
 
     def progress(self) -> None:
-        """Nothing to do: memory needs no help."""
+        """Do nothing: memory needs no help."""
 
     def close(self) -> None:
         for link in list(self._links):

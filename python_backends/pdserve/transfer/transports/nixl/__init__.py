@@ -1,1 +1,1 @@
-"""Transport `nixl`: any network, and between processes of a host, by NIXL over UCX."""
+"""Transport `nixl`: NIXL over UCX, for any network and between processes of a host."""

@@ -1,4 +1,4 @@
-"""A NIXL agent: a UCX worker with its sockets and queue pairs, and the memory that it may touch.
+"""A NIXL agent: a UCX worker with its sockets and queue pairs, and the memory that it may access.
 
 Facts of NIXL 1.5.1 with UCX 1.23 that shape this module, measured or read in the source:
 - What is released, and even a peer that is removed, still writes: after `release_xfer_handle` and
@@ -33,18 +33,18 @@ from pdserve.transfer.transports.nixl import ucx
 
 T = TypeVar("T")
 
-# UCX imitates what a network cannot do, as reading over TCP, by messages that the other side
-# answers; if we die before the last of the answers, UCX ends the process on the other side
-# ("Fatal: unexpected error"). PROTO_INFO is what `nixl/ucx.py` reads. TCP_SYN_CNT: to
-# connect to a host that does not answer blocks for 135 s otherwise, with 1 for 3 s; other links
-# and other threads go on meanwhile. CMA_SEG_SIZE: what CMA copies in one call of the kernel, else
-# 512 KiB: a contiguous pull takes 6 % less time.
+# UCX emulates what a network cannot do, such as reading over TCP, by messages that the other side
+# answers; if we die before the last of the answers, UCX ends the process on the other side ("Fatal:
+# unexpected error"). `nixl/ucx.py` reads PROTO_INFO. TCP_SYN_CNT: connecting to a host that does
+# not answer otherwise blocks for 135 s, with 1 for 3 s; other links and other threads go on
+# meanwhile. CMA_SEG_SIZE: the bytes that CMA copies in one system call, by default 512 KiB: a
+# contiguous pull takes 6 % less time.
 _ENGINE = "PROTO_EMULATION_ENABLE=n,PROTO_INFO=remote memory*,TCP_SYN_CNT=1,CMA_SEG_SIZE=64m"
 
 MOVED_S = 20e-6
-"""A step forward that takes longer has moved bytes, or waited for one that has: go on at once.
-One over TCP that finds nothing takes 3 us, and 8 us after a sleep."""
-# Otherwise a wait sleeps for 1/50 of what it has taken so far: 2 % is lost at most. Below 20 us
+"""A poll that takes longer has moved bytes, or waited for one that has: poll again at once. One
+over TCP that finds nothing takes 3 us, and 8 us after a sleep."""
+# Otherwise a wait sleeps for 1/50 of its duration so far, so that at most 2 % is lost. Below 20 us
 # there is only the timer's slack (50 us); at 500 us, a wait takes 7 % of a core.
 _NAP = 1 / 50
 _NAPS_S = (20e-6, 500e-6)
@@ -52,7 +52,7 @@ _NAPS_S = (20e-6, 500e-6)
 
 @lru_cache(maxsize=1)
 def _library() -> ModuleType:
-    # All that NIXL reports becomes an exception here.
+    # Every error that NIXL reports becomes an exception here.
     os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
     reasons = []
     for name in ("nixl_cu12", "nixl_cu13"):
@@ -74,7 +74,7 @@ class Ranges:
     device: int | None = None
 
     def descriptors(self) -> tuple[NDArray[np.uint64], str]:
-        """What NIXL wants: uint64 [n, 3] with the device's number, and the kind of memory."""
+        """Return NIXL's form: uint64 [n, 3] with the device's number, and the kind of memory."""
         made = np.empty((len(self.sizes), 3), np.uint64)
         made[:, 0] = self.addresses
         made[:, 1] = self.sizes
@@ -83,7 +83,7 @@ class Ranges:
 
 
 class Transfer:
-    """Something that an agent moves. Its owner polls it until it is done, or ends it."""
+    """A transfer of an agent. Its owner polls it until it is done, or ends it."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
@@ -91,10 +91,11 @@ class Transfer:
 
 
 class Agent:
-    """Thread-safe. Every method but `close` raises TransferError if the library fails."""
+    """A NIXL agent. Thread-safe. Every method but `close` raises TransferError if the library
+    fails."""
 
     def __init__(self) -> None:
-        """Raises: Unreachable: NIXL is not installed or does not work here."""
+        """Make the agent. Raises Unreachable if NIXL is not installed or does not work here."""
         library = _library()
         # UCX cuts names that are longer than 31 characters.
         self.name = f"pdserve-{secrets.token_hex(8)}"
@@ -130,13 +131,13 @@ class Agent:
             self._memories.append((memory, nixl.register_memory([region], kind)))
 
     def metadata(self) -> bytes:
-        """What others need to connect and to reach the memory."""
+        """Return what peers need to connect and to reach the memory."""
         with self._calling() as nixl:
             metadata: bytes = nixl.get_agent_metadata()
             return metadata
 
     def connect(self, metadata: bytes) -> str:
-        """The name of a peer from now on."""
+        """Connect to a peer, and return its name."""
         with self._calling() as nixl:
             name: bytes = nixl.add_remote_agent(metadata)
             return name.decode()
@@ -153,7 +154,7 @@ class Agent:
         remote: Ranges,
         note: bytes = b"",
     ) -> Transfer:
-        """Move bytes; then the peer is sent the note."""
+        """Begin to move bytes; after them the note is sent to the peer."""
         with self._calling() as nixl:
             mine, theirs = (nixl.get_xfer_descs(*side.descriptors()) for side in (local, remote))
             transfer = Transfer(nixl.initialize_xfer(operation, mine, theirs, peer, note))
@@ -166,7 +167,7 @@ class Agent:
             return transfer
 
     def poll(self, transfer: Transfer) -> bool:
-        """Whether every byte is there, after a step forward."""
+        """Let the transfer make progress, and tell whether every byte has arrived."""
         if not transfer.done:
             with self._calling() as nixl:
                 if transfer.handle is None:
@@ -175,12 +176,13 @@ class Agent:
         return transfer.done
 
     def end(self, transfer: Transfer) -> None:
-        """Give up; bytes that are on their way arrive nevertheless. Again is no error."""
+        """Give a transfer up; bytes on their way arrive nevertheless. Calling it again is no
+        error."""
         with self._calling():
             self._release(transfer)
 
     def notes(self) -> dict[str, list[bytes]]:
-        """What peers have said, by name, after a step forward."""
+        """Make progress, and return the notes of peers, by name."""
         with self._calling() as nixl:
             notes: dict[str, list[bytes]] = nixl.get_new_notifs()
             return notes
@@ -203,17 +205,17 @@ class Agent:
         self._transfers.discard(transfer)
         with suppress(Exception):
             handle.release()
-        # Else it would release itself later, and hold on to the agent until then.
+        # Otherwise it would release itself later, and keep the agent until then.
         handle._released, handle._agent = True, None
 
     def close(self) -> None:
-        """Let nothing move in or out of the memory from now on; again is no error."""
+        """End all access to the memory; calling it again is no error."""
         with self._lock:
             if self._nixl is None:
                 return
             for transfer in list(self._transfers):
                 self._release(transfer)
-            # The agent proper ends here, even if a traceback somewhere holds this shell of it.
+            # The agent proper ends here, even if a traceback keeps this wrapper alive.
             self._nixl.agent = None
             self._nixl = None
             self._memories.clear()
@@ -225,15 +227,15 @@ def until(
     spin_s: float = 0.0,
     alive: Callable[[], None] = lambda: None,
 ) -> T:
-    """The first answer that is not None.
+    """Poll until there is an answer that is not None, and return it.
 
     Args:
         deadline: seconds on CLOCK_MONOTONIC.
-        spin_s: for how long to ask without a pause.
-        alive: called between two questions.
+        spin_s: seconds for which to poll without a pause.
+        alive: called between two polls.
 
     Raises:
-        TransferError: there was none in time.
+        TransferError: there was no answer in time.
     """
     began = now = time.monotonic()
     while True:

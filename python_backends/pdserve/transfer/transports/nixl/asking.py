@@ -1,4 +1,4 @@
-"""A link over NIXL where the holder has to be asked: TCP. See `nixl/asks.py`."""
+"""A link over NIXL where the holder has to be asked to write: TCP. See `nixl/asks.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pdserve.transfer.transports.nixl.asks import (
 )
 from pdserve.transfer.transports.nixl.link import Alive, NixlLink, NixlPull, Way
 
-# How often a holder is spoken to that lets us wait: within this it is noticed that it has gone.
+# Interval of notes to a holder that is waited for: within this it is noticed that it has gone.
 WAIT_S = 50e-3
 
 
@@ -37,7 +37,8 @@ class AskingLink(NixlLink):
         self._said_at = 0.0
 
     def hello(self, deadline: float) -> None:
-        """Raises: TransferError: the holder does not answer."""
+        """Introduce this receiver to the holder. Raises TransferError if the holder does not
+        answer."""
         with self._or_close():
             ask = Hello(next(self._numbers), self._way.secret, self._agent.metadata())
             self._ask(ask, deadline)
@@ -76,7 +77,7 @@ class AskingLink(NixlLink):
         return answer
 
     def _heard(self, number: int) -> Answer | None:
-        # Whoever listens takes in the answers to all.
+        # The caller that polls stores the answers to all.
         for note in self._agent.notes().get(self._peer, ()):
             answer = decode_answer(note)
             self._answers[answer.number] = answer

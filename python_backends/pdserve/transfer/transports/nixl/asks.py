@@ -1,4 +1,4 @@
-"""Reading from a holder over a network that cannot read by itself, as TCP: the holder is asked.
+"""Reading from a holder over a network without reads, such as TCP: the holder is asked to write.
 
     receiver                       holder, in its `progress`
     Hello: who I am         -->    connects back
@@ -10,8 +10,8 @@
     Wait, now and then      -->
                             <--    Answer, behind the last byte
 
-Asked for, 64 MiB over loopback take 16 ms, and 55 ms where UCX imitates a read; and a receiver
-that dies in the middle is an error for the holder, not its end (`nixl/agent.py`).
+With this protocol 64 MiB over loopback take 16 ms, and 55 ms where UCX emulates a read; and a
+receiver that dies in the middle is an error for the holder and does not end it (`nixl/agent.py`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Number = Annotated[int, Meta(ge=0)]
 
 
 class _Ask(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The number comes back with the answer."""
+    """A request to the holder, whose number comes back with the answer."""
 
     number: Number
 
 
 class Hello(_Ask, frozen=True):
     secret: bytes
-    """From the way: who has not been told of this holder is not served."""
+    """Secret from the way: a receiver that was not given this holder's way is not served."""
     metadata: bytes
-    """The receiver's agent."""
+    """Metadata of the receiver's agent."""
 
 
 class Peek(_Ask, frozen=True):
@@ -52,13 +52,13 @@ class Push(_Ask, frozen=True):
     spans: bytes
     """Int64 [n, 3]: offset in the holder's data, address at the receiver, bytes."""
     device: int | None
-    """Where the receiver's addresses are, as `Memory.device`."""
+    """Device of the receiver's addresses, as `Memory.device`."""
     seconds: Annotated[float, Meta(ge=0, le=3600)]
-    """After which the receiver does not wait any longer."""
+    """Seconds after which the receiver does not wait any longer."""
 
 
 class Wait(_Ask, frozen=True):
-    """Changes nothing. UCX tells that a peer has gone when one speaks to them, and only then."""
+    """Changes nothing. UCX reports that a peer has gone only when something is sent to it."""
 
 
 class Answer(Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,7 +74,7 @@ decode_ask = msgspec.msgpack.Decoder(Ask).decode
 
 
 def check(spans: Spans, nbytes: int) -> None:
-    """Raises: TransferError: spans that are not inside the holder's ``nbytes`` of data."""
+    """Check spans. Raises TransferError if some are not inside the holder's ``nbytes`` of data."""
     offsets, _, sizes = spans.T
     # Compared so that nothing overflows.
     wrong = (offsets < 0) | (sizes < 1) | (sizes > nbytes) | (offsets > nbytes - sizes)

@@ -1,4 +1,4 @@
-"""What the links over NIXL have in common; see `pdserve.transfer.transports.nixl.transport`."""
+"""The common part of the links over NIXL; see `pdserve.transfer.transports.nixl.transport`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Alive = Callable[[], None]
 
 class Way(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metadata: bytes
-    """The holder's agent: its name, addresses and memory."""
+    """Metadata of the holder's agent: its name, addresses and memory."""
     table: tuple[int, int]
-    """Address, bytes."""
+    """Address and bytes of the lease table."""
     data: tuple[int, int, int | None]
-    """Address, bytes, `Memory.device`."""
+    """Address, bytes and `Memory.device` of the data."""
     secret: bytes
 
 
 class NixlLink:
-    """What the two kinds of link share. Any failure ends the link."""
+    """The common part of the two kinds of link. Any failure ends the link."""
 
     transport = "nixl"
     data = None
     operation: ClassVar[str]
-    """Of UCX: by which data arrives."""
+    """UCX operation by which data arrives."""
 
     def __init__(self, agent: Agent, peer: str, way: Way, memories: list[Memory]) -> None:
         self.detail = ""
@@ -52,7 +52,7 @@ class NixlLink:
             raise
 
     def _arrival(self, spans: Spans) -> Memory:
-        """Where spans of the holder's data go to: one registered memory."""
+        """Return the registered memory that all spans of the holder's data go to."""
         check(spans, self._way.data[1])
         first, last = int(spans[:, 1].min()), int((spans[:, 1] + spans[:, 2]).max())
         for memory in self._memories:
@@ -61,7 +61,7 @@ class NixlLink:
         raise TransferError(f"local addresses {first:#x} to {last:#x} are in no registered memory")
 
     def _slot(self, slot: int) -> int:
-        """Where a lease slot begins in the table."""
+        """Return the offset of a lease slot in the table."""
         slots = self._way.table[1] // SLOT_BYTES
         if not 0 <= slot < slots:
             raise TransferError(f"there is no lease slot {slot}; the holder has {slots}")
@@ -71,13 +71,14 @@ class NixlLink:
         self.detail = ucx.picked(self._agent.name, self.operation)
 
     def arrived(self) -> None:
-        """A pull is done. The first has shown what data goes over, where GPUs have their own."""
+        """Note that a pull is done. The first one shows the data's transport, which for GPUs is
+        separate."""
         if not self._pulled:
             self._pulled = True
             self.describe()
 
     def ready(self, deadline: float) -> None:
-        """There is no `data` that it could be asked of."""
+        """Do nothing: there is no `data` to wait for."""
 
     def close(self) -> None:
         """End the agent: nothing writes to this process's memory any more."""

@@ -16,9 +16,9 @@ from pdserve.transfer.protocol import Memory, Pending, Spans, TransferError
 from pdserve.transfer.transports.nixl.agent import Agent, Ranges, Transfer, until
 from pdserve.transfer.transports.nixl.link import Alive, NixlLink, NixlPull, Way
 
-# A read over RDMA is done in microseconds, 16 MiB in 1 ms: no nap is that short.
+# A read over RDMA takes microseconds, 16 MiB 1 ms: shorter than any sleep.
 SPIN_S = 2e-3
-# Small reads and writes that a link has under way at once.
+# Maximum number of small reads and writes of a link in progress at the same time.
 _WORDS = 64
 
 
@@ -36,7 +36,7 @@ class ReadingLink(NixlLink):
             self._free.put(number)
 
     def works(self, deadline: float) -> bool:
-        """Whether the network can read from the holder; looks at the first slot.
+        """Tell whether the network can read from the holder, by a read of the first slot.
 
         Raises:
             TransferError: it can, but nothing came in time.
@@ -63,7 +63,8 @@ class ReadingLink(NixlLink):
             self._finish(self._begin("WRITE", mine[: len(packed)], start), deadline)
 
     def pull(self, spans: Spans, deadline: float) -> Pending:
-        """Over CMA, everything is copied in here; this link does nothing else meanwhile."""
+        """Begin a pull. Over CMA all bytes are copied in this call; the link does nothing else
+        meanwhile."""
         local = Ranges(spans[:, 1], spans[:, 2], self._arrival(spans).device)
         address, _, device = self._way.data
         remote = Ranges(spans[:, 0] + address, spans[:, 2], device)
@@ -73,7 +74,7 @@ class ReadingLink(NixlLink):
 
     @contextmanager
     def _word(self, deadline: float) -> Iterator[NDArray[np.uint8]]:
-        """A few registered bytes."""
+        """Reserve a few registered bytes."""
         try:
             number = self._free.get(timeout=max(deadline - time.monotonic(), 0.0))
         except queue.Empty:

@@ -30,11 +30,12 @@ from pdserve.transfer.transports.nixl.asks import (
 
 _log = logging.getLogger(__name__)
 
-# Who has asked will ask again: until they have been silent for so long, they are not kept waiting,
-# however seldom `progress` is called; nor are others that want to progress in its thread.
+# A receiver that has asked will ask again: until it has been silent for LINGER_S, it is not kept
+# waiting, however seldom `progress` is called; nor are others that need progress in its thread,
+# longer than STAY_S.
 LINGER_S = 20e-3
 STAY_S = 100e-3
-# Between two steps that have moved nothing.
+# Pause between two polls that have moved nothing.
 NAP_S = 50e-6
 
 
@@ -63,7 +64,7 @@ class Server:
         self._asked_at = 0.0
 
     def serve(self) -> None:
-        """Do what receivers ask for, and stay a little with those that have asked."""
+        """Do what receivers ask for, and keep polling for a moment after the last ask."""
         end = time.monotonic() + STAY_S
         while True:
             began = time.monotonic()
@@ -103,7 +104,7 @@ class Server:
         if not compare_digest(hello.secret, self._secret):
             _log.warning("receiver %s does not know this holder's secret", peer)
             return
-        # Those who have gone are found by speaking to them; see `Wait`.
+        # Sending to a receiver that has gone reveals it; see `Wait`.
         for other in list(self._peers):
             self._answer(other, Answer(0))
         name = self._agent.connect(hello.metadata)
@@ -156,7 +157,8 @@ class Server:
             self._leave(peer, str(error))
 
     def _leave(self, peer: str, why: str) -> None:
-        """What still travels to a receiver may arrive; its memory is its own care."""
+        """Drop a receiver. Bytes still on their way may arrive; the receiver protects its own
+        memory."""
         _log.info("receiver %s: %s", peer, why)
         if peer not in self._peers:
             return

@@ -1,16 +1,16 @@
 """Transport `nixl`: NIXL over UCX, which picks RDMA, CUDA IPC, CMA (one host) or TCP.
 
 Where the network can read (all but TCP), the receiver does everything by itself; where it cannot,
-it asks the holder to write (`nixl/asks.py`), and the holder's `progress` matters.
+it asks the holder to write (`nixl/asks.py`), and depends on the holder's `progress`.
 
-A peer that stands still is never reported by NIXL, and only the end of an agent keeps what was
-given up from being written later (`nixl/agent.py`). So every wait has a deadline, a
-link has its own agent, and whatever fails ends both. Memory is registered anew with every link.
+NIXL never reports a peer that is stopped, and only the end of an agent prevents later writes of a
+transfer that was given up (`nixl/agent.py`). So every wait has a deadline, each link has its own
+agent, and any failure ends both. Memory is registered again for every link.
 
-Whoever reaches the port of a UCX process over TCP can read that process's memory: UCX serves reads
-without looking at keys. The network between prefills and decodes has to be trusted.
+Anyone who reaches the port of a UCX process over TCP can read that process's memory: UCX serves
+reads without checking keys. The network between prefills and decodes has to be trusted.
 
-It has run over CMA and TCP; not over RDMA, nor with memory of GPUs.
+It has run over CMA and TCP; not over RDMA, nor with GPU memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pdserve.transfer.transports.nixl.reading import ReadingLink
 from pdserve.transfer.transports.nixl.server import Server
 
 OPEN_S = 2.0
-"""To connect and to look at the first lease slot."""
+"""Seconds to connect and to read the first lease slot."""
 _SECRET_BYTES = 16
 
 
@@ -48,7 +48,7 @@ class NixlTransport:
         self._server: Server | None = None
 
     def register(self, memory: Memory) -> None:
-        """Links that are opened from now on may pull into it."""
+        """Register memory into which links that are opened from now on may pull."""
         self._memories.append(memory)
 
     def offer(self, table: Memory, data: Memory) -> bytes:
@@ -97,7 +97,7 @@ class NixlTransport:
         return asking
 
     def written(self) -> None:
-        """A network card reads a GPU's memory beside its streams: they have to be done."""
+        """Wait for the GPU: a network card reads its memory without regard to its streams."""
         if self._device is not None:
             cuda = load()
             cuda.use(self._device)

@@ -1,8 +1,8 @@
-"""Which transports UCX has picked for an agent: it says so nowhere but in its log.
+"""The transports that UCX has picked for an agent, which only its log reports.
 
-UCX reads UCX_LOG_FILE once in a process, when the first agent is made. It is given a file without
-a name; what UCX has to say beside the tables goes on to `logging`. Fatal errors, after which it
-ends the process, go to stderr as ever.
+UCX reads UCX_LOG_FILE once in a process, when the first agent is made. It is given a file without a
+name; messages of UCX beside the tables go on to `logging`. Fatal errors, after which it ends the
+process, still go to stderr.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _KEPT = 1 << 17
 _ROW = re.compile(r"^\[[^+|]*\]\s+\|(.*)\|$")
 _MESSAGE = re.compile(r"^\[.*UCX\s+(?:WARN|ERROR)\s+(.*)$")
 _LANE = re.compile(r"[a-z]\w*/[^\s,|]+")
-# That a network has no reads of its own is asked for on purpose: see `nixl/agent.py`.
+# UCX warns that a network has no reads of its own, which is configured on purpose: see
+# `nixl/agent.py`.
 _EXPECTED = "No zero-copy protocol found for get"
 
 
@@ -37,7 +38,7 @@ class _Log:
     @contextmanager
     def begun(self) -> Iterator[None]:
         with self._lock:
-            # Whoever has named a file gets their log, and no word of transports from here.
+            # A user who has set a log file gets the log, and transports are not reported here.
             if self._fd >= 0 or _VARIABLE in os.environ:
                 yield
                 return
@@ -57,7 +58,7 @@ class _Log:
             size = os.fstat(self._fd).st_size
             data = os.pread(self._fd, max(size - self._end, 0), self._end)
             if data:
-                # UCX goes on where it was, behind a hole: what was read takes no memory.
+                # UCX goes on writing at its offset, after a hole: what was read takes no memory.
                 self._end += len(data)
                 os.ftruncate(self._fd, 0)
             new = data.decode(errors="replace")
@@ -75,14 +76,14 @@ begun = _ucx.begun
 
 
 def picked(agent: str, operation: str) -> str:
-    """What `operation` (of ucp: get or put) of an agent runs over; see `lanes`."""
+    """Return what an agent's `operation` (of ucp: get or put) runs over; see `lanes`."""
     return lanes(_ucx.read(), agent, operation)
 
 
 def lanes(log: str, agent: str, operation: str) -> str:
-    """The lanes, such as "cma" or "rc_mlx5/mlx5_0:1+rc_mlx5/mlx5_1:1"; empty: the log has none.
+    """Return lanes such as "cma" or "rc_mlx5/mlx5_0:1+rc_mlx5/mlx5_1:1"; empty: the log has none.
 
-    There is a table for each kind of memory that was used; the last one counts.
+    The log has a table for each kind of memory that was used; the last one counts.
     """
     owner = title = found = ""
     for line in log.splitlines():
