@@ -75,7 +75,7 @@ _NEXT = {
 class Range:
     """`nbytes` bytes from `offset`; it occupies `size`, a multiple of ALIGNMENT.
 
-    Read by everybody, changed by its arena only.
+    It may be read by all, and is changed by its arena only.
     """
 
     offset: int
@@ -83,9 +83,9 @@ class Range:
     nbytes: int
     state: State = State.ALLOCATED
     filled: bool = False
-    """The bytes are whole and may be copied from."""
+    """Whether the bytes are complete and may be copied from."""
     until: float = 0.0
-    """When LEASED, IN_TRANSFER or QUARANTINED ends by itself, in seconds on the caller's clock."""
+    """Time at which LEASED, IN_TRANSFER or QUARANTINED ends, in seconds on the caller's clock."""
     pins: int = 0
 
     def __str__(self) -> str:
@@ -95,8 +95,8 @@ class Range:
 class Arena:
     """Hands out at most `max_ranges` ranges of `capacity` bytes; book-keeping of offsets only.
 
-    `on_free` is called with every range that becomes FREE, before its bytes can be handed out
-    again: what is known about its content (`PrefixIndex.remove`) must go then.
+    `on_free` is called with every range that becomes FREE, before its bytes are reused, so that
+    what is known about its content is forgotten (`PrefixIndex.remove`).
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class Arena:
         self._on_free = on_free
         self._free_list = FreeList(self.capacity)
         self._evictor: Evictor[Range] = Evictor()
-        # Kept, not counted anew: asked for on every tick, of thousands of ranges.
+        # Maintained, not counted each time: they are read on every tick, for thousands of ranges.
         self._counts = dict.fromkeys(State, (0, 0))
 
     def allocate(self, nbytes: int) -> Range | None:
-        """An ALLOCATED range, evicting what is needed for it; None if there is no room now.
+        """Return an ALLOCATED range, evicting ranges if needed; None if there is no room now.
 
-        Nothing is evicted in vain: if the room would not be enough, the cache stays as it is.
+        If eviction would not make enough room, nothing is evicted.
         """
         if nbytes <= 0:
             raise ValueError(f"a range has at least 1 byte, not {nbytes}")
@@ -175,11 +175,12 @@ class Arena:
         self._evictor.unpin(held)
 
     def counts(self) -> dict[State, tuple[int, int]]:
-        """Ranges and bytes per state; FREE counts holes. The bytes add up to the capacity."""
+        """Return the ranges and bytes per state; FREE counts holes. The bytes add up to the
+        capacity."""
         return self._counts | {State.FREE: (len(self._free_list), self._free_list.free)}
 
     def _can_make_room(self, size: int) -> bool:
-        """Whether `size` bytes in a row are free once all that can be evicted is."""
+        """Tell whether `size` contiguous bytes are free once everything that can be evicted is."""
         if len(self._evictor) == self.max_ranges and not self._evictor.evictable:
             return False
         if self._free_list.largest >= size:

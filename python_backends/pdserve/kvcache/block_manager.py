@@ -1,4 +1,4 @@
-"""A decode's blocks: reserved for a sequence, kept after it for prompts that begin alike."""
+"""A decode's blocks: reserved for a sequence, then kept for prompts with the same prefix."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ Tokens = NDArray[np.int32]
 
 @dataclass(slots=True, eq=False)
 class ReservedBlocks:
-    """One sequence's blocks."""
+    """The blocks of one sequence."""
 
     table: BlockTable
     salt: str | None
-    """None: what is computed here is not for others."""
+    """Tenant whose prompts may share the prefix; None: no other prompt may."""
     source: BlockTable | None = None
-    """Holds the first `held` tokens already; pinned until `arrived` or `free`."""
+    """Table that holds the first `held` tokens already; pinned until `arrived` or `free`."""
     held: int = 0
-    """Tokens that need not be pulled; at least one is."""
+    """Number of tokens that need not be pulled; at least one token is pulled."""
 
     def copies(self) -> list[tuple[int, int, int]]:
-        """What brings the held tokens into the table: (source row, target row, rows)."""
+        """Return the copies of the held tokens into the table: (source row, target row, rows)."""
         return copies(self.source, self.table, self.held) if self.source else []
 
 
 class BlockManager:
-    """Book-keeping only; who copies and pulls is somebody else."""
+    """Reserves the blocks of a decode's pool. Book-keeping only: others copy and pull."""
 
     def __init__(self, blocks: int, block_size: int) -> None:
         self._index = PrefixIndex[BlockTable]()
         self.pool = BlockPool(blocks, block_size, self._index.remove)
 
     def reserve(self, prompt: Tokens, length: int, salt: str | None) -> ReservedBlocks | None:
-        """Room for `length` tokens that begin with `prompt`; None if there is none now.
+        """Reserve room for `length` tokens that begin with `prompt`; None if there is none now.
 
-        A `salt` (tenant) shares prefixes with itself only.
+        Prefixes are shared only between prompts of the same `salt` (tenant).
         """
         found = None if salt is None else self._index.find(prompt, salt)
         if found is not None:
@@ -49,23 +49,23 @@ class BlockManager:
             table = self.pool.allocate(length)
             if table is not None:
                 return ReservedBlocks(table, salt, source, held)
-            # Its own prefix may be what is in the way.
+            # Its own prefix may occupy the room that it needs.
             self.pool.unpin(source)
         table = self.pool.allocate(length)
         return ReservedBlocks(table, salt) if table is not None else None
 
     def arrived(self, reserved: ReservedBlocks, prompt: Tokens) -> None:
-        """The prompt's K and V are in the blocks."""
+        """Note that the prompt's K and V are in the blocks."""
         self._unpin(reserved)
         self._add(reserved, prompt)
 
     def park(self, reserved: ReservedBlocks, tokens: Tokens) -> None:
-        """The sequence has ended; the blocks hold the K and V of `tokens`."""
+        """Note that the sequence has ended; the blocks hold the K and V of `tokens`."""
         self._add(reserved, tokens)
         self.pool.park(reserved.table, len(tokens))
 
     def free(self, reserved: ReservedBlocks) -> None:
-        """The prompt has not arrived, and will not."""
+        """Free the blocks of a prompt that has not arrived, and will not."""
         self._unpin(reserved)
         self.pool.free(reserved.table)
 

@@ -1,10 +1,10 @@
-"""Blocks of the decode's paged KV pool: who holds which, in as few consecutive runs as possible.
+"""Blocks of the decode's paged KV pool, allocated in as few consecutive runs as possible.
 
     allocate --> used --park: its sequence has ended--> cached --evicted, or free--> free
                    '----free: its rows are not valid--------------------------------> free
 
-A cached table is a source of prefixes, until somebody needs the room. A new sequence copies the
-rows that it shares into blocks of its own, from a cached table or a used one.
+A cached table is a source of prefixes until its room is needed. A new sequence copies the rows that
+it shares into its own blocks, from a cached table or a used one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class BlockTable:
     """The blocks of one sequence, in the order of its tokens.
 
-    `runs` are (first row, rows) in the pool [layers, 2, rows, kv_heads, head_dim]. Read by
-    everybody, changed by its pool only.
+    `runs` are (first row, rows) in the pool [layers, 2, rows, kv_heads, head_dim]. It may be read
+    by all, and is changed by its pool only.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -37,24 +37,24 @@ class BlockTable:
 
     @property
     def blocks(self) -> list[int]:
-        """Block numbers in the order of the sequence's tokens."""
+        """Return the block numbers in the order of the sequence's tokens."""
         size = self.block_size
         return [row // size for first, n in self.runs for row in range(first, first + n, size)]
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit."""
+        """Return the number of tokens that fit."""
         return sum(rows for _, rows in self.runs)
 
     def touches(self, first: int, rows: int) -> bool:
-        """Whether it has any of `rows` rows from `first`."""
+        """Tell whether it has any of `rows` rows from `first`."""
         return any(start < first + rows and first < start + n for start, n in self.runs)
 
     def rows(self, tokens: int) -> list[tuple[int, int]]:
-        """The runs cut to the sequence's first `tokens` tokens.
+        """Return the runs, cut to the sequence's first `tokens` tokens.
 
         Raises:
-            ValueError: more tokens than the blocks hold.
+            ValueError: there are more tokens than the blocks hold.
         """
         if not 0 <= tokens <= self.capacity:
             raise ValueError(f"{tokens} tokens; the blocks hold 0 to {self.capacity}")
@@ -68,10 +68,11 @@ class BlockTable:
 
 
 def copies(source: BlockTable, target: BlockTable, tokens: int) -> list[tuple[int, int, int]]:
-    """(first row of source, first row of target, rows) each: the first `tokens` tokens' rows.
+    """Return (first row of source, first row of target, rows) for the rows of the first `tokens`
+    tokens.
 
     Raises:
-        ValueError: more tokens than one of the tables holds.
+        ValueError: there are more tokens than one of the tables holds.
     """
     given, taken = iter(source.rows(tokens)), iter(target.rows(tokens))
     pieces = []
@@ -93,8 +94,8 @@ class BlockPool:
 
     One run is preferred, because attention then reads a view of the pool instead of gathering.
 
-    `on_free` is called with every table that is freed or evicted, before its blocks can be handed
-    out again: `PrefixIndex.remove`.
+    `on_free` is called with every table that is freed or evicted, before its blocks are reused:
+    `PrefixIndex.remove`.
     """
 
     def __init__(
@@ -111,24 +112,28 @@ class BlockPool:
 
     @property
     def free_blocks(self) -> int:
-        """Nobody's."""
+        """Return the number of blocks that belong to no table."""
         return self._free_list.free
 
     @property
     def cached_blocks(self) -> int:
-        """Blocks of parked tables, which are free as soon as somebody needs them."""
+        """Return the number of blocks of parked tables, which are evicted when their room is
+        needed."""
         return sum(table.capacity for table in self._evictor.evictable) // self.block_size
 
     @property
     def used_blocks(self) -> int:
-        """Blocks of running sequences, and of parked tables that are pinned."""
+        """Return the number of blocks of running sequences, and of parked tables that are
+        pinned."""
         return self.blocks - self.free_blocks - self.cached_blocks
 
     def allocate(self, tokens: int) -> BlockTable | None:
-        """Blocks for `tokens` tokens, evicting what is in the way; None if there are not enough.
+        """Return blocks for `tokens` tokens, evicting tables if needed; None if there are not
+        enough.
 
-        As few runs as there can be if parked tables count as free; a single run from the smallest
-        hole that has it. Only tables that hold some of the blocks are evicted, each of them whole.
+        The runs are as few as possible if parked tables count as free; a single run is taken from
+        the smallest hole that has it. Only tables that hold some of the blocks are evicted, each as
+        a whole.
         """
         if tokens <= 0:
             raise ValueError(f"a sequence has at least 1 token, not {tokens}")
@@ -145,12 +150,13 @@ class BlockPool:
         return table
 
     def park(self, table: BlockTable, tokens: int) -> None:
-        """A sequence has ended: keep its first `tokens` rows, which are valid, while there is room.
+        """Keep the first `tokens` rows of a sequence that has ended, while there is room; they are
+        valid.
 
-        The blocks behind them are free at once.
+        The blocks after them are free at once.
 
         Raises:
-            ValueError: more tokens than the blocks hold, or the table is not in use.
+            ValueError: there are more tokens than the blocks hold, or the table is not in use.
         """
         kept = table.rows(-(-tokens // self.block_size) * self.block_size)
         self._evictor.park(table)
@@ -160,7 +166,7 @@ class BlockPool:
         table.runs = tuple(kept)
 
     def pin(self, table: BlockTable) -> None:
-        """Keep a table from eviction while it is copied from, also if its sequence ends.
+        """Keep a table from eviction while it is copied from, even if its sequence ends.
 
         Raises:
             ValueError: the table is not of this pool, or has been freed.
@@ -168,11 +174,11 @@ class BlockPool:
         self._evictor.pin(table)
 
     def unpin(self, table: BlockTable) -> None:
-        """End of `pin`; a parked table is now the most recently used."""
+        """End a `pin`; a parked table is now the most recently used."""
         self._evictor.unpin(table)
 
     def free(self, table: BlockTable) -> None:
-        """Take the blocks of a table back.
+        """Free the blocks of a table.
 
         Raises:
             ValueError: the table is pinned, not of this pool, or has been freed before.
@@ -186,11 +192,12 @@ class BlockPool:
         self._free_list.give(first // self.block_size, rows // self.block_size)
 
     def _take(self, wanted: int) -> tuple[int, int]:
-        """(first, number) of up to `wanted` consecutive blocks, as many as can be.
+        """Return (first, number) of up to `wanted` consecutive blocks, as many as possible.
 
-        Who is in the way is evicted: of the tables least recently used that make room together,
-        those that touch the blocks. Evicting in their order alone, until there are enough blocks,
-        leaves nearly every sequence with several runs (4 to 9 on average) once the pool is full.
+        The least recently used tables that together make room are considered, and of these the ones
+        that hold some of the blocks are evicted. Evicting in the order of use alone, until there
+        are enough blocks, leaves nearly every sequence with several runs (4 to 9 on average) once
+        the pool is full.
         """
         trial, oldest = self._free_list.copy(), []
         for table in self._evictor.evictable:

@@ -1,4 +1,4 @@
-"""Who of those that occupy memory may be evicted: least recently used first, never while pinned."""
+"""Chooses what to evict: the least recently used item first, never a pinned one."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Pinnable(Protocol):
-    """Hashed by identity; its text names it in errors."""
+    """An item of an `Evictor`. Hashed by identity; its text names it in errors."""
 
     pins: int
-    """Those who copy from it now; changed by its cache only."""
+    """Number of readers that copy from it now; changed by its cache only."""
 
 
 T = TypeVar("T", bound=Pinnable)
 
 
 class Evictor(Generic[T]):
-    """Items in use stay; a *parked* one may be evicted, once nobody pins it."""
+    """Keeps items in use; a *parked* item may be evicted, unless it is pinned."""
 
     def __init__(self) -> None:
         self.kept: dict[T, bool] = {}
-        """Those that stay; True: parked already, and evictable when its last pin goes."""
+        """Items that cannot be evicted; True: parked already, and evictable after its last pin."""
         self.evictable: OrderedDict[T, None] = OrderedDict()
-        """Least recently used first."""
+        """Items that may be evicted, the least recently used first."""
 
     def __len__(self) -> int:
         return len(self.kept) + len(self.evictable)
 
     def add(self, item: T) -> None:
-        """A new item, in use."""
+        """Add a new item, in use."""
         self.kept[item] = False
 
     def park(self, item: T) -> None:
-        """An item's use has ended; it is now the most recently used.
+        """Note that an item's use has ended; it is now the most recently used.
 
         Raises:
             ValueError: it is not in use.
@@ -44,7 +44,7 @@ class Evictor(Generic[T]):
         self._settle(item)
 
     def pin(self, item: T) -> None:
-        """Keep an item while it is copied from, whatever becomes of its use.
+        """Keep an item while it is copied from, even if its use ends.
 
         Raises:
             ValueError: it is not here.
@@ -56,7 +56,7 @@ class Evictor(Generic[T]):
             self.kept[item] = True
 
     def unpin(self, item: T) -> None:
-        """End of `pin`; a parked item is now the most recently used.
+        """End a `pin`; a parked item is now the most recently used.
 
         Raises:
             ValueError: it is not pinned.

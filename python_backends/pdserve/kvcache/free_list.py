@@ -6,15 +6,14 @@ from bisect import bisect_left, insort
 
 
 class FreeList:
-    """What is free of [0, size), as maximal intervals; the unit is the caller's.
+    """The free parts of [0, size), as maximal intervals; the unit is the caller's.
 
-    Every operation costs a binary search and a shift in a list of as many entries as there
-    are holes.
+    Every operation costs a binary search and a shift in a list with one entry per hole.
     """
 
     def __init__(self, size: int) -> None:
         self.free = 0
-        """Units free, in all holes together."""
+        """Number of free units, in all holes together."""
         self._by_size: list[tuple[int, int]] = []
         self._size_at: dict[int, int] = {}
         self._start_of: dict[int, int] = {}
@@ -25,7 +24,7 @@ class FreeList:
         return len(self._by_size)
 
     def copy(self) -> FreeList:
-        """A copy with the same holes, to try something with."""
+        """Return a copy with the same holes, for trials."""
         other = FreeList(0)
         other.free = self.free
         other._by_size = self._by_size.copy()
@@ -35,11 +34,12 @@ class FreeList:
 
     @property
     def largest(self) -> int:
-        """Units in the largest hole; 0 if nothing is free."""
+        """Return the units in the largest hole; 0 if nothing is free."""
         return self._by_size[-1][0] if self._by_size else 0
 
     def take(self, size: int) -> int | None:
-        """Start of an interval of `size` units from the smallest hole that has them, if any."""
+        """Take `size` units from the smallest hole that has them, and return their start; None:
+        none has."""
         index = bisect_left(self._by_size, (size, 0))
         if index == len(self._by_size):
             return None
@@ -50,7 +50,7 @@ class FreeList:
         return start
 
     def give(self, start: int, size: int) -> None:
-        """Return an interval that was taken; it joins the holes beside it."""
+        """Return an interval that was taken; it is merged with adjacent holes."""
         if before := start - self._start_of.get(start, start):
             start -= before
             size += before

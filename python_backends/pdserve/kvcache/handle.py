@@ -1,9 +1,9 @@
-"""The KV hand-off handle, version 3: which KV cache, of which model, and until when.
+"""The KV handle, version 3: identifies a KV cache, its model, and until when it may be pulled.
 
-It is the only thing about a KV cache that travels with a request; the bytes stay where they are
-until the decode pulls them (`pdserve.transfer`), and the ways to the holder's memory are told
-once, when the two connect (`pdserve.transfer.endpoint`). Sealed, it is 16 bytes of a keyed MAC
-and the message: only who has the deployment's key can make or alter one.
+It is the only part of a KV cache that travels with a request; the bytes stay where they are until
+the decode pulls them (`pdserve.transfer`), and how the holder's memory is reached is sent once,
+when the two connect (`pdserve.transfer.endpoint`). Sealed, it is 16 bytes of a keyed MAC and the
+message: only a process with the deployment's key can make or alter one.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ KEY_BYTES = 32
 _MAC_BYTES = 16
 
 Fingerprint = Annotated[str, Meta(pattern=r"^[!-~]{1,128}\Z")]
-"""Of the model whose KV cache this is (weights, shape, positions): printable ASCII."""
+"""Fingerprint of the model that the KV cache belongs to (weights, shape, positions): printable
+ASCII."""
 Epoch = Annotated[bytes, Meta(min_length=EPOCH_BYTES, max_length=EPOCH_BYTES)]
-"""Random; names one life of one holder."""
+"""Random bytes that name one process of one holder."""
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One prompt's KV cache in another process. Sealed: under 300 bytes.
+    """One prompt's KV cache in another process. Sealed, it has under 300 bytes.
 
-    Whatever breaks a field's constraint is refused when the handle is opened.
+    A handle with a field that violates its constraint is refused when it is opened.
     """
 
     version: Literal[3] = 3
-    """First, so that a handle of another version is refused for its version."""
+    """The first field, so that a handle of another version is refused for its version."""
     fingerprint: Fingerprint
     layout: KVLayout
     sharding: Sharding = Sharding()
-    """How the holder's ranks lay it out."""
+    """Layout of the KV cache over the holder's ranks."""
     tokens: Annotated[int, Meta(ge=1, le=1 << 24)]
     epoch: Epoch
     offset: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -50,20 +51,20 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     lease: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
     """Slot in the holder's lease table."""
     nonce: Annotated[bytes, Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
-    """Random; the lease is good while its slot holds the same."""
+    """Random bytes; the lease is valid while its slot holds the same."""
     expires: Annotated[float, Meta(ge=0, le=1e12)]
     """Seconds on CLOCK_MONOTONIC, which all processes of the holder's host share."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the KV cache at its holder."""
+        """Return the bytes of the KV cache at its holder."""
         return self.sharding.nbytes(self.layout, self.tokens)
 
     def check(self, fingerprint: str, layout: KVLayout, sharding: Sharding) -> None:
-        """Make sure that it is of this model, laid out as agreed.
+        """Check that the KV cache is of this model, in the agreed layout.
 
         Raises:
-            HandleError: of another model, or in another layout.
+            HandleError: it is of another model, or in another layout.
         """
         if self.fingerprint != fingerprint:
             raise HandleError(
@@ -76,16 +77,17 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def seal(message: msgspec.Struct, key: bytes) -> bytes:
-    """The message behind its MAC under the deployment's key of KEY_BYTES."""
+    """Return the message, preceded by its MAC under the deployment's key of KEY_BYTES."""
     body = msgspec.msgpack.encode(message)
     return _mac(body, key, type(message)) + body
 
 
 def unseal(data: bytes, kind: type[T], key: bytes) -> T:
-    """The message, once its MAC has been found good.
+    """Return the message, after its MAC has been verified.
 
     Raises:
-        HandleError: cut short, altered or made under another key; malformed, or of another version.
+        HandleError: it is cut short, altered, made under another key, malformed, or of another
+            version.
     """
     mac, body = data[:_MAC_BYTES], data[_MAC_BYTES:]
     if not compare_digest(mac, _mac(body, key, kind)):
@@ -99,6 +101,6 @@ def unseal(data: bytes, kind: type[T], key: bytes) -> T:
 
 
 def _mac(body: bytes, key: bytes, kind: type[msgspec.Struct]) -> bytes:
-    # The kind is part of it, so that one message cannot pass for another.
+    # The kind of message is included, so that one message cannot pass for another.
     person = kind.__name__.encode()[: hashlib.blake2b.PERSON_SIZE]
     return hashlib.blake2b(body, digest_size=_MAC_BYTES, key=key, person=person).digest()

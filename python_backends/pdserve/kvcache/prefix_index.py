@@ -1,4 +1,5 @@
-"""Whose KV cache starts with the same tokens, so that a shared prefix is computed or moved once."""
+"""Finds KV caches that start with the same tokens, so that a shared prefix is computed or moved
+once."""
 
 from __future__ import annotations
 
@@ -21,10 +22,11 @@ T = TypeVar("T")
 def chain(
     tokens: NDArray[np.int32], salt: str, limit: int, block_tokens: int = BLOCK_TOKENS
 ) -> Iterator[bytes]:
-    """Digests of the whole blocks within the first `limit` tokens, one after another.
+    """Yield the digests of the whole blocks within the first `limit` tokens.
 
     A block's digest covers all tokens before it and the salt, so that equal digests mean equal
-    prefixes. The same in every process: what a prefill has told of its own can be looked up.
+    prefixes. They are equal in every process, so that a prefill's reports can be looked up
+    elsewhere.
     """
     data = np.asarray(tokens, "<i4").tobytes()
     step = block_tokens * 4
@@ -37,20 +39,20 @@ def chain(
 
 
 def shorten(digests: Iterable[bytes]) -> bytes:
-    """The first SHORT_BYTES of each, joined: enough for a guess that is checked when it is used."""
+    """Return the first SHORT_BYTES of each, joined: enough for a guess that is checked on use."""
     return b"".join(digest[:SHORT_BYTES] for digest in digests)
 
 
 class PrefixIndex(Generic[T]):
     """KV caches (ranges, block tables: T, by identity) by the digests of their blocks (`chain`).
 
-    Prompts of two salts (tenants) never share. Give `remove` to the arena or pool as `on_free`:
-    what is freed or evicted is then never found.
+    Prompts of two salts (tenants) never share. Pass `remove` to the arena or pool as `on_free`, so
+    that a freed or evicted KV cache is never found.
     """
 
     def __init__(self, block_tokens: int = BLOCK_TOKENS) -> None:
         self.block_tokens = block_tokens
-        # The inner dicts are ordered sets: several may hold the same prefix.
+        # The inner dicts are ordered sets: several items may hold the same prefix.
         self._holding: dict[bytes, dict[T, None]] = {}
         self._digests: dict[T, list[bytes]] = {}
 
@@ -58,9 +60,9 @@ class PrefixIndex(Generic[T]):
         return len(self._digests)
 
     def add(self, held: T, tokens: NDArray[np.int32], salt: str) -> list[bytes]:
-        """Make what holds the K and V of `tokens` int32 [n] findable; the digests of its blocks.
+        """Add the holder of the K and V of `tokens` int32 [n]; return the digests of its blocks.
 
-        Again for the same one: `tokens` take the place of those before.
+        If the holder was added before, `tokens` replace its former ones.
         """
         self.remove(held)
         digests = self._digests[held] = list(chain(tokens, salt, len(tokens), self.block_tokens))
@@ -69,10 +71,10 @@ class PrefixIndex(Generic[T]):
         return digests
 
     def find(self, tokens: NDArray[np.int32], salt: str) -> tuple[T, int] | None:
-        """Who holds the longest prefix of `tokens` int32 [n], and that prefix's length.
+        """Return the holder of the longest prefix of `tokens` int32 [n], and that prefix's length.
 
         The length is a multiple of `block_tokens` and at most n - 1: the last token is always
-        left, since its logits are wanted. Pin what is found before anything else is allocated.
+        computed, since its logits are needed. Pin the holder before anything else is allocated.
         """
         best = None
         digests = chain(tokens, salt, len(tokens) - 1, self.block_tokens)
@@ -83,7 +85,7 @@ class PrefixIndex(Generic[T]):
         return best
 
     def remove(self, held: T) -> None:
-        """Forget one; that it was never added is no error."""
+        """Remove a holder; it is no error if it was never added."""
         for digest in self._digests.pop(held, ()):
             del self._holding[digest][held]
             if not self._holding[digest]:

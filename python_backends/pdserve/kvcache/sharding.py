@@ -1,9 +1,9 @@
-"""A KV cache cut by heads, where prefill and decode are of different tensor parallelism.
+"""A KV cache that is split by heads, where prefill and decode have different tensor parallelism.
 
 A prefill of n ranks keeps n ranges, rank i's heads in the i-th. If the decode has more ranks than
-that, each range is cut further, into *slices*, so that what one decode rank wants is contiguous
-too. A *part* is one slice of one rank: uint8 [planes, tokens, bytes of its heads], and the parts
-of a KV cache lie one after another, in the order of ranks and slices:
+that, each range is split further, into *slices*, so that the part of one decode rank is contiguous,
+too. A *part* is one slice of one rank: uint8 [planes, tokens, bytes of its heads], and the parts of
+a KV cache are stored one after another, in the order of ranks and slices:
 
     n = 2, m = 4, 8 heads       prefill rank 0            prefill rank 1
                                 part 0      part 1        part 2      part 3
@@ -25,7 +25,7 @@ from pdserve.kvcache.layout import Count, KVLayout
 
 
 class Sharding(msgspec.Struct, frozen=True, array_like=True, dict=True):
-    """How a KV cache is cut at its holder: into `ranks` ranges of `slices` parts each."""
+    """How a KV cache is split at its holder: into `ranks` ranges of `slices` parts each."""
 
     ranks: Count = 1
     slices: Count = 1
@@ -35,21 +35,21 @@ class Sharding(msgspec.Struct, frozen=True, array_like=True, dict=True):
         return self.ranks * self.slices
 
     def heads(self, part: int, kv_heads: int) -> tuple[int, int]:
-        """First head of a part, and how many it has."""
+        """Return the first head of a part, and the number of its heads."""
         count = max(kv_heads // self.parts, 1)
         return part * kv_heads // self.parts, count
 
     def row_bytes(self, layout: KVLayout) -> int:
-        """Bytes of one token of one plane in one part."""
+        """Return the bytes of one token of one plane in one part."""
         return layout.row_bytes // layout.kv_heads * max(layout.kv_heads // self.parts, 1)
 
     def nbytes(self, layout: KVLayout, tokens: int) -> int:
-        """Bytes of all parts together: more than the cache's where heads are held twice."""
+        """Return the bytes of all parts together: more than the cache's if heads are held twice."""
         return self.parts * layout.planes * tokens * self.row_bytes(layout)
 
 
 def columns(sharding: Sharding, layout: KVLayout, part: int) -> slice:
-    """Where a part's bytes stand in a row of all heads."""
+    """Return the position of a part's bytes in a row of all heads."""
     head_bytes = layout.row_bytes // layout.kv_heads
     first, heads = sharding.heads(part, layout.kv_heads)
     return slice(first * head_bytes, (first + heads) * head_bytes)
@@ -57,16 +57,16 @@ def columns(sharding: Sharding, layout: KVLayout, part: int) -> slice:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One part, and where a decode rank wants it."""
+    """One part, and the heads that a decode rank takes from it."""
 
     part: int
     first_head: int
-    """In the model's numbering."""
+    """Number of the first head in the model."""
     heads: int
 
 
 def sharding_for(prefill_ranks: int, decode_ranks: int, kv_heads: int) -> Sharding:
-    """How a prefill of n ranks lays out what a decode of m ranks will pull.
+    """Return how a prefill of n ranks lays out KV caches for a decode of m ranks.
 
     Raises:
         DeploymentError: the two cannot be paired; the message says what could.
@@ -87,13 +87,13 @@ def sharding_for(prefill_ranks: int, decode_ranks: int, kv_heads: int) -> Shardi
 
 
 def routes(sharding: Sharding, decode_ranks: int, kv_heads: int, rank: int) -> list[Route]:
-    """The parts that decode rank `rank` pulls: each of its heads once, in order."""
+    """Return the parts that decode rank `rank` pulls: each of its heads once, in order."""
     count = max(kv_heads // decode_ranks, 1)
     first = rank * kv_heads // decode_ranks
     wanted = []
     have = first
-    # Of several holders of one head, the nearest to the rank's own place: so replicas share
-    # the load, and equal parallelism is rank i to rank i.
+    # Of several holders of one head, the nearest to the rank's own position is chosen: so replicas
+    # share the load, and with equal parallelism rank i pulls from rank i.
     ordered = sorted(
         range(sharding.parts), key=lambda p: abs(p * decode_ranks - rank * sharding.parts)
     )

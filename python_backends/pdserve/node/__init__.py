@@ -1,1 +1,1 @@
-"""One host: its servers and their models watched, probed and repaired. Pure asyncio."""
+"""One host: its servers and their models are watched, probed and repaired. Pure asyncio."""

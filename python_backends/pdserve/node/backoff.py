@@ -1,4 +1,4 @@
-"""How long to wait before the same thing is repaired once more."""
+"""The pause before the same thing is repaired again."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import math
 
 FIRST_S = 1.0
 MOST_S = 60.0
-# Whatever has been well for so long after a repair is repaired at once the next time.
+# Seconds of health after a repair, after which the next repair is done at once.
 CALM_S = 10.0
 
 
 class Backoff:
-    """No pause at first, then 1 s, doubling to 60 s while one failure follows another."""
+    """Pauses between repairs: none at first, then 1 s, doubled up to 60 s by each further
+    failure."""
 
     def __init__(self) -> None:
         self._pause = 0.0
         self._ended = -math.inf
 
     def pause(self, now: float) -> float:
-        """Seconds to wait before a repair that is wanted ``now`` (``loop.time()``)."""
+        """Return the seconds to wait before a repair that is needed ``now`` (``loop.time()``)."""
         if now - self._ended >= CALM_S:
             self._pause = 0.0
         pause = self._pause
@@ -26,5 +27,5 @@ class Backoff:
         return pause
 
     def ended(self, now: float) -> None:
-        """A repair is over, whether it has helped or not."""
+        """Note that a repair has ended, successfully or not."""
         self._ended = now

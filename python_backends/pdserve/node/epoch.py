@@ -1,7 +1,7 @@
-"""Names one life of an instance: the process in which it runs.
+"""The epoch of an instance: a name of the process in which it runs.
 
-The process tells it with all that it says, and whoever can look at the process finds it by itself.
-So a watchdog can name the one that it has seen die, without having asked it anything before.
+The process sends it with all replies, and anyone who can see the process can compute it. So a
+watchdog can name a process that has died, without having asked it before.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _START_TIME = 22
 
 
 def of(pid: int) -> bytes:
-    """EPOCH_BYTES that no other process has, of any machine; as seen in its own PID namespace.
+    """Return EPOCH_BYTES that no other process has, on any machine; `pid` in its own PID namespace.
 
     Raises:
-        OSError: there is no such process. A zombie still is one.
+        OSError: there is no such process. A zombie is one.
     """
     stat = Path(f"/proc/{pid}/stat").read_text()
-    # The second field is the name in parentheses, which may have blanks and parentheses itself.
+    # The second field is the name in parentheses, which may contain blanks and parentheses itself.
     started = stat.rpartition(")")[2].split()[_START_TIME - 3]
     name = f"{_BOOT_ID.read_text().strip()} {pid} {started}"
     return hashlib.blake2b(name.encode(), digest_size=EPOCH_BYTES).digest()

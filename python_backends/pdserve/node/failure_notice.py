@@ -1,8 +1,8 @@
-"""What a watchdog tells the gateways: a process of an instance is gone, wait for it no longer.
+"""The message by which a watchdog tells the gateways that a process of an instance is gone.
 
-Sealed with the deployment's key: whoever reaches a gateway's port could otherwise break all that
-an instance is doing. Said again, it does nothing: it names one process, and a gateway that has
-heard of another one since ignores it. So no clock and no memory is needed.
+It is sealed with the deployment's key, since otherwise anyone who reaches a gateway's port could
+break all work of an instance. Repeated, it has no effect: it names one process, and a gateway that
+has had a reply from another one since ignores it. So it needs no clock and no memory.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ class FailureNotice(Struct, frozen=True, array_like=True):
 
     instance: str
     epoch: Epoch
-    """Of the process that is gone; see `pdserve.node.epoch`."""
+    """Epoch of the process that is gone; see `pdserve.node.epoch`."""
 
 
 ALIVE = FailureNotice("", bytes(EPOCH_BYTES))
-"""Of no instance: a gateway that answers it lives."""
+"""A notice of no instance: a gateway that answers it is alive."""
 
 
 def encode(notice: FailureNotice, key: bytes) -> str:
-    """The notice as a request parameter, sealed."""
+    """Return the notice as a request parameter, sealed."""
     return base64.b64encode(seal(notice, key)).decode()
 
 
 def decode(text: str, key: bytes) -> FailureNotice:
-    """What a watchdog has told.
+    """Return a watchdog's notice.
 
     Raises:
-        InvalidRequest: this is not of the deployment's own.
+        InvalidRequest: the notice is not of this deployment.
     """
     try:
         return unseal(base64.b64decode(text, validate=True), FailureNotice, key)

@@ -1,4 +1,4 @@
-"""What is known of a server and of each of its models."""
+"""The health of a server and of each of its models."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ class State(enum.Enum):
     HEALTHY = "healthy"
     LATE = "late"
     FAILED = "failed"
-    """Taken out of service; its repair waits for the pause between two repairs."""
+    """Taken out of service; the repair waits for the pause between two repairs."""
     REPAIRING = "repairing"
 
 
 class Life(enum.Enum):
-    """How a process looks from outside."""
+    """State of a process, as seen from outside."""
 
     RUNS = enum.auto()
     STOPPED = enum.auto()
-    """By a signal: it will not go on by itself."""
+    """Stopped by a signal: it will not continue by itself."""
     GONE = enum.auto()
 
 
 @dataclass
 class Health:
-    """What is known of a server or a model. Times are ``loop.time()`` seconds."""
+    """The health of a server or a model. Times are ``loop.time()`` seconds."""
 
     state: State = State.HEALTHY
     since: float = -math.inf
     reason: str = ""
-    """Of the latest failure."""
+    """Reason of the latest failure."""
     answered: float = -math.inf
-    """The latest answer to any question."""
+    """Time of the latest answer to any check."""
     proven: float = -math.inf
-    """The latest probe that came through it from end to end."""
+    """Time of the latest probe that passed through it from end to end."""
     repairs: int = 0
     down_s: float = 0.0
-    """How long the latest failure kept it out of service."""
+    """Seconds for which the latest failure kept it out of service."""
     backoff: Backoff = field(default_factory=Backoff, repr=False)
 
     def to(self, state: State, now: float) -> None:

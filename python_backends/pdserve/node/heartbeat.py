@@ -1,8 +1,8 @@
-"""How often the threads of a model have turned, and what they have done, in shared memory.
+"""Counters of the turns and the work of a model's threads, in shared memory.
 
-A watchdog reads it without asking anybody, so that it needs no place behind the requests of
-clients. There is one for each model of a server that ``pdctl`` has started: words of 64 bits, first
-the process id once the model is loaded, then two words for each thread.
+A watchdog reads them without a message, and so does not wait behind the requests of clients. There
+is one heartbeat for each model of a server that ``pdctl`` has started: words of 64 bits, first the
+process id once the model is loaded, then two words for each thread.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ WORD = 8
 
 
 class Beats(NamedTuple):
-    """What one thread has counted since its start."""
+    """The counters of one thread since its start."""
 
     turns: int
-    """Passes of its loop, which goes on when there is nothing to do; 0: it has no such loop."""
+    """Number of passes of its loop, which continues when there is nothing to do; 0: it has no such
+    loop."""
     work: int
-    """Requests that it has taken, and responses that it has given."""
+    """Number of requests that it has taken, and responses that it has sent."""
 
 
 def path(token: str, model: str) -> Path:
-    """Where the heartbeat of a model is; the token is that of its server's start."""
+    """Return the path of a model's heartbeat; the token is that of its server's start."""
     return SHM / f"{token}-{model}.heartbeat"
 
 
 class Heartbeat:
-    """The heartbeat of this process: each of its threads counts for itself.
+    """The heartbeat of this process, in which each of its threads counts separately.
 
     Args:
-        path: of the shared memory, which replaces what a former life has left there; None: nobody
-            will read it.
-        threads: how many threads count.
+        path: path of the shared memory, replacing that of a former process; None: nobody will read
+            it.
+        threads: number of threads that count.
 
     Raises:
         OSError: there is no room for it.
@@ -54,7 +55,7 @@ class Heartbeat:
                 path.unlink()
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                # Without this, a full file system would show as SIGBUS at the first count.
+                # Otherwise a full file system would cause SIGBUS at the first count.
                 os.posix_fallocate(fd, 0, size)
                 self._inode = os.fstat(fd).st_ino
                 memory = memoryview(mmap.mmap(fd, size))
@@ -63,33 +64,34 @@ class Heartbeat:
         self._words = memory.cast("Q")
 
     def close(self) -> None:
-        """Leave nothing behind. One of a later life is left alone; counting stays possible."""
+        """Remove the shared memory, unless a later process has replaced it; counting stays
+        possible."""
         if self._path is not None:
             with suppress(FileNotFoundError):
                 if self._path.stat().st_ino == self._inode:
                     self._path.unlink()
 
     def loaded(self) -> None:
-        """The model's ``initialize`` returns now."""
+        """Note that the model's ``initialize`` returns now."""
         self._words[0] = os.getpid()
 
     def turned(self, thread: int) -> None:
-        """The thread goes on."""
+        """Count a pass of the thread's loop."""
         self._words[1 + 2 * thread] += 1
 
     def worked(self, thread: int) -> None:
-        """The thread has taken a request, or given a response."""
+        """Count a request that the thread has taken, or a response that it has sent."""
         self._words[2 + 2 * thread] += 1
 
 
 def read(path: Path) -> list[Beats]:
-    """What each thread has counted, the first thread first; empty: there is no heartbeat."""
+    """Return the counters of each thread, the first thread first; empty: there is no heartbeat."""
     words = _words(path)
     return [Beats(*words[at : at + 2]) for at in range(1, len(words), 2)]
 
 
 def loaded(path: Path) -> int | None:
-    """The process that has loaded the model; None: it has not, or there is no heartbeat."""
+    """Return the process that has loaded the model; None: it has not, or there is no heartbeat."""
     return next(iter(_words(path)), 0) or None
 
 

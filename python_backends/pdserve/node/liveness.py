@@ -1,4 +1,4 @@
-"""Tells whether a model is alive by its heartbeat, and by a question where that does not tell."""
+"""Tells whether a model is alive by its heartbeat, and by a question if that is not conclusive."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ Read = Callable[[], Sequence[Beats]]
 
 
 class Liveness:
-    """Looks at the heartbeat of a model, again and again; called, it tells whether the model lives.
+    """Reads the heartbeat of a model; each call tells whether the model is alive.
 
-    Each of its threads has to go on. Who takes requests and answers them is alive: only a model
-    that does nothing of the kind is asked, and so the question never waits behind a burst. If the
-    question is not answered, but others are meanwhile, the model is alive as well.
+    Each of its threads has to make progress. A model that takes requests and answers them is alive:
+    only a model without work is asked, so the question never waits behind a burst. If the question
+    is not answered, but others are meanwhile, the model is alive as well.
 
     Args:
-        read: what each thread of the model has counted so far; empty: there is no heartbeat.
-        ask: the question, by a request of its own. Raises: PDServeError, OSError: it has failed.
-        within_s: how long a thread may stand still, and the answer may take.
+        read: returns the counters of each thread of the model; empty: there is no heartbeat.
+        ask: asks the model by a request. Raises PDServeError or OSError if it has failed.
+        within_s: seconds for which a thread may make no progress, and within which the answer must
+            come.
     """
 
     def __init__(self, read: Read, ask: Callable[[], Awaitable[bool]], within_s: float) -> None:
@@ -29,12 +30,13 @@ class Liveness:
         self._ask = ask
         self._within_s = within_s
         self._work: int | None = None
-        """What had been done when it was last looked at."""
+        """Number of requests and responses when they were last read."""
         self._turned: list[tuple[int, float]] = []
-        """Of each thread: its turns, and since when there are so many."""
+        """For each thread, its turns, and the time since which their number has not changed."""
 
     async def __call__(self) -> bool:
-        """False: it is alive. Raises: PDServeError, OSError: it has failed the question."""
+        """Return False if it is alive. Raises PDServeError or OSError if it has failed the
+        question."""
         beats = self._read()
         self._all_turn(beats)
         if self._works(beats):
@@ -49,12 +51,12 @@ class Liveness:
             self._works(self._read())  # the question itself has been work
 
     def _works(self, beats: Sequence[Beats]) -> bool:
-        """Whether anything has been done since this was last called."""
+        """Tell whether any work has been done since the last call."""
         before, self._work = self._work, sum(one.work for one in beats)
         return before is not None and self._work != before
 
     def _all_turn(self, beats: Sequence[Beats]) -> None:
-        """Raises: InstanceError: a thread has stood still."""
+        """Check that every thread makes progress. Raises InstanceError if one does not."""
         now = asyncio.get_running_loop().time()
         known = self._turned if len(self._turned) == len(beats) else [(-1, now)] * len(beats)
         self._turned = [

@@ -1,4 +1,4 @@
-"""Whether instances answer, and whether they compute: asked by the messages that serve requests."""
+"""Probes that tell whether instances answer and compute, by the messages that serve requests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pdserve.rpc.messages import (
 from pdserve.sampling import Sampling
 
 PROMPT = (1).to_bytes(4, "little")
-"""One token, of every vocabulary."""
+"""One token that every vocabulary has."""
 TENANT = "probe"
 
 R = TypeVar("R", bound=Reply)
@@ -41,24 +41,24 @@ R = TypeVar("R", bound=Reply)
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds."""
+    """Time limits, in seconds."""
 
     reply_s: float
-    """Until the next reply."""
+    """Time until the next reply."""
     first_token_s: float
-    """Until a prefill has computed one token, whatever else it has to compute before."""
+    """Time until a prefill has computed one token, including what it has to compute before."""
     idle_s: float
-    """An instance that is busy makes a step within this time."""
+    """Time within which a busy instance makes a step."""
 
 
 class Probes:
-    """Questions to instances; nothing is held for them afterwards.
+    """Probes of instances, which hold nothing for them afterwards.
 
     Args:
-        channel: gives that of an instance.
-        prefills: names the prefills that there are now.
-        steps: how many forwards or steps of its model an instance has made so far.
-        limits: how long anything may take.
+        channel: returns the channel to an instance.
+        prefills: returns the names of the current prefills.
+        steps: returns how many forwards or steps of its model an instance has made so far.
+        limits: time limits of replies and steps.
     """
 
     def __init__(
@@ -73,28 +73,31 @@ class Probes:
         self._steps = steps
         self._limits = limits
         self._busy: dict[str, tuple[float, float]] = {}
-        """Steps of an instance that has been busy each time, and since when there were so many."""
+        """Number of steps of an instance that was busy in each probe, and since when it is the
+        same."""
         self._stream = uuid.uuid4().hex
         self._ids = itertools.count()
         self._turns = itertools.count()
 
     async def alive(self, instance: str) -> bool:
-        """It takes messages and answers them. Raises: InstanceError: it does not."""
+        """Check that an instance takes messages and answers them. Raises InstanceError if it does
+        not."""
         await self._ask(instance, Release(self._id()), Released)
         return False
 
     async def prefill(self, instance: str) -> bool:
-        """One token; False: it is busy. Raises: InstanceError: it has failed."""
+        """Compute one token; False: the prefill is busy. Raises InstanceError if it has failed."""
         request = self._prompt(only=True)
         with self._asked(instance, request) as replies:
             computed = await self._computed(instance, replies)
         return await self._computes(instance, computed is not None)
 
     async def decode(self, instance: str) -> bool:
-        """One token more than a prefill's; False: it is busy, or no prefill has one to give.
+        """Decode one token after a prefill's; False: the decode is busy, or no prefill has one to
+        give.
 
         Raises:
-            InstanceError: it has failed.
+            InstanceError: the decode has failed.
         """
         prefills = self._prefills()
         prefill = prefills[next(self._turns) % len(prefills)]
@@ -103,7 +106,7 @@ class Probes:
             try:
                 computed = await self._computed(prefill, replies)
             except InstanceError:
-                return False  # its own probe tells
+                return False  # the prefill's own probe reports it
             if computed is None:
                 return False
             goes_on = await self._goes_on(instance, prefill, computed)
@@ -115,17 +118,17 @@ class Probes:
         limit = self._limits.first_token_s
         try:
             reply = await asyncio.wait_for(self._end(replies), limit)
-        except asyncio.TimeoutError as error:  # it has said no more than that it has accepted
+        except asyncio.TimeoutError as error:  # it has only reported its acceptance
             raise InstanceError(f"{instance} computed no token within {limit:g} s") from error
         if isinstance(reply, Prefilled | Busy):
             return None if isinstance(reply, Busy) else reply
         raise InstanceError(f"{instance} answered {reply} to a prompt")
 
     async def _computes(self, instance: str, shown: bool) -> bool:
-        """Whether it has shown that.
+        """Note whether an instance has shown that it computes, and return that.
 
         Raises:
-            InstanceError: it has not, being busy, and has made no step since much too long.
+            InstanceError: it has not, being busy, and has made no step for too long.
         """
         if shown:
             self._busy.pop(instance, None)
@@ -153,7 +156,7 @@ class Probes:
         with self._asked(decode, request) as replies:
             reply = await self._end(replies)
         if isinstance(reply, NotConnected):
-            # The next probe shows it; a pair that cannot be connected has not failed.
+            # The next probe will tell; a pair that cannot be connected has not failed.
             with contextlib.suppress(InstanceError):
                 described = await self._ask(prefill, Describe(self._id()), Described)
                 await self._ask(decode, Connect(self._id(), described.endpoint), Connected)
@@ -163,7 +166,7 @@ class Probes:
         raise InstanceError(f"{decode} answered {reply} to a KV cache of {prefill}")
 
     async def _end(self, replies: Replies) -> Reply:
-        """The first reply that is neither an acceptance nor tokens with more to come."""
+        """Return the first reply that is neither an acceptance nor tokens with more to come."""
         while True:
             reply = await replies.get(self._limits.reply_s)
             unfinished = isinstance(reply, Tokens) and not reply.finish_reason
@@ -183,7 +186,7 @@ class Probes:
 
     @contextlib.contextmanager
     def _asked(self, instance: str, request: Request) -> Iterator[Replies]:
-        """Replies to a request; the instance holds nothing for it afterwards."""
+        """Send a request and give its replies; the instance holds nothing for it afterwards."""
         channel = self._channel(instance)
         try:
             yield channel.open(request.id, request)

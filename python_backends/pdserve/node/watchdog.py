@@ -1,4 +1,4 @@
-"""Looks after one server: notices what has failed in it, takes it out of service, restores it."""
+"""Watches one server: detects what has failed, takes it out of service, and restores it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pdserve.errors import PDServeError
 from pdserve.node.health import Health, Life, State
 
 SERVER = "server"
-"""The thing that is the server itself; every other one is a model, by name."""
+"""Name of the server itself among the things; every other thing is a model, by its name."""
 LOOK_S = 0.1
 STOPPED_S = 1.0
 
@@ -25,51 +25,51 @@ class NotRestored(Exception):
 
 
 class Dismissed(Exception):
-    """The server has been stopped in good order: there is nothing to look after any more."""
+    """The server has been stopped on purpose: there is nothing to watch any more."""
 
 
 class Ward(Protocol):
-    """A server and its models, as its watchdog sees and handles them."""
+    """A server and its models, as its watchdog sees and controls them."""
 
     def look(self) -> Mapping[str, Life]:
-        """How the processes of the server and of its models are; does not wait.
+        """Return the state of the processes of the server and of its models, without waiting.
 
         Raises:
-            Dismissed: the server is not to run any more.
+            Dismissed: the server should not run any more.
         """
 
     async def withdraw(self, thing: str) -> None:
-        """Take it out of service at once, and tell those who wait for it."""
+        """Take a thing out of service at once, and notify those who wait for it."""
 
     async def restore(self, thing: str) -> None:
-        """Put what has been withdrawn into service again, and wait until it is.
+        """Put a withdrawn thing into service again, and wait until it is.
 
         Raises:
-            NotRestored: it could not be.
-            Dismissed: it is not to be.
+            NotRestored: it could not be restored.
+            Dismissed: it should not be restored.
         """
 
 
 @dataclass(frozen=True)
 class Check:
-    """A question to one thing, asked again and again."""
+    """A check of one thing, repeated regularly."""
 
     thing: str
     ask: Callable[[], Awaitable[bool]]
-    """Raises PDServeError where the thing has failed; with any other exception it could not be
-    asked, which says nothing of the thing. The answer is whether it has shown that it computes; a
-    busy one has not, but it is alive."""
+    """Raises PDServeError if the thing has failed; any other exception means that it could not be
+    asked, which says nothing about the thing. The result tells whether it has shown that it
+    computes; a busy thing has not, but it is alive."""
     every_s: float
     within_s: float
     misses: int = 2
-    """So many in a row are a failure."""
+    """Number of misses in a row that are a failure."""
 
 
 class Watchdog:
     """Repairs what is dead, stopped for longer than STOPPED_S, or does not answer.
 
-    A model that cannot be loaded is tried again and again, with pauses (see ``Backoff``), and the
-    rest of its server serves on. If the server itself does not take part, or the load does not end
+    A model that cannot be loaded is tried again and again, with pauses (see ``Backoff``), while the
+    rest of its server serves. If the server itself does not respond, or the load does not end
     within ``load_s`` seconds, the server is restarted.
 
     Args:
@@ -91,14 +91,14 @@ class Watchdog:
         self._whole = whole
         self._load_s = load_s
         self._stopped: dict[str, float] = {}
-        """Since when, ``loop.time()``."""
+        """Times (``loop.time()``) since which processes have been stopped."""
         self._repairs: dict[str, asyncio.Task[None]] = {}
         self._troubles: dict[str, str] = {}
-        """What the watchdog itself cannot do at the moment, and why."""
+        """Actions that the watchdog itself cannot do at the moment, with the reason."""
         self._dismissed: asyncio.Future[None]
 
     async def run(self) -> None:
-        """Until cancelled; what is being repaired then, stays as it is.
+        """Watch until cancelled; repairs in progress are left as they are then.
 
         Raises:
             Dismissed: the server has been stopped.
@@ -114,7 +114,7 @@ class Watchdog:
                 task.cancel()
 
     async def _go_on(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Work that has no end does not end by an error, either."""
+        """Run work that has no end again after an error."""
         while True:
             try:
                 await work()
@@ -155,7 +155,7 @@ class Watchdog:
                 continue
             problem, computes = said
             if life != self._life(check.thing):
-                misses = 0  # whatever was said or not was of a former life
+                misses = 0  # the answer, or its absence, belonged to a former process
             elif problem:
                 misses += 1
                 health.reason = problem
@@ -171,7 +171,7 @@ class Watchdog:
                 health.to(State.HEALTHY, now())
 
     async def _say(self, check: Check) -> tuple[str, bool] | None:
-        """What is wrong with a thing, if anything is, and whether it has shown that it computes.
+        """Return a thing's problem, if any, and whether it has shown that it computes.
 
         None: it could not be asked.
         """
@@ -188,7 +188,7 @@ class Watchdog:
         return "", computes
 
     def _trouble(self, what: str, error: Exception) -> None:
-        """Of the watchdog's own, which is no failure of what it looks after; logged once."""
+        """Log a problem of the watchdog itself, which is no failure of what it watches, once."""
         if self._troubles.get(what) != repr(error):
             self._troubles[what] = repr(error)
             _log.warning("%s: %r", what, error, exc_info=error)
@@ -198,7 +198,7 @@ class Watchdog:
             self._dismissed.set_exception(reason)
 
     def _life(self, thing: str) -> tuple[int, int] | None:
-        """Which life of a thing this is; None: it is being repaired."""
+        """Return a number of a thing's current life; None: it is being repaired."""
         if self._in_repair(thing):
             return None
         return self.health[SERVER].repairs, self.health[thing].repairs
@@ -232,7 +232,7 @@ class Watchdog:
                 await asyncio.sleep(pause)
             self._to(thing, State.REPAIRING, health.reason)
             try:
-                # A server's restart is several steps, each bounded by itself.
+                # A server's restart has several steps, each with its own bound.
                 limit = None if thing == SERVER else self._load_s
                 await asyncio.wait_for(self._ward.restore(thing), limit)
                 break
@@ -251,7 +251,7 @@ class Watchdog:
         except Exception as error:
             if thing != SERVER:
                 raise
-            # There is nothing larger to repair; and what restores it ends what is left of it.
+            # There is nothing larger to repair, and the restart ends what is left of it.
             self._trouble(f"{thing} cannot be withdrawn", error)
 
     def _ended(self, thing: str, repair: asyncio.Task[None]) -> None:

@@ -1,1 +1,1 @@
-"""What a process tells of itself: metrics."""
+"""Observability: the metrics that a process publishes."""

@@ -1,6 +1,6 @@
 """Every metric of gateways and instances, declared once; docs/metrics.md lists the same.
 
-Names are Prometheus's: a counter ends in ``_total``, and a unit stands in the name.
+Names follow Prometheus: a counter ends in ``_total``, and the unit is part of the name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pdserve.observability.metrics import Counter, Gauge, Histogram, Metric
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
-# The labels of metrics: functions, since making a named tuple for each count takes far longer.
+# The labels of metrics are made by functions, since making a named tuple for each count takes far
+# longer.
 
 
 def _none() -> tuple[()]:
@@ -238,7 +239,7 @@ KV_TRANSFER_EXPOSED = Histogram(
     SECONDS,
 )
 
-# KV links: their number by gateways, what they can do by decodes.
+# KV links: their number, counted by gateways, and their properties, measured by decodes.
 KV_LINKS = Gauge(
     "pdserve_kv_links",
     _group_state,

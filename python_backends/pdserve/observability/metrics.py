@@ -1,9 +1,8 @@
-"""Metrics: what one is, and a registry in which a process counts before it tells Triton.
+"""Metrics, and a registry in which a process counts before it publishes to Triton.
 
-Each call into Triton's metric API is a round trip between processes, so nothing is sent when it
-happens: ``drain`` gives what has changed since the last time. A histogram is kept as the three
-series that Prometheus stores of one (bucket, sum, count); the API would take one call per
-observation.
+Each call into Triton's metric API is a round trip between processes, so nothing is sent at once:
+``drain`` returns what has changed since the last time. A histogram is kept as the three series that
+Prometheus stores of one (bucket, sum, count); the API would take one call per observation.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ class Metric(Generic[P]):
 
     Args:
         name: as Prometheus shows it.
-        labels: makes a tuple of the labels' values; its parameters are their names. Who counts
-            gives exactly these: mypy checks it, and at run time the call raises TypeError.
-        unit: of the values; what is counted, where they are numbers of things.
+        labels: makes a tuple of the labels' values; its parameters are their names. Callers must
+            give exactly these: mypy checks it, and at run time the call raises TypeError.
+        unit: unit of the values, or what is counted.
         help_text: a sentence that says what the values mean.
     """
 
@@ -82,12 +81,13 @@ class Change(NamedTuple):
 
     @property
     def key(self) -> tuple[str, Labels]:
-        """Which series it is."""
+        """Return the key of the series."""
         return self.name, self.labels
 
 
 class _Observed:
-    """Values of a histogram since the last time, counted by the least bound that they are under."""
+    """Values of a histogram since the last drain, counted by the smallest bound that they do not
+    exceed."""
 
     def __init__(self, bounds: int) -> None:
         self.values = [0] * bounds
@@ -95,7 +95,7 @@ class _Observed:
 
 
 class Registry:
-    """What one process has counted since it last told Triton.
+    """The counts of one process since it last published to Triton.
 
     ``add``, ``set`` and ``observe`` take a metric, a value and the metric's labels.
 
@@ -110,18 +110,18 @@ class Registry:
         self._published: dict[tuple[Gauge[Any], tuple[str, ...]], float] = {}
 
     def add(self, counter: Counter[P], value: float, *labels: P.args, **named: P.kwargs) -> None:
-        """Count ``value`` more."""
+        """Add ``value`` to a counter."""
         key = counter, counter.labels(*labels, **named)
         self._counts[key] = self._counts.get(key, 0) + value
 
     def set(self, gauge: Gauge[P], value: float, *labels: P.args, **named: P.kwargs) -> None:
-        """The gauge is ``value`` now."""
+        """Set a gauge to ``value``."""
         self._levels[gauge, gauge.labels(*labels, **named)] = value
 
     def observe(
         self, histogram: Histogram[P], value: float, *labels: P.args, **named: P.kwargs
     ) -> None:
-        """Count one more value."""
+        """Count one more value of a histogram."""
         key = histogram, histogram.labels(*labels, **named)
         observed = self._observed.get(key)
         if observed is None:
@@ -130,7 +130,7 @@ class Registry:
         observed.sum += value
 
     def drain(self) -> Iterator[Change]:
-        """What has changed since the last call."""
+        """Yield what has changed since the last call."""
         counts, self._counts = self._counts, {}
         histograms, self._observed = self._observed, {}
         for (counter, values), count in counts.items():
@@ -154,11 +154,11 @@ def _labels(metric: Metric[Any], values: tuple[str, ...]) -> Labels:
 
 
 def _steps(histogram: Histogram[Any], observed: _Observed) -> Iterator[tuple[str, Labels, float]]:
-    """The series of a histogram: their suffixes, the labels that they have besides, their steps."""
+    """Yield the series of a histogram: their suffixes, their additional labels, their steps."""
     below = list(accumulate(observed.values))
     yield "count", (), below[-1]
     yield "sum", (), observed.sum
-    # The page may be read between two steps: no bucket is ever ahead of a higher one.
+    # The page may be read between two steps: no bucket may ever be ahead of a higher one.
     for bound, values in zip(reversed(histogram.bounds), reversed(below), strict=True):
         if values:
             yield "bucket", (("le", bound),), values

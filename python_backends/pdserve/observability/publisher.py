@@ -1,4 +1,4 @@
-"""Hands what a registry has counted to Triton's metric API."""
+"""Publishes the counts of a registry by Triton's metric API."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Publishes a registry's changes, a few times a second.
+    """Publishes a registry's changes every PUBLISH_S seconds.
 
-    A change that Triton does not take stops no other: it is logged once, and tried again with the
-    next ones until Triton takes it.
+    A change that Triton does not accept stops no other: it is logged once, and tried again with the
+    next ones until Triton accepts it.
 
     Args:
         family: Triton's ``MetricFamily``.
@@ -30,10 +30,10 @@ class Publisher:
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, Labels], Any] = {}
         self._owed: dict[tuple[str, Labels], Change] = {}
-        """Changes that Triton has not taken."""
+        """Changes that Triton has not accepted."""
 
     async def run(self) -> None:
-        """Publish until cancelled, from another thread: each call waits for the server."""
+        """Publish until cancelled, in another thread: each call waits for the server."""
         await supervision.repeat("publishing metrics", self._turn)
 
     async def _turn(self) -> float:
@@ -53,7 +53,7 @@ class Publisher:
             try:
                 self._hand_over(change)
                 del self._owed[key]
-            except Exception as error:  # the others are published all the same
+            except Exception as error:  # the others are published nevertheless
                 failed[change.name] = error
         for name in failed.keys() - failed_before:
             _log.error("%s cannot be published: %r", name, failed[name])

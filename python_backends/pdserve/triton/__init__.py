@@ -1,4 +1,4 @@
-"""What Triton loads: tensors in, calls, tensors out.
+"""The models that Triton loads: they translate between tensors and calls.
 
 Only this package knows Triton's Python API.
 """

@@ -1,4 +1,4 @@
-"""What every model here needs of Triton's Python backend."""
+"""The part of Triton's Python backend that every model here needs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pdserve.node.heartbeat import Heartbeat
 
 BEAT_S = 0.25
 CLOSE_S = 5.0
-# Threads for what a loop does aside: to publish metrics, to tokenize long texts, to copy.
+# Threads for slow work outside the loop: to publish metrics, to tokenize long texts, to copy.
 ASIDE = 8
 
 
 def deployment_path(args: dict[str, str]) -> Path:
-    """The deployment.yaml that lies beside the models of this repository."""
+    """Return the path of the deployment.yaml beside the models of this repository."""
     return Path(args["model_repository"]).parent / "deployment.yaml"
 
 
@@ -38,21 +38,21 @@ def deployment(args: dict[str, str]) -> config.Deployment:
 
 
 def inputs(args: dict[str, str]) -> tuple[str, ...]:
-    """Names of a model's inputs, in the order of its configuration."""
+    """Return the names of a model's inputs, in the order of its configuration."""
     return tuple(one["name"] for one in json.loads(args["model_config"])["input"])
 
 
 def own_heartbeat(args: dict[str, str], threads: int) -> Heartbeat:
-    """The heartbeat of a model's process, read by its server's watchdog if ``pdctl`` started it."""
+    """Return the heartbeat of a model's process; without ``pdctl`` no watchdog reads it."""
     token = os.environ.get("PDSERVE_SHM_PREFIX")
     return Heartbeat(heartbeat.path(token, args["model_name"]) if token else None, threads)
 
 
 def tensors(request: Any) -> dict[str, NDArray[Any]]:
-    """A request's inputs by name, each with a batch dimension of one.
+    """Return a request's inputs by name, each with a batch dimension of one.
 
     Raises:
-        InvalidRequest: a batch of another size, or strings that do not fill their buffer.
+        InvalidRequest: the batch has another size, or strings do not fill their buffer.
     """
     inputs = {tensor.name(): _array(tensor) for tensor in request.inputs()}
     for name, tensor in inputs.items():
@@ -71,7 +71,7 @@ def _array(tensor: Any) -> NDArray[Any]:
 
 
 def parameters(request: Any) -> dict[str, Any]:
-    """A request's parameters.
+    """Return a request's parameters.
 
     Raises:
         InvalidRequest: one of them is not UTF-8, or all of them are no JSON.
@@ -85,7 +85,7 @@ def parameters(request: Any) -> dict[str, Any]:
 
 
 def _not_utf8(data: bytes) -> str:
-    """Which of the parameters, and where."""
+    """Say which of the parameters is not UTF-8, and at which byte."""
     for name, value in json.loads(data.decode(errors="surrogateescape")).items():
         for part in (name, value) if isinstance(value, str) else (name,):
             try:
@@ -96,7 +96,7 @@ def _not_utf8(data: bytes) -> str:
 
 
 def answered(request: Any, answer: Callable[[Any], Any], heartbeat: Heartbeat) -> Any:
-    """The response of ``answer`` to a request, or what its failure looks like."""
+    """Return the response of ``answer`` to a request, or the error response if it fails."""
     try:
         return answer(request)
     except BaseException as failure:  # a panic of the tokenizers library is no Exception
@@ -106,9 +106,9 @@ def answered(request: Any, answer: Callable[[Any], Any], heartbeat: Heartbeat) -
 
 
 def failed(failure: BaseException) -> Any:
-    """The response to a request that has ended in ``failure``.
+    """Return the response to a request that has failed.
 
-    An internal error, whatever it is, is told with an id that is in the log, and no more than
+    An internal error is reported with an id that is in the log, and with no more than
     ``errors.loggable`` says of it.
     """
     if isinstance(failure, errors.PDServeError) and failure.code != errors.PDServeError.code:
@@ -121,10 +121,10 @@ def failed(failure: BaseException) -> Any:
 
 
 def error(failure: errors.PDServeError) -> Any:
-    """What a failure looks like to Triton.
+    """Return the Triton response for an error.
 
-    The code stands in the message too: a gRPC stream passes on the text alone, and
-    HTTP's generate answers every error of a decoupled model with 400.
+    The message contains the code, too: a gRPC stream passes on the text only, and HTTP's generate
+    answers every error of a decoupled model with 400.
     """
     code = getattr(pb_utils.TritonError, failure.code)
     message = f"{failure.code}: {failure}"
@@ -132,40 +132,40 @@ def error(failure: errors.PDServeError) -> Any:
 
 
 def text(name: str, *values: str) -> Any:
-    """A BYTES tensor [1, n]."""
+    """Return a BYTES tensor [1, n]."""
     array = np.array([[value.encode() for value in values]], dtype=object)
     return pb_utils.Tensor(name, array)
 
 
 def _end_process(reason: str) -> None:
-    """End this stub, so that its watchdog puts it back. Triton's log has its stderr."""
-    # Not Triton's logger: it hands lines to a thread, which would end with them unsent.
+    """End this stub, so that its watchdog restarts it. Triton's log has its stderr."""
+    # Not by Triton's logger, which gives lines to a thread that would end before it sends them.
     with suppress(OSError, ValueError):
         print(f"pdserve: {reason}\npdserve: this process ends", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 class _Loop(uvloop.Loop):
-    """uvloop's own clock counts whole milliseconds."""
+    """A loop with a finer clock: uvloop's own counts whole milliseconds."""
 
     def time(self) -> float:
         return time.monotonic()
 
 
 class LoopThread:
-    """An event loop in a thread of its own, from a model's ``initialize`` to its ``finalize``.
+    """An event loop in its own thread, from a model's ``initialize`` to its ``finalize``.
 
-    Not the stub's own loop: that one only runs while requests do, and keeps every
-    ``execute`` that ends before it has been noted (seen in 24.10).
+    The stub's own loop is not used: it runs only while requests do, and keeps every ``execute``
+    that ends before it has been noted (seen in 24.10).
 
-    What runs here or in a thread for as long as the model does, and fails, ends the process.
+    If work that should run here or in a thread as long as the model fails, the process ends.
 
     Args:
-        heartbeat: the loop is its first thread.
-        threads: of the loop's default executor.
+        heartbeat: counts the loop as its first thread.
+        threads: number of threads of the loop's default executor.
 
     Raises:
-        DeploymentError: they cannot be started.
+        DeploymentError: the threads cannot be started.
     """
 
     def __init__(self, heartbeat: Heartbeat, threads: int = ASIDE) -> None:
@@ -178,7 +178,7 @@ class LoopThread:
         self._thread.start()
 
     def call(self, function: Callable[..., None], *args: Any) -> None:
-        """Have ``function`` called in the loop, soon."""
+        """Call ``function`` in the loop, soon."""
         self._loop.call_soon_threadsafe(function, *args)
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:

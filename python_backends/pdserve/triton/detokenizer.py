@@ -1,4 +1,4 @@
-"""Triton model ``detokenizer``: the token ids of a whole answer in, its text out."""
+"""Triton model ``detokenizer``: converts the token ids of a whole answer to text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a former life of an instance has left in its server."""
+"""Gauges that a former process of an instance has left in its server."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pdserve.observability.metrics import Gauge, Registry
 
 TIMEOUT_S = 1.0
 _OWNERS = ("instance", "decode")
-"""Labels that name who sets a gauge."""
+"""Labels that name the owner of a gauge."""
 _SERIES = re.compile(r"^(pdserve_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def page(deployment: config.Deployment, instance: str) -> str:
-    """The metrics of an instance's own server; empty: it does not answer, or not yet."""
+    """Return the metrics of an instance's own server; empty: it does not answer, or not yet."""
     server = (deployment.instances("prefill") | deployment.instances("decode")).get(instance)
     if server is None:
         return ""
@@ -28,10 +28,10 @@ def page(deployment: config.Deployment, instance: str) -> str:
 
 
 def retire(metrics: Registry, page: str, instance: str) -> None:
-    """Set to 0 the gauges that a former life of an instance has left on a page of metrics.
+    """Set to 0 the gauges that a former process of an instance has left on a page of metrics.
 
-    Triton keeps what a stub that has died has set last, and this one may never set the same: it may
-    reach others by another way, or not at all.
+    Triton keeps the last values of a stub that has died, and the new process may never set the same
+    gauges: it may reach others over another transport, or not at all.
     """
     for name, text, value in _SERIES.findall(page):
         labels = dict(_LABEL.findall(text))

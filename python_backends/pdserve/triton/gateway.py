@@ -1,4 +1,5 @@
-"""What the pdserve and the scheduler model share: requests run, cancelled and answered once."""
+"""The common part of the pdserve and the scheduler model: requests run, cancelled and answered
+once."""
 
 from __future__ import annotations
 
@@ -38,12 +39,12 @@ from pdserve.triton import backend, neutral, stub
 from pdserve.triton.backend import ASIDE, LoopThread
 from pdserve.triton.outbox import Outbox
 
-# How often it is asked of each request whether its client has gone: see ``Outbox``.
+# Interval of checks, for each request, whether its client has gone: see ``Outbox``.
 CANCEL_LOOK_S = 0.08
 BLS_THREADS = 64
-# A deployment that has changed is taken over within this time.
+# Interval of checks whether the deployment has changed.
 RELOAD_LOOK_S = 1.0
-# Each waits for the server most of the time.
+# Number of outboxes, each of which waits for the server most of the time.
 OUTBOXES = 4
 _GONE = errors.Cancelled("the client has gone")
 
@@ -54,7 +55,7 @@ class GatewayModel(ABC):
     prompt_input: str
     answers_in_text: bool
     scheduler: type[Scheduler] = Scheduler
-    """Makes the scheduler of a group."""
+    """Class of the scheduler of a group."""
 
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
@@ -78,7 +79,7 @@ class GatewayModel(ABC):
         self._serving: dict[str, asyncio.Task[Any]] = {}
         self._key = key.of(self.deployment)
         self._always = Background()
-        # async_exec of BLS keeps a thread of the default pool until the first response.
+        # async_exec of BLS occupies a thread of the default pool until the first response.
         bls = self.deployment.gateway.channel == "bls"
         self._loop = LoopThread(self._heartbeat, BLS_THREADS if bls else ASIDE)
         self._loop.run(self._start())
@@ -86,18 +87,18 @@ class GatewayModel(ABC):
 
     @abstractmethod
     def read(self, model: Path) -> Vocabulary:
-        """Raises: DeploymentError: it has no tokenizer."""
+        """Read the model's vocabulary. Raises DeploymentError if it has no tokenizer."""
 
     @abstractmethod
     async def prompt(self, inputs: parameters.Tensors) -> Prompt:
-        """Raises: InvalidRequest: there is no such prompt."""
+        """Return a request's prompt. Raises InvalidRequest if it has none."""
 
     @abstractmethod
     def outputs(self, text: str, ids: list[int]) -> list[Any]:
-        """The tensors of one response."""
+        """Return the tensors of one response."""
 
     def execute(self, requests: list[Any]) -> None:
-        """Begin to serve each request; nothing here waits."""
+        """Begin to serve each request, without waiting."""
         self._loop.call(self._accept, requests)
 
     def finalize(self) -> None:
@@ -123,7 +124,7 @@ class GatewayModel(ABC):
         self._count_open()
 
     async def _serve(self, key: str, request: Any) -> Any:
-        """The last response. Raises: whatever has failed."""
+        """Serve a request, and return the last response. Raises whatever has failed."""
         given = backend.parameters(request)
         if (notice := given.get("failure_notice")) is not None:
             return self._lose(str(notice))
@@ -134,7 +135,7 @@ class GatewayModel(ABC):
                 return await self._answer(key, request, trace)
 
     def _end(self, key: str, task: asyncio.Task[Any]) -> None:
-        """The last response is sent, whatever has happened: the client would wait for ever."""
+        """Send the last response, whatever has happened, since the client would wait for ever."""
         del self._serving[key]
         if task.cancelled():
             response = backend.error(_GONE)
@@ -174,9 +175,9 @@ class GatewayModel(ABC):
         raise AssertionError("an answer without an end")
 
     async def _read(self, request: Any) -> tuple[Parameters, Prompt]:
-        """Raises: InvalidRequest: it can never be served."""
+        """Read parameters and prompt. Raises InvalidRequest if the request can never be served."""
         inputs = backend.tensors(request)
-        if self.prompt_input not in inputs:  # Triton counts the inputs, but does not look
+        if self.prompt_input not in inputs:  # Triton checks only the number of inputs
             raise errors.InvalidRequest(f"{self.prompt_input} is missing; every request needs it")
         most = self.deployment.gateway.max_stop_words
         asked = parameters.parse(inputs, backend.parameters(request), most, self._inputs)
@@ -204,7 +205,7 @@ class GatewayModel(ABC):
         )
 
     async def _reload(self) -> float:
-        """Take over the deployment if its file has changed; the seconds until the next look."""
+        """Apply the deployment if its file has changed; return the seconds until the next check."""
         loop = asyncio.get_running_loop()
         await self._service.sweep()
         try:
@@ -233,10 +234,11 @@ class GatewayModel(ABC):
         return GrpcChannel(f"{server.host}:{server.grpc_port}", name, self._key)
 
     def _lose(self, notice: str) -> Any:
-        """A watchdog says that an instance's process is gone; of none, it asks whether we live.
+        """Handle a watchdog's notice that an instance's process is gone, or its check that we are
+        alive.
 
         Raises:
-            InvalidRequest: it is not a watchdog that says so.
+            InvalidRequest: the notice is not from a watchdog of this deployment.
         """
         told = failure_notice.decode(notice, self._key)
         self._service.lose(told.instance, told.epoch)

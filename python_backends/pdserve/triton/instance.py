@@ -1,4 +1,4 @@
-"""What the prefill and the decode model share: messages in, messages out."""
+"""The common part of the prefill and the decode model: they receive and send messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from pdserve.triton import former, stub
 from pdserve.triton.backend import LoopThread, deployment, own_heartbeat
 from pdserve.triton.outbox import Outbox
 
-# What a gateway held that has died is let go of within this time.
+# Time within which is released what a gateway held that has died.
 ORPHAN_LOOK_S = 1.0
 
 
@@ -48,14 +48,14 @@ class InstanceModel(ABC):
     """A Triton model around one instance, which a subclass makes.
 
     Input ``request`` and output ``reply`` are UINT8 [-1]; see ``pdserve.rpc.messages``. A request
-    is sealed (``pdserve.rpc.seal``): what is not is refused unread.
+    is sealed (``pdserve.rpc.seal``); an unsealed one is refused unread.
     """
 
     @abstractmethod
     def make(
         self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
     ) -> PrefillInstance | ExternalPrefill | DecodeInstance | ExternalDecode:
-        """The instance; its model is loaded here."""
+        """Make the instance and load its model."""
 
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
@@ -77,7 +77,7 @@ class InstanceModel(ABC):
         self._heartbeat.loaded()
 
     def execute(self, requests: list[Any]) -> None:
-        """Every request is answered by its own sender; nothing here waits."""
+        """Accept every request, without waiting; each is answered by its own sender."""
         self._loop.call(self._accept, requests)
 
     def finalize(self) -> None:
@@ -93,13 +93,13 @@ class InstanceModel(ABC):
     async def _close(self) -> None:
         await self._publishing.close()
         await self._instance.close()
-        await asyncio.sleep(0)  # what it has said last is sent in the next turn of the loop
+        await asyncio.sleep(0)  # its last replies are sent in the next turn of the loop
 
     def _accept(self, requests: list[Any]) -> None:
         for request in requests:
             self._heartbeat.turned(0)  # a burst is one pass of the loop
             self._heartbeat.worked(0)
-            # Whoever calls this model past a gateway may give any id, or none.
+            # A caller of this model that is no gateway may give any id, or none.
             call = Call(f"{next(self._keys)}", _id(request))
             try:
                 self._outbox.open(call.key, request.get_response_sender())
@@ -123,7 +123,8 @@ class InstanceModel(ABC):
                 self._answers.reply(call, failed, True)
 
     def _opened(self, request: Any) -> memoryview:
-        """Raises: Unsealed: not a message of this deployment to this instance."""
+        """Return a request's message. Raises Unsealed if it is not from this deployment to this
+        instance."""
         try:
             data = memoryview(request.inputs()[0].as_numpy())
         except pb_utils.TritonModelException as error:
@@ -163,13 +164,13 @@ class InstanceModel(ABC):
         self._loop.call(self._orphaned, key)
 
     def _orphaned(self, key: str) -> None:
-        """The gateway has died: one that lives says so by a Release."""
+        """Release what a gateway that has died held; a living gateway sends a Release."""
         for call in self._answers.abandon(key):
             self._instance.release(call, lambda _reply, _last: None)
 
 
 def _id(request: Any) -> str:
-    """The request id; one that is not UTF-8, which no gateway sends, counts as none."""
+    """Return the request id; one that is not UTF-8, which no gateway sends, counts as none."""
     try:
         return request.request_id()  # type: ignore[no-any-return]
     except UnicodeDecodeError:

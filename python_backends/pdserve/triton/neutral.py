@@ -1,7 +1,7 @@
-"""Fields of TensorRT-LLM's ``ensemble`` that are accepted as long as they ask for nothing.
+"""Fields of TensorRT-LLM's ``ensemble`` that are accepted as long as they have no effect.
 
-Its clients send many of them with every request. A neutral value is as good as none; any other
-would change the answer there, and is refused by name. The names are those of ``ensemble`` and
+Its clients send many of them with every request. A neutral value has no effect; any other would
+change the answer there, and is refused by name. The names are those of ``ensemble`` and
 ``tensorrt_llm_bls`` in TensorRT-LLM's ``triton_backend/all_models/inflight_batcher_llm``.
 """
 
@@ -39,24 +39,24 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "guided_decoding_guide_type": (b"",),
     "guided_decoding_guide": (b"",),
 }
-"""What each value of a field has to be. No value at all is neutral as well."""
+"""The value that each element of a field must have. An empty field is neutral as well."""
 
 FIELDS = frozenset(NEUTRAL) | {"end_id", "pad_id", "accumulate_tokens"}
-"""All that are checked here: those that a client has no reason to send."""
+"""All fields that are checked here, which a client has no reason to send."""
 
 
 def check(
     tensors: Mapping[str, NDArray[Any]], end_ids: Collection[int], vocabulary_size: int
 ) -> None:
-    """Whether the fields ask for nothing.
+    """Check that the fields have no effect.
 
     Args:
         tensors: the request's inputs by name.
         end_ids: tokens that end an answer of the model.
-        vocabulary_size: token ids are less than this.
+        vocabulary_size: number of token ids.
 
     Raises:
-        InvalidRequest: names the value and what is allowed.
+        InvalidRequest: a value is not neutral; the message names it and what is allowed.
     """
     for name in tensors.keys() & NEUTRAL.keys():
         for value in _values(tensors, name):
@@ -80,7 +80,7 @@ def _values(tensors: Mapping[str, NDArray[Any]], name: str) -> list[Any]:
 
 
 def _json(value: object) -> str:
-    """As a client may have written it."""
+    """Format a value as a client may have written it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, bytes):

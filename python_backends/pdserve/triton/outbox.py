@@ -16,25 +16,26 @@ from pdserve.node.heartbeat import Heartbeat
 from pdserve.triton import backend
 
 CLOSE_S = 5.0
-# Looks at open requests take a fifth of a sending thread's time, a moment each.
+# Share of a sending thread's time for checks of open requests, and the length of each series of
+# checks.
 LOOK_SHARE = 0.2
 LOOK_MOMENT_S = 0.005
 
 
 class Outbox:
-    """All that is done with some requests' response senders, by one thread and in order.
+    """All calls to some requests' response senders, made by one thread and in order.
 
-    Sending and asking wait for the server, and the event loop must go on meanwhile. One
-    thread to a request, since Triton frees what a sender stands for with its last response,
-    and crashes when it is asked about it afterwards.
+    Sending and checking wait for the server, and the event loop must continue meanwhile. One thread
+    serves a request, since Triton frees the sender's object with its last response, and crashes
+    when it is asked about it afterwards.
 
     Args:
-        look_s: how often it is asked of each request whether its client has gone. Each look is a
-            round trip to the server, so that many requests are looked at in turn: all looks
-            together take LOOK_SHARE of the thread's time, which is then what bounds how often.
-        gone: called once, in the outbox's thread, with the key of a request whose client has, or
-            has not got a response that Triton would not take: it is to be ended.
-        heartbeat: where it counts as ``thread``.
+        look_s: interval of checks, for each request, whether its client has gone. Each check is a
+            round trip to the server, so that many requests are checked in turn: all checks together
+            take LOOK_SHARE of the thread's time, which then limits the interval.
+        gone: called once, in the outbox's thread, with the key of a request whose client has gone,
+            or has missed a response that Triton did not accept: the request must be ended.
+        heartbeat: heartbeat in which it counts as ``thread``.
     """
 
     def __init__(
@@ -45,27 +46,28 @@ class Outbox:
         self._heartbeat = heartbeat
         self._number = thread
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Filled by ``open``, from then on the thread's.
+        # Filled by ``open``, afterwards used by the thread only.
         self._senders: dict[str, Any] = {}
         self._round: list[str] = []
-        """Those that are still to be looked at, in this round."""
+        """Requests that are still to be checked in this round."""
         self._watched: set[str] = set()
         self._torn: set[str] = set()
-        """Those of which a response was refused."""
+        """Requests of which a response was refused."""
         self._thread = supervision.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
     def open(self, key: str, sender: Any) -> None:
-        """Responses to a request may follow; ``key`` is unique among those that are open."""
+        """Register an open request, whose responses may follow; ``key`` is unique among open
+        requests."""
         self._senders[key] = sender
         self._watched.add(key)
 
     def send(self, key: str, response: Any | None, *, last: bool) -> None:
-        """Send a response to an open request; with the last one, or its absence, it is closed."""
+        """Send a response to an open request; the last one, or its absence, closes the request."""
         self._queue.put(partial(self._send, key, response, last))
 
     def close(self) -> None:
-        """Send what is there, then end."""
+        """Send what is queued, then end."""
         self._queue.put(None)
         self._thread.join(CLOSE_S)
 
@@ -85,7 +87,7 @@ class Outbox:
                 next_round = now + self._look_s
             self._do(self._look)
             ended = time.monotonic()
-            # The moment of the last look is paid for before the next.
+            # The time of the last check is made up for before the next.
             next_look = ended + (ended - now) * (1 / LOOK_SHARE - 1)
             if not self._round:
                 next_look = max(next_look, next_round)
@@ -93,7 +95,7 @@ class Outbox:
     def _do(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as failure:  # the thread serves every request: it may not end
+        except Exception as failure:  # the thread serves every request and must not end
             told = f"{type(failure).__name__}: {errors.brief(failure)}"
             pb_utils.Logger.log_error(f"a response could not be sent: {told}")
 
@@ -102,7 +104,7 @@ class Outbox:
             try:
                 self._senders[key].send(response)
             except Exception:
-                # An answer with a hole in it would look like a whole one.
+                # An answer with a missing part would look like a complete one.
                 self._torn.add(key)
                 self._give_up(key)
                 raise
@@ -117,7 +119,7 @@ class Outbox:
         self._heartbeat.worked(self._number)
 
     def _look(self) -> None:
-        """Look at the next requests of the round, for a moment."""
+        """Check the next requests of the round, for a moment."""
         end = time.monotonic() + LOOK_MOMENT_S
         while self._round and time.monotonic() < end:
             key = self._round.pop()

@@ -1,4 +1,4 @@
-"""Triton model ``pdserve``: text in, text out."""
+"""Triton model ``pdserve``: takes text and returns text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pdserve.text.tokenizer import Tokenizer, parse_prompt
 from pdserve.text.vocabulary import Vocabulary
 from pdserve.triton.gateway import GatewayModel
 
-# A longer text is tokenized in another thread, so that the streams of others go on.
+# Bytes above which a text is tokenized in another thread, so that other streams go on.
 LONG_TEXT = 16 << 10
 
 
@@ -46,12 +46,13 @@ class TritonPythonModel(GatewayModel):
         return Prompt(ids, data.decode() if echo is not None and not echo else "", beginning)
 
     def _encode(self, data: bytes, chat: bool) -> tuple[Tokens, str]:
-        """Token ids, and the text that rules look at: of a conversation, its first turn."""
+        """Return the token ids, and the text that rules match: for a conversation, its first
+        turn."""
         prompt = parse_prompt(data, chat)
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt), prompt
         return self._tokenizer.encode_chat(prompt), prompt[0]["content"]
 
     def outputs(self, text: str, ids: list[int]) -> list[Any]:
-        # Without a batch dimension, as TensorRT-LLM's: its clients read ``as_numpy(...)[0]``.
+        # Without a batch dimension, as in TensorRT-LLM: its clients read ``as_numpy(...)[0]``.
         return [pb_utils.Tensor("text_output", np.array([text.encode()], object))]

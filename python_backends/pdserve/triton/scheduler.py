@@ -1,4 +1,4 @@
-"""Triton model ``scheduler``: token ids in, token ids out."""
+"""Triton model ``scheduler``: takes token ids and returns token ids."""
 
 from __future__ import annotations
 

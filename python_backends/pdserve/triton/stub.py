@@ -1,4 +1,4 @@
-"""The process that runs a model, which Triton starts: what it does before anything else."""
+"""Preparation of the process that runs a model, which Triton starts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 SHM = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies
 STACK_VARIABLE = "PDSERVE_STACK_BYTES"
-"""Set by pdctl where it has raised the server's limit of stacks: bytes; -1 is unlimited."""
+"""Set by pdctl if it has raised the server's stack limit: bytes; -1 is unlimited."""
 _UNLIMITED_STACK_BYTES = 8 << 20
-"""What threads get where there is no limit."""
+"""Stack size of threads where there is no limit."""
 
 
 def prepare() -> None:
-    """Shared memory of this process's own user alone; stacks as if the server had usual ones.
+    """Restrict shared memory to this process's user, and restore the usual stack sizes.
 
-    To be called first in a model's ``initialize``, so that it is not READY before. Triton makes
+    Call it first in a model's ``initialize``, so that the model is not READY before. Triton makes
     the region of a stub with mode 0644, whatever the umask, and requests travel in it.
     """
     for region in _mapped():
@@ -26,16 +26,16 @@ def prepare() -> None:
 
 
 def _mapped() -> set[Path]:
-    """Shared memory that this process has mapped, and that still has its name."""
+    """Return the shared memory that this process has mapped, and that still has its name."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     found = {Path(fields[5]) for line in lines if len(fields := line.split(maxsplit=5)) == 6}
     return {path for path in found if path.parent == SHM and path.exists()}
 
 
 def _restore_stacks() -> None:
-    """The limit for what this process starts, and the stacks of its own threads from now on.
+    """Restore the limit for child processes, and the stack size of this process's later threads.
 
-    glibc has taken the default of the latter from the limit when the process started.
+    glibc has set the default of the latter from the limit when the process started.
     """
     given = os.environ.pop(STACK_VARIABLE, None)
     if given is None:

@@ -1,4 +1,4 @@
-"""Triton model ``tokenizer``: text or a conversation in, token ids out."""
+"""Triton model ``tokenizer``: converts text or a conversation to token ids."""
 
 from __future__ import annotations
 
