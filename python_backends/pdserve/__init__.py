@@ -1,1 +1,1 @@
-"""Prefill and decode apart, on Triton Inference Server."""
+"""Disaggregated prefill and decode serving on Triton Inference Server."""

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 
 class PDServeError(Exception):
-    """Base of everything that ends a request other than with its tokens."""
+    """Base of all errors that end a request."""
 
     code: ClassVar[str] = "INTERNAL"
 
@@ -24,7 +24,7 @@ class InvalidRequest(PDServeError):
 
 
 class Unsupported(InvalidRequest):
-    """The model cannot do what is asked, whatever else the request says; it is not its fault."""
+    """The model cannot do what is asked, whatever else the request says."""
 
     code = "UNSUPPORTED"
 
@@ -42,11 +42,11 @@ class Unavailable(PDServeError):
 
 
 class Late(Unavailable):
-    """A limit that the request itself has brought has passed."""
+    """A time limit of the request itself has passed."""
 
 
 class Cancelled(PDServeError):
-    """The client went away or asked for the end."""
+    """The client has disconnected or has cancelled the request."""
 
     code = "CANCELLED"
 
@@ -68,26 +68,27 @@ class Suspected(PDServeError):
 
 
 class DeploymentError(Exception):
-    """deployment.yaml, or the machine it is for, cannot work as it stands."""
+    """The deployment, or the machine that it is for, does not work as configured."""
 
 
 def brief(error: BaseException) -> str:
-    """An error may quote the client's value; gRPC carries no message of more than some KiB."""
+    """Return an error's text, shortened: it may quote a client's value, and gRPC carries some KiB
+    only."""
     text = str(error)
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def shown(value: object) -> str:
-    """A value that a client has sent, as an error may quote it: its beginning."""
+    """Return the beginning of a value from a client, for an error's text."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def loggable(error: BaseException) -> str:
-    """What a log may say of an error: short, and nothing of what a client has sent.
+    """Return what a log may contain of an error: short, and nothing that a client has sent.
 
-    The messages of this package's own errors are made for that. Of any other exception, which may
-    quote a prompt, only the kind is told, and where it was raised.
+    The messages of this package's own errors are written for that. Of any other exception, which
+    may quote a prompt, only the kind and the place where it was raised are returned.
     """
     if isinstance(error, PDServeError):
         return f"{type(error).__name__}: {brief(error)}"

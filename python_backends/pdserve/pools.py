@@ -14,20 +14,20 @@ START_S = 10.0
 def started(
     threads: int, name: str, initializer: Callable[[], None] | None = None
 ) -> ThreadPoolExecutor:
-    """A pool of `threads` threads that run already.
+    """Return a pool of `threads` threads that are running already.
 
-    A `ThreadPoolExecutor` starts a thread when there is work for it. Where that fails, as under a
+    A `ThreadPoolExecutor` starts a thread when there is work for it. If that fails, as under a
     limit on address space or processes, `submit` raises and nevertheless keeps the work: it would
-    be done later, on memory that its request has given back. With every thread started, nothing
-    that is handed over starts one.
+    be done later, on memory that its request has freed. With every thread started, `submit` starts
+    none.
 
     Raises:
-        DeploymentError: they cannot be started.
+        DeploymentError: the threads cannot be started.
     """
     pool = ThreadPoolExecutor(threads, name, initializer)
     together = threading.Barrier(threads + 1)
     try:
-        for _ in range(threads):  # none is idle before all are there, so each starts one
+        for _ in range(threads):  # none is idle before all have started
             pool.submit(together.wait, START_S)
         together.wait(START_S)
     except RuntimeError as error:

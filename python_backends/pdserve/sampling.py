@@ -1,4 +1,4 @@
-"""What decides how the next token is chosen."""
+"""The sampling parameters, by which the next token is chosen."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from msgspec import Meta, Struct
 
 
 class Sampling(Struct, frozen=True, array_like=True):
-    """How the next token is chosen; greedy by default, in the ranges of a client's request.
+    """Sampling parameters; greedy by default, in the ranges of a client's request.
 
-    Penalties as in OpenAI's API (presence, frequency: over the output) and in
-    transformers (repetition: over prompt and output).
+    Penalties are those of OpenAI's API (presence, frequency: over the output) and of transformers
+    (repetition: over prompt and output).
     """
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
@@ -29,7 +29,8 @@ class Sampling(Struct, frozen=True, array_like=True):
 
     @property
     def reproducible(self) -> bool:
-        """A seed was given: the tokens may not depend on what else is being computed."""
+        """Tell whether a seed was given, so that tokens may not depend on what else is being
+        computed."""
         return not self.greedy and self.seed is not None
 
     @property

@@ -1,9 +1,9 @@
-"""Work that runs as long as its process: tasks and threads whose unexpected end is the process's.
+"""Tasks and threads that run as long as their process, and whose unexpected end ends the process.
 
-A process that has lost its decode loop, say, still accepts requests and never answers one, and
-nobody notices for as long as a stall is allowed to be. One that has ended is noticed and put back
-within half a second. So what must not end is started here; `install` says how a process ends.
-Without it (in tests, in a simulation) an end is only reported to the loop's exception handler.
+A process without its decode loop, for example, still accepts requests and never answers one, which
+is noticed only after the time of a stall. One that has ended is noticed and restarted within half a
+second. So work that must not end is started here; `install` sets how a process ends. Without it (in
+tests, in a simulation) an end is only reported to the loop's exception handler.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pdserve import errors
 _log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-"""Pause after a failed turn of `repeat`; one that fails for good is logged that often."""
+"""Pause after a failed turn of `repeat`, in seconds, and so the interval of its log lines."""
 _FATAL = "fatal"
-"""Key of a context of the loop's exception handler: the process cannot go on."""
+"""Key in a context of the loop's exception handler: the process cannot go on."""
 
 
 class Background:
     """Tasks that run until they return, or until their owner ends them.
 
-    One that raises, or is cancelled by anybody else, is reported with its traceback as fatal.
+    A task that raises, or is cancelled by anyone else, is reported with its traceback as fatal.
     """
 
     def __init__(self) -> None:
@@ -36,24 +36,24 @@ class Background:
         self._over = False
 
     def __len__(self) -> int:
-        """Tasks that have not ended."""
+        """Return the number of tasks that have not ended."""
         return len(self._tasks)
 
     def start(self, *works: Coroutine[Any, Any, None]) -> None:
-        """Run each in the running loop."""
+        """Run each coroutine as a task in the running loop."""
         for work in works:
             task = asyncio.get_running_loop().create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._ended)
 
     def cancel(self) -> None:
-        """End them all, soon; again is no error."""
+        """Cancel all tasks; calling it again is no error."""
         self._over = True
         for task in self._tasks:
             task.cancel()
 
     async def close(self) -> None:
-        """End them all, and wait until they have ended."""
+        """Cancel all tasks, and wait until they have ended."""
         self.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -83,7 +83,7 @@ async def repeat(
         what: the work, for the log.
         turn: returns the seconds until it is called again. If it raises, that is logged with its
             traceback, and it is called again after `RETRY_S`.
-        soon: set by whoever wants it called again at once.
+        soon: set to have it called again at once.
     """
     again = soon or asyncio.Event()
     while True:
@@ -103,12 +103,12 @@ async def repeat(
 
 
 def install(loop: asyncio.AbstractEventLoop, end: Callable[[str], None]) -> None:
-    """Let what is fatal end this process.
+    """Make fatal errors end this process.
 
-    Exceptions of callbacks and of other tasks and threads, which nobody has handled, are logged.
+    Exceptions of callbacks and of other tasks and threads that nothing has handled are logged.
 
     Args:
-        end: given the reason with its traceback; it does not return.
+        end: called with the reason and its traceback; it does not return.
     """
 
     def unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ def install(loop: asyncio.AbstractEventLoop, end: Callable[[str], None]) -> None
 
 
 def traced(error: BaseException) -> str:
-    """An error's traceback for the log, with what may be said of the error itself."""
+    """Return an error's traceback for the log, with what may be said of the error itself."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     return f"Traceback (most recent call last):\n{frames}{errors.loggable(error)}"
 

@@ -1,4 +1,4 @@
-"""What a deployment is: its file as types, read and checked."""
+"""The configuration of a deployment: its file as types, read and checked."""
 
 from pdserve.config.deployment import (
     Decode,

@@ -1,7 +1,7 @@
 """Addresses that servers listen at, and under which others reach them.
 
-Triton takes IPv4 addresses in full and nothing else: its HTTP server reads a name as
-255.255.255.255 and waits until the start has timed out.
+Triton accepts only full IPv4 addresses: its HTTP server reads a name as 255.255.255.255 and waits
+until the start has timed out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ EVERY = "0.0.0.0"  # noqa: S104 - what a deployment says, not what this does
 
 
 class Listener(Protocol):
-    """What listens: a server of a deployment."""
+    """A listener on ports: a server of a deployment."""
 
     @property
     def name(self) -> str: ...
@@ -26,10 +26,10 @@ class Listener(Protocol):
 
 
 def resolved(host: str) -> str:
-    """The address that a deployment's ``host`` means.
+    """Return the address that a deployment's ``host`` means.
 
     Raises:
-        ValueError: it is none that Triton can listen at; says why, and what is allowed.
+        ValueError: Triton cannot listen at it; the message says why, and what is allowed.
     """
     if host == "localhost":
         return "127.0.0.1"
@@ -48,13 +48,13 @@ def resolved(host: str) -> str:
 
 
 def machine(host: str) -> str:
-    """The machine that an address stands for: all of loopback, and 0.0.0.0, are one."""
+    """Return the machine of an address: all of loopback, and 0.0.0.0, are one."""
     address = ipaddress.ip_address(resolved(host))
     return HERE if address.is_loopback or address.is_unspecified else host
 
 
 def problems(servers: Sequence[Listener]) -> Iterator[str]:
-    """What is wrong with servers' addresses that are right one by one."""
+    """Yield the problems between servers' addresses that are valid one by one."""
     wildcards = [server for server in servers if ipaddress.ip_address(server.host).is_unspecified]
     others = [server for server in servers if machine(server.host) != HERE]
     if wildcards and others:
@@ -73,7 +73,7 @@ def problems(servers: Sequence[Listener]) -> Iterator[str]:
 
 
 def check_endpoint(address: str) -> None:
-    """Raises: ValueError: the port of ``host:port`` is out of range."""
+    """Check the port of ``host:port``. Raises ValueError if it is out of range."""
     port = int(address.rpartition(":")[2])
     if not 1 <= port <= 65535:
         raise ValueError(f"port {port} of {address} is not allowed; allowed: 1 to 65535")

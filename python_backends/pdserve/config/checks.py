@@ -1,4 +1,4 @@
-"""What is wrong with a deployment whose fields are right one by one."""
+"""Checks of a deployment as a whole, whose fields are valid one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdserve.config.names import GATEWAY_MODELS, ROLES, Role
 
 
 def problems(deployment: Deployment) -> Iterator[str]:
-    """What is wrong, in sentences that name the field, its value and what is allowed."""
+    """Yield the problems, in sentences that name the field, its value and what is allowed."""
     groups = [group for scenario in deployment.scenarios for group in scenario.groups]
     yield from _clashes(deployment, groups)
     yield from addresses.problems(deployment.servers)
@@ -35,7 +35,7 @@ def problems(deployment: Deployment) -> Iterator[str]:
 
 
 def _clashes(deployment: Deployment, groups: list[Group]) -> Iterator[str]:
-    """Names that are taken already."""
+    """Yield the problems of names that are used more than once."""
     servers = deployment.servers
     for name in GATEWAY_MODELS:
         if any(name in (*server.prefill, *server.decode) for server in servers):
@@ -55,7 +55,7 @@ def _clashes(deployment: Deployment, groups: list[Group]) -> Iterator[str]:
 
 
 def _misfit(deployment: Deployment) -> Iterator[str]:
-    """What the kind of engine does not go with."""
+    """Yield the settings that do not fit the kind of engine."""
     engine = deployment.engine
     instances: dict[str, Role] = {
         name: role for role in ROLES for name in deployment.instances(role)
@@ -77,7 +77,7 @@ def _misfit(deployment: Deployment) -> Iterator[str]:
 
 
 def _external_misfit(deployment: Deployment, instances: dict[str, Role]) -> Iterator[str]:
-    """What does not go with an engine that moves KV caches itself."""
+    """Yield the settings that do not fit an engine that transfers KV caches itself."""
     engine, transfer = deployment.engine, deployment.transfer
     if transfer.strategy != "auto" or transfer.transports is not None:
         yield f"transfer: engine {engine.kind} moves KV caches itself: no strategy, no transports"
@@ -95,7 +95,7 @@ def _external_misfit(deployment: Deployment, instances: dict[str, Role]) -> Iter
 
 
 def _misplaced(role: Role, instances: Collection[str], groups: Iterable[Group]) -> Iterator[str]:
-    """Instances of a role that are not in exactly one group, and names that are no instance."""
+    """Yield the instances of a role that are not in exactly one group, and names of no instance."""
     homes: dict[str, str] = {}
     for group in groups:
         for name in getattr(group, role):

@@ -1,4 +1,4 @@
-"""``deployment.yaml`` as types: what is served, by which instances, on which servers."""
+"""The types of ``deployment.yaml``: what is served, by which instances, on which servers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
     grpc_port: Port = 8001
     metrics_port: Port = 8002
     gateway: bool = True
-    """Holds pdserve, scheduler, tokenizer and detokenizer."""
+    """Whether it has the models pdserve, scheduler, tokenizer and detokenizer."""
     client_shared_memory: Literal["off", "key"] = "off"
-    """``key``: clients that bring a key may have the server read and write shared memory of this
-    host. The server opens it as the user that it runs as: whoever has the key can read whatever
-    shared memory that user has, KV caches included."""
+    """``key``: clients that send a key may have the server read and write shared memory of this
+    host. The server opens it as its own user: anyone with the key can read all shared memory of
+    that user, KV caches included."""
     prefill: tuple[Name, ...] = ()
     decode: tuple[Name, ...] = ()
 
@@ -39,12 +39,12 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def ports(self) -> tuple[int, int, int]:
-        """HTTP, gRPC, metrics."""
+        """Return the HTTP, gRPC and metrics ports."""
         return self.http_port, self.grpc_port, self.metrics_port
 
 
 class TritonModel(Struct, frozen=True, forbid_unknown_fields=True):
-    """A model of a Triton server that exists already."""
+    """A model of an existing Triton server."""
 
     address: Annotated[str, Meta(pattern=r"^[^\s/]+:[0-9]{1,5}\Z")]
     """host:port of its gRPC endpoint."""
@@ -59,30 +59,30 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
 
     kind: Literal["torch", "emulated", "tensorrt_llm", "tensorrtllm_backend"] = "torch"
     """``tensorrt_llm``: its LLM API, in the instance's own process. ``tensorrtllm_backend``: a
-    model of the C++ backend in some Triton server, named in ``models``."""
+    model of the C++ backend in another Triton server, named in ``models``."""
     device: Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)\Z")] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: Annotated[int, Meta(ge=0)] = 0
     """CPU threads of one instance; 0 means every core."""
     load_s: Seconds = 300.0
-    """Models that are not ready within this time have failed to load."""
+    """Seconds after which models that are not ready have failed to load."""
     profile: str | None = None
     """Timing profile of the emulated engine (YAML)."""
     gpus: dict[Name, tuple[Annotated[int, Meta(ge=0)], ...]] = {}
-    """Of ``tensorrt_llm``: the GPUs of an instance, one for each of its ranks; not given, those
+    """For ``tensorrt_llm``: the GPUs of an instance, one for each of its ranks; if not given, those
     that its server sees."""
     tensorrt_llm: LlmOptions = LlmOptions()
     models: dict[Name, TritonModel] = {}
-    """Of ``tensorrtllm_backend``: what computes for each instance."""
+    """For ``tensorrtllm_backend``: the model that computes for each instance."""
 
     @property
     def external(self) -> bool:
-        """The engine moves KV caches itself."""
+        """Tell whether the engine transfers KV caches itself."""
         return self.kind in ("tensorrt_llm", "tensorrtllm_backend")
 
     @property
     def gpu(self) -> int | None:
-        """Number of the CUDA device that computes; None: the CPU does."""
+        """Return the number of the CUDA device that computes; None: the CPU does."""
         if self.kind != "torch" or self.device == "cpu":
             return None
         return int(self.device.partition(":")[2] or 0)
@@ -94,15 +94,15 @@ class Prefill(Struct, frozen=True, forbid_unknown_fields=True):
     slots: Count = 8
     """Requests held at once, each from acceptance until its KV cache has been transferred."""
     batch: Count = 4
-    """Of them, those without a first token: what a forward may have. With twice as many slots, the
-    next is computed while the last is handed over."""
+    """Maximum number of requests without a first token, which share a forward. With twice as many
+    slots, the next batch is computed while the last is transferred."""
     batch_tokens: Count = 512
     """Prompts share a forward while their uncached tokens stay below this."""
     arena_mib: Count = 512
     lease_s: Seconds = 30.0
-    """How long a KV cache waits for its decode."""
+    """Seconds for which a KV cache waits for its decode."""
     tensor_parallel: Count = 1
-    """Ranks that share out the KV heads; each keeps its own in a range of its own."""
+    """Ranks that share the KV heads; each keeps its heads in a separate range."""
 
 
 class Decode(Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,44 +113,46 @@ class Decode(Struct, frozen=True, forbid_unknown_fields=True):
     block_size: Count = 16
     """Tokens in a block."""
     response_cost_ms: Annotated[float, Meta(ge=0)] = 0.6
-    """The interval between two responses of a stream grows by this with each open stream."""
+    """Milliseconds by which the interval between two responses of a stream grows with each open
+    stream."""
     max_interval_ms: Annotated[float, Meta(ge=0)] = 80.0
     tensor_parallel: Count = 1
-    """Ranks that share out the KV heads: a multiple or a divisor of the prefill's."""
+    """Ranks that share the KV heads: a multiple or a divisor of the prefill's."""
 
 
 class Network(Struct, frozen=True, forbid_unknown_fields=True):
-    """What hosts are linked by, for UCX and for TensorRT-LLM; not given: they find out."""
+    """The network between hosts, for UCX and for TensorRT-LLM; what is not given they detect."""
 
     devices: tuple[Annotated[str, Meta(pattern=r"^[\w.:/-]+\Z")], ...] = ()
-    """Such as ``mlx5_0:1``: a device of RDMA and its port; or the name of an interface."""
+    """Devices such as ``mlx5_0:1``, an RDMA device and its port, or the name of an interface."""
     gid_index: Annotated[int, Meta(ge=0, le=255)] | None = None
-    """Of RoCE v2 in the port's GID table."""
+    """Index of RoCE v2 in the port's GID table."""
     traffic_class: Annotated[int, Meta(ge=0, le=255)] | None = None
     rails: Count | None = None
-    """Devices that share one transfer, at most."""
+    """Maximum number of devices that share one transfer."""
     interface: Annotated[str, Meta(pattern=r"^[\w.-]{1,15}\Z")] | None = None
-    """Of the connections by which TensorRT-LLM's engines find each other."""
+    """Interface for the connections by which TensorRT-LLM's engines find each other."""
 
 
 class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
-    """How KV caches move."""
+    """How KV caches are transferred."""
 
     transports: tuple[TransportName, ...] | None = None
-    """Best first. None: ``cuda_ipc`` where the engine is on a GPU, ``shm``, and ``nixl`` where
-    there is more than one host."""
+    """Transports, the best first. None: ``cuda_ipc`` if the engine is on a GPU, ``shm``, and
+    ``nixl`` if there is more than one host."""
     require: Literal["any", "rdma"] = "any"
-    """``rdma``: a pair of instances that has no RDMA between them is refused."""
+    """``rdma``: a pair of instances without RDMA between them is refused."""
     strategy: Literal["auto", "whole", "direct", "layered"] = "auto"
-    """``auto``: by what each link has been seen to take."""
+    """``auto``: chosen by the measured times of each link."""
     key_file: str = "kv.key"
-    """Holds the secret that handles are sealed with; made where it does not exist."""
+    """File with the key under which handles are sealed; made if it does not exist."""
     pulls: Count = 4
-    """At once, in one decode."""
+    """Number of pulls at the same time in one decode."""
     staging_mib: Count = 16
-    """Arrival space of one decode, for transports that do not map the prefill's memory."""
+    """Size of the staging buffers of one decode, for transports that do not map the prefill's
+    memory."""
     timeout_s: Seconds = 30.0
-    """Of one pull, the wait for layers that are still being computed included."""
+    """Seconds of one pull, the wait for layers that are still being computed included."""
     network: Network = Network()
 
 
@@ -164,27 +166,28 @@ class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
     max_prompt_bytes: Count = 1 << 20
     max_stop_words: Count = 16
     stall_s: Seconds = 30.0
-    """An instance that says nothing for so long has failed."""
+    """Seconds of silence after which an instance has failed."""
     local: Literal["off", "on", "auto"] = "off"
-    """Prompts that a decode computes itself. ``auto``: those of which it has all but
-    ``local_tokens`` cached, and any while all prefills are busy and a decode has nothing to do."""
+    """Which prompts a decode computes itself. ``auto``: those of which it has all but
+    ``local_tokens`` cached, and any while all prefills are busy and a decode has no request."""
     local_tokens: Annotated[int, Meta(ge=0)] = 32
     default_scenario: Name = "default"
-    """Of requests that carry no label and that no rule claims."""
+    """Scenario of requests that carry no label and match no rule."""
     strict: bool = False
-    """A label that no scenario has is refused; otherwise it stands for the default scenario."""
+    """Whether a label that no scenario has is refused; otherwise it means the default scenario."""
     traces: Annotated[str, Meta(pattern="^https?://.")] | None = None
-    """Whole address of an OTLP/HTTP collector, such as ``http://127.0.0.1:4318/v1/traces``."""
+    """Full URL of an OTLP/HTTP collector, such as ``http://127.0.0.1:4318/v1/traces``."""
 
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
-    """Claims requests that carry no label: those for which all that is given here holds."""
+    """Matches requests that carry no label and meet all conditions that are given here."""
 
     prefix: str | None = None
-    """The prompt's text begins so; of a conversation, its first turn. Never of token ids."""
+    """Prefix of the prompt's text; for a conversation, of its first turn. It never matches token
+    ids."""
     tenant: str | None = None
     model: Literal["pdserve", "scheduler"] | None = None
-    """The Triton model that was asked."""
+    """The Triton model that was called."""
 
     def __post_init__(self) -> None:
         if self.prefix is None and self.tenant is None and self.model is None:
@@ -192,7 +195,8 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a request gets that does not say it; bounds and defaults are those of a request."""
+    """Sampling parameters of requests that give none; bounds and defaults are those of a
+    request."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     top_k: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
@@ -209,26 +213,26 @@ class Group(Struct, frozen=True, forbid_unknown_fields=True):
     prefill: Annotated[tuple[Name, ...], Meta(min_length=1)]
     decode: Annotated[tuple[Name, ...], Meta(min_length=1)]
     share: Annotated[float, Meta(ge=0)] = 1.0
-    """Of the scenario's requests, beside the shares of its other groups."""
+    """Weight of its share of the scenario's requests, relative to those of the other groups."""
 
 
 class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
-    """A kind of traffic, with groups of its own."""
+    """A kind of traffic, with its own groups."""
 
     name: Name
     groups: Annotated[tuple[Group, ...], Meta(min_length=1)]
     rules: tuple[Rule, ...] = ()
     ttft_limit_ms: Count | None = None
-    """None: the gateway's."""
+    """None: the gateway's limit."""
     tpot_limit_ms: Annotated[float, Meta(gt=0)] | None = None
-    """Longer than this for a token, and the request counts as one that has missed its limits."""
+    """Milliseconds per token above which a request counts as having missed its limits."""
     max_tokens: Count | None = None
-    """Of a request that does not say it, as far as there is room; None: 128."""
+    """Default of requests that give none, as far as there is room; None: 128."""
     sampling: SamplingDefaults = SamplingDefaults()
     priority: int = 0
-    """Of a request that does not say it."""
+    """Default of requests that give none."""
     shared_prefixes: bool = False
-    """Tenants may reuse each other's cached prefixes."""
+    """Whether tenants may reuse each other's cached prefixes."""
 
 
 class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
@@ -242,11 +246,11 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     gateway: Gateway = Gateway()
     transfer: Transfer = Transfer()
     scenarios: tuple[Scenario, ...] = ()
-    """None: one, the default, whose one group has every instance."""
+    """If empty, there is one scenario, the default, whose one group has every instance."""
 
     @property
     def served(self) -> tuple[Scenario, ...]:
-        """The scenarios, the implicit one included."""
+        """Return the scenarios, the implicit one included."""
         if self.scenarios:
             return self.scenarios
         prefills, decodes = (tuple(self.instances(role)) for role in ROLES)
@@ -255,7 +259,7 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def transports(self) -> tuple[TransportName, ...]:
-        """Those that instances are to use, best first."""
+        """Return the transports that instances use, the best first."""
         if self.transfer.transports is not None:
             return self.transfer.transports
         gpu: tuple[TransportName, ...] = ("cuda_ipc",) if self.engine.gpu is not None else ()
@@ -265,13 +269,13 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
         return (*gpu, "shm", *far)
 
     def ranks(self, role: Role) -> int:
-        """GPUs of one instance of TensorRT-LLM."""
+        """Return the number of GPUs of one TensorRT-LLM instance."""
         arguments: LlmArguments = getattr(self.engine.tensorrt_llm, role)
         tensor_parallel: int = getattr(self, role).tensor_parallel
         return tensor_parallel * arguments.pipeline_parallel_size * arguments.context_parallel_size
 
     def instances(self, role: Role) -> dict[str, Server]:
-        """Every instance of a role, with the server that holds it."""
+        """Return every instance of a role, with its server."""
         return {name: server for server in self.servers for name in getattr(server, role)}
 
 
@@ -282,4 +286,4 @@ FORMER_KEYS = {
     ),
     "gateway.report_ms": "it belonged to policies that are in perf/baselines now",
 }
-"""Keys of earlier versions, with what the error on each says."""
+"""Keys of earlier versions, with the explanation for the error on each."""

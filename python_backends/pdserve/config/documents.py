@@ -1,9 +1,9 @@
-"""YAML as types, by PyYAML and msgspec.
+"""Conversion of YAML to types, by PyYAML and msgspec.
 
-Each plain word is read as its field has it (see ``scalars``). An error names the key or the value,
-its place and its line, and what is allowed. A key that stands twice in a mapping is an error:
-PyYAML takes the last of them without a word, and a section that was added at the end of a file
-would silently replace the first one of that name.
+Each plain scalar is read by the type of its field (see ``scalars``). An error names the key or the
+value, its place and its line, and what is allowed. A duplicate key in a mapping is an error: PyYAML
+silently takes the last one, and a section that was added at the end of a file would replace the
+first one of that name.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ def decode(
     """Read a document as this type.
 
     Args:
-        former: keys that documents could have once, by their place (``gateway.policy``,
-            ``servers[].policy``), with what the error says of each.
+        former: keys of earlier versions, by their place (``gateway.policy``, ``servers[].policy``),
+            with the explanation for the error on each.
 
     Raises:
-        msgspec.MsgspecError: not YAML, a key stands twice or is unknown, or a value is not of its
+        msgspec.MsgspecError: it is not YAML, a key is duplicate or unknown, or a value has a wrong
+        type.
             type.
     """
     info = inspect.type_info(type)
@@ -75,7 +76,7 @@ def decode(
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         if isinstance(error, msgspec.MsgspecError):
             raise
-        # PyYAML, of a value that is not of the type that its tag says.
+        # PyYAML raises these for a value that does not have the type of its tag.
         raise msgspec.DecodeError(f"a value is not as its tag says: {error}") from error
     except RecursionError as error:
         raise msgspec.DecodeError("it is nested too deeply") from error
@@ -86,10 +87,10 @@ def decode(
 
 
 def _fitted(node: yaml.Node, info: inspect.Type, place: str, keys: _Keys) -> yaml.Node:
-    """The node with each plain word as its field takes it.
+    """Return the node with each plain scalar converted for its field.
 
     Raises:
-        msgspec.ValidationError: a key that no field has, or a word that its field cannot mean.
+        msgspec.ValidationError: no field has that key, or the scalar has no meaning for its field.
     """
     if isinstance(info, inspect.UnionType):
         null = node.tag.endswith(":null")
@@ -123,7 +124,7 @@ def _pair(
     place: str,
     keys: _Keys,
 ) -> tuple[yaml.Node, yaml.Node]:
-    """A key with its value, of a mapping of this type."""
+    """Convert a key and its value in a mapping of this type."""
     if key.tag == _MERGE:
         merged = inspect.ListType(info) if isinstance(value, yaml.SequenceNode) else info
         return key, _fitted(value, merged, place, keys)
@@ -143,13 +144,13 @@ def _pair(
 
 @dataclass(frozen=True)
 class _Keys:
-    """What keys a document may have, and what keys it could have once."""
+    """The keys that a document may have, and those of earlier versions."""
 
     document: inspect.Type
     former: Mapping[str, str]
 
     def meant(self, place: str, key: str, fields: list[str]) -> str:
-        """What the writer of an unknown key may have had in mind."""
+        """Return what the writer of an unknown key may have meant."""
         former = self.former.get(_NUMBER.sub("[]", place.removeprefix("$.")))
         if former is not None:
             return f"this key was removed: {former}; "
@@ -159,7 +160,7 @@ class _Keys:
 
 
 def _homes(key: str, info: inspect.Type, place: str) -> Iterator[str]:
-    """Where in a document a key of this name stands."""
+    """Yield the places in a document where a key of this name is allowed."""
     if isinstance(info, inspect.UnionType):
         for one in info.types:
             yield from _homes(key, one, place)
@@ -174,7 +175,7 @@ def _homes(key: str, info: inspect.Type, place: str) -> Iterator[str]:
 
 
 def _given(node: yaml.Node | None, message: str) -> str:
-    """What stands at the place that an error of msgspec names, and in which line."""
+    """Return the value at the place that an error of msgspec names, and its line."""
     found = _PLACE.search(message)
     for name, index in _STEP.findall(found[1] if found else ""):
         if isinstance(node, yaml.MappingNode):

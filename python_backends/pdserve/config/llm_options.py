@@ -1,8 +1,8 @@
-"""What of TensorRT-LLM's arguments a deployment may set, by TensorRT-LLM's names.
+"""The TensorRT-LLM arguments that a deployment may set, by TensorRT-LLM's names.
 
 Source of names, defaults and bounds: ``tensorrt_llm/llmapi/llm_args.py``, 1.3.0rc25. TensorRT-LLM
-refuses what it does not know minutes into its start; here it is refused before. What depends on
-how instances are linked is not an option: the role, streaming, the timeout of a transfer.
+refuses unknown arguments only minutes into its start; here they are refused before. Arguments that
+depend on how instances are linked are not options: the role, streaming, the timeout of a transfer.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 
 
 class CacheTransceiverConfig(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How KV caches move between the engines; the same on both sides."""
+    """How KV caches are transferred between the engines; the same on both sides."""
 
     backend: Literal["DEFAULT", "UCX", "NIXL", "MOONCAKE", "MPI"] = "DEFAULT"
     transceiver_runtime: Literal["CPP", "PYTHON"] | None = None
-    """None: PYTHON with NIXL, where the version has the choice; else CPP."""
+    """None: PYTHON with NIXL, if the version has the choice; otherwise CPP."""
     max_tokens_in_buffer: Count | None = None
     """At least the longest prompt; a multiple of ``tokens_per_block``."""
     kv_transfer_sender_future_timeout_ms: Count | None = None
@@ -30,7 +30,7 @@ class CacheTransceiverConfig(Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 class KvCacheConfig(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """An engine's own paged pool."""
+    """The engine's own paged pool."""
 
     enable_block_reuse: bool | None = None
     enable_partial_reuse: bool | None = None
@@ -42,9 +42,9 @@ class KvCacheConfig(Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     event_buffer_max_size: Annotated[int, Meta(ge=0)] | None = None
     """Over 0: changes of the pool are counted, as ``pdserve_kv_events_total``."""
     dtype: str = "auto"
-    """The same in both roles."""
+    """Data type of the KV cache; the same in both roles."""
     tokens_per_block: Count = 32
-    """The same in both roles."""
+    """Tokens in a block; the same in both roles."""
 
 
 class LlmArguments(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -58,27 +58,27 @@ class LlmArguments(Struct, frozen=True, forbid_unknown_fields=True, omit_default
     enable_chunked_prefill: bool | None = None
     disable_overlap_scheduler: bool | None = None
     enable_iter_perf_stats: bool | None = None
-    """True: the state of the pool is shown, as ``pdserve_kv_blocks``."""
+    """True: the state of the pool is published, as ``pdserve_kv_blocks``."""
     dtype: str = "auto"
-    """Of weights and activations; the same in both roles."""
+    """Data type of weights and activations; the same in both roles."""
     kv_cache_config: KvCacheConfig = KvCacheConfig()
 
     def given(self) -> dict[str, Any]:
-        """What was set, as keyword arguments, ``kv_cache_config`` left out."""
+        """Return what was set, as keyword arguments, without ``kv_cache_config``."""
         arguments: dict[str, Any] = msgspec.to_builtins(self)
         arguments.pop("kv_cache_config", None)
         return arguments
 
 
 class LlmOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a deployment of the ``tensorrt_llm`` engine passes on to it."""
+    """Options that a deployment passes on to the ``tensorrt_llm`` engine."""
 
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()
     prefill: LlmArguments = LlmArguments()
     decode: LlmArguments = LlmArguments()
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with options that are right one by one."""
+        """Yield the problems between options that are valid one by one."""
         prefill, decode = self.prefill, self.decode
         for name, one, other in (
             ("dtype", prefill.dtype, decode.dtype),

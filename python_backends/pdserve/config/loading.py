@@ -1,6 +1,6 @@
 """Reads ``deployment.yaml``.
 
-A file is decoded and checked in one go; an error names the field, its value's type and what is
+A file is decoded and checked at once; an error names the field, its value's type and what is
 allowed. Paths in the file are relative to the file.
 """
 
@@ -16,11 +16,11 @@ from pdserve.errors import DeploymentError
 
 
 def load(path: Path) -> Deployment:
-    """Read and check a deployment; its paths come back absolute.
+    """Read and check a deployment; its paths are made absolute.
 
     Raises:
-        DeploymentError: unreadable, not YAML, or a field is wrong or stands twice; the message
-            names it.
+        DeploymentError: the file is unreadable, not YAML, or a field is wrong or duplicate; the
+            message names it.
     """
     try:
         deployment = documents.decode(path.read_bytes(), Deployment, FORMER_KEYS)

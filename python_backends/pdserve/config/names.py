@@ -1,4 +1,4 @@
-"""Names that are fixed: the roles of instances, the models of a gateway."""
+"""Fixed names: the roles of instances, and the models of a gateway."""
 
 from __future__ import annotations
 

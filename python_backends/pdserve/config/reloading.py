@@ -1,4 +1,4 @@
-"""Another deployment while the servers run: what they can take over, and what it changes."""
+"""Changes of the deployment while the servers run: which are applied, and a description of each."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ _GATEWAY = (
     "default_scenario",
     "strict",
 )
-"""Its fields that gateways take over; ``servers`` and ``scenarios`` they take over whole."""
+"""Fields of the gateway section that are applied; ``servers`` and ``scenarios`` are applied
+whole."""
 
 
 class DeploymentFile:
-    """A deployment as its file has it at last."""
+    """A deployment file, and the deployment that was last read from it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: DeploymentError."""
+        """Read the file. Raises DeploymentError."""
         self._path = path
         self._stamp = self._look()
         self.deployment = loading.load(path)
 
     def changed(self) -> bool:
-        """Whether the file is another than the last time; reads it then.
+        """Read the file if it has changed; tell whether the deployment has.
 
         Raises:
-            DeploymentError: it cannot be read or is wrong; ``deployment`` is as it was.
+            DeploymentError: it cannot be read or is wrong; ``deployment`` stays as it was.
         """
         stamp = self._look()
         if stamp == self._stamp:
@@ -48,12 +49,12 @@ class DeploymentFile:
         try:
             found = self._path.stat()
         except OSError:
-            return ()  # reading it will say why
+            return ()  # reading it will report the error
         return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def taken_over(running: Deployment, wanted: Deployment) -> Deployment:
-    """What running gateways make of another deployment; the rest waits for a restart."""
+    """Return what running gateways apply of another deployment; the rest waits for a restart."""
     gateway = {name: getattr(wanted.gateway, name) for name in _GATEWAY}
     return msgspec.structs.replace(
         running,
@@ -64,7 +65,7 @@ def taken_over(running: Deployment, wanted: Deployment) -> Deployment:
 
 
 def changes(before: Deployment, after: Deployment) -> list[str]:
-    """Each field that differs, with both values: ``gateway.strict: false -> true``."""
+    """Return each field that differs, with both values: ``gateway.strict: false -> true``."""
     return list(_differences("", msgspec.to_builtins(before), msgspec.to_builtins(after)))
 
 
@@ -88,7 +89,7 @@ def _differences(path: str, before: Any, after: Any) -> Iterator[str]:
 
 
 def _named(value: Any) -> dict[str, Any] | None:
-    """Fields of a struct, or the members of a list that have names; None: neither."""
+    """Return the fields of a struct, or the members of a list that have names; None: neither."""
     if isinstance(value, dict):
         return value
     if isinstance(value, list | tuple) and all(

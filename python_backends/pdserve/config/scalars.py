@@ -1,8 +1,9 @@
-"""Plain words of YAML, read as the field has them that they are given to.
+"""Plain scalars of YAML, converted by the type of their field.
 
-YAML 1.1, which PyYAML reads, guesses a type by the look of a word: ``off`` is false, ``127.1`` a
+YAML 1.1, which PyYAML reads, guesses a type by the look of a scalar: ``off`` is false, ``127.1`` a
 number, ``2026-11-29`` a date, ``010`` eight, ``1:30`` ninety, and ``1e3`` is text. Here the field's
-type decides, and what two readers would read differently is refused. Quoted text stays text.
+type decides, and a scalar that two readers would read differently is refused. Quoted text stays
+text.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 
 
 def fitted(node: yaml.ScalarNode, info: inspect.Type) -> yaml.ScalarNode:
-    """The word as a field of this type takes it.
+    """Return the scalar, converted for a field of this type.
 
     Raises:
-        ValueError: it is none of the words that are allowed, has two meanings, or is not finite.
+        ValueError: it is not allowed, has two meanings, or is not finite.
     """
     if isinstance(info, inspect.LiteralType):
         return _one_of(node, info)
@@ -44,7 +45,7 @@ def fitted(node: yaml.ScalarNode, info: inspect.Type) -> yaml.ScalarNode:
 
 
 def as_text(node: yaml.ScalarNode) -> yaml.ScalarNode:
-    """The word as it is written."""
+    """Return the scalar as text."""
     return _made(node, "str", node.value)
 
 
@@ -78,7 +79,7 @@ def _number(node: yaml.ScalarNode, *, whole: bool) -> yaml.ScalarNode:
 
 
 def _float(text: str) -> float:
-    """As YAML writes it: ``.inf`` and ``.nan``, too."""
+    """Read a number in YAML's notation, with ``.inf`` and ``.nan``."""
     return float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text.lower()).replace("_", ""))
 
 

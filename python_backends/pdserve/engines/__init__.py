@@ -1,1 +1,1 @@
-"""What computes: PyTorch, TensorRT-LLM, and an emulated engine that only waits."""
+"""Engines: PyTorch, TensorRT-LLM, and an emulated engine that only waits."""

@@ -1,4 +1,5 @@
-"""The engine that a deployment asks for. What it does not ask for is not imported."""
+"""Builds the engine that a deployment configures; libraries that it does not need are not
+imported."""
 # ruff: noqa: PLC0415 - torch and transformers take seconds to import
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def model(deployment: config.Deployment) -> EmulatedModel | TorchModel:
     engine = deployment.engine
     if engine.kind == "emulated":
         return EmulatedModel(deployment.model, engine.profile)
-    # Threads that wait by spinning would take the cores from the other instances; read by
-    # OpenMP when torch is imported.
+    # Threads that wait by spinning would take the cores from other instances. OpenMP reads this
+    # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pdserve.engines.pytorch.model import TorchModel
 
@@ -40,7 +41,7 @@ def model(deployment: config.Deployment) -> EmulatedModel | TorchModel:
 
 
 def prefill(model: EmulatedModel | TorchModel) -> PrefillEngine:
-    """A prefill engine over the model."""
+    """Make a prefill engine for the model."""
     if isinstance(model, EmulatedModel):
         return EmulatedPrefill(model)
     from pdserve.engines.pytorch.threads import ThreadedPrefill
@@ -49,7 +50,7 @@ def prefill(model: EmulatedModel | TorchModel) -> PrefillEngine:
 
 
 def decode(model: EmulatedModel | TorchModel, limits: config.Decode) -> DecodeEngine:
-    """A decode engine over the model, with a pool of ``limits.blocks`` blocks."""
+    """Make a decode engine for the model, with a pool of ``limits.blocks`` blocks."""
     if isinstance(model, EmulatedModel):
         return EmulatedDecode(model, limits.blocks, limits.block_size)
     from pdserve.engines.pytorch.threads import ThreadedDecode
@@ -58,10 +59,10 @@ def decode(model: EmulatedModel | TorchModel, limits: config.Decode) -> DecodeEn
 
 
 def external(name: str, role: config.Role, deployment: config.Deployment) -> ExternalEngine:
-    """An engine that moves KV caches itself, for one instance.
+    """Make an engine that transfers KV caches itself, for one instance.
 
     Raises:
-        DeploymentError: it cannot be had, or not so.
+        DeploymentError: it is not available, or not with these options.
     """
     length = context_length(deployment)
     if deployment.engine.kind == "tensorrt_llm":
@@ -74,7 +75,8 @@ def external(name: str, role: config.Role, deployment: config.Deployment) -> Ext
 
 
 def longest(deployment: config.Deployment) -> int:
-    """Tokens of prompt and answer together that any decode takes; without loading the model."""
+    """Return the maximum tokens of prompt and answer that any decode takes, without loading the
+    model."""
     length = context_length(deployment)
     if deployment.engine.external:
         options = deployment.engine.tensorrt_llm
@@ -84,7 +86,7 @@ def longest(deployment: config.Deployment) -> int:
 
 
 def context_length(deployment: config.Deployment) -> int:
-    """Context length of the model in tokens, read without loading it."""
+    """Return the context length of the model in tokens, without loading it."""
     if deployment.engine.kind == "emulated":
         return EmulatedModel(deployment.model, deployment.engine.profile).context_length
     path = Path(deployment.model)

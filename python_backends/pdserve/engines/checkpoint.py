@@ -1,4 +1,4 @@
-"""A model's files, as far as they are read without a library for models."""
+"""Reads a model's files, as far as that needs no model library."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SAMPLE_BYTES = 1 << 16
 
 
 def fingerprint(path: Path, about: str) -> str:
-    """Equal for two processes with the same weights that say the same ``about`` them.
+    """Return a text that is equal for two processes with the same weights and the same ``about``.
 
-    Of each file of weights it takes the name, the size and a sample of the bytes.
+    It covers the name, the size and a sample of the bytes of each file of weights.
     """
     digest = hashlib.sha256(about.encode())
     files = (
@@ -35,7 +35,7 @@ def fingerprint(path: Path, about: str) -> str:
 
 
 def known_eos_ids(path: Path) -> list[int]:
-    """The end-of-text ids as ``eos_ids`` has them; empty where the model's files do not say."""
+    """Return the end-of-text ids, as ``eos_ids`` does; empty if the model's files name none."""
     try:
         return eos_ids(path)
     except DeploymentError:
@@ -43,7 +43,8 @@ def known_eos_ids(path: Path) -> list[int]:
 
 
 def vocabulary(path: Path) -> int:
-    """Token ids are below it: config.json's ``vocab_size``, in ``text_config`` for some models.
+    """Return the number of token ids: config.json's ``vocab_size``, in ``text_config`` for some
+    models.
 
     Raises:
         DeploymentError: there is no such configuration.
@@ -57,7 +58,7 @@ def vocabulary(path: Path) -> int:
 
 
 def shards(path: Path) -> list[Path]:
-    """The safetensors files of a directory, by its index if there is one."""
+    """Return the safetensors files of a directory, by its index if there is one."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         return [
@@ -69,10 +70,10 @@ def shards(path: Path) -> list[Path]:
 
 
 def eos_ids(path: Path) -> list[int]:
-    """What ends an answer, the first of them first: generation_config.json's word, else config's.
+    """Return the ids that end an answer, in order: generation_config.json's, else config.json's.
 
     Raises:
-        DeploymentError: there is no configuration, or it names none.
+        DeploymentError: there is no configuration, or it names no such id.
     """
     for name in ("generation_config.json", "config.json"):
         try:
@@ -87,14 +88,14 @@ def eos_ids(path: Path) -> list[int]:
 
 
 def check_attention(path: Path, configuration: Mapping[str, Any]) -> None:
-    """Raises: DeploymentError: scores are biased by distance (ALiBi), which is not served.
+    """Refuse a model whose scores are biased by distance (ALiBi). Raises DeploymentError.
 
     Args:
-        configuration: config.json's, or that of a GGUF file.
+        configuration: contents of config.json, or the configuration of a GGUF file.
     """
     kind = configuration.get("model_type")
     told = configuration.get("alibi") or (configuration.get("attn_config") or {}).get("alibi")
-    # Bloom's is always so, and its configuration does not say it.
+    # Bloom always uses ALiBi, and its configuration does not say so.
     if kind == "bloom" or told:
         raise DeploymentError(
             f"{path}: a {kind} model with position biases (ALiBi), which is not served: its "

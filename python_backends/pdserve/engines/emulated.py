@@ -1,11 +1,9 @@
-"""The emulated engine: real admission, handles and KV bytes; compute replaced by waiting.
+"""The emulated engine: real admission, handles and KV bytes, with waiting in place of compute.
 
-How long it waits is read from a timing profile (YAML); ``speed: 0`` waits for
-nothing. Every row of a KV cache is filled with its token's id, layer by layer over
-the time of a prefill, and the decode checks it on arrival, so that a wrong hand-off
-is an error and not a silence.
-The tokens are a fixed function of the prompt and the position, so that an
-answer is known in advance.
+The waits are read from a timing profile (YAML); with ``speed: 0`` there are none. Every row of a KV
+cache is filled with its token's id, layer by layer over the time of a prefill, and the decode
+checks it on arrival, so that a wrong transfer is an error and does not go unnoticed. The tokens are
+a fixed function of the prompt and the position, so that an answer is known in advance.
 """
 
 from __future__ import annotations
@@ -32,19 +30,21 @@ Milliseconds = Annotated[float, Meta(ge=0)]
 
 
 class PrefillTiming(Struct, frozen=True, forbid_unknown_fields=True):
-    """ms = base + per_token * n + per_token_squared * n^2, n the uncached tokens of a prompt."""
+    """Time of a prompt: ms = base + per_token * n + per_token_squared * n^2 for n uncached
+    tokens."""
 
     base_ms: Milliseconds = 0.0
     per_token_ms: Milliseconds = 0.0
     per_token_squared_ms: Milliseconds = 0.0
 
     def tokens_ms(self, tokens: int) -> float:
-        """Milliseconds for a prompt's uncached tokens, beside the base."""
+        """Return the milliseconds for a prompt's uncached tokens, without the base."""
         return self.per_token_ms * tokens + self.per_token_squared_ms * tokens**2
 
 
 class DecodeTiming(Struct, frozen=True, forbid_unknown_fields=True):
-    """ms of a step = base + per_sequence * batch + per_context_token * (tokens of the batch)."""
+    """Time of a step: ms = base + per_sequence * batch + per_context_token * (tokens of the
+    batch)."""
 
     base_ms: Milliseconds = 0.0
     per_sequence_ms: Milliseconds = 0.0
@@ -52,10 +52,10 @@ class DecodeTiming(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Profile(Struct, frozen=True, forbid_unknown_fields=True):
-    """What is emulated."""
+    """A timing profile: the shape of the emulated model, and its times."""
 
     speed: Annotated[float, Meta(ge=0)] = 1.0
-    """Divides every wait; 0 waits for nothing."""
+    """Divisor of every wait; 0: there are no waits."""
     layers: Annotated[int, Meta(ge=1)] = 1
     kv_heads: Annotated[int, Meta(ge=1)] = 1
     head_dim: Annotated[int, Meta(ge=2, multiple_of=2)] = 16
@@ -95,18 +95,20 @@ class EmulatedModel:
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos)
 
     def token(self, prompt: Tokens, position: int) -> int:
-        """The token at ``position`` of the output that follows ``prompt``; never the end."""
+        """Return the token at ``position`` of the output of ``prompt``; never an end-of-text
+        token."""
         token = (zlib.crc32(prompt.tobytes()) + 2654435761 * position) % self.vocabulary
         while token in self.eos_ids:
             token = (token + 1) % self.vocabulary
         return token
 
     def next(self, prompt: Tokens, resumed_tokens: int, new: int) -> int:
-        """The token after a prompt, which ends in ``resumed_tokens``, and ``new`` tokens more."""
+        """Return the token after a prompt, which ends in ``resumed_tokens``, and ``new`` more
+        tokens."""
         return self.token(prompt[: len(prompt) - resumed_tokens], resumed_tokens + new)
 
     def seconds(self, milliseconds: float) -> float:
-        """The profile's time, at its speed."""
+        """Return the profile's time in seconds, at its speed."""
         speed = self.profile.speed
         return milliseconds / speed / 1e3 if speed else 0.0
 
@@ -141,7 +143,7 @@ class EmulatedPrefill:
         return [self._model.next(job.tokens, job.resumed_tokens, 0) for job in jobs]
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is nothing to free."""
 
 
 class EmulatedDecode:
@@ -153,10 +155,11 @@ class EmulatedDecode:
         shape = (layout.planes, blocks * block_size, layout.row_bytes)
         self.pool = aligned(shape)
         self._free_at = 0.0
-        """``loop.time()`` seconds."""
+        """Time at which the current step ends (``loop.time()`` seconds)."""
 
     def joined(self, sequence: DecodeSequence) -> None:
-        """Raises: InstanceError: what arrived is not the KV cache of this prompt."""
+        """Check the KV cache that arrived. Raises InstanceError if it is not that of this
+        prompt."""
         start = 0
         for first, rows in sequence.rows(len(sequence.prompt)):
             arrived = self.pool[:, first : first + rows].view("<i4")
@@ -165,7 +168,8 @@ class EmulatedDecode:
             start += rows
 
     async def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
-        """The parts of a prompt take together what the whole takes in a prefill."""
+        """Compute a part of a prompt; all parts together take as long as the whole takes in a
+        prefill."""
         timing, cached = self._model.profile.prefill, sequence.cached
         milliseconds = timing.tokens_ms(end - cached) - timing.tokens_ms(begin - cached)
         if begin == cached:
@@ -184,9 +188,9 @@ class EmulatedDecode:
         return self._model.next(sequence.prompt, sequence.resumed_tokens, 0)
 
     async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
-        """A step begins when the one before ended, though that one's tokens were dealt with since.
+        """Compute a step, which begins when the previous one ended, even if that was a while ago.
 
-        So it is with an engine that launches the next step before it looks at the tokens of the
+        This emulates an engine that launches the next step before it looks at the tokens of the
         last one (overlapped scheduling): the host's work shows only where it takes longer.
         """
         rows = [one.row(one.length - 1) for one in batch]
@@ -206,4 +210,4 @@ class EmulatedDecode:
         return [self._model.next(one.prompt, one.resumed_tokens, len(one.tokens)) for one in batch]
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is nothing to free."""

@@ -1,8 +1,8 @@
-"""What an engine does that moves KV caches by itself.
+"""The interface of engines that transfer KV caches by themselves.
 
-Its *link* is whatever the generation needs to find the context's KV cache: opaque, passed on as it
-is. Every call runs in the instance's event loop, any number at a time; one that is cancelled is
-aborted in the engine.
+Their *link* is whatever the generation engine needs to find the context engine's KV cache; it is
+opaque and passed on unchanged. Every call runs in the instance's event loop, any number at a time;
+one that is cancelled is aborted in the engine.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ FinishReason = Literal["stop", "length", ""]
 
 
 class Asked(NamedTuple):
-    """A prompt and what is wanted of it."""
+    """A prompt and the parameters of its answer."""
 
     prompt: Tokens
     sampling: Sampling
     max_tokens: int
-    """Tokens of the answer, the first one included."""
+    """Maximum number of tokens of the answer, the first one included."""
     ignore_eos: bool
     resumed_tokens: int
-    """Of the prompt's last tokens, how many are output already; see ``PrefillRequest``."""
+    """Number of the prompt's last tokens that are output already; see ``PrefillRequest``."""
 
 
 class Context(NamedTuple):
     """A prompt whose KV cache waits in the engine."""
 
     token: int
-    """The first of the answer."""
+    """First token of the answer."""
     eos: bool
-    """It is one that ends an answer."""
+    """Whether the token ends an answer."""
     link: bytes
-    """Empty: the engine keeps nothing."""
+    """Link to the KV cache; empty: the engine keeps none."""
     cached: int
-    """Tokens of the prompt that the engine had; 0 where it does not say."""
+    """Number of the prompt's tokens that the engine had cached; 0 if it does not report them."""
 
 
 class Piece(NamedTuple):
@@ -49,62 +49,64 @@ class Piece(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What an engine tells of its pool of KV blocks."""
+    """An engine's report of its pool of KV blocks."""
 
     blocks: dict[str, float]
-    """By state."""
+    """Number of blocks by state."""
     events: dict[str, int]
-    """Changes of the pool since the last report, by type."""
+    """Number of changes of the pool since the last report, by type."""
 
 
 class EngineTerms(Protocol):
-    """What both roles of an engine have."""
+    """The common interface of both roles of an engine."""
 
     @property
     def fingerprint(self) -> str:
-        """Differs where KV caches cannot be exchanged: printable ASCII, at most 128 characters."""
+        """Return a text that differs where KV caches cannot be exchanged: at most 128 characters of
+        printable ASCII."""
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together, at most."""
+        """Return the maximum tokens of prompt and answer together."""
 
     @property
     def vocabulary(self) -> int:
-        """Token ids are below it."""
+        """Return the number of token ids."""
 
     async def report(self) -> Report:
-        """What it says of its memory since it was asked last; called from time to time."""
+        """Return the report since the last call; called from time to time."""
 
     async def close(self) -> None:
-        """End it, and wait until it has ended."""
+        """End the engine, and wait until it has ended."""
 
 
 class ContextEngine(EngineTerms, Protocol):
-    """Prompts in, first tokens and links out."""
+    """An engine that computes prompts: it returns first tokens and links."""
 
     @property
     def keeps_s(self) -> float:
-        """Seconds after which it lets go of a KV cache that nobody has taken."""
+        """Return the seconds after which it frees a KV cache that no decode has taken."""
 
     async def context(self, asked: Asked, keep: bool) -> Context:
         """Compute a prompt; ``keep`` its KV cache for a decode.
 
         Raises:
-            InvalidRequest: it cannot be computed by any such engine.
-            InstanceError: anything else.
+            InvalidRequest: no such engine can compute the prompt.
+            InstanceError: any other failure.
         """
 
 
 class GenerationEngine(EngineTerms, Protocol):
-    """Links in, tokens out."""
+    """An engine that generates answers from links."""
 
     def generate(self, asked: Asked, first: int | None, link: bytes) -> AsyncGenerator[Piece, None]:
-        """The answer after its first token, to its end; closing the generator aborts it.
+        """Yield the answer after its first token, to its end; closing the generator aborts it.
 
         Args:
             first: the first token, not to be repeated. None: there is no link, the engine computes
                 the prompt itself, and the answer begins with its first token.
 
         Raises:
-            InvalidRequest, InstanceError: as ``context``; also when the KV cache cannot be had.
+            InvalidRequest, InstanceError: as in ``context``; also if the KV cache cannot be
+                fetched.
         """

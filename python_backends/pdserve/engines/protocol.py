@@ -1,7 +1,7 @@
-"""What an engine computes: the calls that every kind of engine answers.
+"""The interface of engines: the calls that every kind of engine implements.
 
-One call of ``prefill`` or ``step`` is made at a time, of an engine that has both, too; ``joined``
-blocks, and may run in another thread at the same time as either.
+Only one call of ``prefill`` or ``step`` is made at a time, even of an engine that has both;
+``joined`` blocks, and may run in another thread at the same time as either.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ Tokens = NDArray[np.int32]
 
 @dataclass(slots=True, eq=False)
 class PrefillJob:
-    """A prompt whose KV cache is to be filled in."""
+    """A prompt whose KV cache is to be computed."""
 
     tokens: Tokens
     kv: Array
-    """[planes, tokens, row_bytes]; K and V of a layer alternate."""
+    """Memory of the KV cache, [planes, tokens, row_bytes]; K and V of a layer alternate."""
     sampling: Sampling
     filled: Callable[[int], None] = lambda _: None
-    """To be called with the number of planes that are complete, as they become so."""
+    """Called with the number of complete planes, whenever it grows."""
     resumed_tokens: int = 0
-    """Of the last tokens, how many are output already; see ``PrefillRequest``."""
+    """Number of the last tokens that are output already; see ``PrefillRequest``."""
     cached: int = 0
-    """Rows that another range holds already: less than the number of tokens, since at least
-    one is computed, for its logits."""
+    """Number of rows that another range holds already: less than the number of tokens, since at
+    least one is computed, for its logits."""
     prefix: KVRange | None = None
-    """That range."""
+    """The range with the cached rows."""
 
     def copy_prefix(self) -> None:
-        """Fill in the cached rows."""
+        """Copy the cached rows."""
         if self.prefix is not None:
             self.prefix.read(self.cached, self.kv)
 
@@ -50,32 +50,32 @@ class PrefillJob:
 class DecodeSequence:
     """A sequence that is being decoded.
 
-    Between two steps the pool holds the K and V of ``prompt`` and ``tokens[:-1]``;
-    a step computes those of the last token, and the token after it, which the
-    instance appends. Token ``i`` of the sequence lies in row ``i`` of the ``runs``
-    laid end to end.
+    Between two steps the pool holds the K and V of ``prompt`` and ``tokens[:-1]``; a step computes
+    those of the last token, and the next token, which the instance appends. Token ``i`` of the
+    sequence is in row ``i`` of the concatenated ``runs``.
     """
 
     prompt: Tokens
     tokens: list[int]
     """The output so far, the prefill's first token included."""
     runs: list[tuple[int, int]]
-    """(first row in the pool, rows); together at least prompt + tokens - 1 at any step."""
+    """Runs of (first row in the pool, rows); together at least prompt + tokens - 1 rows at any
+    step."""
     sampling: Sampling
     cached: int = 0
-    """Tokens of the prompt that the pool held before it came; at least one less than it has."""
+    """Number of prompt tokens that the pool had cached; less than the number of its tokens."""
     resumed_tokens: int = 0
-    """Of the prompt's last tokens, how many are output already; see ``PrefillRequest``."""
+    """Number of the prompt's last tokens that are output already; see ``PrefillRequest``."""
     state: Any = field(default=None, repr=False)
-    """The engine's own, from ``joined`` on."""
+    """The engine's own state, from ``joined`` on."""
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and output."""
+        """Return the number of tokens of prompt and output."""
         return len(self.prompt) + len(self.tokens)
 
     def row(self, token: int) -> int:
-        """Where a token of the sequence lies in the pool."""
+        """Return the row of the pool with a token of the sequence."""
         for first, rows in self.runs:
             if token < rows:
                 return first + token
@@ -83,7 +83,7 @@ class DecodeSequence:
         raise IndexError("the sequence's runs are not so long")
 
     def rows(self, tokens: int) -> list[tuple[int, int]]:
-        """The runs cut to the first ``tokens`` tokens."""
+        """Return the runs, cut to the first ``tokens`` tokens."""
         cut = []
         for first, rows in self.runs:
             if tokens <= 0:
@@ -94,56 +94,58 @@ class DecodeSequence:
 
 
 class EngineModel(Protocol):
-    """What is known of the model that an engine computes."""
+    """Properties of the model that an engine computes."""
 
     @property
     def layout(self) -> KVLayout: ...
 
     @property
     def fingerprint(self) -> str:
-        """Differs where KV caches cannot be exchanged."""
+        """Return a text that differs where KV caches cannot be exchanged."""
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and output together, at most."""
+        """Return the maximum tokens of prompt and output together."""
 
     @property
     def vocabulary(self) -> int:
-        """Token ids are below it."""
+        """Return the number of token ids."""
 
     @property
     def eos_ids(self) -> frozenset[int]: ...
 
 
 class PrefillEngine(Protocol):
-    """Prompts in, KV caches and first tokens out."""
+    """An engine that computes the KV caches and first tokens of prompts."""
 
     async def prefill(self, jobs: Sequence[PrefillJob]) -> list[int]:
-        """Fill in every job's range, the cached rows included; the first token of each."""
+        """Fill every job's range, the cached rows included; return the first token of each."""
 
     def close(self) -> None: ...
 
 
 class DecodeEngine(Protocol):
-    """KV caches in, tokens out."""
+    """An engine that generates tokens from KV caches."""
 
     @property
     def pool(self) -> Array:
-        """Where KV caches arrive, [planes, rows, row_bytes]; written to in other threads."""
+        """Return the memory in which KV caches arrive, [planes, rows, row_bytes]; other threads
+        write to it."""
 
     def joined(self, sequence: DecodeSequence) -> None:
-        """The K and V of the sequence's prompt are in the pool."""
+        """Note that the K and V of the sequence's prompt are in the pool."""
 
     async def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
-        """Compute the K and V of a part of the prompt; the first token, if it is the last part.
+        """Compute the K and V of a part of the prompt; return the first token if it is the last
+        part.
 
         Args:
-            begin: the K and V of so many of its tokens are in the sequence's rows.
-            end: how many are there afterwards. Of a reproducible sequence, all: what its
-                tokens are may not depend on how the prompt was cut.
+            begin: number of its tokens whose K and V are in the sequence's rows.
+            end: number of them afterwards. For a reproducible sequence, all of its tokens: its
+                output may not depend on how the prompt was split.
         """
 
     async def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
-        """The next token of each sequence."""
+        """Return the next token of each sequence."""
 
     def close(self) -> None: ...

@@ -1,1 +1,1 @@
-"""Prompts and conversations to token ids, and token ids back to text."""
+"""Conversion of prompts and conversations to token ids, and of token ids to text."""

@@ -1,4 +1,4 @@
-"""From token ids to text while they come: one answer, cut at its stop strings."""
+"""Incremental conversion of token ids to text: one answer, cut at its stop strings."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 class TextStream:
-    """The text of one answer, pushed as ids and taken as text that will not change any more.
+    """The text of one answer, pushed as ids and returned as text that is final.
 
-    What ``push`` and ``finish`` return adds up to ``Vocabulary.decode`` of all ids, however they
-    were cut into pushes, or to its part before a stop string. Stop strings are looked for in the
+    The results of ``push`` and ``finish`` add up to ``Vocabulary.decode`` of all ids, however they
+    were split into pushes, or to its part before a stop string. Stop strings are searched in the
     text with its special tokens, which are never shown. The stop string that *ends* first counts
     (no later token could change that, so the engine may stop at once), and the longest of those
-    that end there. A special token within a character of several tokens stands before it.
+    that end there. A special token within a character of several tokens is placed before it.
 
-    Not thread-safe. Raises InvalidRequest: a stop string is empty.
+    Not thread-safe. Raises InvalidRequest if a stop string is empty.
     """
 
     def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = ()) -> None:
@@ -33,9 +33,9 @@ class TextStream:
             at = list(stop).index("")
             raise InvalidRequest(f"stop_words[{at}] is empty; at least 1 character is needed")
         self.stopped = False
-        """A stop string was found: the answer has ended before it."""
+        """Whether a stop string was found, before which the answer has ended."""
         self.tokens_used = 0
-        """Ids of the answer so far, the one that completed a stop string included, none after."""
+        """Number of ids of the answer so far, up to the one that completed a stop string."""
         self._special = vocabulary.special
         self._decoder = _Bytes(vocabulary) if vocabulary.byte_level else _Pieces(vocabulary)
         self._stop = tuple(stop)
@@ -44,10 +44,10 @@ class TextStream:
         self._ended = False
 
     def push(self, ids: Sequence[int]) -> str:
-        """Text that has become final with these ids; often it is empty.
+        """Return the text that has become final with these ids; often it is empty.
 
-        Held back are the bytes of an incomplete character and the longest end of the text that
-        a stop string begins with. Ids after a stop string are ignored.
+        The bytes of an incomplete character are held back, and the longest end of the text that may
+        be the beginning of a stop string. Ids after a stop string are ignored.
 
         Raises:
             RuntimeError: the answer has ended, by a stop string or by ``finish``.
@@ -67,7 +67,7 @@ class TextStream:
         return "".join(texts)
 
     def finish(self) -> str:
-        """What was held back: there are no more ids. Empty after a stop string."""
+        """Return the text that was held back, since no ids follow. Empty after a stop string."""
         if self._ended:
             return ""
         text = self._release(self._decoder.finish())
@@ -76,14 +76,15 @@ class TextStream:
         return text
 
     def _after(self, special: _Part) -> str:
-        """As ``_release``; what has been held back may end before the special token, or go on."""
+        """Release text around a special token; held-back text may end before the token, or
+        continue."""
         pending = self._decoder.pending()
         if self._find(_joined([*self._held, *pending, special])) is not None:
             return self._release([*pending, special])
         return self._release(self._decoder.within(special))
 
     def _release(self, new: list[_Part]) -> str:
-        """The part of the text so far that no stop string can reach, as far as it is shown."""
+        """Return the shown part of the text so far that no stop string can include any more."""
         if not self._stop:
             return _joined(part for part in new if part.shown)
         self._held += (part for part in new if part.text)
@@ -106,14 +107,15 @@ class TextStream:
         return "".join(shown)
 
     def _find(self, text: str) -> int | None:
-        """Where the first stop string to end begins; None: there is none."""
+        """Return the start of the stop string that ends first; None: there is none."""
         ends = [
             (start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0
         ]
         return min(ends)[1] if ends else None
 
     def _open_end(self, text: str) -> int:
-        """Where the longest end of the text begins that a stop string may still go on from."""
+        """Return the start of the longest end of the text that may be the beginning of a stop
+        string."""
         for found in self._first.finditer(text):
             tail = text[found.start() :]
             if any(word.startswith(tail) for word in self._stop):
@@ -122,7 +124,7 @@ class TextStream:
 
 
 class _Part(NamedTuple):
-    """Of the text that stop strings are looked for in."""
+    """A part of the text in which stop strings are searched."""
 
     text: str
     shown: bool
@@ -132,12 +134,13 @@ def _joined(parts: Iterable[_Part]) -> str:
     return "".join(part.text for part in parts)
 
 
-# ``tokenizers.decoders.DecodeStream`` fails on a byte token that spoils the run before it, keeps
-# what is incomplete at the end to itself, and decodes all that it holds back at every step.
+# ``tokenizers.decoders.DecodeStream`` fails on a byte token that invalidates the run before it,
+# does not return an incomplete character at the end, and decodes all held-back ids at every step.
 
 
 class _Bytes:
-    """A byte-level vocabulary: every token is some bytes, the answer is all of them as UTF-8."""
+    """A byte-level vocabulary: every token is a sequence of bytes, and the answer is their UTF-8
+    text."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._token = vocabulary.token
@@ -149,16 +152,16 @@ class _Bytes:
             return []
         try:
             data = bytes([_BYTES[char] for char in token])
-        except KeyError:  # an added token is text as it stands if it can be nothing else
+        except KeyError:  # an added token that is no byte sequence is literal text
             data = token.encode()
         return [_Part(self._utf8.decode(data), True)]
 
     def within(self, special: _Part) -> list[_Part]:
-        """A special token stands here; what it adds to the text that is known."""
+        """Place a special token here; return the text that is known with it."""
         return [special]
 
     def pending(self) -> list[_Part]:
-        """What ``finish`` would return now."""
+        """Return what ``finish`` would return now."""
         return [_Part(self._utf8.getstate()[0].decode(errors="replace"), True)]
 
     def finish(self) -> list[_Part]:
@@ -166,7 +169,8 @@ class _Bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's: a printable Latin-1 character is its own byte, the rest follow from U+0100 on."""
+    """Return GPT-2's byte alphabet: printable Latin-1 characters are themselves, the rest start at
+    U+0100."""
     printable = set(ByteLevel.alphabet())
     rest = (byte for byte in range(256) if chr(byte) not in printable)
     own = {chr(byte): byte for byte in range(256) if chr(byte) in printable}
@@ -177,9 +181,9 @@ _BYTES = _byte_alphabet()
 
 
 class _Pieces:
-    """Any other vocabulary: a token is a piece of text that depends on the one before, at most.
+    """Any other vocabulary: a token is a piece of text that depends at most on the previous one.
 
-    The tokenizer decodes a run of byte tokens (``<0xE4>``) as a whole, and one bad byte spoils
+    The tokenizer decodes a run of byte tokens (``<0xE4>``) as a whole, and one bad byte invalidates
     all of it: such a run can only be shown once it has ended.
     """
 
@@ -200,14 +204,14 @@ class _Pieces:
         return self.finish()
 
     def within(self, special: _Part) -> list[_Part]:
-        """A special token stands here; what it adds to the text that is known."""
+        """Place a special token here; return the text that is known with it."""
         if not self._run:
             return [special]
         self._within.append((len(self._run), special))
         return []
 
     def pending(self) -> list[_Part]:
-        """What ``finish`` would return now."""
+        """Return what ``finish`` would return now."""
         text = self._text(self._run)
         parts, at = [], 0
         for count, special in self._within:
@@ -224,7 +228,7 @@ class _Pieces:
         return parts
 
     def _text(self, run: list[int]) -> str:
-        """What it adds to what comes before it."""
+        """Return the text that a run adds to the text before it."""
         if not run:
             return ""
         before = self._vocabulary.decode(self._before)

@@ -1,7 +1,7 @@
-"""From what a client sends to token ids: the prompt's checks, the chat template, the tokenizer.
+"""Conversion of a client's input to token ids: checks, chat template, and tokenizer.
 
-``transformers.PreTrainedTokenizerFast`` reads tokenizer and template, wherever they are written
-down; unlike ``AutoTokenizer`` (about 3 s), it does not import torch for a model directory.
+``transformers.PreTrainedTokenizerFast`` reads tokenizer and template from any of their files;
+unlike ``AutoTokenizer`` (about 3 s), it does not import torch for a model directory.
 """
 
 from __future__ import annotations
@@ -26,43 +26,44 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Conversation: TypeAlias = list[dict[str, str]]
-"""Turns, oldest first: ``{"role": "system" | "user" | "assistant", "content": str}``."""
+"""Turns, the oldest first: ``{"role": "system" | "user" | "assistant", "content": str}``."""
 
 
 class Tokenizer(Vocabulary):
     """The model's own tokenizer and chat template; safe to share between threads."""
 
     def __init__(self, path: Path) -> None:
-        """Read a model directory (``tokenizer.json``, ...) or a GGUF file; raises as ``fast``."""
+        """Read a model directory (``tokenizer.json``, ...) or a GGUF file; raises like ``fast``."""
         self._fast = fast(path)
         super().__init__(self._fast.backend_tokenizer)
-        self._backend.no_truncation()  # a tokenizer.json may ask for either; a prompt wants neither
+        self._backend.no_truncation()  # a tokenizer.json may set either; a prompt needs neither
         self._backend.no_padding()
         self.no_chat = self._why_no_chat()
-        """Why no conversation can be rendered, whatever it is; empty: some can."""
+        """Why no conversation can be rendered at all; empty: some can."""
         if self.no_chat and self._fast.chat_template:
             _log.error("%s: chat is refused: %s", path, self.no_chat)
         self._fault_logged = False
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of a plain prompt, int32 ``[tokens]``, with the special tokens the model adds."""
+        """Return the ids of a plain prompt, int32 ``[tokens]``, with the special tokens that the
+        model adds."""
         return self._ids(text, special=True)
 
     def encode_chat(self, conversation: Conversation) -> NDArray[np.int32]:
-        """Ids of a conversation, int32 ``[tokens]``; raises as ``render``."""
+        """Return the ids of a conversation, int32 ``[tokens]``; raises like ``render``."""
         return self._ids(self.render(conversation), special=False)
 
     def _ids(self, text: str, *, special: bool) -> NDArray[np.int32]:
-        # The one call that leaves out the offsets, a tenth of the time; it takes lists only.
+        # The only call that omits the offsets, a tenth of the time; it takes lists only.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
         return np.array(encoding.ids, np.int32)
 
     def render(self, conversation: Conversation) -> str:
-        """The conversation as the model's chat template writes it, up to the answer's beginning.
+        """Render a conversation by the model's chat template, up to the beginning of the answer.
 
         Raises:
             Unsupported: the model has no chat template, or a faulty one.
-            InvalidRequest: its template refuses the turns.
+            InvalidRequest: the template refuses the turns.
         """
         if self.no_chat:
             raise Unsupported(f"chat is true, but {self.no_chat}; allowed: false")
@@ -92,7 +93,7 @@ class Tokenizer(Vocabulary):
         except ValueError:
             names = ", ".join(sorted(self._fast.chat_template))
             return f"the model has several chat templates and none is its default: {names}"
-        except Exception:  # it may be about this conversation alone
+        except Exception:  # it may concern this conversation only
             return ""
         return ""
 
@@ -113,13 +114,13 @@ _SHAPE = 'each item is {"role": "system" | "user" | "assistant", "content": stri
 
 
 def parse_prompt(data: bytes, chat: bool) -> str | Conversation:
-    """What ``text_input`` means: a prompt as it is, or with ``chat`` a conversation.
+    """Parse ``text_input``: a plain prompt, or with ``chat`` a conversation.
 
-    With ``chat`` a JSON list must be a conversation, and what begins like one (``[{``) must be
+    With ``chat`` a JSON list must be a conversation, and text that begins like one (``[{``) must be
     JSON; any other text, other JSON included, is one user turn.
 
     Raises:
-        InvalidRequest: empty, not UTF-8, malformed JSON, or not a conversation to be answered.
+        InvalidRequest: it is empty, not UTF-8, malformed JSON, or no conversation to be answered.
     """
     if not data:
         raise InvalidRequest("text_input is empty; at least 1 byte is needed")

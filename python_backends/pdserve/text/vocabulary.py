@@ -1,7 +1,7 @@
-"""From token ids to text: the tokens of a model.
+"""The vocabulary of a model: conversion of token ids to text.
 
-Where tokenizer.json says everything, the bare ``tokenizers`` library reads it. To import
-transformers takes half of the CPU time of a stub's start, and a gateway starts four at once.
+If tokenizer.json is complete, the bare ``tokenizers`` library reads it. Importing transformers
+takes half of the CPU time of a stub's start, and a gateway starts four at once.
 """
 
 from __future__ import annotations
@@ -28,40 +28,45 @@ class Vocabulary:
             if token.special
         }
         self.byte_level = isinstance(backend.decoder, ByteLevel)
-        """Tokens stand for bytes (GPT-2 and most since), not for pieces of text (SentencePiece)."""
+        """Whether tokens stand for bytes (GPT-2 and most since), not for pieces of text
+        (SentencePiece)."""
 
     @property
     def size(self) -> int:
-        """Token ids are less than this, added tokens included."""
+        """Return the number of token ids, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of a whole answer; special and unknown ids are skipped, bad bytes are U+FFFD."""
+        """Return the text of a whole answer; special and unknown ids are skipped, bad bytes are
+        U+FFFD."""
         return self._backend.decode(ids)
 
     def special(self, token_id: int) -> str | None:
-        """A special token as it is written, which no answer shows; None: it is none."""
+        """Return the text of a special token, which no answer shows; None: it is no special
+        token."""
         return self._special.get(token_id)
 
     def token(self, token_id: int) -> str | None:
-        """A token as the vocabulary writes it; None: it has no text (special, or unknown)."""
+        """Return a token as the vocabulary writes it; None: it has no text (special, or
+        unknown)."""
         return None if token_id in self._special else self._backend.id_to_token(token_id)
 
 
 def read(path: Path) -> Vocabulary:
-    """Read it from a model's folder (``tokenizer.json``, ...) or GGUF file; raises as ``fast``."""
+    """Read the vocabulary of a model directory (``tokenizer.json``, ...) or GGUF file; raises like
+    ``fast``."""
     try:
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         complete = _named(path).items() <= _added(backend).items()
-    except Exception:  # what is wrong, if anything is, transformers says
+    except Exception:  # transformers reports what is wrong, if anything is
         complete = False
     return Vocabulary(backend if complete else fast(path).backend_tokenizer)
 
 
 def fast(path: Path) -> Any:
-    """A transformers.PreTrainedTokenizerFast: it knows every place where tokens are written down.
+    """Return a transformers.PreTrainedTokenizerFast, which reads every file that may define tokens.
 
-    What a GGUF file says it converts, for which it imports torch.
+    It converts the tokenizer of a GGUF file, for which it imports torch.
 
     Raises:
         DeploymentError: there is no tokenizer at ``path``.
@@ -80,12 +85,12 @@ def fast(path: Path) -> Any:
 
 
 def _added(backend: tokenizers.Tokenizer) -> dict[str, bool]:
-    """The tokens beside the model's own, and whether they are special."""
+    """Return the tokens beside the model's own, and whether they are special."""
     return {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
 
 
 def _named(folder: Path) -> dict[str, bool]:
-    """The same, as transformers takes it from the files beside tokenizer.json."""
+    """Return the same tokens, as transformers reads them from the files beside tokenizer.json."""
     named: dict[str, bool] = {}
     for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).exists():
@@ -101,7 +106,7 @@ def _named(folder: Path) -> dict[str, bool]:
 
 
 def _contents(value: Any) -> Iterator[str]:
-    """Of a special token, or of several, in every way to write them."""
+    """Yield the text of a special token, or of several, in every notation."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict) and "content" in value:

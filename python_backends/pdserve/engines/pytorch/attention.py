@@ -1,13 +1,13 @@
-"""Attention over KV memory that is ours, called by transformers' own model code.
+"""Attention over this package's KV memory, called by transformers' own model code.
 
-A model loaded with ``attn_implementation=NAME`` hands each layer's query, key and
-value, position-encoded, to the ``kv_memory`` of its forward call. Sequences are
-laid end to end in a batch of one, so nothing is padded and no mask is built:
+A model loaded with ``attn_implementation=NAME`` passes each layer's query, key and value,
+position-encoded, to the ``kv_memory`` of its forward call. Sequences are concatenated in a batch of
+one, so nothing is padded and no mask is built:
 
     query [heads, n, head_dim], key and value [kv_heads, n, head_dim]
 
-The query heads that share a KV head are folded into one matrix, [kv_heads, group,
-n, head_dim], so that K and V are read where they lie: neither repeated nor copied.
+The query heads that share a KV head are folded into one matrix, [kv_heads, group, n, head_dim], so
+that K and V are read in place: neither repeated nor copied.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ NAME = "pdserve"
 
 
 class KVMemory(Protocol):
-    """Where the K and V of one forward call go, and what its queries attend to."""
+    """Memory for the K and V of one forward call, which its queries attend to."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any
     ) -> Tensor:
-        """Attention of all sequences, [n, heads, head_dim]; ``options`` are the model's own."""
+        """Return the attention of all sequences, [n, heads, head_dim]; ``options`` are the model's
+        own."""
 
 
 def _attention(
@@ -53,12 +54,12 @@ AttentionInterface.register(NAME, _attention)
 
 
 class PrefillMemory:
-    """Each prompt's K and V are written behind its cached prefix, in place.
+    """Memory of a prefill: each prompt's K and V are written after its cached prefix, in place.
 
     Args:
-        kv: a prompt's range each, [layers, 2, tokens, kv_heads, head_dim].
-        cached: the rows of each that are there already; the others are in this forward.
-        filled: called with the number of layers that are complete.
+        kv: the range of each prompt, [layers, 2, tokens, kv_heads, head_dim].
+        cached: number of rows of each that are cached; the others are in this forward.
+        filled: called with the number of complete layers.
     """
 
     def __init__(
@@ -95,13 +96,13 @@ class PrefillMemory:
 
 
 class DecodeMemory:
-    """One new token for each sequence: written to its row of the pool, then attended from.
+    """Memory of a decode step: each sequence's new token is written to its row of the pool first.
 
     Args:
         pool: [layers, 2, rows, kv_heads, head_dim].
-        rows: int64 [sequences], where each new token goes.
+        rows: int64 [sequences], the row of each new token.
         runs: each sequence's (first row, rows) in order, the new token's row included.
-        whole: for each sequence, whether its runs must give the very bits that one run would.
+        whole: for each sequence, whether its runs must give exactly the bits that one run would.
         pad: rows of the forward without a sequence; they attend to nothing and get zeros.
     """
 
@@ -117,7 +118,7 @@ class DecodeMemory:
         self._rows = rows
         self._pad = pad
         self._whole = whole
-        # All layers' views at once: making them one by one costs as much as the attention.
+        # All layers' views are made at once: making them one by one costs as much as the attention.
         self._views = [
             [
                 pool.narrow(2, first, rows).transpose(2, 3).unsqueeze(2).flatten(0, 1).unbind()
@@ -132,7 +133,7 @@ class DecodeMemory:
         batch = len(self._views)
         self._pool[layer, 0].index_copy_(0, self._rows, key[:, :batch].transpose(0, 1))
         self._pool[layer, 1].index_copy_(0, self._rows, value[:, :batch].transpose(0, 1))
-        # [sequences, kv_heads, group, head_dim]: the group stands where a sequence's tokens would.
+        # [sequences, kv_heads, group, head_dim]: the group takes the place of a sequence's tokens.
         queries = _folded(query, key.shape[0]).permute(2, 0, 1, 3).split(1)
         outputs: list[Tensor] = []
         # The queries of the padding come after those of the sequences.
@@ -151,20 +152,21 @@ class DecodeMemory:
 
 
 def _folded(query: Tensor, kv_heads: int) -> Tensor:
-    """[heads, n, head_dim] -> [kv_heads, group, n, head_dim], a view."""
+    """Reshape [heads, n, head_dim] to [kv_heads, group, n, head_dim], as a view."""
     heads, *rest = query.shape
     return query.view(kv_heads, heads // kv_heads, *rest)
 
 
 def _shared(heads: Tensor, query: Tensor) -> Tensor:
-    """[kv_heads, n, head_dim] -> [kv_heads, group, n, head_dim], a view."""
+    """Expand [kv_heads, n, head_dim] to [kv_heads, group, n, head_dim], as a view."""
     return heads[:, None].expand(-1, query.shape[1], -1, -1)
 
 
 def _partial(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Attention to a part of a sequence, [b, h, n, head_dim], and its log-sum-exp, [b, h, n]."""
+    """Return the attention to a part of a sequence, [b, h, n, head_dim], and its log-sum-exp, [b,
+    h, n]."""
     if query.device.type == "cpu":
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scale
@@ -177,7 +179,7 @@ def _partial(
 
 
 def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The attention to the whole, from that to its parts."""
+    """Return the attention to the whole sequence, from the attention to its parts."""
     outputs, lses = zip(*parts, strict=True)
     weights = torch.stack(lses).softmax(0).unsqueeze(-1)
     return (torch.stack(outputs) * weights).sum(0).to(outputs[0].dtype)

@@ -1,4 +1,4 @@
-"""Decode with torch: KV caches in, tokens out, in one running batch over a paged pool."""
+"""Decode with torch: generates tokens from KV caches, in one running batch over a paged pool."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TorchDecode:
     Calls are made from one thread; others may write to unused rows of ``pool`` meanwhile.
 
     Args:
-        blocks, block_size: the pool's blocks, and the tokens in each.
+        blocks, block_size: number of the pool's blocks, and of the tokens in each.
     """
 
     def __init__(self, model: TorchModel, blocks: int, block_size: int) -> None:
@@ -39,10 +39,10 @@ class TorchDecode:
         self._model = model
 
     def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
-        """Compute tokens `begin` to `end` of a prompt; the first token, if that is its end.
+        """Compute tokens `begin` to `end` of a prompt; return the first token if that is its end.
 
-        One run is computed in place, as a prefill does its range. Several are joined, which
-        gives the very bits that one would, and are brought back.
+        A single run is computed in place, as a prefill does with its range. Several runs are
+        joined, which gives exactly the bits that one would, and are copied back.
         """
         runs = [self._pool.narrow(2, *run) for run in sequence.rows(end)]
         kv = runs[0] if len(runs) == 1 else torch.cat(runs, 2)
@@ -66,10 +66,10 @@ class TorchDecode:
         )[0]
 
     def step(self, batch: Sequence[DecodeSequence]) -> list[int]:
-        """The next token of each sequence.
+        """Return the next token of each sequence.
 
-        Reproducible sequences are computed FIXED_ROWS at a time, in forwards that
-        others fill up; whoever is left has an ordinary forward.
+        Reproducible sequences are computed FIXED_ROWS at a time, in forwards that are filled up
+        with other sequences; the remaining sequences have an ordinary forward.
         """
         order = sorted(range(len(batch)), key=lambda i: not batch[i].sampling.reproducible)
         reproducible = sum(sequence.sampling.reproducible for sequence in batch)

@@ -1,4 +1,4 @@
-"""Forwards of one shape, for bits that may not depend on what else is computed."""
+"""Forwards of one shape, whose bits do not depend on what else is computed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pdserve.engines.protocol import Tokens
 from pdserve.engines.pytorch.attention import DecodeMemory, PrefillMemory
 from pdserve.engines.pytorch.model import TorchModel
 
-# Rows of a forward whose bits may not depend on the batch: always as many, so that every
-# operation has one shape. 16 cost hardly more than 4; see `linear.py`.
+# Rows of a forward whose bits may not depend on the batch: a constant, so that every operation has
+# one shape. 16 cost hardly more than 4; see `linear.py`.
 FIXED_ROWS = 16
 
 
 def replay(model: TorchModel, tokens: Tokens, resumed_tokens: int, kv: Tensor) -> Tensor:
-    """Compute the last ``resumed_tokens`` as they were first; the logits of what follows.
+    """Compute the last ``resumed_tokens`` as they were first; return the logits of the next token.
 
-    The prompt before them is computed as a prefill does, and each of them as the one row of a
-    decode step that it was: here the steps' other rows are the resumed tokens beside it, since
-    they are known. So all K and V have the bits that they had, for a sixteenth of the forwards.
+    The prompt before them is computed as by a prefill, and each of them as one row of a decode
+    step, as before: here the other rows of the steps are the neighbouring resumed tokens, which are
+    known. So all K and V have the same bits as before, for a sixteenth of the forwards.
 
     Args:
-        resumed_tokens: how many, at least 1; see ``PrefillRequest``.
-        kv: [layers, 2, tokens, kv_heads, head_dim], filled in.
+        resumed_tokens: number of tokens, at least 1; see ``PrefillRequest``.
+        kv: [layers, 2, tokens, kv_heads, head_dim], to be filled.
     """
     given = len(tokens) - resumed_tokens
     memory = PrefillMemory([kv[:, :, :given]], [0], lambda _: None)

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU, for the few rows that a decode step has."""
+"""Linear layers on a CPU, for the few rows of a decode step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SLICE = 32
 
 
 class CPULinear(nn.Linear):
-    """``nn.Linear`` that picks its matrix product by the number of rows.
+    """A ``nn.Linear`` that chooses its matrix product by the number of rows.
 
     For float32 on x86, ``linear`` is a matrix-vector product up to 3 rows and a good
     matrix product from some 50 rows on; between, MKL repacks the weight in every call
@@ -23,7 +23,7 @@ class CPULinear(nn.Linear):
         sliced      31   31   34   44   49  114  147  150  200  299
         transposed  27   55   50   49   46   52   68   68  144  184
 
-    The weight stays as it is, mapped from its file and shared with other processes; a
+    The weight is not copied: it stays mapped from its file and shared with other processes; a
     prepacked one would be a private copy.
     """
 
@@ -41,7 +41,8 @@ class CPULinear(nn.Linear):
         return output.view(*x.shape[:-1], self.out_features)
 
     def _sliced(self, x: Tensor) -> Tensor:
-        """Slices of the weight small enough that MKL does not repack them, as one batch."""
+        """Multiply slices of the weight, small enough that MKL does not repack them, as one
+        batch."""
         weight = self.weight.view(-1, SLICE, self.in_features).transpose(1, 2)
         output = torch.bmm(x.expand(len(weight), -1, -1), weight)
         return output.transpose(0, 1).reshape(len(x), self.out_features)

@@ -1,4 +1,4 @@
-"""A causal language model as transformers has it, loaded once per process."""
+"""A causal language model of transformers, loaded once per process."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ from pdserve.kvcache.layout import KVLayout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Options of an attention layer that change what it computes, and that are not served.
+# Options of an attention layer that change its result and are not supported.
 REFUSED_OPTIONS = ("sliding_window", "softcap", "s_aux", "position_bias")
-# Their rotary frequencies change with the length of the sequence, after K has been stored.
+# Types of rotary embedding whose frequencies change with the length of the sequence, after K has
+# been stored.
 REFUSED_ROPES = ("dynamic", "longrope")
 
 
 class TorchModel:
-    """The weights, and what the instances need to know about the model.
+    """The weights, and the properties of the model that the instances need.
 
-    Weights in safetensors files whose dtype is the engine's stay mapped on a CPU:
-    the processes of a host share them.
+    Weights in safetensors files whose dtype is the engine's stay mapped on a CPU: the processes of
+    a host share them.
 
     Args:
         path: directory or GGUF file.
         threads: CPU threads of this process; 0 leaves torch's default, every core.
 
     Raises:
-        DeploymentError: the model cannot be loaded, or its attention is of a kind that
-            does not keep the K and V of every token, of one shape in every layer.
+        DeploymentError: the model cannot be loaded, or its attention does not keep the K and V of
+            every token, in one shape in every layer.
     """
 
     def __init__(self, path: str, device: str, dtype: str, threads: int) -> None:
@@ -76,11 +77,11 @@ class TorchModel:
         last: Sequence[int] | NDArray[np.integer[Any]] | None,
         memory: KVMemory,
     ) -> Tensor:
-        """Logits [len(last), vocabulary] of sequences laid end to end; None is every token's.
+        """Return logits [len(last), vocabulary] of concatenated sequences; None means every token.
 
         Args:
             tokens, positions: [n], of all the sequences.
-            last: indices of the tokens whose logits are wanted.
+            last: indices of the tokens whose logits are needed.
         """
         keep = 0 if last is None else torch.as_tensor(last, device=self.device)
         output = self._model(
@@ -94,7 +95,7 @@ class TorchModel:
         return logits
 
     def _probe(self, path: str, config: PretrainedConfig, dtype: str) -> KVLayout:
-        """Ask the model code itself: run two tokens, and see what its layers hand over."""
+        """Determine the KV layout: run two tokens, and look at what the layers hand over."""
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
         if rope in REFUSED_ROPES:
             raise DeploymentError(f"{path}: rotary embedding of type {rope} is not served")
@@ -118,7 +119,7 @@ class TorchModel:
 
 
 class _Probe:
-    """A KV memory that keeps nothing but notes what it is given."""
+    """A KV memory that stores nothing and records what it is given."""
 
     def __init__(self, context_length: int) -> None:
         self._context_length = context_length
@@ -149,8 +150,8 @@ def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
     if not shards or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM.from_pretrained(path, **options)
-    # Given a directory, from_pretrained reads private copies of the weights; given tensors
-    # that are already of the right dtype, it takes them as they are: mapped.
+    # With a directory, from_pretrained reads private copies of the weights; tensors that already
+    # have the right dtype it uses as they are: mapped.
     weights = {}
     for shard in shards:
         with safe_open(shard, "pt") as file:
@@ -163,7 +164,7 @@ def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _eos_ids(path: Path, config: PretrainedConfig) -> frozenset[int]:
-    """What ends an answer: generation_config.json's word, else config.json's."""
+    """Return the ids that end an answer: generation_config.json's, else config.json's."""
     ids = config.eos_token_id
     if (path / "generation_config.json").exists():
         ids = GenerationConfig.from_pretrained(path).eos_token_id or ids

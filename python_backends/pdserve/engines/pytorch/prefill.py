@@ -1,4 +1,4 @@
-"""Prefill with torch: prompts in, KV caches and first tokens out."""
+"""Prefill with torch: computes the KV caches and first tokens of prompts."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class TorchPrefill:
         self._shape = (layout.layers, 2, -1, layout.kv_heads, layout.head_dim)
 
     def prefill(self, jobs: Sequence[PrefillJob]) -> list[int]:
-        """Fill in every job's range; the first token of each.
+        """Fill every job's range; return the first token of each.
 
-        The uncached tokens of all jobs go through one forward. A job whose sampling is
-        reproducible must come alone and without a cached prefix, so that its bits
-        depend on its prompt alone.
+        The uncached tokens of all jobs are computed in one forward. A job whose sampling is
+        reproducible must be alone and have no cached prefix, so that its bits depend on its prompt
+        only.
         """
         kv = [torch.as_tensor(job.kv).view(self._dtype).view(self._shape) for job in jobs]
         cached = [job.cached for job in jobs]

@@ -1,8 +1,8 @@
-"""The next token of each sequence, from its logits.
+"""Sampling: the next token of each sequence, from its logits.
 
-The order is transformers': penalties, temperature, top-k, top-p. Randomness comes
-from (seed, position) alone and each sequence is drawn by itself, so a token depends
-neither on the batch nor on which process draws it.
+The order is that of transformers: penalties, temperature, top-k, top-p. Randomness comes from
+(seed, position) only and each sequence is drawn separately, so a token depends neither on the batch
+nor on the process that draws it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from pdserve.sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a token is chosen by, next to its logits."""
+    """The parameters of a token's choice, beside its logits."""
 
     sampling: Sampling
     prompt: NDArray[np.int32]
     output: Sequence[int]
     resumed_tokens: int = 0
-    """Of the prompt's last tokens, how many are output already; see ``PrefillRequest``."""
+    """Number of the prompt's last tokens that are output already; see ``PrefillRequest``."""
 
     @property
     def position(self) -> int:
-        """Position of the token to be chosen, in prompt and output together."""
+        """Return the position of the token to be chosen, in prompt and output together."""
         return len(self.prompt) + len(self.output)
 
 
 def sample(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
-    """One token for each row of logits [n, vocabulary]."""
+    """Return one token for each row of logits [n, vocabulary]."""
     greedy = [i for i, c in enumerate(choices) if c.sampling.greedy and not c.sampling.penalized]
     if len(greedy) == len(choices):
         return _ids(logits.float().argmax(-1))
@@ -65,20 +65,20 @@ def penalize(scores: NDArray[np.float32], choice: Choice) -> None:
 def distribution(
     scores: NDArray[np.float32], sampling: Sampling
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The tokens that may be drawn, ascending, and their unnormalised probabilities."""
+    """Return the tokens that may be drawn, ascending, and their unnormalised probabilities."""
     ids = np.arange(len(scores))
     if 0 < sampling.top_k < len(scores):
         kth = torch.from_numpy(scores).topk(sampling.top_k).values[-1].item()
         ids = np.flatnonzero(scores >= kth)
         scores = scores[ids]
-    # The largest is subtracted before the division: a tiny temperature must not overflow.
+    # The largest score is subtracted before the division: a tiny temperature must not overflow.
     weights = scores.astype(np.float64)
     weights -= scores.max()
     weights /= sampling.temperature
     np.exp(weights, out=weights)
     if sampling.top_p < 1.0:
         total = weights.sum()
-        # Whatever is below this adds up to less than the tail: it need not be sorted.
+        # All weights below this add up to less than the tail, and need not be sorted.
         kept = np.flatnonzero(weights >= total * (1 - sampling.top_p) / len(weights))
         ids, weights = ids[kept], weights[kept]
         descending = np.sort(weights)[::-1]
@@ -89,7 +89,8 @@ def distribution(
 
 
 def uniform(seed: int | None, position: int) -> float:
-    """A number in [0, 1): of (seed, position) alone, or any without a seed."""
+    """Return a number in [0, 1) that depends on (seed, position) only, or a random one without a
+    seed."""
     if seed is None:
         return float(np.random.default_rng().random())
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())

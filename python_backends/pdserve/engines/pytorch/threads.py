@@ -1,4 +1,4 @@
-"""The torch engine's asynchronous side: one thread per instance computes, the loop goes on."""
+"""The asynchronous side of the torch engine: one thread per instance computes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ThreadedDecode:
         return self._compute.pool
 
     def joined(self, sequence: DecodeSequence) -> None:
-        """Nothing to do: a step reads the pool."""
+        """Do nothing: a step reads the pool."""
 
     async def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
         loop = asyncio.get_running_loop()

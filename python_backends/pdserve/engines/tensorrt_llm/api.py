@@ -1,4 +1,4 @@
-"""The installed ``tensorrt_llm``: imported as it wants to be, and what this version of it has."""
+"""The installed ``tensorrt_llm``: its import, and the features of its version."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from packaging.version import InvalidVersion, Version
 from pdserve.errors import DeploymentError
 
 VERSIONS = SpecifierSet(">=1.0,<1.4.dev0", prereleases=True)
-"""What the code was written by: 1.0 to the 1.3 series."""
-# What a launcher has left would make its workers join, or wait for, a job that is not theirs. What
-# configures MPI stays. So, by other means, does triton_backend/all_models/llmapi.
+"""Versions that the code was written for: 1.0 to the 1.3 series."""
+# Prefixes of the variables of an MPI launcher that would make its workers join, or wait for, a job
+# that is not theirs. Variables that configure MPI are kept. triton_backend/all_models/llmapi does
+# the same by other means.
 MPI_JOB = ("OMPI_", "ORTE_", "PMIX_", "PMI_")
 MPI_SETTINGS = ("OMPI_MCA_", "PMIX_MCA_")
 MPI_JOB_SETTINGS = "OMPI_MCA_orte_"
-# Looked at once, by CUDA and by the workers' launcher.
+# Read once, by CUDA and by the workers' launcher.
 GPUS = ("CUDA_VISIBLE_DEVICES", "TRTLLM_VISIBLE_DEVICES")
 
 
 class Api:
-    """What is called and set, found by inspection: versions differ.
+    """The classes and fields of the API, found by inspection, since versions differ.
 
     Args:
-        gpus: that the process is to use; none: those it sees.
+        gpus: GPUs that the process may use; none: all that it sees.
 
     Raises:
-        DeploymentError: it cannot be imported, or is of a version that is not known here.
+        DeploymentError: the package cannot be imported, or its version is not supported.
     """
 
     def __init__(self, gpus: Sequence[int]) -> None:
@@ -58,17 +59,18 @@ class Api:
 
     @property
     def has_own_ids(self) -> bool:
-        """Requests of both roles may carry an id that was made outside, for the whole fleet."""
+        """Tell whether requests of both roles may carry an id that is unique over the whole
+        deployment."""
         return "disagg_request_id" in self.link_fields
 
     @property
     def has_timeout(self) -> bool:
-        """A KV cache that nobody takes is let go of after a time."""
+        """Tell whether a KV cache that no decode takes is freed after a time."""
         return "kv_transfer_timeout_ms" in self.transceiver_fields
 
     @property
     def has_runtimes(self) -> bool:
-        """There is a choice of transceivers."""
+        """Tell whether the transceiver can be chosen."""
         return "transceiver_runtime" in self.transceiver_fields
 
 
@@ -79,7 +81,7 @@ def _is_of_a_job(variable: str) -> bool:
 
 
 def check_version(version: str) -> None:
-    """Raises: DeploymentError: not of a series that is known here."""
+    """Check the version. Raises DeploymentError if it is not supported."""
     try:
         known = Version(version) in VERSIONS
     except InvalidVersion:
@@ -89,7 +91,7 @@ def check_version(version: str) -> None:
 
 
 def field_names(of: Any) -> frozenset[str]:
-    """Names of the fields of a dataclass or a pydantic model."""
+    """Return the names of the fields of a dataclass or a pydantic model."""
     if dataclasses.is_dataclass(of):
         return frozenset(one.name for one in dataclasses.fields(of) if one.init)
     if hasattr(of, "model_fields"):

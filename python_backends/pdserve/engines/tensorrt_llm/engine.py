@@ -1,4 +1,4 @@
-"""``context_only`` and ``generation_only`` requests to one ``LLM``, which does all the rest."""
+"""An engine over one ``LLM``, by its ``context_only`` and ``generation_only`` requests."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from pdserve.engines.tensorrt_llm.link import pack, unpack
 _log = logging.getLogger(__name__)
 
 CONTEXT, GENERATION = "context_only", "generation_only"
-# Ids below are the engine's own (disagg_utils.py: MIN_GLOBAL_ID); it has 64 signed bits for them.
+# Smaller ids are the engine's own (disagg_utils.py: MIN_GLOBAL_ID); it has 64 signed bits for them.
 FIRST_ID, LAST_ID = 1 << 40, (1 << 63) - 1
-# For statistics and events that have come already; waiting is done elsewhere.
+# Timeout for statistics and events that have arrived already; waiting is done elsewhere.
 LOOK_S = 0.01
-# docs/source/features/disagg-serving.md: context requests go with the plain scheduler alone; 1.0
+# docs/source/features/disagg-serving.md: context requests need the scheduler without overlap; 1.0
 # refuses them otherwise.
 DEFAULTS: dict[config.Role, dict[str, Any]] = {
     "prefill": {"disable_overlap_scheduler": True},
@@ -39,13 +39,13 @@ FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 class TensorRTLLM:
     """One ``LLM`` in one role: a ``ContextEngine`` or a ``GenerationEngine``.
 
-    Its calls are made in one event loop, that of the instance; it computes in processes of its own.
+    Its calls are made in the instance's event loop; it computes in processes of its own.
 
     Args:
-        context_length: of the model.
+        context_length: context length of the model.
 
     Raises:
-        DeploymentError: not installed, of an unknown version, or it refuses its arguments.
+        DeploymentError: it is not installed, has an unknown version, or refuses its arguments.
     """
 
     def __init__(
@@ -113,14 +113,15 @@ class TensorRTLLM:
         [token] = completion.token_ids
         made = completion.disaggregated_params
         if keep and made is not None and made.ctx_request_id is not None:
-            # Versions differ in whether one that has ended is kept, too: it counts as kept.
+            # Versions differ in whether a finished one is kept, too: it counts as kept.
             return Context(token, token in self._eos_ids, pack(made), 0)
         if keep and completion.finish_reason != "stop":
             raise errors.InstanceError("context_only: no link came back")
         return Context(token, token in self._eos_ids, b"", 0)
 
     def _new_id(self) -> dict[str, int]:
-        """For each attempt another: a retry with the old one would meet its own past."""
+        """Return a new id for each attempt: a retry with the former id would find the former
+        request."""
         if not self._api.has_own_ids:
             return {}
         return {"disagg_request_id": FIRST_ID + secrets.randbelow(LAST_ID - FIRST_ID)}
@@ -142,8 +143,8 @@ class TensorRTLLM:
                 reason = completion.finish_reason
                 if reason is not None and reason not in FINISHED:
                     raise errors.InstanceError(f"the engine ended the answer: {reason}")
-                # All so far, from the context's token on. token_ids_diff leaves that one out only
-                # where it comes with exactly one more.
+                # All tokens so far, beginning with the context's. token_ids_diff omits that one
+                # only where it comes with exactly one more.
                 ids = completion.token_ids
                 if list(ids[:1]) != told[:1] and told and ids:
                     raise errors.InstanceError(f"the answer begins with {ids[0]}, not {told[0]}")
@@ -161,10 +162,10 @@ class TensorRTLLM:
     # --------------------------------------------------------------------- both
 
     def _begin(self, asked: Asked, params: Any, *, streaming: bool) -> Any:
-        """Raises: InvalidRequest, InstanceError."""
+        """Begin a request. Raises InvalidRequest or InstanceError."""
         arguments = sampling.arguments(asked, self._eos_ids, self._api.sampling_fields)
         try:
-            # The order of its parameters differs between versions.
+            # By keyword: the order of its parameters differs between versions.
             return self._llm.generate_async(
                 inputs=asked.prompt.tolist(),
                 sampling_params=self._api.sampling_params(**arguments),
@@ -198,22 +199,22 @@ def _blocks(stats: dict[str, float]) -> dict[str, float]:
 
 
 def _abort(output: Any) -> None:
-    """Of one that has ended it is nothing."""
+    """Abort a request, unless it has finished."""
     if not output.finished:
         output.abort()
 
 
 def _transceiver(api: Api, wanted: Any, lease_s: float) -> dict[str, Any]:
-    """Keyword arguments of a CacheTransceiverConfig.
+    """Return the keyword arguments of a CacheTransceiverConfig.
 
     Raises:
         DeploymentError: this version has no such option.
     """
     options = {"backend": "DEFAULT", **msgspec.to_builtins(wanted)}
-    if api.has_timeout:  # nobody else frees a KV cache that no decode has taken
+    if api.has_timeout:  # otherwise a KV cache that no decode has taken is never freed
         options["kv_transfer_timeout_ms"] = int(lease_s * 1e3)
     if api.has_runtimes:
-        # "auto" decides by each server's own environment, and only its log says what.
+        # "auto" depends on each server's environment, and only its log says what was chosen.
         nixl = options["backend"] in ("DEFAULT", "NIXL")
         options.setdefault("transceiver_runtime", "PYTHON" if nixl else "CPP")
     for name in sorted(set(options) - api.transceiver_fields):

@@ -1,7 +1,8 @@
-"""DisaggregatedParams as bytes and back: every field that a version has, whatever it means.
+"""Converts DisaggregatedParams to bytes and back: every field that a version has, without its
+meaning.
 
 With the C++ transceiver the link is ``opaque_state`` and a request id, with the Python one an
-endpoint, a rank and a request id. Nothing here depends on which.
+endpoint, a rank and a request id. Nothing here depends on which it is.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ Plain = None | bool | int | float | str | bytes | list[Any] | dict[str, Any]
 
 
 def pack(params: Any) -> bytes:
-    """The fields that are set.
+    """Encode the fields that are set.
 
     Raises:
-        HandleError: one of them is no plain data, which this link does not carry.
+        HandleError: a field is no plain data, which this link cannot carry.
     """
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(params):
@@ -36,13 +37,13 @@ def pack(params: Any) -> bytes:
 
 
 def unpack(link: bytes, kind: Any, request_type: str) -> Any:
-    """The params of another engine, for a request of this type.
+    """Decode the params of another engine, for a request of this type.
 
     Args:
-        kind: the DisaggregatedParams of the installed version.
+        kind: the DisaggregatedParams class of the installed version.
 
     Raises:
-        HandleError: not what ``pack`` makes, or of another version's fields.
+        HandleError: it was not made by ``pack``, or has fields of another version.
     """
     try:
         fields = msgspec.msgpack.decode(link, type=dict[str, Any])

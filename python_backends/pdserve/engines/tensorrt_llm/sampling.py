@@ -1,4 +1,4 @@
-"""A request's sampling by the names of TensorRT-LLM's SamplingParams."""
+"""A request's sampling parameters as TensorRT-LLM's SamplingParams."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ IGNORED_PROMPT = "prompt_ignore_length"
 
 
 def check(fields: Collection[str]) -> None:
-    """Raises: DeploymentError: the installed SamplingParams cannot say what a request may ask."""
+    """Check the fields of SamplingParams. Raises DeploymentError if one that a request needs is
+    missing."""
     missing = [name for name in NEEDED if name not in fields]
     if missing:
         raise DeploymentError(f"tensorrt_llm: SamplingParams has no {', '.join(missing)}")
 
 
 def arguments(asked: Asked, eos_ids: list[int], fields: Collection[str]) -> dict[str, Any]:
-    """Keyword arguments of a SamplingParams of its own: the engine writes to it.
+    """Return the keyword arguments of a new SamplingParams, which the engine modifies.
 
     Args:
-        eos_ids: that end an answer.
-        fields: that the installed SamplingParams has.
+        eos_ids: ids that end an answer.
+        fields: fields of the installed SamplingParams.
     """
     sampling = asked.sampling
     given: dict[str, Any] = {
         "max_tokens": asked.max_tokens,
-        # The engine has no tokenizer that would say it.
+        # The engine has no tokenizer that would provide them.
         "end_id": eos_ids[0],
         "pad_id": eos_ids[0],
         "ignore_eos": asked.ignore_eos,
@@ -48,7 +49,8 @@ def arguments(asked: Asked, eos_ids: list[int], fields: Collection[str]) -> dict
     if sampling.greedy:
         given["top_k"] = 1
     else:
-        # Without top_p it would be greedy, whatever the temperature; without top_k, all count.
+        # Without top_p it would be greedy, whatever the temperature; without top_k, all tokens
+        # count.
         given |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.top_k:
             given["top_k"] = sampling.top_k

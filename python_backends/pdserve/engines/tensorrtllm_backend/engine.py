@@ -1,7 +1,7 @@
-"""A context and a generation model of the C++ backend, reached over gRPC.
+"""A context or a generation model of the C++ backend, reached over gRPC.
 
-A request is a stream of its own on one connection: to end the stream is to cancel the request, and
-no other.
+Each request is a separate stream on one connection: ending the stream cancels that request and no
+other.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class BackendModel:
     """One model in one role: a ``ContextEngine`` or a ``GenerationEngine``.
 
     Args:
-        context_length: of the model.
+        context_length: context length of the model.
 
     Raises:
-        DeploymentError: the model's files say nothing of how an answer ends.
+        DeploymentError: the model's files do not say how an answer ends.
     """
 
     def __init__(self, name: str, deployment: config.Deployment, context_length: int) -> None:
@@ -44,7 +44,7 @@ class BackendModel:
         # The backend ends an answer before its end_id; here, as with other engines, that is its
         # last token.
         self._cut_off = self._eos_ids[0]
-        # How long an engine really keeps a KV cache cannot be set, nor asked, from here.
+        # How long an engine really keeps a KV cache can be neither set nor queried from here.
         self.keeps_s = deployment.prefill.lease_s
         self.context_length = context_length
         self.vocabulary = checkpoint.vocabulary(model)
@@ -75,12 +75,12 @@ class BackendModel:
             async for ids, _ in answers:
                 untold += ids
                 if first is not None and not told and ids:
-                    # It repeats the context's token, for callers who have passed on nothing yet.
+                    # It repeats the context's token, for clients that have not passed it on yet.
                     if ids[0] != first:
                         raise errors.InstanceError(f"the answer begins with {ids[0]}, not {first}")
                     del untold[0]
                 told += ids
-                # The last of them are told with the reason, which is not in any response.
+                # The last tokens are sent with the finish reason, which is not in any response.
                 if untold and len(told) < asked.max_tokens:
                     yield Piece(untold, "")
                     untold = []
@@ -95,7 +95,7 @@ class BackendModel:
     async def _answers(
         self, request: Tensors, kind: dict[str, str]
     ) -> AsyncGenerator[Answer, None]:
-        """The responses to a request; closed early, it is cancelled. Raises: InstanceError."""
+        """Yield the responses to a request; closing early cancels it. Raises InstanceError."""
         inputs = []
         for name, array in request.items():
             tensor = InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
@@ -131,10 +131,10 @@ class BackendModel:
             responses.cancel()
 
     async def report(self) -> Report:
-        """Implements ``EngineTerms``; the backend has metrics of its own."""
+        """Implements ``EngineTerms``; the backend has its own metrics."""
         return Report({}, {})
 
     async def close(self) -> None:
-        """Leave it; its server is not ours."""
+        """Close the connection; the server is not ours."""
         if self._client is not None:
             await self._client.close()

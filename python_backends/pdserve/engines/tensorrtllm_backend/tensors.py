@@ -1,4 +1,4 @@
-"""The backend's tensors: what a request becomes, and what is read of a response.
+"""The backend's tensors: those of a request, and those of a response.
 
 Source of names, types and shapes:
 ``triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/config.pbtxt``.
@@ -15,7 +15,7 @@ from pdserve.engines.external import Asked
 from pdserve.errors import InstanceError
 
 REQUEST_TYPE = "request_type"
-"""A parameter of the request, no tensor."""
+"""A parameter of the request, not a tensor."""
 CONTEXT, GENERATION = "context_only", "generation_only"
 LINK = "context_phase_params"
 IDS, LENGTH = "output_ids", "sequence_length"
@@ -24,7 +24,7 @@ Tensors = dict[str, NDArray[Any]]
 
 
 def request(asked: Asked, eos_ids: list[int], *, streaming: bool, link: bytes = b"") -> Tensors:
-    """Inputs, each with its batch dimension of one."""
+    """Return the inputs of a request, each with a batch dimension of one."""
     sampling = asked.sampling
     tensors = {
         "input_ids": asked.prompt.astype(np.int32)[None],
@@ -41,7 +41,7 @@ def request(asked: Asked, eos_ids: list[int], *, streaming: bool, link: bytes = 
     if not asked.ignore_eos:
         tensors["end_id"] = tensors["pad_id"] = _one(eos_ids[0], np.int32)
         if len(eos_ids) > 1:
-            others = eos_ids[1:]  # words of one token, and where each of them ends
+            others = eos_ids[1:]  # words of one token, and the end of each
             tensors["stop_words_list"] = np.array([[others, range(1, len(others) + 1)]], np.int32)
     if sampling.greedy:
         tensors["runtime_top_k"] = _one(1, np.int32)
@@ -57,7 +57,7 @@ def request(asked: Asked, eos_ids: list[int], *, streaming: bool, link: bytes = 
 
 
 class Answer(NamedTuple):
-    """What a response tells."""
+    """The tokens and the link of a response."""
 
     ids: list[int]
     link: bytes
@@ -67,7 +67,7 @@ def answer(outputs: Tensors) -> Answer:
     """Read the outputs of a batch of one with one beam.
 
     Raises:
-        InstanceError: it has no tokens.
+        InstanceError: the response has no tokens.
     """
     if IDS not in outputs or LENGTH not in outputs:
         raise InstanceError(f"a response without {IDS} or {LENGTH}: {sorted(outputs)}")
