@@ -1,11 +1,11 @@
-"""What a client saw of each request, and the statistics of many.
+"""The times that a client measured of each request, and statistics over many.
 
-Per request: *TTFT* from sending it to its first response; *E2E* to its last; *ITL* the time
-between the two by the tokens that came after the first: (last - first) / (tokens - 1). It is per
-token, not per response: a response carries every token that is ready, and how many is not told,
-so that the first response of a loaded server may hold a second token and ITL be a little low.
-*gap* is between two responses, what a reader sees the text stand still. Answers of one response
-have neither ITL nor gap.
+Per request: *TTFT* is the time from sending it to its first response; *E2E* that to its last; *ITL*
+is the time between the two, divided by the tokens after the first: (last - first) / (tokens - 1).
+It is per token, not per response: a response carries every token that is ready, and not how many,
+so that the first response of a loaded server may hold a second token and ITL be a little low. *gap*
+is the time between two responses, in which a reader sees no new text. Answers of one response have
+neither ITL nor gap.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from msgspec import Struct
 
 @dataclass(slots=True)
 class Answer:
-    """One request's times, in seconds of any clock."""
+    """The times of one request, in seconds of any clock."""
 
     sent: float
     responses: list[float] = field(default_factory=list)
     tokens: int = 0
-    """As the server's stats say."""
+    """Number of tokens, from the server's stats."""
 
     @property
     def ttft(self) -> float:
@@ -37,7 +37,7 @@ class Answer:
 
     @property
     def itl(self) -> list[float]:
-        """One value, or none."""
+        """Return one value, or none."""
         if len(self.responses) < 2 or self.tokens < 2:
             return []
         return [(self.responses[-1] - self.responses[0]) / (self.tokens - 1)]
@@ -49,7 +49,7 @@ class Answer:
 
 
 class Percentiles(Struct):
-    """Milliseconds."""
+    """Percentiles in milliseconds."""
 
     p50: float
     p90: float
@@ -57,7 +57,7 @@ class Percentiles(Struct):
 
 
 class Summary(Struct):
-    """Many answers."""
+    """Statistics over many answers."""
 
     requests: int
     requests_per_s: float
@@ -70,7 +70,7 @@ class Summary(Struct):
 
 
 def summarize(answers: Sequence[Answer]) -> Summary:
-    """Rates are over the time from the first request to the last response."""
+    """Summarize answers; rates are over the time from the first request to the last response."""
     begin = min(answer.sent for answer in answers)
     seconds = max(answer.responses[-1] for answer in answers) - begin
     return Summary(

@@ -1,10 +1,11 @@
-"""Whether KV caches that arrive disturb those that are being decoded.
+"""Measures whether arriving KV caches disturb running decode streams.
 
     python -m perf.arrivals [--quick]
 
-One prefill, one decode, emulated compute, real KV bytes. Streams decode for the whole of a
-measurement; in every other one, prompts of 1,000 tokens (45 MB each) arrive at the same decode, at
-a steady rate. Compared is the time between two responses of the streams, which carry a token each.
+One prefill, one decode, emulated compute, real KV bytes. Streams decode during the whole
+measurement; in every second phase, prompts of 1,000 tokens (45 MB each) arrive at the same decode,
+at a steady rate. The measured value is the time between two responses of the streams, which carry
+one token each.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from perf.serving import deployment, serving
 STREAMS = 8
 ARRIVALS_PER_S = 4.0
 ARRIVING_TOKENS = 1000
-# The first answers' text is not there at once, and neither is the batch.
+# Seconds until the first answers' text has come and the batch has formed.
 SETTLE_S = 1.0
 console = Console()
 
 
 class Phase(Struct):
-    """Times between two responses of the streams: milliseconds."""
+    """Times between two responses of the streams, in milliseconds."""
 
     arrivals: int
     mib_arrived: float
@@ -84,11 +85,11 @@ async def _phase(address: str, seconds: float, arriving: bool, seed: int) -> Pha
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="short phases")] = False,
 ) -> None:
-    """Whether KV caches that arrive disturb those that are being decoded."""
+    """Measure whether arriving KV caches disturb running decode streams."""
     record = Record("arrivals-quick" if quick else "arrivals")
     seconds, turns = (3.0, 1) if quick else (10.0, 4)
     made = deployment("kv_45kib", each=1, arena_mib=1024)
-    # Every token a response of its own: what is measured is the decode's steps.
+    # One response per token, since the decode's steps are measured.
     decode = config.Decode(blocks=4096, response_cost_ms=0.0)
     made = msgspec.structs.replace(made, decode=decode)
     phases: dict[Literal["without", "with"], list[Phase]] = {"without": [], "with": []}

@@ -1,4 +1,4 @@
-"""Every budget in one table: engine, overhead, load with the baselines."""
+"""Measures every budget in one table: engine, overhead, load with the baselines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ console = Console()
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="a few minutes, for CI")] = False,
 ) -> None:
-    """Every budget in one table; each part writes its own file in perf/results."""
+    """Measure every budget in one table; each part writes its own file in perf/results."""
     effort = (1, 15.0) if quick else (5, 120.0)
     measured = [*engine.run(str(MODEL), *effort, quick=quick), *overhead.run(quick=quick)]
     console.print(budgets.table(measured))

@@ -1,4 +1,4 @@
-"""What a measurement is held against."""
+"""Budgets: the limits of measured values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Budget(Struct):
     unit: str
     bound: Literal["at most", "at least"]
     limit: float | None
-    """None: nothing is promised."""
+    """None: there is no target."""
     moonshot: float | None = None
 
     def met(self, limit: float | None) -> bool | None:
@@ -27,7 +27,7 @@ class Budget(Struct):
 
 
 def table(budgets: Sequence[Budget]) -> Table:
-    """All of them, those that are missed in red."""
+    """Return a table of all budgets, with missed ones in red."""
     shown = Table("what", "measured", "budget", "moonshot")
     for one in budgets:
         shown.add_row(

@@ -1,9 +1,9 @@
-"""The two ways to an instance, BLS and gRPC, side by side.
+"""Compares the two channels to an instance, BLS and gRPC, side by side.
 
     python -m perf.channels [--quick]
 
-One server for each channel, both running all the time; the measurements take turns. The numbers
-behind ``docs/channels.md``.
+There is one server for each channel, and both run all the time; the measurements take turns. These
+are the numbers of ``docs/channels.md``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ console = Console()
 
 
 class Row(Struct):
-    """One number of each channel: medians of the repeats."""
+    """One value for each channel: medians of the repeats."""
 
     what: str
     grpc: float
@@ -52,7 +52,7 @@ def _load(server: MeasuredServer, streams: int, requests: int, tokens: int, seed
 
 
 def instant(server: MeasuredServer, requests: int, seed: int) -> dict[str, float]:
-    """Engines that wait for nothing."""
+    """Measure with engines that do not wait."""
     one = overhead.ttft(server, requests, seed)
     costs = {stream: overhead.cost(server, requests, stream, seed) for stream in (True, False)}
     many = _load(server, 32, max(requests // 32, 1), 16, seed)
@@ -72,7 +72,7 @@ def instant(server: MeasuredServer, requests: int, seed: int) -> dict[str, float
 
 
 def ten_ms(server: MeasuredServer, tokens: int, seed: int) -> dict[str, float]:
-    """Engines that take 10 ms for a token."""
+    """Measure with engines that take 10 ms for a token."""
     values: dict[str, float] = {}
     for streams in (8, 64):
         measured = _load(server, streams, 2, tokens, seed)
@@ -120,7 +120,7 @@ def measure(repeats: int, *, quick: bool) -> list[Row]:
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="fewer requests, one repeat")] = False,
 ) -> None:
-    """The two ways to an instance, BLS and gRPC, side by side."""
+    """Compare the two channels to an instance, BLS and gRPC, side by side."""
     record = Record("channels-quick" if quick else "channels")
     rows = measure(1 if quick else 5, quick=quick)
     table = Table("", *CHANNELS)

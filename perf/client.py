@@ -1,9 +1,9 @@
-"""A lean client: streams of requests over gRPC, one after the other in each, with their times.
+"""A small client that measures times: streams over gRPC, each of requests one after another.
 
-perf_analyzer is the client of ``perf.load``; this one is for what cannot be had from it: streams
-that all run from the beginning of a measurement to its end, and the CPU time of the server
-between the two. It runs in a process of its own, but on the same cores as the server: its own
-CPU time limits a measurement, and is reported with every result.
+perf_analyzer is the client of ``perf.load``; this one measures what perf_analyzer cannot: streams
+that all run from the beginning of a measurement to its end, and the CPU time of the server between
+the two. It runs in a separate process, but on the same cores as the server: its own CPU time limits
+a measurement, and is reported with every result.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ STREAMS_PER_CONNECTION = 16
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a server."""
+    """A load that is put on a server."""
 
     address: str
     """Host and gRPC port."""
     model: str
     streams: int
     requests: int
-    """In each stream."""
+    """Number of requests in each stream."""
     prompt_tokens: int
     output_tokens: int
     stream: bool
     seed: int = 0
     watch: dict[str, int] = field(default_factory=dict)
-    """Processes whose CPU time is wanted: name and id."""
+    """Names and ids of processes whose CPU time is measured."""
 
 
 @dataclass
 class Measured:
-    """All answers to a load, and the CPU seconds it took."""
+    """All answers to a load, and the CPU seconds that it took."""
 
     answers: list[Answer]
     client_cpu_s: float
@@ -70,7 +70,7 @@ def run(load: Load) -> Measured:
 def message(
     model: str, name: str, text: str, output_tokens: int, stream: bool
 ) -> service_pb2.ModelInferRequest:
-    """A request to pdserve or a model with its tensors."""
+    """Return a request to pdserve or a model with its tensors."""
     data = text.encode()
     inputs = (
         ("text_input", "BYTES", struct.pack("<I", len(data)) + data),
@@ -88,7 +88,8 @@ def message(
 
 
 def output_tokens(response: service_pb2.ModelInferResponse) -> int | None:
-    """From the stats of an answer's last response; None: it is not the last."""
+    """Return the output tokens in the stats of an answer's last response; None: it is not the
+    last."""
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         if output.name == "stats":
             return int(msgspec.json.decode(raw[4:])["output_tokens"])
@@ -129,7 +130,7 @@ async def _run_all(load: Load) -> Measured:
 async def one_stream(
     connection: grpc.aio.Channel, requests: Sequence[service_pb2.ModelInferRequest]
 ) -> list[Answer]:
-    """Make each request when the one before has been answered."""
+    """Send each request when the previous one has been answered."""
     outgoing: asyncio.Queue[service_pb2.ModelInferRequest] = asyncio.Queue()
 
     async def sent() -> AsyncIterator[service_pb2.ModelInferRequest]:

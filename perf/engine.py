@@ -1,10 +1,10 @@
-"""The torch engine against transformers' own forward and generate, side by side in one run.
+"""Compares the torch engine with transformers' own forward and generate, side by side in one run.
 
     python -m perf.engine [--model DIRECTORY] [--rounds 5] [--patience 120]
 
-Ours and theirs take turns, and medians of the turns are compared. Turns during which
-other processes took more than a tenth of the machine do not count, and are repeated
-as long as patience lasts.
+Ours and theirs take turns, and medians of the turns are compared. Turns during which other
+processes took more than a tenth of the machine do not count, and are repeated as long as the
+patience lasts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-# As an instance has it: see pdserve.engines.build. Read by OpenMP when torch is imported.
+# As in an instance: see pdserve.engines.build. OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -43,26 +43,26 @@ from perf.record import Record
 from perf.serving import MODEL
 
 PROMPTS = (128, 512, 2000)
-# Those of a tuple take turns with each other, so that their ratio is of one time.
+# Batches in one tuple take turns with each other, so that their ratio is of one period.
 BATCHES = ((1, 8), (16,), (64,))
 MAX_BATCH = 64
 DECODE_PROMPT = 128
 DECODE_TOKENS = 9
 CALM = 0.1
-# Short turns are taken more often, until each side has had about so long.
+# Short turns are repeated until each side has run for about these seconds.
 LEAST_S = 10.0
 console = Console()
 
 
 class Row(Struct):
-    """Ours beside theirs, medians."""
+    """Ours and theirs, medians."""
 
     size: int
-    """Prompt tokens, or sequences in a step."""
+    """Number of prompt tokens, or of sequences in a step."""
     ours_ms: float
     theirs_ms: float
     ratio: float
-    """Theirs by ours: how many times as fast ours is."""
+    """Theirs divided by ours: the speed-up of ours."""
 
     @classmethod
     def of(cls, size: int, ours_s: float, theirs_s: float) -> Row:
@@ -72,7 +72,7 @@ class Row(Struct):
 
 
 class Clock(StoppingCriteria):
-    """Notes when generate has each token."""
+    """Records when generate has each token."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
@@ -89,7 +89,8 @@ def timed(call: Callable[[], object]) -> float:
 
 
 class Others:
-    """The part of the machine, 0 to 1, that other processes have taken since it was made."""
+    """The share of the machine, 0 to 1, that other processes have used since the object was
+    made."""
 
     def __init__(self) -> None:
         self._began = self._now()
@@ -109,16 +110,16 @@ class Others:
 
 @dataclass
 class Turns:
-    """Who takes turns, how often, and what disturbed them."""
+    """Measures several sides in turns, and records how much other processes disturbed them."""
 
     rounds: int
     patience_s: float
     least_s: float
-    """For each side of a measurement, about."""
+    """Approximate minimum seconds for each side of a measurement."""
     shares: list[float] = field(default_factory=list)
 
     def take(self, **sides: Callable[[], float]) -> dict[str, float]:
-        """Median of each side's seconds over its calmest turns; the first is a warm-up."""
+        """Return the median seconds of each side over its calmest turns; the first is a warm-up."""
         seen: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for side in sides.values():
             side()
@@ -206,7 +207,7 @@ def decode(model: TorchModel, theirs: Any, turns: Turns) -> list[Row]:
 
 
 def run(model: str, rounds: int, patience_s: float, *, quick: bool) -> list[Budget]:
-    """Measure, show, write ``perf/results/engine.json``."""
+    """Measure, show, and write ``perf/results/engine.json``."""
     record = Record("engine-quick" if quick else "engine")
     transformers.logging.disable_progress_bar()
     turns = Turns(rounds, patience_s, 0.0 if quick else LEAST_S)
@@ -250,7 +251,8 @@ def main(
     patience: Annotated[float, typer.Option(help="seconds for a measurement at most")] = 120.0,
     quick: Annotated[bool, typer.Option("--quick", help="one turn each")] = False,
 ) -> None:
-    """The torch engine against transformers' own forward and generate, side by side in one run."""
+    """Compare the torch engine with transformers' own forward and generate, side by side in one
+    run."""
     run(model, 1 if quick else rounds, patience, quick=quick)
 
 

@@ -1,12 +1,13 @@
-"""How much of a transfer is hidden behind the prefill: whole against auto, over a slow network.
+"""Measures how much of a transfer is hidden behind the prefill: whole against auto, on a slow
+network.
 
     python -m perf.exposure [--quick]
 
-A prefill and a decode on two hosts (network namespaces, so for root) joined by 1 Gbit/s, a gateway
-on a third; emulated compute, real KV bytes. `auto` is the default, and layered here, as the link is
-slow and the prompts are long. `exposed` is what a decode says of a pull that came
-after the last layer had been computed; what the client sees of it is the time from the first token
-to the second.
+A prefill and a decode on two hosts (network namespaces, which need root) are joined by 1 Gbit/s,
+with a gateway on a third; emulated compute, real KV bytes. `auto` is the default, and layered here,
+as the link is slow and the prompts are long. `exposed` is the part of a pull after the last layer
+had been computed, as the decode reports it; the client sees it as the time from the first token to
+the second.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ console = Console()
 
 
 class Timed(Struct):
-    """One prompt length: medians, milliseconds."""
+    """Times for one prompt length: medians in milliseconds."""
 
     tokens: int
     strategy: str
@@ -47,7 +48,7 @@ class Timed(Struct):
     transfer: float
     exposed: float
     second_token: float
-    """From the first token to the second, at the client."""
+    """Time from the first token to the second, at the client."""
 
 
 def _deployment(strategy: Literal["whole", "auto"], key: Path) -> config.Deployment:
@@ -85,7 +86,7 @@ async def _measure(server: object, strategy: str, repeats: int) -> list[Timed]:
     found = []
     async with connected(server) as client:  # type: ignore[arg-type]
         for tokens in LENGTHS:
-            # The first also pays for what is set up once.
+            # The first request also pays for one-time setup.
             answers = [
                 await _ask(client, rng.integers(100, 40_000, tokens).tolist(), expected)
                 for _ in range(repeats + 1)
@@ -110,7 +111,7 @@ async def _measure(server: object, strategy: str, repeats: int) -> list[Timed]:
 
 
 def main(quick: Annotated[bool, typer.Option("--quick", help="few turns")] = False) -> None:
-    """How much of a transfer is hidden behind the prefill, over a slow network."""
+    """Measure how much of a transfer is hidden behind the prefill, on a slow network."""
     reason = network.available()
     if reason:
         raise typer.BadParameter(f"not possible here: {reason}")

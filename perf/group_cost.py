@@ -1,9 +1,9 @@
-"""What a request costs a gateway as its group grows.
+"""Measures the cost of a request in a gateway as its group grows.
 
     python -m perf.group_cost [--quick]
 
 Everything is in one process: the scheduler and its KV links, and instances that answer at once over
-a channel in memory. So what is measured is the gateway's own work, without any channel's: the CPU
+a channel in memory. So only the gateway's own work is measured, without that of a channel: the CPU
 milliseconds of a request of three tokens, the seconds until all planned KV links of a new group are
 made, and memory. The group has as many prefills as decodes.
 """
@@ -35,13 +35,13 @@ from pdserve.transfer.reports import NO_TRANSFER, LinkReport
 from perf.record import Record
 
 SIZES = (2, 32, 500, 1000, 2000)
-"""Instances, prefills and decodes together."""
+"""Numbers of instances, prefills and decodes together."""
 REQUESTS, QUICK_REQUESTS, ROUNDS = 2000, 300, 5
 PROMPT = bytes(4 * 128)
 SLOTS = 8
 LINKED_S = 60.0
 State = Literal["idle", "half full", "half busy"]
-"""All instances are idle; this gateway has filled half of them; others have."""
+"""All instances are idle; this gateway has filled half of them; other gateways have."""
 ROOM = messages.Room(SLOTS, 1 << 12)
 console = Console()
 
@@ -53,7 +53,7 @@ class Memory:
         self.name = name
         self.busy = False
         self.refuses = False
-        """It cannot be linked to anything."""
+        """True if it refuses all links."""
 
     def open(self, call: str, request: messages.Request) -> Replies:
         replies = Replies(call)
@@ -81,26 +81,26 @@ class Memory:
                 return []
 
     def forget(self, call: str) -> None:
-        """Nothing is kept."""
+        """Do nothing: no call is kept."""
 
     def lose(self, epoch: bytes) -> None:
-        """It is never lost."""
+        """Do nothing: the instance is never lost."""
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is no connection."""
 
 
 class Cost(Struct):
-    """Of one size of a group."""
+    """The costs of one size of a group."""
 
     instances: int
     request_ms: dict[State, float]
     """CPU time; the median of ROUNDS rounds."""
     links: int
     usable_s: float
-    """From nothing until all its planned links are made."""
+    """Seconds from its creation until all its planned links are made."""
     mib: float
-    """Allocated by Python for all of it."""
+    """Memory that Python allocated for all of it."""
 
 
 class Site:
@@ -131,7 +131,7 @@ class Site:
         self._served = 0
 
     async def linked(self) -> float:
-        """Seconds until the planned links are made."""
+        """Make the planned links, and return the seconds that it took."""
         began = time.monotonic()
         running = asyncio.create_task(self.links.run())
         while self.links.missing:
@@ -151,7 +151,7 @@ class Site:
         assert request.output_tokens == 3
 
     def put(self, state: State) -> None:
-        """Every other instance is not idle, if so."""
+        """Put every second instance into a state."""
         for channel, instance in zip(self.channels, (*self.prefills, *self.decodes), strict=True):
             odd = int(channel.name.rpartition("_")[2]) % 2 == 1
             channel.busy = odd and state == "half busy"
@@ -159,7 +159,7 @@ class Site:
 
 
 async def measure(instances: int, requests: int) -> Cost:
-    """Build a group and send it requests, one after the other, in each state."""
+    """Build a group and send it requests, one after another, in each state."""
     tracemalloc.start()
     site = Site(instances)
     await site.linked()
@@ -180,7 +180,7 @@ async def measure(instances: int, requests: int) -> Cost:
 
 
 def table(costs: list[Cost]) -> Table:
-    """The costs, and what they are of those of the smallest group."""
+    """Return a table of the costs, and their ratios to those of the smallest group."""
     made = Table("instances", *(f"{state}: ms" for state in get_args(State)), "links", "usable: s")
     made.add_column("MiB")
     for cost in costs:
@@ -193,7 +193,7 @@ def table(costs: list[Cost]) -> Table:
 
 
 def main(quick: Annotated[bool, typer.Option("--quick", help="few requests")] = False) -> None:
-    """What a request costs a gateway as its group grows."""
+    """Measure the cost of a request in a gateway as its group grows."""
     record = Record("group_cost-quick" if quick else "group_cost")
     costs = []
     for size in SIZES:

@@ -4,8 +4,8 @@
     python -m perf.load --rate 5:20:5 --output-tokens 64
     python -m perf.load --baselines          # starts a server of its own, see below
 
-What ITL is: see ``perf.answers``. With ``--baselines`` the same load is put on pdserve and on the
-two baselines of ``perf/baselines``, one after the other in one server with emulated engines.
+ITL is defined in ``perf.answers``. With ``--baselines`` the same load is put on pdserve and on the
+two baselines of ``perf/baselines``, one after another in one server with emulated engines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ console = Console()
 
 
 class Level(Struct):
-    """One model under one level of load."""
+    """The results of one model under one level of load."""
 
     model: str
     level: str
@@ -44,7 +44,7 @@ class Level(Struct):
 def measure(
     address: str, models: Sequence[str], workload: Workload, kind: Kind, levels: Sequence[float]
 ) -> list[Level]:
-    """Put the same load on each model; a progress line on a terminal."""
+    """Put the same load on each model; show progress on a terminal."""
     measured = []
     for model, level in itertools.product(models, levels):
         with console.status(f"{model}, {kind} {level:g}"):
@@ -55,10 +55,10 @@ def measure(
 
 
 def levels(text: str) -> list[float]:
-    """``from:to:step`` as perf_analyzer has it, both ends included; ``from`` alone is one level.
+    """Parse ``from:to:step`` like perf_analyzer, both ends included; ``from`` alone is one level.
 
     Raises:
-        typer.BadParameter: it is not that.
+        typer.BadParameter: the text has another form.
     """
     try:
         first, *rest = map(float, text.split(":"))
@@ -112,8 +112,8 @@ def main(
 ) -> None:
     """Load test with perf_analyzer: TTFT, ITL, E2E and throughput of models of a running server.
 
-    With --baselines the same load is put on pdserve and on the two baselines of perf/baselines,
-    one after the other, in a server of their own with emulated engines.
+    With --baselines the same load is put on pdserve and on the two baselines of perf/baselines, one
+    after another, in a separate server with emulated engines.
     """
     record = Record("load" if keep else "load-part")
     workload = Workload(

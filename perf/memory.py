@@ -1,8 +1,9 @@
-"""What N engine processes of one host take together: the weights are mapped, and so shared.
+"""Measures the memory of several engine processes of one host, which share the mapped weights.
 
     python -m perf.memory [--each 2]
 
-PSS counts a page that n processes share as 1/n of it in each: the sum is what the host gives.
+PSS counts a page that n processes share as 1/n in each, so the sum is the memory of the host that
+they use.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ console = Console()
 
 
 def measure(each: int) -> dict[str, Usage]:
-    """A server with ``each`` prefills and decodes of the torch engine, all of which have worked."""
+    """Measure a server with ``each`` prefills and decodes of the torch engine, after some
+    requests."""
     with serving(deployment(None, each=each)) as server:
         client.run(Load(server.grpc, "pdserve", 4 * each, 2, 64, 8, stream=False))
         used = processes.usage(server)
@@ -31,7 +33,7 @@ def measure(each: int) -> dict[str, Usage]:
 
 
 def main(each: Annotated[int, typer.Option(help="prefills, and as many decodes")] = 2) -> None:
-    """PSS of the engine processes of one host, beside those of a pair."""
+    """Measure the PSS of the engine processes of one host, and of a single pair."""
     record = Record("memory")
     measured = {n: measure(n) for n in sorted({1, each})}
     table = Table("engine processes", "PSS MiB of each", "PSS sum", "RSS sum")

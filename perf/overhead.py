@@ -1,10 +1,11 @@
-"""What the path itself costs: emulated engines, so that nothing but the path is measured.
+"""Measures the overhead of the request path, with emulated engines, so that only the path is
+measured.
 
     python -m perf.overhead [--quick]
 
-Server and client share this machine's cores. The client is perf_analyzer (C++) for TTFT and for
-the baselines; for the CPU time and for the 64 streams it is the lean one of ``perf.client``, whose
-own CPU time is in the results.
+Server and client share this machine's cores. The client is perf_analyzer (C++) for TTFT and for the
+baselines; for the CPU time and for the 64 streams it is the small one of ``perf.client``, whose own
+CPU time is in the results.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 16
 CPU_STREAMS = 8
 STREAMS = 64
-TOKEN_MS = 10.0  # as perf/profiles/token_10ms.yaml has it
+TOKEN_MS = 10.0  # equal to that of perf/profiles/token_10ms.yaml
 console = Console()
 
 
 class Cost(Struct):
-    """CPU milliseconds per request of each process; requests in ``CPU_STREAMS`` streams."""
+    """CPU milliseconds per request of each process, with requests in ``CPU_STREAMS`` streams."""
 
     stream: bool
     requests: int
@@ -45,22 +46,22 @@ class Cost(Struct):
 
 
 class Streams(Struct):
-    """Many streams that begin together, one request after the other in each."""
+    """Many streams that begin together, each of requests one after another."""
 
     streams: int
     offered_tokens_per_s: float
     delivered: float
-    """Part of the offered tokens that a stream gets from its first response to its last."""
+    """Share of the offered tokens that a stream gets from its first response to its last."""
     delivered_overall: float
     """The same from sending the first request to the last response of all: prefill included."""
     client_cpu: float
-    """Cores."""
+    """CPU time of the client per second, in cores."""
     server_cpu: float
     summary: Summary
 
 
 class Results(Struct):
-    """Everything; medians come from the repeats."""
+    """All results; medians are over the repeats."""
 
     ttft: list[Summary]
     cost: list[Cost]
@@ -97,13 +98,13 @@ def median(values: Iterable[float]) -> float:
 
 
 def ttft(server: MeasuredServer, requests: int, seed: int) -> Summary:
-    """One stream, one request after the other."""
+    """Measure one stream of requests, one after another."""
     workload = Workload(requests, PROMPT_TOKENS, OUTPUT_TOKENS, seed=seed)
     return summarize(perf_analyzer.run(server.grpc, "pdserve", workload, "concurrency", 1))
 
 
 def cost(server: MeasuredServer, requests: int, stream: bool, seed: int) -> Cost:
-    """CPU time of the server's processes, those included that do nothing for these requests."""
+    """Measure the CPU time of the server's processes, including those that idle."""
     measured = client.run(
         Load(
             address=server.grpc,
@@ -129,7 +130,7 @@ def cost(server: MeasuredServer, requests: int, stream: bool, seed: int) -> Cost
 
 
 def streams(server: MeasuredServer, output_tokens: int, seed: int) -> Streams:
-    """``STREAMS`` streams at ``TOKEN_MS`` a token, two requests in each."""
+    """Measure ``STREAMS`` streams at ``TOKEN_MS`` a token, two requests in each."""
     measured = client.run(
         Load(
             address=server.grpc,
@@ -159,10 +160,10 @@ def streams(server: MeasuredServer, output_tokens: int, seed: int) -> Streams:
 
 
 def measure(repeats: int, *, quick: bool) -> Results:
-    """Two servers, one after the other: one whose engines wait for nothing, one that waits."""
+    """Measure two servers, one after another: one whose engines do not wait, and one that waits."""
     requests = 80 if quick else 400
     with serving(deployment("instant")) as server:
-        ttft(server, 100, 0)  # warms up
+        ttft(server, 100, 0)  # warm-up
         ttfts, costs = [], []
         for repeat in range(1, repeats + 1):
             with console.status(f"overhead: {repeat} of {repeats}"):
@@ -194,7 +195,7 @@ def show(results: Results) -> None:
 
 
 def run(*, quick: bool) -> list[Budget]:
-    """Measure, show, write ``perf/results/overhead.json``."""
+    """Measure, show, and write ``perf/results/overhead.json``."""
     record = Record("overhead-quick" if quick else "overhead")
     results = measure(1 if quick else 5, quick=quick)
     show(results)
@@ -205,7 +206,8 @@ def run(*, quick: bool) -> list[Budget]:
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="fewer requests, one repeat")] = False,
 ) -> None:
-    """What the path itself costs: emulated engines, so that nothing but the path is measured."""
+    """Measure the overhead of the request path, with emulated engines, so that only the path is
+    measured."""
     run(quick=quick)
 
 

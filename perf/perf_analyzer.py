@@ -25,7 +25,7 @@ Kind = Literal["concurrency", "request-rate"]
 
 
 class Failed(Exception):
-    """perf_analyzer could not measure; the message has its last words."""
+    """perf_analyzer could not measure; the message has the end of its output."""
 
 
 class _Output(Struct):
@@ -47,7 +47,7 @@ class _Profile(Struct):
 
 
 class Workload(Struct, frozen=True):
-    """What every request asks for, and how many there are at each level of load."""
+    """The parameters of every request, and the number of requests at each level of load."""
 
     requests: int
     prompt_tokens: int
@@ -61,11 +61,11 @@ def run(address: str, model: str, workload: Workload, kind: Kind, level: float) 
 
     Args:
         address: host and gRPC port.
-        level: so many requests at once, or in a second. One at a time, since perf_analyzer
-            counts requests (``--request-count``) at a single level only.
+        level: number of concurrent requests, or of requests per second. There is one level per run,
+            since perf_analyzer counts requests (``--request-count``) at a single level only.
 
     Raises:
-        Failed: it ended with an error, or a request did.
+        Failed: perf_analyzer ended with an error, or a request did.
     """
     with tempfile.TemporaryDirectory() as folder:
         data, profile = Path(folder) / "input.json", Path(folder) / "profile.json"

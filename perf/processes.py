@@ -1,4 +1,4 @@
-"""What the processes of a server use: CPU time, memory, file descriptors, shared memory."""
+"""Resource usage of a server's processes: CPU time, memory, file descriptors, shared memory."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from pdctl.server import Server
 
 
 class Usage(Struct):
-    """One process at one moment."""
+    """The usage of one process at one moment."""
 
     rss_kib: int
     pss_kib: int
     descriptors: int
     uss_kib: int = 0
-    """What would be freed if it ended: no page that others have mapped."""
+    """Memory that would be freed if the process ended: pages that no other process has mapped."""
 
 
 def ids(server: Server) -> dict[str, int]:
-    """The processes of a running server: ``tritonserver``, and each model's stub by its name."""
+    """Return the processes of a running server: ``tritonserver``, and each model's stub by its
+    name."""
     assert server.token is not None
     found = {}
     for process in footprint.processes([server.token]):
@@ -35,13 +36,13 @@ def ids(server: Server) -> dict[str, int]:
 
 
 def cpu_s(watched: Mapping[str, int]) -> dict[str, float]:
-    """CPU seconds, user and system, that each process has used so far."""
+    """Return the CPU seconds, user and system, that each process has used so far."""
     times = {name: psutil.Process(pid).cpu_times() for name, pid in watched.items()}
     return {name: time.user + time.system for name, time in times.items()}
 
 
 def usage(server: Server) -> dict[str, Usage]:
-    """Memory and file descriptors of every process of a running server."""
+    """Return memory and file descriptors of every process of a running server."""
     used = {}
     for name, pid in ids(server).items():
         process = psutil.Process(pid)
@@ -53,6 +54,6 @@ def usage(server: Server) -> dict[str, Usage]:
 
 
 def shared_memory_kib(server: Server) -> int:
-    """What the server takes of /dev/shm, as far as it has been touched."""
+    """Return the memory that the server uses in /dev/shm, as far as it has been touched."""
     assert server.token is not None
     return sum(region.stat().st_blocks // 2 for region in footprint.regions(server.token))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-# Each is one token of the default model's vocabulary, first or after a space.
+# Each word is one token of the default model's vocabulary, first or after a space.
 _TEXT = (
     "the of and to in is you that it he was for on are as with his they at be this have from "
     "or one had by word but not what all were we when your can said there use an each which she "
@@ -16,6 +16,6 @@ WORDS = _TEXT.split()
 
 
 def prompts(count: int, tokens: int, seed: int) -> list[str]:
-    """``count`` prompts of random words, as many as ``tokens``, the same for the same seed."""
+    """Return ``count`` prompts of ``tokens`` random words each, the same for the same seed."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=tokens)) for _ in range(count)]

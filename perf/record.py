@@ -1,4 +1,4 @@
-"""Results as files: what was run, where, and what came of it."""
+"""Results as files: the command, the machine, and the results."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PACKAGES = ("grpcio", "msgspec", "numpy", "tokenizers", "torch", "tritonclient")
 
 
 class Record:
-    """One run of one measurement; made when it begins."""
+    """One run of one measurement; make it when the run begins."""
 
     def __init__(self, name: str) -> None:
-        """Args: name: of the file in ``perf/results``."""
+        """Begin the record of a run; ``name`` is that of its file in ``perf/results``."""
         self._name = name
         self._load = os.getloadavg()
         self._began = time.time()
 
     def write(self, results: Any) -> Path:
-        """Write the results, anything msgspec can encode, in the place of the run before."""
+        """Write the results, anything that msgspec can encode, in place of the previous run's."""
         document = {
             "command": _command(),
             "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._began)),
@@ -49,7 +49,7 @@ class Record:
 
 
 def _command() -> str:
-    """As it was typed, but for where things lie on this machine."""
+    """Return the command as it was typed, without absolute paths of this machine."""
     spec = sys.modules["__main__"].__spec__
     module = spec.name if spec else Path(sys.argv[0]).stem
     given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]

@@ -29,9 +29,10 @@ def deployment(
     each: int = 2,
     arena_mib: int = 64,
 ) -> config.Deployment:
-    """The default topology: one server with the gateway, ``each`` prefills and as many decodes.
+    """Return the default topology: one server with a gateway, ``each`` prefills and as many
+    decodes.
 
-    Slots and blocks are so many that no measurement here is one of waiting for them.
+    There are enough slots and blocks that no measurement includes waiting for them.
 
     Args:
         profile: name of a timing profile in ``perf/profiles``; None: the torch engine.
@@ -60,7 +61,7 @@ def deployment(
 
 
 class MeasuredServer(Server):
-    """A server whose repository also holds baselines, with the very tensors of pdserve."""
+    """A server whose repository also contains baselines, with the same tensors as pdserve."""
 
     def __init__(
         self, deployment: config.Deployment, run: Path, baselines: tuple[str, ...]
@@ -79,7 +80,7 @@ class MeasuredServer(Server):
 
 @contextlib.contextmanager
 def serving(deployment: config.Deployment, *baselines: str) -> Iterator[MeasuredServer]:
-    """A running server; it ends, and leaves nothing behind, with the ``with`` block."""
+    """Run a server; it ends, and leaves nothing behind, with the ``with`` block."""
     with tempfile.TemporaryDirectory(prefix="pdserve-perf-") as run:
         server = MeasuredServer(deployment, Path(run), baselines)
         try:
@@ -91,7 +92,7 @@ def serving(deployment: config.Deployment, *baselines: str) -> Iterator[Measured
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now."""
+    """Return ports on which nothing listens at the moment."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -1,14 +1,15 @@
-"""Many short requests, and what they leave behind in the server's processes.
+"""Sends many short requests, and measures what they leave behind in the server's processes.
 
     python -m perf.soak [--requests 20000] [--seconds 300]
 
-Prompts and answers of 1 to 4 tokens from the emulated engine, streams and single responses mixed,
-one in a hundred cancelled at a random moment. After the warm-up and at the end, with nothing in
-flight, memory, file descriptors and shared memory are compared. Then comes load without a gap for
-``--seconds`` (`perf.steady`), and what every process grows by for 1,000 responses is bounded.
+Prompts and answers have 1 to 4 tokens from the emulated engine; streams and single responses are
+mixed, and one request in a hundred is cancelled at a random moment. After the warm-up and at the
+end, with no request open, memory, file descriptors and shared memory are compared. Then follows
+load without a gap for ``--seconds`` (`perf.steady`), and the growth of every process per 1,000
+responses is bounded.
 
-The prefills' arenas are small, so that the warm-up goes through all of them: a page of an arena
-counts for every process that has touched it, and would pass for growth until the last one has been.
+The prefills' arenas are small, so that the warm-up touches all of them: a page of an arena counts
+for every process that has touched it, and would be taken for growth until the last page has been.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ console = Console()
 
 
 class Snapshot(Struct):
-    """What the server holds while it has nothing to do."""
+    """The resources that the server holds while it is idle."""
 
     requests: int
     processes: dict[str, Usage]
@@ -61,7 +62,7 @@ def snapshot(server: MeasuredServer, requests: int) -> Snapshot:
 
 
 async def put_load(address: str, requests: int, seed: int, progress: Progress) -> int:
-    """Make the requests; how many were cancelled.
+    """Send the requests; return how many were cancelled.
 
     Raises:
         RuntimeError: the server answered with an error.
@@ -83,7 +84,7 @@ async def _work(
     rng: random.Random,
     done: Callable[[], None],
 ) -> int:
-    """Take numbers until there are none: one stream for many requests, one for each cancelled."""
+    """Serve numbers until there are none: one stream for many requests, one for each cancelled."""
     cancelled = 0
     call: _Call | None = None
     for number in numbers:
@@ -134,7 +135,7 @@ class _Call:
 
 
 def growth(before: Snapshot, after: Snapshot) -> list[Budget]:
-    """Percent of growth, the worst process first."""
+    """Return the percent of growth, the worst process first."""
 
     def budget(what: str, old: int, new: int) -> Budget:
         percent = round((new / old - 1) * 100, 2) if old else 100.0 * new
@@ -150,7 +151,7 @@ def growth(before: Snapshot, after: Snapshot) -> list[Budget]:
 
 
 def show(snapshots: list[Snapshot]) -> None:
-    """Print how each process went: RSS in MiB, and descriptors."""
+    """Print the RSS in MiB and the descriptors of each process over time."""
     table = Table("after requests", *(f"{one.requests}" for one in snapshots))
     for name in snapshots[0].processes:
         cells = [one.processes[name] for one in snapshots]
@@ -161,7 +162,7 @@ def show(snapshots: list[Snapshot]) -> None:
 
 
 def run(requests: int, seconds: float) -> list[Budget]:
-    """Soak, show, write ``perf/results/soak.json``."""
+    """Soak, show, and write ``perf/results/soak.json``."""
     record = Record("soak")
     step = max((requests - WARM_UP) // 4, 1)
     with (
@@ -195,7 +196,7 @@ def main(
     requests: Annotated[int, typer.Option(help=f"{WARM_UP} of them are the warm-up")] = 20_000,
     seconds: Annotated[float, typer.Option(help="of load without a gap")] = 300.0,
 ) -> None:
-    """Many short requests, and what they leave behind in the server's processes."""
+    """Send many short requests, and measure what they leave behind in the server's processes."""
     run(requests, seconds)
 
 

@@ -1,7 +1,7 @@
-"""Load without a gap, and what each process of a server grows by with every response.
+"""Load without a gap, and the growth of each process of a server with every response.
 
-Whatever is kept until nothing is open any more is never given back here: there is always an answer
-on its way.
+Memory that is kept until no request is open is never freed here, since an answer is always on its
+way.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from perf.prompts import prompts
 STREAMS = 16
 PROMPT_TOKENS, TOKENS = 8, 100
 LIMIT_KIB = 10.0
-"""For 1,000 responses to clients, of one process."""
+"""Limit for one process per 1,000 responses to clients."""
 NOISE_KIB = 4096
-"""What a process may take once, whatever the load."""
+"""Growth of a process that is allowed once, whatever the load."""
 
 
 class Grown(Struct):
-    """What happened between two looks."""
+    """The growth between two looks."""
 
     seconds: float
     answers: int
     responses: int
-    """To clients; a decode says one thing to all its streams at once."""
+    """Number of responses to clients; a decode sends one message to all its streams at once."""
     kib: dict[str, int]
-    """By process: what its own memory has grown by."""
+    """Growth of the private memory of each process."""
 
     def budgets(self) -> list[Budget]:
-        """For 1,000 responses, the worst process first."""
+        """Return the growth per 1,000 responses, the worst process first."""
         thousands = self.responses / 1000
         return [
             Budget(
@@ -93,7 +93,7 @@ def _memory_kib(server: Server) -> dict[str, int]:
 
 
 class _Made:
-    """What has come so far."""
+    """Numbers of answers and responses so far."""
 
     def __init__(self) -> None:
         self.answers = 0
@@ -103,7 +103,7 @@ class _Made:
 async def _stream(
     stub: service_pb2_grpc.GRPCInferenceServiceStub, number: int, made: _Made
 ) -> None:
-    """One answer after the other, over one connection, without end."""
+    """Request one answer after another, over one connection, without end."""
     for turn in itertools.count():
         (text,) = prompts(1, PROMPT_TOKENS, (number << 32) + turn)
         request = client.message("pdserve", f"{number}-{turn}", text, TOKENS, True)

@@ -1,7 +1,7 @@
-"""A KV cache moved block by block, a handshake with the holder before each: what is compared with.
+"""Baseline: a KV cache is moved block by block, with a handshake with the holder before each.
 
-The shape of a transfer between two paged pools, as in the paper's block-fixed baseline: a block is
-some tokens of one layer's K or V, or, where a pool's blocks span all layers, of all of them.
+This is the transfer between two paged pools of the paper's block-fixed baseline: a block is some
+tokens of one layer's K or V, or, where a pool's blocks span all layers, of all of them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pdserve.transfer.protocol import Spans
 
 
 def per_plane(move: Move, handshake: Callable[[], object]) -> int:
-    """The runs of the move are the blocks, of one layer's K or V; returns how many."""
+    """Move the runs of the move, each a block of one layer's K or V; return the number of
+    blocks."""
     return _one_by_one(move, segments(move), handshake)
 
 
 def spanning(move: Move, block: int, handshake: Callable[[], object]) -> int:
-    """Blocks that hold all layers of `block` tokens, contiguous at both ends."""
+    """Move blocks that hold all layers of `block` tokens, contiguous at both ends; return their
+    number."""
     nbytes = block * len(move.planes) * move.pool.shape[2]
     starts = np.arange(0, len(move.tokens) // block, dtype=np.int64) * nbytes
     spans = np.empty((len(starts), 3), np.int64)

@@ -1,10 +1,10 @@
-"""Policies that on-demand forwarding is compared with: they choose a prefill on arrival.
+"""The policies that on-demand forwarding is compared with: they choose a prefill on arrival.
 
-They choose by what they believe of the prefills' loads, and a request waits in a queue of that one
-prefill, first come, first served. The queue is kept at the gateway, where a request leaves it when
-its limit passes: real queues inside prefills would compute for nobody then.
+They choose by the prefills' loads as they know them, and a request waits in the queue of that one
+prefill, in order of arrival. The queue is kept at the gateway, where a request leaves it when its
+limit passes: queues inside prefills would compute requests that are late already.
 
-This module needs the installed package alone: `perf.scheduling.servers` copies it to where the
+This module needs only the installed package: `perf.scheduling.servers` copies it to where the
 Triton model of `bound_scheduler` finds it.
 """
 
@@ -34,27 +34,27 @@ PolicyName = Literal[
     "on_demand", "round_robin", "fewest_streams", "shortest_queue", "pending_tokens"
 ]
 REPORT_S = 0.1
-"""Between two reports of a prefill's load, where a policy sees no more than those."""
+"""Seconds between two reports of a prefill's load, for policies that see only those."""
 Q = TypeVar("Q")
 
 
 @dataclass(slots=True)
 class Load:
-    """What a prefill has been given by this gateway."""
+    """The requests that this gateway has sent to a prefill."""
 
     streams: int = 0
     requests: int = 0
-    """Without a first token so far."""
+    """Number of requests without a first token."""
     tokens: int = 0
-    """Of their prompts."""
+    """Number of prompt tokens of those requests."""
 
 
 class Binding(Generic[Q]):
-    """Binds each request to one of several queues: to the one whose load costs the least.
+    """Binds each request to one of several queues: the one with the lowest cost of its load.
 
     Args:
-        report_s: loads are seen as they were when they were last reported, which is every
-            `report_s` seconds; 0: as they are.
+        report_s: seconds between two reports of the loads, of which the last one is used; 0: the
+            current loads are used.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Binding(Generic[Q]):
         self._turn = itertools.count()
 
     def update(self, queues: Sequence[Q]) -> None:
-        """Go on with these queues."""
+        """Replace the queues."""
         self.loads = {queue: self.loads.get(queue, Load()) for queue in queues}
         self._reported = {queue: self._reported.get(queue, Load()) for queue in queues}
 
     @contextmanager
     def bound(self, request: Request) -> Iterator[Q]:
-        """Give the queue of a request that has come, until it ends."""
+        """Give the queue of a new request, until the request ends."""
         self._report()
         seen = list((self._reported if self._report_s else self.loads).items())
         first, count = next(self._turn), len(seen)
-        # In turn among equals.
+        # Equal queues take turns.
         number = min(range(count), key=lambda i: (self._cost(seen[i][1]), (i - first) % count))
         queue = seen[number][0]
         load, tokens = self.loads[queue], request.prompt_tokens
@@ -94,7 +94,7 @@ class Binding(Generic[Q]):
             load.streams -= 1
 
     def computed(self, request: Request) -> None:
-        """Note that its first token has come."""
+        """Note that the request's first token has come."""
         self._report()
         if (waiting := self._waiting.pop(request.id, None)) is not None:
             load, tokens = waiting
@@ -102,7 +102,7 @@ class Binding(Generic[Q]):
             load.tokens -= tokens
 
     def _report(self) -> None:
-        """Called before anything changes: what was reported since is what is still true."""
+        """Report the loads if it is time; called before they change."""
         now = asyncio.get_running_loop().time()
         if self._report_s and now >= self._next_report:
             self._reported = self._now()
@@ -113,7 +113,7 @@ class Binding(Generic[Q]):
 
 
 class Queue(PrefillStage):
-    """The queue of one prefill: first come, first served, up to the limit.
+    """The queue of one prefill, in order of arrival; a request leaves it at its limit.
 
     Args:
         told: called with each request whose first token has come.
@@ -134,7 +134,7 @@ class Queue(PrefillStage):
 
 
 class BoundScheduler(Scheduler):
-    """Chooses a prefill for each request when it comes.
+    """Chooses a prefill for each request when it arrives.
 
     Its arguments are those of a `Scheduler`.
     """
@@ -144,7 +144,7 @@ class BoundScheduler(Scheduler):
     @staticmethod
     @abstractmethod
     def cost(load: Load) -> int:
-        """Return what the policy chooses by: the prefill with the least is taken."""
+        """Return the cost of a load: the prefill with the lowest is chosen."""
 
     def __init__(
         self,
@@ -188,10 +188,11 @@ class BoundScheduler(Scheduler):
         self.queues = {one: queue(one) for one in prefills}
         self.binding.update(list(self.queues.values()))
         self._chosen: dict[str, Queue] = {}
-        """Of open requests, by their ids."""
+        """Queues of open requests, by their ids."""
 
     def update(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
-        """Go on with these; what waits for a prefill that has left is offered to all others."""
+        """Replace the instances; requests that wait for a prefill that has left are offered to all
+        others."""
         super().update(prefills, decodes)
         for gone in self.queues.keys() - set(prefills):
             self.queues.pop(gone).update(prefills)
@@ -213,7 +214,7 @@ class BoundScheduler(Scheduler):
 
 
 class RoundRobin(BoundScheduler):
-    """In turn."""
+    """Chooses the prefills in turn."""
 
     @staticmethod
     def cost(_: Load) -> int:
@@ -221,7 +222,8 @@ class RoundRobin(BoundScheduler):
 
 
 class FewestStreams(BoundScheduler):
-    """Fewest open answers, decoding included: P/D-Serve's own old version."""
+    """Chooses the prefill with the fewest open answers, decoding included: P/D-Serve's own old
+    version."""
 
     @staticmethod
     def cost(load: Load) -> int:
@@ -229,7 +231,7 @@ class FewestStreams(BoundScheduler):
 
 
 class ShortestQueue(BoundScheduler):
-    """Fewest requests that wait or are computed, by the last report."""
+    """Chooses the prefill with the fewest waiting or computing requests, by the last report."""
 
     report_s = REPORT_S
 
@@ -239,7 +241,7 @@ class ShortestQueue(BoundScheduler):
 
 
 class PendingTokens(BoundScheduler):
-    """Fewest prompt tokens of those, by the last report."""
+    """Chooses the prefill with the fewest prompt tokens of those requests, by the last report."""
 
     report_s = REPORT_S
 
@@ -255,4 +257,4 @@ BOUND: dict[PolicyName, type[BoundScheduler]] = {
     "pending_tokens": PendingTokens,
 }
 SCHEDULERS: dict[PolicyName, type[Scheduler]] = {"on_demand": Scheduler, **BOUND}
-"""Every policy, pdserve's own included."""
+"""The scheduler of every policy, pdserve's own included."""

@@ -2,9 +2,9 @@
 
     python -m perf.benchmarks_page [--check]
 
-The text of the page is ``template.md``: a line ``{{name}}`` in it stands for a table of `TABLES`,
-and ``{{conditions name}}`` for where and when that file of ``perf/results`` was measured. README.md
-has the figures between two comments.
+The text of the page is ``template.md``: a line ``{{name}}`` in it is replaced by a table of
+`TABLES`, and ``{{conditions name}}`` by where and when that file of ``perf/results`` was measured.
+README.md has the figures between two comments.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def page(template: str) -> str:
-    """The template with its tables.
+    """Return the template with its tables.
 
     Raises:
-        KeyError: it names a table that there is not.
+        KeyError: it names an unknown table.
     """
 
     def filled(match: re.Match[str]) -> str:
@@ -73,10 +73,10 @@ def page(template: str) -> str:
 
 
 def with_figures(readme: str) -> str:
-    """README.md with the figures as they are now.
+    """Return README.md with the current figures.
 
     Raises:
-        ValueError: it has no place for them.
+        ValueError: README.md has no place for them.
     """
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -1,4 +1,4 @@
-"""What is left behind, and what faults cost: soak.json, faults.json."""
+"""Tables of memory growth and of the cost of faults: soak.json, faults.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from perf.benchmarks_page.result import Result
 
 
 def soak() -> str:
-    """Proportional set size and open files after the warm-up and at the end."""
+    """Return the table of proportional set sizes and open files after the warm-up and at the
+    end."""
     snapshots = Result("soak").results["snapshots"]
     first, last = snapshots[0], snapshots[-1]
     rows = []

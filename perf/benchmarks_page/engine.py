@@ -1,4 +1,4 @@
-"""The PyTorch engine: engine.json, memory.json."""
+"""Tables of the PyTorch engine: engine.json, memory.json."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ LOADS = (50, 80, 100, 120, 150)
 
 
 def figures() -> str:
-    """The table of README.md."""
+    """Return the table of README.md."""
     found = (_first_token(), _throughput(), _in_time(), _hidden(), _lost())
     rows = [(f"**{value}**", meaning) for value, meaning in found]
     return table(("figure", "what it means"), rows)

@@ -1,4 +1,4 @@
-"""What a request costs on its way: overhead.json, load.json, channels.json."""
+"""Tables of the cost of a request on its path: overhead.json, load.json, channels.json."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def overhead() -> str:
 
 
 def cpu() -> str:
-    """Milliseconds of each process of the server, the median of the runs."""
+    """Return the table of milliseconds of each process of the server, medians of the runs."""
     runs = Result("overhead").results["measured"]["cost"]
     streamed = [run["process_ms"] for run in runs if run["stream"]]
     single = [run["process_ms"] for run in runs if not run["stream"]]

@@ -1,4 +1,4 @@
-"""A file of ``perf/results``: what was measured, by which command, where and when."""
+"""A file of ``perf/results``: the results, with the command, the place and the time of the run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from perf.record import RESULTS
 
 
 class Result:
-    """One file, read."""
+    """The contents of one file."""
 
     def __init__(self, name: str) -> None:
-        """Args: name: of the file, without ``.json``.
+        """Read the file of this name, without ``.json``, in ``perf/results``.
 
         Raises:
             OSError: there is no such file.
@@ -25,7 +25,8 @@ class Result:
         self.results: Any = self._document["results"]
 
     def conditions(self) -> str:
-        """A paragraph: the command, the date, the commit and the machine, as far as recorded."""
+        """Return a paragraph: the command, the date, the commit and the machine, as far as
+        recorded."""
         document = self._document
         when = document.get("when")
         parts = [f"`{document['command']}`", when[:10] if when else "date not recorded"]
@@ -43,7 +44,7 @@ class Result:
         return f"{file}: {', '.join(parts)}.{source}"
 
     def budget(self, what: str) -> Budget:
-        """The measured value of this name.
+        """Return the measured value of this name.
 
         Raises:
             KeyError: the file has none.
@@ -55,20 +56,20 @@ class Result:
 
 
 def against_target(rows: list[tuple[str, Budget]]) -> str:
-    """Measured values beside their targets, each row named in plain words."""
+    """Return a table of measured values and their targets, each row named in plain words."""
     cells = [(what, measured(one), target(one)) for what, one in rows]
     return table(("what", "measured", "target"), cells)
 
 
 def measured(budget: Budget) -> str:
-    """To three digits, with its unit."""
+    """Format the measured value to three digits, with its unit."""
     whole = budget.measured >= 100 or budget.measured == int(budget.measured)
     digits = number(budget.measured) if whole else f"{budget.measured:#.3g}"
     return f"{digits} {budget.unit}".strip()
 
 
 def target(budget: Budget) -> str:
-    """The limit, and whether it is met."""
+    """Format the limit, and whether it is met."""
     if budget.limit is None:
         return "none"
     verdict = "met" if budget.met(budget.limit) else "missed"

@@ -1,4 +1,4 @@
-"""Scheduling: scheduling.json, scheduling-poisson.json, group_cost.json."""
+"""Tables of scheduling: scheduling.json, scheduling-poisson.json, group_cost.json."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def poisson_targets() -> str:
 
 
 def paper() -> str:
-    """The comparison of the paper's figure 14a, read between the numbers of users measured."""
+    """Return the comparison of the paper's figure 14a, interpolated between the measured numbers of
+    users."""
     result = Result("scheduling")
     rows = [
         ("users at which the old way has 57 % in time", "users at which fewest_streams has 57%"),

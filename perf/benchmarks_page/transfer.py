@@ -1,4 +1,4 @@
-"""KV caches from process to process: transfer.json, exposure.json, arrivals.json."""
+"""Tables of KV cache transfers: transfer.json, exposure.json, arrivals.json."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def comparisons() -> str:
 
 
 def choices() -> str:
-    """How much longer the way that the cost model chose takes than the best one."""
+    """Return how much longer the strategy that the cost model chose takes than the best one."""
     found = [report.regret(point) for point in points() if len(point.ways) > 1]
     good = 100 * sum(one <= report.TUNED for one in found) / len(found)
     rows = [

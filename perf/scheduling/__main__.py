@@ -2,7 +2,7 @@
 
     python -m perf.scheduling [--quick] [--part PART ...] [--traces FOLDER]
 
-Every policy serves the very same requests, and so does an ideal that is computed: see
+Every policy serves the same requests, and so does an ideal that is computed: see
 docs/scheduling-benchmark.md.
 """
 
@@ -32,18 +32,18 @@ from perf.scheduling.workload import PROMPT_TOKEN_S, Ask
 
 UNLOADED, CROWD = 20, 400
 PUBLISHED_S = 0.6
-"""Within which a gateway has told Triton what it counted."""
+"""Seconds within which a gateway has published its counts to Triton."""
 WIDTH = 170
 console = Console()
 
 
 class Unloaded(NamedTuple):
-    """What a server adds that does nothing else, in seconds."""
+    """The latency that an otherwise idle server adds, in seconds."""
 
     added_s: float
-    """By this its TTFT is longer than the prefill."""
+    """Difference between its TTFT and the prefill's time."""
     way_s: float
-    """Of that, what is between client and server in nine of ten cases."""
+    """The part of it between client and server, its 90th percentile."""
 
 
 def unloaded(server: Running) -> Unloaded:
@@ -55,7 +55,7 @@ def unloaded(server: Running) -> Unloaded:
 
 
 def measure(server: Running, load: Load, layout: Layout, policy: PolicyName, way_s: float) -> Point:
-    """One load under one policy."""
+    """Measure one load under one policy."""
     before = Offers.of(server)
     addresses = [gateway.grpc for gateway in servers.gateways(server)]
     samples = client.run(load.chains, addresses, load.until, way_s)
@@ -66,7 +66,8 @@ def measure(server: Running, load: Load, layout: Layout, policy: PolicyName, way
 
 
 def ideals(load: Load) -> Iterator[Point]:
-    """What the load allows: in each layout, in the order of arrival and of the limits."""
+    """Yield the ideal results: in each layout, in the order of arrival and in that of the
+    limits."""
     for layout in load.layouts:
         for policy, by_limit in (("ideal", False), ("ideal by limit", True)):
             samples: list[Sample] = []
@@ -85,10 +86,10 @@ def ideals(load: Load) -> Iterator[Point]:
 def run(
     effort: loads.Effort, traces: Path | None, parts: Collection[str]
 ) -> tuple[Unloaded, list[budgets.Budget], list[Point]]:
-    """Every load on every server that it is for; what an unloaded server takes comes first.
+    """Measure every load on every server that it is for; an unloaded server is measured first.
 
     Args:
-        parts: only these; none: all.
+        parts: only these parts; empty: all.
     """
 
     def wants(load: Load, layout: Layout, policy: PolicyName) -> bool:
@@ -129,7 +130,7 @@ def main(
         typer.Option(envvar="PDSERVE_TRACES", help=f"folder with {', '.join(TRACES.values())}"),
     ] = None,
 ) -> None:
-    """Scheduling policies side by side, on real servers with emulated engines."""
+    """Compare scheduling policies side by side, on real servers with emulated engines."""
     unknown = set(part or ()) - set(loads.PARTS)
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join(loads.PARTS)}")

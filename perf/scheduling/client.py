@@ -19,11 +19,11 @@ from perf.scheduling.samples import Sample
 from perf.scheduling.workload import Ask, Chain
 
 LEAD_S = 0.5
-"""Until the beginning of a run, for what is made before it."""
+"""Seconds until the beginning of a run, for its preparation."""
 ANSWER_S = 60.0
-"""An answer that is not whole so long after its limit has been lost."""
+"""Seconds after its limit at which an answer that is not complete counts as lost."""
 FIRST_TOKEN, LAST_TOKEN = 100, 40_000
-"""Of the default model's vocabulary: no special ones among them."""
+"""Range of token ids in the default model's vocabulary that has no special tokens."""
 
 
 def run(
@@ -32,13 +32,13 @@ def run(
     until: float = math.inf,
     way_s: float = 0.0,
 ) -> list[Sample]:
-    """Every request, in the order of arrival. Chains ask the gateways by turns.
+    """Send all requests, in the order of arrival. The chains are spread over the gateways in turn.
 
     Args:
         addresses: host and gRPC port of each gateway.
-        until: nothing is asked from then on (seconds from the beginning).
-        way_s: to a gateway and back. What is told as a limit is less by this, since a server counts
-            from when it hears of a request.
+        until: no request is sent from then on (seconds from the beginning).
+        way_s: seconds to a gateway and back. The limit in a request is reduced by this, since a
+            server counts from the request's arrival.
     """
     return asyncio.run(_run(chains, addresses, until, way_s))
 
@@ -73,7 +73,7 @@ class _Gateway:
     """Streams to one gateway, each for one request at a time.
 
     Args:
-        began: when the run begins (`loop.time()` seconds).
+        began: beginning of the run (`loop.time()` seconds).
         way_s: see `run`.
     """
 
@@ -85,7 +85,7 @@ class _Gateway:
         self._idle: list[_Stream] = []
 
     async def answer(self, sample: Sample) -> None:
-        """Ask when it is due, and note what comes."""
+        """Send the request when it is due, and record its answer."""
         loop = asyncio.get_running_loop()
         request = message(sample.ask, self._way_s)
         await asyncio.sleep(self._began + sample.due - loop.time())
@@ -143,7 +143,7 @@ class _Stream:
 
 
 def message(ask: Ask, way_s: float = 0.0) -> service_pb2.ModelInferRequest:
-    """To the model on token ids, so that a prompt is as long as it is said to be."""
+    """Return a request to the model that takes token ids, so that the prompt's length is exact."""
     ids = prompt(ask)
     scenario = ask.scenario.encode()
     inputs = (
@@ -165,7 +165,7 @@ def message(ask: Ask, way_s: float = 0.0) -> service_pb2.ModelInferRequest:
 
 
 def prompt(ask: Ask) -> bytes:
-    """Token ids: those of its prefix, then some that nobody else has."""
+    """Return token ids: those of its prefix, then some that no other prompt has."""
     shared = b""
     if ask.prefix is not None:
         shared = _ids(zlib.crc32(f"{ask.scenario} {ask.prefix}".encode()), ask.shared)

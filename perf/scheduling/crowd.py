@@ -1,7 +1,8 @@
-"""What a request costs in a group of many instances: the scheduler alone, in this process.
+"""Measures the cost of a request in a group of many instances: the scheduler alone, in this
+process.
 
-The instances stand in for real ones: they accept one prompt at a time and reject others, compute
-by waiting, and move nothing. Their messages are encoded as on the wire.
+The instances are stand-ins: they accept one prompt at a time and reject others, compute by waiting,
+and move no bytes. Their messages are encoded as on the wire.
 """
 
 from __future__ import annotations
@@ -49,22 +50,22 @@ LINK = LinkReport("none", "", 0.0, 1e12, {}, False)
 PROMPT = bytes(4 * 128)
 TOKEN = (100).to_bytes(4, "little")
 WAITING_S = 0.01
-"""Between two requests that end, while half of all users wait."""
+"""Seconds between two requests that end, while half of all users wait."""
 LINKED_S = 60.0
 
 
 class Cost(Struct):
-    """Of a request, by the number of instances: milliseconds."""
+    """Cost of a request for one number of instances, in milliseconds."""
 
     instances: int
     idle: float
-    """From its arrival to its end while nothing else is asked; median."""
+    """Time from its arrival to its end without other requests; median."""
     waiting: float
-    """CPU time while as many wait as are computed; the mean."""
+    """CPU time while as many requests wait as are computed; mean."""
 
 
 class _Channel(ABC):
-    """To a stand-in of an instance, and the stand-in."""
+    """A channel to a stand-in of an instance, and the stand-in."""
 
     def __init__(self) -> None:
         self._calls = Calls()
@@ -124,7 +125,7 @@ class _Prefill(_Channel):
         self._watches.tell(not self._busy, asyncio.get_running_loop().time(), offering)
 
     def free(self) -> None:
-        """A decode has what it held."""
+        """Note that a decode has the KV cache that it held."""
         self._busy = False
         self._tell()
 
@@ -166,10 +167,10 @@ class _Crowd:
         )
 
     async def link(self) -> None:
-        """Connect every pair that is planned; what is measured later does not include that.
+        """Connect every pair that is planned, which is not part of later measurements.
 
         Raises:
-            TimeoutError: they have not.
+            TimeoutError: some pairs are not connected in time.
         """
         linking = asyncio.create_task(self._kv_links.run())
         until = time.monotonic() + LINKED_S
@@ -181,7 +182,7 @@ class _Crowd:
         await asyncio.gather(linking, return_exceptions=True)
 
     async def serve(self, requests: Sequence[str]) -> list[float]:
-        """One after the other: seconds of each."""
+        """Serve requests one after another; return the seconds of each."""
         taken = []
         for name in requests:
             request = Request(id=name, prompt=PROMPT, max_tokens=2, stream=True)
@@ -214,12 +215,12 @@ async def _cost(instances: int, requests: int) -> Cost:
 
 
 def costs(requests: int) -> list[Cost]:
-    """Of few and of many instances."""
+    """Measure the cost of a request with few and with many instances."""
     return [asyncio.run(_cost(instances, requests)) for instances in SIZES]
 
 
 def limits(measured: Sequence[Cost]) -> list[Budget]:
-    """By how much a request of many costs more than one of few."""
+    """Return how much more a request costs with many instances than with few."""
     few, many = measured
     what = f"{many.instances} instances in place of {few.instances}"
     idle, waiting = round(many.idle - few.idle, 3), round(many.waiting - few.waiting, 3)

@@ -1,7 +1,8 @@
-"""What a scheduler of no overhead makes of the same requests: one line for all prefills.
+"""The result of an ideal scheduler without overhead for the same requests: one queue for all
+prefills.
 
-A request leaves the line as soon as its prefill could no longer end within its limit, which is
-looked for before a prefill, never during one. Every prefix is in every cache.
+A request leaves the queue when its prefill could no longer end within its limit, which is checked
+before a prefill, never during one. Every prefix is in every cache.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from perf.scheduling.samples import UNAVAILABLE, Sample
 from perf.scheduling.workload import Ask, Chain
 
-# In this order if at the same moment.
+# Order of events at the same moment.
 _FREE, _ARRIVE, _GIVE_UP = range(3)
 
 
 def ideal(
     chains: Sequence[Chain], prefills: int, until: float = math.inf, *, by_limit: bool = False
 ) -> list[Sample]:
-    """Every request, in the order of arrival.
+    """Serve all requests, in the order of arrival.
 
     Args:
-        prefills: each computes one prompt at a time.
-        until: nothing is asked from then on (seconds from the beginning).
-        by_limit: whose limit ends first is first in line; else, who came first.
+        prefills: number of prefills, each of which computes one prompt at a time.
+        until: no request arrives from then on (seconds from the beginning).
+        by_limit: the request whose limit ends first is first in the queue; otherwise, the one that
+            arrived first.
     """
     return _Ideal(prefills, until, by_limit).run(chains)
 

@@ -1,4 +1,4 @@
-"""The loads of a run, each with what is to serve it."""
+"""The loads of a run, each with the policies and layouts that serve it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from perf.scheduling.workload import (
 )
 
 TOKENS = 1000
-"""Of a prompt where all are alike."""
+"""Number of tokens of a prompt, where all prompts have the same length."""
 USERS_TOKENS, USERS_OUTPUTS = (200, 1800), 64
 TRACES = {"conversations": "azure_llm_2023_conv.csv", "code": "azure_llm_2023_code.csv"}
 TRACE_LOAD, TIDE_LOAD, GATEWAYS_LOAD = 80, 70, 150
 PATIENCE, PATIENCE_S = 100.0, 10.0
-"""Limits so wide that all are answered: how late each is, is what is asked of the traces."""
+"""Limits so wide that all requests are answered, since the traces measure how late each is."""
 TIDES = {"tide": 0.0, "tide, prefixes": 0.7}
-"""By name: the share of requests that begin with a prefix of their scenario's."""
+"""Share of requests that begin with a prefix of their scenario, by name of the load."""
 POISSON, USERS, MANY_GATEWAYS = "poisson", "users", f"{GATEWAYS} gateways"
 PARTS = (POISSON, USERS, *TRACES, *TIDES, MANY_GATEWAYS)
 DEPTH = 0.5
@@ -39,17 +39,17 @@ DEPTH = 0.5
 
 @dataclass(frozen=True)
 class Load:
-    """What one run asks for."""
+    """The requests of one run."""
 
     part: str
     level: int
-    """Percent of what the prefills can compute, or users."""
+    """Percent of the prefills' capacity, or number of users."""
     chains: Sequence[Chain]
     policies: Sequence[PolicyName] = ("on_demand",)
     layouts: Sequence[Layout] = ("pool",)
     until: float = math.inf
     settle_s: float = 0.0
-    """Not counted, at the beginning."""
+    """Seconds at the beginning that are not counted."""
 
     @property
     def seconds(self) -> float:
@@ -57,22 +57,22 @@ class Load:
 
     @property
     def short(self) -> float:
-        """Prompts of so many tokens at most are short: half of the mean."""
+        """Return the maximum tokens of a short prompt: half of the mean."""
         return float(np.mean([ask.tokens for chain in self.chains for ask in chain])) / 2
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured."""
+    """The extent of the measurement."""
 
     policies: Sequence[PolicyName]
     percents: Sequence[int]
     users: Sequence[int]
     requests: int
-    """Of a Poisson process."""
+    """Number of requests of a Poisson process."""
     trace_requests: int
     gateway_requests: int
-    """Many, since chance alone would tell the gateways apart."""
+    """A large number, since otherwise chance would dominate the differences between gateways."""
     users_s: float
     tide_s: float
     tides: int
@@ -83,11 +83,11 @@ QUICK = Effort(("on_demand", "fewest_streams"), (80, 150), (8, 14), 120, 60, 200
 
 
 def all_of(effort: Effort, added_s: float, traces: Path | None) -> Iterator[Load]:
-    """Every load.
+    """Yield every load.
 
     Args:
-        added_s: by this an unloaded server's TTFT is longer than the prefill.
-        traces: the folder that they lie in; None: they are left out.
+        added_s: difference between an unloaded server's TTFT and the prefill's time.
+        traces: folder of the traces; None: they are left out.
     """
     limits = Limits(added_s)
     for percent in effort.percents:
@@ -124,7 +124,7 @@ def _at(percent: int, lengths: Sequence[int], limits: Limits) -> list[Chain]:
 
 
 def tides(hits: float, period_s: float) -> list[Tide]:
-    """Two scenarios of as much work, one high when the other is low; `hits` as in `TIDES`."""
+    """Return two scenarios of equal work, one high when the other is low; `hits` as in `TIDES`."""
 
     def tide(
         scenario: str, phase: float, tokens: tuple[int, int], prefixes: int, shared: int
@@ -141,6 +141,6 @@ def tides(hits: float, period_s: float) -> list[Tide]:
 
 
 def trace(path: Path) -> list[int]:
-    """Tokens of every prompt of a trace. Raises: OSError, ValueError."""
+    """Return the number of tokens of every prompt of a trace. Raises OSError or ValueError."""
     with path.open(newline="") as file:
         return [int(row["ContextTokens"]) for row in csv.DictReader(file)]

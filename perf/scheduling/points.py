@@ -1,4 +1,4 @@
-"""What a run has shown, in numbers."""
+"""The results of a run, as numbers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from perf.scheduling.samples import UNAVAILABLE, Sample, good, idle_s, kept, ttf
 from perf.scheduling.servers import PREFILLS, Offers
 
 IDLE_S = 0.025
-"""A prefill that computes nothing for so long does not just hand over."""
+"""Seconds of idleness above which a prefill is not only handing over."""
 
 
 class Point(Struct):
-    """One load under one policy. Shares are of 1."""
+    """The results of one load under one policy. Shares are of 1."""
 
     part: str
     level: int
@@ -28,35 +28,36 @@ class Point(Struct):
     policy: str
     requests: int
     good: float
-    """Within their limit, of all."""
+    """Share of all requests within their limit."""
     good_per_s: float
     kept: float
-    """Within their limit, of those that a prefill has taken."""
+    """Share within their limit of the requests that a prefill has accepted."""
     failed: int
-    """Errors of another kind than that there was no time."""
+    """Number of errors other than for lack of time."""
     ttft_ms: Percentiles | None
     short_ttft_ms: Percentiles | None
-    """Of short prompts."""
+    """TTFT of short prompts."""
     scenarios: dict[str, float]
-    """Within their limit, by scenario."""
+    """Share within their limit, by scenario."""
     worst_gateway: float
-    """Its share within the limit, by the mean of all."""
+    """Share within the limit at the worst gateway, divided by the mean of all."""
     spread: float
-    """T_p of a prefill: 90th by 10th percentile, the mean over the prefills."""
+    """Ratio of the 90th to the 10th percentile of a prefill's forward times, mean over the
+    prefills."""
     idle_ms: float
-    """The longest time for which a prefill computed nothing while somebody waited in vain."""
+    """Longest time for which a prefill was idle while a request waited in vain."""
     idle: int
-    """Refused while a prefill computed nothing for longer than `IDLE_S`."""
+    """Number of requests refused while a prefill was idle for longer than `IDLE_S`."""
     offers: float | None = None
-    """For each request; None: nobody makes any."""
+    """Number of offers per request; None: no offers are made."""
     rejections: float | None = None
-    """For each accepted offer."""
+    """Number of rejections per accepted offer."""
 
 
 def point(
     load: Load, layout: str, policy: str, samples: Sequence[Sample], offers: Offers | None
 ) -> Point:
-    """Args: offers: made and rejected in this run."""
+    """Compute the point of a run; ``offers`` are those made and rejected in it."""
     counted = [sample for sample in samples if sample.due >= load.settle_s]
     idle = idle_s(samples, PREFILLS)
     made = Point(
@@ -96,7 +97,7 @@ def _worst(shares: Iterable[float]) -> float:
 
 
 def spread(samples: Iterable[Sample]) -> float:
-    """How unlike the forwards of a prefill are: 1 is all alike."""
+    """Return how much the forwards of a prefill differ: 1 means that all are alike."""
     times = defaultdict[str, list[float]](list)
     for sample in samples:
         if sample.prefill_s:
@@ -108,7 +109,7 @@ def spread(samples: Iterable[Sample]) -> float:
 
 
 def crossing(levels: Sequence[tuple[float, float]], share: float) -> float | None:
-    """The level at which a falling share first is this, between two that were measured."""
+    """Return the level at which a falling share first has this value, interpolated."""
     for (low, before), (high, after) in itertools.pairwise(levels):
         if before >= share > after:
             return low + (high - low) * (before - share) / (before - after)
@@ -116,6 +117,6 @@ def crossing(levels: Sequence[tuple[float, float]], share: float) -> float | Non
 
 
 def between(levels: Sequence[tuple[float, float]], level: float) -> float:
-    """The share at a level, between two that were measured."""
+    """Return the share at a level, interpolated between two measured levels."""
     xs, ys = zip(*levels, strict=True)
     return float(np.interp(level, xs, ys))

@@ -1,4 +1,5 @@
-"""What it costs to be rejected: offers to a prefill whose slots are taken, as gateways make."""
+"""Measures the cost of a rejection: offers to a prefill whose slots are taken, as a gateway makes
+them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ ANSWER_S = 5.0
 
 
 def cost(server: Running) -> list[Budget]:
-    """Of one rejection. The server has nothing else to do, and one host."""
+    """Measure one rejection. The server has no other work, and is on one host."""
     return asyncio.run(_cost(server))
 
 
@@ -47,8 +48,8 @@ async def _cost(server: Running) -> list[Budget]:
         cpu = sum(cpu_s(watched).values()) - before + time.process_time() - mine
         for call in held:
             call.close()
-        # Answered when all that was said before has been heard: a stream that is closed at once
-        # takes along what it has not sent, and the slots would be held until their leases end.
+        # The answer shows that all messages before have arrived: a stream that is closed at once
+        # loses what it has not sent, and the slots would be held until their leases expire.
         await instance.ask(Release(instance.new_id()), ANSWER_S)
     finally:
         await instance.close()
@@ -59,7 +60,7 @@ async def _cost(server: Running) -> list[Budget]:
 
 
 async def _fill(instance: Instance) -> Call:
-    """One slot, which nobody frees."""
+    """Fill one slot, which stays taken."""
     call, reply = await _offer(instance)
     while isinstance(reply, Accepted):
         reply = await call.reply(ANSWER_S, time.monotonic() + ANSWER_S)

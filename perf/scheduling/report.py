@@ -1,4 +1,4 @@
-"""What the points say: a table, the promises, a picture."""
+"""A report of the points: a table, the targets, a picture."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 OURS, OLD = "on_demand", "fewest_streams"
 IDEALS = ("ideal", "ideal by limit")
 OLD_SHARE = 0.57
-"""Success of the paper's own old version at its highest load, and by how many points the new one
-is ahead there: figure 14a."""
+"""Share of the paper's own old version within the limit at its highest load, and by how many
+percentage points the new one is ahead there: figure 14a."""
 PAPER_AHEAD = 42.3
 
 
 def table(points: Sequence[Point]) -> Table:
-    """Times in milliseconds; offers of each request, rejections of each that was accepted."""
+    """Return a table: times in milliseconds, offers per request, rejections per accepted offer."""
     columns = ("load", "", "policy", "layout", "requests", "good", "good/s", "kept")
     times = ("TTFT p50", "p99", "short p50", "p99")
     made = Table(*columns, *times, "offers", "rejected", "idle")
@@ -66,7 +66,7 @@ def _of(points: Sequence[Point], part: str, policy: str, layout: str = "pool") -
 
 
 def limits(points: Sequence[Point]) -> list[Budget]:
-    """The promises, and what is compared without one; of the parts that there are."""
+    """Return the targets, and comparisons without one, of the parts that were measured."""
     failed = sum(p.failed for p in points)
     return [
         *_poisson(points),
@@ -144,7 +144,7 @@ def _gateways(points: Sequence[Point]) -> Iterator[Budget]:
 
 
 def plot(points: Sequence[Point], path: Path) -> Path:
-    """Loads and users as lines, traces and tides as bars."""
+    """Plot loads and users as lines, traces and tides as bars."""
     import matplotlib as mpl  # noqa: PLC0415 - slow to import
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""What a client saw of its requests, and what is made of it."""
+"""The requests as a client saw them, and the shares computed from them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from msgspec import Struct
 from perf.answers import Percentiles
 from perf.scheduling.workload import Ask
 
-# How a gateway ends what a prefill has computed in vain, what it had just offered to one, and all
-# that it ends for want of time.
+# Texts of the errors of a gateway: for a request that a prefill has computed in vain, for one that
+# it had just offered to a prefill, and for all that it ends for lack of time.
 LATE = "no first token"
 UNANSWERED = "no answer of"
 UNAVAILABLE = "UNAVAILABLE"
@@ -23,21 +23,22 @@ class Sample(Struct):
 
     ask: Ask
     due: float
-    """When it was to be sent; waiting begins here, were the client late or not."""
+    """Time at which it was to be sent; waiting begins here, even if the client was late."""
     first: float | None = None
-    """When its first token came."""
+    """Time at which its first token came."""
     ended: float = 0.0
     error: str = ""
     gateway: int = 0
     prefill: str = ""
     prefill_s: float = 0.0
-    """Of the forward; nothing where the server has not said."""
+    """Seconds of the forward; 0 if the server has not reported them."""
     way_s: float = 0.0
-    """To the server and back: by this its first token is later here than the server says."""
+    """Seconds to the server and back: its first token is this much later here than by the server's
+    stats."""
 
     @property
     def ends_by(self) -> float:
-        """When its first token is due."""
+        """Return the time at which its first token is due."""
         return self.due + self.ask.limit_s
 
     @property
@@ -46,20 +47,20 @@ class Sample(Struct):
 
     @property
     def good(self) -> bool:
-        """Answered to its end, and begun within its limit."""
+        """Tell whether it was answered to its end, and begun within its limit."""
         return not self.error and self.first is not None and self.first <= self.ends_by
 
     @property
     def refused(self) -> bool:
-        """No prefill has taken it, as far as is known."""
+        """Tell whether no prefill has accepted it, as far as is known."""
         return bool(self.error) and LATE not in self.error
 
     @property
     def forward(self) -> tuple[float, float] | None:
-        """When a prefill computed it, seen from the client; None: never.
+        """Return when a prefill computed it, as seen by the client; None: never.
 
-        An error after its prefill comes at the end of that. One in the middle of an offer leaves
-        open whether the prefill took it; if so, it computes from then on.
+        An error after its prefill comes at the end of the prefill. An error during an offer leaves
+        open whether the prefill accepted it; if so, it computes from then on.
         """
         if self.first is not None:
             return self.first - self.prefill_s, self.first
@@ -69,18 +70,18 @@ class Sample(Struct):
 
 
 def good(samples: Sequence[Sample]) -> float:
-    """Share within the limit; what was refused or failed is not."""
+    """Return the share within the limit; refused and failed requests are not within it."""
     return statistics.fmean(sample.good for sample in samples)
 
 
 def kept(samples: Sequence[Sample]) -> float:
-    """Of those that a prefill has taken, the share within the limit."""
+    """Return the share within the limit of the requests that a prefill has accepted."""
     taken = [sample for sample in samples if not sample.refused]
     return good(taken) if taken else 1.0
 
 
 def ttft_ms(samples: Sequence[Sample]) -> Percentiles | None:
-    """Of those that have a first token."""
+    """Return the percentiles of TTFT of the requests with a first token."""
     values = [sample.ttft for sample in samples if sample.ttft is not None]
     if not values:
         return None
@@ -88,10 +89,11 @@ def ttft_ms(samples: Sequence[Sample]) -> Percentiles | None:
 
 
 def idle_s(samples: Sequence[Sample], prefills: int) -> list[float]:
-    """For each refused request: the longest time for which a prefill was idle while it waited.
+    """Return for each refused request the longest time for which a prefill was idle while it
+    waited.
 
-    A prefill is idle between two forwards, also while the KV cache of the one before is on its
-    way. Its forwards are where the client sees them: all of them a message's way late.
+    A prefill is idle between two forwards, also while the previous KV cache is being transferred.
+    The times of its forwards are those that the client sees, all late by a message's way.
     """
     spells = list(_spells(samples, prefills))
     return [
@@ -105,7 +107,7 @@ def idle_s(samples: Sequence[Sample], prefills: int) -> list[float]:
 
 
 def _spells(samples: Sequence[Sample], prefills: int) -> Iterator[tuple[float, float]]:
-    """From when to when fewer forwards ran than there are prefills."""
+    """Yield the periods in which fewer forwards ran than there are prefills."""
     steps = sorted(
         step
         for sample in samples

@@ -1,4 +1,4 @@
-"""The servers that are asked: who decides, and which prefills it decides on."""
+"""The servers that are measured: the policy, and the layout of instances."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from perf.serving import BASELINES, MODEL, PROFILES
 
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 Layout = Literal["pool", "groups", "gateways"]
-"""One group of all instances; one for each scenario; one group, asked by several gateways."""
+"""pool: one group of all instances; groups: one for each scenario; gateways: one group, with
+several gateways."""
 
 PREFILLS = 2
 GATEWAYS = 4
 LINKED_S = 30.0
 SCENARIOS = ("chat", "documents")
-"""In the layout of groups; in the others nobody knows them, and all is served as one."""
+"""Scenarios in the layout of groups; in the other layouts they are unknown, and all requests are
+served as one."""
 
 
 def deployment(layout: Layout) -> config.Deployment:
-    """`PREFILLS` prefills that compute one prompt at a time, and as many decodes."""
+    """Return a deployment of `PREFILLS` prefills that compute one prompt at a time, and as many
+    decodes."""
     names = range(PREFILLS)
     prefill = tuple(f"prefill_{n}" for n in names)
     decode = tuple(f"decode_{n}" for n in names)
@@ -53,19 +56,19 @@ def deployment(layout: Layout) -> config.Deployment:
         servers=servers,
         scenarios=scenarios,
         engine=config.Engine(kind="emulated", profile=str(PROFILES / "prefill_100us.yaml")),
-        # Room for 65,000 tokens: the cached prefixes of one scenario, not quite those of two.
+        # Room for 65,000 tokens: the cached prefixes of one scenario, but not of two.
         prefill=config.Prefill(slots=2, batch=1, arena_mib=8),
-        # Few responses for many tokens: they are what costs, and it is prefills that are measured.
+        # Few responses for many tokens, since responses cost most, and prefills are measured.
         decode=config.Decode(blocks=16384, response_cost_ms=20.0, max_interval_ms=200.0),
         gateway=config.Gateway(default_scenario=scenarios[0].name if scenarios else "default"),
     )
 
 
 def repository(policy: PolicyName, target: Path) -> Path:
-    """Return what the servers' model repositories are made of.
+    """Return the source of the servers' model repositories.
 
     For `on_demand` that is pdserve's own; for another policy it is a copy of that in `target`, in
-    which the model `scheduler`, the one that is asked, has that policy.
+    which the model `scheduler`, which serves the requests, has that policy.
     """
     if policy == "on_demand":
         return MODEL_REPOSITORY
@@ -80,7 +83,8 @@ def repository(policy: PolicyName, target: Path) -> Path:
 
 @contextlib.contextmanager
 def serving(made: config.Deployment, policy: PolicyName = "on_demand") -> Iterator[Running]:
-    """It runs, and every decode of a group is linked to every prefill of it."""
+    """Start the servers, and wait until every decode of a group is linked to every prefill of
+    it."""
     with tempfile.TemporaryDirectory(prefix="pdserve-perf-") as folder:
         transfer = config.Transfer(key_file=str(Path(folder) / "kv.key"))
         made = msgspec.structs.replace(made, transfer=transfer)
@@ -91,7 +95,7 @@ def serving(made: config.Deployment, policy: PolicyName = "on_demand") -> Iterat
 
 
 def _linked(gateway: Running) -> bool:
-    """Whether its two models, pdserve and scheduler, know every pair of every group."""
+    """Tell whether its two models, pdserve and scheduler, know every pair of every group."""
     unknown = [
         sample.value
         for sample in metrics(gateway)
@@ -101,7 +105,7 @@ def _linked(gateway: Running) -> bool:
 
 
 def gateways(server: Running) -> list[Running]:
-    """Each gateway's own addresses."""
+    """Return each gateway's own addresses."""
     return [
         replace(server, http=one.http, grpc=one.grpc, metrics=one.metrics)
         for one in server.servers
@@ -110,14 +114,14 @@ def gateways(server: Running) -> list[Running]:
 
 
 class Offers(NamedTuple):
-    """Since the servers began."""
+    """Numbers of offers since the servers started."""
 
     made: float
     rejected: float
 
     @classmethod
     def of(cls, server: Running) -> Offers:
-        """By all gateways. They tell Triton four times a second."""
+        """Read the offers of all gateways, which publish them four times a second."""
         samples = [sample for gateway in gateways(server) for sample in metrics(gateway)]
 
         def total(name: str) -> float:

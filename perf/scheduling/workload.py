@@ -1,4 +1,4 @@
-"""What is asked, and when: made before a run, so that every policy gets the very same."""
+"""The requests and their times, made before a run, so that every policy gets the same ones."""
 
 from __future__ import annotations
 
@@ -9,51 +9,52 @@ from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
-# As perf/profiles/prefill_100us.yaml has them.
+# Equal to those of perf/profiles/prefill_100us.yaml.
 PROMPT_TOKEN_S = 1e-4
 OUTPUT_TOKEN_S = 1e-2
 
 
 class Ask(Struct, frozen=True):
-    """One request to come."""
+    """One request to be sent."""
 
     due: float
-    """Seconds from the beginning; later if the one before in its chain has not ended."""
+    """Seconds from the beginning; later if the previous request of its chain has not ended."""
     tokens: int
     limit_s: float
-    """A later first token is worth nothing."""
+    """Seconds after which a first token is useless."""
     seed: int
-    """Of its prompt."""
+    """Seed of its prompt."""
     scenario: str = "default"
     prefix: int | None = None
-    """Its first `shared` tokens are those of this prefix of its scenario; None: nobody else's."""
+    """Prefix of its scenario that its first `shared` tokens are taken from; None: it shares
+    none."""
     shared: int = 0
     outputs: int = 4
-    """Tokens of its answer."""
+    """Number of tokens of its answer."""
 
     @property
     def prefill_s(self) -> float:
-        """With its prefix in the cache."""
+        """Return the seconds of its prefill, with its prefix cached."""
         return (self.tokens - self.shared) * PROMPT_TOKEN_S
 
     @property
     def decode_s(self) -> float:
-        """From the first token to the last."""
+        """Return the seconds from the first token to the last."""
         return (self.outputs - 1) * OUTPUT_TOKEN_S
 
 
 Chain = Sequence[Ask]
-"""Asked one after the other, each when the one before has ended, however that was."""
+"""Requests that are sent one after another, each when the previous one has ended in any way."""
 
 Limit = Callable[[int], float]
-"""Prompt tokens to seconds."""
+"""Returns the limit in seconds for a number of prompt tokens."""
 
 
 class Limits(Struct, frozen=True):
-    """`factor` times the TTFT that a prompt has while nothing else is asked."""
+    """Limits of `factor` times the TTFT of a prompt on an unloaded server."""
 
     added_s: float
-    """By this an unloaded server's TTFT is longer than the prefill."""
+    """Difference between an unloaded server's TTFT and the prefill's time."""
     factor: float = 3.0
     least_s: float = 0.0
 
@@ -66,32 +67,32 @@ class Tide(Struct, frozen=True):
 
     scenario: str
     rate: float
-    """Requests a second, over whole periods."""
+    """Requests per second, on average over whole periods."""
     depth: float
-    """How far the rate goes up and down, of itself."""
+    """Amplitude of the rate, as a share of the rate."""
     period_s: float
     phase: float
-    """Of a period; at 0.25 it begins at its highest."""
+    """Share of a period; at 0.25 it begins at its highest rate."""
     tokens: tuple[int, int]
-    """Of a prompt: least and most."""
+    """Least and most tokens of a prompt."""
     hits: float = 0.0
     """Share of requests that begin with one of `prefixes`, each of `shared` tokens."""
     prefixes: int = 1
     shared: int = 0
 
     def at(self, seconds: float) -> float:
-        """Requests a second at a moment."""
+        """Return the requests per second at a moment."""
         turn = 2 * math.pi * (seconds / self.period_s + self.phase)
         return self.rate * (1 + self.depth * math.sin(turn))
 
 
 def capacity(lengths: Sequence[int], prefills: int) -> float:
-    """Requests a second that so many prefills can compute."""
+    """Return the requests per second that ``prefills`` prefills can compute."""
     return prefills / (statistics.fmean(lengths) * PROMPT_TOKEN_S)
 
 
 def poisson(rng: random.Random, rate: float, lengths: Sequence[int], limit: Limit) -> list[Chain]:
-    """A request for each length, independent of each other, at `rate` a second."""
+    """Return one independent request for each length, at `rate` a second."""
     due, chains = 0.0, list[Chain]()
     for tokens in lengths:
         due += rng.expovariate(rate)
@@ -102,11 +103,11 @@ def poisson(rng: random.Random, rate: float, lengths: Sequence[int], limit: Limi
 def closed(
     rng: random.Random, users: int, tokens: tuple[int, int], outputs: int, limit: Limit, each: int
 ) -> list[Chain]:
-    """Users who ask again as soon as they have been answered or refused.
+    """Return the chains of users who send a request as soon as the last was answered or refused.
 
     Args:
-        tokens: of a prompt: least and most.
-        each: as often as this at most.
+        tokens: least and most tokens of a prompt.
+        each: maximum number of requests of each user.
     """
 
     def ask() -> Ask:
@@ -117,13 +118,13 @@ def closed(
 
 
 def tidal(rng: random.Random, tides: Sequence[Tide], seconds: float, limit: Limit) -> list[Chain]:
-    """The requests of all scenarios in the order of their arrival."""
+    """Return the requests of all scenarios in the order of their arrival."""
     asks = [ask for tide in tides for ask in _of(rng, tide, seconds, limit)]
     return [[ask] for ask in sorted(asks, key=lambda ask: ask.due)]
 
 
 def _of(rng: random.Random, tide: Tide, seconds: float, limit: Limit) -> list[Ask]:
-    """A Poisson process at the highest rate, thinned out to the rate of each moment."""
+    """Return a Poisson process at the highest rate, thinned out to the rate of each moment."""
     highest = tide.rate * (1 + tide.depth)
     asks, due = [], rng.expovariate(highest)
     while due < seconds:

@@ -1,1 +1,1 @@
-"""Handing KV caches from process to process: `python -m perf.transfer`."""
+"""Measurement of KV cache transfers between processes: `python -m perf.transfer`."""

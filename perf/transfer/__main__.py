@@ -1,10 +1,11 @@
-"""Handing KV caches from process to process, every way, over every link.
+"""Measures KV cache transfers between processes, by every strategy, over every link.
 
     python -m perf.transfer [--quick] [--link LINK ...]
 
-Two processes for each link and layout: one holds KV caches as a prefill does, the other takes them
-over as a decode does, and by turns also copies, pulls and scatters the same bytes, and has NIXL do
-it without us. What arrives is compared with what was sent, outside the measured time.
+There are two processes for each link and layout: one holds KV caches like a prefill, the other
+takes them over like a decode, and in turns also copies, pulls and scatters the same bytes, and has
+NIXL do it without this package. The received bytes are compared with the sent ones, outside the
+measured time.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from perf.transfer.layouts import LAYOUTS
 from perf.transfer.measuring import Point, Spec
 
 POINTS_S = 1800.0
-"""Of one layout over one link, at most."""
+"""Longest time of one layout over one link, in seconds."""
 SMALL, ALL = [1, 16], [1, 16, 64, 256, 1024]
 BLOCKS = [8, 16, 32, 64, 128]
 console = Console()
 WIDTH = 150
-"""Of the table of all points."""
+"""Width of the table of all points, in characters."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between two processes, or two hosts."""
+    """A link between two processes, or two hosts."""
 
     transport: str
     environment: dict[str, str]
@@ -62,7 +63,7 @@ LINKS = {
 
 @contextlib.contextmanager
 def _places(link: Link) -> Iterator[tuple[list[str], list[str], str]]:
-    """What the commands of holder and receiver begin with, and the holder's address."""
+    """Give the beginnings of the commands of holder and receiver, and the holder's address."""
     if not link.apart:
         yield [], [], "127.0.0.1"
         return
@@ -71,7 +72,7 @@ def _places(link: Link) -> Iterator[tuple[list[str], list[str], str]]:
 
 
 def measure(name: str, link: Link, layout: str, quick: bool) -> list[Point]:
-    """Every size and block of a layout over a link."""
+    """Measure every size and block of a layout over a link."""
     sizes = link.sizes_mib[:2] if quick else link.sizes_mib
     spec = Spec(
         link=name,
@@ -107,7 +108,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="small payloads, few turns")] = False,
     link: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
 ) -> None:
-    """Handing KV caches from process to process, every way, over every link."""
+    """Measure KV cache transfers between processes, by every strategy, over every link."""
     unknown = set(link or ()) - set(LINKS)
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join(LINKS)}")

@@ -2,8 +2,8 @@
 
     python -m perf.transfer.holding ADDRESS TRANSPORT BYTES LAYOUT
 
-prints the port that it listens on, serves one connection and ends with it. A question is a byte,
-then perhaps a number; the answer to GRANT is a sealed handle of a KV cache of so many tokens.
+It prints the port that it listens on, serves one connection and ends with it. A question is a byte,
+then perhaps a number; the answer to GRANT is a sealed handle of a KV cache of that many tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def transport(name: str) -> Transport:
 
 
 class Holding:
-    """The process, seen from the one that started it."""
+    """The process, as seen by the one that started it."""
 
     def __init__(
         self,
@@ -54,7 +54,8 @@ class Holding:
         nbytes: int,
         layout: str,
     ) -> None:
-        """`command`: what its command line begins with, to run it on another host."""
+        """Start the process; `command` is the beginning of its command line, to run it on another
+        host."""
         module = [sys.executable, "-m", __name__, address, transport, str(nbytes), layout]
         self._process = subprocess.Popen(
             [*command, *module], env=environment, stdout=subprocess.PIPE, text=True
@@ -63,7 +64,8 @@ class Holding:
         self.port = int(self._process.stdout.readline())
 
     def close(self) -> None:
-        """It ends, and removes its memory, when nobody is connected any more."""
+        """Wait until it ends, which it does when nothing is connected any more, and removes its
+        memory."""
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -72,13 +74,14 @@ class Holding:
 
 
 class Control:
-    """A connection to it. One round trip for each question."""
+    """A connection to the process, with one round trip for each question."""
 
     def __init__(self, address: str, port: int) -> None:
         self._pipe = Client((address, port))
 
     def ask(self, question: bytes) -> bytes:
-        """Raises: TimeoutError: no answer within ANSWER_S."""
+        """Ask a question, and return the answer. Raises TimeoutError without one within
+        ANSWER_S."""
         self._pipe.send_bytes(question)
         if not self._pipe.poll(ANSWER_S):
             raise TimeoutError(f"the holder has not answered within {ANSWER_S:g} s")
@@ -92,11 +95,11 @@ def _serve(pipe: Connection, holder: Holder, raw: RawHolder | None) -> None:
     leases: LeaseTable = holder.leases
     slot = None
     while True:
-        # Raw NIXL has nobody else to drive it.
+        # Nothing else drives raw NIXL.
         while raw is not None and raw.busy and not pipe.poll(0):
             raw.progress()
         question = pipe.recv_bytes()
-        if question == READY:  # whether a block is: all are
+        if question == READY:  # asks whether a block is ready: all are
             pipe.send_bytes(READY)
         elif question == DESCRIBE:
             pipe.send_bytes(holder.endpoint)

@@ -1,4 +1,4 @@
-"""The receiving process, perhaps on another host: every way of one KV cache into one pool.
+"""The receiving process, perhaps on another host: every strategy for one KV cache into one pool.
 
     python -m perf.transfer.measuring ADDRESS PORT SPEC
 
@@ -34,12 +34,12 @@ from perf.transfer.layouts import LAYOUTS, pattern
 from perf.transfer.raw import RawReader
 
 STAGING_BUFFERS = 4
-# Up to so many bytes a stray millisecond is much: more turns.
+# Up to this many bytes a stray millisecond matters, so there are more turns.
 SMALL, MORE = 64 << 20, 2
 
 
 class Spec(Struct):
-    """What is to be measured of one layout over one link."""
+    """The measurements of one layout over one link."""
 
     link: str
     transport: str
@@ -47,16 +47,16 @@ class Spec(Struct):
     sizes_mib: list[int]
     blocks: list[int]
     handshakes: int
-    """A handshake for each block is measured up to so many of them."""
+    """Largest number of blocks for which a handshake before each is measured."""
     repeats: int
 
 
 class Point(Struct):
-    """One KV cache into a pool whose blocks are in random order; milliseconds, medians."""
+    """One KV cache into a pool whose blocks are in random order; medians in milliseconds."""
 
     link: str
     detail: str
-    """What UCX has picked."""
+    """Transport that UCX has picked."""
     layout: str
     mib: float
     tokens: int
@@ -65,28 +65,28 @@ class Point(Struct):
     memcpy: float
     """The same bytes, from one range of this process to another."""
     pull: float | None
-    """Contiguous, by our transport; None: the memory is mapped."""
+    """One contiguous pull by our transport; None: the memory is mapped."""
     raw: float | None
-    """Contiguous, by NIXL alone."""
+    """One contiguous read by NIXL alone."""
     raw_again: float | None
-    """The same a second time: what differs between the two is the machine's."""
+    """The same a second time: the difference between the two is noise of the machine."""
     scatter: float
-    """From a contiguous range to the pool, by itself."""
+    """Scatter from a contiguous range to the pool, by itself."""
     one_run: float
-    """The hand-off where the blocks follow one another, as an empty pool gives them: whole."""
+    """The transfer with consecutive blocks, as an empty pool gives them, by *whole*."""
     ways: dict[str, float]
-    """The hand-off as a decode does it, lease and all: whole, direct."""
+    """The transfer as a decode does it, with its lease: whole, direct."""
     chosen: str
-    """By a cost model that has seen nothing but the probes on connecting."""
+    """Choice of a cost model that has seen only the probes on connecting."""
     expected: float
     per_block: float | None
-    """With a handshake for each block of one layer's K or V; None: they would be too many."""
+    """Transfer with a handshake for each block of one layer's K or V; None: there are too many."""
     spanning: float
-    """With a handshake for each block that spans all layers."""
+    """Transfer with a handshake for each block that spans all layers."""
 
 
 class Bench:
-    """One layout over one link."""
+    """The measurement of one layout over one link."""
 
     def __init__(self, control: Control, spec: Spec) -> None:
         self.spec, self._control = spec, control
@@ -107,13 +107,13 @@ class Bench:
         self._detail = link.detail
         self._raw = None
         if spec.transport == "nixl":
-            # Registered by itself: raw NIXL shares nothing with ours.
+            # Registered separately: raw NIXL shares nothing with ours.
             self._raw_pool = aligned((self._pool.size,))
             self._raw = RawReader(control.ask(RAW + b"1"), self._raw_pool)
             control.ask(RAW + b"0")
 
     def tokens(self, mib: int, block: int) -> int:
-        """In a KV cache of so many MiB: whole blocks, at least one."""
+        """Return the tokens of a KV cache of ``mib`` MiB: whole blocks, at least one."""
         return max((mib << 20) // self._layout.bytes_per_token // block, 1) * block
 
     def point(self, mib: int, block: int) -> Point:
@@ -164,7 +164,7 @@ class Bench:
         )
 
     def _copies(self, move: Move) -> dict[str, Callable[[], float]]:
-        """What a hand-off is made of; each returns milliseconds."""
+        """Return the parts of a transfer, each as a function that returns milliseconds."""
         nbytes, raw = move.nbytes, self._raw
         source, target = self._sent[:nbytes], self._pool.reshape(-1)[:nbytes]
         cache = source.reshape(len(move.pool), move.length, -1)
@@ -186,21 +186,21 @@ class Bench:
         return works
 
     def _by_turns(self, works: dict[str, Callable[[], float]], nbytes: int) -> dict[str, float]:
-        """Medians, without a first turn that warms up."""
+        """Return the medians, without a first turn that warms up."""
         repeats = self.spec.repeats * (MORE if nbytes <= SMALL else 1)
         draw, names = random.Random(nbytes), list(works)
         taken = {name: list[float]() for name in names}
         for _ in range(repeats + 1):
-            # Each is a little faster behind some than behind others.
+            # Each part is a little faster after some than after others.
             draw.shuffle(names)
             for name in names:
                 taken[name].append(self._cold(works[name]))
         return {name: round(statistics.median(times[1:]), 3) for name, times in taken.items()}
 
     def _cold(self, work: Callable[[], float]) -> float:
-        """Not out of a cache that the work before has filled with the same bytes."""
+        """Run after clearing the cache, which the previous part has filled with the same bytes."""
         self._cache[:] = 1
-        # Who takes over a KV cache has just heard of it; raw NIXL asks its holder, too.
+        # A decode that takes over a KV cache has just got a message; raw NIXL asks its holder, too.
         self._handshake()
         return work()
 
@@ -212,7 +212,7 @@ class Bench:
         return choice.strategy, round(choice.seconds * 1e3, 3)
 
     def _handed_over(self, tokens: int, runs: Runs, name: Strategy) -> float:
-        """As a decode does it: milliseconds."""
+        """Transfer as a decode does; return milliseconds."""
         self._receiver.strategy = name
         handle = self._grant(tokens)
         return _ms(lambda: self._receiver.pull(self._receiver.open(handle), runs))

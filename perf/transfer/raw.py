@@ -1,4 +1,4 @@
-"""NIXL as it comes, without any of ours: what the transport is held against."""
+"""NIXL without any code of this package, with which the transport is compared."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RawReader:
         self.read(8)
 
     def read(self, nbytes: int) -> None:
-        """One contiguous transfer."""
+        """Make one contiguous transfer."""
         local = self._agent.get_xfer_descs([(self._pool.ctypes.data, nbytes, 0)], "DRAM")
         remote = self._agent.get_xfer_descs([(self._address, nbytes, 0)], "DRAM")
         transfer = self._agent.initialize_xfer("READ", local, remote, self._peer)

@@ -1,4 +1,4 @@
-"""What the points say: a table, the promises, who won, a picture."""
+"""A report of the points: a table, the targets, comparisons, a picture."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from perf.budgets import Budget
 from perf.transfer.measuring import Point
 
 LARGE_MIB = 16
-# What a paged pool has in practice, and the paper's comparison is about.
+# Block sizes of real paged pools, which the paper's comparison uses.
 POOL_BLOCKS = (16, 32)
 TUNED = 1.10
 
 
 def table(points: Sequence[Point]) -> Table:
-    """Milliseconds."""
+    """Return a table of all points, in milliseconds."""
     columns = ("link", "layout", "MiB", "block", "memcpy", "pull", "raw", "scatter")
     made = Table(*columns, "one run", "whole", "direct", "chosen", "per block", "spanning", "saved")
     for p in points:
@@ -50,23 +50,23 @@ def _saved(point: Point) -> float:
 
 
 def regret(point: Point) -> float:
-    """Time of what the cost model chose, by that of the best."""
+    """Return the time of the strategy that the cost model chose, divided by that of the best."""
     return point.ways[point.chosen] / min(point.ways.values())
 
 
 class Comparison(Struct):
-    """A ratio or percentage at each of many points, and what it should be at all of them."""
+    """A ratio or percentage at each of many points, and its target for all of them."""
 
     what: str
     values: list[float]
     unit: Literal["x", "%"]
     limit: float
     promised: bool = True
-    """False: the limit is only there to count the points within it."""
+    """True: the limit is a target; False: it only serves to count the points within it."""
 
     @property
     def bound(self) -> Literal["at most", "at least"]:
-        """Ratios should be small, percentages large."""
+        """Return the kind of bound: ratios should be small, percentages large."""
         return "at most" if self.unit == "x" else "at least"
 
     @property
@@ -75,13 +75,13 @@ class Comparison(Struct):
 
     @property
     def within(self) -> float:
-        """Percent of the points that are within the limit."""
+        """Return the percent of the points that are within the limit."""
         kept = [v <= self.limit if self.unit == "x" else v >= self.limit for v in self.values]
         return 100 * sum(kept) / len(kept)
 
 
 def comparisons(points: Sequence[Point]) -> list[Comparison]:
-    """All that is compared; what no point was measured for is left out."""
+    """Return all comparisons; those without measured points are left out."""
     large = [p for p in points if p.mib >= LARGE_MIB * 0.9]
     mapped = [p for p in large if p.link == "shm"]
     pulls = [_over(p, p.pull, 2.0) for p in large if p.link == "cma" and p.pull]
@@ -119,7 +119,7 @@ def comparisons(points: Sequence[Point]) -> list[Comparison]:
 
 
 def limits(points: Sequence[Point]) -> list[Budget]:
-    """The promises, each by its worst point, and how often the cost model chose well."""
+    """Return the targets, each with its worst point, and how often the cost model chose well."""
     made = []
     for one in comparisons(points):
         middle = f"  median {statistics.median(one.values):.3g} {one.unit}; within {one.limit:g}"
@@ -137,12 +137,12 @@ def limits(points: Sequence[Point]) -> list[Budget]:
 
 
 def _over(point: Point, taken: float, extra_ms: float) -> float:
-    """What was taken, of 1.25 copies and a constant: 1 is just within."""
+    """Return the time divided by 1.25 copies and a constant: 1 is just within."""
     return taken / (1.25 * point.memcpy + extra_ms)
 
 
 def remarks(points: Sequence[Point]) -> Table:
-    """Comparisons without a promise: won or lost."""
+    """Return a table of the comparisons without a target: won or lost."""
     made = Table("link", "whole against direct", "whole against blocks that span all layers")
     for link in dict.fromkeys(p.link for p in points):
         mine = [p for p in points if p.link == link]
@@ -162,7 +162,7 @@ def _won(ratios: Sequence[float]) -> str:
 
 
 def plot(points: Sequence[Point], path: Path) -> Path:
-    """Times over memcpy, by size; a row for each link, a column for each layout."""
+    """Plot times over memcpy, by size; a row for each link, a column for each layout."""
     import matplotlib as mpl  # noqa: PLC0415 - slow to import
 
     mpl.use("Agg")

@@ -1,1 +1,1 @@
-"""The way of a request through the code, module by module."""
+"""Traces of requests through the code, module by module."""

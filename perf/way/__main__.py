@@ -1,13 +1,14 @@
-"""The way of a prompt to its first token, and of a KV cache from its prefill into a decode's pool.
+"""Traces a prompt to its first token, and a KV cache from its prefill into a decode's pool.
 
     python -m perf.way [--json]
 
 One request is served in this process: by the gateway's service, its scheduler, a prefill and a
-decode, with the emulated engine, shared memory and messages encoded as on the wire. Printed is what
-is called, module by module with the number of calls, a line for each stretch in one package;
-``perf/way/calls.py`` says what counts. The first way begins as the gateway takes a prompt and ends
-when it gives the first token. The second begins where the prefill's engine is done, with the
-hand-over of the KV cache, and ends when the decode's engine is told that its rows are in the pool.
+decode, with the emulated engine, shared memory and messages encoded as on the wire. The calls are
+printed, module by module with their numbers, with a line for each stretch in one package;
+``perf/way/calls.py`` defines what counts. The first trace begins when the gateway takes a prompt
+and ends when it yields the first token. The second begins when the prefill's engine is done, with
+the hand-over of the KV cache, and ends when the decode's engine is told that its rows are in the
+pool.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from perf.way.calls import Call, Recorder, Way, way
 from perf.way.site import Site
 
 WARM, RUNS = 3, 10
-"""The first requests find nothing ready. Of the others the one with the fewest calls is taken: what
-goes on beside a request, such as the publishing of gauges, falls into some of them."""
+"""The first requests find caches empty. Of the others the one with the fewest calls is taken, since
+background work, such as the publishing of gauges, falls into some of them."""
 PAUSE_S = 0.05
-"""After which nothing of a request is under way any more."""
+"""Seconds after which no work for a request is in progress any more."""
 HAND_OVER = Call("instances.prefill", "_hand_over")
 IN_POOL = Call("engines.emulated", "joined")
 
 
 async def ways() -> tuple[Way, Way]:
-    """Trace requests, one after the other."""
+    """Trace requests, one after another."""
     prompts: list[list[Call]] = []
     handles: list[list[Call]] = []
     with Recorder() as recorder, tempfile.TemporaryDirectory() as folder:
@@ -55,7 +56,7 @@ async def ways() -> tuple[Way, Way]:
 
 
 async def _serve(site: Site, request_id: str, calls: list[Call]) -> int:
-    """Serve a request to its end; how many calls there were when its first token came."""
+    """Serve a request to its end; return the number of calls until its first token came."""
     first = 0
     async with aclosing(site.ask(request_id)) as parts:
         async for _ in parts:
@@ -64,7 +65,7 @@ async def _serve(site: Site, request_id: str, calls: list[Call]) -> int:
 
 
 def table(traced: Way) -> str:
-    """A way as text, a line for each stretch."""
+    """Return a trace as text, a line for each stretch."""
     counts = f"{traced.modules} modules, {traced.calls} calls, {traced.crossings} crossings"
     lines = [f"{traced.name}: {counts}, {traced.returns} returns"]
     for stretch in traced.stretches:
@@ -77,7 +78,7 @@ def table(traced: Way) -> str:
 
 
 def main(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """The way of a prompt to its first token, and of a KV cache into a decode's pool."""
+    """Trace a prompt to its first token, and a KV cache into a decode's pool."""
     traced = asyncio.run(ways())
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(traced)).decode())

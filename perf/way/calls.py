@@ -1,11 +1,11 @@
 """Calls of the package's functions, recorded in the order in which they are made.
 
-A *call* is one call of a function of ``pdserve``, in whatever thread. A coroutine or a generator
-counts once, when it begins, and not again when it goes on; a comprehension is part of the function
-that it stands in. A *package* is the first name under ``pdserve``: that of
-``pdserve.transfer.consumer.receiver`` is ``transfer``, and a module that lies in no folder is a
-package of its own. A *crossing* is a step from one call to the next that leads into another
-package. A *return* is a crossing into a package where the way has been before.
+A *call* is one call of a function of ``pdserve``, in any thread. A coroutine or a generator counts
+once, when it begins, and not again when it resumes; a comprehension is part of the function that
+contains it. A *package* is the first name under ``pdserve``: that of
+``pdserve.transfer.consumer.receiver`` is ``transfer``, and a module outside a folder is its own
+package. A *crossing* is a step from one call to the next that leads into another package. A
+*return* is a crossing into a package that has been visited before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Call(NamedTuple):
     """A function that has been called."""
 
     module: str
-    """Under ``pdserve``, such as ``scheduling.scheduler``."""
+    """Name under ``pdserve``, such as ``scheduling.scheduler``."""
     function: str
 
     @property
@@ -43,16 +43,16 @@ class Call(NamedTuple):
 
 
 class Recorder:
-    """Records the calls of this process while it is asked to.
+    """Records the calls of this process on request.
 
-    Used as a context manager, it watches the current thread and all that are started meanwhile; so
-    it is entered before the threads whose calls are wanted.
+    As a context manager, it watches the current thread and all threads that are started meanwhile,
+    so it must be entered before the threads whose calls are recorded.
     """
 
     def __init__(self) -> None:
         self._calls: list[Call] | None = None
         self._begun: dict[int, FrameType] = {}
-        """Coroutines and generators; kept, so that no other frame gets the same id."""
+        """Frames of coroutines and generators; kept, so that no other frame gets the same id."""
 
     def __enter__(self) -> Self:
         self._former = sys.getprofile()
@@ -66,7 +66,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[list[Call]]:
-        """The calls that are made within the ``with`` block, as they come."""
+        """Give the list of the calls within the ``with`` block, which grows as they are made."""
         self._calls = calls = []
         try:
             yield calls
@@ -90,15 +90,15 @@ class Recorder:
 
 
 class Stretch(Struct):
-    """A part of a way within one package."""
+    """A part of a trace within one package."""
 
     package: str
     calls: dict[str, int]
-    """By module, in the order in which they are reached."""
+    """Number of calls by module, in the order in which they are reached."""
 
 
 class Way(Struct):
-    """What is called from one point to another."""
+    """The calls from one point to another."""
 
     name: str
     modules: int

@@ -1,7 +1,7 @@
 """A gateway, a prefill and a decode in this process, joined by channels in memory.
 
-They are made of a deployment as Triton's models make them, with the emulated engine and shared
-memory. What is left out is Triton: its models, and the channels between its servers.
+They are made from a deployment like Triton's models make them, with the emulated engine and shared
+memory. Only Triton is left out: its models, and the channels between its servers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pdserve.text.vocabulary import Vocabulary
 from pdserve.transfer import plane
 
 TOKENS = 128
-"""Of a prompt."""
+"""Number of tokens of a prompt."""
 MAX_TOKENS = 4
 VOCABULARY = 32_000
 _ASKED = Parameters(
@@ -49,7 +49,7 @@ _ASKED = Parameters(
 
 
 class MemoryChannel:
-    """Reaches an instance of the same event loop; its messages are encoded as on the wire."""
+    """A channel to an instance in the same event loop; its messages are encoded as on the wire."""
 
     def __init__(self, instance: PrefillInstance | DecodeInstance) -> None:
         self._instance = instance
@@ -87,17 +87,17 @@ class MemoryChannel:
         self._calls.forget(call)
 
     def lose(self, _epoch: bytes) -> None:
-        """No process is lost."""
+        """Do nothing: no process is lost."""
 
     async def close(self) -> None:
-        """Nothing is kept open."""
+        """Do nothing: there is no connection."""
 
 
 class Site:
     """A deployment of one prefill and one decode; used in one event loop.
 
     Args:
-        folder: an empty one, in which the model's configuration and the key are written.
+        folder: empty folder, in which the model's configuration and the key are written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,7 +130,7 @@ class Site:
         )
 
     def ask(self, request_id: str) -> AsyncGenerator[Part, None]:
-        """Answer a prompt that begins like no other."""
+        """Answer a prompt that shares no prefix with others."""
         ids = [self._rng.randrange(VOCABULARY) for _ in range(TOKENS)]
         prompt = Prompt(np.array(ids, np.int32))
 

@@ -26,7 +26,7 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
     grpc_port: Port = 8001
     metrics_port: Port = 8002
     gateway: bool = True
-    """Whether it has the models pdserve, scheduler, tokenizer and detokenizer."""
+    """True if it has the models pdserve, scheduler, tokenizer and detokenizer."""
     client_shared_memory: Literal["off", "key"] = "off"
     """``key``: clients that send a key may have the server read and write shared memory of this
     host. The server opens it as its own user: anyone with the key can read all shared memory of
@@ -174,7 +174,7 @@ class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
     default_scenario: Name = "default"
     """Scenario of requests that carry no label and match no rule."""
     strict: bool = False
-    """Whether a label that no scenario has is refused; otherwise it means the default scenario."""
+    """True: a label that no scenario has is refused; False: it means the default scenario."""
     traces: Annotated[str, Meta(pattern="^https?://.")] | None = None
     """Full URL of an OTLP/HTTP collector, such as ``http://127.0.0.1:4318/v1/traces``."""
 
@@ -232,7 +232,7 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     priority: int = 0
     """Default of requests that give none."""
     shared_prefixes: bool = False
-    """Whether tenants may reuse each other's cached prefixes."""
+    """True if tenants may reuse each other's cached prefixes."""
 
 
 class Deployment(Struct, frozen=True, forbid_unknown_fields=True):

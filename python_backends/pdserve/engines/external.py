@@ -34,7 +34,7 @@ class Context(NamedTuple):
     token: int
     """First token of the answer."""
     eos: bool
-    """Whether the token ends an answer."""
+    """True if the token ends an answer."""
     link: bytes
     """Link to the KV cache; empty: the engine keeps none."""
     cached: int

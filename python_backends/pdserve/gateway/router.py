@@ -16,7 +16,7 @@ class Servable(Protocol):
 
     @property
     def healthy(self) -> bool:
-        """Whether the group has a prefill and a decode that have not failed."""
+        """True if the group has a prefill and a decode that have not failed."""
 
 
 G = TypeVar("G", bound=Servable)

@@ -21,9 +21,9 @@ class AcceptedCall:
     reserved: ReservedBlocks
     sequence: DecodeSequence
     arrived: bool = False
-    """Whether the prompt's K and V are in its blocks."""
+    """True if the prompt's K and V are in its blocks."""
     stuck: bool = False
-    """Whether something may still be written to its blocks, which are not reused then."""
+    """True if something may still be written to its blocks, which are not reused then."""
     unsent: list[int] = field(default_factory=list)
     sent_at: float = 0.0
     transfer: TransferReport | None = None

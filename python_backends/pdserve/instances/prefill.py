@@ -62,7 +62,7 @@ class _Held:
     deadline: float
     """Time after which its first token is useless."""
     computing: bool = True
-    """Whether its first token is not known yet."""
+    """True if its first token is not known yet."""
     cancelled: bool = False
 
 

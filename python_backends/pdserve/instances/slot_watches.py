@@ -145,7 +145,7 @@ class RoomWatches(SlotWatches):
         super().__init__()
         self._room = room
         self._refused = False
-        """Whether a request has been refused since the last one ended."""
+        """True if a request has been refused since the last one ended."""
 
     def refused(self) -> None:
         """Note that a request has been refused, whose gateway may watch."""

@@ -83,7 +83,7 @@ class Range:
     nbytes: int
     state: State = State.ALLOCATED
     filled: bool = False
-    """Whether the bytes are complete and may be copied from."""
+    """True if the bytes are complete and may be copied from."""
     until: float = 0.0
     """Time at which LEASED, IN_TRANSFER or QUARANTINED ends, in seconds on the caller's clock."""
     pins: int = 0

@@ -220,7 +220,7 @@ class Prefilled(Struct, frozen=True, tag="prefilled"):
     stored: Annotated[bytes, Meta(max_length=MAX_TOKENS // 4)] = b""
     """Chained hashes, 8 bytes each, of the prompt's prefixes that are cached here from now on."""
     unseen: bool = False
-    """Whether the prefill cannot see when a decode has the KV cache, and needs a
+    """True if the prefill cannot see when a decode has the KV cache, and needs a
     ``Transferred``."""
 
 

@@ -43,7 +43,7 @@ class Call:
         self._id = call_id
         self._replies = replies
         self.done = False
-        """Whether the instance holds nothing for this call any more."""
+        """True if the instance holds nothing for this call any more."""
         self._computed = False
         self._closed = False
 

@@ -91,7 +91,7 @@ class KVLinks:
             for name in itertools.islice(ring.after(decode.name), PEERS):
                 self._chosen[name].append(decode.name)
         self.dense = len(prefills) <= PEERS and len(decodes) <= PEERS
-        """Whether all pairs are planned to be linked."""
+        """True if all pairs are planned to be linked."""
         self._planned = {one.name: self._plan(one.name) for one in prefills}
         self._alone = {one.name for one in prefills if self._is_alone(one.name)}
         self._find_useless()

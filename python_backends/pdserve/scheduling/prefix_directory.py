@@ -41,7 +41,7 @@ class Cached:
         """Cached tokens by instance, without those that have none: at most SOME instances, those
         with the most tokens."""
         self.all = True
-        """Whether ``some`` holds all instances that have any."""
+        """True if ``some`` holds all instances that have any."""
         for names in reversed(holders):
             for name in reversed(names):
                 if name in self.some or not (tokens := self._count(name)):

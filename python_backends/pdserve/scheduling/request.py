@@ -112,7 +112,7 @@ class Request:
     ends: dict[Role, list[str]] = field(
         default_factory=lambda: {"prefill": [], "decode": []}, repr=False
     )
-    """By role, the instances that ended while it was there without progress; see `suspicion`."""
+    """Instances, by role, that ended while it was there without progress; see `suspicion`."""
     finish_reason: FinishReason = ""
     output: bytearray = field(default_factory=bytearray, repr=False)
     """Token ids, encoded like ``prompt``."""
@@ -129,7 +129,7 @@ class Request:
     promise: Promise = field(default_factory=lambda: Promise(None, 0), repr=False)
     """Room in a decode that is promised to it."""
     held_back: bool = False
-    """Whether its first token is held back until a decode has accepted it."""
+    """True if its first token is held back until a decode has accepted it."""
     waiting_since: float = 0.0
     """Time of its arrival, or of the failure of the instance that had it."""
     forwarded: float = 0.0

@@ -57,7 +57,7 @@ class Rooms:
         """Decodes that have not failed and may have room, by the number of requests that they
         serve."""
         self._free = Order[tuple[int, int]]()
-        """Those of ``_roomy`` that have reported their room, by their free blocks."""
+        """The decodes of ``_roomy`` that have reported their room, by their free blocks."""
         self._plenty = Plenty()
         self.update(decodes, at_once)
 

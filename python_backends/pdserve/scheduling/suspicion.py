@@ -40,9 +40,9 @@ class Stay:
         self._role: Role = role
         self._progress = False
         self.answered = False
-        """Whether the instance has answered the request."""
+        """True if the instance has answered the request."""
         self.suspect = bool(request.ends[role])
-        """Whether the request is a suspect; other suspects may wait for its progress."""
+        """True if the request is a suspect; other suspects may wait for its progress."""
         if self.suspect:
             instance.suspect = request
 

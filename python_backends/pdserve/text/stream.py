@@ -33,7 +33,7 @@ class TextStream:
             at = list(stop).index("")
             raise InvalidRequest(f"stop_words[{at}] is empty; at least 1 character is needed")
         self.stopped = False
-        """Whether a stop string was found, before which the answer has ended."""
+        """True if a stop string was found, before which the answer has ended."""
         self.tokens_used = 0
         """Number of ids of the answer so far, up to the one that completed a stop string."""
         self._special = vocabulary.special

@@ -28,7 +28,7 @@ class Vocabulary:
             if token.special
         }
         self.byte_level = isinstance(backend.decoder, ByteLevel)
-        """Whether tokens stand for bytes (GPT-2 and most since), not for pieces of text
+        """True if tokens stand for bytes (GPT-2 and most since), not for pieces of text
         (SentencePiece)."""
 
     @property

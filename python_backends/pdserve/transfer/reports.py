@@ -23,7 +23,7 @@ class LinkReport(Struct, frozen=True, array_like=True):
     refused: Annotated[dict[Word, Annotated[str, Meta(max_length=1 << 16)]], Meta(max_length=16)]
     """Reason for each better transport that is not used."""
     fallback: bool
-    """Whether it is a network without RDMA."""
+    """True if it is a network without RDMA."""
 
 
 class TransferReport(Struct, frozen=True, array_like=True):

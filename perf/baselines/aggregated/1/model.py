@@ -1,4 +1,4 @@
-"""Baseline: one instance computes prompts and decodes; the rest is pdserve's own."""
+"""Baseline: one instance computes prompts and decodes; everything else is pdserve's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pdserve.triton import pdserve
 
 
 class TritonPythonModel(pdserve.TritonPythonModel):
-    """pdserve with a scheduler that asks nobody."""
+    """The pdserve model, with one engine in place of the scheduler."""
 
     async def _start(self) -> None:
         await super()._start()
@@ -39,7 +39,7 @@ class _Open:
 
 
 class Aggregated:
-    """Prompts first, as many as there is room for, then one decode step; and so on."""
+    """Computes as many prompts as there is room for, then one decode step, and so on."""
 
     name = "aggregated"
 
@@ -56,11 +56,11 @@ class Aggregated:
 
     @contextmanager
     def serving(self, request: Request) -> Iterator[Aggregated]:
-        """As a group does."""
+        """Return the scheduler of a request, as a group does."""
         yield self
 
     async def run(self, request: Request) -> AsyncIterator[Chunk]:
-        """The answer as it comes."""
+        """Yield the answer as it comes."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         request.arrived = request.forwarded = now
@@ -142,7 +142,8 @@ class Aggregated:
             self._append(opened, token, interval / 1e3)
 
     def _append(self, opened: _Open, token: int, interval: float) -> None:
-        """Note a token; told at once if it is the first or the last, else when it is time."""
+        """Append a token; it is sent at once if it is the first or the last, else after the
+        interval."""
         request, sequence = opened.request, opened.sequence
         sequence.tokens.append(token)
         opened.unsent.append(token)

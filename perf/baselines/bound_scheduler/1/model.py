@@ -1,6 +1,6 @@
-"""Baseline: Triton model `scheduler`, which chooses a prefill when a request comes.
+"""Baseline: Triton model `scheduler`, which chooses a prefill when a request arrives.
 
-The parameter `policy` of its configuration names how; `policies.py` lies beside this file.
+The parameter `policy` of its configuration names the policy; `policies.py` is beside this file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from policies import BOUND
 
 
 class TritonPythonModel(scheduler.TritonPythonModel):
-    """pdserve's, with another scheduler for each group."""
+    """The scheduler model of pdserve, with another scheduler for each group."""
 
     def initialize(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]

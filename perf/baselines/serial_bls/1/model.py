@@ -1,4 +1,4 @@
-"""Baseline: one request at a time, a blocking BLS call to a prefill, then one to a decode."""
+"""Baseline: one request at a time, by a blocking BLS call to a prefill, then one to a decode."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 response = self._answer(request, sender)
-            except Exception as error:  # the client must hear of it
+            except Exception as error:  # the client must get an answer
                 response = pb_utils.InferenceResponse(error=pb_utils.TritonError(repr(error)))
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 

@@ -39,7 +39,7 @@ class Peer:
     cost_model: CostModel | None
     """None: its memory is mapped, so there is nothing to choose."""
     failed: bool = False
-    """Whether the link has failed; its report is kept."""
+    """True if the link has failed; its report is kept."""
 
     def over_the_same(self, link: Link) -> bool:
         """Tell whether a link has the transport of this peer, so that the peer's measurements hold

@@ -41,7 +41,7 @@ class CudaIpcTransport:
         self._given = cuda
         self._pinned: list[int] = []
         self._to_device = False
-        """Whether pulls arrive on the device, not only in host memory."""
+        """True if pulls arrive on the device, not only in host memory."""
         self._links: WeakSet[CudaIpcLink] = WeakSet()
         self._exported: tuple[int, Any] | None = None
         """The device, and the event that `written` records on it."""
