@@ -88,8 +88,10 @@ def message(
 
 
 def output_tokens(response: service_pb2.ModelInferResponse) -> int | None:
-    """Return the output tokens in the stats of an answer's last response; None: it is not the
-    last."""
+    """Return the output tokens in the stats of an answer's last response.
+
+    None: it is not the last.
+    """
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         if output.name == "stats":
             return int(msgspec.json.decode(raw[4:])["output_tokens"])

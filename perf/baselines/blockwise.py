@@ -16,14 +16,18 @@ from pdserve.transfer.protocol import Spans
 
 
 def per_plane(move: Move, handshake: Callable[[], object]) -> int:
-    """Move the runs of the move, each a block of one layer's K or V; return the number of
-    blocks."""
+    """Move the runs of the move, each a block of one layer's K or V.
+
+    Return the number of blocks.
+    """
     return _one_by_one(move, segments(move), handshake)
 
 
 def spanning(move: Move, block: int, handshake: Callable[[], object]) -> int:
-    """Move blocks that hold all layers of `block` tokens, contiguous at both ends; return their
-    number."""
+    """Move blocks that hold all layers of `block` tokens, contiguous at both ends.
+
+    Return their number.
+    """
     nbytes = block * len(move.planes) * move.pool.shape[2]
     starts = np.arange(0, len(move.tokens) // block, dtype=np.int64) * nbytes
     spans = np.empty((len(starts), 3), np.int64)

@@ -191,8 +191,10 @@ class BoundScheduler(Scheduler):
         """Queues of open requests, by their ids."""
 
     def update(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
-        """Replace the instances; requests that wait for a prefill that has left are offered to all
-        others."""
+        """Replace the instances.
+
+        Requests that wait for a prefill that has left are offered to all others.
+        """
         super().update(prefills, decodes)
         for gone in self.queues.keys() - set(prefills):
             self.queues.pop(gone).update(prefills)

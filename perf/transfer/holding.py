@@ -54,8 +54,10 @@ class Holding:
         nbytes: int,
         layout: str,
     ) -> None:
-        """Start the process; `command` is the beginning of its command line, to run it on another
-        host."""
+        """Start the process.
+
+        `command` is the beginning of its command line, to run it on another host.
+        """
         module = [sys.executable, "-m", __name__, address, transport, str(nbytes), layout]
         self._process = subprocess.Popen(
             [*command, *module], env=environment, stdout=subprocess.PIPE, text=True
@@ -80,8 +82,10 @@ class Control:
         self._pipe = Client((address, port))
 
     def ask(self, question: bytes) -> bytes:
-        """Ask a question, and return the answer. Raises TimeoutError without one within
-        ANSWER_S."""
+        """Ask a question, and return the answer.
+
+        Raises TimeoutError without one within ANSWER_S.
+        """
         self._pipe.send_bytes(question)
         if not self._pipe.poll(ANSWER_S):
             raise TimeoutError(f"the holder has not answered within {ANSWER_S:g} s")

@@ -195,8 +195,10 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
-    """Sampling parameters of requests that give none; bounds and defaults are those of a
-    request."""
+    """Sampling parameters of requests that give none.
+
+    Bounds and defaults are those of a request.
+    """
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     top_k: Annotated[int, Meta(ge=0, le=1 << 24)] = 0

@@ -1,5 +1,7 @@
-"""Builds the engine that a deployment configures; libraries that it does not need are not
-imported."""
+"""Builds the engine that a deployment configures.
+
+Libraries that it does not need are not imported.
+"""
 # ruff: noqa: PLC0415 - torch and transformers take seconds to import
 
 from __future__ import annotations

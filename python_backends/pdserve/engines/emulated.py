@@ -95,8 +95,10 @@ class EmulatedModel:
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos)
 
     def token(self, prompt: Tokens, position: int) -> int:
-        """Return the token at ``position`` of the output of ``prompt``; never an end-of-text
-        token."""
+        """Return the token at ``position`` of the output of ``prompt``.
+
+        Never an end-of-text token.
+        """
         token = (zlib.crc32(prompt.tobytes()) + 2654435761 * position) % self.vocabulary
         while token in self.eos_ids:
             token = (token + 1) % self.vocabulary
@@ -158,8 +160,10 @@ class EmulatedDecode:
         """Time at which the current step ends (``loop.time()`` seconds)."""
 
     def joined(self, sequence: DecodeSequence) -> None:
-        """Check the KV cache that arrived. Raises InstanceError if it is not that of this
-        prompt."""
+        """Check the KV cache that arrived.
+
+        Raises InstanceError if it is not that of this prompt.
+        """
         start = 0
         for first, rows in sequence.rows(len(sequence.prompt)):
             arrived = self.pool[:, first : first + rows].view("<i4")
@@ -168,8 +172,10 @@ class EmulatedDecode:
             start += rows
 
     async def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
-        """Compute a part of a prompt; all parts together take as long as the whole takes in a
-        prefill."""
+        """Compute a part of a prompt.
+
+        All parts together take as long as the whole takes in a prefill.
+        """
         timing, cached = self._model.profile.prefill, sequence.cached
         milliseconds = timing.tokens_ms(end - cached) - timing.tokens_ms(begin - cached)
         if begin == cached:

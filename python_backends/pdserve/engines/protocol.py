@@ -129,15 +129,18 @@ class DecodeEngine(Protocol):
 
     @property
     def pool(self) -> Array:
-        """Return the memory in which KV caches arrive, [planes, rows, row_bytes]; other threads
-        write to it."""
+        """Return the memory in which KV caches arrive, [planes, rows, row_bytes].
+
+        Other threads write to it.
+        """
 
     def joined(self, sequence: DecodeSequence) -> None:
         """Note that the K and V of the sequence's prompt are in the pool."""
 
     async def prefill(self, sequence: DecodeSequence, begin: int, end: int) -> int | None:
-        """Compute the K and V of a part of the prompt; return the first token if it is the last
-        part.
+        """Compute the K and V of a part of the prompt.
+
+        Return the first token if it is the last part.
 
         Args:
             begin: number of its tokens whose K and V are in the sequence's rows.

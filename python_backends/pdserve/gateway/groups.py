@@ -113,8 +113,8 @@ class Groups:
         """Note that a process of an instance is gone; see ``Channel.lose``.
 
         An instance that another deployment has moved is notified at both places: the former place
-            may still serve requests, and no two processes have the same epoch.
-        one still serves is open there, and an epoch is no other's.
+        may still serve requests, and no two processes have the same epoch. one still serves is open
+        there, and an epoch is no other's.
         """
         for (_, instance, *_), reached in self._instances.items():
             if instance == name:

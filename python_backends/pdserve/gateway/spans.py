@@ -188,8 +188,10 @@ def exported(endpoint: str, gateway: str, log: Log) -> RecordedTraces:
 
 
 def _session(endpoint: str) -> requests.Session | None:
-    """Return a session for an exporter; None: OpenTelemetry's own, which reads proxies and
-    certificates from the environment."""
+    """Return a session for an exporter.
+
+    None: OpenTelemetry's own, which reads proxies and certificates from the environment.
+    """
     if not is_loopback(endpoint):
         return None
     session = requests.Session()

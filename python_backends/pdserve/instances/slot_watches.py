@@ -70,8 +70,9 @@ class SlotWatches:
         return len(self._waiting)
 
     def add(self, watch: Watch, stream: str, send: Send) -> None:
-        """Add a gateway's watch. A gateway that waits already keeps its place, and its former watch
-        ends.
+        """Add a gateway's watch.
+
+        A gateway that waits already keeps its place, and its former watch ends.
 
         Args:
             stream: the gateway's connection, which has one watch, whatever names it gives.
@@ -154,8 +155,9 @@ class RoomWatches(SlotWatches):
     def wait(
         self, watch: Watch, stream: str, send: Send, used: int, slots: int, now: float
     ) -> None:
-        """Report once that a request has ended since; at once if none is open, or there is more
-        room.
+        """Report once that a request has ended since.
+
+        At once if none is open, or there is more room.
 
         Args:
             used: number of the ``slots`` that are taken.

@@ -175,8 +175,10 @@ class Arena:
         self._evictor.unpin(held)
 
     def counts(self) -> dict[State, tuple[int, int]]:
-        """Return the ranges and bytes per state; FREE counts holes. The bytes add up to the
-        capacity."""
+        """Return the ranges and bytes per state; FREE counts holes.
+
+        The bytes add up to the capacity.
+        """
         return self._counts | {State.FREE: (len(self._free_list), self._free_list.free)}
 
     def _can_make_room(self, size: int) -> bool:

@@ -128,8 +128,9 @@ class BlockPool:
         return self.blocks - self.free_blocks - self.cached_blocks
 
     def allocate(self, tokens: int) -> BlockTable | None:
-        """Return blocks for `tokens` tokens, evicting tables if needed; None if there are not
-        enough.
+        """Return blocks for `tokens` tokens, evicting tables if needed.
+
+        None if there are not enough.
 
         The runs are as few as possible if parked tables count as free; a single run is taken from
         the smallest hole that has it. Only tables that hold some of the blocks are evicted, each as
@@ -150,8 +151,9 @@ class BlockPool:
         return table
 
     def park(self, table: BlockTable, tokens: int) -> None:
-        """Keep the first `tokens` rows of a sequence that has ended, while there is room; they are
-        valid.
+        """Keep the first `tokens` rows of a sequence that has ended, while there is room.
+
+        They are valid.
 
         The blocks after them are free at once.
 

@@ -38,8 +38,10 @@ class FreeList:
         return self._by_size[-1][0] if self._by_size else 0
 
     def take(self, size: int) -> int | None:
-        """Take `size` units from the smallest hole that has them, and return their start; None:
-        none has."""
+        """Take `size` units from the smallest hole that has them, and return their start.
+
+        None: none has.
+        """
         index = bisect_left(self._by_size, (size, 0))
         if index == len(self._by_size):
             return None

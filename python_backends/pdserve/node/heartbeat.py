@@ -64,8 +64,10 @@ class Heartbeat:
         self._words = memory.cast("Q")
 
     def close(self) -> None:
-        """Remove the shared memory, unless a later process has replaced it; counting stays
-        possible."""
+        """Remove the shared memory, unless a later process has replaced it.
+
+        Counting stays possible.
+        """
         if self._path is not None:
             with suppress(FileNotFoundError):
                 if self._path.stat().st_ino == self._inode:

@@ -35,8 +35,10 @@ class Liveness:
         """For each thread, its turns, and the time since which their number has not changed."""
 
     async def __call__(self) -> bool:
-        """Return False if it is alive. Raises PDServeError or OSError if it has failed the
-        question."""
+        """Return False if it is alive.
+
+        Raises PDServeError or OSError if it has failed the question.
+        """
         beats = self._read()
         self._all_turn(beats)
         if self._works(beats):

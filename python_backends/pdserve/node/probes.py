@@ -80,8 +80,10 @@ class Probes:
         self._turns = itertools.count()
 
     async def alive(self, instance: str) -> bool:
-        """Check that an instance takes messages and answers them. Raises InstanceError if it does
-        not."""
+        """Check that an instance takes messages and answers them.
+
+        Raises InstanceError if it does not.
+        """
         await self._ask(instance, Release(self._id()), Released)
         return False
 
@@ -93,8 +95,9 @@ class Probes:
         return await self._computes(instance, computed is not None)
 
     async def decode(self, instance: str) -> bool:
-        """Decode one token after a prefill's; False: the decode is busy, or no prefill has one to
-        give.
+        """Decode one token after a prefill's.
+
+        False: the decode is busy, or no prefill has one to give.
 
         Raises:
             InstanceError: the decode has failed.

@@ -103,8 +103,9 @@ class Calls:
                 replies.put(reply)
 
     def lost(self, epoch: bytes) -> bool:
-        """Note that a process of the instance is gone; tell whether it is the one that replied
-        last.
+        """Note that a process of the instance is gone.
+
+        Tell whether it is the one that replied last.
 
         If it is any other process, nothing changes.
         """
@@ -142,9 +143,11 @@ class Channel(Protocol):
         """Drop a call: no further reply to it is wanted."""
 
     def lose(self, epoch: bytes) -> None:
-        """Note that a process of the instance is gone. If it is the one that replied last, every
-        open call fails, and the next call reaches its successor; if it is any other, nothing
-        changes."""
+        """Note that a process of the instance is gone.
+
+        If it is the one that replied last, every open call fails, and the next call reaches its
+        successor; if it is any other, nothing changes.
+        """
 
     async def close(self) -> None:
         """Give up every open call and the connection."""

@@ -1,17 +1,16 @@
 """The messages between the scheduler and the instances, version 6.
 
 A message is msgpack in one UINT8 tensor: ``request`` to the instance; from it ``reply``, any number
-    of replies with the ids of the calls that they belong to, and the epoch of the process that
-    sends them. A request travels sealed (``pdserve.rpc.seal``). Nothing here is part of the public
-    contract; both ends of a deployment run the same version, and a message of another version is
-    refused. An unknown field is ignored, so that an optional one may be added without a new
-    version. Token ids are little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
-``reply``, any number of replies with the ids of the calls that they belong to, and the epoch of
-the process that gives them. A request travels sealed (``pdserve.rpc.seal``).
-Nothing here is part of the public contract; both ends of a deployment run the
-same version, and a message of another version is refused. A field that is not known is ignored,
-so that an optional one may be added without a new version.
-Token ids are little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
+of replies with the ids of the calls that they belong to, and the epoch of the process that sends
+them. A request travels sealed (``pdserve.rpc.seal``). Nothing here is part of the public contract;
+both ends of a deployment run the same version, and a message of another version is refused. An
+unknown field is ignored, so that an optional one may be added without a new version. Token ids are
+little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``. ``reply``, any number of replies with
+the ids of the calls that they belong to, and the epoch of the process that gives them. A request
+travels sealed (``pdserve.rpc.seal``). Nothing here is part of the public contract; both ends of a
+deployment run the same version, and a message of another version is refused. A field that is not
+known is ignored, so that an optional one may be added without a new version. Token ids are
+little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
 """
 
 from __future__ import annotations

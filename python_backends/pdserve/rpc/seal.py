@@ -21,8 +21,10 @@ LOG_EVERY_S = 10.0
 
 
 class Unsealed(PDServeError):
-    """A message was not sealed with this deployment's key; the text is constant, so that it reveals
-    nothing."""
+    """A message was not sealed with this deployment's key.
+
+    The text is constant, so that it reveals nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__(
@@ -71,8 +73,10 @@ class Refusals:
         self._next = 0.0
 
     def refused(self, instance: str) -> str | None:
-        """Count a refused message; return a line to log, at most once every ``LOG_EVERY_S``
-        seconds."""
+        """Count a refused message.
+
+        Return a line to log, at most once every ``LOG_EVERY_S`` seconds.
+        """
         self._count += 1
         now = time.monotonic()
         if now < self._next:

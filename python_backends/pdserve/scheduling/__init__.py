@@ -1,2 +1,4 @@
-"""Scheduling: which instance serves which request, and when. Pure asyncio, without Triton or
-torch."""
+"""Scheduling: which instance serves which request, and when.
+
+Pure asyncio, without Triton or torch.
+"""

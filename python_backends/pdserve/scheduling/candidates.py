@@ -1,10 +1,9 @@
 """The instances of one role that may be offered a request now, ordered by load.
 
 Choosing one costs the same in a group of two and in one of a thousand: the order is maintained as
-    loads change, and a request looks at the head of it and at the few instances that are better or
-    worse for this request than their load says.
-change, and a request looks at the head of it, and at the few instances that are better or worse for
-this request than their load says.
+loads change, and a request looks at the head of it and at the few instances that are better or
+worse for this request than their load says. change, and a request looks at the head of it, and at
+the few instances that are better or worse for this request than their load says.
 """
 
 from __future__ import annotations

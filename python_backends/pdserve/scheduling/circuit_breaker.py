@@ -39,8 +39,10 @@ class CircuitBreaker:
         return self.closed or (now >= self.reopens and not trying)
 
     def failed(self, now: float) -> None:
-        """Note a failure. Failures within one pause count as one: a broken connection fails many
-        streams."""
+        """Note a failure.
+
+        Failures within one pause count as one: a broken connection fails many streams.
+        """
         if now >= self.reopens:
             self._pause = min(max(2 * self._pause, FIRST_S), LONGEST_S)
             self.reopens = now + self._pause

@@ -107,8 +107,9 @@ class DecodeStage:
     async def reserve(
         self, request: Request, prefill: Instance, token: int, handle: bytes, until: float
     ) -> Offered:
-        """Find an idle decode that accepts the KV cache; the prefill keeps it and its slot
-        meanwhile.
+        """Find an idle decode that accepts the KV cache.
+
+        The prefill keeps it and its slot meanwhile.
 
         Args:
             until: the request's own time limit (``loop.time()``).

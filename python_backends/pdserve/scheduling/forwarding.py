@@ -102,8 +102,9 @@ class Forwarding(Generic[T]):
     async def take(
         self, order: Order, until: float, rank: Rank, offer: Offer[T], alone_until: float = 0.0
     ) -> T | None:
-        """Return the first accepted offer; None: none was accepted before ``until``
-        (``loop.time()``).
+        """Return the first accepted offer.
+
+        None: none was accepted before ``until`` (``loop.time()``).
 
         Args:
             alone_until: if this is later than ``until``, a request that nobody waits behind goes on
@@ -127,7 +128,7 @@ class Forwarding(Generic[T]):
         """Return what `find` returns, called at once and whenever something may have become free.
 
         Only the first in the queue calls it. None: nothing was found before `until`
-            (``loop.time()``).
+        (``loop.time()``).
 
         Raises:
             Unavailable: too many requests wait.

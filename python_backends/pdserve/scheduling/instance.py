@@ -91,16 +91,20 @@ class Call:
         self._instance.load.add(0, 1)
 
     def transferred(self, tell: bool) -> None:
-        """Note that a decode has the result, and close the call; with ``tell``, inform the
-        instance."""
+        """Note that a decode has the result, and close the call.
+
+        With ``tell``, inform the instance.
+        """
         self.done = True
         if tell:
             self._instance.tell(Transferred(self._id))
         self.close()
 
     def close(self) -> None:
-        """End the call, and tell the instance to release it unless it has; a second call does
-        nothing."""
+        """End the call, and tell the instance to release it unless it has.
+
+        A second call does nothing.
+        """
         if not self._closed:
             self._closed = True
             self.stay.over()
@@ -167,8 +171,9 @@ class Instance:
             self._channel.forget(request.id)
 
     async def watch(self, gateway: str, timeout: float) -> bool:
-        """Wait until something has become free there; False: nothing has within ``timeout``
-        seconds.
+        """Wait until something has become free there.
+
+        False: nothing has within ``timeout`` seconds.
 
         A gateway that watches again keeps its place among the watching gateways.
 

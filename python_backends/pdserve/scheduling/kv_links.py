@@ -308,20 +308,26 @@ class KVLinks:
             self._links.drop(instance.name)
 
     def refusal(self, prefill: str, decode: str) -> str | None:
-        """Return why the decode could not connect to the prefill last; None: it could, or never
-        tried."""
+        """Return why the decode could not connect to the prefill last.
+
+        None: it could, or never tried.
+        """
         return self._refused.known.get((prefill, decode))
 
     def unreachable(self, prefill: str) -> dict[str, str]:
-        """Return for each decode why it could not connect to the prefill; empty: one could, or has
-        not tried."""
+        """Return for each decode why it could not connect to the prefill.
+
+        Empty: one could, or has not tried.
+        """
         if not self._is_alone(prefill):
             return {}
         return {one.name: self.refusal(prefill, one.name) or "" for one in self._decodes}
 
     def transfer_s(self, prefill: str, decode: str, tokens: int) -> float:
-        """Return the estimated seconds of a transfer of ``tokens`` tokens; 0: the pair has no link
-        yet."""
+        """Return the estimated seconds of a transfer of ``tokens`` tokens.
+
+        0: the pair has no link yet.
+        """
         if (link := self._links.known.get((prefill, decode))) is None:
             return 0.0
         _, connected = link

@@ -1,13 +1,13 @@
 """The plan of which prefills and decodes are linked before any request needs it.
 
 In a large group not every decode is linked to every prefill: links cost memory on both sides, and
-    their number would grow with the square of the group. Each instance chooses PEERS of the other
-    role, those that follow the hash of its name on a hash ring of their names. So all gateways make
-    the same plan, and an instance that joins or leaves changes the plan of few others (consistent
-    hashing, Karger et al. 1997).
-their number would grow with the square of the group. Each instance has PEERS of the other role, as
-they follow its name's hash on a ring of theirs. So all gateways plan the same, and who joins or
-leaves changes the plan of few others (consistent hashing, Karger et al. 1997).
+their number would grow with the square of the group. Each instance chooses PEERS of the other role,
+those that follow the hash of its name on a hash ring of their names. So all gateways make the same
+plan, and an instance that joins or leaves changes the plan of few others (consistent hashing,
+Karger et al. 1997). their number would grow with the square of the group. Each instance has PEERS
+of the other role, as they follow its name's hash on a ring of theirs. So all gateways plan the
+same, and who joins or leaves changes the plan of few others (consistent hashing, Karger et al.
+1997).
 """
 
 from __future__ import annotations

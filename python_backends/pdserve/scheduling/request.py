@@ -199,8 +199,10 @@ class Request:
         return self._answer_ends_at is not None
 
     def again(self, now: float) -> None:
-        """Put it back in the queue after a failure. A limit for the first token goes on as it
-        was."""
+        """Put it back in the queue after a failure.
+
+        A limit for the first token goes on as it was.
+        """
         if self.state is not State.WAITING:
             self.to(State.WAITING, now)
         if self.output:

@@ -79,8 +79,10 @@ class Rooms:
                 self._members[decode] = next(self._numbers)
 
     def need(self, tokens: int) -> int:
-        """Return the blocks for ``tokens`` tokens; 0 if no decode has as many, since one will
-        refuse."""
+        """Return the blocks for ``tokens`` tokens.
+
+        0 if no decode has as many, since one will refuse.
+        """
         blocks = -(-tokens // self._block_size)
         if blocks > self._blocks:
             return 0
@@ -93,10 +95,9 @@ class Rooms:
         Where the first LOOK decodes have too little room, it is the one with the most.
 
         A failed decode has room for a trial, whatever it has reported: the report may be of a
-            former life, and it is not watched before it has recovered. If all have failed, the
-            request waits for whichever recovers first.
-        former life, and is not watched before it has shown that it is well. If all have failed, the
-        wait is for whichever is back.
+        former life, and it is not watched before it has recovered. If all have failed, the request
+        waits for whichever recovers first. former life, and is not watched before it has shown that
+        it is well. If all have failed, the wait is for whichever is back.
         """
         self._renew()
         found = []
@@ -169,8 +170,10 @@ class Plenty:
         self._since = -math.inf
 
     def size(self, blocks: int, *, exact: bool) -> bool:
-        """Set the size of the largest request, in blocks; True: all decodes are to be counted
-        again."""
+        """Set the size of the largest request, in blocks.
+
+        True: all decodes are to be counted again.
+        """
         least = self._blocks if exact else SLACK * self._blocks
         if least <= blocks <= self._blocks:
             return False
@@ -211,8 +214,9 @@ class Plenty:
             self._fresh_sum -= takes
 
     def takes(self, since: float) -> float:
-        """Return how many requests find room, by reports after ``since``; infinity: some is not
-        known.
+        """Return how many requests find room, by reports after ``since``.
+
+        Infinity: some is not known.
 
         Args:
             since: no less than in the previous call, or minus infinity.

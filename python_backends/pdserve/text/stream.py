@@ -76,8 +76,10 @@ class TextStream:
         return text
 
     def _after(self, special: _Part) -> str:
-        """Release text around a special token; held-back text may end before the token, or
-        continue."""
+        """Release text around a special token.
+
+        Held-back text may end before the token, or continue.
+        """
         pending = self._decoder.pending()
         if self._find(_joined([*self._held, *pending, special])) is not None:
             return self._release([*pending, special])

@@ -37,24 +37,32 @@ class Vocabulary:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of a whole answer; special and unknown ids are skipped, bad bytes are
-        U+FFFD."""
+        """Return the text of a whole answer.
+
+        Special and unknown ids are skipped, bad bytes are U+FFFD.
+        """
         return self._backend.decode(ids)
 
     def special(self, token_id: int) -> str | None:
-        """Return the text of a special token, which no answer shows; None: it is no special
-        token."""
+        """Return the text of a special token, which no answer shows.
+
+        None: it is no special token.
+        """
         return self._special.get(token_id)
 
     def token(self, token_id: int) -> str | None:
-        """Return a token as the vocabulary writes it; None: it has no text (special, or
-        unknown)."""
+        """Return a token as the vocabulary writes it.
+
+        None: it has no text (special, or unknown).
+        """
         return None if token_id in self._special else self._backend.id_to_token(token_id)
 
 
 def read(path: Path) -> Vocabulary:
-    """Read the vocabulary of a model directory (``tokenizer.json``, ...) or GGUF file; raises like
-    ``fast``."""
+    """Read the vocabulary of a model directory (``tokenizer.json``, ...) or GGUF file.
+
+    Raises like ``fast``.
+    """
     try:
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         complete = _named(path).items() <= _added(backend).items()

@@ -34,8 +34,9 @@ def of(deployment: Deployment) -> bytes:
 
 
 def make(path: Path) -> bytes:
-    """Return the key in a file, which is made (mode 0600) if there is none; one of several makers
-    wins.
+    """Return the key in a file, which is made (mode 0600) if there is none.
+
+    One of several makers wins.
 
     Servers on several hosts must be given the same file.
 

@@ -22,8 +22,10 @@ PIECE = 4 << 20
 
 
 def terms(deployment: Deployment, fingerprint: str, layout: KVLayout) -> Terms:
-    """Return a deployment's terms. Raises DeploymentError without a key, or if prefill and decode
-    do not fit."""
+    """Return a deployment's terms.
+
+    Raises DeploymentError without a key, or if prefill and decode do not fit.
+    """
     ranks = deployment.prefill.tensor_parallel, deployment.decode.tensor_parallel
     secret = key.of(deployment)
     return Terms(fingerprint, layout, secret, sharding_for(*ranks, layout.kv_heads))

@@ -80,8 +80,10 @@ class Link(Protocol):
 
     @property
     def data(self) -> NDArray[np.uint8] | Memory | None:
-        """Return the holder's data as this process sees it, read-only; None if it is not mapped
-        here."""
+        """Return the holder's data as this process sees it, read-only.
+
+        None if it is not mapped here.
+        """
 
     def ready(self, deadline: float) -> None:
         """Return when all that the holder's words report as filled can be read from ``data``.
@@ -130,8 +132,9 @@ class Transport(Protocol):
         """
 
     def offer(self, table: Memory, data: Memory) -> bytes:
-        """Make a lease table and its data reachable, and return the way to them; called by a
-        holder.
+        """Make a lease table and its data reachable, and return the way to them.
+
+        Called by a holder.
 
         Raises:
             Unreachable: this memory cannot be exported; the message says what could be.
@@ -145,12 +148,16 @@ class Transport(Protocol):
         """
 
     def written(self) -> None:
-        """Make what has been written to the data so far visible to later pulls; called by a
-        holder."""
+        """Make what has been written to the data so far visible to later pulls.
+
+        Called by a holder.
+        """
 
     def progress(self) -> None:
-        """Let requests of peers make progress; called by a holder, often while a lease is
-        granted."""
+        """Let requests of peers make progress.
+
+        Called by a holder, often while a lease is granted.
+        """
 
     def close(self) -> None:
         """Close all links and drop all registrations."""

@@ -45,8 +45,9 @@ def scatter(source: NDArray[np.uint8], pool: NDArray[np.uint8], runs: Runs) -> N
 
 
 def _unit(runs: NDArray[np.int64], pool: NDArray[np.uint8]) -> int:
-    """Return the largest block of which all runs but the end of the last one consist; 0: none
-    needed.
+    """Return the largest block of which all runs but the end of the last one consist.
+
+    0: none needed.
 
     Rows of a pool that are filled only in part are separate blocks.
     """

@@ -123,8 +123,10 @@ class InstanceModel(ABC):
                 self._answers.reply(call, failed, True)
 
     def _opened(self, request: Any) -> memoryview:
-        """Return a request's message. Raises Unsealed if it is not from this deployment to this
-        instance."""
+        """Return a request's message.
+
+        Raises Unsealed if it is not from this deployment to this instance.
+        """
         try:
             data = memoryview(request.inputs()[0].as_numpy())
         except pb_utils.TritonModelException as error:

@@ -57,8 +57,10 @@ class Outbox:
         self._thread.start()
 
     def open(self, key: str, sender: Any) -> None:
-        """Register an open request, whose responses may follow; ``key`` is unique among open
-        requests."""
+        """Register an open request, whose responses may follow.
+
+        ``key`` is unique among open requests.
+        """
         self._senders[key] = sender
         self._watched.add(key)
 

@@ -142,8 +142,10 @@ class Aggregated:
             self._append(opened, token, interval / 1e3)
 
     def _append(self, opened: _Open, token: int, interval: float) -> None:
-        """Append a token; it is sent at once if it is the first or the last, else after the
-        interval."""
+        """Append a token.
+
+        It is sent at once if it is the first or the last, else after the interval.
+        """
         request, sequence = opened.request, opened.sequence
         sequence.tokens.append(token)
         opened.unsent.append(token)

@@ -30,8 +30,10 @@ class KVMemory(Protocol):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any
     ) -> Tensor:
-        """Return the attention of all sequences, [n, heads, head_dim]; ``options`` are the model's
-        own."""
+        """Return the attention of all sequences, [n, heads, head_dim].
+
+        ``options`` are the model's own.
+        """
 
 
 def _attention(

@@ -18,8 +18,10 @@ IGNORED_PROMPT = "prompt_ignore_length"
 
 
 def check(fields: Collection[str]) -> None:
-    """Check the fields of SamplingParams. Raises DeploymentError if one that a request needs is
-    missing."""
+    """Check the fields of SamplingParams.
+
+    Raises DeploymentError if one that a request needs is missing.
+    """
     missing = [name for name in NEEDED if name not in fields]
     if missing:
         raise DeploymentError(f"tensorrt_llm: SamplingParams has no {', '.join(missing)}")

@@ -1,2 +1,4 @@
-"""Instances of engines that transfer KV caches themselves; the link between two is only passed
-on."""
+"""Instances of engines that transfer KV caches themselves.
+
+The link between two is only passed on.
+"""

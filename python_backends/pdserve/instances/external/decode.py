@@ -189,8 +189,10 @@ class ExternalDecode:
         call.send(Accepted(room=self._room()), False)
 
     def _room(self) -> Room:
-        """Return the free slots; the engine manages its blocks itself, so their number is not
-        limited."""
+        """Return the free slots.
+
+        The engine manages its blocks itself, so their number is not limited.
+        """
         return Room(self._limits.slots - len(self._open), MAX_TOKENS)
 
     def _full(self, request: DecodeRequest) -> str:

@@ -126,8 +126,10 @@ class GrpcChannel:
             await connection.close()
 
     def _deliver(self, message: service_pb2.ModelStreamInferResponse) -> None:
-        """Deliver a response. Raises InstanceError if Triton names no failed call: none may wait in
-        vain."""
+        """Deliver a response.
+
+        Raises InstanceError if Triton names no failed call: none may wait in vain.
+        """
         response = message.infer_response
         call = response.id.rpartition("/")[2]
         if not message.error_message:

@@ -106,8 +106,10 @@ class Choice(NamedTuple):
 
 
 def choose(costs: dict[Strategy, Cost], segments: int, nbytes: int, staging_free: int) -> Choice:
-    """Return the strategy that is expected to be the fastest; *whole* only while staging is
-    free."""
+    """Return the strategy that is expected to be the fastest.
+
+    *whole* only while staging is free.
+    """
     able: list[Strategy] = ["whole", "direct"] if staging_free else ["direct"]
     return min(
         (Choice(name, costs[name].seconds(segments, nbytes)) for name in able),

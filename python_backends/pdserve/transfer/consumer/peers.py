@@ -152,8 +152,10 @@ class Peers:
     def _rate(
         self, holder: Endpoint, link: Link, like: Peer | None
     ) -> tuple[float, CostModel | None]:
-        """Return bytes per second, and a cost model; measured only if there is no peer `like` this
-        one."""
+        """Return bytes per second, and a cost model.
+
+        Measured only if there is no peer `like` this one.
+        """
         if link.data is not None:
             if like is not None:
                 return like.report.bytes_per_s, None

@@ -200,8 +200,10 @@ class Receiver:
         )
 
     def _follow(self, peer: Peer, move: Move, lease: RemoteLease) -> tuple[str, float]:
-        """Move every plane as it becomes ready; return the strategy, and the last move's expected
-        seconds."""
+        """Move every plane as it becomes ready.
+
+        Return the strategy, and the last move's expected seconds.
+        """
         layered, done, chosen, expected_s = not lease.filled, 0, "whole", 0.0
         while not lease.filled or done < lease.planes:
             ready = min(lease.grant.filled, lease.planes)

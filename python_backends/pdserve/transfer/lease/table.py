@@ -11,9 +11,10 @@ from pdserve.transfer.lease.words import NO_GRANT, Grant, Pull, new_nonce, pulle
 
 
 class LeaseTable:
-    """The leases of one holder. Between revoking and freeing, the holder waits (within its own
-    bound) for a receiver that is PULLING, since neither the range nor the slot may be reused while
-    it reads.
+    """The leases of one holder.
+
+    Between revoking and freeing, the holder waits (within its own bound) for a receiver that is
+    PULLING, since neither the range nor the slot may be reused while it reads.
     """
 
     def __init__(self, region: SharedRegion) -> None:

@@ -134,14 +134,18 @@ class Holder:
         )
 
     def written(self) -> None:
-        """Make what has been written to the data visible to later pulls; may be called in a
-        thread."""
+        """Make what has been written to the data visible to later pulls.
+
+        May be called in a thread.
+        """
         for transport in self._transports:
             transport.written()
 
     def close(self) -> None:
-        """Remove the memory. Receivers that have mapped it may still read what is leased to
-        them."""
+        """Remove the memory.
+
+        Receivers that have mapped it may still read what is leased to them.
+        """
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)

@@ -68,8 +68,10 @@ class LeaseManager:
         return self._holder.handle(leased.range.offset, tokens, leased.slot, nonce, until)
 
     def fill(self, leased: LeasedRange, planes: int) -> None:
-        """Note that ``planes`` planes may be read now. For the computing thread; the lease must not
-        end."""
+        """Note that ``planes`` planes may be read now. For the computing thread.
+
+        The lease must not end.
+        """
         assert leased.slot is not None
         self._holder.written()
         self._leases.fill(leased.slot, planes)
@@ -77,8 +79,9 @@ class LeaseManager:
     def complete(
         self, leased: LeasedRange, tokens: int, planes: int, token: int, until: float
     ) -> bytes:
-        """Note that the KV cache and the first token are complete; a decode may begin until
-        ``until``.
+        """Note that the KV cache and the first token are complete.
+
+        A decode may begin until ``until``.
 
         Returns:
             A sealed handle of the KV cache; empty if ``grant`` has returned one.

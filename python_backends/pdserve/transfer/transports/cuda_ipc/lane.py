@@ -104,8 +104,9 @@ class Lane:
             self._do("cudaEventRecord", copy.event, stream)
 
     def close(self) -> None:
-        """Fail incomplete copies, and return when none is in progress; calling it again is no
-        error.
+        """Fail incomplete copies, and return when none is in progress.
+
+        Calling it again is no error.
 
         Raises:
             Stuck: a copy was still in progress after SETTLE_S.

@@ -52,8 +52,10 @@ class CudaIpcTransport:
         return self._given or load()
 
     def register(self, memory: Memory) -> None:
-        """Register memory. Host memory is pinned, since copies to other memory would not be
-        asynchronous."""
+        """Register memory.
+
+        Host memory is pinned, since copies to other memory would not be asynchronous.
+        """
         cuda = self._cuda
         if memory.device is not None:
             if memory.device != self._device:
@@ -94,8 +96,9 @@ class CudaIpcTransport:
         return handle_bytes(cuda.call("cudaIpcGetEventHandle", self._exported[1]))
 
     def written(self, stream: int = 0) -> None:
-        """Make later pulls wait for the work that `stream` has been given so far; called by a
-        holder.
+        """Make later pulls wait for the work that `stream` has been given so far.
+
+        Called by a holder.
 
         Call it after the kernels that fill planes are enqueued, and before a lease's words report
         the planes as filled. There is one event for all leases, and a pull waits for its newest

@@ -91,8 +91,10 @@ class Transfer:
 
 
 class Agent:
-    """A NIXL agent. Thread-safe. Every method but `close` raises TransferError if the library
-    fails."""
+    """A NIXL agent. Thread-safe.
+
+    Every method but `close` raises TransferError if the library fails.
+    """
 
     def __init__(self) -> None:
         """Make the agent. Raises Unreachable if NIXL is not installed or does not work here."""
@@ -176,8 +178,10 @@ class Agent:
         return transfer.done
 
     def end(self, transfer: Transfer) -> None:
-        """Give a transfer up; bytes on their way arrive nevertheless. Calling it again is no
-        error."""
+        """Give a transfer up; bytes on their way arrive nevertheless.
+
+        Calling it again is no error.
+        """
         with self._calling():
             self._release(transfer)
 

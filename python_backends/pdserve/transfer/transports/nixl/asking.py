@@ -37,8 +37,10 @@ class AskingLink(NixlLink):
         self._said_at = 0.0
 
     def hello(self, deadline: float) -> None:
-        """Introduce this receiver to the holder. Raises TransferError if the holder does not
-        answer."""
+        """Introduce this receiver to the holder.
+
+        Raises TransferError if the holder does not answer.
+        """
         with self._or_close():
             ask = Hello(next(self._numbers), self._way.secret, self._agent.metadata())
             self._ask(ask, deadline)

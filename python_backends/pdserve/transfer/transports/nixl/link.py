@@ -71,8 +71,10 @@ class NixlLink:
         self.detail = ucx.picked(self._agent.name, self.operation)
 
     def arrived(self) -> None:
-        """Note that a pull is done. The first one shows the data's transport, which for GPUs is
-        separate."""
+        """Note that a pull is done.
+
+        The first one shows the data's transport, which for GPUs is separate.
+        """
         if not self._pulled:
             self._pulled = True
             self.describe()

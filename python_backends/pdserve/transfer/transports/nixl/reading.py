@@ -63,8 +63,10 @@ class ReadingLink(NixlLink):
             self._finish(self._begin("WRITE", mine[: len(packed)], start), deadline)
 
     def pull(self, spans: Spans, deadline: float) -> Pending:
-        """Begin a pull. Over CMA all bytes are copied in this call; the link does nothing else
-        meanwhile."""
+        """Begin a pull. Over CMA all bytes are copied in this call.
+
+        The link does nothing else meanwhile.
+        """
         local = Ranges(spans[:, 1], spans[:, 2], self._arrival(spans).device)
         address, _, device = self._way.data
         remote = Ranges(spans[:, 0] + address, spans[:, 2], device)

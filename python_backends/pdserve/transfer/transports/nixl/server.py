@@ -157,8 +157,10 @@ class Server:
             self._leave(peer, str(error))
 
     def _leave(self, peer: str, why: str) -> None:
-        """Drop a receiver. Bytes still on their way may arrive; the receiver protects its own
-        memory."""
+        """Drop a receiver. Bytes still on their way may arrive.
+
+        The receiver protects its own memory.
+        """
         _log.info("receiver %s: %s", peer, why)
         if peer not in self._peers:
             return
