@@ -72,8 +72,7 @@ class DeploymentError(Exception):
 
 
 def brief(error: BaseException) -> str:
-    """Return an error's text, shortened: it may quote a client's value, and gRPC carries some KiB
-    only."""
+    """Return an error's text, shortened, since it may quote a client and gRPC carries few KiB."""
     text = str(error)
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 

@@ -29,8 +29,7 @@ class Sampling(Struct, frozen=True, array_like=True):
 
     @property
     def reproducible(self) -> bool:
-        """Tell whether a seed was given, so that tokens may not depend on what else is being
-        computed."""
+        """Tell whether a seed was given: tokens may not depend on what else is computed."""
         return not self.greedy and self.seed is not None
 
     @property

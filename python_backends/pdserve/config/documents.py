@@ -56,7 +56,6 @@ def decode(
 
     Raises:
         msgspec.MsgspecError: it is not YAML, a key is duplicate or unknown, or a value has a wrong
-        type.
             type.
     """
     info = inspect.type_info(type)

@@ -77,8 +77,7 @@ def external(name: str, role: config.Role, deployment: config.Deployment) -> Ext
 
 
 def longest(deployment: config.Deployment) -> int:
-    """Return the maximum tokens of prompt and answer that any decode takes, without loading the
-    model."""
+    """Return the maximum tokens of prompt and answer of all decodes, without loading the model."""
     length = context_length(deployment)
     if deployment.engine.external:
         options = deployment.engine.tensorrt_llm

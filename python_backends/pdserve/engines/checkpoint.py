@@ -43,8 +43,7 @@ def known_eos_ids(path: Path) -> list[int]:
 
 
 def vocabulary(path: Path) -> int:
-    """Return the number of token ids: config.json's ``vocab_size``, in ``text_config`` for some
-    models.
+    """Return the number of token ids: ``vocab_size`` of config.json, or of its ``text_config``.
 
     Raises:
         DeploymentError: there is no such configuration.

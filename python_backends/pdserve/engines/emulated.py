@@ -30,8 +30,7 @@ Milliseconds = Annotated[float, Meta(ge=0)]
 
 
 class PrefillTiming(Struct, frozen=True, forbid_unknown_fields=True):
-    """Time of a prompt: ms = base + per_token * n + per_token_squared * n^2 for n uncached
-    tokens."""
+    """Milliseconds of n uncached tokens: base + per_token * n + per_token_squared * n^2."""
 
     base_ms: Milliseconds = 0.0
     per_token_ms: Milliseconds = 0.0
@@ -43,8 +42,7 @@ class PrefillTiming(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DecodeTiming(Struct, frozen=True, forbid_unknown_fields=True):
-    """Time of a step: ms = base + per_sequence * batch + per_context_token * (tokens of the
-    batch)."""
+    """Milliseconds of a step: base + per_sequence * batch + per_context_token * (its tokens)."""
 
     base_ms: Milliseconds = 0.0
     per_sequence_ms: Milliseconds = 0.0
@@ -105,8 +103,7 @@ class EmulatedModel:
         return token
 
     def next(self, prompt: Tokens, resumed_tokens: int, new: int) -> int:
-        """Return the token after a prompt, which ends in ``resumed_tokens``, and ``new`` more
-        tokens."""
+        """Return the token after a prompt that ends in ``resumed_tokens``, and ``new`` tokens."""
         return self.token(prompt[: len(prompt) - resumed_tokens], resumed_tokens + new)
 
     def seconds(self, milliseconds: float) -> float:

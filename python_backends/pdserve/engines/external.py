@@ -62,8 +62,7 @@ class EngineTerms(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Return a text that differs where KV caches cannot be exchanged: at most 128 characters of
-        printable ASCII."""
+        """Return up to 128 characters of ASCII that differ where KV caches cannot be exchanged."""
 
     @property
     def context_length(self) -> int:

@@ -54,8 +54,7 @@ class Group:
         self._scheduler.update(list(prefills.values()), list(decodes.values()))
 
     def let_go(self, instance: Instance) -> None:
-        """Forget an instance that has left, perhaps from this group, and serves no request any
-        more."""
+        """Forget an instance that has left and serves no request any more."""
         self._scheduler.let_go(instance)
 
     def retire(self) -> None:
@@ -113,8 +112,7 @@ class Groups:
         """Note that a process of an instance is gone; see ``Channel.lose``.
 
         An instance that another deployment has moved is notified at both places: the former place
-        may still serve requests, and no two processes have the same epoch. one still serves is open
-        there, and an epoch is no other's.
+        may still serve requests, and no two processes have the same epoch.
         """
         for (_, instance, *_), reached in self._instances.items():
             if instance == name:

@@ -90,8 +90,7 @@ class Router(Generic[G]):
         self.default = self._scenarios[default]
 
     def scenario(self, asked: Asked) -> Scenario[G]:
-        """Return a request's scenario: by its label, else by the first rule that it matches, else
-        the default.
+        """Return a request's scenario: by its label, its first matching rule, or the default.
 
         Raises:
             NotFound: no scenario has that label, and the deployment is strict.

@@ -150,14 +150,12 @@ class RecordedTrace(Trace):
         )
 
     def _ns(self, moment: float) -> int:
-        """Return nanoseconds of the wall clock, by the loop's clock, since the wall clock may have
-        been set."""
+        """Return nanoseconds of the wall clock, counted by the loop's, which is never set."""
         return self._began_ns + round((moment - self._began) * 1e9)
 
 
 class Complaints(logging.Handler):
-    """Logs OpenTelemetry's warnings, such as a collector that does not answer, every LOG_S
-    seconds."""
+    """Logs OpenTelemetry's warnings, at most one every LOG_S seconds."""
 
     def __init__(self, gateway: str, log: Log) -> None:
         super().__init__(logging.WARNING)

@@ -57,8 +57,7 @@ class KVImports:
         return len(self._tasks)
 
     def open(self, data: bytes, tokens: int) -> KVHandle:
-        """Return the handle of a KV cache of ``tokens`` tokens, after checking that it may be
-        pulled.
+        """Return the checked handle of a KV cache of ``tokens`` tokens.
 
         Raises:
             HandleError, NoLink: see `Receiver.open`.

@@ -65,8 +65,7 @@ class LocalPrefill:
 
     @property
     def full(self) -> bool:
-        """Tell whether the waiting prompts take a turn or more, so that a new one is better served
-        elsewhere."""
+        """Tell whether the waiting prompts take a turn or more, so that new ones are refused."""
         return sum(map(self._left, self._waiting)) >= self._turn_tokens
 
     def add(self, call: AcceptedCall) -> None:

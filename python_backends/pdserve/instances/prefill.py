@@ -1,5 +1,4 @@
-"""A prefill instance: accepts or rejects at once, computes, and keeps the KV cache until it is
-taken.
+"""A prefill instance: accepts or rejects at once, computes, and keeps KV caches until taken.
 
 A request holds a *slot* from acceptance until its KV cache has been transferred, released or has
 expired, so that a slow decode shows as rejections here. There is no queue: at most a *batch* of
@@ -112,8 +111,7 @@ class PrefillInstance:
         self._tasks.start(self._compute(), self._keep_time(), self._attend())
 
     async def close(self) -> None:
-        """Stop, and release the memory: a receiver that has mapped it may still read what is
-        leased."""
+        """Stop, and release the memory; receivers that have mapped it may still read leases."""
         await self._tasks.close()
         self._engine.close()
         failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
@@ -297,8 +295,7 @@ class PrefillInstance:
             self._end(held, Failed(errors.Unavailable.code, "too late to begin with it"))
 
     def _next_batch(self) -> tuple[list[_Held], list[Range]]:
-        """Return the prompts of the next forward, in order of arrival, and the ranges with their
-        prefixes.
+        """Return the prompts of the next forward in order of arrival, and their prefixes' ranges.
 
         Prompts with the same first block are not computed together: the second waits for the first,
         and reuses its prefix.
@@ -361,8 +358,7 @@ class PrefillInstance:
     # ------------------------------------------------------------------- leases
 
     def _take_back(self, held: _Held) -> None:
-        """Free what is held for a request: it was transferred, released, has failed or has
-        expired."""
+        """Free what is held for a request that was transferred, was released, failed or expired."""
         del self._held[held.request.id]
         self._stir()
         self._leases.give_back(held.leased, self._loop.time())
@@ -375,8 +371,7 @@ class PrefillInstance:
         self._leases.sweep(now)
 
     def _stir(self) -> None:
-        """Wake the task that serves watching gateways, if there are any: something is or may soon
-        be free."""
+        """Wake the task that notifies watching gateways, since something may soon be free."""
         if self._watches:
             self._stirred.set()
 

@@ -1,5 +1,4 @@
-"""Gateways that wait until an instance has something free: each is notified in turn, and the slot
-is kept for it for a moment.
+"""Gateways that wait for a free slot: notified in turn, each with a slot kept for a moment.
 
     watch ──► waiting, one watch to a gateway and to a connection, first come first
                 │ a slot is free and kept for nobody
@@ -99,8 +98,7 @@ class SlotWatches:
             waiting.send(Released(), True)
 
     def tell(self, free: int, now: float, offering: str | None = None) -> None:
-        """Keep each of ``free`` slots that is not kept yet for the next waiting gateway, and notify
-        it.
+        """Keep each of ``free`` slots for one of the waiting gateways, in order, and notify it.
 
         The gateway that is ``offering`` at this moment need not be notified: it uses its turn with
         the offer, and waits again behind the others.
@@ -119,8 +117,7 @@ class SlotWatches:
         return Freed()
 
     def admits(self, gateway: str, free: int) -> bool:
-        """Tell whether one of ``free`` slots, as just told, is available to an offer of this
-        gateway."""
+        """Tell whether one of ``free`` slots is available to an offer of this gateway."""
         return free > sum(kept.gateway != gateway for kept in self.kept)
 
     def took(self, gateway: str) -> None:

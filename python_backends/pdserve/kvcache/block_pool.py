@@ -68,8 +68,7 @@ class BlockTable:
 
 
 def copies(source: BlockTable, target: BlockTable, tokens: int) -> list[tuple[int, int, int]]:
-    """Return (first row of source, first row of target, rows) for the rows of the first `tokens`
-    tokens.
+    """Return the copies of `tokens` tokens: (first row of source, first row of target, rows).
 
     Raises:
         ValueError: there are more tokens than one of the tables holds.
@@ -117,14 +116,12 @@ class BlockPool:
 
     @property
     def cached_blocks(self) -> int:
-        """Return the number of blocks of parked tables, which are evicted when their room is
-        needed."""
+        """Return the number of blocks of parked tables, which may be evicted."""
         return sum(table.capacity for table in self._evictor.evictable) // self.block_size
 
     @property
     def used_blocks(self) -> int:
-        """Return the number of blocks of running sequences, and of parked tables that are
-        pinned."""
+        """Return the number of blocks of running sequences and of pinned parked tables."""
         return self.blocks - self.free_blocks - self.cached_blocks
 
     def allocate(self, tokens: int) -> BlockTable | None:

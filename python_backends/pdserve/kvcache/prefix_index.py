@@ -1,5 +1,4 @@
-"""Finds KV caches that start with the same tokens, so that a shared prefix is computed or moved
-once."""
+"""An index of KV caches by their prefixes, so that a shared one is computed or moved once."""
 
 from __future__ import annotations
 

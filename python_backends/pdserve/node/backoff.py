@@ -11,8 +11,7 @@ CALM_S = 10.0
 
 
 class Backoff:
-    """Pauses between repairs: none at first, then 1 s, doubled up to 60 s by each further
-    failure."""
+    """Pauses between repairs: none at first, then 1 s, doubled by each failure up to 60 s."""
 
     def __init__(self) -> None:
         self._pause = 0.0

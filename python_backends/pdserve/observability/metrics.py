@@ -86,8 +86,7 @@ class Change(NamedTuple):
 
 
 class _Observed:
-    """Values of a histogram since the last drain, counted by the smallest bound that they do not
-    exceed."""
+    """Values of a histogram since the last drain, counted by their bucket."""
 
     def __init__(self, bounds: int) -> None:
         self.values = [0] * bounds

@@ -123,8 +123,7 @@ class Calls:
                 self._replies.pop(call).fail(InstanceEnded("its process is gone"))
 
     def fail(self, carrier: str, error: InstanceError) -> None:
-        """Fail the calls whose replies ``carrier`` brought, since no response to it will come any
-        more."""
+        """Fail the calls whose replies ``carrier`` brought: it gets no further response."""
         for call in [call for call, one in self._replies.items() if one.carrier == carrier]:
             self._replies.pop(call).fail(error)
 

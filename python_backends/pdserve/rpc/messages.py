@@ -5,11 +5,6 @@ of replies with the ids of the calls that they belong to, and the epoch of the p
 them. A request travels sealed (``pdserve.rpc.seal``). Nothing here is part of the public contract;
 both ends of a deployment run the same version, and a message of another version is refused. An
 unknown field is ignored, so that an optional one may be added without a new version. Token ids are
-little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``. ``reply``, any number of replies with
-the ids of the calls that they belong to, and the epoch of the process that gives them. A request
-travels sealed (``pdserve.rpc.seal``). Nothing here is part of the public contract; both ends of a
-deployment run the same version, and a message of another version is refused. A field that is not
-known is ignored, so that an optional one may be added without a new version. Token ids are
 little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
 """
 
@@ -113,8 +108,7 @@ class Release(Struct, frozen=True, tag="release"):
 
 
 class Transferred(Struct, frozen=True, tag="transferred"):
-    """Tell a prefill that a decode has its KV cache, if the prefill has said that it cannot see
-    that."""
+    """Tell a prefill that cannot see it that a decode has its KV cache."""
 
     id: Id
     version: Version = VERSION

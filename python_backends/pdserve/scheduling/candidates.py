@@ -2,8 +2,7 @@
 
 Choosing one costs the same in a group of two and in one of a thousand: the order is maintained as
 loads change, and a request looks at the head of it and at the few instances that are better or
-worse for this request than their load says. change, and a request looks at the head of it, and at
-the few instances that are better or worse for this request than their load says.
+worse for this request than their load says.
 """
 
 from __future__ import annotations
@@ -130,8 +129,7 @@ class Candidates:
                 yield instance
 
     def opens(self, now: float) -> Iterator[float]:
-        """Yield the times (``loop.time()``) from which instances that are left alone may be tried
-        again."""
+        """Yield the times (``loop.time()``) from which excluded instances may be tried again."""
         self._renew()
         for instance in [one for one in self._later if one.suspects_from <= now]:
             del self._later[instance]
@@ -184,8 +182,7 @@ class Candidates:
             self._changed.add(instance)
 
     def ask(self, instance: Instance) -> None:
-        """Note that an instance is about to be offered a request: its last report no longer
-        counts."""
+        """Drop an instance's last report, since it is about to be offered a request."""
         if instance in self._told:
             self._told.discard(instance)
             self._changed.add(instance)
@@ -248,8 +245,7 @@ def _least(
     most: float = math.inf,
     look: int = sys.maxsize,
 ) -> tuple[_Key, Instance] | None:
-    """Return the entry with the smallest cost among some and the best so far, with its cost as its
-    load.
+    """Return the entry with the smallest cost, the best so far included; its load is that cost.
 
     Args:
         entries: instances by load, the smallest first.

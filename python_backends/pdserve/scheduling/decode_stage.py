@@ -100,8 +100,7 @@ class DecodeStage:
         return await self.decodes.look(request.order, request.deadline, find)
 
     def plenty(self, age_s: float) -> bool:
-        """Tell whether there is room for all requests that may come, by reports of the last `age_s`
-        seconds."""
+        """Tell whether all requests that may come find room, by reports of the last `age_s` s."""
         return self._rooms.plenty(asyncio.get_running_loop().time(), age_s)
 
     async def reserve(
@@ -175,8 +174,7 @@ class DecodeStage:
         return await self.decodes.once(Rank(cost, special, most), ask)
 
     def decoded(self, request: Request, decode: Instance) -> None:
-        """Note that a decode has cached the K and V of a finished answer, but for its last
-        token."""
+        """Note that a decode has cached a finished answer, but for its last token."""
         if self._members.get(decode.name) is decode and not request.sampling.reproducible:
             told = digests(request.so_far, request.tenant)
             self._prefixes.stored(decode.name, b"".join(told))
@@ -201,8 +199,7 @@ class DecodeStage:
             raise errors.Unavailable(f"no decode reaches {prefill.name}: {refusals}")
 
     def prepare(self, prefill: Instance) -> None:
-        """Make sure that an idle decode is linked to a prefill that has begun to compute a
-        prompt."""
+        """Link an idle decode to a prefill that has begun to compute a prompt."""
         self._linked(prefill)
 
     def _linked(self, prefill: Instance) -> Sequence[Instance]:
@@ -224,14 +221,12 @@ class DecodeStage:
         return None if self._kv_links.refusal(prefill.name, decode.name) else decode.load.open
 
     def _rank(self, request: Request, prefill: Instance) -> Rank:
-        """Rank the decodes that are linked to a prefill, or all decodes as long as none is
-        linked."""
+        """Rank the decodes that are linked to a prefill, or all if none is linked."""
         cost = partial(self._cost, request, prefill)
         return Rank(cost, lambda: self._linked(prefill), only=True)
 
     def _cost(self, request: Request, prefill: Instance, decode: Instance) -> float | None:
-        """Return the open streams, plus the estimated duration of the transfer in units of
-        streams."""
+        """Return the open streams, plus the transfer's estimated duration in streams."""
         pair = prefill.name, decode.name
         now = asyncio.get_running_loop().time()
         if self._kv_links.refusal(*pair):

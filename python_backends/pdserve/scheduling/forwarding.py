@@ -152,13 +152,11 @@ class Forwarding(Generic[T]):
                 self._forget()
 
     def told(self) -> None:
-        """Wake the waiting request: instances have reported, or been relieved of promises for, more
-        room."""
+        """Wake the first looking request: there is more room than before."""
         self._lookers.wake()
 
     def told_of_link(self) -> None:
-        """Wake the queue: with a new link, a request may be able to use an instance that others
-        cannot."""
+        """Wake the queue: a request may be able to use the new link."""
         self._queue.wake()
 
     async def once(self, rank: Rank, offer: Offer[T]) -> T | None:

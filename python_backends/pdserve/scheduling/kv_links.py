@@ -97,8 +97,7 @@ class KVLinks:
         self._find_useless()
 
     def _plan(self, prefill: str) -> dict[str, None]:
-        """Return the decodes to link to a prefill: those that have chosen it, and PEERS that reach
-        it."""
+        """Return the decodes to link to a prefill: those that chose it, and PEERS that reach it."""
         planned = dict.fromkeys(self._chosen[prefill])
         reach = 0
         for name in self._ring.after(prefill):
@@ -126,8 +125,7 @@ class KVLinks:
         self._changed.set()
 
     def let_go(self, instance: Instance) -> None:
-        """Forget an instance that has left and serves no request any more, unless its name is
-        taken."""
+        """Forget an instance that has left and serves no request, unless its name is taken."""
         if instance.name not in self._members:
             self._drop(instance.name)
 
@@ -166,8 +164,7 @@ class KVLinks:
         return ((one, other) for one, others in self._planned.items() for other in others)
 
     def _due(self) -> Sequence[Instance]:
-        """Return the prefills to ask in this round: those that lack a link, and some others in
-        turn."""
+        """Return the prefills to ask in this round: those without a link, and others in turn."""
         if len(self._prefills) <= AT_ONCE:
             return self._prefills
         due = {pair[0] for pair in self._pairs() if not self._settled(pair)}
@@ -337,8 +334,7 @@ class KVLinks:
         )
 
     def layered(self, prefill: str, tokens: int) -> bool:
-        """Tell whether a decode should pull layer by layer while this prefill computes ``tokens``
-        tokens.
+        """Tell whether decodes should pull while this prefill computes ``tokens`` tokens.
 
         The slowest of its links decides, since it is not known yet which decode will be idle.
         """

@@ -4,10 +4,7 @@ In a large group not every decode is linked to every prefill: links cost memory 
 their number would grow with the square of the group. Each instance chooses PEERS of the other role,
 those that follow the hash of its name on a hash ring of their names. So all gateways make the same
 plan, and an instance that joins or leaves changes the plan of few others (consistent hashing,
-Karger et al. 1997). their number would grow with the square of the group. Each instance has PEERS
-of the other role, as they follow its name's hash on a ring of theirs. So all gateways plan the
-same, and who joins or leaves changes the plan of few others (consistent hashing, Karger et al.
-1997).
+Karger et al. 1997).
 """
 
 from __future__ import annotations
@@ -28,8 +25,7 @@ class Ring:
         self._points = sorted((_hash(name), name) for name in names)
 
     def after(self, name: str) -> Iterator[str]:
-        """Yield each of the names once, beginning with the one that follows the hash of
-        ``name``."""
+        """Yield each name once, beginning with the one that follows the hash of ``name``."""
         begin = bisect(self._points, (_hash(name), name))
         for _, found in (*self._points[begin:], *self._points[:begin]):
             yield found

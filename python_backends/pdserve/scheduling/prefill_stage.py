@@ -90,8 +90,7 @@ class PrefillStage:
         self.forwarding.update(prefills)
 
     def place(self, request: Request, tokens: int) -> tuple[Order, float, float]:
-        """Return a request's place in the wait queue, and when it leaves the queue without a
-        prefill.
+        """Return a request's place in the wait queue, and when it gives up waiting.
 
         Args:
             tokens: tokens that the prefill with the longest cached prefix would have to compute.
@@ -244,8 +243,7 @@ class PrefillStage:
 
 
 def prefill_load(load: Load) -> float:
-    """Return the load of a prefill: the tokens that it computes for this gateway, then its open
-    calls."""
+    """Return a prefill's load: the tokens that it computes for this gateway, then open calls."""
     return load.tokens + load.open / (load.open + 1)
 
 

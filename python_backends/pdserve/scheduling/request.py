@@ -149,8 +149,7 @@ class Request:
 
     @property
     def deadline(self) -> float:
-        """Return the deadline of the next first token: of the request's own, or of the pair that
-        resumes it."""
+        """Return the deadline of the first token, or of the next one if a pair resumes it."""
         limit = RECOVER_S if self.output else self.ttft_limit_s
         return min(self.waiting_since + limit, self.ends_by)
 
@@ -160,8 +159,7 @@ class Request:
 
     @property
     def order(self) -> Order:
-        """Return its order among waiting requests: answers that have begun, then priority, then
-        deadline.
+        """Return its order among waiting requests: begun answers, then priority, deadline.
 
         A level of priority is worth ``PRIORITY_S`` of waiting, so that no request starves.
         """

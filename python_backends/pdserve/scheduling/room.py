@@ -58,8 +58,7 @@ class Room:
 
 
 class Promise:
-    """A place in a decode that is promised, until a decode has accepted the request or it needs
-    none.
+    """A promised place in a decode, until one has accepted the request or it needs none.
 
     Args:
         room: the room of the decode; None: the request needs none, or no decode has as much.

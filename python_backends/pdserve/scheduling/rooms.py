@@ -96,8 +96,7 @@ class Rooms:
 
         A failed decode has room for a trial, whatever it has reported: the report may be of a
         former life, and it is not watched before it has recovered. If all have failed, the request
-        waits for whichever recovers first. former life, and is not watched before it has shown that
-        it is well. If all have failed, the wait is for whichever is back.
+        waits for whichever recovers first.
         """
         self._renew()
         found = []
@@ -122,8 +121,7 @@ class Rooms:
         return most if most is not None and most.room.fits(blocks) else None
 
     def plenty(self, now: float, age_s: float = KNOWN_S) -> bool:
-        """Tell whether all requests that may come at once find a place, whichever gateway brings
-        them.
+        """Tell whether all requests that may come at once, from any gateway, find a place.
 
         A failed decode counts as having no room until it has recovered.
 

@@ -290,8 +290,7 @@ class Scheduler:
         return Chunk(ids, reason)
 
     async def _alone(self, request: Request) -> Offered | None:
-        """Find a decode that computes prompt and answer, where that is faster than with a
-        prefill."""
+        """Find a decode that computes prompt and answer, if that is faster than a prefill."""
         if self._local == "off" or request.sampling.reproducible:
             return None
         short = math.inf if self._local == "on" else self._local_tokens

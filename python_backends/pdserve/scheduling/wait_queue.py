@@ -35,8 +35,7 @@ class WaitQueue:
         return QueuePlace(self, (order, next(self._joined)))
 
     def wake(self, behind: QueuePlace | None = None) -> None:
-        """Let the first request in the queue try, or the first behind another: something may be
-        free."""
+        """Let the first request in the queue try, or the first behind another."""
         first = bisect(self._standing, behind.key) if behind else 0
         while first < len(self._standing):
             if self._standing.pop(first)[-1].call():

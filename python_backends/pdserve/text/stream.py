@@ -116,8 +116,7 @@ class TextStream:
         return min(ends)[1] if ends else None
 
     def _open_end(self, text: str) -> int:
-        """Return the start of the longest end of the text that may be the beginning of a stop
-        string."""
+        """Return the start of the longest end of the text that a stop string begins with."""
         for found in self._first.finditer(text):
             tail = text[found.start() :]
             if any(word.startswith(tail) for word in self._stop):
@@ -141,8 +140,7 @@ def _joined(parts: Iterable[_Part]) -> str:
 
 
 class _Bytes:
-    """A byte-level vocabulary: every token is a sequence of bytes, and the answer is their UTF-8
-    text."""
+    """A byte-level vocabulary: tokens are bytes, and the answer is their UTF-8 text."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._token = vocabulary.token
@@ -171,8 +169,7 @@ class _Bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's byte alphabet: printable Latin-1 characters are themselves, the rest start at
-    U+0100."""
+    """Return GPT-2's alphabet: printable Latin-1 is its own byte, the rest start at U+0100."""
     printable = set(ByteLevel.alphabet())
     rest = (byte for byte in range(256) if chr(byte) not in printable)
     own = {chr(byte): byte for byte in range(256) if chr(byte) in printable}

@@ -45,8 +45,7 @@ class Tokenizer(Vocabulary):
         self._fault_logged = False
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Return the ids of a plain prompt, int32 ``[tokens]``, with the special tokens that the
-        model adds."""
+        """Return the ids of a plain prompt, int32 ``[tokens]``, with the model's special tokens."""
         return self._ids(text, special=True)
 
     def encode_chat(self, conversation: Conversation) -> NDArray[np.int32]:

@@ -1,2 +1,1 @@
-"""The transfer plane: moves KV caches from the process that computed them to the one that
-decodes."""
+"""The transfer plane, which moves KV caches from prefill processes to decode processes."""

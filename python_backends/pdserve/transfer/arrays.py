@@ -77,8 +77,7 @@ def like(array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def copy_rows(pool: Array, source: int, target: int, rows: int) -> None:
-    """Copy rows of a pool [planes, rows, row_bytes]: those from `source` on to those from `target`
-    on."""
+    """Copy rows of a pool [planes, rows, row_bytes] from row `source` to row `target`."""
     into, out_of = slice(target, target + rows), slice(source, source + rows)
     if isinstance(pool, np.ndarray):
         pool[:, into] = pool[:, out_of]
@@ -131,8 +130,7 @@ def _scatter(source: torch.Tensor, pool: torch.Tensor, runs: Runs) -> None:
 
 
 def _widened(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """View tensors with the widest elements that all of them allow: one thread moves 16 bytes
-    best."""
+    """View tensors with the widest common elements: one thread moves 16 bytes best."""
     import torch  # noqa: PLC0415 - see above
 
     # Complex, because it is only copied, and torch has no integer of this width.

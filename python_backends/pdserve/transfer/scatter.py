@@ -1,5 +1,4 @@
-"""Scatter of contiguous KV caches, or pieces of them, into the rows of a paged pool in host
-memory."""
+"""Scatter of contiguous KV caches, or pieces of them, into a paged pool in host memory."""
 
 from __future__ import annotations
 

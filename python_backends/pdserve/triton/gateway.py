@@ -1,5 +1,4 @@
-"""The common part of the pdserve and the scheduler model: requests run, cancelled and answered
-once."""
+"""The common part of the models pdserve and scheduler: requests, cancellation, answers."""
 
 from __future__ import annotations
 
@@ -234,8 +233,7 @@ class GatewayModel(ABC):
         return GrpcChannel(f"{server.host}:{server.grpc_port}", name, self._key)
 
     def _lose(self, notice: str) -> Any:
-        """Handle a watchdog's notice that an instance's process is gone, or its check that we are
-        alive.
+        """Handle a watchdog's notice of a process that is gone, or its check of this gateway.
 
         Raises:
             InvalidRequest: the notice is not from a watchdog of this deployment.

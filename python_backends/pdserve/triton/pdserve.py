@@ -46,8 +46,7 @@ class TritonPythonModel(GatewayModel):
         return Prompt(ids, data.decode() if echo is not None and not echo else "", beginning)
 
     def _encode(self, data: bytes, chat: bool) -> tuple[Tokens, str]:
-        """Return the token ids, and the text that rules match: for a conversation, its first
-        turn."""
+        """Return the token ids, and the text that rules match (a conversation's first turn)."""
         prompt = parse_prompt(data, chat)
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt), prompt

@@ -167,8 +167,7 @@ def _shared(heads: Tensor, query: Tensor) -> Tensor:
 def _partial(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention to a part of a sequence, [b, h, n, head_dim], and its log-sum-exp, [b,
-    h, n]."""
+    """Return the attention to a part, [b, h, n, head_dim], and its log-sum-exp, [b, h, n]."""
     if query.device.type == "cpu":
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scale

@@ -41,8 +41,7 @@ class CPULinear(nn.Linear):
         return output.view(*x.shape[:-1], self.out_features)
 
     def _sliced(self, x: Tensor) -> Tensor:
-        """Multiply slices of the weight, small enough that MKL does not repack them, as one
-        batch."""
+        """Multiply slices of the weight as one batch, too small for MKL to repack them."""
         weight = self.weight.view(-1, SLICE, self.in_features).transpose(1, 2)
         output = torch.bmm(x.expand(len(weight), -1, -1), weight)
         return output.transpose(0, 1).reshape(len(x), self.out_features)

@@ -89,8 +89,7 @@ def distribution(
 
 
 def uniform(seed: int | None, position: int) -> float:
-    """Return a number in [0, 1) that depends on (seed, position) only, or a random one without a
-    seed."""
+    """Return a number in [0, 1) that depends on (seed, position) only; random without a seed."""
     if seed is None:
         return float(np.random.default_rng().random())
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())

@@ -59,8 +59,7 @@ class Api:
 
     @property
     def has_own_ids(self) -> bool:
-        """Tell whether requests of both roles may carry an id that is unique over the whole
-        deployment."""
+        """Tell whether requests of both roles may carry an id unique in the deployment."""
         return "disagg_request_id" in self.link_fields
 
     @property

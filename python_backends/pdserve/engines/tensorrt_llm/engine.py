@@ -120,8 +120,7 @@ class TensorRTLLM:
         return Context(token, token in self._eos_ids, b"", 0)
 
     def _new_id(self) -> dict[str, int]:
-        """Return a new id for each attempt: a retry with the former id would find the former
-        request."""
+        """Return a new id for an attempt: with the same id, a retry would find the former one."""
         if not self._api.has_own_ids:
             return {}
         return {"disagg_request_id": FIRST_ID + secrets.randbelow(LAST_ID - FIRST_ID)}

@@ -1,5 +1,4 @@
-"""Converts DisaggregatedParams to bytes and back: every field that a version has, without its
-meaning.
+"""Converts DisaggregatedParams, with all fields that a version has, to bytes and back.
 
 With the C++ transceiver the link is ``opaque_state`` and a request id, with the Python one an
 endpoint, a rank and a request id. Nothing here depends on which it is.

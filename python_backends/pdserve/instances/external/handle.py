@@ -1,5 +1,4 @@
-"""The messages that an external prefill gives a decode, sealed like every handle of the
-deployment."""
+"""The messages from an external prefill to a decode, sealed like every handle."""
 
 from __future__ import annotations
 

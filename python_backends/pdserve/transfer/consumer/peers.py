@@ -42,8 +42,7 @@ class Peer:
     """True if the link has failed; its report is kept."""
 
     def over_the_same(self, link: Link) -> bool:
-        """Tell whether a link has the transport of this peer, so that the peer's measurements hold
-        for it."""
+        """Tell whether a link has this peer's transport, and so the same measurements."""
         return (self.report.transport, self.report.detail) == (link.transport, link.detail)
 
 

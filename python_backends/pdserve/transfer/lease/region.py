@@ -129,8 +129,7 @@ class SharedRegion:
         return epoch
 
     def named(self) -> bool:
-        """Tell whether the name still belongs to this region: not removed, nor taken by a later
-        one."""
+        """Tell whether the name still belongs to this region, and not to a later one."""
         try:
             status = (SHM / self.name).stat()
         except FileNotFoundError:

@@ -27,8 +27,7 @@ class LeaseTable:
         return len(self._grants)
 
     def grant(self, expires: float, planes: int = 0, token: int = -1) -> tuple[int, bytes]:
-        """Return a slot, and the nonce of its lease, valid until `expires` (seconds on
-        CLOCK_MONOTONIC).
+        """Return a slot, and its lease's nonce, valid until `expires` (CLOCK_MONOTONIC seconds).
 
         Args:
             planes, token: what is filled already; see `fill`.
@@ -64,8 +63,7 @@ class LeaseTable:
         return self.heard(slot)[0]
 
     def heard(self, slot: int) -> tuple[Pull, int]:
-        """Return the state of the receiver of a lease, and its beat, which changes while it
-        works."""
+        """Return the state of a lease's receiver, and its beat, which changes while it works."""
         return pulled(self._region.peek(slot), self._grants[slot].nonce)
 
     def free(self, slot: int) -> None:

@@ -101,8 +101,7 @@ class LeaseManager:
         return handle
 
     def over(self, leased: LeasedRange, now: float) -> bool:
-        """Tell whether a completed lease has ended: taken, never begun in time, or its receiver
-        silent."""
+        """Tell whether a completed lease has ended: taken, not begun in time, or silent."""
         if self._reading(leased, now):
             self.arena.transfer(leased.range, leased.heard_at + QUIET_S)
             return False

@@ -106,8 +106,7 @@ class Cuda:
         self.call("cudaSetDevice", device)
 
     def uuid(self, device: int) -> bytes:
-        """Return the device's UUID (UUID_BYTES), equal in all processes, which its number is
-        not."""
+        """Return the device's UUID (UUID_BYTES), which unlike its number all processes share."""
         uuid: bytes = self.call("cudaGetDeviceProperties", device).uuid.bytes
         return uuid
 
