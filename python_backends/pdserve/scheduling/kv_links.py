@@ -246,10 +246,7 @@ class KVLinks:
             InstanceError: they cannot be connected, or one of them does not answer.
         """
         pair = prefill.name, decode.name
-        if (linking := self._linking.get(pair)) is not None:
-            await asyncio.wait({linking})
-            if pair in self._links.known:
-                return
+        # One that is under way may never be answered: this one is not to wait for it.
         endpoint = await _describe(prefill)
         if self._owns_names(prefill, decode):
             self._links.pop(pair)
