@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -48,19 +49,21 @@ def start(servers: Sequence[Server], *, held: bool, timeout_s: float, progress: 
 
 
 def _wait_ready(server: Server, held: bool | None, timeout_s: float, progress: Progress) -> None:
-    """Wait for a server; one that was starved is started again, STARTS times in all.
+    """Wait for a server; one that was starved is started again, at most STARTS times in all.
 
     Args:
-        held: as it was started; None: by another process, whose it is to start it again.
+        held: how this process has started it; None: another process has, and starts it again.
+        timeout_s: seconds for all starts together.
     """
+    deadline = time.monotonic() + timeout_s
     for left in reversed(range(STARTS)):
         try:
-            server.wait_ready(timeout_s, progress)
+            server.wait_ready(max(deadline - time.monotonic(), 0.0), progress)
             return
         except Starved as error:
             if held is None or not left:
                 raise
-            _log.warning("%s\nit is started again", error)
+            _log.warning("%s\nThe server is started again.", error)
             server.stop(own=True)
             server.start(held=held)
 

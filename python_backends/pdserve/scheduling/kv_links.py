@@ -245,11 +245,10 @@ class KVLinks:
         Raises:
             InstanceError: they cannot be connected, or one of them does not answer.
         """
-        pair = prefill.name, decode.name
-        # One that is under way may never be answered: this one is not to wait for it.
+        # An attempt in the background may never be answered, so the request makes its own.
         endpoint = await _describe(prefill)
         if self._owns_names(prefill, decode):
-            self._links.pop(pair)
+            self._links.pop((prefill.name, decode.name))
         await self._connect(prefill, decode, endpoint)
 
     async def _connect(self, prefill: Instance, decode: Instance, endpoint: bytes) -> None:
