@@ -27,7 +27,12 @@ hypothesis.settings.load_profile("whenever")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much random input `tests/fuzz` makes: in `make test` a little, in `make fuzz` all."""
     parser.addoption("--fuzz-count", type=int, default=20_000, help="inputs of each test, at most")
-    parser.addoption("--fuzz-seconds", type=float, default=4.0, help="of each test, at most")
+    parser.addoption(
+        "--fuzz-seconds",
+        type=float,
+        default=4.0,
+        help="of each test, unless it has made too few inputs until then",
+    )
 
 
 @pytest.fixture(scope="session")

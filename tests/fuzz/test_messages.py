@@ -48,6 +48,8 @@ pytestmark = pytest.mark.triton
 
 ANSWER_S = 60.0
 """Everything but a watch is answered to its end within this, on a busy machine."""
+FEWEST = 200
+"""Messages to each role: fewer would hardly reach each field of each message."""
 BY_DESIGN = (
     str(Unsealed()),
     "this instance speaks version",  # a deployment of two versions
@@ -159,9 +161,9 @@ def fed(role: str) -> st.SearchStrategy[Fed]:
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_messages_harm_nobody(fuzzed_server: Running, budget: Budget, role: str) -> None:
     with unharmed(fuzzed_server), Feeder(fuzzed_server) as feeder:
-        made = budget.spend(st.lists(fed(role), min_size=1, max_size=40), feeder.feed)
+        made = budget.spend(st.lists(fed(role), min_size=1, max_size=40), feeder.feed, FEWEST)
     print(f"\n{made} messages to {role}: {feeder.said}")
-    assert made >= min(budget.count, 200)
+    assert made >= min(budget.count, FEWEST)
 
 
 class Feeder:
