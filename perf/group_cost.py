@@ -134,7 +134,7 @@ class Site:
         """Make the planned links, and return the seconds that it took."""
         began = time.monotonic()
         running = asyncio.create_task(self.links.run())
-        while self.links.missing:
+        while self.links.table.counts()["unknown"]:
             assert time.monotonic() < began + LINKED_S
             await asyncio.sleep(0.01)
         took = time.monotonic() - began

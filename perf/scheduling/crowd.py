@@ -174,7 +174,7 @@ class _Crowd:
         """
         linking = asyncio.create_task(self._kv_links.run())
         until = time.monotonic() + LINKED_S
-        while missing := self._kv_links.missing:
+        while missing := self._kv_links.table.counts()["unknown"]:
             if time.monotonic() > until:
                 raise TimeoutError(f"{missing} pairs have no link within {LINKED_S:g} s")
             await asyncio.sleep(0.1)

@@ -153,7 +153,7 @@ class Conservation:
                 f"{name}: promised of {one.name}": one.room.slots or one.room.blocks,
                 f"{name}: suspect at {one.name}": one.suspect,
             }
-        counts[f"{name}: pairs without a link"] = list(gateway.kv_links._refused.known)
+        counts[f"{name}: pairs without a link"] = list(gateway.kv_links.table._refused.known)
         tasks = [task for task in gateway.process.tasks if "KVLinks" not in repr(task.get_coro())]
         return counts | {f"{name}: tasks": tasks}
 

@@ -97,7 +97,7 @@ class Waiting:
             or not life.process.runs
             or instance.load.offers
             or now < instance.breaker.reopens
-            or instance.name in gateway.kv_links.useless
+            or instance.name in gateway.kv_links.table.avoided
             or now < wire.cut_until + self._bounds.message
         ):
             return False

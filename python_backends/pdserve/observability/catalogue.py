@@ -64,6 +64,10 @@ def _transport(transport: str) -> tuple[str]:
     return (transport,)
 
 
+def _transport_reason(transport: str, reason: str) -> tuple[str, str]:
+    return transport, reason
+
+
 def _strategy(strategy: str) -> tuple[str]:
     return (strategy,)
 
@@ -246,6 +250,14 @@ KV_LINKS = Gauge(
     "links",
     "The group has this many pairs of a prefill and a decode with a KV link in this state: "
     "connected, refused, or unknown as long as nobody has answered.",
+)
+KV_LINK_SECONDS = Histogram(
+    "pdserve_kv_link_connect_seconds",
+    _transport_reason,
+    "seconds",
+    "A decode took this time to connect to a prefill, by the link's transport and the reason: "
+    "planned; on_demand, while a prompt was computed; or request, if a request waited for it.",
+    SECONDS,
 )
 KV_LINK_RATE = Gauge(
     "pdserve_kv_link_bytes_per_second",

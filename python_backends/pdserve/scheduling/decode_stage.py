@@ -62,7 +62,6 @@ class DecodeStage:
         self._lease_s = lease_s
         self._prefixes = PrefixDirectory()
         self._pairs = Pairs[CircuitBreaker]()
-        kv_links.linked = decodes.told_of_link
 
     def update(self, decodes: Sequence[Instance], at_once: int) -> None:
         """Replace the decodes; what is known of those that stay is kept.
@@ -195,7 +194,7 @@ class DecodeStage:
         breaker.failed(asyncio.get_running_loop().time())
 
     def _check_reach(self, prefill: Instance) -> None:
-        if refusals := self._kv_links.unreachable(prefill.name):
+        if refusals := self._kv_links.table.unreachable(prefill.name):
             raise errors.Unavailable(f"no decode reaches {prefill.name}: {refusals}")
 
     def prepare(self, prefill: Instance) -> None:
@@ -207,7 +206,7 @@ class DecodeStage:
 
         If none of them can be offered one, another decode is linked in the background.
         """
-        if self._kv_links.dense:
+        if self._kv_links.table.dense:
             return self.decodes.instances
         linked = self._kv_links.decodes(prefill.name)
         candidates = self.decodes.candidates
@@ -218,7 +217,7 @@ class DecodeStage:
         return linked
 
     def _other(self, prefill: Instance, decode: Instance) -> float | None:
-        return None if self._kv_links.refusal(prefill.name, decode.name) else decode.load.open
+        return None if self._kv_links.table.refusal(prefill.name, decode.name) else decode.load.open
 
     def _rank(self, request: Request, prefill: Instance) -> Rank:
         """Rank the decodes that are linked to a prefill, or all if none is linked."""
@@ -229,14 +228,14 @@ class DecodeStage:
         """Return the open streams, plus the transfer's estimated duration in streams."""
         pair = prefill.name, decode.name
         now = asyncio.get_running_loop().time()
-        if self._kv_links.refusal(*pair):
+        if decode.name in self._kv_links.table.avoided or self._kv_links.table.refusal(*pair):
             return None
         breaker = self._pairs.known.get(pair)
         if breaker is not None and not breaker.allows(now, 0):
             return None
         if request.ends["decode"] and not admits(decode, request, "decode", now):
             return None
-        transfer_s = self._kv_links.transfer_s(*pair, request.prompt_tokens)
+        transfer_s = self._kv_links.table.transfer_s(*pair, request.prompt_tokens)
         return decode.load.open + math.floor(transfer_s / STREAM_S)
 
     async def _hand_over(

@@ -155,8 +155,9 @@ class Forwarding(Generic[T]):
         """Wake the first looking request: there is more room than before."""
         self._lookers.wake()
 
-    def told_of_link(self) -> None:
-        """Wake the queue: a request may be able to use the new link."""
+    def wake(self) -> None:
+        """Wake the queue: its first request may be able to use an instance that it could not use
+        before."""
         self._queue.wake()
 
     async def once(self, rank: Rank, offer: Offer[T]) -> T | None:

@@ -117,7 +117,7 @@ class PrefillStage:
 
         def cost(prefill: Instance) -> float | None:
             now = asyncio.get_running_loop().time()
-            if prefill.name in self._kv_links.useless:
+            if prefill.name in self._kv_links.table.avoided:
                 return None
             if not admits(prefill, request, "prefill", now):
                 return None

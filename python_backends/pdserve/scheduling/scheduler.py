@@ -18,13 +18,15 @@ from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Accepted, Tokens
 from pdserve.scheduling.circuit_breaker import RetryBudget
 from pdserve.scheduling.decode_stage import DecodeStage, NoRoom
+from pdserve.scheduling.first_token import FirstTokens
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.offering import Calls, Offered, failure
+from pdserve.scheduling.outcome import account, final_state
 from pdserve.scheduling.prefill_stage import Computed, PrefillStage, late, prefill_load
 from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
-from pdserve.scheduling.rooms import HELD_S, KNOWN_S, Rooms
+from pdserve.scheduling.rooms import KNOWN_S, Rooms
 
 ATTEMPTS = 4
 """Number of pairs that may take a request: one that fails again and again is at fault itself."""
@@ -68,9 +70,11 @@ class Scheduler:
         self._decode_stage = DecodeStage(
             self.decodes, kv_links, calls, metrics, prefill.lease_s, rooms
         )
+        self._first_tokens = FirstTokens(self._decode_stage)
         self._prefill_stage = PrefillStage(
             self.prefills, self._decode_stage, kv_links, calls, metrics, gateway.stall_s
         )
+        kv_links.changed = self._links_changed
         self._kv_links = kv_links
         self._budget = RetryBudget()
 
@@ -108,6 +112,10 @@ class Scheduler:
         ):
             self._decode_stage.let_go_of(instance.name)
 
+    def _links_changed(self) -> None:
+        self.prefills.wake()
+        self.decodes.wake()
+
     @property
     def healthy(self) -> bool:
         """Tell whether it has a prefill and a decode that have not failed."""
@@ -135,11 +143,11 @@ class Scheduler:
                     yield chunk
         except BaseException as error:
             if request.state not in FINAL:
-                request.to(_end(request.state, error), loop.time())
+                request.to(final_state(request.state, error), loop.time())
             raise
         finally:
             request.ended = loop.time()
-            self._account(request)
+            account(request, self._metrics)
 
     def prefill_stage(self, request: Request) -> PrefillStage:
         """Return the stage that computes this request's prompt; a subclass may have several."""
@@ -198,15 +206,15 @@ class Scheduler:
     async def _computed(self, request: Request, computed: Computed) -> AsyncGenerator[Chunk, None]:
         """Serve the request from its computed prompt to the end."""
         loop, decode, reserving = asyncio.get_running_loop(), computed.decode, None
-        first = self._first(request, computed)
+        first = self._first_tokens.take(request, computed)
         if not (decode or first.finish_reason or self._decode_stage.plenty(KNOWN_S)):
-            reserving = await self._hold_back(request, computed)
+            reserving = await self._first_tokens.hold_back(request, computed)
         try:
             yield first
             if request.ended_by(first, loop.time()):
                 return
             if decode is None:
-                decode = await (reserving or self._reserve(request, computed))
+                decode = await (reserving or self._first_tokens.reserve(request, computed))
             async with aclosing(self._decode(request, decode, computed)) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -214,80 +222,7 @@ class Scheduler:
             if decode is not None:
                 self._decode_stage.let_go(decode)
             elif reserving is not None:
-                self._give_up(reserving)
-
-    async def _reserve(self, request: Request, computed: Computed) -> Offered:
-        result = computed.result
-        return await self._decode_stage.reserve(
-            request, computed.prefill, result.token, computed.handle, request.ends_by
-        )
-
-    async def _hold_back(self, request: Request, computed: Computed) -> asyncio.Task[Offered]:
-        """Begin to reserve a decode before the first token is sent; return the task that does.
-
-        On return the task has reserved one, or the token need not wait for it any longer.
-
-        Raises:
-            Late: no decode was idle within the request's limit.
-            NoRoom: no decode was idle for as long as the prefill keeps the KV cache.
-            InstanceError, InvalidRequest, Unavailable: as if the token had been sent.
-        """
-        loop = asyncio.get_running_loop()
-        whole_answer, told_at = request.output_tokens == 1, 0.0
-        request.held_back = True
-        reserving = loop.create_task(self._reserve(request, computed))
-        try:
-            left = request.deadline - loop.time()
-            await asyncio.wait({reserving}, timeout=min(left, HELD_S))
-            if not reserving.done() and not self._decode_stage.plenty(math.inf):
-                await asyncio.wait({reserving}, timeout=request.deadline - loop.time())
-                if not reserving.done():
-                    raise errors.Late("the limit of the first token has passed")
-            if reserving.done():
-                reserving.result()
-            told_at = loop.time()
-        except errors.Late as error:
-            raise errors.Late(f"{self.decodes.why_not()} within the request's limit") from error
-        finally:
-            request.held_back = False
-            if not told_at:
-                request.take_back(1)
-                self._give_up(reserving)
-            if whole_answer:
-                request.first_token = told_at
-        return reserving
-
-    def _give_up(self, reserving: asyncio.Task[Offered]) -> None:
-        """Cancel the reservation of a decode; one that it has reserved is released."""
-
-        def ended(task: asyncio.Task[Offered]) -> None:
-            if not task.cancelled() and task.exception() is None:
-                self._decode_stage.let_go(task.result())
-
-        reserving.cancel()
-        reserving.add_done_callback(ended)
-
-    def _first(self, request: Request, computed: Computed) -> Chunk:
-        """Return the token that the prefill has computed.
-
-        Raises:
-            Late: it came after the request's limit.
-        """
-        result = computed.result
-        now = asyncio.get_running_loop().time()
-        if now > request.deadline:
-            raise late("no first token", request)
-        if not request.first_token:
-            request.first_token = now
-            request.cached_tokens = result.cached_tokens
-            request.prefill_ms = result.compute_ms
-        ids = request.add(result.token.to_bytes(4, "little"))
-        reason: FinishReason = ""
-        if result.eos and not request.ignore_eos:
-            reason = "stop"
-        elif request.output_tokens == request.max_tokens:
-            reason = "length"
-        return Chunk(ids, reason)
+                self._first_tokens.give_up(reserving)
 
     async def _alone(self, request: Request) -> Offered | None:
         """Find a decode that computes prompt and answer, if that is faster than a prefill."""
@@ -368,32 +303,3 @@ class Scheduler:
             self._decode_stage.not_handed_over(computed.prefill.name, taken.instance.name)
         else:
             taken.call.blame()
-
-    # --------------------------------------------------------------------- both
-
-    def _account(self, request: Request) -> None:
-        scenario = request.scenario
-        outcome = request.finish_reason or request.state.name.lower()
-        self._metrics.add(catalogue.REQUESTS, 1, scenario=scenario, outcome=outcome)
-        if request.first_token:
-            ttft = request.first_token - request.arrived
-            self._metrics.observe(catalogue.TTFT, ttft, scenario=scenario)
-        if request.state is State.FINISHED:
-            e2e = request.ended - request.arrived
-            self._metrics.observe(catalogue.E2E, e2e, scenario=scenario)
-            if request.output_tokens > 1:
-                tpot = (request.ended - request.first_token) / (request.output_tokens - 1)
-                self._metrics.observe(catalogue.TPOT, tpot, scenario=scenario)
-
-
-def _end(state: State, error: BaseException) -> State:
-    """Return the final state of a request that ``error`` stopped in ``state``."""
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return State.CANCELLED
-    if isinstance(error, errors.Late):
-        return State.EXPIRED
-    if state in (State.WAITING, State.PREFILLING) and isinstance(
-        error, errors.Unavailable | errors.InvalidRequest
-    ):
-        return State.REJECTED
-    return State.FAILED

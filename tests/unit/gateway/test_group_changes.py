@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from pdserve import config
 from pdserve.errors import InstanceError
-from pdserve.rpc.messages import Failed
-from pdserve.scheduling.kv_links import ROUND_S
+from pdserve.rpc.messages import Connect, Failed, NotConnected
+from pdserve.scheduling.kv_links import JOIN_S, ROUND_S
 from tests.unit.gateway.test_groups import Connected, deployment, serve
 from tests.unit.inprocess import Site, virtual
+from tests.unit.scheduling.test_kv_links import drop_links
 
 if TYPE_CHECKING:
     from pdserve.gateway.groups import Group
@@ -83,7 +84,7 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
             assert made._budget.spend()
         for prefill in ("prefill_0", "prefill_1"):
             made._decode_stage.not_handed_over(prefill, "decode_0")
-        links = made._kv_links._links
+        links = made._kv_links.table._links
         before = dict(links.known)
         budget, takes = made._budget._left, made._prefill_stage._latency.expected(100)
         assert takes > 0
@@ -97,7 +98,7 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
         assert made._budget._left == budget
         assert made._prefill_stage._latency.expected(100) == takes
         assert set(made._decode_stage._pairs.known) == {("prefill_0", "decode_0")}
-        links = made._kv_links._links
+        links = made._kv_links.table._links
         assert links.known[("prefill_0", "decode_0")] == before["prefill_0", "decode_0"]
         assert set(links.known) == {(f"prefill_{i}", f"decode_{j}") for i in (0, 2) for j in (0, 2)}
 
@@ -127,7 +128,7 @@ async def test_who_leaves_while_it_is_connected_has_no_link(tmp_path: Path) -> N
         connected.groups.take(members({0}, {0}))
         await linking
         await connected.groups.sweep()
-        assert set(links._links.known) == {("prefill_0", "decode_0")}
+        assert set(links.table._links.known) == {("prefill_0", "decode_0")}
         await connected.groups.close()
 
 
@@ -152,9 +153,57 @@ async def test_a_decode_that_cannot_connect_to_a_prefill_that_leaves_has_no_refu
             pytest.raises(InstanceError, match=answer.message),
         ):
             await links.connect_now(prefill, decode)
-        assert links.refusal("prefill_1", "decode_0") == "no way there"
+        assert links.table.refusal("prefill_1", "decode_0") == "no way there"
         await connected.groups.sweep()
-        assert links.refusal("prefill_1", "decode_0") is None
+        assert links.table.refusal("prefill_1", "decode_0") is None
+        await connected.groups.close()
+
+
+@pytest.mark.parametrize("joins", ["prefill", "decode"])
+@virtual
+async def test_who_joins_is_offered_requests_once_its_links_are_made(
+    tmp_path: Path, joins: Literal["prefill", "decode"]
+) -> None:
+    async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
+        drop_links(site)
+        connected = Connected(site)
+        before, after = ({0}, {0, 1}), ({0, 1}, {0, 1})
+        before = before if joins == "prefill" else before[::-1]
+        group = connected.groups.take(members(*before))["a"]
+        await asyncio.sleep(ROUND_S)
+        for link in connected.links.values():
+            link.delay = (0.02, 0.02)
+        connected.groups.take(members(*after))
+        connected.links[f"{joins}_1"].delay = (0.02, 0.02)
+        loop = asyncio.get_running_loop()
+        joined, served_by = loop.time(), []
+        while loop.time() < joined + 2.0:
+            request = site.request()
+            assert await serve(group, request) == site.expected(request)
+            served_by.append(getattr(request, joins))
+        assert served_by[0] == f"{joins}_0"
+        assert f"{joins}_1" in served_by
+        assert not any(link.of(NotConnected) for link in connected.links.values())
+        await connected.groups.close()
+
+
+@virtual
+async def test_who_joins_waits_a_bounded_time_for_its_links(tmp_path: Path) -> None:
+    """One decode never answers whether it can connect to the new prefill; another one can."""
+    async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
+        connected = Connected(site)
+        group = connected.groups.take(members({0}, {0, 1}))["a"]
+        await asyncio.sleep(ROUND_S)
+        connected.links["decode_1"].lose = lambda message: isinstance(message, Connect)
+        connected.groups.take(members({0, 1}, {0, 1}))
+        await asyncio.sleep(JOIN_S - 0.1)
+        requests = [site.request() for _ in range(4)]
+        await asyncio.gather(*(serve(group, one) for one in requests))
+        assert {one.prefill for one in requests} == {"prefill_0"}
+        await asyncio.sleep(0.1)
+        requests = [site.request() for _ in range(4)]
+        await asyncio.gather(*(serve(group, one) for one in requests))
+        assert {one.prefill for one in requests} == {"prefill_0", "prefill_1"}
         await connected.groups.close()
 
 
@@ -178,10 +227,10 @@ def state(group: Group) -> object:
         {one.name for one in made.prefills.instances},
         {one.name for one in made.decodes.instances},
         {one.name for one in rooms._members},
-        set(made._kv_links._refused.known),
+        set(made._kv_links.table._refused.known),
         rooms._at_once,
-        set(made._kv_links._links.known),
-        made._kv_links.useless,
+        set(made._kv_links.table._links.known),
+        made._kv_links.table.avoided,
         set(made._prefill_stage._members.values()) == set(made.prefills.instances),
         [
             (len(line), len(line._watching), len(list(line.candidates.busy)))

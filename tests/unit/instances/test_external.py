@@ -221,10 +221,10 @@ async def test_pairs_that_cannot_exchange_are_refused_before_the_first_request(
     async with Relay(tmp_path, prefills=2, fingerprint=fingerprint) as site:
         linking = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.5)
-        refusal = site.kv_links.refusal("prefill_1", "decode_0")
+        refusal = site.kv_links.table.refusal("prefill_1", "decode_0")
         assert refusal is not None
         assert "prefill_1 is trtllm:1.2; this instance trtllm:1.3" in refusal
-        assert site.kv_links.refusal("prefill_0", "decode_0") is None
+        assert site.kv_links.table.refusal("prefill_0", "decode_0") is None
         for _ in range(6):
             request = site.request()
             assert await site.answer(request) == site.expected(request)

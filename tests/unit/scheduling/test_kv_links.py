@@ -148,7 +148,9 @@ async def test_a_pair_that_cannot_be_connected_is_passed_over(
         assert not site.d_links[0].of(DecodeRequest)
         site.receivers[0].connect = connect  # type: ignore[method-assign]
         await asyncio.sleep(ROUND_S)
-        assert site.kv_links.refusal("prefill_0", "decode_0") is None, "it may come to reach it"
+        assert site.kv_links.table.refusal("prefill_0", "decode_0") is None, (
+            "it may come to reach it"
+        )
         running.cancel()
         await site.idle()
 
@@ -178,6 +180,7 @@ async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
 async def test_long_transfers_are_overlapped(tmp_path: Path) -> None:
     """TensorRT-LLM#9212: by the slowest of a prefill's links: which decode will be idle is not
     known yet."""
+    latency_s = 1e-4
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
         assert not site.kv_links.layered("prefill_0", 1 << 20), "nothing is known of its links"
         for pair, rate in (
@@ -185,13 +188,16 @@ async def test_long_transfers_are_overlapped(tmp_path: Path) -> None:
             (("prefill_0", "decode_1"), 0.1e9),
             (("prefill_1", "decode_0"), 10e9),
         ):
-            link = LinkReport("nixl", "tcp/eth0", 1e-4, rate, {}, fallback=True)
-            site.kv_links._links[pair] = b"", Connected(pair[0], link, bytes_per_token=100_000)
-        longest = int(OVERLAP_S * 0.1e9 / 100_000)
+            link = LinkReport("nixl", "tcp/eth0", latency_s, rate, {}, fallback=True)
+            site.kv_links.table._links[pair] = (
+                b"",
+                Connected(pair[0], link, bytes_per_token=100_000),
+            )
+        longest = int((OVERLAP_S - latency_s) * 0.1e9 / 100_000)
         assert not site.kv_links.layered("prefill_0", longest)
         assert site.kv_links.layered("prefill_0", longest + 1)
         assert not site.kv_links.layered("prefill_1", longest + 1)
-        assert site.kv_links.layered("prefill_1", 100 * longest + 1)
+        assert site.kv_links.layered("prefill_1", 100 * (longest + 1))
         site.kv_links.forget(site.instances[1][1])
         assert not site.kv_links.layered("prefill_0", longest + 1)
 

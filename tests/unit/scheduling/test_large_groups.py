@@ -24,7 +24,7 @@ SAME = 1.5
 
 
 def planned(site: Site) -> set[Pair]:
-    return set(site.links._pairs())
+    return set(site.links.table.pairs())
 
 
 def without(site: Site, leaves: Instance) -> tuple[list[Instance], list[Instance]]:
@@ -48,7 +48,8 @@ def test_in_a_large_group_each_has_peers() -> None:
     assert len(pairs) <= PEERS * 400
 
 
-def test_who_leaves_changes_the_links_of_few() -> None:
+@virtual
+async def test_who_leaves_changes_the_links_of_few() -> None:
     site = Site(200)
     before = planned(site)
     for leaves in (site.decodes[7], site.prefills[7]):
@@ -74,14 +75,14 @@ def test_a_ring_gives_each_name_once() -> None:
 @virtual
 async def test_a_prefill_whose_peers_refuse_it_is_linked_to_others() -> None:
     site = Site(100)
-    refuses = set(itertools.islice(site.links._planned["prefill_0"], 4))
+    refuses = set(itertools.islice(site.links.table.planned("prefill_0"), 4))
     for channel in site.channels:
         channel.refuses = channel.name in refuses
     await site.linked()
     reached = {one.name for one in site.links.decodes("prefill_0")}
     assert len(reached) >= PEERS
     assert not reached & refuses
-    assert not site.links.useless
+    assert not site.links.table.avoided
 
 
 # What a request costs.
@@ -216,7 +217,7 @@ async def test_prefills_of_a_large_group_take_turns_to_be_asked() -> None:
     site = Site(400, lambda name: Slow(name, asked))
     running = asyncio.create_task(site.links.run())
     await asyncio.sleep(1.0)
-    assert not site.links.missing
+    assert not site.links.table.counts()["unknown"]
     asked.clear()
     await asyncio.sleep(10.0)
     described = [name for name, message in asked if isinstance(message, messages.Describe)]

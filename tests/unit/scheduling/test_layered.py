@@ -161,12 +161,12 @@ async def test_all_decodes_are_busy(tmp_path: Path) -> None:
 async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
     """Of several, one that does is chosen; the others have said why they do not."""
     async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
-        site.kv_links._refused["prefill_0", "decode_0"] = "no way there"
+        site.kv_links.table._refused["prefill_0", "decode_0"] = "no way there"
         for _ in range(2):
             request = site.request(50)
             assert await site.answer(request) == site.expected(request)
             assert request.decode == "decode_1"
-        site.kv_links._refused["prefill_0", "decode_1"] = "no way there either"
+        site.kv_links.table._refused["prefill_0", "decode_1"] = "no way there either"
         request = site.request(50)
         with pytest.raises(errors.Unavailable, match=r"no decode reaches prefill_0: .*either"):
             await site.answer(request)
