@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from perf.group_cost import SLOTS, Memory, Site
+from perf.group_cost import ROOM, SLOTS, Memory, Site
 
 from pdserve.rpc import messages
 from pdserve.rpc.client import Replies
@@ -19,6 +19,7 @@ from pdserve.scheduling.link_plan import PEERS, Ring
 from pdserve.scheduling.pairs import Pair
 from tests.unit.inprocess import virtual
 
+NO_ROOM = messages.Room(0, 0)
 SAME = 1.5
 """A request in a large group makes so many times the calls of Python functions, at most."""
 
@@ -118,6 +119,27 @@ def test_a_request_in_a_large_group_costs_what_one_in_a_small_group_does(state: 
         site.put(state)
         asyncio.run(serve(instances))  # who is busy has been found out
         cost[instances] = (calls(serve(40)) - calls(serve(0))) / 40
+    assert cost[1000] <= SAME * cost[2], cost
+
+
+def test_requests_that_wait_for_room_in_a_large_group_cost_what_those_in_a_small_one_do() -> None:
+    """They wait before their prompt is computed, until some decode reports room."""
+    cost, waiting = {}, 65
+    for instances in (2, 1000):
+        site = Site(instances)
+
+        async def serve(requests: int, site: Site = site) -> None:
+            for decode in site.decodes:
+                decode.heard(messages.Busy("blocks", NO_ROOM))
+            tasks = [asyncio.create_task(site.serve()) for _ in range(requests)]
+            await asyncio.sleep(0.1)
+            assert not any(task.done() for task in tasks)
+            site.decodes[0].heard(messages.Busy("slots", ROOM))
+            site.scheduler.decodes.freed(site.decodes[0])
+            await asyncio.gather(*tasks)
+
+        asyncio.run(site.linked())
+        cost[instances] = (calls(serve(waiting)) - calls(serve(1))) / (waiting - 1)
     assert cost[1000] <= SAME * cost[2], cost
 
 
