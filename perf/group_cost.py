@@ -176,7 +176,7 @@ async def measure(instances: int, requests: int) -> Cost:
                 await site.serve()
             rounds.append((time.process_time() - began) / (requests // ROUNDS) * 1e3)
         costs[state] = round(sorted(rounds)[ROUNDS // 2], 4)
-    return Cost(instances, costs, len(site.links), round(usable_s, 3), round(mib, 1))
+    return Cost(instances, costs, len(site.links.table), round(usable_s, 3), round(mib, 1))
 
 
 def table(costs: list[Cost]) -> Table:

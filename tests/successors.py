@@ -91,17 +91,18 @@ def successors(old: Suite, new: Suite) -> dict[Function, Function | None]:
     for one in old.cases:
         found[one] = one if one in new.cases else None
     taken = {one for one in found.values() if one}
-    for one in [one for one, successor in found.items() if successor is None]:
-        body = old.bodies.get(one, [])
-        for candidates in (named[one.name], new.cases):
-            free = [other for other in candidates if other not in taken]
-            best = max(
-                free, key=lambda other: _alike(body, new.bodies.get(other, [])), default=None
-            )
-            if best is not None and _alike(body, new.bodies.get(best, [])) >= ALIKE:
+    # Names are sentences: who has the same one is the same test, whatever has become of its body.
+    for least, candidates in ((0.0, lambda one: named[one.name]), (ALIKE, lambda _: new.cases)):
+        for one in [one for one, successor in found.items() if successor is None]:
+            alike = {
+                other: _alike(old.bodies.get(one, []), new.bodies.get(other, []))
+                for other in candidates(one)
+                if other not in taken
+            }
+            best = max(alike, key=alike.__getitem__, default=None)
+            if best is not None and alike[best] >= least:
                 found[one] = best
                 taken.add(best)
-                break
     return found
 
 

@@ -201,6 +201,11 @@ class BoundScheduler(Scheduler):
         self.queues = {one: self.queues.get(one) or self._new_queue(one) for one in prefills}
         self.binding.update(list(self.queues.values()))
 
+    def links_changed(self) -> None:
+        super().links_changed()
+        for queue in self.queues.values():
+            queue.forwarding.wake()
+
     def prefill_stage(self, request: Request) -> PrefillStage:
         return self._chosen[request.id]
 

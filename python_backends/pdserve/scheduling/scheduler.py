@@ -74,7 +74,7 @@ class Scheduler:
         self._prefill_stage = PrefillStage(
             self.prefills, self._decode_stage, kv_links, calls, metrics, gateway.stall_s
         )
-        kv_links.changed = self._links_changed
+        kv_links.changed = self.links_changed
         self._kv_links = kv_links
         self._budget = RetryBudget()
 
@@ -112,7 +112,9 @@ class Scheduler:
         ):
             self._decode_stage.let_go_of(instance.name)
 
-    def _links_changed(self) -> None:
+    def links_changed(self) -> None:
+        """Wake the queues: their first requests may be able to use an instance or a pair of them
+        that they could not use before."""
         self.prefills.wake()
         self.decodes.wake()
 
