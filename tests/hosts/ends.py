@@ -1,4 +1,4 @@
-"""``python -m tests.hosts.ends sender | taker``: one end of the transfer plane, over NIXL.
+"""``python -m tests.hosts.ends sender | puller``: one end of the transfer plane, over NIXL.
 
 Reads one command a line, as `End.say` writes it, and answers each with one line.
 """
@@ -87,28 +87,28 @@ class Sender:
         self._sender.close()
 
 
-class Taker:
+class Puller:
     """A decode without an engine."""
 
     def __init__(self) -> None:
         agreed = transfers.terms(LAYOUT)
-        self._taker = transfers.Taker("nixl", agreed, TOKENS, timeout_s=20.0, piece_bytes=4 << 20)
+        self._puller = transfers.Puller("nixl", agreed, TOKENS, timeout_s=20.0, piece_bytes=4 << 20)
 
     def connect(self, endpoint: str) -> str:
         """What the link runs over."""
-        return self._taker.receiver.connect(bytes.fromhex(endpoint))[1].detail
+        return self._puller.receiver.connect(bytes.fromhex(endpoint))[1].detail
 
     def pull(self, sealed: str) -> str:
         """The digest of what has arrived."""
-        self._taker.take(bytes.fromhex(sealed))
-        return hashlib.sha256(self._taker.pool).hexdigest()
+        self._puller.pull(bytes.fromhex(sealed))
+        return hashlib.sha256(self._puller.pool).hexdigest()
 
     def close(self) -> None:
-        self._taker.close()
+        self._puller.close()
 
 
 def main(role: str) -> None:
-    end = Sender() if role == "sender" else Taker()
+    end = Sender() if role == "sender" else Puller()
     for line in sys.stdin:
         what, *arguments = line.split()
         try:

@@ -36,17 +36,17 @@ def sender(network: Network) -> Iterator[End]:
 
 
 @pytest.fixture
-def taker(network: Network) -> Iterator[End]:
-    end = End(network, "right", "taker")
+def puller(network: Network) -> Iterator[End]:
+    end = End(network, "right", "puller")
     yield end
     end.end()
 
 
-def begin(sender: End, taker: End) -> str:
+def begin(sender: End, puller: End) -> str:
     """Connect, and begin to pull; the digest that is expected of it."""
-    assert taker.say("connect", sender.say("describe")) == "tcp/eth0"
+    assert puller.say("connect", sender.say("describe")) == "tcp/eth0"
     sealed, digest = sender.say("offer").split()
-    taker.write("pull", sealed)
+    puller.write("pull", sealed)
     return digest
 
 
@@ -57,40 +57,40 @@ def wait_nothing_held(sender: End, within: float) -> None:
         time.sleep(0.05)
 
 
-def test_no_option_is_needed(sender: End, taker: End) -> None:
-    digest = begin(sender, taker)
-    assert taker.read(LIMIT_S) == digest
+def test_no_option_is_needed(sender: End, puller: End) -> None:
+    digest = begin(sender, puller)
+    assert puller.read(LIMIT_S) == digest
     wait_nothing_held(sender, within=2.0)
 
 
-def test_a_short_cut_only_takes_time(network: Network, sender: End, taker: End) -> None:
-    digest = begin(sender, taker)
+def test_a_short_cut_only_takes_time(network: Network, sender: End, puller: End) -> None:
+    digest = begin(sender, puller)
     time.sleep(PULL_S / 4)
     network.cut("left")
     time.sleep(0.3)
     network.restore("left")
-    assert taker.read(LIMIT_S) == digest
+    assert puller.read(LIMIT_S) == digest
     wait_nothing_held(sender, within=2.0)
 
 
-def test_a_long_cut_ends_the_pull_on_both_sides(network: Network, sender: End, taker: End) -> None:
-    begin(sender, taker)
+def test_a_long_cut_ends_the_pull_on_both_sides(network: Network, sender: End, puller: End) -> None:
+    begin(sender, puller)
     time.sleep(PULL_S / 4)
     network.cut("left")
-    assert taker.read(within=5.0).startswith("TransferError: ")
+    assert puller.read(within=5.0).startswith("TransferError: ")
     wait_nothing_held(sender, within=QUIET_S + 2.0)
     network.restore("left")
-    digest = begin(sender, taker)
-    assert taker.read(LIMIT_S) == digest
+    digest = begin(sender, puller)
+    assert puller.read(LIMIT_S) == digest
 
 
 def test_a_host_that_does_not_answer_is_not_waited_for(
-    network: Network, sender: End, taker: End
+    network: Network, sender: End, puller: End
 ) -> None:
-    digest = begin(sender, taker)
-    assert taker.read(LIMIT_S) == digest
+    digest = begin(sender, puller)
+    assert puller.read(LIMIT_S) == digest
     endpoint = sender.say("describe")
-    other = End(network, "right", "taker")
+    other = End(network, "right", "puller")
     try:
         network.cut("left")
         assert other.say("connect", endpoint, within=LIMIT_S).startswith("Unreachable: ")

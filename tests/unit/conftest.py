@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.transfers import WAYS, Child, Sender, Taker, opened, pick
+from tests.unit.transfers import WAYS, Child, Puller, Sender, opened, pick
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A transport's name, one way after the other."""
+    """Give a transport's name, one way after another."""
     return pick(request.param, monkeypatch)
 
 
@@ -33,7 +33,7 @@ def _children() -> Iterator[dict[tuple[str, str], Child]]:
 
 @pytest.fixture
 def child(way: str, _children: dict[tuple[str, str], Child]) -> Child:
-    """A receiver in a process of its own, the same for all tests of one way."""
+    """Start a receiver in a separate process, shared by all tests of one way."""
     key = way, os.environ.get("UCX_TLS", "")
     if key not in _children or _children[key].process.poll() is not None:
         _children[key] = Child(way)
@@ -42,16 +42,16 @@ def child(way: str, _children: dict[tuple[str, str], Child]) -> Child:
 
 @pytest.fixture
 def sender() -> Iterator[Sender]:
-    """A prefill's end, in this process."""
+    """Make the prefill's end of transfers, in this process."""
     sender = Sender()
     yield sender
     sender.close()
 
 
 @pytest.fixture
-def taker(sender: Sender) -> Iterator[Taker]:
-    """A decode's end, which is linked to it."""
-    taker = Taker()
-    taker.connect(sender)
-    yield taker
-    taker.close()
+def puller(sender: Sender) -> Iterator[Puller]:
+    """Make the decode's end of transfers, linked to the prefill's end."""
+    puller = Puller()
+    puller.connect(sender)
+    yield puller
+    puller.close()

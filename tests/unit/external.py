@@ -1,4 +1,4 @@
-"""Engines that move KV caches themselves, by a script, with the real instances and scheduler.
+"""Scripted engines that move KV caches themselves, behind real instances and a real scheduler.
 
 A context's KV cache is an entry of a table that all engines share; a generation takes it out.
 """
@@ -32,7 +32,7 @@ PREFILL_S, STEP_S, TRANSFER_S = 0.05, 0.01, 0.005
 
 @dataclass
 class World:
-    """What the engines of a test share."""
+    """The state that the engines of a test share."""
 
     model: Model
     kept: dict[bytes, asyncio.TimerHandle] = field(default_factory=dict)
@@ -40,10 +40,10 @@ class World:
     numbers: Any = field(default_factory=itertools.count)
     computing: int = 0
     most: int = 0
-    """That were computed at once."""
+    """The largest number of contexts that were computed at once."""
     decoding: int = 0
     hangs: bool = False
-    """No context comes any more."""
+    """No context is ever answered."""
     context_failures: list[BaseException] = field(default_factory=list)
     generation_failures: list[BaseException] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
@@ -130,12 +130,12 @@ class ScriptedGeneration:
 
 
 @dataclass
-class Relay(Site):
-    """A scheduler over external instances."""
+class ExternalSite(Site):
+    """A scheduler over instances of external engines."""
 
     linked: bool = False
     fingerprint: Callable[[str], str] = lambda name: "engine:1"
-    """By instance name."""
+    """The fingerprint of an engine, by its instance's name."""
 
     async def __aenter__(self) -> Self:
         self.rng = random.Random(self.seed)

@@ -1,4 +1,4 @@
-"""Instances that are nothing but slots, to see what goes to and fro between them and gateways."""
+"""Instances that only have slots, to test the messages between them and gateways."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LATENCY_S = 1e-4
 
 
 class FakeInstance:
-    """A channel to an instance with `slots`; the same one for any number of gateways."""
+    """A channel to an instance with `slots`, which any number of gateways may share."""
 
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
@@ -38,7 +38,7 @@ class FakeInstance:
         self.messages: Counter[type] = Counter()
         self.lose: Callable[[messages.Request | Reply], bool] = lambda message: False
         self.heard: Callable[[messages.Request], None] = lambda request: None
-        """Called before a message is dealt with."""
+        """Called before a message is handled."""
         self._watches = SlotWatches()
         self._last = 0.0
 
@@ -48,21 +48,21 @@ class FakeInstance:
         return replies
 
     def forget(self, call: str) -> None:
-        """It speaks to nobody in particular."""
+        """Do nothing: it keeps no state of a gateway."""
 
     def lose_all(self) -> None:
-        """It is stopped."""
+        """End all calls, as when the process is stopped."""
         self.lose = lambda message: True
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is no connection."""
 
     def fill(self) -> None:
-        """Somebody else takes all its slots."""
+        """Take all its slots, like another client."""
         self.held.update(f"other {number}" for number in range(self.slots))
 
     def free(self) -> None:
-        """One of those is free again."""
+        """Free one of those slots."""
         self.held.remove(next(one for one in self.held if one.startswith("other")))
         self._look()
 
@@ -110,7 +110,7 @@ def load(of: Load) -> float:
 
 
 class Gateway:
-    """Forwards requests to fake instances; each has its slot for `hold_s`."""
+    """Forwards requests to fake instances; each request holds its slot for `hold_s`."""
 
     def __init__(self, fakes: Sequence[FakeInstance], seed: int = 0, hold_s: float = 0.1) -> None:
         self.rng = random.Random(seed)
@@ -121,7 +121,7 @@ class Gateway:
         )
         self.hold_s = hold_s
         self.served: list[Request] = []
-        """In the order in which they have got their slots."""
+        """Requests in the order in which they got their slots."""
         self._requests = 0
 
     def request(self, **fields: object) -> Request:
@@ -130,7 +130,7 @@ class Gateway:
         return Request(id=name, prompt=bytes(4), max_tokens=1, **fields)  # type: ignore[arg-type]
 
     async def serve(self, request: Request, usable: Sequence[int] | None = None) -> bool:
-        """Whether an instance (of `usable` ones) took it before its limit."""
+        """Serve a request; tell whether one of the `usable` instances took it before its limit."""
         loop = asyncio.get_running_loop()
         request.arrived = request.waiting_since = loop.time()
 
@@ -164,5 +164,5 @@ class Gateway:
 
 
 def rejections(requests: Sequence[Request]) -> int:
-    """Offers that were refused."""
+    """Return the number of offers that were refused."""
     return sum(offer.answer is Answer.BUSY for one in requests for offer in one.offers)

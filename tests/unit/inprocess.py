@@ -1,8 +1,8 @@
 """Prefills, decodes and a scheduler in one event loop, joined by messages encoded as on the wire.
 
-Everything is real but the compute (the emulated engine) and the wire (`Link`): shared memory,
-leases, arenas and block pools are those of a deployment. `virtual` runs a test under a clock that
-jumps, so that waiting costs nothing; `real` under the usual one.
+Everything is real except the computation (the emulated engine) and the wire (`Link`): shared
+memory, leases, arenas and block pools are those of a deployment. `virtual` runs a test under a
+clock that jumps, so that waiting costs nothing; `real` under the usual one.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ SERIES = {
     for suffix in ("bucket", "sum", "count")
 }
 VOCABULARY, EOS = 997, 2
-# Nothing of a test takes longer than this; a virtual second costs about a millisecond.
+# No test takes longer than this; a virtual second costs about a millisecond.
 LIMIT_S = 120.0
-# Within which a cancelled or failed request has let go of everything (design section 8).
+# Within which a cancelled or failed request has released everything (design section 8).
 CLEAN_S = 0.2
 
 Message = messages.Request | Reply
@@ -90,7 +90,7 @@ def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 
 
 def real(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test in a usual loop."""
+    """Run an async test in the usual loop."""
     return _in_loop(test, asyncio.new_event_loop)
 
 
@@ -101,7 +101,7 @@ def _in_loop(test: Callable[..., Any], make: Callable[[], Any]) -> Callable[...,
         unheard: list[str] = []
         loop.set_exception_handler(lambda _, context: unheard.append(repr(context)))
         try:
-            # What a probe of shared memory finds is no matter here, and takes a tenth of a second.
+            # The probe of shared memory does not matter here, and takes a tenth of a second.
             with mock.patch.object(probe, "mapped", return_value=4e9):
                 loop.run_until_complete(asyncio.wait_for(test(*args, **kwargs), LIMIT_S))
             loop.run_until_complete(loop.shutdown_asyncgens())
@@ -113,17 +113,17 @@ def _in_loop(test: Callable[..., Any], make: Callable[[], Any]) -> Callable[...,
 
 
 class Link:
-    """A channel to an instance of the same loop; keeps what went over it, in both directions.
+    """A channel to an instance of the same loop, which records the messages of both directions.
 
     Its two ends are the real ones. Each direction keeps its order. `delay` (least, most; seconds)
-    and whatever `lose` draws come from seeded generators.
+    and the messages that `lose` selects come from seeded generators.
     """
 
     def __init__(self, name: str, instance: AnyInstance, seed: int) -> None:
         self.requests: list[messages.Request] = []
         self.replies: list[tuple[str, Reply]] = []
         self.responses = 0
-        """What carried the replies."""
+        """The number of responses that carried replies."""
         self.lose: Callable[[Message], bool] = lambda message: False
         self.delay = (0.0, 0.0)
         self.rng = random.Random(seed)
@@ -150,7 +150,7 @@ class Link:
         self.break_("the channel was closed")
 
     def break_(self, reason: str, kind: type[InstanceError] = InstanceError) -> None:
-        """Fail the open calls and, until `broken` is None again, every call to come."""
+        """Fail the open calls and, until `broken` is None again, every later call."""
         self.broken = reason
         self.calls.fail_all(kind(f"{self._name}: {reason}"))
 
@@ -197,7 +197,7 @@ class Link:
         loop.call_at(self._last[way], function, *args)
 
     def of(self, kind: type) -> list[Any]:
-        """The messages of a kind that have gone over it."""
+        """Return the messages of a kind that have gone over it."""
         return [
             one for one in (*self.requests, *(r for _, r in self.replies)) if isinstance(one, kind)
         ]
@@ -208,7 +208,7 @@ def submit(
     request: messages.Request,
     send: Callable[[Reply, bool], None],
 ) -> None:
-    """What the Triton model around an instance does."""
+    """Do the work of the Triton model around an instance."""
     if isinstance(request, Release):
         instance.release(request.id, send)
     elif isinstance(request, Watch):
@@ -231,7 +231,7 @@ def submit(
 
 
 class Model(EmulatedModel):
-    """An emulated model whose tokens a test may write: `script` (prompt, position) -> token."""
+    """An emulated model whose tokens a test may set: `script` (prompt, position) -> token."""
 
     script: Callable[[Tokens, int], int | None] = staticmethod(lambda prompt, position: None)
 
@@ -241,7 +241,7 @@ class Model(EmulatedModel):
 
 
 class Prefill(EmulatedPrefill):
-    """Keeps what each forward was of; `failures` are raised one per forward."""
+    """Records the prompts of each forward; each of `failures` is raised in one forward."""
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
@@ -257,7 +257,7 @@ class Prefill(EmulatedPrefill):
 
 
 class Decode(EmulatedDecode):
-    """Keeps who was in each step; `failures` are raised one per step, `refusals` one per join."""
+    """Records the requests of each step; each of `failures` fails a step, of `refusals` a join."""
 
     def __init__(self, model: Model, blocks: int, block_size: int) -> None:
         super().__init__(model, blocks, block_size)
@@ -279,7 +279,7 @@ class Decode(EmulatedDecode):
 
 
 def model(folder: Path, **profile: Any) -> Model:
-    """An emulated model of a vocabulary of `VOCABULARY` tokens, `EOS` one of them."""
+    """Make an emulated model with `VOCABULARY` tokens, of which `EOS` is one."""
     (folder / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY, "eos_token_id": EOS}))
     path = folder / "profile.yaml"
     path.write_bytes(msgspec.yaml.encode(msgspec.convert({"speed": 1.0, **profile}, Profile)))
@@ -301,7 +301,7 @@ class Site:
     seed: int = 0
     pulls: int = 4
     linked: bool = True
-    """Every decode knows every prefill from the beginning; KVLinks does not run."""
+    """Every decode is linked to every prefill from the start, and KVLinks does not run."""
     layered: bool | None = None
     transport: str = "shm"
     strategy: Strategy | None = None
@@ -404,7 +404,7 @@ class Site:
         )
 
     def beside(self) -> Site:
-        """Another gateway over the same instances, with links and metrics of its own."""
+        """Return another gateway over the same instances, with its own links and metrics."""
         other = copy.copy(self)
         other.rng = random.Random(self.rng.random())
         other.metrics, other.totals = Registry(), defaultdict(float)
@@ -416,12 +416,12 @@ class Site:
         return [*self.p, *self.d]
 
     def prompt(self, tokens: int, prefix: bytes = b"") -> bytes:
-        """`tokens` random ones after those of `prefix`, little-endian int32."""
+        """Return little-endian int32 ids: those of `prefix`, then `tokens` random ones."""
         ids = [self.rng.randrange(3, VOCABULARY) for _ in range(tokens)]
         return prefix + np.array(ids, "<i4").tobytes()
 
     def request(self, prompt: int | bytes = 20, **fields: Any) -> Request:
-        """One that has not been sent; ids count up."""
+        """Make a request, which is not sent yet; its id is the next number."""
         self._ids = getattr(self, "_ids", 0) + 1
         data = self.prompt(prompt) if isinstance(prompt, int) else prompt
         return Request(
@@ -429,7 +429,7 @@ class Site:
         )
 
     async def chunks(self, request: Request) -> list[Chunk]:
-        """Serve it to its end."""
+        """Serve the request to its end."""
         async with aclosing(self.scheduler.run(request)) as chunks:
             return [chunk async for chunk in chunks]
 
@@ -440,12 +440,12 @@ class Site:
         return asyncio.create_task(self.answer(request))
 
     def expected(self, request: Request) -> list[int]:
-        """What a whole answer is, unless a script says otherwise."""
+        """Return the whole answer, unless a script says otherwise."""
         prompt = np.frombuffer(request.prompt, "<i4")
         return [self.model.token(prompt, i) for i in range(request.max_tokens)]
 
     def total(self, name: str, **labels: str) -> float:
-        """A counter's total over all series that have these labels."""
+        """Return a counter's total over all series that have these labels."""
         assert name in SERIES, name
         for change in self.metrics.drain():
             if change.kind == "counter":
@@ -458,7 +458,7 @@ class Site:
         )
 
     def level(self, name: str, **labels: str) -> float:
-        """A gauge's level, summed over all series that have these labels."""
+        """Return a gauge's level, summed over all series that have these labels."""
         gauge = METRICS[name]
         return sum(
             value
@@ -468,7 +468,7 @@ class Site:
         )
 
     async def idle(self, within: float = CLEAN_S) -> None:
-        """Nothing is held anywhere any more, after `within` seconds and one tick of the gauges."""
+        """Check that nothing is held after `within` seconds and one tick of the gauges."""
         await asyncio.sleep(within)
         assert self.held() == {}, self.held()
         await asyncio.sleep(0.11)
@@ -488,7 +488,7 @@ class Site:
             assert self.level(name, **labels) == 0, (name, labels)
 
     def held(self) -> dict[str, int]:
-        """Everything that a request may hold, where it is not nothing."""
+        """Return everything that a request may hold, as far as it is not zero."""
         counts: defaultdict[str, int] = defaultdict(int)
         for site in (self, *self.besides):
             counts["waiting for a prefill"] += sum(map(len, prefill_lines(site.scheduler)))
@@ -516,14 +516,14 @@ class Site:
 
 
 def prefill_lines(scheduler: Scheduler) -> list[Forwarding[Any]]:
-    """Where requests wait for a prefill: in one line, or in one of each prefill."""
+    """Return the queues in which requests wait for a prefill: one, or one for each prefill."""
     if isinstance(scheduler, BoundScheduler):
         return [queue.forwarding for queue in scheduler.queues.values()]
     return [scheduler.prefills]
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Look again and again, in real time; fails after ``seconds``."""
+    """Check a condition again and again, in real time; fails after ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

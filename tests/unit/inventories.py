@@ -1,4 +1,4 @@
-"""Four hosts, as a probe would have found them, and how one of them is made to differ."""
+"""Four hosts, as a probe would find them, and how to change one of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def without(packages: dict[str, str], *names: str) -> dict[str, str]:
 
 
 def differing(inventory: Inventory, **sections: Any) -> Inventory:
-    """Fields of sections by dicts, everything else as it is given."""
+    """Replace fields of sections by those of dicts, and anything else by the given value."""
     return msgspec.structs.replace(
         inventory,
         **{

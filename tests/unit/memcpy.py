@@ -1,8 +1,8 @@
-"""An in-process link: it does with spans what a network would, by copying within this process.
+"""An in-process link, which copies spans within this process as a network would between two.
 
-It stands in for NIXL and CUDA IPC where a test needs thousands of pulls, or one that stands still
-or fails at a given moment. Nothing arrives before it is waited for, and until then the place is
-full of `NOT_YET`, so that whoever looks too early is found out.
+It replaces NIXL and CUDA IPC where a test needs thousands of pulls, or one that stops or fails at a
+given moment. Nothing arrives before it is waited for. Until then the destination is filled with
+`NOT_YET`, so that reading it too early is noticed.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class MemcpyLink:
     def __init__(self, table: NDArray[np.uint8] | None, source: NDArray[np.uint8]) -> None:
         self.source = source
         self.memories: list[Memory] = []
-        """What may be written to; none: anything."""
+        """Memory that may be written to; empty: any memory."""
         self.closed = False
         self.nap_s = 0.0
-        """Before each span."""
+        """A pause before each span."""
         self.bytes_per_s = float("inf")
         self.before: Callable[[int], None] = lambda number: None
         """Called before the span of this number, over all pulls, is copied."""
@@ -49,7 +49,7 @@ class MemcpyLink:
         self._table = table
 
     def ready(self, deadline: float) -> None:
-        """Nothing to wait for: stores are seen in order."""
+        """Do nothing: stores are seen in order."""
 
     def peek(self, slot: int, deadline: float) -> bytes:
         self.check(deadline)
@@ -73,7 +73,7 @@ class MemcpyLink:
             assert not self.memories or any(
                 memory.address <= address and address + size <= memory.address + memory.nbytes
                 for memory in self.memories
-            ), "outside of what is registered"
+            ), "outside of the registered memory"
             _bytes(address, size)[:] = NOT_YET
         self.pulls.append(spans)
         return _Copy(self, spans, deadline)
@@ -145,10 +145,10 @@ class MemcpyTransport:
         return link
 
     def written(self) -> None:
-        """Nothing to do: stores are seen in order."""
+        """Do nothing: stores are seen in order."""
 
     def progress(self) -> None:
-        """Nothing to do."""
+        """Do nothing: no progress is needed."""
 
     def close(self) -> None:
         for link in self.links:

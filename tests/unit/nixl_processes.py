@@ -1,4 +1,4 @@
-"""Second processes at the other end of the `nixl` transport."""
+"""Processes at the other end of the `nixl` transport."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 DATA = 64 * MIB
 SLOTS = 8
-# Nothing of a test waits longer than this for another process.
+# No test waits longer than this for another process.
 LIMIT_S = 10.0
 
 HOLDER = f"""
@@ -43,7 +43,7 @@ transport.close()
 print("closed", flush=True)
 """
 
-# Stops in the middle of its first pull; then pulls all of the data, again and again.
+# Stops in the middle of its first pull, then pulls all of the data again and again.
 RECEIVER = f"""
 import os, signal, sys, time
 import numpy as np
@@ -69,7 +69,7 @@ while True:
 
 
 class Process:
-    """A second process, that talks in lines."""
+    """A second process, which reads and writes lines."""
 
     def __init__(self, script: str, argument: str) -> None:
         self.process = subprocess.Popen(
@@ -82,7 +82,9 @@ class Process:
 
     def line(self) -> str:
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], LIMIT_S)[0], "it says nothing"
+        assert select.select([self.process.stdout], [], [], LIMIT_S)[0], (
+            "the process has written no line"
+        )
         return self.process.stdout.readline().decode().strip()
 
     def end(self) -> None:
@@ -106,7 +108,7 @@ class Process:
 
 
 class Holder(Process):
-    """One that offers random bytes, which this process has mapped."""
+    """A holder of random bytes, which this process has mapped."""
 
     def __init__(self) -> None:
         name = f"pdserve-test-{secrets.token_hex(6)}"
@@ -120,7 +122,7 @@ class Holder(Process):
             raise
 
     def close(self) -> str:
-        """What it says at its end."""
+        """Close it; return what it prints at its end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         return self.line()

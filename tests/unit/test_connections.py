@@ -1,4 +1,4 @@
-"""Connections past the proxies of the environment."""
+"""Tests for connections that ignore the proxies of the environment."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_programs_get_an_environment_without_them() -> None:
     ],
 )
 def test_a_collector_elsewhere_may_be_behind_one(url: str, near: bool) -> None:
-    """Where OpenTelemetry's own session takes it from the environment; one here never is."""
+    """OpenTelemetry's own session uses the proxy for a collector on another host only."""
     session = spans._session(url)
 
     assert connections.is_loopback(url) is near
@@ -71,7 +71,7 @@ def test_a_collector_elsewhere_may_be_behind_one(url: str, near: bool) -> None:
 
 @pytest.fixture
 def garbage() -> Iterator[int]:
-    """The port of a program that answers, though not in HTTP."""
+    """Return the port of a program that answers, though not in HTTP."""
 
     class Answer(StreamRequestHandler):
         def handle(self) -> None:

@@ -1,4 +1,4 @@
-"""The Dockerfile without a container runtime: what it names exists, and fits together."""
+"""Tests for the Dockerfile without a container runtime: what it names exists and fits together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.dockerfile import FINAL, HOME, TEXT, files, placed, read
 ARGUMENTS, STAGES = read()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 DEPLOYMENTS = {"cpu": "docker/deployment.yaml", "gpu": "docker/deployment-gpu.yaml"}
-# Of Debian's and Ubuntu's base systems.
+# Commands of Debian's and Ubuntu's base systems.
 SYSTEM = {"apt-get", "groupadd", "install", "rm", "useradd"}
 
 
@@ -35,7 +35,7 @@ PINNED = {name_of(line) for line in (ROOT / "requirements.txt").read_text().spli
 
 
 def ignored(path: str) -> bool:
-    """By .dockerignore: of the patterns that match a path or a folder that it is in, the last."""
+    """Tell whether .dockerignore excludes a path: the last pattern that matches it or a parent."""
     out = False
     parts = path.split("/")
     for line in (ROOT / ".dockerignore").read_text().splitlines():
@@ -51,7 +51,7 @@ def ignored(path: str) -> bool:
 
 @pytest.fixture
 def context(tmp_path: Path) -> Path:
-    """A folder with what stage ``setup`` has copied when it begins."""
+    """Return a folder with the files that stage ``setup`` has copied at its beginning."""
     for copy in STAGES["setup"].copies:
         for file in files(copy.source):
             target = tmp_path / placed(copy, file)
@@ -100,7 +100,7 @@ def test_every_command_exists(name: str) -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     for program, *words in stage.commands:
         if program == "pdctl":
-            commands[words[0]].make_context(words[0], words[1:])  # refuses what it does not know
+            commands[words[0]].make_context(words[0], words[1:])  # refuses unknown options
         elif program in ("python3", ".venv/bin/python") and words[:2] == ["-m", "pip"]:
             packages = [word for word in words[3:] if not word.startswith("-")]
             packages = [word for word in packages if "/" not in word and word != "."]
@@ -140,7 +140,7 @@ def test_a_final_stage_serves_as_somebody(name: str) -> None:
     assert int(group) > 0
     assert [group, user] == [words[words.index(f"--{kind}") + 1] for words, kind in
                              zip(made, ("gid", "uid"), strict=True)]  # fmt: skip
-    assert stage.instructions[-1][0] == "CMD", "all else comes before"
+    assert stage.instructions[-1][0] == "CMD", "everything else comes before"
     assert signal.Signals[stage.one("STOPSIGNAL")] in signals.ENDING
     assert stage.list("ENTRYPOINT") == ["tini", "--"]
     assert stage.list("CMD")[:2] == ["pdctl", "serve"]
@@ -185,7 +185,7 @@ def test_tags_are_of_the_range_that_is_documented() -> None:
 
 
 def test_nothing_is_kept_that_should_not_be() -> None:
-    assert "://" not in TEXT, "indexes are the builder's"
+    assert "://" not in TEXT, "the builder configures the indexes"
     for stage in STAGES.values():
         for text in stage.all("RUN"):
             if "pip install" in text:

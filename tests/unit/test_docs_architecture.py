@@ -1,4 +1,4 @@
-"""The map in docs/architecture.md names every module there is, and none that there is not."""
+"""Test that the map in docs/architecture.md names every module, and no others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TEXT = (ROOT / "docs" / "architecture.md").read_text()
 
 
 def named() -> set[str]:
-    """Modules, and folders with a slash at their end."""
+    """Return the modules it names, and the folders with a slash at their end."""
     start = TEXT.index("## Map of `python_backends/pdserve`")
     rows = re.findall(r"^\| (`.*?) \|", TEXT[start : TEXT.index("\n## ", start + 1)], re.MULTILINE)
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}

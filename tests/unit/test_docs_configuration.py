@@ -1,4 +1,4 @@
-"""docs/configuration.md names every field of a deployment file, and none that there is not."""
+"""Test that docs/configuration.md names every field of a deployment file, and no others."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SECTIONS = {
     "servers[]": config.Server,
 }
 ELSEWHERE = {"model", "scenarios"}
-"""Fields of the file itself; what is in a scenario is in docs/scenarios.md."""
+"""Fields of the file itself; the fields of scenarios are described in docs/scenarios.md."""
 
 
 def named() -> set[str]:
-    """``section.field`` of each field in the first column; ``.field`` is of the section before."""
+    """Return ``section.field`` of each first column; ``.field`` belongs to the section before."""
     found, start = set(), TEXT.index("| field | default |")
     for row in re.findall(r"^\| (`.*?) \|", TEXT[start : TEXT.index("\n## ", start)], re.MULTILINE):
         section = ""

@@ -1,4 +1,4 @@
-"""docs/metrics.md lists every metric as it is declared, and no document names one there is not."""
+"""Tests that docs/metrics.md lists every declared metric, and that no document names others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/tuning.md says what the results say, and names what there is."""
+"""Tests that docs/tuning.md agrees with the results, and names only what exists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def results(name: str) -> Any:
 
 
 def moved(layout: str, link: str) -> tuple[int, float]:
-    """Of 64 MiB in blocks of 16: tokens, and the milliseconds of the way that was chosen."""
+    """Return tokens, and milliseconds of the chosen strategy, for 64 MiB in blocks of 16."""
     for point in results("transfer")["results"]["points"]:
         asked = point["layout"], point["link"], point["block"], round(point["mib"])
         if asked == (layout, link, 16, XI_MIB):
@@ -35,7 +35,7 @@ def moved(layout: str, link: str) -> tuple[int, float]:
 
 
 class Example:
-    """Equation (1) by what the torch engine was measured to take."""
+    """Equation (1) with the measured times of the torch engine."""
 
     def __init__(self) -> None:
         engine = results("engine")["results"]
@@ -87,7 +87,7 @@ def test_other_lengths(example: Example, answer: int, batch: int) -> None:
 
 def test_what_servers_have_shown() -> None:
     shown = results("scheduling")["results"]
-    # Measured again since.
+    # It was measured again since.
     points = [*shown["points"], *results("scheduling-poisson")["results"]["points"]]
     ours = {(p["part"], p["level"]): p for p in points if p["policy"] == "on_demand"}
     at_most, gateways = (ours[key]["good_per_s"] for key in (("poisson", 150), ("4 gateways", 150)))

@@ -1,4 +1,4 @@
-"""What may be said of an error, where a client's words could be in it."""
+"""Tests for what is logged of an error whose message may quote a client."""
 
 from __future__ import annotations
 
@@ -41,4 +41,4 @@ def test_a_value_is_shown_by_its_beginning() -> None:
     assert shown("a\nb") == r"'a\nb'"
     assert shown(7) == "7"
     assert len(shown("x" * 10**6)) < 100
-    shown("\ud800").encode()  # it goes to the client
+    shown("\ud800").encode()  # the message goes to the client

@@ -1,4 +1,4 @@
-"""What a prefill will hardly take longer than, and who leaves the line because of it."""
+"""Tests for the upper estimate of a prefill's time, and for requests that give up because of it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_it_follows_a_change() -> None:
 
 @virtual
 async def test_who_can_only_be_late_leaves_the_line(tmp_path: Path) -> None:
-    """It does not take the place of one that is in time."""
+    """It gives its place to a request that can be in time."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}) as site:
         await site.answer(site.request(1000, max_tokens=1))
         first = site.start(site.request(1000, max_tokens=1))
@@ -70,13 +70,13 @@ async def test_who_can_only_be_late_leaves_the_line(tmp_path: Path) -> None:
 @virtual
 @pytest.mark.parametrize("others", [False, True])
 async def test_who_stands_in_nobodys_way_waits_longer(tmp_path: Path, others: bool) -> None:
-    """It would come late at the worst only; before another, that would be in time, it gives up."""
+    """It would be late in the worst case only, and gives up for one that would be in time."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}) as site:
         for seconds in (0.1, 0.2):
             site.scheduler._prefill_stage._latency.saw(1000, seconds)
         busy = site.start(site.request(1000, max_tokens=1))
         await asyncio.sleep(0.01)
-        late = site.request(1000, max_tokens=1, ttft_limit_s=0.25)  # at the worst after 0.19 s
+        late = site.request(1000, max_tokens=1, ttft_limit_s=0.25)  # after 0.19 s in the worst case
         waits = site.start(late)
         await asyncio.sleep(0.01)
         other = site.request(1000, max_tokens=1, ttft_limit_s=10.0)
@@ -95,7 +95,7 @@ async def test_who_stands_in_nobodys_way_waits_longer(tmp_path: Path, others: bo
 
 @virtual
 async def test_a_wrong_guess_refuses_nobody_who_finds_an_idle_prefill(tmp_path: Path) -> None:
-    """Layr-Labs#381: an estimate is no gate; one slow forward is put right by the next request."""
+    """Layr-Labs#381: an estimate is no gate; one slow forward is corrected by the next request."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}) as site:
         await asyncio.sleep(0)
         slow = site.p_engines[0].prefill

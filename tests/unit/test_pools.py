@@ -1,4 +1,4 @@
-"""Threads are all there before there is work for them; work that cannot be handed over ends."""
+"""Tests for thread pools: all threads exist before any work, and refused work ends its request."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_limit_on_threads_fails_the_load() -> None:
 
 
 class Refusing(ThreadPoolExecutor):
-    """As one that cannot start its thread."""
+    """A pool that cannot start its thread."""
 
     def submit(self, *args: Any, **kwargs: Any) -> Any:
         raise NO_MORE

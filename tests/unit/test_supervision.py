@@ -1,4 +1,4 @@
-"""What runs as long as its process does not end unnoticed."""
+"""Tests that background work does not end unnoticed while its process runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.inprocess import virtual
 
 
 def listen() -> list[str]:
-    """Install in the running loop; what the process would end with."""
+    """Install in the running loop; return the exit status the process would end with."""
     reasons: list[str] = []
     supervision.install(asyncio.get_running_loop(), reasons.append)
     return reasons
@@ -49,7 +49,7 @@ async def test_a_task_that_raises_ends_the_process() -> None:
 
 @virtual
 async def test_a_task_that_a_stranger_cancels_ends_the_process() -> None:
-    """An engine's own future that is cancelled would otherwise end a loop without a word."""
+    """A cancelled future of an engine would otherwise end a loop silently."""
     reasons = listen()
 
     async def waits_for_a_cancelled_future() -> None:
@@ -101,7 +101,7 @@ async def test_a_thread_that_raises_ends_the_process() -> None:
     reasons = listen()
 
     def run() -> None:
-        raise SystemExit(3)  # by which Python itself lets a thread end without a word
+        raise SystemExit(3)  # Python lets a thread end silently by this exception
 
     thread = Thread(target=run, name="outbox")
     thread.start()
@@ -138,7 +138,7 @@ async def test_work_that_harms_nobody_is_tried_again(caplog: pytest.LogCaptureFi
 
 @virtual
 async def test_nothing_is_installed_in_a_test() -> None:
-    """The default handler of the loop hears of it, and the process goes on."""
+    """The loop's default handler is called, and the process continues."""
     heard: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
     Background().start(fail())

@@ -1,4 +1,4 @@
-"""What the tests of the transfer plane share: two ends, in one process or in two."""
+"""Shared parts of the tests of the transfer plane: two ends, in one process or in two."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ MODEL = "tiny"
 LAYOUT = KVLayout(3, 2, 8, "float32")
 TOKENS = 50
 ROWS = 128
-"""Of a receiver's pool."""
-# Nothing of a test waits longer than this for a thread or a process.
+"""Rows of a receiver's pool."""
+# No test waits longer than this for a thread or a process.
 LIMIT_S = 10.0
 
-opened: list[Sender | Taker] = []
-"""Whatever becomes of a test, what it has opened is closed after it."""
+opened: list[Sender | Puller] = []
+"""What a test has opened, which is closed after it in any case."""
 WAYS = ("shm", "nixl", "nixl over tcp")
-"""Transports, as `pick` knows them; NIXL takes CMA if it may."""
+"""Ways that `pick` knows; NIXL uses CMA where it may."""
 
 
 def pick(way: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of the transport of a way, which is prepared for; skips if it cannot be had."""
+    """Prepare for a way, and return its transport's name; skip the test if it is not available."""
     name = way.split(maxsplit=1)[0]
     if name == "nixl":
         try:
@@ -90,9 +90,9 @@ class Offer:
     leased: LeasedRange
     sealed: bytes
     whole: NDArray[np.uint8]
-    """What it is, or will be: [planes, tokens, row_bytes]; no byte is zero."""
+    """The content, or what it will be: [planes, tokens, row_bytes]; no byte is zero."""
     parts: NDArray[np.uint8]
-    """Where it lies, [parts, planes, tokens, bytes of a part's row]."""
+    """Its place in memory: [parts, planes, tokens, bytes of a part's row]."""
 
     @property
     def slot(self) -> int:
@@ -109,7 +109,7 @@ class Offer:
 
 
 class Sender:
-    """A prefill without an engine: its KV caches are random bytes, its clock is the caller's."""
+    """A prefill without an engine: KV caches are random bytes, and the caller sets the clock."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Sender:
         opened.append(self)
 
     def _allocate(self, tokens: int) -> Offer:
-        """A KV cache that is not leased yet, and of which nothing has been computed."""
+        """Allocate a KV cache that is not leased yet, and of which nothing has been computed."""
         layout, sharding = self.terms.layout, self.terms.sharding
         leased = self.lease_manager.allocate(sharding.nbytes(layout, tokens))
         assert leased is not None, "no room"
@@ -142,14 +142,14 @@ class Sender:
         return self.leased[-1]
 
     def begin(self, tokens: int = TOKENS, until: float | None = None) -> Offer:
-        """A leased KV cache, of which nothing has been computed yet."""
+        """Lease a KV cache of which nothing has been computed yet."""
         offer = self._allocate(tokens)
         until = time.monotonic() + 60 if until is None else until
         offer.sealed = self.lease_manager.grant(offer.leased, tokens, until)
         return offer
 
     def compute(self, offer: Offer, planes: int) -> None:
-        """The first `planes` planes are complete."""
+        """Complete the first `planes` planes."""
         self._write(offer, planes)
         self.lease_manager.fill(offer.leased, planes)
 
@@ -159,7 +159,7 @@ class Sender:
             offer.parts[part][:planes] = offer.whole[:planes, :, columns(sharding, layout, part)]
 
     def offer(self, tokens: int = TOKENS, until: float | None = None) -> Offer:
-        """A KV cache that is complete when it is leased."""
+        """Lease a complete KV cache."""
         until = time.monotonic() + 60 if until is None else until
         offer, planes = self._allocate(tokens), self.terms.layout.planes
         self._write(offer, planes)
@@ -167,12 +167,12 @@ class Sender:
         return offer
 
     def end(self, offer: Offer, now: float) -> None:
-        """It is unwanted: cancelled, rejected by the decode, failed."""
+        """End an unwanted lease: cancelled, rejected by the decode, or failed."""
         self.leased.remove(offer)
         self.lease_manager.give_back(offer.leased, now)
 
     def tick(self, now: float | None = None) -> None:
-        """Sweep, whatever the load."""
+        """Sweep the leases, whatever the load."""
         now = time.monotonic() if now is None else now
         for offer in list(self.leased):
             if offer.leased.range.filled and self.lease_manager.over(offer.leased, now):
@@ -180,7 +180,7 @@ class Sender:
         self.lease_manager.sweep(now)
 
     def held(self) -> dict[str, int]:
-        """What nobody else can have, where it is not nothing."""
+        """Return the memory that is not available to others, as far as it is not zero."""
         counts = {
             state.value: size
             for state, (_, size) in self.lease_manager.counts().items()
@@ -190,7 +190,7 @@ class Sender:
         return {what: count for what, count in counts.items() if count}
 
     def forge(self, offer: Offer, **fields: object) -> bytes:
-        """Another handle of an offer's lease, sealed with the deployment's own key."""
+        """Return another handle of an offer's lease, sealed with the deployment's own key."""
         handle = unseal(offer.sealed, KVHandle, self.terms.key)
         return seal(msgspec.structs.replace(handle, **fields), self.terms.key)
 
@@ -199,8 +199,8 @@ class Sender:
         self.holder.close()
 
 
-class Taker:
-    """A receiver and its pool, which is zero where nothing has arrived."""
+class Puller:
+    """A decode without an engine: a receiver and its pool, which is zero where nothing arrived."""
 
     def __init__(
         self,
@@ -231,14 +231,14 @@ class Taker:
     def connect(self, sender: Sender) -> None:
         self.receiver.connect(sender.holder.endpoint)
 
-    def take(
+    def pull(
         self, offer: Offer | bytes, runs: Sequence[tuple[int, int]] | None = None, first: int = 0
     ) -> TransferReport:
         handle = self.receiver.open(offer if isinstance(offer, bytes) else offer.sealed)
         return self.receiver.pull(handle, runs or [(0, handle.tokens - first)], first)
 
     def check(self, offer: Offer, runs: Sequence[tuple[int, int]], first: int = 0) -> None:
-        """The KV cache lies in the runs, and nothing anywhere else."""
+        """Check that the KV cache is in the runs, and that the rest of the pool is zero."""
         rows = [row for start, count in runs for row in range(start, start + count)]
         assert (self.pool[:, rows] == offer.whole[:, first:]).all()
         assert not np.delete(self.pool, rows, axis=1).any()
@@ -249,7 +249,7 @@ class Taker:
 
 
 class Gate(list[tuple[int, int]]):
-    """Runs of a pool at which a pull stops, having said PULLING, until `opened` is set."""
+    """Runs of a pool at which a pull stops, after it has written PULLING, until `opened` is set."""
 
     def __init__(self, runs: Sequence[tuple[int, int]]) -> None:
         super().__init__(runs)
@@ -258,12 +258,12 @@ class Gate(list[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         self.reached.set()
-        assert self.opened.wait(LIMIT_S), "nobody has opened the gate"
+        assert self.opened.wait(LIMIT_S), "the gate was not opened in time"
         return super().__iter__()
 
 
 class MidPull:
-    """A pull that stands still: it has said PULLING, and copied nothing yet."""
+    """A pull that is paused: it has written PULLING, and copied nothing yet."""
 
     def __init__(self, receiver: Receiver, handle: KVHandle, first_row: int = 0) -> None:
         self._gate = Gate([(first_row, handle.tokens)])
@@ -281,7 +281,7 @@ class MidPull:
             self._gate.reached.set()
 
     def end(self) -> TransferReport:
-        """Let it go on to its end, and be what the pull was: its result or its error."""
+        """Let it run to its end; return its result or raise its error."""
         self._gate.opened.set()
         self._thread.join(LIMIT_S)
         if isinstance(self._result, BaseException):
@@ -291,7 +291,7 @@ class MidPull:
 
 
 class Process:
-    """A script in a process of its own: it is told a line, and says one."""
+    """A script in a separate process, which answers each line with a line."""
 
     def __init__(self, script: str, *args: object) -> None:
         self.process = subprocess.Popen(
@@ -319,20 +319,20 @@ class Process:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """Again is no error."""
+        """Kill it; a second call is no error."""
         if self.process.returncode is None:
             self.process.kill()
             self.process.communicate()
 
 
-# Answers `connect HEX`, `pull HEX` and `halt HEX`; the latter stays in the middle of the pull until
-# it reads one more line.
+# Answers `connect HEX`, `pull HEX` and `halt HEX`; `halt` pauses in the middle of the pull until it
+# reads one more line.
 _RECEIVER = """
 import hashlib, sys
 from pdserve.errors import PDServeError
 from tests.unit import transfers
 
-taker = transfers.Taker(sys.argv[1])
+puller = transfers.Puller(sys.argv[1])
 class Halt(list):
     def __iter__(self):
         print("pulling", flush=True)
@@ -344,41 +344,41 @@ for line in sys.stdin:
     data = bytes.fromhex(data)
     try:
         if what == "connect":
-            print("connected", taker.receiver.connect(data)[1].detail, flush=True)
+            print("connected", puller.receiver.connect(data)[1].detail, flush=True)
             continue
-        handle = taker.receiver.open(data)
+        handle = puller.receiver.open(data)
         runs = [(0, handle.tokens)]
-        taker.receiver.pull(handle, Halt(runs) if what == "halt" else runs)
-        arrived = taker.pool[:, : handle.tokens].tobytes()
+        puller.receiver.pull(handle, Halt(runs) if what == "halt" else runs)
+        arrived = puller.pool[:, : handle.tokens].tobytes()
         print(hashlib.sha256(arrived).hexdigest(), flush=True)
     except PDServeError as error:
         print(type(error).__name__, error, flush=True)
-taker.close()
+puller.close()
 """
 
 
 class Child(Process):
-    """A receiver in a process of its own."""
+    """A receiver in a separate process."""
 
     def __init__(self, name: str = "shm") -> None:
         super().__init__(_RECEIVER, name)
 
     def connect(self, sender: Sender) -> str:
-        """What the link runs over."""
+        """Connect; return the transport of the link."""
         said = self.say(f"connect {sender.holder.endpoint.hex()}")
         assert said.startswith("connected"), said
         return said.removeprefix("connected").strip()
 
     def pull(self, sealed: bytes) -> str:
-        """The digest of what has arrived, or why nothing is valid."""
+        """Return the digest of what has arrived, or why nothing is valid."""
         return self.say(f"pull {sealed.hex()}")
 
     def begin(self, sealed: bytes) -> str:
-        """'pulling', or why not; it stays in the middle of the pull."""
+        """Begin a pull and pause in the middle of it; return 'pulling', or why not."""
         return self.say(f"halt {sealed.hex()}")
 
     def end(self) -> str:
-        """As `pull`, of what `begin` has begun."""
+        """Let the pull of `begin` run to its end; return the same as `pull`."""
         return self.say("")
 
 
@@ -396,7 +396,7 @@ sender.close()
 
 
 class Prefill(Process):
-    """A holder in a process of its own."""
+    """A holder in a separate process."""
 
     def __init__(self, name: str = "shm", data_bytes: int = 1 << 20) -> None:
         super().__init__(_HOLDER, name, data_bytes)
@@ -404,7 +404,7 @@ class Prefill(Process):
         self.endpoint = bytes.fromhex(endpoint)
 
     def offer(self, tokens: int) -> tuple[str, bytes]:
-        """The digest of a KV cache, and its handle."""
+        """Return the digest of a KV cache, and its handle."""
         digest, sealed = self.say(str(tokens)).split()
         return digest, bytes.fromhex(sealed)
 

@@ -1,4 +1,4 @@
-"""Addresses of servers: what Triton can listen at, and others can reach."""
+"""Tests for server addresses: which ones Triton can listen at, and which ones others can reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML files that people write by hand."""
+"""Tests for reading YAML files that people write by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Another deployment in the place of the running one: seen, compared, taken over or refused."""
+"""Tests for replacing the running deployment: a change is found, compared, applied or refused."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def path(tmp_path: Path) -> Path:
 
 
 def deployment(path: Path, **sections: Any) -> config.Deployment:
-    """The file with other sections."""
+    """Return the deployment of the file with these sections replaced."""
     path.write_bytes(msgspec.yaml.encode({**FILE, **sections}))
     return config.load(path)
 
 
-# -------------------------------------------------------------------- the file
+# ----------------------------------------------------------------------------------------- the file
 
 
 def test_a_change_is_seen_once(path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_change_that_says_the_same_is_none(path: Path) -> None:
 
 
 def test_a_file_put_in_its_place_is_seen(path: Path) -> None:
-    """Same size, same time: as an editor or `pdctl reload` may leave it."""
+    """A replaced file is seen though it has the same size and time, as an editor may leave it."""
     file = DeploymentFile(path)
     before = path.stat()
     other = path.with_name("other")
@@ -75,7 +75,7 @@ def test_an_error_is_told_once_and_the_old_one_stays(path: Path, text: str | Non
     assert file.changed()
 
 
-# ------------------------------------------------------------------ comparison
+# --------------------------------------------------------------------------------------- comparison
 
 
 def test_every_field_that_differs_is_named_with_both_values(path: Path) -> None:
@@ -135,7 +135,7 @@ def test_order_counts_where_rules_depend_on_it(path: Path) -> None:
     assert changes(before, after) == ["scenarios: in another order"]
 
 
-# ------------------------------------------------------------------- taken over
+# -------------------------------------------------------------------------------- applying a change
 
 
 def test_gateways_take_over_traffic_and_leave_what_is_built_into_processes(path: Path) -> None:

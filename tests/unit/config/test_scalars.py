@@ -1,4 +1,4 @@
-"""Words of YAML, each as the field has it that it is given to."""
+"""Tests for YAML scalars, each of which is read as the type of its field."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Fields(Struct, forbid_unknown_fields=True):
 
 
 def read(line: str) -> Any:
-    """The one field that a line gives."""
+    """Return the only field that a line of YAML gives."""
     made = documents.decode(line.encode(), Fields)
     return getattr(made, line.partition(":")[0])
 
@@ -122,7 +122,7 @@ DEPLOYMENT = "model: m\nservers:\n- {name: a, prefill: [no], decode: [on]}\n"
 
 
 def test_every_default_of_a_deployment_can_be_written_plainly() -> None:
-    """What the documentation gives as a default is what a reader writes."""
+    """A reader who writes a default as the documentation gives it gets that default."""
     document = msgspec.to_builtins(documents.decode(DEPLOYMENT.encode(), config.Deployment))
 
     def plain(value: object) -> str:
@@ -186,7 +186,7 @@ def test_a_wrong_key_or_value_is_named_with_its_place(added: str, message: str) 
 
 
 def test_a_key_that_is_gone_is_named_with_where_to_look_now(tmp_path: Path) -> None:
-    """A file of before is refused with what is to be done about it."""
+    """A file written for an older version is refused, and the error says what to change."""
     file = tmp_path / "deployment.yaml"
     for key, value in {"policy": "on_demand", "report_ms": "50"}.items():
         file.write_text(f"{DEPLOYMENT}gateway:\n  stall_s: 3\n  {key}: {value}\n")

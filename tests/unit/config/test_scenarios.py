@@ -1,4 +1,4 @@
-"""Scenarios in deployment.yaml: what may be said, and what is refused by name."""
+"""Tests for the scenarios of deployment.yaml: the allowed fields, and errors that name the rest."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_all_that_can_be_said(tmp_path: Path) -> None:
     assert code.sampling == config.SamplingDefaults(temperature=0.2)
     assert msgspec.yaml.decode(msgspec.yaml.encode(deployment), type=config.Deployment) == (
         deployment
-    ), "as it is rendered for a server"
+    ), "the file as it is rendered for a server"
 
 
 def test_the_example() -> None:

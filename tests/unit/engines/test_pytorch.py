@@ -1,4 +1,4 @@
-"""The torch engine against transformers' generate, on tiny random models in float32."""
+"""Tests for the torch engine against transformers' generate, on tiny random models in float32."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def save(config: PretrainedConfig, path: Path) -> PreTrainedModel:
 
 @dataclass
 class Pair:
-    """An engine in both roles, and transformers' model of the same weights."""
+    """An engine in both roles, and transformers' model with the same weights."""
 
     model: TorchModel
     reference: Any
@@ -108,7 +108,7 @@ class Pair:
         part: int = 1000,
         held: int = 0,
     ) -> DecodeSequence:
-        """Without a prefill: in parts, behind what is held already."""
+        """Compute a prompt in the decode, in parts, after the tokens that it already holds."""
         sequence = DecodeSequence(tokens, [], runs, sampling)
         for begin in range(held, len(tokens), part):
             first = self.decode.prefill(sequence, begin, min(begin + part, len(tokens)))
@@ -118,7 +118,7 @@ class Pair:
         return sequence
 
     def rows(self, sequence: DecodeSequence) -> torch.Tensor:
-        """The K and V of its prompt, as the pool has them."""
+        """Return the K and V rows of a prompt in the decode's pool."""
         pool = torch.from_numpy(np.asarray(self.decode.pool)).view(torch.float32)
         runs = sequence.rows(len(sequence.prompt))
         return torch.cat([pool[:, first : first + rows] for first, rows in runs], 1)
@@ -131,7 +131,7 @@ class Pair:
         return self.all_expected([tokens], new, **options)[0]
 
     def all_expected(self, prompts: list[Tokens], new: int, **options: float) -> list[list[int]]:
-        """What generate answers to prompts of one length."""
+        """Return what generate answers to prompts of one length."""
         ids = torch.from_numpy(np.stack(prompts)).long()
         output = self.reference.generate(
             ids,
@@ -191,7 +191,7 @@ def test_kv_is_transformers_own(any_pair: Pair) -> None:
 
 
 def test_planes_are_whole_when_they_are_told_to_be(any_pair: Pair) -> None:
-    """A decode may pull them while the layers above are still being computed."""
+    """Planes are complete when they are reported, so a decode may pull them during the prefill."""
     told: list[tuple[int, bytes]] = []
     jobs = [any_pair.job(prompt(n)) for n in (33, 1)]
     job = jobs[0]
@@ -219,7 +219,7 @@ def test_cached_prefix(any_pair: Pair, cached: int) -> None:
 
 
 def test_batch_that_sequences_join_and_leave(any_pair: Pair) -> None:
-    """Lengths, runs and moments of joining differ; every answer is generate's."""
+    """Sequences differ in length, runs and first step; every answer is that of generate."""
     prompts = [prompt(n) for n in (5, 40, 1, 100, 33)]
     runs = [
         [(0, 64)],
@@ -243,7 +243,7 @@ def test_batch_that_sequences_join_and_leave(any_pair: Pair) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 32, 33, 64, 100])
 def test_prompt_computed_by_the_decode(any_pair: Pair, tokens: int) -> None:
-    """Around the borders of blocks (16) and parts (32), in one run and in several."""
+    """Prompt lengths lie around block (16) and part (32) boundaries, in one run and in several."""
     expected = any_pair.expected(prompt(tokens), 9)
     scattered = [(1000, 16), (640, 16), (800, 48), (960, 16), (600, 32)]
     for part in (1000, 32):
@@ -281,7 +281,7 @@ def test_prompt_computed_among_others_writes_to_its_own_rows(pair: Pair) -> None
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 16, 33, 90])
 def test_seeded_tokens_are_those_of_a_prefill(pair: Pair, tokens: int) -> None:
-    """And so is every bit of K and V, in one run and in several."""
+    """The tokens and every bit of K and V are equal, in one run and in several."""
     handed = pair.start(prompt(tokens), [(0, 128)], SEEDED)
     for runs in ([(336, 128)], [(496, 16), (640, 16), (560, 16), (512, 32), (720, 48)]):
         computed = pair.compute(prompt(tokens), runs, SEEDED)
@@ -308,7 +308,7 @@ def test_penalties_of_a_prompt_computed_by_the_decode(pair: Pair) -> None:
 
 
 def test_large_batches(pair: Pair) -> None:
-    """Through every kind of matrix product that the number of rows selects, runs cut or whole."""
+    """Row counts that select each kind of matrix product give the same answers, in any runs."""
     sequences = [
         pair.start(prompt(9, i), [(24 * i, 3 + i % 4), (24 * i + 8, 16)], GREEDY) for i in range(60)
     ]
@@ -321,7 +321,7 @@ def test_large_batches(pair: Pair) -> None:
 
 @pytest.mark.parametrize("company", [0, 1, 15, 16, 40])
 def test_seeded_tokens_do_not_depend_on_the_batch(pair: Pair, company: int) -> None:
-    """Nor on where in the batch, nor on where in the pool."""
+    """Tokens depend neither on the other sequences nor on the place in the batch or in the pool."""
     alone = pair.start(prompt(20), [(0, 64)], SEEDED)
     for _ in range(12):
         pair.step(alone)
@@ -343,7 +343,7 @@ def test_seeded_tokens_do_not_depend_on_the_batch(pair: Pair, company: int) -> N
 def test_seeded_bits_do_not_depend_on_the_batch(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The logits themselves, bit for bit."""
+    """The logits are equal bit for bit."""
     seen: list[torch.Tensor] = []
     forward = pair.model.forward
 
@@ -362,7 +362,7 @@ def test_seeded_bits_do_not_depend_on_the_batch(
 
 
 def test_penalties_reach_both_roles(pair: Pair) -> None:
-    """Greedy with a repetition penalty, as generate does it."""
+    """Greedy decoding with a repetition penalty gives generate's tokens in both roles."""
     tokens = prompt(12)
     sequence = pair.start(tokens, [(0, 64)], Sampling(repetition_penalty=1.7))
     for _ in range(15):
@@ -371,7 +371,7 @@ def test_penalties_reach_both_roles(pair: Pair) -> None:
 
 
 def test_weights_stay_mapped(pair: Pair) -> None:
-    """Processes share them: the parameters lie in the mapped file, not in memory of our own."""
+    """Processes share the weights: parameters lie in the mapped file, not in private memory."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     files = [
         range(*(int(end, 16) for end in line.split()[0].split("-")))

@@ -1,4 +1,4 @@
-"""An answer that one pair began and another goes on with: the tokens that it would have had."""
+"""Tests for continuing an answer that another pair began: the tokens must be the same."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def begun(
     pair: Pair, tokens: Tokens, resumed_tokens: int, sampling: Sampling
 ) -> tuple[DecodeSequence, PrefillJob]:
-    """A decode's sequence, and what its prefill did, where the last tokens are output."""
+    """Return a decode's sequence and the prefill's result; the last prompt tokens are output."""
     job = pair.job(tokens, sampling)
     job.resumed_tokens = resumed_tokens
     first = pair.prefill.prefill([job])
@@ -70,7 +70,7 @@ def test_every_cut_goes_on_with_the_same_tokens(pair: Pair, kind: str) -> None:
 
 
 def test_cut_again_and_again(pair: Pair) -> None:
-    """Each time to another pair; `resumed_tokens` counts all that has been said."""
+    """Each part is computed by another pair; `resumed_tokens` counts all tokens sent so far."""
     sampling, tokens = KINDS["seeded, penalties"], prompt(20)
     expected = stepped(pair, begun(pair, tokens, 0, sampling)[0], NEW)
     answer: list[int] = []
@@ -82,7 +82,7 @@ def test_cut_again_and_again(pair: Pair) -> None:
 
 
 def test_outputs_matter(pair: Pair) -> None:
-    """Taken for prompt they would not be penalized."""
+    """Resumed tokens count as output: prompt tokens would not be penalized."""
     sampling, tokens = KINDS["greedy, penalties"], prompt(37)
     answer = stepped(pair, begun(pair, tokens, 0, sampling)[0], NEW)
     different = [
@@ -96,7 +96,7 @@ def test_outputs_matter(pair: Pair) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("where", [1, 15, 16, 17, 40])
 def test_reproducible_kv_has_the_bits_it_had(dtype: str, where: int, tmp_path: Path) -> None:
-    """A token that is drawn close to the edge of its share may not depend on rounding."""
+    """Rounding must not change a token that was drawn close to the edge of its probability."""
     reference = save(CONFIGS["llama, grouped"], tmp_path)
     pair = Pair(TorchModel(str(tmp_path), "cpu", dtype, 1), reference)
     tokens = prompt(37)
@@ -115,14 +115,14 @@ def test_reproducible_kv_has_the_bits_it_had(dtype: str, where: int, tmp_path: P
 
 
 def rows(pair: Pair, sequence: DecodeSequence, tokens: int) -> torch.Tensor:
-    """The bytes of a sequence's K and V."""
+    """Return the bytes of a sequence's K and V."""
     pool = torch.from_numpy(pair.decode.pool)
     return torch.cat([pool[:, first : first + n] for first, n in sequence.rows(tokens)], 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decode_that_computes_the_prompt_itself(pair: Pair, kind: str) -> None:
-    """Its answer is the same, in one run of rows and in several."""
+    """The answer of such a decode is the same, in one run of rows and in several."""
     sampling, tokens = KINDS[kind], prompt(37)
     answer = stepped(pair, begun(pair, tokens, 0, sampling)[0], 40)
     for where in (1, 16, 30):
@@ -144,7 +144,7 @@ def test_planes_of_a_continuation_are_told(pair: Pair) -> None:
 
 
 def test_where_no_reproducibility_was_asked_for(pair: Pair) -> None:
-    """Several in one forward, a cached prefix among them."""
+    """Several continuations share a forward, and some of them use a cached prefix."""
     prompts = [prompt(n) for n in (50, 40)]
     whole = pair.job(prompts[0])
     pair.prefill.prefill([whole])

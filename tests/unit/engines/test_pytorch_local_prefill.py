@@ -1,4 +1,4 @@
-"""The torch engine behind its instances: what a decode computes itself is what is handed over."""
+"""Tests for the torch engine in its instances: local prefill gives the tokens of a prefill."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Answer:
     cached: int = 0
 
 
-class Ends:
-    """A prefill and a decode."""
+class InstancePair:
+    """A prefill and a decode instance."""
 
     def __init__(self, model: TorchModel) -> None:
         terms = Terms(model.fingerprint, model.layout, b"k" * 32, sharding_for(1, 1, 2))
@@ -119,8 +119,8 @@ class Ends:
 
 
 @asynccontextmanager
-async def ends(model: TorchModel) -> AsyncIterator[Ends]:
-    made = Ends(model)
+async def pair(model: TorchModel) -> AsyncIterator[InstancePair]:
+    made = InstancePair(model)
     made.p.start()
     made.d.start()
     yield made
@@ -133,13 +133,13 @@ async def ends(model: TorchModel) -> AsyncIterator[Ends]:
 def test_answers_are_those_of_a_prefill(model: TorchModel, tokens: int, sampling: Sampling) -> None:
     @real
     async def run() -> None:
-        async with ends(model) as made:
+        async with pair(model) as made:
             handed = await made.answer(prompt(tokens), sampling, local=False)
-        async with ends(model) as made:
+        async with pair(model) as made:
             for _ in range(2):
                 local = await made.answer(prompt(tokens), sampling, local=True)
                 assert local.tokens == handed.tokens
-            # The first ends as the prefix of the second.
+            # The first prompt is the prefix of the second.
             cached = 0 if sampling.reproducible else (tokens - 1) // 32 * 32
             assert local.cached == cached
 
@@ -148,15 +148,15 @@ def test_answers_are_those_of_a_prefill(model: TorchModel, tokens: int, sampling
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_answers_in_company(model: TorchModel, sampling: Sampling) -> None:
-    """Prompts are computed while others run, long ones between their steps, some of them cached."""
+    """Prompts are computed while others run: long ones between steps, some with a cached prefix."""
 
     @real
     async def run() -> None:
-        async with ends(model) as made:
+        async with pair(model) as made:
             prefix = prompt(64)
             ids = [np.append(prefix, prompt(5 + i, i)) for i in range(6)]
             alone = [(await made.answer(each, sampling, local=False)).tokens for each in ids]
-        async with ends(model) as made:
+        async with pair(model) as made:
             long = asyncio.gather(
                 *(made.answer(prompt(9, i), SEEDED, local=False, new=60) for i in range(3))
             )
@@ -165,7 +165,7 @@ def test_answers_in_company(model: TorchModel, sampling: Sampling) -> None:
                 assert answer.tokens == expected
             assert answer.cached == (0 if sampling.reproducible else 64)
             together = await long
-        async with ends(model) as made:
+        async with pair(model) as made:
             for i, answer in enumerate(together):
                 again = await made.answer(prompt(9, i), SEEDED, local=True, new=60)
                 assert again.tokens == answer.tokens
@@ -178,9 +178,9 @@ def test_answer_that_another_pair_began_goes_on(model: TorchModel, name: str) ->
     @real
     async def run() -> None:
         sampling = SAMPLINGS[name]
-        async with ends(model) as made:
+        async with pair(model) as made:
             whole = (await made.answer(prompt(40), sampling, local=False, new=20)).tokens
-        async with ends(model) as made:
+        async with pair(model) as made:
             for done in (1, 7, 19):
                 begun = np.append(prompt(40), whole[:done])
                 rest = await made.answer(

@@ -1,4 +1,4 @@
-"""Choosing tokens: against transformers' own processors, and reproducibly."""
+"""Tests for sampling: equal to transformers' own logits processors, and reproducible."""
 
 from __future__ import annotations
 

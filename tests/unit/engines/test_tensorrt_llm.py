@@ -1,4 +1,4 @@
-"""The ``tensorrt_llm`` engine over a fake of TensorRT-LLM: every version, both kinds of link."""
+"""Tests for the ``tensorrt_llm`` engine over a fake of the library: each version, each link."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 FAKES = Path(__file__).parents[2] / "fakes"
 VERSIONS = ("1.0.0", "1.2.0", "1.3.0rc25")
-# Each version, and of the newest both transceivers.
+# Each version, and both transceivers for the newest one.
 VARIANTS = [(version, None) for version in VERSIONS] + [("1.3.0rc25", "CPP")]
 PROMPT = np.arange(10, 42, dtype=np.int32)
 
 
 @contextmanager
 def installed(version: str) -> Iterator[Any]:
-    """The fake is what ``import tensorrt_llm`` finds, in this version."""
+    """Make ``import tensorrt_llm`` find the fake, in this version."""
 
     def forget() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]:
@@ -78,7 +78,7 @@ def engine(role: config.Role, wanted: config.Deployment) -> TensorRTLLM:
     return made
 
 
-def asked(max_tokens: int = 8, prompt: Any = PROMPT, **fields: Any) -> Asked:
+def new_request(max_tokens: int = 8, prompt: Any = PROMPT, **fields: Any) -> Asked:
     return Asked(prompt, Sampling(), max_tokens, False, 0)._replace(**fields)
 
 
@@ -95,14 +95,14 @@ async def answer(decode: TensorRTLLM, request: Asked, first: int | None, way: by
 
 @pytest.mark.parametrize(("version", "kind"), VARIANTS)
 def test_context_and_generation(tmp_path: Path, version: str, kind: Any) -> None:
-    """Opaque state and id (C++), or endpoint, rank and id (Python): the adapter cannot tell."""
+    """The adapter treats the links of the C++ transceiver and of the Python one alike."""
     with installed(version):
         wanted = deployment(tmp_path, runtime(kind))
         prefill, decode = engine("prefill", wanted), engine("decode", wanted)
         expected = model(tmp_path)
 
         async def run() -> None:
-            request = asked()
+            request = new_request()
             context = await prefill.context(request._replace(max_tokens=1), keep=True)
             assert context.token == expected.token(PROMPT, 0)
             assert not context.eos
@@ -112,7 +112,7 @@ def test_context_and_generation(tmp_path: Path, version: str, kind: Any) -> None
             assert ("ctx_info_endpoint" in fields) == python
             ids = await answer(decode, request, context.token, context.link)
             assert [context.token, *ids] == [expected.token(PROMPT, i) for i in range(8)]
-            # It has gone: a late error, of this request alone.
+            # The KV cache is gone: a late request fails, and no other one does.
             with pytest.raises(errors.InstanceError, match="generation"):
                 await answer(decode, request, context.token, context.link)
             whole = await answer(decode, request, None, b"")
@@ -129,7 +129,7 @@ def test_ids_are_never_the_same(tmp_path: Path) -> None:
         prefill = engine("prefill", deployment(tmp_path))
 
         async def run() -> None:
-            made = [await prefill.context(asked(1), keep=True) for _ in range(3)]
+            made = [await prefill.context(new_request(1), keep=True) for _ in range(3)]
             ids = [msgspec.msgpack.decode(one.link)["disagg_request_id"] for one in made]
             assert len(set(ids)) == 3
             assert all(1 << 40 <= one < 1 << 63 for one in ids)
@@ -139,17 +139,17 @@ def test_ids_are_never_the_same(tmp_path: Path) -> None:
 
 
 def test_a_kv_cache_that_nobody_takes_is_let_go_of(tmp_path: Path) -> None:
-    """By the engine, after the lease; what comes too late is told so."""
+    """The engine frees it after the lease, and a late request gets an error."""
     with installed("1.3.0rc25"):
         wanted = deployment(tmp_path)
         prefill, decode = engine("prefill", wanted), engine("decode", wanted)
 
         async def run() -> None:
-            context = await prefill.context(asked(1), keep=True)
+            context = await prefill.context(new_request(1), keep=True)
             assert prefill.keeps_s == wanted.prefill.lease_s
             await asyncio.sleep(prefill.keeps_s + 0.3)
             with pytest.raises(errors.InstanceError):
-                await answer(decode, asked(), context.token, context.link)
+                await answer(decode, new_request(), context.token, context.link)
             await prefill.close()
             await decode.close()
 
@@ -171,7 +171,7 @@ def test_a_request_that_only_wants_its_first_token_leaves_nothing(tmp_path: Path
         prefill = engine("prefill", deployment(tmp_path))
 
         async def run() -> None:
-            context = await prefill.context(asked(1), keep=False)
+            context = await prefill.context(new_request(1), keep=False)
             assert context.link == b""
             assert context.token == model(tmp_path).token(PROMPT, 0)
             await prefill.close()
@@ -197,18 +197,20 @@ def test_cancelled_is_aborted(tmp_path: Path) -> None:
         llm.generate_async = generate_async
 
         async def run() -> None:
-            async with aclosing(decode.generate(asked(500), None, b"")) as pieces:
+            async with aclosing(decode.generate(new_request(500), None, b"")) as pieces:
                 async for _ in pieces:
                     break
             assert len(aborted) == 1
-            task = asyncio.create_task(decode.context(asked(1, np.arange(3, 900)), keep=False))
+            task = asyncio.create_task(
+                decode.context(new_request(1, np.arange(3, 900)), keep=False)
+            )
             await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert len(aborted) == 2
-            await answer(decode, asked(3), None, b"")
-            assert len(aborted) == 2, "what has ended is not aborted"
+            await answer(decode, new_request(3), None, b"")
+            assert len(aborted) == 2, "a request that has ended is not aborted"
             await decode.close()
 
         asyncio.run(run())
@@ -221,7 +223,7 @@ def test_closed_is_said(tmp_path: Path) -> None:
         async def run() -> None:
             await decode.close()
             with pytest.raises(errors.InstanceError, match="shutting down"):
-                await answer(decode, asked(), None, b"")
+                await answer(decode, new_request(), None, b"")
 
         asyncio.run(run())
 
@@ -233,7 +235,7 @@ def test_blocks_and_events_of_the_engine(tmp_path: Path) -> None:
         decode = engine("decode", deployment(tmp_path, LlmOptions(decode=arguments)))
 
         async def run() -> None:
-            await answer(decode, asked(40), None, b"")
+            await answer(decode, new_request(40), None, b"")
             report = await decode.report()
             assert set(report.blocks) == {"used", "free"}
             assert report.blocks["free"] > 0
@@ -243,11 +245,11 @@ def test_blocks_and_events_of_the_engine(tmp_path: Path) -> None:
         asyncio.run(run())
 
 
-# ---------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
 def test_every_kind_of_sampling_is_mapped() -> None:
-    """A field that is added to ours and forgotten here fails."""
+    """A sampling field that pdserve adds and the adapter does not map fails this test."""
     mapped = {
         "temperature": 0.7,
         "top_k": 5,
@@ -258,7 +260,7 @@ def test_every_kind_of_sampling_is_mapped() -> None:
         "frequency_penalty": 0.3,
     }
     assert set(mapped) == set(Sampling.__struct_fields__)
-    request = asked(sampling=Sampling(**mapped), ignore_eos=True)
+    request = new_request(sampling=Sampling(**mapped), ignore_eos=True)
     given = sampling.arguments(request, [EOS], sampling.NEEDED)
     assert {name: given[name] for name in mapped} == mapped
     assert given["ignore_eos"]
@@ -266,19 +268,21 @@ def test_every_kind_of_sampling_is_mapped() -> None:
 
 
 def test_greedy_is_said_by_top_k_and_sampling_by_top_p() -> None:
-    """A temperature alone samples in some versions only."""
-    greedy = sampling.arguments(asked(), [EOS, 7], sampling.NEEDED)
+    """The adapter sets both, because a temperature alone samples in some versions only."""
+    greedy = sampling.arguments(new_request(), [EOS, 7], sampling.NEEDED)
     assert greedy["top_k"] == 1
     assert "temperature" not in greedy
     assert (greedy["end_id"], greedy["stop_token_ids"]) == (EOS, [7])
     assert greedy["include_stop_str_in_output"]
-    free = sampling.arguments(asked(sampling=Sampling(temperature=1.5)), [EOS], sampling.NEEDED)
+    free = sampling.arguments(
+        new_request(sampling=Sampling(temperature=1.5)), [EOS], sampling.NEEDED
+    )
     assert (free["temperature"], free["top_p"]) == (1.5, 1.0)
     assert "top_k" not in free
 
 
 def test_penalties_count_the_answer_alone_where_that_can_be_said() -> None:
-    request = asked(sampling=Sampling(presence_penalty=1.0), resumed_tokens=5)
+    request = new_request(sampling=Sampling(presence_penalty=1.0), resumed_tokens=5)
     fields = (*sampling.NEEDED, "prompt_ignore_length")
     given = sampling.arguments(request, [EOS], fields)
     assert given["prompt_ignore_length"] == len(PROMPT) - 5
@@ -290,12 +294,12 @@ def test_what_is_given_is_taken_by_every_version(version: str) -> None:
     with installed(version):
         made = api.Api(())
         sampling.check(made.sampling_fields)
-        request = asked(sampling=Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
+        request = new_request(sampling=Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
         made.sampling_params(**sampling.arguments(request, [2, 3], made.sampling_fields))
 
 
 def test_each_call_has_parameters_of_its_own(tmp_path: Path) -> None:
-    """context_only writes to them."""
+    """Parameters are not shared between calls, since context_only writes to them."""
     with installed("1.3.0rc25"):
         prefill = engine("prefill", deployment(tmp_path))
         seen = []
@@ -308,7 +312,7 @@ def test_each_call_has_parameters_of_its_own(tmp_path: Path) -> None:
         prefill._llm.generate_async = generate_async
 
         async def run() -> None:
-            request = asked(5)
+            request = new_request(5)
             for _ in range(2):
                 await prefill.context(request, keep=True)
             assert request.max_tokens == 5
@@ -319,12 +323,12 @@ def test_each_call_has_parameters_of_its_own(tmp_path: Path) -> None:
         assert [one.max_tokens for one in seen] == [1, 1]
 
 
-# -------------------------------------------------------------------------- link
+# ----------------------------------------------------------------------------------------- the link
 
 
 @dataclasses.dataclass
 class Params:
-    """A version of DisaggregatedParams that is not there yet."""
+    """A future version of DisaggregatedParams."""
 
     request_type: str | None = None
     opaque_state: bytes | None = None
@@ -347,7 +351,7 @@ def test_links_that_cannot_be() -> None:
             link.unpack(data, Params, "generation_only")
 
 
-# ----------------------------------------------------------------------- the API
+# ------------------------------------------------------------------------------------------ the API
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "1.4.0", "2.0", "main"])
@@ -417,7 +421,7 @@ def test_versions_and_layouts_that_cannot_exchange_differ(tmp_path: Path) -> Non
 
 
 def test_stop_words_of_a_model_with_several_ends(tmp_path: Path) -> None:
-    """The others end an answer, too, and are told as they are."""
+    """The other end tokens are passed as stop tokens and end an answer, too."""
     with installed("1.3.0rc25"):
         expected = model(tmp_path)
         wanted = deployment(tmp_path)
@@ -427,14 +431,14 @@ def test_stop_words_of_a_model_with_several_ends(tmp_path: Path) -> None:
         decode = engine("decode", wanted)
 
         async def run() -> None:
-            ids = await answer(decode, asked(8), None, b"")
+            ids = await answer(decode, new_request(8), None, b"")
             assert ids == [expected.token(PROMPT, i) for i in range(4)]
             await decode.close()
 
         asyncio.run(run())
 
 
-# ----------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 
 @pytest.mark.parametrize(

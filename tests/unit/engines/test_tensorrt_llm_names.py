@@ -1,4 +1,4 @@
-"""The table of docs/tensorrt-llm.md has every name of TensorRT-LLM that is used, and no other."""
+"""Tests that docs/tensorrt-llm.md lists exactly the names of the library that are used."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from pdserve.sampling import Sampling
 from tests.unit.engines.test_tensorrt_llm import (
     VERSIONS,
     answer,
-    asked,
     deployment,
     engine,
     installed,
+    new_request,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ TABLE = re.compile(r"^\| ([\w ,*\\]+) \| (.+) \| ([^|]+) \|$", re.MULTILINE)
 
 
 def table() -> dict[str, set[str]]:
-    """Names by kind."""
+    """Return the names of the table by kind."""
     text = (ROOT / "docs" / "tensorrt-llm.md").read_text()
     _, _, section = text.partition("## Every name that is used")
     found: dict[str, set[str]] = defaultdict(set)
@@ -52,8 +52,8 @@ def table() -> dict[str, set[str]]:
     return found
 
 
-class Seen:
-    """Stands before an object of TensorRT-LLM, and notes what is asked of it."""
+class RecordingProxy:
+    """A proxy for an object of TensorRT-LLM, which records the attributes that are read."""
 
     def __init__(self, kind: str, of: Any, notes: dict[str, set[str]]) -> None:
         self.__dict__.update(_kind=kind, _of=of, _notes=notes)
@@ -64,16 +64,16 @@ class Seen:
             return value
         self._notes[self._kind].add(name)
         if name == "outputs":
-            return [Seen("CompletionOutput", one, self._notes) for one in value]
+            return [RecordingProxy("CompletionOutput", one, self._notes) for one in value]
         if name == "generate_async":
             return self._generate_async
         if name.startswith("get_"):
             return self._get(value)
         return value
 
-    def _generate_async(self, **arguments: Any) -> Seen:
+    def _generate_async(self, **arguments: Any) -> RecordingProxy:
         self._notes["argument of generate_async"] |= set(arguments)
-        return Seen("result", self._of.generate_async(**arguments), self._notes)
+        return RecordingProxy("result", self._of.generate_async(**arguments), self._notes)
 
     def _get(self, method: Any) -> Any:
         def get(**arguments: Any) -> Any:
@@ -88,7 +88,7 @@ class Seen:
 
         async def iterate() -> Any:
             async for one in results:
-                yield Seen("result", one, self._notes)
+                yield RecordingProxy("result", one, self._notes)
 
         return iterate()
 
@@ -111,25 +111,26 @@ def test_what_is_used_of_the_api_is_in_the_table(
             ("CacheTransceiverConfig", "cache_transceiver_config"),
         ):
             notes["class"].add(getattr(made, name).__name__)
-            monkeypatch.setattr(made, name, noting(kind, getattr(made, name), notes))
+            monkeypatch.setattr(made, name, recording(kind, getattr(made, name), notes))
         monkeypatch.setattr("pdserve.engines.tensorrt_llm.engine.Api", lambda gpus: made)
         wanted = deployment(tmp_path, LlmOptions(prefill=arguments, decode=arguments))
         prefill, decode = engine("prefill", wanted), engine("decode", wanted)
         for one in (prefill, decode):
-            one._llm = Seen("method of LLM", one._llm, notes)
+            one._llm = RecordingProxy("method of LLM", one._llm, notes)
 
         async def run() -> None:
-            context = await prefill.context(asked(1), keep=True)
-            await answer(decode, asked(), context.token, context.link)
+            context = await prefill.context(new_request(1), keep=True)
+            await answer(decode, new_request(), context.token, context.link)
             for one in (prefill, decode):
                 await one.report()
                 await one.close()
-            task = asyncio.create_task(prefill.context(asked(1), keep=True))
+            task = asyncio.create_task(prefill.context(new_request(1), keep=True))
             await asyncio.gather(task, return_exceptions=True)
 
         asyncio.run(run())
 
-    notes["result"].add("abort")  # of one that has not ended; tests of cancellation see it
+    # an attribute of a request that has not ended; tests of cancellation read it
+    notes["result"].add("abort")
     for kind, names in notes.items():
         assert names <= there[kind], kind
     for kind in (
@@ -138,9 +139,9 @@ def test_what_is_used_of_the_api_is_in_the_table(
         assert notes[kind] == there[kind], kind
 
 
-def noting(kind: str, of: Any, notes: dict[str, set[str]]) -> Any:
+def recording(kind: str, of: Any, notes: dict[str, set[str]]) -> Any:
     def make(**arguments: Any) -> Any:
-        # Of another engine's link every field goes over, known or not.
+        # Every field of another engine's link is passed on, known or not.
         if arguments.get("request_type") != "generation_only":
             notes[kind] |= set(arguments)
         return of(**arguments)
@@ -165,9 +166,9 @@ def test_options_and_sampling_are_in_the_table() -> None:
 
 def test_tensors_are_in_the_table() -> None:
     there = table()
-    sampled = asked(sampling=Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
+    sampled = new_request(sampling=Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
     given = {
-        *tensors.request(asked(), [2, 3], streaming=True, link=b"x"),
+        *tensors.request(new_request(), [2, 3], streaming=True, link=b"x"),
         *tensors.request(sampled, [2], streaming=False),
     }
     assert given == there["input tensor"]
@@ -180,14 +181,14 @@ def test_tensors_are_in_the_table() -> None:
 
 
 def linked_by(given: config.Network) -> config.Deployment:
-    """A deployment of two hosts."""
+    """Return the environment of a deployment on two hosts."""
     hosts = ("10.0.0.1", "10.0.0.2")
     servers = tuple(config.Server(f"s{number}", host) for number, host in enumerate(hosts))
     return config.Deployment("m", servers, transfer=config.Transfer(network=given))
 
 
 def test_variables_are_in_the_table() -> None:
-    """Those that are set for UCX and TensorRT-LLM, anywhere."""
+    """The table lists the variables that are set for UCX and TensorRT-LLM anywhere in the code."""
     there = table()["environment, set"]
     everything = config.Network(("a",), 1, 2, 3, "eth0")
     assert there == {*network.variables(linked_by(everything)), *api.GPUS}
@@ -206,8 +207,8 @@ def test_variables_are_in_the_table() -> None:
 
 
 def test_shapes_of_the_tensors() -> None:
-    """Each with its batch dimension, in the type that the backend's configuration has."""
-    request = asked(sampling=Sampling(0.5, 3, 0.5, (1 << 64) - 1))
+    """Each tensor has a batch dimension, and the type that the backend's configuration gives it."""
+    request = new_request(sampling=Sampling(0.5, 3, 0.5, (1 << 64) - 1))
     given = tensors.request(request, [2, 3, 4], streaming=True, link=bytes(range(9)))
     assert all(tensor.shape[0] == 1 for tensor in given.values())
     assert given["input_ids"].shape == (1, 32)
@@ -232,7 +233,7 @@ def test_answers_are_read() -> None:
 
 
 def test_the_deployments_that_are_shown() -> None:
-    """They are read as they stand, and each is of the kind that its name says."""
+    """The deployments in the document can be read unchanged, and each has the engine it claims."""
     kinds = {
         path.stem: config.load(path).engine.kind for path in (ROOT / "deployments").glob("*.yaml")
     }

@@ -1,4 +1,4 @@
-"""The fake of TensorRT-LLM has the signatures of the library, where that is installed."""
+"""Tests that the fake of TensorRT-LLM has the library's signatures, where that is installed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def real() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def signatures(real: ModuleType) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the library, and of the fake as the version nearest to it."""
+    """Return the signatures of the library, and of the fake in the nearest version."""
     ours = _signatures(real)
     major, minor, *_ = real.__version__.split(".")
     with tensorrt_llm(VERSIONS.get((int(major), int(minor)), "1.3.0rc25")) as fake:

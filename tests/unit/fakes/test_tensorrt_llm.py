@@ -1,4 +1,4 @@
-"""The fake of TensorRT-LLM does what is documented of the library."""
+"""Tests that the fake of TensorRT-LLM behaves as the library's documentation says."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOKENS = 8
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An emulated model."""
+    """Return the folder of an emulated model."""
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 997, "eos_token_id": EOS}))
     (tmp_path / "profile.yaml").write_text("speed: 0\n")
     return tmp_path
@@ -54,7 +54,7 @@ def newest() -> Iterator[ModuleType]:
 
 
 class Site:
-    """Engines of one version, over one model; every one of them is shut down in the end."""
+    """Engines of one version over one model; the fixture shuts all of them down."""
 
     def __init__(self, module: ModuleType, folder: Path) -> None:
         self.module = module
@@ -63,7 +63,7 @@ class Site:
         self.next_id = 1 << 40
 
     def llm(self, config: Any = "NIXL", **options: Any) -> Any:
-        """`config`: a backend, or all of a transceiver's configuration."""
+        """Make an engine; `config` is a backend, or a transceiver's complete configuration."""
         if isinstance(config, str):
             config = {"backend": config}
         given = {
@@ -88,7 +88,7 @@ class Site:
         return llm.generate_async(prompt, sampling, disaggregated_params=params, **options)
 
     async def link(self, llm: Any, prompt: list[int] = PROMPT, **options: Any) -> Any:
-        """What a generation request needs."""
+        """Return the link that a generation request needs."""
         result = await self.context(llm, prompt, **options)
         return dataclasses.replace(
             result.outputs[0].disaggregated_params, request_type="generation_only"
@@ -121,7 +121,7 @@ def site(newest: ModuleType, folder: Path) -> Iterator[Site]:
     site.close()
 
 
-# ------------------------------------------------------------------------- signatures
+# --------------------------------------------------------------------------------------- signatures
 
 
 def test_what_each_version_has(any_version: ModuleType) -> None:
@@ -205,7 +205,7 @@ def test_which_transceiver(newest: ModuleType, monkeypatch: pytest.MonkeyPatch) 
     assert make(backend="DEFAULT")._runtime == "CPP"
 
 
-# --------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 @real
@@ -260,7 +260,7 @@ async def test_arguments_that_cannot_be(site: Site) -> None:
 
 @real
 async def test_more_than_a_batch_waits(site: Site) -> None:
-    # So that none has its tokens before all have been submitted, however busy the machine.
+    # No request gets a token before all have been submitted, however busy the machine is.
     (site.folder / "profile.yaml").write_text("decode: {base_ms: 50}\n")
     llm = site.llm(max_batch_size=2, enable_iter_perf_stats=True)
     results = [llm.generate_async([3, n], site.sampling()) for n in range(3, 9)]
@@ -268,7 +268,7 @@ async def test_more_than_a_batch_waits(site: Site) -> None:
         assert (await result).outputs[0].token_ids == site.expected([3, n])
     stats = [step async for step in llm.get_stats_async(timeout=0.05)]
     assert max(step["numActiveRequests"] for step in stats) == 2
-    # A first turn may have begun with the first request alone: then five wait for its end.
+    # A first turn may have begun with the first request alone; then five wait for its end.
     full = [step for step in stats if step["numActiveRequests"] == 2]
     assert max(step["numQueuedRequests"] for step in full) == 4
 
@@ -313,7 +313,7 @@ async def test_events_of_the_cache(site: Site) -> None:
     assert events[2]["block_hashes"] == hashes
 
 
-# ------------------------------------------------------------------------ disaggregated
+# ---------------------------------------------------------------------------- disaggregated serving
 
 
 @real
@@ -349,7 +349,7 @@ async def test_a_generation_answers_what_one_engine_would(any_site: Site) -> Non
     async for step in any_site.generation(theirs, link, streaming=True):
         diffs += step.outputs[0].token_ids_diff
         assert step.outputs[0].token_ids == any_site.expected()[: len(diffs) + 1]
-    assert diffs == any_site.expected()[1:], "the first token is in no difference"
+    assert diffs == any_site.expected()[1:], "the first token is part of no difference"
 
 
 @real
@@ -489,7 +489,7 @@ async def test_engines_that_do_not_fit(site: Site, difference: str, options: Any
         other.close()
 
 
-# ----------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 @real
@@ -528,11 +528,11 @@ async def test_an_abort_waits_for_the_transfer(site: Site, monkeypatch: pytest.M
     await until(lambda: ours._engine.held == 0)
 
 
-# -------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 class Child:
-    """A context engine in a process of its own."""
+    """A context engine in a separate process."""
 
     def __init__(self, folder: Path, runtime: str) -> None:
         self.process = subprocess.Popen(
@@ -610,7 +610,7 @@ async def test_a_context_engine_that_dies(folder: Path, monkeypatch: pytest.Monk
             site.close()
 
 
-# ------------------------------------------------------------------------------ torch
+# --------------------------------------------------------------------------------- the torch engine
 
 
 @real

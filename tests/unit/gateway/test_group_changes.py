@@ -1,4 +1,4 @@
-"""A live group whose instances join and leave: nobody is lost, what others have learned stays."""
+"""Tests for instances that join and leave a running group: no request is lost, no state reset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pdserve import config
 from pdserve.errors import InstanceError
 from pdserve.rpc.messages import Connect, Failed, NotConnected
 from pdserve.scheduling.kv_links import JOIN_S, ROUND_S
-from tests.unit.gateway.test_groups import Connected, deployment, serve
+from tests.unit.gateway.test_groups import ConnectedGroups, deployment, serve
 from tests.unit.inprocess import Site, virtual
 from tests.unit.scheduling.test_kv_links import drop_links
 
@@ -32,7 +32,7 @@ PREFILLS, DECODES = 3, 3
 def members(
     prefills: set[int], decodes: set[int], local: Literal["off", "auto"] = "off"
 ) -> config.Deployment:
-    """One group of these instances."""
+    """Return one group with these instances."""
     made = deployment(
         config.Group(
             "a",
@@ -49,11 +49,11 @@ def scheduler(group: Group) -> Scheduler:
 
 @virtual
 async def test_who_waits_is_offered_to_who_joins(tmp_path: Path) -> None:
-    """To a prefill, and to a decode."""
+    """A waiting request is offered to a prefill that joins, and to a decode that joins."""
     async with Site(
         tmp_path, prefills=2, decodes=2, profile=TIMES, prefill={"slots": 1}, decode={"slots": 1}
     ) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         group = connected.groups.take(members({0}, {0}))["a"]
         await asyncio.sleep(ROUND_S)
         requests = [site.request(max_tokens=50) for _ in range(6)]
@@ -73,7 +73,7 @@ async def test_who_waits_is_offered_to_who_joins(tmp_path: Path) -> None:
 @virtual
 async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=PREFILLS, decodes=DECODES, profile=TIMES) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         group = connected.groups.take(members({0, 1}, {0, 1}))["a"]
         await asyncio.sleep(1.25 * ROUND_S)
         prompts = [site.prompt(100) for _ in range(8)]
@@ -106,7 +106,7 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
         for before, after in zip(asked, again, strict=True):
             await serve(group, after)
             kept = before.prefill == "prefill_0"
-            assert after.cached_tokens == (96 if kept else 0), "the directory leads there"
+            assert after.cached_tokens == (96 if kept else 0), "the directory still points to it"
         assert "prefill_1" not in known(group)
         await connected.groups.close()
 
@@ -114,7 +114,7 @@ async def test_what_was_learned_of_who_stays_is_kept(tmp_path: Path) -> None:
 @virtual
 async def test_who_leaves_while_it_is_connected_has_no_link(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, decodes=1, profile=TIMES) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         group = connected.groups.take(members({0}, {0}))["a"]
         await asyncio.sleep(ROUND_S)
         links = scheduler(group)._kv_links
@@ -136,9 +136,9 @@ async def test_who_leaves_while_it_is_connected_has_no_link(tmp_path: Path) -> N
 async def test_a_decode_that_cannot_connect_to_a_prefill_that_leaves_has_no_refusal(
     tmp_path: Path,
 ) -> None:
-    """What waits in that prefill goes to another decode, and is not offered to this one again."""
+    """Requests that wait in that prefill go to another decode, and not to this one again."""
     async with Site(tmp_path, prefills=2, decodes=1, profile=TIMES) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         group = connected.groups.take(members({0, 1}, {0}))["a"]
         await asyncio.sleep(ROUND_S)
         links = scheduler(group)._kv_links
@@ -166,7 +166,7 @@ async def test_who_joins_is_offered_requests_once_its_links_are_made(
 ) -> None:
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
         drop_links(site)
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         before, after = ({0}, {0, 1}), ({0, 1}, {0, 1})
         before = before if joins == "prefill" else before[::-1]
         group = connected.groups.take(members(*before))["a"]
@@ -191,7 +191,7 @@ async def test_who_joins_is_offered_requests_once_its_links_are_made(
 async def test_who_joins_waits_a_bounded_time_for_its_links(tmp_path: Path) -> None:
     """One decode never answers whether it can connect to the new prefill; another one can."""
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         group = connected.groups.take(members({0}, {0, 1}))["a"]
         await asyncio.sleep(ROUND_S)
         connected.links["decode_1"].lose = lambda message: isinstance(message, Connect)
@@ -208,7 +208,7 @@ async def test_who_joins_waits_a_bounded_time_for_its_links(tmp_path: Path) -> N
 
 
 def known(group: Group) -> set[str]:
-    """Instances that are believed to have prefixes."""
+    """Return the instances that the directory believes to have prefixes."""
     made = scheduler(group)
     return {
         name
@@ -220,7 +220,7 @@ def known(group: Group) -> set[str]:
 
 
 def state(group: Group) -> object:
-    """All that a group built at once has as well."""
+    """Return all state that a group built at once would have, too."""
     made = scheduler(group)
     rooms = made._decode_stage._rooms
     return (
@@ -265,7 +265,7 @@ def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
             prefill={"slots": 2},
             decode={"slots": 3},
         ) as site:
-            connected = Connected(site)
+            connected = ConnectedGroups(site)
             tasks, requests = [], []
             for prefills, decodes, count, pause in steps:
                 group = connected.groups.take(members(prefills, decodes, local))["a"]
@@ -279,7 +279,9 @@ def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
                 await connected.groups.sweep()
             answers = await asyncio.gather(*tasks)
             assert answers == [site.expected(one) for one in requests]
-            assert all(one.attempts == 1 for one in requests), "who leaves finishes"
+            assert all(one.attempts == 1 for one in requests), (
+                "an instance that leaves finishes its requests"
+            )
             await asyncio.sleep(2 * ROUND_S)
             await connected.groups.sweep()
             expected = {f"prefill_{i}" for i in prefills} | {f"decode_{i}" for i in decodes}
@@ -291,7 +293,7 @@ def test_any_joins_and_leaves_lose_nothing_and_end_as_if_built_at_once(
             for kind, count in {"connected": pairs, "refused": 0, "unknown": 0}.items():
                 assert site.level("pdserve_kv_links", group="a", state=kind) == count
 
-            fresh = Connected(site)
+            fresh = ConnectedGroups(site)
             built = fresh.groups.take(members(prefills, decodes, local))["a"]
             await asyncio.sleep(2 * ROUND_S)
             assert state(group) == state(built)

@@ -1,4 +1,4 @@
-"""Groups of a deployment: each served by its own instances, and what another deployment changes."""
+"""Tests for the groups of a deployment, and for how another deployment changes them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 PROFILE = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 
-class Connected:
-    """The groups of a gateway over a site's instances, and the channels that were opened."""
+class ConnectedGroups:
+    """A gateway's groups over the instances of a site, and the channels that it has opened."""
 
     def __init__(self, site: Site, scheduler: type[Scheduler] = Scheduler) -> None:
         self._instances = {
@@ -38,7 +38,7 @@ class Connected:
             for i, instance in enumerate(instances)
         }
         self.links: dict[str, Link] = {}
-        """The latest to each instance."""
+        """The latest channel to each instance."""
         self.opened: list[str] = []
         self.groups = Groups("gateway", self._connect, site.metrics, random.Random(1), scheduler)
 
@@ -53,7 +53,7 @@ class Connected:
 
 
 def deployment(*groups: config.Group) -> config.Deployment:
-    """One scenario of these groups, every instance in the same server."""
+    """Return a deployment of one scenario with these groups, all instances in one server."""
     server = config.Server(
         name="local",
         prefill=tuple(name for group in groups for name in group.prefill),
@@ -85,7 +85,7 @@ async def serve(group: Group, request: Request) -> list[int]:
 @virtual
 async def test_a_group_is_served_by_its_own_instances_alone(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         groups = connected.groups.take(deployment(A, B))
         asked = [(name, site.request()) for name in "aabbabab"]
         answers = await asyncio.gather(*(serve(groups[name], one) for name, one in asked))
@@ -104,7 +104,7 @@ async def test_a_group_is_served_by_its_own_instances_alone(tmp_path: Path) -> N
 @virtual
 async def test_instances_that_stay_keep_nothing_of_a_group_that_is_gone(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         heard = []
         for name in ("a", "another", "a", "another"):
             groups = connected.groups.take(deployment(replaced(A, name=name)))
@@ -118,14 +118,14 @@ async def test_instances_that_stay_keep_nothing_of_a_group_that_is_gone(tmp_path
 @virtual
 async def test_a_group_without_a_prefill_is_passed_over_until_it_is_back(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         wanted = deployment(A, B)
         groups = connected.groups.take(wanted)
         (terms,) = wanted.served
         scenario = Scenario(terms, groups)
 
         async def served(count: int) -> Counter[str]:
-            """One after the other."""
+            """Serve the requests one after another; return which instances served them."""
             found: Counter[str] = Counter()
             for _ in range(count):
                 group = scenario.next_group()
@@ -140,7 +140,7 @@ async def test_a_group_without_a_prefill_is_passed_over_until_it_is_back(tmp_pat
         assert await served(4) == {"a": 2, "b": 2}
         connected.links["prefill_0"].break_("its server was stopped")
         found = await served(6)
-        assert found["lost"] <= 1, "what its group had already"
+        assert found["lost"] <= 1, "the KV cache that its group already had"
         assert found["b"] >= 5
         connected.links["prefill_0"].broken = None
         await asyncio.sleep(10)
@@ -151,7 +151,7 @@ async def test_a_group_without_a_prefill_is_passed_over_until_it_is_back(tmp_pat
 @virtual
 async def test_a_group_of_the_same_instances_goes_on(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         before = connected.groups.take(deployment(A, B))
         after = connected.groups.take(deployment(B, replaced(A, share=3.0)))
         assert after["a"] is before["a"]
@@ -164,9 +164,9 @@ async def test_a_group_of_the_same_instances_goes_on(tmp_path: Path) -> None:
 
 @virtual
 async def test_requests_finish_where_they_are(tmp_path: Path) -> None:
-    """Instances that stay keep their channel, those that go keep it as long as they are needed."""
+    """Instances that stay keep their channel; those that leave keep it as long as it is needed."""
     async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         groups = connected.groups.take(deployment(A, B))
         long = [site.request(max_tokens=40) for _ in range(2)]
         running = [asyncio.create_task(serve(groups["a"], request)) for request in long]
@@ -193,7 +193,7 @@ async def test_requests_finish_where_they_are(tmp_path: Path) -> None:
 @virtual
 async def test_one_that_waits_is_served_by_who_is_there_then(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=PROFILE, prefill={"slots": 1}, decodes=2) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         one = replaced(A, decode=("decode_0",))
         groups = connected.groups.take(deployment(one))
         requests = [site.request() for _ in range(4)]
@@ -212,7 +212,7 @@ async def test_one_that_waits_is_served_by_who_is_there_then(tmp_path: Path) -> 
 @virtual
 async def test_two_groups_become_one(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, decodes=3, profile=PROFILE) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         connected.groups.take(deployment(A, B))
         merged = connected.groups.take(deployment(C))
         assert set(merged) == {"c"}
@@ -227,7 +227,7 @@ async def test_two_groups_become_one(tmp_path: Path) -> None:
 @virtual
 async def test_an_instance_at_another_address_is_another(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=PROFILE) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         first = deployment(config.Group("a", ("prefill_0",), ("decode_0",)))
         connected.groups.take(first)
         server = msgspec.structs.replace(first.servers[0], grpc_port=9)
@@ -240,8 +240,8 @@ async def test_an_instance_at_another_address_is_another(tmp_path: Path) -> None
         await connected.groups.close()
 
 
-class Silent:
-    """A channel on which nobody answers; keeps what it is told of lost processes."""
+class SilentChannel:
+    """A channel on which nothing answers; it records which processes are reported lost."""
 
     def __init__(self) -> None:
         self.lost: list[bytes] = []
@@ -262,11 +262,11 @@ class Silent:
 
 @virtual
 async def test_a_loss_is_heard_at_every_place_of_an_instance() -> None:
-    """What its former place still serves would wait for it until it has stalled."""
-    channels: list[Silent] = []
+    """A request on the instance's former address would otherwise wait until it has stalled."""
+    channels: list[SilentChannel] = []
 
-    def connect(name: str, server: config.Server) -> Silent:
-        channels.append(Silent())
+    def connect(name: str, server: config.Server) -> SilentChannel:
+        channels.append(SilentChannel())
         return channels[-1]
 
     groups = Groups("gateway", connect, Registry(), random.Random(1))

@@ -1,4 +1,4 @@
-"""What a client may ask for: each field at, below and above its bounds, and what the error says."""
+"""Tests for request parameters: each field at, below and above its bounds, and the error's text."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ABOVE_1 = float(np.nextafter(np.float32(1), np.float32(2)))
 
 
 def tensor(name: str, *values: Any) -> np.ndarray[Any, Any]:
-    """As Triton gives it: with a batch dimension."""
+    """Return a value as Triton passes it: with a batch dimension."""
     return np.array([values], dtype=DTYPES[name])
 
 
@@ -90,7 +90,7 @@ def test_a_scenario_may_set_what_a_client_may_ask_for(name: str) -> None:
             parsed(**{name: value})
         except InvalidRequest:
             continue
-        off = name == "top_p" and value == 0  # a way of TensorRT-LLM's clients to say none
+        off = name == "top_p" and value == 0  # how TensorRT-LLM's clients leave a value out
         if not off and (type(value) is int or DTYPES[name] is np.float32):
             allowed.append(value)
     for value in values:
@@ -135,7 +135,7 @@ def test_a_scenario_may_set_what_a_client_may_ask_for(name: str) -> None:
 def test_allowed(name: str, value: Any) -> None:
     got = field(parsed(**{name: value}), name)
     assert got == value
-    assert type(got) is type(value), "a Python value, not numpy's"
+    assert type(got) is type(value), "a Python value, not a numpy one"
 
 
 NOT_FINITE = [
@@ -207,7 +207,7 @@ def test_scalar() -> None:
     assert scalar({"x": np.array([[b"a"]], object)}, "x") == b"a"
 
 
-# ------------------------------------------------------------- seed, and top_p off
+# ------------------------------------------------------------------------------ seed, and top_p off
 
 
 def test_random_seed_is_the_seed() -> None:
@@ -225,7 +225,7 @@ def test_top_p_0_is_off() -> None:
     assert sampling(parsed(top_p=0.5).sampling, scenario).top_p == 0.5
 
 
-# ---------------------------------------------------------------------- routing
+# ------------------------------------------------------------------------------------------ routing
 
 
 def test_routing_by_tensor_or_by_parameter() -> None:
@@ -234,7 +234,7 @@ def test_routing_by_tensor_or_by_parameter() -> None:
     by_parameter = parsed({"scenario": "chat", "tenant": "Zürich", "priority": -3})
     assert by_parameter == by_tensor
     both = parsed({"tenant": "other", "priority": 9}, tenant=b"acme")
-    assert (both.tenant, both.priority) == ("acme", 9), "a tensor counts for more"
+    assert (both.tenant, both.priority) == ("acme", 9), "the tensor takes precedence"
 
 
 def test_an_empty_label_is_none() -> None:
@@ -251,7 +251,7 @@ def test_labels_are_short_and_printable(name: str, value: str) -> None:
         parsed({name: value})
     quoted = f"{value[:64]!r}" + "..." * (len(value) > 64)
     assert str(caught.value) == f"{name}: {quoted}; allowed: printable, up to 64 bytes"
-    str(caught.value).encode()  # it goes to the client
+    str(caught.value).encode()  # the message goes to the client
     assert field(parsed({name: "é" * 32}), name) == "é" * 32
 
 
@@ -329,7 +329,7 @@ def test_empty_parameters_of_other_backends_clients_are_none() -> None:
     assert parsed({"id": "42"}) == parsed(), "HTTP's generate leaves it there"
 
 
-# ------------------------------------------------------------------- stop words
+# --------------------------------------------------------------------------------------- stop words
 
 
 def stops(*words: bytes) -> tuple[str, ...]:
@@ -366,7 +366,7 @@ def test_stop_words_are_utf8(word: bytes) -> None:
         stops(b"fine", word)
 
 
-# ---------------------------------------------------------------- answer length
+# ------------------------------------------------------------------------------------ answer length
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which scenario a request is of, and which of its groups serves it."""
+"""Tests for the router: which scenario a request belongs to, and which of its groups serves it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def router(strict: bool = False, metrics: Registry | None = None) -> Router[Grou
     return Router(SCENARIOS, groups(*SCENARIOS), "chat", strict, metrics or Registry())
 
 
-def asked(
+def request(
     label: str = "", tenant: str = "", model: str = "pdserve", beginning: str = "Hello"
 ) -> Asked:
     return Asked(label, tenant, model, beginning)
@@ -51,19 +51,19 @@ def asked(
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [
-        (asked(), "chat"),
-        (asked("code"), "code"),
-        (asked("chat", tenant="acme", beginning="def f"), "chat"),
-        (asked(tenant="acme"), "code"),
-        (asked(beginning="def f():"), "code"),
-        (asked(beginning="def"), "batch"),
-        (asked(beginning="default"), "batch"),
-        (asked(beginning="Def f"), "chat"),
-        (asked(beginning=""), "chat"),
-        (asked(tenant="night"), "chat"),
-        (asked(tenant="night", model="scheduler"), "batch"),
-        (asked(tenant="acme", beginning="default"), "code"),
-        (asked(tenant="acm"), "chat"),
+        (request(), "chat"),
+        (request("code"), "code"),
+        (request("chat", tenant="acme", beginning="def f"), "chat"),
+        (request(tenant="acme"), "code"),
+        (request(beginning="def f():"), "code"),
+        (request(beginning="def"), "batch"),
+        (request(beginning="default"), "batch"),
+        (request(beginning="Def f"), "chat"),
+        (request(beginning=""), "chat"),
+        (request(tenant="night"), "chat"),
+        (request(tenant="night", model="scheduler"), "batch"),
+        (request(tenant="acme", beginning="default"), "code"),
+        (request(tenant="acm"), "chat"),
     ],
 )
 @pytest.mark.parametrize("strict", [True, False])
@@ -75,19 +75,19 @@ def test_by_label_else_the_first_rule_else_the_default(
 
 def test_strict_refuses_an_unknown_label_by_name() -> None:
     with pytest.raises(NotFound) as caught:
-        router(strict=True).scenario(asked("prose", tenant="acme"))
+        router(strict=True).scenario(request("prose", tenant="acme"))
     assert str(caught.value) == "scenario: 'prose' is unknown; there are: chat, code, batch"
     assert caught.value.code == "NOT_FOUND"
 
 
 def test_lenient_serves_an_unknown_label_by_default_and_counts_it() -> None:
     metrics = Registry()
-    assert router(metrics=metrics).scenario(asked("prose", tenant="acme")).terms.name == "chat"
+    assert router(metrics=metrics).scenario(request("prose", tenant="acme")).terms.name == "chat"
     (change,) = metrics.drain()
     assert (change.name, change.value) == ("pdserve_unknown_scenario_requests_total", 1)
 
 
-# ------------------------------------------------------------------------ shares
+# ------------------------------------------------------------------------------------------- shares
 
 
 def turns(of: Scenario[Group], count: int) -> str:
@@ -133,7 +133,9 @@ def test_a_group_that_has_failed_is_passed_over_until_it_is_back() -> None:
     assert Counter(turns(made, 8)) == {"b": 4, "c": 4}
     members["a"].healthy = True
     back = turns(made, 40)
-    assert Counter(back) == {"a": 20, "b": 10, "c": 10}, "what it missed is not made up for"
+    assert Counter(back) == {"a": 20, "b": 10, "c": 10}, (
+        "it does not get the turns that it has missed"
+    )
     assert not any({*pair} == {"b"} for pair in pairwise(back))
 
 

@@ -1,4 +1,4 @@
-"""A request from its arrival to its answer, as any server around the gateway has it served."""
+"""Tests for the gateway's service, which serves a request from its arrival to its answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pdserve.gateway.service import Part, Prompt, Service
 from pdserve.gateway.trace_context import Trace
 from pdserve.text import vocabulary
 from tests.servers import default_deployment
-from tests.unit.gateway.test_groups import Connected, deployment
+from tests.unit.gateway.test_groups import ConnectedGroups, deployment
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ GROUP = config.Group("a", ("prefill_0",), ("decode_0",))
 WORDS = vocabulary.read(Path(default_deployment("emulated").model))
 
 
-def made(site: Site) -> Service:
-    connected = Connected(site)
+def new_service(site: Site) -> Service:
+    connected = ConnectedGroups(site)
     rng = random.Random(1)
     wanted = deployment(GROUP)
     return Service("pdserve", wanted, WORDS, 2048, connected._connect, site.metrics, rng)
 
 
-def asked(**fields: Any) -> Parameters:
+def parameters(**fields: Any) -> Parameters:
     nothing: dict[str, Any] = {
         "max_tokens": None,
         "sampling": {},
@@ -57,11 +57,11 @@ def asked(**fields: Any) -> Parameters:
 async def parts(
     of: Service, request: Request, *, in_text: bool = False, echo: str = "", **fields: Any
 ) -> list[Part]:
-    """The answer to a prompt of ``request``, which is not sent itself."""
+    """Return the parts of the answer to the prompt of ``request``, which is not sent itself."""
     prompt = Prompt(np.frombuffer(request.prompt, "<i4"), echo)
 
     async def read() -> tuple[Parameters, Prompt]:
-        return asked(max_tokens=request.max_tokens, **fields), prompt
+        return parameters(max_tokens=request.max_tokens, **fields), prompt
 
     answer = of.answer("1", read, Trace(""), in_text=in_text)
     async with aclosing(answer) as found:
@@ -71,7 +71,7 @@ async def parts(
 @virtual
 async def test_tokens_come_as_they_are_computed_and_the_last_part_ends(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
-        served, request = made(site), site.request(max_tokens=6)
+        served, request = new_service(site), site.request(max_tokens=6)
         found = await parts(served, request)
         assert [token for part in found for token in part.ids] == site.expected(request)
         assert [part.finish_reason for part in found] == [""] * (len(found) - 1) + ["length"]
@@ -85,7 +85,7 @@ async def test_tokens_come_as_they_are_computed_and_the_last_part_ends(tmp_path:
 @virtual
 async def test_what_is_not_streamed_is_one_part(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
-        served, request = made(site), site.request(max_tokens=6)
+        served, request = new_service(site), site.request(max_tokens=6)
         (part,) = await parts(served, request, stream=False, in_text=True, echo="Well: ")
         assert part.text == "Well: " + WORDS.decode(site.expected(request))
         assert part.finish_reason == "length"
@@ -95,7 +95,7 @@ async def test_what_is_not_streamed_is_one_part(tmp_path: Path) -> None:
 @virtual
 async def test_a_stop_string_ends_the_answer_before_it(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
-        served, request = made(site), site.request(max_tokens=12)
+        served, request = new_service(site), site.request(max_tokens=12)
         text = WORDS.decode(site.expected(request))
         stop = text[-6:-3]
         found = await parts(served, request, stop=(stop,), in_text=True)
@@ -110,11 +110,11 @@ async def test_a_stop_string_ends_the_answer_before_it(tmp_path: Path) -> None:
 @virtual
 async def test_who_closes_the_answer_cancels_the_request(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
-        served, request = made(site), site.request(max_tokens=100)
+        served, request = new_service(site), site.request(max_tokens=100)
         prompt = Prompt(np.frombuffer(request.prompt, "<i4"))
 
         async def read() -> tuple[Parameters, Prompt]:
-            return asked(max_tokens=100), prompt
+            return parameters(max_tokens=100), prompt
 
         async with aclosing(served.answer("1", read, Trace(""), in_text=False)) as found:
             async for part in found:
@@ -134,7 +134,7 @@ async def test_what_can_never_be_served_is_rejected(
     tmp_path: Path, fields: dict[str, Any], kind: type[Exception]
 ) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
-        served = made(site)
+        served = new_service(site)
         strict = deployment(GROUP)
         served.take(
             config.Deployment(
@@ -147,7 +147,7 @@ async def test_what_can_never_be_served_is_rejected(
         prompt = Prompt(np.arange(3, 23, dtype=np.int32))
 
         async def read() -> tuple[Parameters, Prompt]:
-            return asked(**fields), prompt
+            return parameters(**fields), prompt
 
         async with aclosing(served.answer("1", read, Trace(""), in_text=True)) as found:
             with pytest.raises(kind):
@@ -159,7 +159,7 @@ async def test_what_can_never_be_served_is_rejected(
 @virtual
 async def test_so_many_are_open_at_once(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
-        served = made(site)
+        served = new_service(site)
         with mock.patch.object(service, "MAX_OPEN", 1), served.admitted():
             with pytest.raises(Unavailable, match="1 requests are open"), served.admitted():
                 pass

@@ -1,4 +1,4 @@
-"""Spans made of what requests have been through, and the trace context that goes with them."""
+"""Tests for the spans of a request, and for the trace context that is passed on with it."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ SAMPLED = f"00-{TRACE_ID}-{PARENT_ID}-01"
 UNSAMPLED = f"00-{TRACE_ID}-{PARENT_ID}-00"
 TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 HOP_S = 0.001
-# Of spans that begin together.
+# The order of spans that begin at the same moment.
 ORDER = {"wait": 0, "offer": 1}
 
 
 @dataclass
 class Recorder:
-    """A gateway's traces, whose spans stay here; `said` is what it logs."""
+    """A gateway's tracer whose spans are kept here; `said` collects its log messages."""
 
     said: list[str] = field(default_factory=list)
 
@@ -61,7 +61,7 @@ class Recorder:
         work: Callable[[], Awaitable[Any]],
         traceparent: str = "",
     ) -> Any:
-        """What the gateway does with a request."""
+        """Trace a request as the gateway does."""
         with self.traces.begin({"traceparent": traceparent} if traceparent else {}) as trace:
             if request is not None:
                 trace.carry(request)
@@ -71,7 +71,7 @@ class Recorder:
         return asyncio.create_task(self.run(request, lambda: site.answer(request), traceparent))
 
     def of(self, request: Request) -> Tree:
-        """The spans of a request that has been carried."""
+        """Return the spans of a request that has been served."""
         return Tree([one for one in self.all() if f"{one.context.trace_id:032x}" in request.trace])
 
     def all(self) -> list[ReadableSpan]:
@@ -100,7 +100,7 @@ class Tree:
 
     @property
     def lines(self) -> list[str]:
-        """Each span indented below its parent, with what tells it from others; `!` is an error."""
+        """Return one line per span, indented below its parent; `!` marks an error."""
         return list(self._lines(self.root, ""))
 
     def _lines(self, span: ReadableSpan, indent: str) -> Iterator[str]:
@@ -114,7 +114,7 @@ class Tree:
             yield from self._lines(one, indent + "  ")
 
     def check(self) -> None:
-        """All lie within the root; what is no offer follows one another without a gap."""
+        """Check that all spans lie within the root, and that there are no gaps between phases."""
         assert len(self.under(self.root)) == len(self.spans) - 1
         for one in self.spans:
             assert self.root.start_time <= one.start_time <= one.end_time <= self.root.end_time
@@ -140,12 +140,12 @@ def seconds(span: ReadableSpan) -> float:
 
 
 def hops(site: Site) -> None:
-    """Every message takes a moment: no two things happen at once."""
+    """Give every message a delay, so that no two events happen at the same moment."""
     for link in (*site.p_links, *site.d_links):
         link.delay = (HOP_S, HOP_S)
 
 
-# ----------------------------------------------------------------------- spans
+# -------------------------------------------------------------------------------------------- spans
 
 
 @virtual
@@ -186,7 +186,7 @@ async def test_plain_request(tmp_path: Path) -> None:
             "pdserve.kv.transfer_ms": request.transfer.ms,
             "pdserve.kv.exposed_ms": request.transfer.exposed_ms,
         }
-        assert before <= tree.root.start_time <= after, "it is the wall clock's"
+        assert before <= tree.root.start_time <= after, "the time of the wall clock"
         [event] = tree.root.events
         assert event.name == "first token"
         ttft = request.first_token - request.arrived
@@ -194,7 +194,7 @@ async def test_plain_request(tmp_path: Path) -> None:
         whole = request.ended - request.arrived
         assert seconds(tree.root) == pytest.approx(whole, abs=1e-6)
         parts = sum(map(seconds, tree.phases))
-        assert parts == pytest.approx(whole, abs=1e-6), "nothing is left out"
+        assert parts == pytest.approx(whole, abs=1e-6), "no phase is left out"
         assert tree.seconds("prefill") == pytest.approx(0.020, abs=3 * HOP_S)
         assert tree.seconds("offer") >= 4 * HOP_S
 
@@ -343,7 +343,7 @@ async def test_cancelled_request(tmp_path: Path, after: float, lines: list[str])
             await task
         tree = recorder.of(request)
         tree.check()
-        assert tree.lines == ["request cancelled", *lines], "that is no error"
+        assert tree.lines == ["request cancelled", *lines], "a cancelled request is no error"
         assert seconds(tree.root) == pytest.approx(after, abs=1e-6)
 
 
@@ -443,7 +443,7 @@ async def test_a_span_tells_nothing_of_a_prompt_that_an_exception_quotes() -> No
 @pytest.mark.parametrize("seed", range(3))
 @virtual
 async def test_every_request_has_one_whole_tree(tmp_path: Path, seed: int) -> None:
-    """Failing engines, breaking links, cancels: no gap, no overlap, one outcome."""
+    """A trace has no gap, no overlap and one outcome, whatever fails, breaks or is cancelled."""
     recorder = Recorder()
     rng = random.Random(seed)
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, seed=seed) as site:
@@ -484,12 +484,12 @@ async def test_every_request_has_one_whole_tree(tmp_path: Path, seed: int) -> No
     assert any(request.attempts > 1 for request in requests)
 
 
-# --------------------------------------------------------------------- context
+# ------------------------------------------------------------------------------------------ context
 
 
 @virtual
 async def test_every_call_carries_the_context(tmp_path: Path) -> None:
-    """Of the client's trace, and of the span that stands for the request."""
+    """A call carries the client's trace id, and the span id of the request."""
     recorder = Recorder()
     async with Site(tmp_path, decodes=2, profile=TIMES) as site:
         request = site.request(max_tokens=30)
@@ -522,7 +522,7 @@ async def test_client_that_does_not_sample(tmp_path: Path) -> None:
 
 @virtual
 async def test_sampling_by_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It decides for who brings no context; who brings one decides for himself."""
+    """The variable decides for requests without a trace context; a context decides for itself."""
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
     recorder = Recorder()
     async with Site(tmp_path, profile=TIMES) as site:
@@ -613,12 +613,12 @@ async def test_invalid_traceparent_begins_a_trace_of_its_own(tmp_path: Path) -> 
         assert TRACE_ID not in request.trace
 
 
-# --------------------------------------------------------------------- exporter
+# ----------------------------------------------------------------------------------------- exporter
 
 
 @pytest.fixture
 def unreachable() -> Iterator[str]:
-    """Where a collector should be. OpenTelemetry complains as before afterwards."""
+    """Return the address of a collector that is not there; reset OpenTelemetry's log at the end."""
     logger = logging.getLogger("opentelemetry")
     before = logger.handlers[:], logger.propagate
     with socket.socket() as taken:
@@ -631,7 +631,7 @@ def unreachable() -> Iterator[str]:
 async def test_unreachable_collector_costs_a_line(
     unreachable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """More spans than the queue holds, and several batches that nobody takes."""
+    """The queue overflows, and several batches cannot be delivered."""
     for name, value in (
         ("SCHEDULE_DELAY", 10),
         ("MAX_QUEUE_SIZE", 64),
@@ -652,7 +652,8 @@ async def test_unreachable_collector_costs_a_line(
     began = time.monotonic()
     traces.close()
     assert time.monotonic() - began < spans.FLUSH_S + 0.5
-    for thread in set(threading.enumerate()) - others:  # it may still try, with files of its own
+    # the exporter may still retry, and has files of its own open
+    for thread in set(threading.enumerate()) - others:
         thread.join()
     [line] = said
     assert line.startswith("scheduler: traces: ")

@@ -1,4 +1,4 @@
-"""What the model allows of a request, the same for every kind of engine and both roles."""
+"""Tests for the limits that the model sets to requests, for every engine and both roles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdserve.errors import InvalidRequest
 from pdserve.instances import admission
 from pdserve.rpc.messages import Busy, DecodeRequest, Failed, PrefillRequest, Reply
 from pdserve.sampling import Sampling
-from tests.unit.external import Relay
+from tests.unit.external import ExternalSite
 from tests.unit.inprocess import VOCABULARY, Site, virtual
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ def test_what_fits_is_taken(request_: PrefillRequest | DecodeRequest) -> None:
     assert tokens.tobytes() == request_.prompt
 
 
-@pytest.mark.parametrize("world", [Site, Relay])
+@pytest.mark.parametrize("world", [Site, ExternalSite])
 @virtual
 async def test_every_instance_refuses_and_goes_on(
-    tmp_path: Path, world: type[Site | Relay]
+    tmp_path: Path, world: type[Site | ExternalSite]
 ) -> None:
     async with world(tmp_path, profile={"context_length": CONTEXT}) as site:
         told: list[Reply] = []

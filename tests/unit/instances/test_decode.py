@@ -1,4 +1,4 @@
-"""A decode instance: who is in a step, what is reserved, and how often it answers."""
+"""Tests for a decode instance: batches, reservations, response intervals, releases, handles."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TIMES = {"prefill": {"base_ms": 0.0}, "decode": {"base_ms": 10.0}}
 
 
 class Client:
-    """Hands KV caches from the first prefill of a site to its first decode."""
+    """A client that hands KV caches from the first prefill of a site to its first decode."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -94,7 +94,7 @@ def batches(site: Site) -> list[int]:
     return [len(step) for step in site.d_engines[0].steps]
 
 
-# ------------------------------------------------------------------------ steps
+# -------------------------------------------------------------------------------------------- steps
 
 
 @virtual
@@ -123,7 +123,9 @@ async def test_first_reply_tells_the_transfer(tmp_path: Path) -> None:
         await client.submit("a", max_tokens=4)
         await asyncio.sleep(0.1)
         accepted, *tokens = client.of("a")
-        assert accepted == Accepted(room=mock.ANY), "a step takes longer than a moment"
+        assert accepted == Accepted(room=mock.ANY), (
+            "a step takes longer than the wait for a first reply"
+        )
         told = [reply.transfer for reply in tokens if isinstance(reply, Tokens)]
         assert len(told) == 3
         assert told[0] is not None
@@ -160,7 +162,7 @@ async def test_end_of_sequence(tmp_path: Path) -> None:
         await site.idle(0.0)
 
 
-# ----------------------------------------------------------------- reservations
+# ------------------------------------------------------------------------------------- reservations
 
 
 @virtual
@@ -214,14 +216,14 @@ async def test_what_can_never_fit_is_refused(tmp_path: Path) -> None:
 
 @virtual
 async def test_scattered_blocks_hold_a_sequence(tmp_path: Path) -> None:
-    """The emulated engine finds every row in its place, though the blocks are not in a row."""
+    """The emulated engine finds every row in its place, though the blocks are not contiguous."""
     async with Site(
         tmp_path, profile=TIMES, prefill={"slots": 8}, decode={"blocks": 12, "block_size": 4}
     ) as site:
         client = Client(site)
         for number in range(6):  # 2 blocks each
             await client.submit(str(number), 4, max_tokens=4 if number % 2 else 3)
-        await asyncio.sleep(0.035)  # those of 3 tokens have ended
+        await asyncio.sleep(0.035)  # the requests of 3 tokens have ended
         await client.submit("long", 18, max_tokens=6)
         assert len(site.d[0]._open["long"].reserved.table.runs) == 3
         await asyncio.sleep(0.2)
@@ -229,11 +231,11 @@ async def test_scattered_blocks_hold_a_sequence(tmp_path: Path) -> None:
         await site.idle(0.0)
 
 
-# -------------------------------------------------------------------- intervals
+# ------------------------------------------------------------------------------- response intervals
 
 
 async def interval(site: Site, streams: int) -> tuple[float, float]:
-    """Least and most seconds between two chunks of a stream while so many are open."""
+    """Return the shortest and longest seconds between two chunks with so many open streams."""
     loop = asyncio.get_running_loop()
     requests = [site.request(max_tokens=300) for _ in range(streams)]
     times: list[float] = []
@@ -242,14 +244,14 @@ async def interval(site: Site, streams: int) -> tuple[float, float]:
         times.extend([loop.time() async for _ in site.scheduler.run(requests[0])])
 
     await asyncio.gather(read(), *map(site.answer, requests[1:]))
-    third = len(times) // 3  # not while others join, nor at the end, which is told at once
+    third = len(times) // 3  # not while others join, and not the last chunk, which is sent at once
     gaps = [after - before for before, after in itertools.pairwise(times)]
     return min(gaps[third:-third]), max(gaps[third:-third])
 
 
 @virtual
 async def test_response_interval_grows_with_the_streams_and_is_bounded(tmp_path: Path) -> None:
-    """Of the design, section 7: fewer, larger responses under load."""
+    """Design, section 7: under load, responses are fewer and larger."""
     async with Site(
         tmp_path,
         profile={"decode": {"base_ms": 1.0}},
@@ -278,7 +280,7 @@ async def test_decodes_count_as_many_streams_as_all_of_them_have(tmp_path: Path)
 
 @virtual
 async def test_the_interval_follows_the_peers_of_each_request(tmp_path: Path) -> None:
-    """Of two gateways with groups of different sizes, or of one whose group has grown."""
+    """Requests may come from gateways with groups of different sizes, or from a group that grew."""
     async with Site(
         tmp_path,
         profile={"decode": {"base_ms": 1.0}},
@@ -306,12 +308,12 @@ async def test_tokens_that_nobody_reads_as_they_come(tmp_path: Path) -> None:
         await site.idle(0.0)
 
 
-# --------------------------------------------------------------------- releases
+# ----------------------------------------------------------------------------------------- releases
 
 
 @virtual
 async def test_release_during_a_step(tmp_path: Path) -> None:
-    """TensorRT-LLM#12540: the blocks go back when the step that uses them has ended."""
+    """TensorRT-LLM#12540: the blocks are freed when the step that uses them has ended."""
     async with Site(tmp_path, profile=TIMES) as site:
         client = Client(site)
         await client.submit("a", max_tokens=100)
@@ -335,7 +337,7 @@ async def test_release_during_a_step(tmp_path: Path) -> None:
 
 @real
 async def test_release_during_a_pull(tmp_path: Path) -> None:
-    """TensorRT-LLM#12540: nor before the copy has ended; the others' steps go on meanwhile."""
+    """TensorRT-LLM#12540: blocks are freed only after the copy has ended; other steps continue."""
     async with Site(tmp_path, profile={"decode": {"base_ms": 1.0}}) as site:
         client, engine = Client(site), site.d_engines[0]
         going, joined = threading.Event(), engine.joined
@@ -370,7 +372,7 @@ async def test_large_prompts_are_pulled_beside_the_steps(tmp_path: Path) -> None
         await site.idle()
 
 
-# ---------------------------------------------------------------------- handles
+# ------------------------------------------------------------------------------------------ handles
 
 
 @virtual
@@ -380,7 +382,7 @@ async def test_used_handle_is_refused(tmp_path: Path) -> None:
         result = await client.prefilled("first", prompt)
         await client.submit("a", prompt, result=result)
         await client.submit("b", prompt, result=result)
-        await asyncio.sleep(0.021)  # the holder looks every 20 ms
+        await asyncio.sleep(0.021)  # the holder checks its leases every 20 ms
         await client.submit("c", prompt, result=result)
         assert [client.of(name) for name in "bc"] == [
             [Failed("INTERNAL", "decode_0: KV handle was used before: lease 0")],
@@ -393,7 +395,7 @@ async def test_used_handle_is_refused(tmp_path: Path) -> None:
 
 @virtual
 async def test_kv_cache_of_another_prompt_is_noticed(tmp_path: Path) -> None:
-    """vllm#21570: the emulated engine checks every row, so that these tests would see it."""
+    """vllm#21570: the emulated engine checks every row, so these tests would notice wrong ones."""
     async with Site(tmp_path, profile=TIMES) as site:
         client = Client(site)
         result = await client.prefilled("other", site.prompt(20))
@@ -406,7 +408,7 @@ async def test_kv_cache_of_another_prompt_is_noticed(tmp_path: Path) -> None:
 
 @virtual
 async def test_handle_of_another_model_is_refused(tmp_path: Path) -> None:
-    """sglang#15674: instances that do not match say so, to the client."""
+    """sglang#15674: instances that do not match report it to the client."""
     (tmp_path / "other").mkdir()
     async with (
         Site(tmp_path, profile=TIMES) as site,
@@ -424,7 +426,7 @@ async def test_handle_of_another_model_is_refused(tmp_path: Path) -> None:
 
 @virtual
 async def test_handle_of_a_holder_that_has_ended(tmp_path: Path) -> None:
-    """Who is linked to it may still take what is leased to them; whoever is not, never can."""
+    """A linked decode may still pull what is leased to it; a decode without a link cannot."""
     async with Site(tmp_path, decodes=2, profile=TIMES) as site:
         client, prompts = Client(site), [site.prompt(20) for _ in range(2)]
         results = [await client.prefilled(name, p) for name, p in zip("xy", prompts, strict=True)]
@@ -449,12 +451,12 @@ async def test_handle_of_a_holder_that_has_ended(tmp_path: Path) -> None:
         assert not [what for what in site.held() if what.startswith("decode")]
 
 
-# ------------------------------------------------------------------------ links
+# -------------------------------------------------------------------------------------------- links
 
 
 @virtual
 async def test_link_is_shown_as_it_is(tmp_path: Path) -> None:
-    """A gauge of what was before goes to zero: who looks at all of them sees one link."""
+    """The gauge of a former link goes to zero, so that all gauges together show one link."""
     links = [
         LinkReport("nixl", "rc_mlx5/mlx5_0:1", 3e-6, 2e10, {"shm": "another host"}, fallback=False),
         LinkReport("nixl", "tcp/eth0", 1e-4, 1e8, {}, fallback=True),
@@ -476,7 +478,7 @@ async def test_link_is_shown_as_it_is(tmp_path: Path) -> None:
         assert site.level("pdserve_kv_link_fallback") == 1
 
 
-# -------------------------------------------------------------------------- end
+# ------------------------------------------------------------------------------------------ closing
 
 
 @virtual

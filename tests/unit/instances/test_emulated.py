@@ -1,4 +1,4 @@
-"""The emulated engine: its profile, its timing, and tokens that are known in advance."""
+"""Tests for the emulated engine: its profile, its timing, and its predictable tokens."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_ends_of_sequence_in_the_models_config(tmp_path: Path, eos: Any, found: 
     (tmp_path / "config.json").write_text(json.dumps(names))
     made = EmulatedModel(str(tmp_path), None)
     assert made.eos_ids == found
-    assert made.profile.speed == 0, "without a profile it waits for nothing"
+    assert made.profile.speed == 0, "without a profile it does not wait"
 
 
 @pytest.mark.parametrize(

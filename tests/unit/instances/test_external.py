@@ -1,4 +1,4 @@
-"""Instances of engines that move KV caches themselves: slots, links, ends, failures."""
+"""Tests for instances of engines that move KV caches themselves: slots, links, ends, failures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pdserve.rpc.messages import (
     Watch,
 )
 from pdserve.sampling import Sampling
-from tests.unit.external import KEEPS_S, KEY, PREFILL_S, STEP_S, TRANSFER_S, Relay
+from tests.unit.external import KEEPS_S, KEY, PREFILL_S, STEP_S, TRANSFER_S, ExternalSite
 from tests.unit.inprocess import EOS, virtual
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @virtual
 async def test_an_answer_is_the_first_token_and_then_the_rest(tmp_path: Path) -> None:
-    async with Relay(tmp_path) as site:
+    async with ExternalSite(tmp_path) as site:
         request = site.request(max_tokens=8)
         loop = asyncio.get_running_loop()
         began, when = loop.time(), []
@@ -50,7 +50,7 @@ async def test_an_answer_is_the_first_token_and_then_the_rest(tmp_path: Path) ->
                 when.append(loop.time() - began)
 
         assert ids == site.expected(request)
-        # The first comes before anything has moved.
+        # The first token comes before any KV cache has moved.
         assert when[0] == pytest.approx(PREFILL_S, abs=1e-3)
         assert when[1] == pytest.approx(PREFILL_S + TRANSFER_S + STEP_S, abs=1e-3)
         assert request.finish_reason == "length"
@@ -64,8 +64,8 @@ async def test_an_answer_is_the_first_token_and_then_the_rest(tmp_path: Path) ->
 
 @virtual
 async def test_slots_are_counted_though_the_engine_takes_all(tmp_path: Path) -> None:
-    """A prefill takes `batch` at once, and holds `slots` until decodes have taken them."""
-    async with Relay(tmp_path, prefill={"slots": 3, "batch": 2}) as site:
+    """A prefill computes `batch` requests at once, and holds `slots` until decodes took them."""
+    async with ExternalSite(tmp_path, prefill={"slots": 3, "batch": 2}) as site:
         tasks = [site.start(site.request(max_tokens=20)) for _ in range(12)]
         most = 0
         while not all(task.done() for task in tasks):
@@ -81,7 +81,7 @@ async def test_slots_are_counted_though_the_engine_takes_all(tmp_path: Path) -> 
 
 @virtual
 async def test_what_is_to_end_with_its_first_token_leaves_nothing(tmp_path: Path) -> None:
-    async with Relay(tmp_path) as site:
+    async with ExternalSite(tmp_path) as site:
         request = site.request(max_tokens=1)
         assert await site.answer(request) == site.expected(request)
         assert site.held() == {}
@@ -91,7 +91,7 @@ async def test_what_is_to_end_with_its_first_token_leaves_nothing(tmp_path: Path
 
 @virtual
 async def test_the_end_as_first_token(tmp_path: Path) -> None:
-    async with Relay(tmp_path) as site:
+    async with ExternalSite(tmp_path) as site:
         site.model.script = lambda prompt, position: EOS if position == 0 else None
         request = site.request(max_tokens=8)
         assert await site.answer(request) == [EOS]
@@ -106,11 +106,13 @@ async def test_the_end_as_first_token(tmp_path: Path) -> None:
 
 @virtual
 async def test_a_slot_stays_taken_while_the_engine_keeps_what_nobody_took(tmp_path: Path) -> None:
-    """There is no call that frees it: what were accepted instead would find no memory."""
-    async with Relay(tmp_path, prefill={"slots": 1, "batch": 1}, decode={"slots": 1}) as site:
+    """No call frees the engine's memory, so a request accepted instead would find none."""
+    async with ExternalSite(
+        tmp_path, prefill={"slots": 1, "batch": 1}, decode={"slots": 1}
+    ) as site:
         running = site.start(site.request(max_tokens=400))
         await asyncio.sleep(0.2)
-        site.instances[1][0].room.forget()  # as a gateway that has heard nothing of it yet
+        site.instances[1][0].room.forget()  # like a gateway that has not been informed of it yet
         waits = site.start(site.request(max_tokens=4))
         await asyncio.sleep(0.2)  # computed, and no decode has room
         assert len(site.p[0]._held) == 1
@@ -122,7 +124,7 @@ async def test_a_slot_stays_taken_while_the_engine_keeps_what_nobody_took(tmp_pa
         late = site.start(site.request(max_tokens=4))
         loop = asyncio.get_running_loop()
         began = loop.time()
-        while len(site.world.asked) < 4:  # its context
+        while len(site.world.asked) < 4:  # the context it waits for
             await asyncio.sleep(0.01)
             assert loop.time() < began + 2 * KEEPS_S
         assert loop.time() - began > KEEPS_S / 2
@@ -134,7 +136,7 @@ async def test_a_slot_stays_taken_while_the_engine_keeps_what_nobody_took(tmp_pa
 @virtual
 async def test_cancelled_at_every_stage(tmp_path: Path) -> None:
     stages = (PREFILL_S / 2, PREFILL_S + TRANSFER_S / 2, PREFILL_S + TRANSFER_S + 3.5 * STEP_S)
-    async with Relay(tmp_path) as site:
+    async with ExternalSite(tmp_path) as site:
         for stage in stages:
             task = site.start(site.request(max_tokens=50))
             await asyncio.sleep(stage)
@@ -146,9 +148,9 @@ async def test_cancelled_at_every_stage(tmp_path: Path) -> None:
 
 @virtual
 async def test_given_up_in_the_moment_in_which_it_was_accepted(tmp_path: Path) -> None:
-    async with Relay(tmp_path) as site:
+    async with ExternalSite(tmp_path) as site:
         prompt = site.prompt(5)
-        client = Direct()
+        client = DirectClient()
         site.p[0].submit(PrefillRequest("one", prompt, Sampling(), "", 1e4), client.send)
         site.p[0].release("one", client.send)
         request = asks(site, prompt, b"", None)
@@ -161,8 +163,8 @@ async def test_given_up_in_the_moment_in_which_it_was_accepted(tmp_path: Path) -
 
 @virtual
 async def test_a_context_that_never_comes_ends_with_its_limit(tmp_path: Path) -> None:
-    """TensorRT-LLM's transfers may wedge an engine: it is told to give up, and the slot is free."""
-    async with Relay(tmp_path) as site:
+    """A stalled transfer may wedge the engine: it is told to give up, and the slot becomes free."""
+    async with ExternalSite(tmp_path) as site:
         site.world.hangs = True
         request = site.request(ttft_limit_s=1.0)
         with pytest.raises(errors.Late, match="no first token within the TTFT limit of 1000 ms"):
@@ -174,7 +176,7 @@ async def test_a_context_that_never_comes_ends_with_its_limit(tmp_path: Path) ->
 
 @virtual
 async def test_a_context_that_fails_is_tried_elsewhere(tmp_path: Path) -> None:
-    async with Relay(tmp_path, prefills=2) as site:
+    async with ExternalSite(tmp_path, prefills=2) as site:
         site.world.context_failures = [InstanceError("KV transfer timed out")]
         request = site.request()
         assert await site.answer(request) == site.expected(request)
@@ -184,8 +186,8 @@ async def test_a_context_that_fails_is_tried_elsewhere(tmp_path: Path) -> None:
 
 @virtual
 async def test_an_answer_that_breaks_off_goes_on_elsewhere(tmp_path: Path) -> None:
-    """Token for token: prompt and tokens so far are a new prompt."""
-    async with Relay(tmp_path, prefills=2, decodes=2) as site:
+    """The tokens stay the same: prompt and tokens so far make a new prompt."""
+    async with ExternalSite(tmp_path, prefills=2, decodes=2) as site:
         request = site.request(max_tokens=20)
         task = site.start(request)
         await asyncio.sleep(PREFILL_S + TRANSFER_S + 5.5 * STEP_S)
@@ -198,7 +200,7 @@ async def test_an_answer_that_breaks_off_goes_on_elsewhere(tmp_path: Path) -> No
 
 @virtual
 async def test_a_bug_of_the_engine_ends_one_request_not_the_instance(tmp_path: Path) -> None:
-    async with Relay(tmp_path) as site:
+    async with ExternalSite(tmp_path) as site:
         site.world.context_failures = [KeyError("bug")] * 9
         with pytest.raises(errors.InstanceError, match="KeyError"):
             await site.answer(site.request())
@@ -213,12 +215,12 @@ async def test_a_bug_of_the_engine_ends_one_request_not_the_instance(tmp_path: P
 async def test_pairs_that_cannot_exchange_are_refused_before_the_first_request(
     tmp_path: Path,
 ) -> None:
-    """TensorRT-LLM 1.2 on one side and 1.3 on the other."""
+    """One side has TensorRT-LLM 1.2, the other 1.3."""
 
     def fingerprint(name: str) -> str:
         return "trtllm:1.2" if name == "prefill_1" else "trtllm:1.3"
 
-    async with Relay(tmp_path, prefills=2, fingerprint=fingerprint) as site:
+    async with ExternalSite(tmp_path, prefills=2, fingerprint=fingerprint) as site:
         linking = asyncio.create_task(site.kv_links.run())
         await asyncio.sleep(0.5)
         refusal = site.kv_links.table.refusal("prefill_1", "decode_0")
@@ -234,8 +236,8 @@ async def test_pairs_that_cannot_exchange_are_refused_before_the_first_request(
         await site.idle()
 
 
-class Direct:
-    """Calls an instance, and keeps its replies."""
+class DirectClient:
+    """A caller of an instance, which keeps the instance's replies."""
 
     def __init__(self) -> None:
         self.replies: list[Reply] = []
@@ -244,7 +246,7 @@ class Direct:
         self.replies.append(reply)
 
 
-def asks(site: Relay, prompt: bytes, handle: bytes, first: int | None = 5) -> DecodeRequest:
+def asks(site: ExternalSite, prompt: bytes, handle: bytes, first: int | None = 5) -> DecodeRequest:
     return DecodeRequest(
         id=f"d{len(site.world.asked)}-{len(handle)}-{first}",
         prompt=prompt,
@@ -258,8 +260,8 @@ def asks(site: Relay, prompt: bytes, handle: bytes, first: int | None = 5) -> De
     )
 
 
-async def prefilled(site: Relay, prompt: bytes) -> Prefilled:
-    client = Direct()
+async def prefilled(site: ExternalSite, prompt: bytes) -> Prefilled:
+    client = DirectClient()
     site.p[0].submit(PrefillRequest("one", prompt, Sampling(), "", 10_000), client.send)
     await asyncio.sleep(PREFILL_S + 0.001)
     reply = client.replies[-1]
@@ -269,10 +271,10 @@ async def prefilled(site: Relay, prompt: bytes) -> Prefilled:
 
 @virtual
 async def test_handles_that_a_decode_does_not_take(tmp_path: Path) -> None:
-    async with Relay(tmp_path) as site:
+    async with ExternalSite(tmp_path) as site:
         prompt = site.prompt(12)
         made = await prefilled(site, prompt)
-        client = Direct()
+        client = DirectClient()
         decode = site.d[0]
 
         decode.submit(asks(site, prompt, made.handle), client.send)
@@ -299,7 +301,7 @@ async def test_handles_that_a_decode_does_not_take(tmp_path: Path) -> None:
         decode.submit(asks(site, prompt, made.handle, made.token), client.send)
         await asyncio.sleep(1)
         assert isinstance(client.replies[-1], Tokens)
-        # Once more: the KV cache has gone, and the engine says so.
+        # The KV cache is gone by now, and the engine says so.
         decode.submit(asks(site, prompt, made.handle, made.token), client.send)
         await asyncio.sleep(1)
         assert "no KV cache" in client.replies[-1].message
@@ -308,9 +310,9 @@ async def test_handles_that_a_decode_does_not_take(tmp_path: Path) -> None:
 
 @virtual
 async def test_who_waits_is_told_when_a_decode_has_taken_it(tmp_path: Path) -> None:
-    async with Relay(tmp_path, prefill={"slots": 1, "batch": 1}) as site:
+    async with ExternalSite(tmp_path, prefill={"slots": 1, "batch": 1}) as site:
         await prefilled(site, site.prompt(5))
-        client = Direct()
+        client = DirectClient()
         site.p[0].submit(PrefillRequest("two", site.prompt(5), Sampling(), "", 1e4), client.send)
         assert client.replies == [Busy("slots", mock.ANY)]
         site.p[0].watch(Watch("w", "gateway"), "gateway", client.send)
@@ -321,8 +323,8 @@ async def test_who_waits_is_told_when_a_decode_has_taken_it(tmp_path: Path) -> N
 
 @virtual
 async def test_what_can_never_be_served_is_said(tmp_path: Path) -> None:
-    async with Relay(tmp_path, profile={"context_length": 64}) as site:
-        client = Direct()
+    async with ExternalSite(tmp_path, profile={"context_length": 64}) as site:
+        client = DirectClient()
         site.p[0].submit(PrefillRequest("x", site.prompt(64), Sampling(), "", 1e4), client.send)
         site.d[0].submit(asks(site, site.prompt(60), b"", None), client.send)
         for reply in client.replies:
@@ -333,7 +335,7 @@ async def test_what_can_never_be_served_is_said(tmp_path: Path) -> None:
 
 @virtual
 async def test_a_decode_computes_short_prompts_itself(tmp_path: Path) -> None:
-    async with Relay(tmp_path, gateway={"local": "on"}) as site:
+    async with ExternalSite(tmp_path, gateway={"local": "on"}) as site:
         request = site.request(max_tokens=8)
         assert await site.answer(request) == site.expected(request)
         assert site.p_links[0].of(PrefillRequest) == []
@@ -342,8 +344,8 @@ async def test_a_decode_computes_short_prompts_itself(tmp_path: Path) -> None:
 
 @virtual
 async def test_the_engines_memory_is_shown(tmp_path: Path) -> None:
-    """And an engine that has nothing to say, or fails at it, is no less of use."""
-    async with Relay(tmp_path) as site:
+    """An engine without statistics, or whose statistics fail, still serves."""
+    async with ExternalSite(tmp_path) as site:
         await prefilled(site, site.prompt(5))
         await asyncio.sleep(2.1)
         assert site.level("pdserve_kv_blocks", instance="prefill_0", state="cached") == 1
@@ -354,7 +356,7 @@ async def test_the_engines_memory_is_shown(tmp_path: Path) -> None:
 
 @virtual
 async def test_closing_ends_what_is_open(tmp_path: Path) -> None:
-    async with Relay(tmp_path) as site:
+    async with ExternalSite(tmp_path) as site:
         tasks = [site.start(site.request(max_tokens=200)) for _ in range(3)]
         await asyncio.sleep(0.3)
         for instance in (*site.p, *site.d):

@@ -1,4 +1,4 @@
-"""A prefill goes from one forward to the next: hand-overs and offers do not keep it waiting."""
+"""Tests that a prefill starts the next forward without waiting for hand-overs or offers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ FORWARD_S = 0.02
 TIMES: dict[str, Any] = {"prefill": {"base_ms": FORWARD_S * 1e3}, "decode": {"base_ms": 5.0}}
 OVERLAPPED: dict[str, Any] = {"slots": 2, "batch": 1}
 WAY_S = 5e-4, 1e-3
-"""Of a message."""
+"""The delay of a message."""
 
 
 async def one_forward(site: Site) -> None:
-    """So that it is known what one takes, and no prefill or decode holds anything after it."""
+    """Compute one prompt, so that the duration of a forward is known and all slots are free."""
     await site.answer(site.request(max_tokens=2))
     await site.idle()
 
@@ -70,7 +70,7 @@ async def test_nothing_is_let_in_ahead_of_a_forward_of_unknown_length(tmp_path: 
 
 @virtual
 async def test_one_is_computed_while_the_last_waits_for_a_decode(tmp_path: Path) -> None:
-    """And no more: decodes that another gateway has filled show as rejections of the prefill."""
+    """Only one is: when another gateway has filled the decodes, the prefill rejects."""
     async with Site(tmp_path, profile=TIMES, prefill=OVERLAPPED, decode={"slots": 1}) as site:
         decoding = site.beside().start(site.request(max_tokens=60))
         await asyncio.sleep(0.1)
@@ -82,14 +82,16 @@ async def test_one_is_computed_while_the_last_waits_for_a_decode(tmp_path: Path)
             State.PREFILLED,
             State.WAITING,
         ]
-        assert not requests[2].offers, "what this gateway fills by itself is not asked"
+        assert not requests[2].offers, (
+            "a gateway does not offer to instances that it has filled itself"
+        )
         await asyncio.gather(decoding, *tasks)
         await site.idle()
 
 
 @virtual
 async def test_a_busy_prefill_does_not_stand_still(tmp_path: Path) -> None:
-    """Though messages take their time, and so does every hand-over."""
+    """Messages and hand-overs take time, and the prefill computes meanwhile."""
     async with Site(tmp_path, profile=TIMES, prefill=OVERLAPPED, seed=1) as site:
         await one_forward(site)
         for link in (*site.p_links, *site.d_links):
@@ -98,7 +100,7 @@ async def test_a_busy_prefill_does_not_stand_still(tmp_path: Path) -> None:
         await asyncio.gather(*map(site.answer, requests))
         firsts = sorted(request.first_token for request in requests)
         took = [after - before for before, after in itertools.pairwise(firsts)]
-        # First tokens are a message's way late, each by another time.
+        # The first tokens are late by one message's delay, each by a different one.
         assert sum(took) / len(took) == pytest.approx(FORWARD_S, rel=0.01)
         assert max(took) < FORWARD_S + WAY_S[1]
         await site.idle()

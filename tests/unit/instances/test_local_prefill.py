@@ -1,4 +1,4 @@
-"""Prompts that a decode computes itself, in turns with its steps."""
+"""Tests for prompts that a decode computes itself, in turns with its steps."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tests.unit.instances.test_decode import Client
 if TYPE_CHECKING:
     from pathlib import Path
 
-# A turn of 32 tokens takes as long as a prompt of 32 tokens does in a prefill.
+# A turn of 32 tokens takes as long as a prefill takes for a prompt of 32 tokens.
 TIMES: dict[str, Any] = {"prefill": {"per_token_ms": 1.0}, "decode": {"base_ms": 10.0}}
 LIMITS = {"batch_tokens": 32}
 OFTEN = {"response_cost_ms": 0.0}
 
 
-class Local(Client):
-    """Submits without a KV cache; `at` has the moment of each reply."""
+class LocalClient(Client):
+    """A client that submits without a KV cache; `at` has the time of each reply."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -77,7 +77,7 @@ class Local(Client):
         return self.at[name][self.of(name).index(self.first(name))]
 
     def longest_gap(self, name: str) -> float:
-        """Seconds between two replies of a stream that nothing else delays."""
+        """Return the longest time in seconds between two replies of a stream."""
         told = zip(self.of(name), self.at[name], strict=True)
         times = [at for reply, at in told if isinstance(reply, Tokens)]
         return max(after - before for before, after in itertools.pairwise(times))
@@ -88,13 +88,13 @@ class Local(Client):
         return transfer.cached
 
 
-# ----------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------- tokens
 
 
 @virtual
 async def test_prompt_is_computed_where_there_is_no_handle(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, decode=OFTEN) as site:
-        client = Local(site)
+        client = LocalClient(site)
         prompt = client.compute("a", 20)
         await asyncio.sleep(0.2)
         accepted, first, second, *_ = client.of("a")
@@ -102,7 +102,9 @@ async def test_prompt_is_computed_where_there_is_no_handle(tmp_path: Path) -> No
         assert client.tokens("a") == client.expected(prompt)
         assert isinstance(first, Tokens)
         assert isinstance(second, Tokens)
-        assert (first.start, len(first.ids), second.start) == (0, 4, 1), "at once, and alone"
+        assert (first.start, len(first.ids), second.start) == (0, 4, 1), (
+            "at once, and without other tokens"
+        )
         assert client.first_at("a") == pytest.approx(0.020)
         transfer = first.transfer
         assert transfer is not None
@@ -119,7 +121,7 @@ async def test_prompt_is_computed_where_there_is_no_handle(tmp_path: Path) -> No
 @virtual
 async def test_first_token_may_be_the_last(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
-        client = Local(site)
+        client = LocalClient(site)
         client.compute("length", 20, max_tokens=1)
         await asyncio.sleep(0.05)
         site.model.script = lambda prompt, position: EOS
@@ -135,7 +137,7 @@ async def test_first_token_may_be_the_last(tmp_path: Path) -> None:
 @virtual
 async def test_answer_that_another_pair_began_goes_on(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
-        client = Local(site)
+        client = LocalClient(site)
         prompt = site.prompt(20)
         answer = client.expected(prompt, 12)
         so_far = prompt + np.array(answer[:5], "<i4").tobytes()
@@ -148,9 +150,9 @@ async def test_answer_that_another_pair_began_goes_on(tmp_path: Path) -> None:
 
 @virtual
 async def test_tokens_that_nobody_reads_as_they_come(tmp_path: Path) -> None:
-    """But the first: it is what the time to it is taken by."""
+    """The first token is sent alone, since TTFT is measured by it."""
     async with Site(tmp_path, profile=TIMES) as site:
-        client = Local(site)
+        client = LocalClient(site)
         client.compute("a", 20, max_tokens=202, min_interval_ms=1000.0)
         await asyncio.sleep(3)
         sizes = [len(reply.ids) // 4 for reply in client.of("a") if isinstance(reply, Tokens)]
@@ -158,14 +160,14 @@ async def test_tokens_that_nobody_reads_as_they_come(tmp_path: Path) -> None:
         await site.idle(0.0)
 
 
-# ------------------------------------------------------------------------ turns
+# -------------------------------------------------------------------------------------------- turns
 
 
 @virtual
 async def test_running_streams_wait_for_one_turn_at_a_time(tmp_path: Path) -> None:
-    """Chunked prefill: a prompt of 300 tokens stalls them for 32 at most."""
+    """Chunked prefill: a prompt of 300 tokens stalls the streams for one turn of 32 at a time."""
     async with Site(tmp_path, profile=TIMES, prefill=LIMITS, decode=OFTEN) as site:
-        client = Local(site)
+        client = LocalClient(site)
         running = client.compute("running", 20, max_tokens=60)
         await asyncio.sleep(0.1)
         long = client.compute("long", 300)
@@ -175,7 +177,7 @@ async def test_running_streams_wait_for_one_turn_at_a_time(tmp_path: Path) -> No
         assert took == pytest.approx(0.300 + 9 * 0.010, abs=0.011), "10 turns, 9 steps between"
         transfer = client.first("long").transfer
         assert transfer is not None
-        assert transfer.ms == pytest.approx(300), "of computing, without the steps"
+        assert transfer.ms == pytest.approx(300), "the time of computation, without the steps"
         assert client.tokens("running") == client.expected(running, 60)
         assert client.tokens("long") == client.expected(long)
         await site.idle(0.0)
@@ -183,9 +185,9 @@ async def test_running_streams_wait_for_one_turn_at_a_time(tmp_path: Path) -> No
 
 @virtual
 async def test_step_begins_after_a_turn(tmp_path: Path) -> None:
-    """Though it overlaps what the host does with the tokens of the step before."""
+    """A turn overlaps the host's work on the tokens of the step before, but not the next step."""
     async with Site(tmp_path, profile=TIMES, prefill=LIMITS, decode=OFTEN) as site:
-        client = Local(site)
+        client = LocalClient(site)
         client.compute("running", 20, max_tokens=30)
         await asyncio.sleep(0.105)
         client.compute("a", 4)
@@ -196,9 +198,9 @@ async def test_step_begins_after_a_turn(tmp_path: Path) -> None:
 
 @virtual
 async def test_reproducible_prompt_is_computed_in_one_turn(tmp_path: Path) -> None:
-    """Its tokens may not depend on how it is cut, nor on what is cached."""
+    """Its tokens may depend neither on the size of the parts nor on cached prefixes."""
     async with Site(tmp_path, profile=TIMES, prefill=LIMITS, decode=OFTEN) as site:
-        client, seeded = Local(site), Sampling(temperature=1.0, seed=1)
+        client, seeded = LocalClient(site), Sampling(temperature=1.0, seed=1)
         client.compute("running", 20, max_tokens=60)
         await asyncio.sleep(0.1)
         prompt = client.compute("a", 300, sampling=seeded)
@@ -214,7 +216,7 @@ async def test_reproducible_prompt_is_computed_in_one_turn(tmp_path: Path) -> No
 @virtual
 async def test_short_prompts_share_a_turn(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, prefill=LIMITS, decode=OFTEN) as site:
-        client = Local(site)
+        client = LocalClient(site)
         client.compute("running", 20, max_tokens=60)
         await asyncio.sleep(0.105)
         prompts = {name: client.compute(name, 10) for name in "abc"}
@@ -230,7 +232,7 @@ async def test_short_prompts_share_a_turn(tmp_path: Path) -> None:
 @virtual
 async def test_prompt_that_does_not_fit_in_waits_for_the_next_turn(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, prefill=LIMITS, decode=OFTEN) as site:
-        client = Local(site)
+        client = LocalClient(site)
         client.compute("running", 20, max_tokens=60)
         await asyncio.sleep(0.105)
         client.compute("a", 20)
@@ -242,9 +244,9 @@ async def test_prompt_that_does_not_fit_in_waits_for_the_next_turn(tmp_path: Pat
 
 @virtual
 async def test_prompts_do_not_queue_up(tmp_path: Path) -> None:
-    """A prefill has no queue, and neither has this: whoever comes late is served elsewhere."""
+    """Like a prefill, a decode has no queue of prompts: a later prompt is served elsewhere."""
     async with Site(tmp_path, profile=TIMES, prefill=LIMITS) as site:
-        client, told = Local(site), []
+        client, told = LocalClient(site), []
         client.compute("a", 31)
         client.compute("b", 100)
         client.compute("c", 1)
@@ -267,10 +269,10 @@ async def test_prompts_do_not_queue_up(tmp_path: Path) -> None:
 
 @virtual
 async def test_long_prompt_shows_life(tmp_path: Path) -> None:
-    """A gateway takes an instance that says nothing for long as failed."""
+    """A gateway treats an instance without any sign of life as failed."""
     slow = {"prefill": {"per_token_ms": 100.0}, "decode": {"base_ms": 10.0}}
     async with Site(tmp_path, profile=slow, prefill=LIMITS) as site:
-        client = Local(site)
+        client = LocalClient(site)
         client.compute("a", 200)
         await asyncio.sleep(21)
         assert client.of("a")[0] == Accepted(room=mock.ANY)
@@ -280,14 +282,14 @@ async def test_long_prompt_shows_life(tmp_path: Path) -> None:
         await site.idle(1.0)
 
 
-# ------------------------------------------------------------------- what is held
+# ------------------------------------------------------------------------------------- what is held
 
 
 @virtual
 async def test_room_is_reserved_on_acceptance(tmp_path: Path) -> None:
     limits = {"blocks": 10, "block_size": 16, "slots": 2}
     async with Site(tmp_path, profile=TIMES, decode=limits) as site:
-        client = Local(site)
+        client = LocalClient(site)
         client.compute("a", 60, max_tokens=20)
         assert site.d[0]._blocks.pool.used_blocks == 5
         client.compute("b", 60, max_tokens=21)
@@ -306,9 +308,9 @@ async def test_room_is_reserved_on_acceptance(tmp_path: Path) -> None:
 
 @virtual
 async def test_cached_prefix_is_not_computed(tmp_path: Path) -> None:
-    """Whoever computed it, handed over or here; and a hand-over pulls the tail of what was here."""
+    """A prefix is reused, whether computed here or handed over; a hand-over pulls the rest."""
     async with Site(tmp_path, profile=TIMES) as site:
-        client, prefix = Local(site), site.prompt(64)
+        client, prefix = LocalClient(site), site.prompt(64)
         await client.submit("handed over", site.prompt(20, prefix))
         await asyncio.sleep(0.2)
         began = asyncio.get_running_loop().time()
@@ -321,7 +323,9 @@ async def test_cached_prefix_is_not_computed(tmp_path: Path) -> None:
         client.compute("whole", prompt)
         await asyncio.sleep(0.3)
         assert client.cached("other") == 0, "tenants share nothing"
-        assert client.cached("whole") == 64, "whole blocks, and one token at least is computed"
+        assert client.cached("whole") == 64, (
+            "whole blocks are reused, and at least one token is computed"
+        )
         await client.submit("pulled", site.prompt(5, prompt))
         await asyncio.sleep(0.2)
         transfer = client.first("pulled").transfer
@@ -333,7 +337,7 @@ async def test_cached_prefix_is_not_computed(tmp_path: Path) -> None:
 @real
 async def test_long_cached_prefix_is_copied_beside_the_loop(tmp_path: Path) -> None:
     async with Site(tmp_path, profile={"speed": 0, "layers": 2}, decode={"blocks": 512}) as site:
-        client, prefix = Local(site), site.prompt(2048)
+        client, prefix = LocalClient(site), site.prompt(2048)
         assert 2048 * site.model.layout.bytes_per_token > INLINE_COPY
         prompts = [client.compute("0", site.prompt(10, prefix))]
         await asyncio.sleep(0.2)
@@ -347,17 +351,17 @@ async def test_long_cached_prefix_is_copied_beside_the_loop(tmp_path: Path) -> N
 
 @virtual
 async def test_prompt_over_scattered_blocks(tmp_path: Path) -> None:
-    """The emulated engine finds every row in its place: the cached ones, too."""
+    """The emulated engine finds every row in its place, the cached ones included."""
     async with Site(
         tmp_path,
         profile=TIMES,
         prefill={"batch_tokens": 12},
         decode={"blocks": 50, "block_size": 4},
     ) as site:
-        client, prefix = Local(site), site.prompt(32)
+        client, prefix = LocalClient(site), site.prompt(32)
         client.compute("0", prefix, max_tokens=4)  # 9 blocks
         await asyncio.sleep(0.1)
-        for number in range(1, 6):  # 10 blocks of a stream that goes on, 4 of one that has ended
+        for number in range(1, 6):  # 10 blocks of a stream that continues, 4 of one that has ended
             client.compute(f"{number}", 4, max_tokens=36 if number % 2 else 12)
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.13)
@@ -369,19 +373,19 @@ async def test_prompt_over_scattered_blocks(tmp_path: Path) -> None:
         await site.idle(0.0)
 
 
-# ------------------------------------------------------------ ends before the first token
+# ---------------------------------------------------------------------- ends before the first token
 
 
 @virtual
 async def test_release_ends_it_between_two_turns(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, prefill=LIMITS) as site:
-        client = Local(site)
+        client = LocalClient(site)
         client.compute("a", 1000)
         await asyncio.sleep(0.05)
         used = site.d[0]._blocks.pool.used_blocks
         client.release("a")
         assert client.replies[-1] == ("", Released(), True)
-        assert site.d[0]._blocks.pool.used_blocks == used, "it is being written to"
+        assert site.d[0]._blocks.pool.used_blocks == used, "the turn still writes to it"
         await asyncio.sleep(0.033)
         assert client.of("a")[-1] == Failed("CANCELLED", "released")
         await site.idle(0.0)
@@ -394,22 +398,22 @@ async def test_release_ends_it_between_two_turns(tmp_path: Path) -> None:
 @virtual
 async def test_release_of_a_prompt_that_waits(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, prefill=LIMITS) as site:
-        client = Local(site)
+        client = LocalClient(site)
         client.compute("a", 30)
         client.compute("b", 1000)
         client.release("b")
         await asyncio.sleep(0.5)
         assert client.of("b")[-1] == Failed("CANCELLED", "released")
         assert len(client.tokens("a")) == 8
-        assert client.longest_gap("a") == pytest.approx(0.010), "nothing of it was computed"
+        assert client.longest_gap("a") == pytest.approx(0.010), "none of it was computed"
         await site.idle(0.0)
 
 
 @virtual
 async def test_release_in_the_last_turn(tmp_path: Path) -> None:
-    """The prompt is whole then: it stays for those that begin alike."""
+    """The prompt is complete by then, and stays cached."""
     async with Site(tmp_path, profile=TIMES) as site:
-        client = Local(site)
+        client = LocalClient(site)
         prompt = client.compute("a", 70)
         await asyncio.sleep(0.03)
         client.release("a")
@@ -425,7 +429,7 @@ async def test_release_in_the_last_turn(tmp_path: Path) -> None:
 @virtual
 async def test_failure_is_of_one_request(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, prefill=LIMITS) as site:
-        client, engine = Local(site), site.d_engines[0]
+        client, engine = LocalClient(site), site.d_engines[0]
         compute = engine.prefill
 
         async def failing(sequence: Any, begin: int, end: int) -> int | None:
@@ -450,9 +454,9 @@ async def test_failure_is_of_one_request(tmp_path: Path) -> None:
 
 @virtual
 async def test_wrong_prefix_is_noticed(tmp_path: Path) -> None:
-    """vllm#21570: what a cached prefix holds is checked where it is used."""
+    """vllm#21570: the rows of a cached prefix are checked when they are used."""
     async with Site(tmp_path, profile=TIMES) as site:
-        client, prefix = Local(site), site.prompt(64)
+        client, prefix = LocalClient(site), site.prompt(64)
         client.compute("a", site.prompt(10, prefix))
         await asyncio.sleep(0.3)
         site.d_engines[0].pool[0, 17] += 1
@@ -467,7 +471,7 @@ async def test_wrong_prefix_is_noticed(tmp_path: Path) -> None:
 @virtual
 async def test_close_ends_what_is_being_computed(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, prefill=LIMITS) as site:
-        client = Local(site)
+        client = LocalClient(site)
         client.compute("a", 31)
         client.compute("b", 100)
         await asyncio.sleep(0.01)
@@ -477,7 +481,7 @@ async def test_close_ends_what_is_being_computed(tmp_path: Path) -> None:
         assert site.held() == {}
 
 
-# ---------------------------------------------------------------------- watches
+# ------------------------------------------------------------------------------------- slot watches
 
 
 class Watcher:
@@ -501,9 +505,9 @@ async def test_watch_of_an_idle_decode_is_told_at_once(tmp_path: Path) -> None:
 
 @virtual
 async def test_watch_that_comes_after_the_end_is_told_at_once(tmp_path: Path) -> None:
-    """What ended while the refusal was on its way would be missed; then it waits as any other."""
+    """A slot that becomes free while the refusal is on its way counts. After that, it waits."""
     async with Site(tmp_path, profile=TIMES, decode={"slots": 2}) as site:
-        client, watcher = Local(site), Watcher(site)
+        client, watcher = LocalClient(site), Watcher(site)
         client.compute("a", max_tokens=3)
         client.compute("b", max_tokens=100)
         client.compute("c")
@@ -529,12 +533,12 @@ def test_every_watch_is_told_of_an_end(tmp_path: Path, how: str) -> None:
     @virtual
     async def run() -> None:
         async with Site(tmp_path, profile=TIMES, decode={"slots": 2}) as site:
-            client, watcher = Local(site), Watcher(site)
+            client, watcher = LocalClient(site), Watcher(site)
             client.compute("a", max_tokens=10)
             client.compute("b", max_tokens=100)
             watcher.watch("w", "1")
             watcher.watch("v", "2")
-            await asyncio.sleep(0.06)  # a turn has been: watch what ends
+            await asyncio.sleep(0.06)  # a turn has ended: register the watches
             watcher.told.clear()
             watcher.watch("w", "1")
             watcher.watch("v", "2")
@@ -547,7 +551,7 @@ def test_every_watch_is_told_of_an_end(tmp_path: Path, how: str) -> None:
             assert watcher.told == [("w", Freed(mock.ANY), True), ("v", Freed(mock.ANY), True)]
             client.release("b")
             await site.idle(0.05)
-            assert len(watcher.told) == 2, "once"
+            assert len(watcher.told) == 2, "notified once"
 
     run()
 
@@ -555,7 +559,7 @@ def test_every_watch_is_told_of_an_end(tmp_path: Path, how: str) -> None:
 @virtual
 async def test_watch_ends_with_its_release_and_with_the_next(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, decode={"slots": 1}) as site:
-        client, watcher = Local(site), Watcher(site)
+        client, watcher = LocalClient(site), Watcher(site)
         await client.submit("a", max_tokens=4)
         watcher.watch("w")
         watcher.watch("v")
@@ -572,7 +576,7 @@ async def test_watch_ends_with_its_release_and_with_the_next(tmp_path: Path) -> 
 @virtual
 async def test_watches_end_with_the_instance(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, decode={"slots": 1}) as site:
-        client, watcher = Local(site), Watcher(site)
+        client, watcher = LocalClient(site), Watcher(site)
         client.compute("a", max_tokens=100)
         watcher.watch("w")
         await asyncio.sleep(0.01)

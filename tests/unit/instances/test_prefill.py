@@ -1,4 +1,4 @@
-"""A prefill instance: what shares a forward, what is reused, and when a slot comes back."""
+"""Tests for a prefill instance: shared forwards, reused prefixes, and when slots become free."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCK = 32  # tokens in a block of the prefix index
 
 
 class Client:
-    """Talks to the first prefill of a site without a scheduler."""
+    """A client of the first prefill of a site, without a scheduler."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -51,11 +51,11 @@ class Client:
 
 
 def forwards(site: Site) -> list[list[int]]:
-    """Prompt lengths in each forward."""
+    """Return the prompt lengths of each forward."""
     return [[len(job.tokens) for job in jobs] for jobs in site.p_engines[0].forwards]
 
 
-# ---------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 @virtual
@@ -83,7 +83,7 @@ async def test_it_does_not_wake_for_those_who_do_not_watch(tmp_path: Path) -> No
             client.release("a")
             await asyncio.sleep(1)
         assert isinstance(client.replies[0][1], Prefilled)
-        assert look.call_count == 1, "at the offer"
+        assert look.call_count == 1, "only at the offer"
 
 
 @virtual
@@ -102,7 +102,7 @@ async def test_acceptance_is_told_where_the_result_takes_longer(tmp_path: Path) 
         handle = site.receivers[0].open(result.handle)
         assert handle.expires == pytest.approx(began + 12 + 2, abs=0.01)
         await asyncio.sleep(20)
-        assert len(client.replies) == 4, "nothing follows the last reply"
+        assert len(client.replies) == 4, "no reply follows the last one"
         await site.idle(0.0)
 
 
@@ -121,7 +121,7 @@ async def test_handle_leads_to_the_kv_cache(tmp_path: Path) -> None:
         source = np.concatenate([pool[:, 100:120], pool[:, 7:37]], axis=1)
         tokens = np.frombuffer(prompt, "<i4")
         assert (source.view("<i4") == tokens[None, :, None]).all()
-        await site.idle(0.021)  # the holder looks every 20 ms
+        await site.idle(0.021)  # the holder checks its leases every 20 ms
 
 
 @virtual
@@ -138,7 +138,7 @@ async def test_end_of_sequence_is_told(tmp_path: Path) -> None:
         await site.idle(0.0)
 
 
-# ------------------------------------------------------------------ one forward
+# ----------------------------------------------------------------------------------------- forwards
 
 
 @virtual
@@ -148,7 +148,7 @@ async def test_prompts_share_a_forward_up_to_its_tokens(tmp_path: Path) -> None:
         for number, tokens in enumerate((40, 40, 40, 20, 300, 10, 90)):
             client.submit(str(number), tokens)
         await asyncio.sleep(0.5)
-        # In order of arrival, filled up with later ones; the first goes whatever its length.
+        # In order of arrival, filled up with later prompts; the first is taken whatever its length.
         assert forwards(site) == [[40, 40, 20], [40, 10], [300], [90]]
         for number in range(7):
             client.release(str(number))
@@ -157,7 +157,7 @@ async def test_prompts_share_a_forward_up_to_its_tokens(tmp_path: Path) -> None:
 
 @virtual
 async def test_short_prompts_that_are_alike_share_a_forward(tmp_path: Path) -> None:
-    """Shorter than a block, they have nothing to reuse of each other."""
+    """Prompts shorter than a block cannot reuse a prefix of one another."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 8}) as site:
         prompt = site.prompt(BLOCK)
         requests = [site.request(prompt) for _ in range(6)]
@@ -169,7 +169,7 @@ async def test_short_prompts_that_are_alike_share_a_forward(tmp_path: Path) -> N
 
 @virtual
 async def test_reproducible_sampling_is_alone_in_its_forward(tmp_path: Path) -> None:
-    """Must show of the issue: a seed gives the same tokens whatever else is being computed."""
+    """A seed gives the same tokens whatever else is being computed."""
     seeded = Sampling(temperature=0.8, seed=7)
     unseeded = Sampling(temperature=0.8)
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 16}) as site:
@@ -179,7 +179,7 @@ async def test_reproducible_sampling_is_alone_in_its_forward(tmp_path: Path) -> 
             client.submit(str(number), site.prompt(number + 1), sampling=sampling)
         client.submit("warm", shared)
         await asyncio.sleep(0.5)
-        assert forwards(site) == [[1, 3, 5, 96], [2], [4]], "greedy needs no randomness"
+        assert forwards(site) == [[1, 3, 5, 96], [2], [4]], "greedy decoding needs no randomness"
         client.submit("again", shared, sampling=seeded)
         client.submit("greedy", shared)
         await asyncio.sleep(0.5)
@@ -204,7 +204,7 @@ async def test_prompts_beyond_the_batch_are_not_starved(tmp_path: Path) -> None:
         await site.idle()
 
 
-# ---------------------------------------------------------------- prefix reuse
+# ------------------------------------------------------------------------------------- prefix reuse
 
 
 @virtual
@@ -223,7 +223,7 @@ async def test_second_request_reuses_the_prefix(tmp_path: Path) -> None:
 
 @virtual
 async def test_whole_prompt_again(tmp_path: Path) -> None:
-    """Its last token is computed all the same, for its logits."""
+    """The last token is computed all the same, because its logits are needed."""
     async with Site(tmp_path, profile=TIMES) as site:
         prompt = site.prompt(2 * BLOCK)
         requests = [site.request(prompt) for _ in range(3)]
@@ -269,7 +269,7 @@ async def test_tenants_do_not_share(tmp_path: Path) -> None:
 
 @virtual
 async def test_what_is_cached_is_told(tmp_path: Path) -> None:
-    """By it a gateway knows beforehand what another prompt would find."""
+    """With this, a gateway knows beforehand which prefix another prompt would find."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 8}) as site:
         client, system = Client(site), site.prompt(70)
         prompts = [site.prompt(40, system), site.prompt(200, system), site.prompt(10)]
@@ -313,14 +313,14 @@ async def test_opening_of_a_cancelled_prompt_is_computed_by_the_next(tmp_path: P
         assert client.of("a")[-1] == Failed("CANCELLED", "released")
         [*_, result] = client.of("b")
         assert isinstance(result, Prefilled)
-        assert result.cached_tokens == 0, "a released range is not one to copy from"
+        assert result.cached_tokens == 0, "a released range cannot be copied from"
         client.release("b")
         await site.idle(0.0)
 
 
 @virtual
 async def test_eviction_under_pressure_never_breaks_an_answer(tmp_path: Path) -> None:
-    """TensorRT-LLM#12542: what is copied from is pinned; what was evicted is not found."""
+    """TensorRT-LLM#12542: the source of a copy is pinned, and an evicted prefix is not found."""
     async with Site(
         tmp_path,
         prefills=2,
@@ -363,7 +363,7 @@ async def test_failed_forward_unpins_and_is_not_found(tmp_path: Path) -> None:
         await site.idle()
 
 
-# ------------------------------------------------------------ beginning and end
+# ------------------------------------------------------------------------------------ start and end
 
 
 @virtual

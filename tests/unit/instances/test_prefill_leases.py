@@ -1,4 +1,4 @@
-"""What a prefill instance holds comes back: released, expired, or read by somebody who dies."""
+"""Tests that a prefill's memory comes back: released, expired, or read by a process that dies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @virtual
 async def test_release_before_during_and_after_the_forward(tmp_path: Path) -> None:
-    """TensorRT-LLM#12540: a range goes back only when nobody writes to or reads from it."""
+    """TensorRT-LLM#12540: a range is freed only when no one writes to it or reads from it."""
     async with Site(tmp_path, profile=TIMES, prefill={"batch_tokens": 1}) as site:
         client = Client(site)
         for name in "abc":
@@ -33,7 +33,7 @@ async def test_release_before_during_and_after_the_forward(tmp_path: Path) -> No
         client.release("c")
         assert client.of("c")[-1] == Failed("CANCELLED", "released")
         client.release("a")
-        assert client.of("a") == [Accepted()], "its forward goes on"
+        assert client.of("a") == [Accepted()], "its forward continues"
         assert len(site.p[0]._held) == 2
         await asyncio.sleep(0.02)
         assert client.of("a")[-1] == Failed("CANCELLED", "released")
@@ -50,7 +50,7 @@ async def test_release_before_during_and_after_the_forward(tmp_path: Path) -> No
 
 @virtual
 async def test_lease_expires_without_any_work(tmp_path: Path) -> None:
-    """TensorRT-LLM#12313: the sweep runs every tick, independent of load."""
+    """TensorRT-LLM#12313: the sweep runs at every tick, independent of load."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 1, "lease_s": 1.0}) as site:
         client = Client(site)
         client.submit("a")
@@ -67,7 +67,7 @@ async def test_lease_expires_without_any_work(tmp_path: Path) -> None:
 
 @virtual
 async def test_range_that_is_being_read_is_quarantined(tmp_path: Path) -> None:
-    """TensorRT-LLM#14565, vllm#21570: kept from others, for so long; the reader is told."""
+    """TensorRT-LLM#14565, vllm#21570: the range is withheld for a time, and the reader is told."""
     async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 1, "lease_s": 1.0}) as site:
         client = Client(site)
         client.submit("a")
@@ -102,7 +102,7 @@ async def test_reader_that_has_died_is_waited_for_so_long(tmp_path: Path) -> Non
             handle = receiver.open(result.handle)
             pulls.append(RemoteLease(receiver.peers.find(handle.epoch).link, handle, planes=2))
             pulls[-1].look()
-            pulls[-1].say(Pull.PULLING)  # the last that is heard of it
+            pulls[-1].say(Pull.PULLING)  # the reader's last sign of life
             client.release(str(number))
         client.submit("one more")
         assert client.of("one more") == [Busy("slots")], "no memory is promised that may be read"
@@ -120,7 +120,7 @@ async def test_reader_that_has_died_is_waited_for_so_long(tmp_path: Path) -> Non
 
 @virtual
 async def test_arena_that_is_full_of_what_is_being_read(tmp_path: Path) -> None:
-    """TensorRT-LLM#12540: refused as long as a reader may be at it, and then there is room."""
+    """TensorRT-LLM#12540: prompts are refused as long as a reader may read, then there is room."""
     async with Site(
         tmp_path, profile={"speed": 0}, prefill={"arena_mib": 1}, decode={"blocks": 400}
     ) as site:
@@ -135,7 +135,7 @@ async def test_arena_that_is_full_of_what_is_being_read(tmp_path: Path) -> None:
         assert client.of("b") == [Busy("arena")]
         client.submit("c", 2000)
         await asyncio.sleep(0.001)
-        assert isinstance(client.of("c")[-1], Prefilled), "what is left can be had"
+        assert isinstance(client.of("c")[-1], Prefilled), "the rest of the memory can be allocated"
         client.release("c")
         with pytest.raises(errors.HandleError, match="has ended"):
             pull.end()

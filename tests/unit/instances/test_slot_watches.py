@@ -1,4 +1,4 @@
-"""Gateways that found a prefill busy: woken in turn, with a slot kept for them for a moment."""
+"""Tests for slot watches: gateways are notified in turn, and a slot is kept for each briefly."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tests.unit.transfers import MidPull
 if TYPE_CHECKING:
     from pathlib import Path
 
-TOLD = [Freed()]
-# Until a slot that a decode has emptied is told, with a turn of the loop.
+NOTIFIED = [Freed()]
+# Upper bound until a slot that a decode has emptied is announced, including one loop turn.
 SOON_S = LOOK_S + 1e-4
 
 
 class Gateway(Client):
-    """Offers by its name, and watches as well; its calls have ids of their own."""
+    """A gateway that offers and watches under its own name; its calls have separate ids."""
 
     def __init__(self, site: Site, name: str) -> None:
         super().__init__(site)
         self.name = name
 
     def offer(self, call: str, prompt: int | bytes = 20) -> Reply | None:
-        """The answer, if it came at once."""
+        """Return the answer, if it came at once."""
         self.submit(f"{self.name} {call}", prompt, gateway=self.name)
         return self.of(call)[-1] if self.of(call) else None
 
@@ -54,13 +54,13 @@ def gateways(site: Site, names: str) -> list[Gateway]:
 
 
 async def fill(site: Site, owner: Gateway) -> None:
-    """Every slot is held by a KV cache that no decode has taken yet."""
+    """Fill every slot with a KV cache that no decode has taken yet."""
     for slot in range(site.p[0]._limits.slots):
         assert owner.offer(f"held {slot}") is None
     await asyncio.sleep(0.001)
 
 
-# ------------------------------------------------------------------------- told
+# ------------------------------------------------------------------------------------- notification
 
 
 @virtual
@@ -68,15 +68,15 @@ async def test_free_slot_is_told_at_once(tmp_path: Path) -> None:
     async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 2}) as site:
         (a,) = gateways(site, "a")
         a.watch()
-        assert a.of("watch") == TOLD
+        assert a.of("watch") == NOTIFIED
         assert not site.p[0]._watches
         await asyncio.sleep(1)
-        assert a.of("watch") == TOLD, "once"
+        assert a.of("watch") == NOTIFIED, "notified once"
 
 
 @virtual
 async def test_slot_that_ends_by_itself_is_told_soon(tmp_path: Path) -> None:
-    """No lost wake-up: the lease's end is seen without an offer."""
+    """No lost wake-up: the end of the lease is seen without an offer."""
     async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 1, "lease_s": 1.0}) as site:
         a, b = gateways(site, "ab")
         await fill(site, a)
@@ -84,7 +84,7 @@ async def test_slot_that_ends_by_itself_is_told_soon(tmp_path: Path) -> None:
         await asyncio.sleep(0.99)
         assert b.of("watch") == []
         await asyncio.sleep(0.01 + SOON_S)
-        assert b.of("watch") == TOLD
+        assert b.of("watch") == NOTIFIED
 
 
 @virtual
@@ -108,7 +108,7 @@ async def test_every_end_of_a_slot_is_told_soon(how: str, tmp_path: Path) -> Non
             else:
                 a.release("held")
             await asyncio.sleep(SOON_S)
-        assert b.of("watch") == TOLD
+        assert b.of("watch") == NOTIFIED
         await site.idle(0.03)
 
 
@@ -131,7 +131,7 @@ async def test_quarantine_that_ends_is_told_soon(tmp_path: Path) -> None:
         with pytest.raises(Exception, match="has ended"):
             pulls[0].end()
         await asyncio.sleep(SOON_S)
-        assert b.of("watch") == TOLD
+        assert b.of("watch") == NOTIFIED
         for pull in pulls[1:]:
             with pytest.raises(Exception, match="has ended"):
                 pull.end()
@@ -140,7 +140,7 @@ async def test_quarantine_that_ends_is_told_soon(tmp_path: Path) -> None:
 
 @virtual
 async def test_arena_without_room_is_no_reason_to_be_told_again_and_again(tmp_path: Path) -> None:
-    """A slot is free, but what was wanted last did not fit: told when memory has come back."""
+    """A slot is free, but the last prompt did not fit: the watch waits for free memory."""
     async with Site(tmp_path, profile={"speed": 0}, prefill={"arena_mib": 1, "slots": 4}) as site:
         a, b, c = gateways(site, "abc")
         a.offer("large", 5000)
@@ -149,14 +149,14 @@ async def test_arena_without_room_is_no_reason_to_be_told_again_and_again(tmp_pa
         b.watch()
         await asyncio.sleep(0.5)
         assert b.of("watch") == []
-        assert c.offer("small", 100) is None, "there are slots, and room for this one"
+        assert c.offer("small", 100) is None, "there are slots, and room for this prompt"
         await asyncio.sleep(0.1)
         c.release("small")
         await asyncio.sleep(0.1)
-        assert b.of("watch") == [], "no more room than there was"
+        assert b.of("watch") == [], "there is no more room than before"
         a.release("large")
         await asyncio.sleep(SOON_S)
-        assert b.of("watch") == TOLD
+        assert b.of("watch") == NOTIFIED
         assert b.offer("again", 5000) is None
         await asyncio.sleep(0.001)
         b.release("again")
@@ -192,7 +192,7 @@ async def test_so_is_one_of_room_in_a_decode(tmp_path: Path) -> None:
         assert told == [Released()]
 
 
-# --------------------------------------------------------------- kept for a moment
+# -------------------------------------------------------------------------------------- reservation
 
 
 @virtual
@@ -204,16 +204,16 @@ async def test_slot_is_kept_for_who_was_told(tmp_path: Path) -> None:
         b.watch()
         a.release("held 0")
         await asyncio.sleep(SOON_S)
-        assert b.of("watch") == TOLD
+        assert b.of("watch") == NOTIFIED
         assert c.offer("c") == Busy("slots")
         assert a.offer("a") == Busy("slots")
         await asyncio.sleep(RESERVED_S / 2)
         assert c.offer("c again") == Busy("slots")
         assert b.offer("b") is None
-        assert b.offer("b again") == Busy("slots"), "one slot for one that was told"
+        assert b.offer("b again") == Busy("slots"), "one slot for one notified gateway"
         await asyncio.sleep(0.05)
         b.release("b")
-        assert c.offer("c at last") is None, "nothing is kept any more"
+        assert c.offer("c at last") is None, "no slot is kept any more"
         await asyncio.sleep(0.05)
         c.release("c at last")
 
@@ -223,7 +223,7 @@ async def test_other_free_slots_are_for_everybody(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 3}) as site:
         a, b, c = gateways(site, "abc")
         b.watch()
-        assert b.of("watch") == TOLD
+        assert b.of("watch") == NOTIFIED
         assert [c.offer(str(i)) for i in range(3)] == [None, None, Busy("slots")]
         assert a.offer("a") == Busy("slots")
         assert b.offer("b") is None
@@ -249,14 +249,14 @@ async def test_slot_that_is_not_used_goes_to_the_next(tmp_path: Path) -> None:
         assert b.offer("too late") == Busy("slots")
         c.release("watch")
         await asyncio.sleep(SOON_S)
-        assert d.of("watch") == TOLD, "it was given back"
+        assert d.of("watch") == NOTIFIED, "it was returned"
         await asyncio.sleep(RESERVED_S + SOON_S)
         assert a.offer("at last") is None
         await asyncio.sleep(0.001)
         a.release("at last")
 
 
-# ------------------------------------------------------------------------ in turn
+# -------------------------------------------------------------------------------------------- order
 
 
 @virtual
@@ -284,17 +284,19 @@ async def test_first_come_first_told(tmp_path: Path) -> None:
 
 @virtual
 async def test_offer_of_who_is_first_takes_the_slot_untold(tmp_path: Path) -> None:
-    """It waits on, but behind the others: one that offers often has no advantage."""
+    """The gateway keeps waiting, but behind the others, so frequent offers give no advantage."""
     async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 1, "lease_s": 1.0}) as site:
         a, b, c = gateways(site, "abc")
         await fill(site, a)
         b.watch()
         c.watch()
         await asyncio.sleep(0.9)
-        # Within one turn of the loop: the release is seen by the offer itself.
+        # Within one turn of the loop: the offer itself sees the release.
         a.release("held 0")
         assert c.offer("c") == Busy("slots")
-        assert b.of("watch") == TOLD, "an offer out of turn makes the first be told"
+        assert b.of("watch") == NOTIFIED, (
+            "an offer out of turn makes the prefill notify the first in the queue"
+        )
         assert b.offer("b") is None
         await asyncio.sleep(0.001)
         b.watch("second")
@@ -306,7 +308,7 @@ async def test_offer_of_who_is_first_takes_the_slot_untold(tmp_path: Path) -> No
         c.watch("third")
         b.release("b again")
         await asyncio.sleep(SOON_S)
-        assert (b.of("second"), c.of("third")) == (TOLD, [])
+        assert (b.of("second"), c.of("third")) == (NOTIFIED, [])
 
 
 @virtual
@@ -317,11 +319,11 @@ async def test_turn_taken_untold_is_the_turn(tmp_path: Path) -> None:
         b.watch()
         c.watch()
         a.release("held 0")
-        assert b.offer("b") is None, "before anybody was told"
+        assert b.offer("b") is None, "before any gateway was notified"
         await asyncio.sleep(0.001)
         b.release("b")
         await asyncio.sleep(SOON_S)
-        assert (b.of("watch"), c.of("watch")) == ([], TOLD), "now it is the other's turn"
+        assert (b.of("watch"), c.of("watch")) == ([], NOTIFIED), "now it is the other's turn"
 
 
 @virtual
@@ -333,7 +335,7 @@ async def test_second_slot_is_told_where_an_offer_takes_the_first(tmp_path: Path
         a.release("held 0")
         a.release("held 1")
         assert b.offer("b") is None
-        assert b.of("watch") == TOLD
+        assert b.of("watch") == NOTIFIED
         assert a.offer("a") == Busy("slots")
         await asyncio.sleep(0.001)
         b.release("b")
@@ -350,16 +352,16 @@ async def test_one_watch_to_a_gateway(tmp_path: Path) -> None:
         assert b.of("first") == [Released()]
         a.release("held 0")
         await asyncio.sleep(SOON_S)
-        assert b.of("second") == TOLD, "in the place of the first"
+        assert b.of("second") == NOTIFIED, "instead of the first"
         assert c.of("watch") == []
 
 
-# ---------------------------------------------------------------------- its end
+# ----------------------------------------------------------------------------------- end of a watch
 
 
 @virtual
 async def test_released_watch_is_over(tmp_path: Path) -> None:
-    """So is the watch of a gateway that has died: the orphan look releases its calls."""
+    """The watch of a gateway that has died ends, too, when its orphaned calls are released."""
     async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 1}) as site:
         a, b = gateways(site, "ab")
         await fill(site, a)
@@ -415,7 +417,7 @@ async def test_hurry_is_accepted_at_once(tmp_path: Path) -> None:
         await site.idle(0.0)
 
 
-# ----------------------------------------------------------------------- bounds
+# ------------------------------------------------------------------------------------------- bounds
 
 
 @virtual
@@ -432,10 +434,10 @@ async def test_a_connection_has_one_turn_whatever_names_it_gives(tmp_path: Path)
         other.watch()
         owner.release("held 0")
         await asyncio.sleep(SOON_S)
-        assert ends[2999:] == TOLD, "it was there first"
+        assert ends[2999:] == NOTIFIED, "it was there first"
         assert other.of("watch") == []
         await asyncio.sleep(RESERVED_S + LOOK_S)
-        assert other.of("watch") == TOLD
+        assert other.of("watch") == NOTIFIED
         assert other.offer("call") is None
 
 
@@ -452,7 +454,7 @@ async def test_so_many_may_watch(tmp_path: Path) -> None:
         assert refused.message == f"{MAX_WATCHES} gateways wait already"
         assert not any(one.of("watch") for one in crowd[:-1])
         crowd[3].watch("again")
-        assert crowd[3].of("watch") == [Released()], "one that has a place may still ask again"
+        assert crowd[3].of("watch") == [Released()], "a gateway that has a place may watch again"
         assert crowd[3].of("again") == []
 
 

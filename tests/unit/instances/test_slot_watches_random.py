@@ -1,4 +1,4 @@
-"""Gateways that offer, watch, stand still and give up at any moment: no wake-up is lost."""
+"""Tests that no wake-up is lost when gateways offer, watch, stop and give up at random moments."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
     from pdserve.instances.slot_watches import Send
 
-# How closely the test looks.
+# How often the test checks.
 GLANCE_S = 1e-4
 
 
 @dataclass
 class Gateway:
-    """Offers, and when that is refused, watches and offers again."""
+    """A gateway that offers, and when it is refused, watches and offers again."""
 
     site: Site
     name: str
     rng: random.Random
     late: float = 0.05
-    """How often it stands still when it is told, until the slot is another's."""
+    """The probability that it reacts so late to a notification that another gets the slot."""
     served: int = 0
     offers: int = 0
 
@@ -52,7 +52,7 @@ class Gateway:
             self.served += 1
 
     async def ask(self, submit: Callable[[Send], None]) -> Reply:
-        """The last reply."""
+        """Return the last reply."""
         heard: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         submit(lambda reply, last: heard.set_result(reply) if last and not heard.done() else None)
         return await heard
@@ -90,7 +90,7 @@ async def test_no_slot_is_idle_while_somebody_waits(seed: int, tmp_path: Path) -
 
 @virtual
 async def test_gateway_that_offers_often_gets_no_more(tmp_path: Path) -> None:
-    """Four of them at one prefill; the first has seven requests at a time, and does not wait."""
+    """Four gateways share a prefill; the first offers seven requests at a time without waiting."""
     async with Site(tmp_path, profile={"prefill": {"base_ms": 10.0}}, prefill={"slots": 1}) as site:
         rng = random.Random(1)
         gateways = [Gateway(site, name, rng, late=0.0) for name in "abcd"]
@@ -117,7 +117,7 @@ async def test_gateway_that_offers_often_gets_no_more(tmp_path: Path) -> None:
 
 
 def test_any_history_of_a_line() -> None:
-    """Each watch ends once and in turn, and what is free is either kept or wanted by nobody."""
+    """Each watch ends once and in turn, and a free slot is either kept or wanted by no gateway."""
     for seed in range(300):
         rng = random.Random(seed)
         watches, ended, line = SlotWatches(), Counter[str](), list[str]()

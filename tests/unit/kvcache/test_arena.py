@@ -1,4 +1,4 @@
-"""Arena: no overlap, conservation, coalescing, eviction order, and the states of a range."""
+"""Tests for Arena: no overlap, nothing lost, coalescing, eviction order, states of a range."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pdserve.kvcache.free_list import FreeList
 PAGES = 24
 MAX_RANGES = 6
 READABLE = (State.LEASED, State.IN_TRANSFER, State.QUARANTINED)
-"""A receiver may be reading."""
+"""States in which a receiver may be reading."""
 
 
 def gaps(capacity: int, held: list[Range]) -> list[tuple[int, int]]:
-    """(size, offset) of what lies between ranges, by looking at all of them."""
+    """Return (size, offset) of the gaps between ranges, by a scan of all ranges."""
     found, end = [], 0
     for one in sorted(held, key=lambda one: one.offset):
         if one.offset > end:
@@ -37,7 +37,7 @@ class ArenaMachine(RuleBasedStateMachine):
         self.freed: list[Range] = []
         self.arena = Arena(PAGES * ALIGNMENT + 17, MAX_RANGES, self.freed.append)
         self.live: list[Range] = []
-        self.lru: list[Range] = []  # CACHED, least recently used first
+        self.lru: list[Range] = []  # ranges in state CACHED, least recently used first
         self.filled: set[Range] = set()
         self.now = 0.0
 
@@ -67,13 +67,15 @@ class ArenaMachine(RuleBasedStateMachine):
         got = self.arena.allocate(nbytes)
         if not holes or len(live) == MAX_RANGES:
             assert got is None
-            assert self.freed == [], "evicted in vain"
+            assert self.freed == [], "an eviction was not needed"
             return
         assert got is not None
         assert got.state is State.ALLOCATED
         assert (got.nbytes, got.size) == (nbytes, size)
-        assert got.offset == min(holes)[1], "not the best fit"
-        assert self.freed == victims, "not the least recently used, or more than needed"
+        assert got.offset == min(holes)[1], "this is not the best fit"
+        assert self.freed == victims, (
+            "not the least recently used range, or more ranges than needed"
+        )
         assert all(
             got.offset >= one.offset + one.size or one.offset >= got.offset + size for one in safe
         )

@@ -1,4 +1,4 @@
-"""BlockPool: no block in two tables, conservation, few runs, who is evicted, and copies."""
+"""Tests for BlockPool: no block in two tables, nothing lost, few runs, eviction order, copies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE = 4
 
 
 def holes(used: set[int]) -> list[int]:
-    """Lengths of the runs of unused blocks."""
+    """Return the lengths of the runs of unused blocks."""
     line = "".join("x" if block in used else "." for block in range(BLOCKS))
     return sorted(len(hole) for hole in line.split("x") if hole)
 
@@ -43,7 +43,7 @@ class PoolMachine(RuleBasedStateMachine):
         table = self.pool.allocate(tokens)
         if wanted > BLOCKS - len(staying):
             assert table is None
-            assert self.freed == [], "evicted in vain"
+            assert self.freed == [], "an eviction was not needed"
             return
         assert table is not None
         assert len(table.blocks) == len(set(table.blocks)) == wanted
@@ -74,10 +74,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert set(self.freed) <= set(spare)
         assert len(self.freed) == len(set(self.freed))
         for one in self.freed:
-            assert set(one.blocks) & set(table.blocks), "evicted in vain"
+            assert set(one.blocks) & set(table.blocks), "an eviction was not needed"
             self.parked.remove(one)
         if len(table.runs) == 1 and self.freed:
-            # Without the most recently used of them there would have been no run.
+            # Without the most recently used of the evicted tables there would have been no run.
             last = spare.index(max(self.freed, key=spare.index))
             wanted = len(table.blocks)
             assert max(holes(every - blocks(spare[:last])), default=0) < wanted
@@ -185,7 +185,7 @@ def test_long_runs_come_first_when_there_is_no_single_one() -> None:
 
 
 def filled(pool: BlockPool) -> list[BlockTable]:
-    """One table for each block, in the order of the blocks."""
+    """Return one table for each block, in the order of the blocks."""
     tables = [pool.allocate(1) for _ in range(pool.blocks)]
     assert all(table is not None for table in tables)
     return [table for table in tables if table is not None]
@@ -206,7 +206,7 @@ def test_a_pinned_source_stays_when_its_sequence_ends() -> None:
 
 
 def test_what_lies_beside_the_run_is_not_evicted() -> None:
-    """Blocks 4, 2 and 3 are the least recently used and make a run: two of the three are taken."""
+    """Blocks 4, 2 and 3 are the least recently used ones and form a run, of which two are taken."""
     pool = BlockPool(6, SIZE)
     tables = filled(pool)
     for block in (4, 2, 3, 0, 1, 5):

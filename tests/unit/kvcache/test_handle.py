@@ -1,4 +1,4 @@
-"""KVHandle: round trip, size, its seal, and what is refused when it is opened or checked."""
+"""Tests for KVHandle: round trip, size, seal, and what is refused on opening or checking."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 
 
 def test_one_message_does_not_pass_for_another() -> None:
-    """Under the same key, whatever its bytes say."""
+    """A message of another type under the same key is refused, whatever its bytes are."""
 
     class Other(msgspec.Struct):
         version: int
 
     class KVHandleX(KVHandle):
-        """Of the same fields."""
+        """A message type with the same fields."""
 
     assert unseal(seal(Other(2), KEY), Other, KEY) == Other(2)
     other = KVHandleX(**msgspec.structs.asdict(GOOD))
@@ -148,7 +148,7 @@ def test_one_message_does_not_pass_for_another() -> None:
     ],
 )
 def test_a_malformed_field_is_refused_by_name(field: str, value: object) -> None:
-    """Even of one who has the key."""
+    """A malformed field is refused even if the sender has the key."""
     fields = msgspec.to_builtins(GOOD, builtin_types=(bytes,)) | {field: value}
     made = msgspec.defstruct("KVHandle", [(name, object) for name in fields])(**fields)
     with pytest.raises(HandleError, match=f"is malformed: .*{field}"):

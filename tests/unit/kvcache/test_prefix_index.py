@@ -1,4 +1,4 @@
-"""PrefixIndex against a naive model, wired to an arena and to a pool that evict."""
+"""Tests for PrefixIndex against a naive model, with an arena and a block pool that evict."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def array(tokens: list[int]) -> np.ndarray:
 
 
 def shared(tokens: list[int], others: list[int]) -> int:
-    """Length of the common prefix in whole blocks, the last token left out."""
+    """Return the length of the common prefix in whole blocks, without the last token."""
     length = 0
     while tokens[: length + BLOCK] == others[: length + BLOCK] and (
         length + BLOCK <= min(len(tokens) - 1, len(others))
@@ -60,7 +60,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), more=prompts)
     def goes_on(self, data: st.DataObject, more: list[int]) -> None:
-        """As a conversation does: what is added last takes the place of what was there."""
+        """Add the next turn of a conversation, which takes the place of the previous one."""
         live = [held for held in self.content if held.state is not State.FREE]
         if live:
             held = data.draw(st.sampled_from(live))
@@ -109,7 +109,7 @@ TestPrefixIndex.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def kv(tokens: list[int], salt: str) -> np.ndarray:
-    """Stands for the K and V of every token: int64 [n], each of all tokens up to it."""
+    """Return int64 [n] in place of K and V: each value depends on all tokens up to it."""
     digest, rows = hashlib.sha256(salt.encode()), []
     for token in tokens:
         digest.update(bytes([token]))
@@ -119,7 +119,7 @@ def kv(tokens: list[int], salt: str) -> np.ndarray:
 
 @dataclass(eq=False)
 class Sequence:
-    """In a decode: `rows` of its tokens are in the pool."""
+    """A sequence in a decode: `rows` of its tokens are in the pool."""
 
     table: BlockTable
     tokens: list[int]
@@ -130,7 +130,7 @@ class Sequence:
 
 
 class DecodeMachine(RuleBasedStateMachine):
-    """What a decode does: copy a prefix, take the tail, generate, and leave it all to the next."""
+    """A decode that copies a prefix, pulls the tail, generates, and keeps all of it cached."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ def test_chain_is_of_all_tokens_before_and_of_the_tenant() -> None:
 
 
 def test_chain_is_the_same_in_every_process_and_version() -> None:
-    """A gateway compares it with what a prefill has told."""
+    """A gateway compares its own chain with the one that a prefill reports."""
     digests = chain(np.arange(64, dtype=np.int32), "acme", 64)
     assert shorten(digests).hex() == "86c2845c7ef8437ffb81f324be28b0d3"
 

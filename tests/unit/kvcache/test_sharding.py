@@ -1,4 +1,4 @@
-"""KV caches cut by heads: prefill and decode of different tensor parallelism."""
+"""Tests for KV caches sharded by heads, between different tensor parallelism of the two roles."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pdserve.kvcache.sharding import Sharding, columns, routes, sharding_for
 from pdserve.transfer import plane
 from pdserve.transfer.producer.kv_range import KVRange
 from tests.unit.inprocess import Site, virtual
-from tests.unit.transfers import TOKENS, Sender, Taker, terms
+from tests.unit.transfers import TOKENS, Puller, Sender, terms
 
-# Ranks of the prefill, ranks of the decode, KV heads; the last ones hold heads twice.
+# Ranks of the prefill, ranks of the decode, KV heads; in the last rows, ranks share heads.
 PAIRS = [
     (1, 1, 8), (1, 2, 8), (2, 1, 8), (2, 4, 8), (4, 2, 8), (8, 8, 8), (1, 8, 8), (8, 1, 8),
     (4, 8, 4), (8, 4, 4), (2, 8, 4), (8, 2, 4), (1, 4, 1), (4, 1, 1),
@@ -29,7 +29,7 @@ pairs = st.tuples(*[st.sampled_from([1, 2, 3, 4, 6, 8, 16])] * 3)
 
 
 def served(n: int, m: int, heads: int) -> bool:
-    """Whether a prefill of n ranks and a decode of m can share out so many heads."""
+    """Tell whether a prefill of n ranks and a decode of m can share out so many heads."""
     each_way = not (n % m and m % n)
     return each_way and all(not (heads % r and r % heads) for r in (n, m))
 
@@ -38,7 +38,7 @@ def layout_of(heads: int) -> KVLayout:
     return KVLayout(3, heads, 8, "bfloat16")
 
 
-# How it is cut.
+# --------------------------------------------------------------------------- sharding of a KV cache
 
 
 @given(pairs)
@@ -82,7 +82,7 @@ def test_a_deployment_is_refused_when_its_instances_start(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("n", "m", "heads"), PAIRS)
 def test_parts_have_every_head(n: int, m: int, heads: int) -> None:
-    """Once; or as often as ranks outnumber the heads."""
+    """Each head occurs once, or as often as there are ranks for it."""
     sharding, layout = sharding_for(n, m, heads), layout_of(heads)
     held = [0] * heads
     for part in range(sharding.parts):
@@ -119,7 +119,7 @@ def test_equal_parallelism_is_rank_to_rank(ranks: int) -> None:
         assert [route.part for route in routes(sharding, ranks, 8, rank)] == [rank]
 
 
-# A KV cache in its range.
+# -------------------------------------------------------------------------- a KV cache in its range
 
 
 @pytest.mark.parametrize(("n", "m", "heads"), PAIRS)
@@ -144,7 +144,7 @@ def test_a_range_is_seen_whole(n: int, m: int, heads: int) -> None:
     assert np.shares_memory(kv.whole, data) == (sharding.parts == 1)
 
 
-# Through the transfer plane, bit for bit.
+# ------------------------------------------------------------------ the transfer plane, bit for bit
 
 
 @pytest.mark.parametrize("way", ["shm", "whole", "direct"])
@@ -154,26 +154,28 @@ def test_a_pull_from_n_ranks_to_m(n: int, m: int, heads: int, way: str) -> None:
     name = "shm" if way == "shm" else "memcpy"
     strategy = None if way == "shm" else way
     sender = Sender(name, agreed)
-    taker = Taker(name, agreed, ranks=m, strategy=strategy)  # type: ignore[arg-type]
-    taker.connect(sender)
+    puller = Puller(name, agreed, ranks=m, strategy=strategy)  # type: ignore[arg-type]
+    puller.connect(sender)
     for first, runs in ((0, [(60, 20), (3, 30)]), (17, [(40, 33)])):
-        taker.pool[:] = 0
+        puller.pool[:] = 0
         offer = sender.offer()
-        transfer = taker.take(offer, runs, first)
-        taker.check(offer, runs, first)
-        assert transfer.nbytes == agreed.layout.nbytes(TOKENS - first), "no head travels twice"
-    taker.close()
+        transfer = puller.pull(offer, runs, first)
+        puller.check(offer, runs, first)
+        assert transfer.nbytes == agreed.layout.nbytes(TOKENS - first), (
+            "no head is transferred twice"
+        )
+    puller.close()
     sender.close()
 
 
 def test_a_pull_layer_by_layer_from_2_ranks_to_4() -> None:
     agreed = terms(layout_of(8), sharding_for(2, 4, 8))
-    sender, taker = Sender("memcpy", agreed), Taker("memcpy", agreed, ranks=4)
-    taker.connect(sender)
+    sender, puller = Sender("memcpy", agreed), Puller("memcpy", agreed, ranks=4)
+    puller.connect(sender)
     offer, loop = sender.begin(), asyncio.new_event_loop()
 
     async def follow() -> str:
-        following = loop.run_in_executor(None, taker.take, offer)
+        following = loop.run_in_executor(None, puller.take, offer)
         for planes in (2, 4, 6):
             await asyncio.sleep(0.02)
             sender.compute(offer, planes)
@@ -183,25 +185,25 @@ def test_a_pull_layer_by_layer_from_2_ranks_to_4() -> None:
     assert loop.run_until_complete(follow()) == "layered"
     loop.run_until_complete(loop.shutdown_default_executor())
     loop.close()
-    taker.check(offer, [(0, TOKENS)])
-    taker.close()
+    puller.check(offer, [(0, TOKENS)])
+    puller.close()
     sender.close()
 
 
 def test_ends_that_were_told_different_cuts() -> None:
-    sender, taker = (
+    sender, puller = (
         Sender(agreed=terms(layout_of(8), Sharding(2, 1))),
-        Taker(agreed=terms(layout_of(8))),
+        Puller(agreed=terms(layout_of(8))),
     )
-    taker.connect(sender)
+    puller.connect(sender)
     with pytest.raises(HandleError, match=r"has Sharding\(ranks=2.*expects Sharding\(ranks=1"):
-        taker.take(sender.offer())
-    assert not taker.pool.any()
-    taker.close()
+        puller.pull(sender.offer())
+    assert not puller.pool.any()
+    puller.close()
     sender.close()
 
 
-# Through prefill, scheduler and decode.
+# -------------------------------------------------------------------- prefill, scheduler and decode
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 2), (2, 1), (2, 4), (4, 2), (4, 16)])
@@ -220,13 +222,13 @@ async def test_answers_from_n_ranks_to_m(tmp_path: Path, n: int, m: int) -> None
             assert await site.answer(request) == site.expected(request)
             assert request.transfer is not None
             assert request.transfer.nbytes <= site.model.layout.nbytes(request.prompt_tokens)
-        assert requests[-1].cached_tokens == 96, "a prefix is read from its parts"
+        assert requests[-1].cached_tokens == 96, "the prefix is read from its parts"
         await site.idle()
 
 
 @virtual
 async def test_an_arena_counts_heads_that_are_held_twice(tmp_path: Path) -> None:
-    """4 heads on 8 ranks take the room of 8."""
+    """4 heads on 8 ranks take the space of 8."""
     async with Site(
         tmp_path,
         profile={"speed": 0, "kv_heads": 4, "head_dim": 8},

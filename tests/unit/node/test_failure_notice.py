@@ -1,4 +1,4 @@
-"""Only a watchdog of the deployment may say that an instance is lost: of one life of it alone."""
+"""Tests that only the deployment's watchdogs can report an instance lost, and only one epoch."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class TestEpoch:
                 one.wait()
 
 
-def said(calls: Calls, call: str, by: bytes, reply: messages.Reply | None = None) -> None:
+def deliver_reply(calls: Calls, call: str, by: bytes, reply: messages.Reply | None = None) -> None:
     calls.deliver(call, messages.encode_replies([(call, reply or Accepted())], by))
 
 
@@ -87,41 +87,41 @@ class TestCalls:
     def test_the_life_that_has_spoken_last_is_lost_once(self) -> None:
         calls = Calls()
         calls.open("1")
-        assert not calls.lost(OLD), "nothing is known of it"
-        said(calls, "1", OLD)
+        assert not calls.lost(OLD), "no epoch is known yet"
+        deliver_reply(calls, "1", OLD)
         assert not calls.lost(NEW)
         assert not calls.lost(b"")
         assert calls.lost(OLD)
-        assert not calls.lost(OLD), "said again, it does nothing"
+        assert not calls.lost(OLD), "a repeated notice has no effect"
 
     def test_of_a_former_life_nothing_is_lost(self) -> None:
         calls = Calls()
         calls.open("1")
-        said(calls, "1", OLD)
-        said(calls, "1", NEW)
+        deliver_reply(calls, "1", OLD)
+        deliver_reply(calls, "1", NEW)
         assert not calls.lost(OLD)
         assert calls.lost(NEW)
 
     @virtual
     async def test_a_new_life_ends_what_the_former_one_had_begun(self) -> None:
-        """Also where nobody has told of its end."""
+        """They end even if no notice of the former process's end has come."""
         calls = Calls()
         begun, waiting = calls.open("begun"), calls.open("waiting")
-        said(calls, "begun", OLD)
-        said(calls, "waiting", NEW, Released())
+        deliver_reply(calls, "begun", OLD)
+        deliver_reply(calls, "waiting", NEW, Released())
         assert await begun.get(1) == Accepted()
         with pytest.raises(InstanceError, match="its process is gone"):
             await begun.get(1)
-        assert await waiting.get(1) == Released(), "it may have come to the new one"
+        assert await waiting.get(1) == Released(), "it may have reached the new process"
 
     @virtual
     async def test_what_a_dead_one_had_sent_does_not_bring_it_back(self) -> None:
         calls = Calls()
         calls.open("1")
-        said(calls, "1", OLD)
+        deliver_reply(calls, "1", OLD)
         assert calls.lost(OLD)
         late = calls.open("1")
-        said(calls, "1", OLD)
+        deliver_reply(calls, "1", OLD)
         with pytest.raises(InstanceError, match="no answer"):
             await late.get(1)
         assert not calls.lost(OLD)
@@ -130,8 +130,8 @@ class TestCalls:
     async def test_what_does_not_name_its_life_is_heard(self) -> None:
         calls = Calls()
         replies = calls.open("1")
-        said(calls, "1", OLD)
-        said(calls, "1", b"", Released())
+        deliver_reply(calls, "1", OLD)
+        deliver_reply(calls, "1", b"", Released())
         assert [await replies.get(1), await replies.get(1)] == [Accepted(), Released()]
 
 
@@ -139,7 +139,7 @@ def test_a_channel_goes_on_when_another_life_is_said_to_be_lost() -> None:
     async def scenario() -> None:
         channel = GrpcChannel("127.0.0.1:1", "decode_0", KEY)
         replies = channel.open("1", messages.Release("1"))
-        said(channel._calls, "1", NEW)
+        deliver_reply(channel._calls, "1", NEW)
         channel.lose(OLD)
         assert await replies.get(1) == Accepted()
         channel.lose(NEW)

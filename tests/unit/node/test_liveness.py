@@ -1,4 +1,4 @@
-"""A model that works is alive; one that does not is asked; a thread that stands still is not."""
+"""Tests for liveness: a model that works is alive; an idle one is probed; a stuck one is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WITHIN_S = 3.0
 
 
 class Model:
-    """Threads whose turns and work a test counts; it answers a question after ``takes`` seconds."""
+    """Threads whose turns and work a test counts; a probe is answered after ``takes`` seconds."""
 
     def __init__(self, threads: int = 2) -> None:
         self.beats = [Beats(1, 0)] * threads
@@ -54,7 +54,7 @@ async def test_one_that_does_nothing_is_asked_each_time() -> None:
     alive = model.liveness()
     for looks in range(1, 5):
         assert await alive() is False
-        assert model.asked == looks, "the question itself is no work of others"
+        assert model.asked == looks, "the probe itself does not count as work"
         await asyncio.sleep(1)
         model.turn()
 
@@ -158,9 +158,9 @@ def test_a_heartbeat_is_read_by_others(tmp_path: Path) -> None:
     heartbeat.worked(2)
     assert read(path) == [(1, 0), (0, 0), (1000, 1)]
     later = Heartbeat(path, threads=1)
-    assert read(path) == [(0, 0)], "a new life counts anew"
+    assert read(path) == [(0, 0)], "a new process counts from zero"
     heartbeat.close()
-    assert read(path) == [(0, 0)], "a former one ends, and leaves it alone"
+    assert read(path) == [(0, 0)], "a former process ends, and does not change it"
     for _ in range(2):
         later.close()
         assert not path.exists()

@@ -1,4 +1,4 @@
-"""Probes ask instances by the messages that serve requests, and leave nothing held."""
+"""Tests for probes, which use the messages of requests, and leave nothing held."""
 
 from __future__ import annotations
 
@@ -38,21 +38,23 @@ def probes(site: Site) -> Probes:
 @virtual
 async def test_all_is_well(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, decodes=2) as site:
-        asked = probes(site)
+        probe = probes(site)
         for name in links(site):
-            assert not await asked.alive(name), "it shows life, not that it computes"
+            assert not await probe.alive(name), (
+                "an answered message does not show that the engine computes"
+            )
         for i in range(2):
-            assert await asked.prefill(f"prefill_{i}")
-            assert await asked.decode(f"decode_{i}")
+            assert await probe.prefill(f"prefill_{i}")
+            assert await probe.decode(f"decode_{i}")
         await site.idle()
 
 
 @virtual
 async def test_decodes_are_probed_with_every_prefill_in_turn(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=3) as site:
-        asked = probes(site)
+        probe = probes(site)
         for _ in range(6):
-            assert await asked.decode("decode_0")
+            assert await probe.decode("decode_0")
         assert [len(link.of(PrefillRequest)) for link in site.p_links] == [2, 2, 2]
         assert len(site.d_links[0].of(DecodeRequest)) == 6
 
@@ -60,10 +62,10 @@ async def test_decodes_are_probed_with_every_prefill_in_turn(tmp_path: Path) -> 
 @virtual
 async def test_who_has_no_link_is_connected(tmp_path: Path) -> None:
     async with Site(tmp_path, linked=False) as site:
-        asked = probes(site)
-        assert not await asked.decode("decode_0")
+        probe = probes(site)
+        assert not await probe.decode("decode_0")
         assert len(site.d_links[0].of(Connect)) == 1
-        assert await asked.decode("decode_0")
+        assert await probe.decode("decode_0")
         await site.idle()
 
 
@@ -71,13 +73,13 @@ async def test_who_has_no_link_is_connected(tmp_path: Path) -> None:
 async def test_busy_is_alive(tmp_path: Path) -> None:
     times = {"prefill": {"base_ms": 5000.0}, "decode": {"base_ms": 5000.0}}
     async with Site(tmp_path, profile=times, prefill={"slots": 1}, decode={"slots": 1}) as site:
-        asked = probes(site)
+        probe = probes(site)
         request = site.start(site.request(max_tokens=3))
         await asyncio.sleep(1)
-        assert not await asked.prefill("prefill_0")
-        assert not await asked.decode("decode_0"), "no prefill has a KV cache to give"
+        assert not await probe.prefill("prefill_0")
+        assert not await probe.decode("decode_0"), "no prefill has a KV cache to hand over"
         await asyncio.sleep(5)
-        assert not await asked.decode("decode_0"), "its only slot is taken"
+        assert not await probe.decode("decode_0"), "its only slot is taken"
         assert len(site.d_links[0].of(DecodeRequest)) == 2
         await request
         await site.idle()
@@ -86,64 +88,64 @@ async def test_busy_is_alive(tmp_path: Path) -> None:
 @virtual
 async def test_an_instance_that_does_not_answer_has_failed(tmp_path: Path) -> None:
     async with Site(tmp_path) as site:
-        asked = probes(site)
+        probe = probes(site)
         for link in (*site.p_links, *site.d_links):
             link.lose = lambda message: True
         for ask, name in (
-            (asked.alive, "prefill_0"),
-            (asked.alive, "decode_0"),
-            (asked.prefill, "prefill_0"),
+            (probe.alive, "prefill_0"),
+            (probe.alive, "decode_0"),
+            (probe.prefill, "prefill_0"),
         ):
             with pytest.raises(InstanceError, match="no answer within 6 s"):
                 await ask(name)
-        assert not await asked.decode("decode_0"), "a prefill's silence is not the decode's"
+        assert not await probe.decode("decode_0"), "the decode is not blamed for a silent prefill"
         site.p_links[0].lose = lambda message: False
         with pytest.raises(InstanceError, match="no answer within 6 s"):
-            await asked.decode("decode_0")
+            await probe.decode("decode_0")
         site.d_links[0].lose = lambda message: False
         await site.idle()
 
 
 @virtual
 async def test_an_engine_that_fails_has_failed(tmp_path: Path) -> None:
-    """TensorRT-LLM#12313: a health of 200 must mean that requests can be served."""
+    """TensorRT-LLM#12313: a health status of 200 must mean that requests can be served."""
     async with Site(tmp_path) as site:
-        asked = probes(site)
+        probe = probes(site)
         site.p_engines[0].failures.append(RuntimeError("device-side assert"))
-        assert not await asked.alive("prefill_0")
+        assert not await probe.alive("prefill_0")
         with pytest.raises(InstanceError, match=r"prefill_0 answered .*device-side assert"):
-            await asked.prefill("prefill_0")
+            await probe.prefill("prefill_0")
         site.d_engines[0].failures.append(RuntimeError("device-side assert"))
         with pytest.raises(InstanceError, match=r"decode_0 answered .*device-side assert"):
-            await asked.decode("decode_0")
+            await probe.decode("decode_0")
         await site.idle()
 
 
 @virtual
 async def test_an_engine_that_never_comes_to_an_end_has_failed(tmp_path: Path) -> None:
-    """It accepts, and says so again and again."""
+    """The engine accepts, and repeats the acceptance again and again."""
     async with Site(tmp_path, profile={"prefill": {"base_ms": 1e6}}) as site:
-        asked = probes(site)
+        probe = probes(site)
         began = asyncio.get_running_loop().time()
         with pytest.raises(InstanceError, match="computed no token within 8 s"):
-            await asked.prefill("prefill_0")
+            await probe.prefill("prefill_0")
         assert asyncio.get_running_loop().time() - began == pytest.approx(8)
-        assert not await asked.decode("decode_0"), "the decode is not to blame"
+        assert not await probe.decode("decode_0"), "the decode is not to blame"
 
 
 @virtual
 async def test_busy_for_ever_is_not_alive(tmp_path: Path) -> None:
-    """TensorRT-LLM#12313: a hang with a health of 200. Health means that something is admitted."""
+    """TensorRT-LLM#12313: health means that requests are admitted, not just a status of 200."""
     times = {"prefill": {"base_ms": 1e6}}
     async with Site(tmp_path, profile=times, prefill={"slots": 1}) as site:
-        asked = probes(site)
+        probe = probes(site)
         request = site.start(site.request(ttft_limit_s=1000))
         for _ in range(6):
             await asyncio.sleep(LIMITS.idle_s / 5)
-            assert not await asked.prefill("prefill_0")
+            assert not await probe.prefill("prefill_0")
         await asyncio.sleep(LIMITS.idle_s / 5)
         with pytest.raises(InstanceError, match="is busy, and has made no step for 24 s"):
-            await asked.prefill("prefill_0")
+            await probe.prefill("prefill_0")
         request.cancel()
         await asyncio.gather(request, return_exceptions=True)
 
@@ -152,21 +154,21 @@ async def test_busy_for_ever_is_not_alive(tmp_path: Path) -> None:
 async def test_busy_with_steps_is_alive_however_long(tmp_path: Path) -> None:
     times = {"decode": {"base_ms": 100.0}}
     async with Site(tmp_path, profile=times, decode={"slots": 1}) as site:
-        asked = probes(site)
+        probe = probes(site)
         request = site.start(site.request(max_tokens=1000))
         for _ in range(18):
             await asyncio.sleep(5)
-            assert not await asked.decode("decode_0")
+            assert not await probe.decode("decode_0")
         await request
-        assert await asked.decode("decode_0")
+        assert await probe.decode("decode_0")
 
 
 @virtual
 async def test_given_up_it_leaves_nothing_behind(tmp_path: Path) -> None:
     times = {"prefill": {"base_ms": 1000.0}, "decode": {"base_ms": 1000.0}}
     async with Site(tmp_path, profile=times) as site:
-        asked = probes(site)
+        probe = probes(site)
         for limit in (0.5, 1.5):
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(asked.decode("decode_0"), limit)
+                await asyncio.wait_for(probe.decode("decode_0"), limit)
             await site.idle(2)

@@ -1,4 +1,4 @@
-"""A watchdog notices what has failed in a server, and restores it: under a clock that jumps."""
+"""Tests for the watchdog, which detects failures in a server and repairs them, in virtual time."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ EVERY_S, WITHIN_S = 1.0, 3.0
 
 
 class FakeServer:
-    """A server whose ends and answers a test writes. It keeps what is done to it, and when."""
+    """A server whose failures and answers a test sets; it records what is done to it, and when."""
 
     def __init__(self) -> None:
         self.lives = dict.fromkeys((SERVER, *MODELS), Life.RUNS)
         self.silent: set[str] = set()
         self.broken: dict[str, Exception] = {}
-        """What its restoring ends with."""
+        """Errors that restoring a thing ends with."""
         self.takes: defaultdict[str, float] = defaultdict(lambda: 0.5)
-        """Seconds to restore it."""
+        """Seconds that restoring a thing takes."""
         self.unreachable = False
         """Its models cannot be withdrawn."""
         self.crowded = 0
-        """So many times it cannot be withdrawn itself."""
+        """The number of times that withdrawing it fails."""
         self.trouble: Exception | None = None
-        """Why it cannot be asked."""
+        """The error of every probe."""
         self.blind = False
         """Its processes cannot be looked at."""
         self.dismissed = ""
-        """Where it is found out that it has been stopped."""
+        """The reason, when it is found that the server has been stopped."""
         self.done: list[tuple[str, str, float]] = []
 
     def look(self) -> Mapping[str, Life]:
@@ -187,7 +187,7 @@ class TestNoticing:
         server = FakeServer()
         async with watched(server, ["one"]) as watchdog:
             server.silent.add("one")
-            await asyncio.sleep(EVERY_S + 2 * WITHIN_S)  # a second question is open
+            await asyncio.sleep(EVERY_S + 2 * WITHIN_S)  # a second probe is open
             server.lives["one"] = Life.GONE
             await asyncio.sleep(60)
             assert len(server.times("withdraw", "one")) == 1
@@ -195,7 +195,7 @@ class TestNoticing:
 
 
 class TestTroubles:
-    """Of the watchdog's own: none of them is a failure of what it looks after, or the end."""
+    """Failures of the watchdog's own work neither count as failures of its server nor end it."""
 
     @virtual
     async def test_what_cannot_be_asked_has_not_failed(
@@ -209,12 +209,12 @@ class TestTroubles:
                 assert not server.times("withdraw", "one")
                 assert watchdog.health["one"].state is State.HEALTHY
                 said = [record for record in caplog.records if "cannot be asked" in record.message]
-                assert len(said) == 2, "said once of each, not each second"
+                assert len(said) == 2, "logged once for each, not every second"
                 caplog.clear()
                 server.trouble = None
                 server.silent.add("one")
                 await asyncio.sleep(20)
-                assert server.times("withdraw", "one"), "it is asked again"
+                assert server.times("withdraw", "one"), "it is probed again"
             server = FakeServer()
 
     @virtual
@@ -244,7 +244,7 @@ class TestTroubles:
 
     @virtual
     async def test_a_server_that_has_been_stopped_ends_it(self) -> None:
-        """Also in the middle of a repair."""
+        """This holds in the middle of a repair, too."""
         for what in ("look", "restore"):
             server = FakeServer()
             watchdog = Watchdog(server, MODELS, [], whole=(), load_s=LOAD_S)
@@ -287,7 +287,7 @@ class TestRepairing:
 
     @virtual
     async def test_a_model_that_cannot_be_loaded_is_not_reloaded_in_a_loop(self) -> None:
-        """Its server serves on; the pauses double from a second to a minute."""
+        """The server keeps serving, and the pauses double from a second to a minute."""
         server = FakeServer()
         server.broken["one"] = NotRestored("no weights in /nowhere")
         server.takes["one"] = 0.0

@@ -1,4 +1,4 @@
-"""Metrics counted in process: what is drained, once, and that histograms are Prometheus's."""
+"""Tests for metrics that are counted in process: each change is drained once; histogram format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdserve.observability.metrics import Change, Counter, Gauge, Histogram, Met
 def drained(registry: Registry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     changes = list(registry.drain())
     found = {(change.name, change.labels): change.value for change in changes}
-    assert len(found) == len(changes), "a series is told once"
+    assert len(found) == len(changes), "a series is drained once"
     return found
 
 
@@ -36,7 +36,7 @@ def test_gauges_are_drained_when_they_change() -> None:
     registry = Registry()
     key = ("pdserve_slots", (("instance", "p"), ("state", "used")))
     registry.set(catalogue.SLOTS, 0, instance="p", state="used")
-    assert drained(registry) == {key: 0}, "a first zero is told"
+    assert drained(registry) == {key: 0}, "a first zero is drained"
     registry.set(catalogue.SLOTS, 0, instance="p", state="used")
     assert drained(registry) == {}
     registry.set(catalogue.SLOTS, 3, instance="p", state="used")
@@ -80,7 +80,7 @@ def test_histogram_adds_up() -> None:
 
 
 def test_no_bucket_is_ahead_of_a_higher_one() -> None:
-    """Whenever the page is read, and after whichever step."""
+    """This holds whenever the page is read, and after each step of an update."""
     registry = Registry()
     told = dict.fromkeys([*map(str, SECONDS), "+Inf"], 0.0)
     for values in ([0.3, 0.0007], [0.004, 70.0, 0.0001]):
@@ -113,7 +113,7 @@ def labels_of(metric: Metric[...]) -> dict[str, str]:
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=repr)
 def test_what_is_told_of_a_metric(metric: Metric[...]) -> None:
-    """Its name, its help and its labels, in their order whatever order they are given in."""
+    """The name, the help and the labels are given, the labels in the declared order."""
     registry, labels = Registry(), labels_of(metric)
     given = dict(reversed(labels.items()))
     if isinstance(metric, Histogram):
@@ -146,7 +146,7 @@ def test_labels_are_those_that_are_declared(metric: Metric[...]) -> None:
         others = {other: value for other, value in labels.items() if other != name}
         with pytest.raises(TypeError, match=f"missing .* '{name}'"):
             count(metric, 1, **others)
-    assert list(registry.drain()) == [], "and nothing is counted"
+    assert list(registry.drain()) == [], "and no series is counted"
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=repr)

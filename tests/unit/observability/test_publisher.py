@@ -1,4 +1,4 @@
-"""What is handed to Triton, which may not take all of it."""
+"""Tests for publishing metrics to Triton, which may refuse some of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REQUESTS, SLOTS = "pdserve_requests_total", "pdserve_slots"
 
 
 class Server:
-    """Imitates Triton's ``MetricFamily``: keeps every series, but for what it ``refuses``."""
+    """Imitates Triton's ``MetricFamily``: keeps every series except those that it ``refuses``."""
 
     COUNTER, GAUGE = "counter", "gauge"
 
@@ -71,7 +71,7 @@ def count(registry: Registry) -> None:
 
 
 def published(server: Server) -> dict[str, float]:
-    """Without the buckets."""
+    """Return the published series without the buckets."""
     return {text: value for text, value in server.values.items() if "_bucket" not in text}
 
 
@@ -112,14 +112,16 @@ async def test_a_metric_that_is_not_taken_stops_no_other(
         registry.add(catalogue.STEPS, 1, instance="p")
         await asyncio.sleep(PUBLISH_S)
         steps = others["pdserve_steps_total p"] + 1
-        assert published(server) == others | {"pdserve_steps_total p": steps}, "nor delays any"
+        assert published(server) == others | {"pdserve_steps_total p": steps}, (
+            "nor does it delay any"
+        )
         await publishing
     assert caplog.messages == [f"{name} cannot be published: RuntimeError('no {refused}')"]
 
 
 @virtual
 async def test_what_is_not_taken_is_published_later() -> None:
-    """Counters with all that has come meanwhile, gauges as they are by then."""
+    """Counters include all increments since, and gauges have their current level."""
     server, registry = Server(), Registry()
     server.refuses = {REQUESTS, SLOTS}
     publishing = asyncio.create_task(publish(Publisher(registry, server), 5 * PUBLISH_S))

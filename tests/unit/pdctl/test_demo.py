@@ -1,4 +1,4 @@
-"""What `pdctl demo` asks, and what it says of the answer's end."""
+"""Tests for `pdctl demo`: the question it asks, and how it reports the end of the answer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ STATS: dict[str, Any] = {
 }
 
 
-class Asked:
-    """A server in whose place one answer is given."""
+class AnsweringServer:
+    """A server that gives one answer, and records the questions."""
 
     grpc = "127.0.0.1:1"
 
@@ -48,29 +48,29 @@ class Asked:
 
 def demo(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finish_reason: str, *arguments: str
-) -> tuple[Asked, str]:
-    """The question and the output of a demo without servers."""
+) -> tuple[AnsweringServer, str]:
+    """Run a demo without servers; return the server that was answering, and the output."""
     file = tmp_path / "deployment.yaml"
     file.write_text("model: m\nservers: [{name: nobody, prefill: [p], decode: [d]}]\n")
-    asked = Asked(finish_reason)
+    answering = AnsweringServer(finish_reason)
 
     @contextlib.contextmanager
     def held(servers: list[Server], timeout: float | None) -> Iterator[list[Server]]:
         yield servers
 
     monkeypatch.setattr(cli.starting, "held", held)
-    monkeypatch.setattr(cli, "_gateway", lambda servers: asked)
-    monkeypatch.setattr(cli, "ask", asked.ask)
+    monkeypatch.setattr(cli, "_gateway", lambda servers: answering)
+    monkeypatch.setattr(cli, "ask", answering.ask)
     done = CliRunner().invoke(cli.app, ["demo", "-f", str(file), *arguments])
     assert done.exit_code == 0, done.output
-    return asked, done.output
+    return answering, done.output
 
 
 def test_it_asks_what_the_model_answers_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked, output = demo(monkeypatch, tmp_path, "stop")
-    (question,) = asked.questions
+    answering, output = demo(monkeypatch, tmp_path, "stop")
+    (question,) = answering.questions
     assert question.text == cli.DEMO_PROMPT
     assert question.chat
     assert question.options == {"max_tokens": ("INT32", cli.DEMO_TOKENS)}
@@ -79,6 +79,6 @@ def test_it_asks_what_the_model_answers_in_one_sentence(
 
 
 def test_an_answer_that_is_cut_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked, output = demo(monkeypatch, tmp_path, "length", "Hello", "--max-tokens", "22")
-    assert asked.questions[0].options == {"max_tokens": ("INT32", 22)}
+    answering, output = demo(monkeypatch, tmp_path, "length", "Hello", "--max-tokens", "22")
+    assert answering.questions[0].options == {"max_tokens": ("INT32", 22)}
     assert "(length: cut off after 22 tokens)" in output

@@ -1,4 +1,4 @@
-"""What `pdctl doctor` makes of four hosts, and of each where something is wrong with it."""
+"""Tests for the findings of `pdctl doctor` about four hosts, and about one fault on each."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ RDMA_ONLY = with_transfer(PAIR, require="rdma")
 
 
 def states(inventory: Inventory, deployment: Deployment) -> dict[str, str]:
-    """Of what is not as it should be."""
+    """Return the findings that are not in order, with their state."""
     found = advice(inventory, deployment)
     return {finding.about: finding.state for finding in found if finding.state != "ok"}
 
@@ -73,7 +73,7 @@ def one(inventory: Inventory, deployment: Deployment, about: str) -> Finding:
 
 
 def problems(inventory: Inventory, deployment: Deployment) -> dict[str, Finding]:
-    """Those that keep it from being served; the conclusion must agree."""
+    """Return the problems that keep the deployment from being served; the conclusion must agree."""
     found = advice(inventory, deployment)
     kept = {finding.about: finding for finding in found if finding.state == "problem"}
     assert conclusion(inventory, deployment, found).served == (not kept)
@@ -81,7 +81,7 @@ def problems(inventory: Inventory, deployment: Deployment) -> dict[str, Finding]
 
 
 class TestHosts:
-    """As they should be: what is used, what is not, and nothing in the way."""
+    """On hosts in order, the report says what is used and what is not, and nothing hinders."""
 
     def test_a_laptop_serves_the_default_deployment_over_shared_memory(self) -> None:
         assert states(LAPTOP, CPU) == {
@@ -111,7 +111,7 @@ class TestHosts:
             "1 x NVIDIA H100 80GB HBM3, 80 GiB; driver 570.124.06"
         )
         assert one(ONE_GPU, GPU, "GPUs").used == "engine torch on GPU 0"
-        # An arena on the device leaves none in /dev/shm.
+        # An arena on the device needs no memory in /dev/shm.
         assert "; 8 needed" in one(ONE_GPU, GPU, "/dev/shm").found
         ended = conclusion(ONE_GPU, GPU, advice(ONE_GPU, GPU))
         assert ended.engine == "torch on GPU 0"
@@ -196,7 +196,7 @@ class TestGPUs:
         if wanted:
             assert f"driver {driver} is older than {wanted}" in found["GPU driver"].found
             assert found["GPU driver"].mend.startswith(f"driver {wanted} or later")
-            # Nobody is kept from serving on the CPU.
+            # Serving on the CPU is still possible.
             assert one(host, CPU, "GPU driver").state == "note"
             assert not problems(host, CPU)
 
@@ -267,7 +267,7 @@ class TestGPUs:
 
 
 class TestRDMA:
-    """Each fault leaves no RDMA: TCP instead, unless the deployment refuses it."""
+    """Each fault rules out RDMA: TCP is used instead, unless the deployment refuses it."""
 
     @pytest.mark.parametrize(
         ("faulty", "about", "said", "mend"),
@@ -410,7 +410,7 @@ class TestRDMA:
         deployment = with_transfer(CPU, require="rdma")
         assert one(LAPTOP, deployment, "transfer.require").state == "note"
         assert not problems(LAPTOP, deployment)
-        # But TCP, where nothing else is left.
+        # Only TCP is refused, where nothing else is left.
         deployment = with_transfer(CPU, require="rdma", transports=("nixl",))
         assert not problems(LAPTOP, deployment)
         host = differing(LAPTOP, cma="Operation not permitted")

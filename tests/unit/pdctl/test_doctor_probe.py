@@ -1,4 +1,4 @@
-"""What `pdctl doctor` finds: in trees of files as kernels have them, by a fake nvidia-smi, here."""
+"""Tests for the probes of `pdctl doctor`: kernel files, a fake nvidia-smi, and this host."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def written(root: Path, files: dict[str, str]) -> Path:
 
 
 def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """The only one on PATH."""
+    """Put a fake nvidia-smi on PATH, the only program there."""
     file = written(folder, {"bin/nvidia-smi": f"#!/bin/sh\n{script}"}) / "bin" / "nvidia-smi"
     file.chmod(0o755)
     monkeypatch.setenv("PATH", f"{file.parent}:/usr/bin:/bin")
@@ -104,7 +104,7 @@ class TestRDMA:
                 f"{port}/state": "4: ACTIVE\n",
                 f"{port}/link_layer": "Ethernet\n",
                 f"{port}/rate": "200 Gb/sec (4X HDR)\n",
-                # Of rows that are empty the kernel tells neither type nor netdev.
+                # For empty rows the kernel has neither type nor netdev.
                 **{f"{port}/gids/{index}": f"{EMPTY}\n" for index in range(3, 12)},
                 "sys/class/infiniband/mlx5_0/device/infiniband_verbs/uverbs0/dev": "231:192\n",
                 "dev/infiniband/uverbs0": "",
@@ -112,7 +112,7 @@ class TestRDMA:
                 "sys/class/infiniband/mlx5_1/ports/1/link_layer": "InfiniBand\n",
                 "sys/class/infiniband/mlx5_1/ports/1/rate": "10 Gb/sec (4X SDR)\n",
                 "sys/class/infiniband/mlx5_1/ports/1/gids/0": f"{EMPTY}\n",
-                # The device's node has not been passed to this container.
+                # The device node has not been passed to this container.
                 "sys/class/infiniband/mlx5_1/device/infiniband_verbs/uverbs1/dev": "231:193\n",
             },
         )
@@ -415,14 +415,14 @@ class TestServers:
 
 
 def small_model(folder: Path) -> None:
-    """Files that nothing stands in the way of, and that no engine could compute with."""
+    """Write files that can be read, but that no engine could compute with."""
     (folder / "config.json").write_text('{"vocab_size": 8, "num_key_value_heads": 3}')
     (folder / "tokenizer.json").write_text("{}")
     save_file({"weight": np.zeros(4, np.float32)}, folder / "model.safetensors")
 
 
 class TestModel:
-    """Each cause why its files cannot be used; ``deployment`` finds none."""
+    """Every reason why the model's files cannot be used; ``deployment`` itself is valid."""
 
     @pytest.fixture
     def deployment(self, tmp_path: Path) -> Deployment:
@@ -443,7 +443,7 @@ class TestModel:
     def test_a_file_that_may_not_be_read(
         self, deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
-        """The tests may run as root, who may read everything."""
+        """The read is made to fail, since the tests may run as root, who may read everything."""
         really = Path.open
 
         def refused(self: Path, *args: Any, **options: Any) -> Any:
@@ -485,7 +485,7 @@ class TestModel:
     def test_position_biases_are_the_reason(
         self, deployment: Deployment, tmp_path: Path, names: dict[str, Any]
     ) -> None:
-        """Not that the configuration names no context length, which such a model has not."""
+        """The reason is not the missing context length, which such a model does not need."""
         (tmp_path / "config.json").write_text(json.dumps(names))
         assert f"a {names['model_type']} model with position biases (ALiBi)" in model(deployment)
         with pytest.raises(DeploymentError, match=r"position biases \(ALiBi\)"):
@@ -518,7 +518,7 @@ class TestModel:
 
 
 class TestHere:
-    """The real probe, on whatever runs the tests."""
+    """The real probe on the machine of the tests."""
 
     @pytest.fixture
     def file(self, tmp_path: Path) -> Path:
@@ -548,7 +548,7 @@ class TestHere:
         done = CliRunner().invoke(cli.app, ["doctor", "--file", str(file)])
         assert done.exit_code == 0
         assert "deployment.yaml can be served here: torch on the CPU." in done.output
-        # What is used is what there is: no model at all, and nothing can be served.
+        # The report lists what is there: no model at all, so nothing can be served.
         wanted = json.loads(file.read_text()) | {"model": "none", "engine": {"device": "cuda:99"}}
         file.write_text(json.dumps(wanted))
         done = CliRunner().invoke(cli.app, ["doctor", "--file", str(file)])
@@ -572,7 +572,7 @@ class TestHere:
     def test_what_doctor_finds_is_not_started(
         self, file: Path, command: str, wanted: dict[str, Any], said: str
     ) -> None:
-        """Each cause once, in doctor's words, and nothing is left."""
+        """Each cause is printed once, in the doctor's words, and nothing is left behind."""
         file.write_text(json.dumps(json.loads(file.read_text()) | wanted))
         done = CliRunner().invoke(cli.app, ["doctor", "--json", "--file", str(file)])
         assert done.exit_code == 3

@@ -1,4 +1,4 @@
-"""Limits that servers start with."""
+"""Tests for the resource limits that servers start with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 1 << 20
         ((8 * MIB, 64 * MIB), (64 * MIB, 64 * MIB)),
         ((8 * MIB, 1024 * MIB), (256 * MIB, 1024 * MIB)),
         ((512 * MIB, ANY), (512 * MIB, ANY)),
-        ((ANY, ANY), (256 * MIB, ANY)),  # of which glibc would make 2 MiB
+        ((ANY, ANY), (256 * MIB, ANY)),  # a stack limit of which glibc would make 2 MiB
     ],
 )
 def test_stacks_as_far_as_the_hard_limit_allows(given: limits.Limit, wanted: limits.Limit) -> None:

@@ -1,4 +1,4 @@
-"""The matrix of `pdctl links`, from what decodes say in their metrics."""
+"""Tests for the matrix of `pdctl links`, which is read from the metrics of decodes."""
 
 from __future__ import annotations
 

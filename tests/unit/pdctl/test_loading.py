@@ -1,4 +1,4 @@
-"""Ending the processes of models that Triton has given up."""
+"""Tests for ending the processes of models that Triton has given up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pdctl import footprint, loading, log
 from pdctl.loading import GivenUp
 from pdserve.node import heartbeat
 
-# As a model does: it says that it has loaded, if it has, and waits for work.
+# As a model does, it reports that it has loaded, if it has, and waits for work.
 MODEL = """
 import sys
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_one_that_loads_is_left_alone(token: str, start: Starts) -> None:
 
 
 def test_a_process_of_another_server_is_left_alone(token: str, start: Starts) -> None:
-    """Its number may have been a model's, in the life before."""
+    """A process id may have belonged to a model of the server's previous start."""
     process = start("loaded", footprint.new_token("local"))
     assert GivenUp(token).end(["prefill_0"]) == []
     assert process.poll() is None

@@ -1,4 +1,4 @@
-"""A deployment's network as variables of the environment."""
+"""Tests for the environment variables that a deployment's network becomes."""
 
 from __future__ import annotations
 

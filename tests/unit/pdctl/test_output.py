@@ -1,4 +1,4 @@
-"""What ends a command that is no fault of its code: one line, and an exit status."""
+"""Tests for commands that end by no fault of their code: one line, and an exit status."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PDCTL = [sys.executable, "-c", "from pdctl.cli import main; main()"]
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A deployment that nobody runs."""
+    """Return the file of a deployment whose servers do not run."""
     file = tmp_path / "deployment.yaml"
     file.write_text(
         "model: m\nservers: [{name: nobody, prefill: [p], decode: [d], http_port: 71}]\n"
@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def pdctl(*arguments: str | Path | bytes, stdout: object, **options: object) -> tuple[int, str]:
-    """Exit status, and what it says on standard error."""
+    """Run pdctl; return its exit status, and its standard error."""
     done = subprocess.run(  # type: ignore[call-overload]
         [*PDCTL, *arguments], stdout=stdout, stderr=subprocess.PIPE, check=False, **options
     )
@@ -57,7 +57,7 @@ def test_what_is_not_utf8(file: Path) -> None:
 def test_a_run_folder_that_cannot_be_written(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run").touch()  # which stops root as well
+    (tmp_path / "run").touch()  # this stops root, too
     servers = cli._servers
     monkeypatch.setattr(
         cli,
@@ -100,7 +100,7 @@ def test_a_mistake_in_the_code_is_not_hidden(file: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_a_number_that_no_tensor_holds(command: str, option: str, value: str) -> None:
-    """It would be another number, or none, by the time it is asked for."""
+    """Passed on, it would become another number, or none."""
     words = ["Hello"] if command == "chat" else []
     done = CliRunner().invoke(cli.app, [command, *words, option, value])
     assert done.exit_code == 2

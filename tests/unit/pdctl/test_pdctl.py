@@ -1,4 +1,4 @@
-"""pdctl without a server."""
+"""Tests for pdctl without a server."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class TestDeployment:
 class TestOneServer:
     @pytest.fixture
     def file(self, tmp_path: Path) -> Path:
-        """A deployment of two servers that nobody runs."""
+        """Return the file of a deployment of two servers that do not run."""
         file = tmp_path / "deployment.yaml"
         file.write_text(
             "model: m\n"
@@ -204,7 +204,7 @@ class TestOneServer:
         )
 
     def test_a_server_that_has_gone_is_one_error(self) -> None:
-        """However far the stream has come when it breaks."""
+        """It is one error, at whatever point of the stream the connection breaks."""
         (port,) = free_ports(1)
         for _ in range(20):
             with pytest.raises(ServerError, match=rf"^127\.0\.0\.1:{port}: .*UNAVAILABLE"):
@@ -239,7 +239,7 @@ class TestFootprint:
     def test_token_of_any_server_name(self) -> None:
         token = footprint.new_token("worker_0")
         assert footprint.is_token(token)
-        assert "_" not in token  # POSIX shared memory names of the engines have none
+        assert "_" not in token  # the POSIX shared memory names of the engines have no slash
 
     @pytest.mark.parametrize(
         "text", ["", "pdserve-", "*", "pdserve-a-*", "pdserve-a-0123456789ab/"]
@@ -279,7 +279,7 @@ class TestFootprint:
     def test_only_the_own_start_is_undone(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """One that is interrupted before it has started anything, while another starts it."""
+        """A start that is interrupted early leaves alone what another process has started."""
         server = Server(DEPLOYMENT, SPEC, tmp_path)
         server.folder.mkdir()
         token = server.folder / "token"
@@ -288,7 +288,7 @@ class TestFootprint:
             ended: list[Path] = []
             patch.setattr(watchers, "end", ended.append)
             server.stop(own=True)
-        assert not ended, "somebody else's watchdog"
+        assert not ended, "another process's watchdog"
         token.write_text(told)
         server.stop(own=True)
         assert server.token == told
@@ -381,7 +381,7 @@ class TestTimeline:
 
 
 def page(*series: tuple[str, str, str, float]) -> dict[str, float]:
-    """A server's series of links to prefill_0 and prefill_1."""
+    """Return a server's metrics of links to prefill_0 and prefill_1."""
     labels = 'prefill="{}",decode="decode_0",transport="{}",detail="{}"'
     return {
         f"pdserve_kv_link_{name}{{{labels.format(prefill, *over.split())}}}": value
@@ -413,7 +413,7 @@ class TestLinks:
         assert links.rows(found)[0]["bytes_per_second"] == 2.5 * 2**30
 
     def test_a_link_that_has_changed_shows_as_it_is_now(self) -> None:
-        """What was before stays in a server's metrics, as zero."""
+        """The former state stays in the server's metrics, as zero."""
         series = page(
             ("bytes_per_second", "prefill_0", "nixl rc_mlx5/mlx5_0:1", 0.0),
             ("latency_seconds", "prefill_0", "nixl rc_mlx5/mlx5_0:1", 0.0),

@@ -1,4 +1,4 @@
-"""Files, folders and shared memory of one user alone."""
+"""Tests for files, folders and shared memory that only one user can access."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_tree_whose_links_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_model_narrows_the_shared_memory_that_it_has_mapped_and_no_other() -> None:
-    """As Triton makes it: before the model is READY, without anybody's help."""
+    """Triton's regions are narrowed before the model is READY, by the model itself."""
     names = [stub.SHM / f"pdserve-test-{secrets.token_hex(6)}" for _ in range(2)]
     try:
         for name in names:

@@ -1,4 +1,4 @@
-"""``pdctl probe``, with real gRPC servers that answer as a gateway would, or do not."""
+"""Tests for ``pdctl probe``, with real gRPC servers that answer like a gateway or stay silent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Answer = Callable[[Any], Any]
 
 
 class Gateway(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Answers the first request of a stream."""
+    """A gateway that answers the first request of each stream."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -49,7 +49,7 @@ def refused(request: Any) -> Any:
 
 @pytest.fixture
 def serving() -> Iterator[Callable[[Answer], tuple[Gateway, int]]]:
-    """Starts a server with such a gateway; the gateway and its port."""
+    """Start a server with such a gateway; yield the gateway and its port."""
     with ThreadPoolExecutor(4) as pool:
         started = []
 
@@ -66,13 +66,13 @@ def serving() -> Iterator[Callable[[Answer], tuple[Gateway, int]]]:
             server.stop(None).wait()
 
 
-class Shell:
+class CommandLine:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         self.file = folder / "deployment.yaml"
         self._patch, self._capsys = monkeypatch, capsys
 
     def deployment(self, *ports: int) -> None:
-        """A gateway at each port, and a worker."""
+        """Write a deployment of a gateway at each port, and a worker."""
         servers = [f"name: g{n}, grpc_port: {port}" for n, port in enumerate(ports)]
         servers.append("name: worker, gateway: false, prefill: [p], decode: [d]")
         free = iter(free_ports(2 * len(servers)))
@@ -83,7 +83,7 @@ class Shell:
         self.file.write_text("\n".join(["model: m", "servers:", *lines]))
 
     def run(self, *options: str) -> tuple[int, str, str]:
-        """Exit status, output, errors."""
+        """Return exit status, output and errors."""
         arguments = ["pdctl", "probe", "--file", str(self.file), *options]
         self._patch.setattr(sys, "argv", arguments)
         with pytest.raises(SystemExit) as raised:
@@ -92,14 +92,14 @@ class Shell:
 
 
 @pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Shell:
-    return Shell(tmp_path, monkeypatch, capsys)
+def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> CommandLine:
+    return CommandLine(tmp_path, monkeypatch, capsys)
 
 
-def test_all_answer(shell: Shell, serving: Any) -> None:
+def test_all_answer(command_line: CommandLine, serving: Any) -> None:
     gateway, port = serving(answered)
-    shell.deployment(port, serving(answered)[1])
-    code, output, _ = shell.run()
+    command_line.deployment(port, serving(answered)[1])
+    code, output, _ = command_line.run()
     assert code == 0
     first, second = output.splitlines()
     assert first.startswith("g0 answers: ")
@@ -107,31 +107,31 @@ def test_all_answer(shell: Shell, serving: Any) -> None:
     assert second.startswith("g1 answers: ")
     (request,) = gateway.asked
     given = dict(zip((one.name for one in request.inputs), request.raw_input_contents, strict=True))
-    assert given["max_tokens"] == b"\2\0\0\0", "one of a prefill, one of a decode"
+    assert given["max_tokens"] == b"\2\0\0\0", "one token of a prefill, one of a decode"
     assert given["ignore_eos"] == b"\1"
     assert given["tenant"] == b"\5\0\0\0probe"
     assert int.from_bytes(given["priority"], "little") > 0
     assert int.from_bytes(given["ttft_limit_ms"], "little") == 10_000
 
 
-def test_one_refuses(shell: Shell, serving: Any) -> None:
+def test_one_refuses(command_line: CommandLine, serving: Any) -> None:
     port = serving(refused)[1]
-    shell.deployment(serving(answered)[1], port)
-    code, output, _ = shell.run()
+    command_line.deployment(serving(answered)[1], port)
+    code, output, _ = command_line.run()
     assert code == cli.NOT_READY
     assert output.splitlines()[1] == f"g1 (127.0.0.1:{port}): UNAVAILABLE: no idle prefill"
-    assert shell.run("--server", "g0")[0] == 0
+    assert command_line.run("--server", "g0")[0] == 0
 
 
-def test_one_is_silent(shell: Shell, serving: Any) -> None:
+def test_one_is_silent(command_line: CommandLine, serving: Any) -> None:
     asked = threading.Event()
 
     def silent(request: Any) -> Any:
         asked.wait(10)
         return answered(request)
 
-    shell.deployment(serving(silent)[1])
-    code, output, _ = shell.run("--json", "--timeout", "0.3")
+    command_line.deployment(serving(silent)[1])
+    code, output, _ = command_line.run("--json", "--timeout", "0.3")
     asked.set()
     assert code == cli.NOT_READY
     (row,) = json.loads(output)
@@ -140,14 +140,14 @@ def test_one_is_silent(shell: Shell, serving: Any) -> None:
     assert 300 <= row["ms"] < 5000
 
 
-def test_nobody_listens(shell: Shell) -> None:
-    shell.deployment(*free_ports(1))
-    code, output, _ = shell.run()
+def test_nobody_listens(command_line: CommandLine) -> None:
+    command_line.deployment(*free_ports(1))
+    code, output, _ = command_line.run()
     assert code == cli.NOT_READY
     assert "UNAVAILABLE" in output
 
 
-def test_a_worker_cannot_be_probed(shell: Shell) -> None:
-    shell.deployment(*free_ports(1))
-    code, _, errors = shell.run("--server", "worker")
+def test_a_worker_cannot_be_probed(command_line: CommandLine) -> None:
+    command_line.deployment(*free_ports(1))
+    code, _, errors = command_line.run("--server", "worker")
     assert (code, errors) == (1, "pdctl: no gateway to probe: worker has gateway: false\n")

@@ -1,4 +1,4 @@
-"""Which protocols are restricted, and under which key."""
+"""Tests for the restriction of protocols: which ones need a key, and which key."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lines(server: Server, text: str = HELP) -> list[str]:
 
 
 def test_what_is_not_listed_as_open_is_restricted() -> None:
-    """A protocol of a Triton that nobody here knows yet, too."""
+    """A protocol that only a newer Triton has is restricted, too."""
     groups = protocols.restrictions(
         ["health", "telepathy", "shared-memory", "logging", "inference"], "admin", "shared"
     )
@@ -84,7 +84,7 @@ def test_newer_servers_own_switch(allowed: str, flag: str) -> None:
 
 
 def test_newer_servers_own_limit_of_bodies() -> None:
-    """Room for the longest prompt, however it is written, and no more than that."""
+    """The limit has room for the longest prompt, in whatever encoding, and no more than that."""
     option = "  --http-max-input-size <integer>\n\tMaximum allowed HTTP request input size.\n"
 
     assert f"--http-max-input-size={10 << 20}" in lines(Server("local"), HELP + option)
@@ -103,7 +103,7 @@ def test_a_key_that_is_off_cannot_be_sent_and_is_told_nobody(tmp_path: Path) -> 
 
 
 def test_a_repair_changes_no_file(tmp_path: Path) -> None:
-    """The file system may be read-only, where even what is not there cannot be removed."""
+    """The file system may be read-only, and then even a missing file cannot be removed."""
     file = tmp_path / protocols.SHARED_MEMORY_KEY_FILE
     file.write_text("of a deployment before")
 

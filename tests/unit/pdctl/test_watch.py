@@ -1,4 +1,4 @@
-"""The watchdog process of a server: one at a time, ended for certain; what it sees."""
+"""Tests for the watchdog process of a server: one at a time, ended reliably; what it sees."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SLEEPER = "import time\nprint('here', flush=True)\ntime.sleep(60)"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose watchdogs do nothing but live."""
+    """Return a folder whose watchdogs are processes that only sleep."""
     popen = subprocess.Popen
     started: list[subprocess.Popen[bytes]] = []
 
@@ -55,7 +55,7 @@ class TestWatchers:
         assert watchers.pid(folder) == found
 
     def test_ended_it_is_gone(self, folder: Path) -> None:
-        """As soon as it has been started: it may not begin to work after that."""
+        """Also when it has only just been started: it must not begin to work afterwards."""
         for _ in range(5):
             watchers.start(folder, held=False)
             found = watchers.pid(folder)
@@ -79,7 +79,7 @@ class TestWatchers:
 
     def test_what_it_knows(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         watchers.start(folder, held=False)
-        assert watchers.reported(folder) is None, "it has not said anything yet"
+        assert watchers.reported(folder) is None, "it has not reported anything yet"
         found = watchers.pid(folder)
         monkeypatch.setattr(watchers.os, "getpid", lambda: found)
         watchers.report(folder, {"at": 1.5})
@@ -87,11 +87,11 @@ class TestWatchers:
         watchers.end(folder)
         assert watchers.reported(folder) is None
         watchers.start(folder, held=False)
-        assert watchers.reported(folder) is None, "what a dead one has left says nothing"
+        assert watchers.reported(folder) is None, "the report of a dead watchdog does not count"
 
 
 def test_it_looks_after_nothing_that_does_not_run(tmp_path: Path) -> None:
-    """One that is started while its server is being stopped must not start it anew."""
+    """A watchdog that starts while its server is being stopped must not start the server again."""
     deployment = default_deployment("emulated")
     folder = tmp_path / deployment.servers[0].name
     (folder / "models").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Words at a terminal's edge."""
+"""Tests for breaking lines between words at the terminal's edge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT = (
 
 
 def shown(text: str, cuts: list[int], width: int | None) -> str:
-    """A text that comes in pieces, as it is shown."""
+    """Return what is shown of a text that comes in pieces."""
     wrap = Wrap(width)
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
@@ -28,12 +28,12 @@ def shown(text: str, cuts: list[int], width: int | None) -> str:
 @given(st.lists(st.integers(0, 500), max_size=60), st.integers(1, 90))
 def test_no_word_is_broken_that_fits(cuts: list[int], width: int) -> None:
     found = shown(TEXT, cuts, width)
-    assert found.split() == TEXT.split(), "words and their order stay"
+    assert found.split() == TEXT.split(), "the words and their order stay"
     for line in found.split("\n"):
         for word in re.finditer(r"\S+", line):
             fits = len(word[0]) <= width
             assert not fits or word.start() % width + len(word[0]) <= width
-    assert found == shown(TEXT, [], width), "however it comes"
+    assert found == shown(TEXT, [], width), "in whatever pieces it comes"
 
 
 @given(st.lists(st.integers(0, 500), max_size=60), st.text(max_size=80))

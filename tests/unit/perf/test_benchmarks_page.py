@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and the figures of README.md say what perf/results say."""
+"""Tests that docs/benchmarks.md and the figures of README.md are those of perf/results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PASSING = ("-quick", "-part")
-"""Ends of the names of files that git ignores."""
+"""Ends of the names of result files that git ignores."""
 
 
 def test_the_files_are_up_to_date() -> None:

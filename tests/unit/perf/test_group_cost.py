@@ -1,4 +1,4 @@
-"""What a request costs as its group grows: the command."""
+"""Test for the command that measures the cost of a request as its group grows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What benchmarks make of the times they have measured."""
+"""Tests for the statistics that benchmarks compute from the times they have measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_times_of_one_answer() -> None:
     assert answer.ttft == pytest.approx(0.5)
     assert answer.e2e == pytest.approx(1.5)
     assert answer.gaps == pytest.approx([0.1, 0.9])
-    assert answer.itl == pytest.approx([0.1]), "by token, not by response"
+    assert answer.itl == pytest.approx([0.1]), "per token, not per response"
 
 
 @pytest.mark.parametrize(("responses", "tokens"), [([1.0], 5), ([1.0, 2.0], 1)])
@@ -59,7 +59,7 @@ def test_single_responses_have_no_gaps() -> None:
 def test_a_budget_is_met_at_its_limit(measured: float, bound: str, met: bool) -> None:
     budget = Budget("TTFT", measured, "ms", bound, 4.0)  # type: ignore[arg-type]
     assert budget.met(budget.limit) is met
-    assert budget.met(budget.moonshot) is None, "nothing is promised"
+    assert budget.met(budget.moonshot) is None, "there is no target"
 
 
 @pytest.mark.parametrize(

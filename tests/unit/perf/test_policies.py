@@ -1,4 +1,4 @@
-"""Which prefill a request goes to, on demand and by the policies that this is compared with."""
+"""Tests for the choice of a prefill: on-demand forwarding, and the policies compared with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pdserve import errors
 from pdserve.scheduling.kv_links import ROUND_S
 from pdserve.scheduling.request import Request, State
 from pdserve.scheduling.scheduler import Scheduler
-from tests.unit.gateway.test_groups import Connected, serve
+from tests.unit.gateway.test_groups import ConnectedGroups, serve
 from tests.unit.inprocess import Site, virtual
 from tests.unit.scheduling.test_membership import takes_whoever_comes_and_lets_go, wanted
 
@@ -30,12 +30,12 @@ LINEAR = {"prefill": {"per_token_ms": 0.1}, "decode": {"base_ms": 1.0}}
 
 
 def binding(name: PolicyName, count: int = 3, report_s: float = 0.0) -> Binding[str]:
-    """Its queues are the names of the prefills."""
+    """Return a binding whose queues are the names of the prefills."""
     return Binding("0123456789"[:count], BOUND[name].cost, report_s)
 
 
-class Crowd:
-    """Requests that have come and not ended."""
+class OpenRequests:
+    """The requests that have arrived and not ended."""
 
     def __init__(self, binding: Binding[str]) -> None:
         self.binding = binding
@@ -75,88 +75,92 @@ async def test_on_demand_is_bound_to_none(tmp_path: Path) -> None:
 
 @virtual
 async def test_round_robin_takes_turns_whatever_they_do() -> None:
-    crowd = Crowd(binding("round_robin"))
-    assert [crowd.choice(tokens) for tokens in (9000, 1, 1, 1, 9000, 1)] == list("012012")
+    open_requests = OpenRequests(binding("round_robin"))
+    assert [open_requests.choice(tokens) for tokens in (9000, 1, 1, 1, 9000, 1)] == list("012012")
 
 
 @virtual
 async def test_fewest_streams_counts_what_is_being_decoded_too() -> None:
-    """The paper's old version: a prefill that is idle looks loaded by its long answers."""
-    crowd = Crowd(binding("fewest_streams", 2))
-    (first, _), (second, _) = crowd.comes(), crowd.comes()
-    crowd.binding.computed(first)
-    crowd.binding.computed(second)
-    third, choice = crowd.comes()
+    """In the paper's earlier policy, an idle prefill looks loaded because of its long answers."""
+    open_requests = OpenRequests(binding("fewest_streams", 2))
+    (first, _), (second, _) = open_requests.comes(), open_requests.comes()
+    open_requests.binding.computed(first)
+    open_requests.binding.computed(second)
+    third, choice = open_requests.comes()
     assert choice == "0"
-    crowd.binding.computed(third)
-    assert crowd.choice() == "1", "though both have nothing to compute"
-    crowd.ends(first)
-    crowd.ends(third)
-    assert [crowd.choice(), crowd.choice()] == ["0", "0"]
+    open_requests.binding.computed(third)
+    assert open_requests.choice() == "1", "though neither of them has anything to compute"
+    open_requests.ends(first)
+    open_requests.ends(third)
+    assert [open_requests.choice(), open_requests.choice()] == ["0", "0"]
 
 
 @virtual
 async def test_shortest_queue_counts_requests_without_a_first_token() -> None:
-    crowd = Crowd(binding("shortest_queue", 2))
-    long, _ = crowd.comes(tokens=8000)
-    assert [crowd.choice(), crowd.choice(), crowd.choice()] == ["1", "0", "1"], "by number alone"
-    crowd.binding.computed(long)
-    assert crowd.choice() == "0"
+    open_requests = OpenRequests(binding("shortest_queue", 2))
+    long, _ = open_requests.comes(tokens=8000)
+    assert [open_requests.choice(), open_requests.choice(), open_requests.choice()] == [
+        "1",
+        "0",
+        "1",
+    ], "by their number alone"
+    open_requests.binding.computed(long)
+    assert open_requests.choice() == "0"
 
 
 @virtual
 async def test_pending_tokens_counts_those_of_prompts() -> None:
-    crowd = Crowd(binding("pending_tokens", 2))
-    long, _ = crowd.comes(tokens=8000)
-    assert [crowd.choice(2000) for _ in range(4)] == ["1"] * 4
-    assert crowd.choice(100) in "01"
-    crowd.binding.computed(long)
-    assert crowd.choice(2000) == "0"
+    open_requests = OpenRequests(binding("pending_tokens", 2))
+    long, _ = open_requests.comes(tokens=8000)
+    assert [open_requests.choice(2000) for _ in range(4)] == ["1"] * 4
+    assert open_requests.choice(100) in "01"
+    open_requests.binding.computed(long)
+    assert open_requests.choice(2000) == "0"
 
 
 @pytest.mark.parametrize("name", ["shortest_queue", "pending_tokens"])
 @virtual
 async def test_reports_are_as_old_as_they_are_said_to_be(name: PolicyName) -> None:
-    """What has happened since the last report is not seen: all follow it to the same prefill."""
-    crowd = Crowd(binding(name, 2, report_s=0.1))
+    """Nothing is seen between two reports, so all requests go to the same prefill."""
+    open_requests = OpenRequests(binding(name, 2, report_s=0.1))
     await asyncio.sleep(0.15)
-    first, choice = crowd.comes()
+    first, choice = open_requests.comes()
     busy, idle = choice, "10"[int(choice)]
     await asyncio.sleep(0.04)  # not reported yet
-    assert [crowd.choice(), crowd.choice()] == [idle, busy], "in turn among equals"
-    crowd.binding.computed(first)
-    await asyncio.sleep(0.02)  # reported at 0.2 s: one at `busy`, one at `idle`
-    extra, choice = crowd.comes()
-    await asyncio.sleep(0.1)  # reported: two at `choice`
+    assert [open_requests.choice(), open_requests.choice()] == [idle, busy], "in turn among equals"
+    open_requests.binding.computed(first)
+    await asyncio.sleep(0.02)  # reported at 0.2 s: one request at `busy`, one at `idle`
+    extra, choice = open_requests.comes()
+    await asyncio.sleep(0.1)  # reported: two requests at `choice`
     other = "10"[int(choice)]
-    assert [crowd.choice() for _ in range(6)] == [other] * 6, "a herd"
+    assert [open_requests.choice() for _ in range(6)] == [other] * 6, "a herd effect"
     await asyncio.sleep(0.1)
-    assert crowd.choice() == choice
-    crowd.ends(extra)
+    assert open_requests.choice() == choice
+    open_requests.ends(extra)
 
 
 @pytest.mark.parametrize("name", BOUND)
 @virtual
 async def test_whoever_ends_is_counted_no_more(name: PolicyName) -> None:
-    """However: computed, or before that, and once."""
-    crowd = Crowd(made := binding(name, 2))
-    requests = [crowd.comes(7)[0] for _ in range(10)]
+    """It leaves once, whether it was computed or ended before that."""
+    open_requests = OpenRequests(made := binding(name, 2))
+    requests = [open_requests.comes(7)[0] for _ in range(10)]
     for request in requests[:5]:
         made.computed(request)
     for request in requests:
-        crowd.ends(request)
+        open_requests.ends(request)
     loads = made.loads.values()
     assert [(load.streams, load.requests, load.tokens) for load in loads] == [(0, 0, 0)] * 2
     assert not made._waiting
 
 
-# In a whole site.
+# ------------------------------------------------------------------------------------- a whole site
 
 
 @pytest.mark.parametrize("name", BOUND)
 @virtual
 async def test_the_others_serve_as_well(tmp_path: Path, name: PolicyName) -> None:
-    """Exact answers, cancels and limits that pass; nothing stays held or counted."""
+    """Answers are exact, cancels and limits work, and afterwards nothing is held or counted."""
     rng = random.Random(3)
     async with Site(
         tmp_path, prefills=2, profile=LINEAR, prefill={"slots": 1}, scheduler_type=BOUND[name]
@@ -183,7 +187,7 @@ async def test_the_others_serve_as_well(tmp_path: Path, name: PolicyName) -> Non
 
 @virtual
 async def test_bound_requests_wait_though_another_prefill_is_idle(tmp_path: Path) -> None:
-    """dynamo#12864: queues of 83/78/5/0/0 over prefills; on demand there is one line for all."""
+    """dynamo#12864: queues of 83/78/5/0/0 over prefills; on-demand forwarding has one queue."""
     waits = {}
     names: tuple[PolicyName, ...] = ("round_robin", "on_demand")
     for name in names:
@@ -194,7 +198,7 @@ async def test_bound_requests_wait_though_another_prefill_is_idle(tmp_path: Path
             prefill={"slots": 1},
             scheduler_type=SCHEDULERS[name],
         ) as site:
-            # Every fifth prompt is long: in turn, they all go to the same one.
+            # Every fifth prompt is long, so round robin sends all long ones to the same prefill.
             requests = [
                 site.request(4000 if number % 5 == 0 else 100, max_tokens=1) for number in range(25)
             ]
@@ -216,7 +220,7 @@ async def test_who_waits_for_a_prefill_that_leaves_goes_to_another(tmp_path: Pat
     async with Site(
         tmp_path, prefills=2, decodes=2, profile=LINEAR, prefill={"slots": 1, "batch": 1}
     ) as site:
-        connected = Connected(site, BOUND["round_robin"])
+        connected = ConnectedGroups(site, BOUND["round_robin"])
         group = connected.groups.take(wanted(2, 2))["a"]
         await asyncio.sleep(ROUND_S)
         requests = [site.request(2000, max_tokens=1) for _ in range(6)]
@@ -231,11 +235,11 @@ async def test_who_waits_for_a_prefill_that_leaves_goes_to_another(tmp_path: Pat
 
 
 async def queued(tmp_path: Path, name: PolicyName) -> tuple[list[str], str]:
-    """In what order some are forwarded that wait for a prefill, and how the last of them ends."""
+    """Return the order in which waiting requests are forwarded, and how the last one ends."""
     async with Site(
         tmp_path, profile=LINEAR, prefill={"slots": 1, "batch": 1}, scheduler_type=SCHEDULERS[name]
     ) as site:
-        for _ in range(8):  # what a prefill takes is known then
+        for _ in range(8):  # from then on the duration of a prefill is known
             await site.answer(site.request(1000, max_tokens=1))
         asked = {
             "first": site.request(1000, max_tokens=1),
@@ -256,7 +260,7 @@ async def queued(tmp_path: Path, name: PolicyName) -> tuple[list[str], str]:
 
 @virtual
 async def test_a_queue_is_first_come_first_served_up_to_the_limit(tmp_path: Path) -> None:
-    """On demand, priority decides, and nobody waits for a prefill that would end too late."""
+    """On-demand forwarding goes by priority, and ends requests that would be finished too late."""
     order, end = await queued(tmp_path, "round_robin")
     assert order == ["first", "second", "urgent", "late"]
     assert end.startswith("no first token within the TTFT limit of 350 ms")
@@ -269,9 +273,9 @@ async def test_a_queue_is_first_come_first_served_up_to_the_limit(tmp_path: Path
 
 
 async def example(site: Site) -> tuple[list[Request], float]:
-    """The four, served; and the mean of their times to first token."""
+    """Serve the four requests; return them and their mean TTFT."""
     long, short = site.prompt(128), site.prompt(1024)
-    for opening in (long, short):  # both prefills have both
+    for opening in (long, short):  # both prefills have both prefixes
         openings = [site.request(site.prompt(32, opening), max_tokens=1) for _ in range(2)]
         await asyncio.gather(*map(site.answer, openings))
         assert {one.prefill for one in openings} == {"prefill_0", "prefill_1"}
@@ -287,9 +291,10 @@ async def example(site: Site) -> tuple[list[Request], float]:
 @pytest.mark.parametrize("slots", [1, 4])
 @virtual
 async def test_papers_example(tmp_path: Path, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT-LLM#14868: the long one alone, the three short ones together; b_p = 1.
+    """TensorRT-LLM#14868: the long prompt alone, the three short ones together; b_p = 1.
 
-    Round robin and shortest queue give 2 + 2: a short one waits behind the long one.
+    Round robin and shortest queue put two prompts on each prefill, so a short one waits behind the
+    long one.
     """
     monkeypatch.setattr(BOUND["shortest_queue"], "report_s", 0.0)
     means = {}
@@ -308,17 +313,17 @@ async def test_papers_example(tmp_path: Path, slots: int, monkeypatch: pytest.Mo
             assert len(together) == (0 if name == "on_demand" else 1), name
             assert {one.state for one in (long, *short)} == {State.FINISHED}
             await site.idle()
-    # 0.1 ms a token: 787 ms, and 98, 195, 293 after each other; or 98, 195 and 885.
+    # At 0.1 ms a token: 787 ms, and 98, 195, 293 ms after one another; or 98, 195 and 885 ms.
     assert means["on_demand"] == pytest.approx((0.787 + 0.098 + 0.195 + 0.293) / 4, abs=0.005)
     assert means["round_robin"] == pytest.approx((0.787 + 0.098 + 0.195 + 0.885) / 4, abs=0.005)
     assert means["shortest_queue"] == pytest.approx(means["round_robin"], abs=0.005)
 
 
-# In a real server.
+# ------------------------------------------------------------------------------------ a real server
 
 
 def test_the_model_finds_its_policy_without_the_project_on_its_path(tmp_path: Path) -> None:
-    """As Triton's stub imports it, with no package but the installed one."""
+    """The import works as in Triton's stub, which has no package but the installed one."""
     source = servers.repository("pending_tokens", tmp_path / "source")
     made = servers.deployment("pool")
     render(made, made.servers[0], source, tmp_path / "models")

@@ -1,4 +1,4 @@
-"""The scheduling benchmark's own parts: what is asked, the ideal, and what is made of answers."""
+"""Tests for the scheduling benchmark: its requests, its ideal scheduler, and its statistics."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def firsts(found: Sequence[Sample]) -> list[float | None]:
     return [None if one.first is None else round(one.first, 6) for one in found]
 
 
-# ----------------------------------------------------------------------- workload
+# ----------------------------------------------------------------------------------------- workload
 
 
 def test_the_same_seed_asks_the_same() -> None:
     made = [poisson(random.Random(1), 20, [1000] * 50, Limits(0.005)) for _ in range(2)]
     assert made[0] == made[1]
     assert made[0] != poisson(random.Random(2), 20, [1000] * 50, Limits(0.005))
-    assert len({chain[0].seed for chain in made[0]}) == 50, "no prompt is another's prefix"
+    assert len({chain[0].seed for chain in made[0]}) == 50, "no prompt is a prefix of another"
 
 
 def test_poisson_arrivals_have_their_rate() -> None:
     chains = poisson(random.Random(0), 20, [1000] * 5000, Limits(0.005))
     gaps = np.diff([chain[0].due for chain in chains])
     assert np.mean(gaps) == pytest.approx(0.05, rel=0.05)
-    assert np.std(gaps) == pytest.approx(0.05, rel=0.05), "as much as the mean: exponential"
+    assert np.std(gaps) == pytest.approx(0.05, rel=0.05), "equal to the mean, so exponential"
 
 
 def test_capacity_is_that_of_the_mean_prompt() -> None:
@@ -98,7 +98,7 @@ def test_a_prompt_is_as_long_as_said_and_begins_with_its_prefix() -> None:
     assert client.prompt(a) == texts[0], "the same in every run"
 
 
-# -------------------------------------------------------------------------- ideal
+# ---------------------------------------------------------------------------------- ideal scheduler
 
 
 def test_ideal_one_prefill_serves_in_order() -> None:
@@ -108,14 +108,14 @@ def test_ideal_one_prefill_serves_in_order() -> None:
 
 
 def test_ideal_paper_example_the_long_one_alone_the_short_ones_together() -> None:
-    """Two idle prefills; 8k, 2k, 2k, 2k at once, with 0.1k and 1k of them cached."""
+    """Two prefills are idle; 8k, 2k, 2k, 2k tokens arrive at once, with 0.1k and 1k cached."""
     long = ask(0.0, 8000, prefix=0, shared=100)
     short = [ask(0.0, 2000, prefix=1, shared=1000) for _ in range(3)]
     assert firsts(ideal([[one] for one in (long, *short)], 2)) == [0.79, 0.1, 0.2, 0.3]
 
 
 def test_ideal_begins_nothing_in_vain() -> None:
-    """The third could begin before its limit, but not end: the fourth, with time, goes first."""
+    """The third could begin before its limit, but not end, so the fourth, with time, goes first."""
     found = ideal([[ask(0.0)], [ask(0.0)], [ask(0.0, limit_s=0.19)], [ask(0.15)]], 1)
     assert firsts(found) == [0.1, 0.2, None, 0.3]
     assert found[2].ended == pytest.approx(0.09), "it leaves when it is too late to begin"
@@ -123,7 +123,7 @@ def test_ideal_begins_nothing_in_vain() -> None:
 
 
 def test_ideal_begins_what_ends_at_its_limit() -> None:
-    tokens = 10_000  # 1 s, which floats can halve
+    tokens = 10_000  # 1 s, which is exact in binary fractions
     found = ideal([[ask(0.0, tokens)], [ask(0.0, tokens, limit_s=2.0)]], 1)
     assert firsts(found) == [1.0, 2.0]
     assert found[1].good
@@ -139,7 +139,7 @@ def test_ideal_a_user_asks_again_when_answered_or_refused() -> None:
     patient = [ask(0.0), ask(0.0)]
     hasty = [ask(0.0, limit_s=0.15), ask(0.0)]
     found = ideal([patient, hasty], 1)
-    # The first is answered until 0.13; the other gives up at 0.05 and asks again.
+    # The first is answered until 0.13; the other gives up at 0.05 and sends another request.
     assert [(round(one.due, 6), one.first is None) for one in found] == [
         (0.0, False),
         (0.0, True),
@@ -178,7 +178,7 @@ def test_ideal_leaves_no_prefill_idle_and_computes_nothing_in_vain(
 
 @pytest.mark.parametrize(("percent", "share"), [(80, 0.96), (100, 0.88)])
 def test_ideal_of_two_servers_of_fixed_time(percent: int, share: float) -> None:
-    """Design section 8: what the budgets are held against."""
+    """Design section 8: the budgets are compared with these values."""
     found = [
         good(ideal(poisson(random.Random(seed), percent / 5, [1000] * 2000, Limits(0.0)), 2))
         for seed in range(5)
@@ -186,7 +186,7 @@ def test_ideal_of_two_servers_of_fixed_time(percent: int, share: float) -> None:
     assert statistics.fmean(found) == pytest.approx(share, abs=0.03)
 
 
-# ------------------------------------------------------------------------ samples
+# ------------------------------------------------------------------------------------------ samples
 
 
 def test_good_is_an_answer_within_the_limit() -> None:
@@ -231,7 +231,7 @@ def test_idle_while_somebody_waits_in_vain_is_found() -> None:
 
 
 def test_a_forward_in_vain_is_no_idleness() -> None:
-    """An answer that came too late was computed until the moment of its error."""
+    """An answer that came too late was being computed until the moment of its error."""
     late = Sample(ask(0.0, 4000), 0.0, ended=1.0, error=LATE)
     assert late.forward == pytest.approx((0.6, 1.0))
     waited = Sample(ask(0.0), 0.6, ended=1.0, error=REFUSED)
@@ -241,7 +241,7 @@ def test_a_forward_in_vain_is_no_idleness() -> None:
     assert offered.forward == pytest.approx((0.3, 0.4))
 
 
-# ------------------------------------------------------------------------- points
+# ------------------------------------------------------------------------------------------- points
 
 
 def load(chains: int = 4, **fields: object) -> Load:
@@ -298,7 +298,7 @@ def test_the_level_of_a_share_lies_between_those_measured() -> None:
     assert between([(8.0, 1.0), (12.0, 0.6)], 11.0) == pytest.approx(0.7)
 
 
-# ------------------------------------------------------------------ loads, report
+# --------------------------------------------------------------------------------- loads and report
 
 
 def test_a_full_run_is_long_enough_and_not_too_long() -> None:
@@ -338,7 +338,7 @@ def test_every_deployment_has_the_same_instances() -> None:
 
 
 def _points() -> list[Point]:
-    """What a run brings whose servers are as good as the ideal, or, if old, half as good."""
+    """Return the points of a run whose servers equal the ideal or, if old, reach half of it."""
     made = []
     for one in loads.all_of(loads.QUICK, 0.005, None):
         for layout in one.layouts:
@@ -397,7 +397,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-# -------------------------------------------------------------------------- crowd
+# -------------------------------------------------------------------- many instances in one process
 
 
 def test_a_crowd_serves_every_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The transfer benchmark measures what it says, small."""
+"""Test for the transfer benchmark, at a small size."""
 
 from __future__ import annotations
 

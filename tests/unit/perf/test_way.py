@@ -1,4 +1,4 @@
-"""The ways of a prompt and of a KV cache through the code, as `perf.way` traces them."""
+"""Tests for `perf.way`, which traces a prompt and a KV cache through the code."""
 
 from __future__ import annotations
 

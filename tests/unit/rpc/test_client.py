@@ -1,4 +1,4 @@
-"""Replies to one call: in order, bounded in time, and a failure after what came before it."""
+"""Tests for the replies to a call: in order, bounded in time, a failure after earlier replies."""
 
 from __future__ import annotations
 

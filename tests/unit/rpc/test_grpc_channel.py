@@ -1,4 +1,4 @@
-"""The stream to an instance, with a real gRPC server that ends it."""
+"""Tests for the stream to an instance, with a real gRPC server that ends it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.inprocess import real
 
 
 class Ending(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Ends every stream with its first request."""
+    """A servicer that ends every stream at its first request."""
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
         async for _ in requests:

@@ -1,4 +1,4 @@
-"""Internal messages: every number and every length has its range, in both directions."""
+"""Tests for internal messages: each number and each length has a range, in both directions."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_message_of_the_version_before_is_refused_by_its_version() -> None:
 
 
 def test_a_field_that_is_not_known_is_ignored() -> None:
-    """So that an optional one may be added without a new version."""
+    """An optional field can therefore be added without a new version."""
     for message in (PREFILL, DECODE, Release("call")):
         fields = msgspec.msgpack.decode(messages.encode(message))
         assert messages.decode_request(msgspec.msgpack.encode({**fields, "new": 1})) == message
@@ -145,7 +145,7 @@ def test_a_prompt_is_never_repeated() -> None:
 
 @pytest.mark.parametrize("kind", [*get_args(Request), *get_args(Reply)])
 def test_nothing_is_without_a_range(kind: type) -> None:
-    """Of a field that is new, too."""
+    """This holds for new fields, too."""
     assert list(_unbounded(inspect.type_info(kind), kind.__name__)) == []
 
 
@@ -157,7 +157,7 @@ def test_the_defaults_are_in_range() -> None:
 
 
 def _unbounded(kind: inspect.Type, name: str) -> Iterator[str]:
-    """Names of the fields under it that could be of any size."""
+    """Return the names of the fields under it whose size has no bound."""
     inner: list[tuple[inspect.Type, str]] = []
     if isinstance(kind, inspect.StructType):
         inner = [(field.type, f"{name}.{field.name}") for field in kind.fields]
@@ -167,7 +167,7 @@ def _unbounded(kind: inspect.Type, name: str) -> Iterator[str]:
         inner = [(kind.key_type, name), (kind.value_type, name)]
         yield from () if kind.max_length is not None else (name,)
     if not inner and not _bounded(kind):
-        # A seed has all 64 bits, which is more than msgspec can give as a bound.
+        # A seed has all 64 bits, which is more than msgspec accepts as a bound.
         yield from () if name.endswith(".seed") else (name,)
     for one, called in inner:
         yield from _unbounded(one, called)

@@ -1,4 +1,4 @@
-"""Messages to an instance are sealed: what is accepted, what is refused, and what is said of it."""
+"""Tests for sealed messages to an instance: what is accepted, what is refused, what is logged."""
 
 from __future__ import annotations
 

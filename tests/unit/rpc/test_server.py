@@ -1,4 +1,4 @@
-"""Replies from an instance's end of a channel to the gateway's: alone, and carried together."""
+"""Tests for replies from an instance to a gateway: one per response, or several together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Sent = tuple[str, list[tuple[str, Reply]] | None, bool]
 
 
 class Wire:
-    """An instance's end, and what it has sent: the call's key, replies, whether it was the last."""
+    """An instance's end; records what it has sent: the call's key, the replies, the final flag."""
 
     def __init__(self) -> None:
         self.sent: list[Sent] = []
@@ -120,7 +120,7 @@ async def test_a_caller_that_goes_takes_along_what_its_carrier_brought() -> None
         ("3", [("id-3", tokens(1))], False),
         ("1", [("id-2", Failed("CANCELLED", "released"))], True),
     ]
-    assert wire.answers.abandon("3") == ["id-3"], "one that came late is noticed for itself"
+    assert wire.answers.abandon("3") == ["id-3"], "a call that came late is abandoned by itself"
 
 
 @virtual
@@ -129,7 +129,7 @@ async def test_a_failed_carrier_fails_what_it_brought() -> None:
     carried, carrier, other = calls.open("1"), calls.open("2"), calls.open("3")
     calls.deliver("2", messages.encode_replies([("1", Accepted()), ("gone", Accepted())]))
     calls.fail("2", InstanceError("the model is dead"))
-    assert await carried.get(1) == Accepted(), "what came before is read first"
+    assert await carried.get(1) == Accepted(), "earlier replies are read first"
     for replies in (carried, carrier):
         with pytest.raises(InstanceError, match="the model is dead"):
             await replies.get(1)
@@ -148,7 +148,7 @@ def test_malformed_replies_are_one_clear_error() -> None:
 
 @virtual
 async def test_a_carrier_is_retired_after_so_many_responses() -> None:
-    """Triton keeps something of every response until the request has ended."""
+    """Triton keeps some memory for every response until the request has ended."""
     wire = Wire()
     first, second = wire.call("1"), wire.call("2")
     wire.answers.reply(first, tokens(1), False)
@@ -190,7 +190,7 @@ async def test_one_that_is_retired_says_first_what_it_was_about_to_say() -> None
 
 @virtual
 async def test_under_steady_load_no_request_carries_for_ever() -> None:
-    """As one that ends only with the last answer would: there is always another."""
+    """A carrier that ended with the last open answer would never end under steady load."""
     wire, open_calls, most = Wire(), list[Call](), Counter[str]()
     for number in range(20 * MAX_RESPONSES):
         open_calls.append(wire.call(f"{number}"))

@@ -1,4 +1,4 @@
-"""Who is let in, who waits, and who is turned away: slots, the line, and the TTFT limit."""
+"""Tests for admission: which requests are accepted, wait or are refused; slots and TTFT limit."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ TIMES = {"prefill": {"base_ms": PREFILL_MS}, "decode": {"base_ms": STEP_MS}}
 
 
 async def at(seconds: float) -> None:
-    """Sleep until then."""
+    """Sleep until a moment of the loop's clock."""
     await asyncio.sleep(seconds - asyncio.get_running_loop().time())
 
 
 @virtual
 async def test_slot_is_held_until_the_kv_cache_was_pulled(tmp_path: Path) -> None:
-    """vllm#41269: decode back-pressure shows as a prefill that is full, and nowhere else."""
+    """vllm#41269: decode back-pressure shows as a full prefill, and nowhere else."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}, decode={"slots": 1}) as site:
-        # Another gateway's: this one does not know yet that there is no room.
+        # The other gateway's request: this gateway does not know yet that there is no room.
         other = site.beside()
         first = other.start(other.request(max_tokens=50))
         await at(0.1)  # `first` decodes until about 0.52
@@ -39,9 +39,9 @@ async def test_slot_is_held_until_the_kv_cache_was_pulled(tmp_path: Path) -> Non
         tasks = [site.start(second), site.start(third)]
         await at(0.45)
         assert (second.state, third.state) == (State.PREFILLED, State.WAITING)
-        assert second.output_tokens == 1, "the first token was told"
+        assert second.output_tokens == 1, "the client has the first token"
         assert len(site.p_engines[0].forwards) == 2, "the third has not been computed"
-        assert not third.offers, "what this gateway fills by itself is not asked"
+        assert not third.offers, "a gateway does not offer to a prefill that it has filled itself"
         await asyncio.gather(first, *tasks)
         assert third.forwarded > second.first_token + 0.3
         await site.idle()
@@ -73,7 +73,7 @@ async def test_a_waiting_request_goes_on_when_a_slot_is_freed(tmp_path: Path) ->
         first, second = site.request(), site.request()
         answers = await asyncio.gather(site.answer(first), site.answer(second))
         assert answers == [site.expected(first), site.expected(second)]
-        # The slot is free when the decode has pulled, and that is told by a message.
+        # The slot is free when the decode has pulled, which a message reports.
         assert 0 < second.forwarded - first.first_token < 0.003
         asked = [offer.answer for offer in second.offers if offer.instance == "prefill_0"]
         assert asked == [Answer.ACCEPTED]
@@ -99,7 +99,7 @@ async def test_priority_then_arrival(tmp_path: Path) -> None:
 
 @virtual
 async def test_newcomers_do_not_overtake_those_who_wait(tmp_path: Path) -> None:
-    """dynamo#12864: on-demand forwarding in order of arrival, over all prefills."""
+    """dynamo#12864: on-demand forwarding goes in order of arrival, over all prefills."""
     async with Site(tmp_path, prefills=2, profile=TIMES, prefill={"slots": 1}) as site:
         requests = [site.request(max_tokens=2) for _ in range(30)]
         tasks = []
@@ -116,7 +116,7 @@ async def test_newcomers_do_not_overtake_those_who_wait(tmp_path: Path) -> None:
 
 @virtual
 async def test_ttft_limit_ends_a_wait(tmp_path: Path) -> None:
-    """Layr-Labs#381: refused by what is, not by an estimate; the error names the limit."""
+    """Layr-Labs#381: refused by what is the case, not by an estimate; the error names the limit."""
     slow = {"prefill": {"base_ms": 1000.0}}
     async with Site(tmp_path, profile=slow, prefill={"slots": 1}) as site:
         first = site.start(site.request(max_tokens=1))
@@ -154,7 +154,7 @@ async def test_ttft_limit_is_checked_before_an_accepted_prompt_is_computed(tmp_p
         with pytest.raises(errors.Unavailable, match="TTFT limit of 300 ms"):
             await site.answer(late)
         assert late.state is State.EXPIRED
-        assert late.attempts == 1, "a prefill that is on time itself is not blamed"
+        assert late.attempts == 1, "a prefill that is itself on time is not blamed"
         assert len(site.p_engines[0].forwards) == 1
         await first
         await site.idle()
@@ -174,7 +174,7 @@ async def test_ttft_limit_that_has_passed_is_not_forwarded_again(tmp_path: Path)
 
 @virtual
 async def test_no_more_than_so_many_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vllm#49445: the line is bounded."""
+    """vllm#49445: the wait queue is bounded."""
     monkeypatch.setattr(forwarding, "MAX_WAITING", 3)
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}) as site:
         requests = [site.request(max_tokens=2) for _ in range(4)]
@@ -229,7 +229,7 @@ async def test_prefill_with_the_fewest_open_requests_is_asked_first(tmp_path: Pa
 
 @virtual
 async def test_an_idle_prefill_is_fed_until_it_is_full(tmp_path: Path) -> None:
-    """So that its batch fills: those who come together are computed together."""
+    """Requests that arrive together are computed together, which fills the batch."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 8}) as site:
         requests = [site.request(max_tokens=2) for _ in range(9)]
         await asyncio.gather(*map(site.answer, requests))
@@ -239,7 +239,7 @@ async def test_an_idle_prefill_is_fed_until_it_is_full(tmp_path: Path) -> None:
 
 @virtual
 async def test_those_behind_do_not_wait_for_an_acceptance(tmp_path: Path) -> None:
-    """With others in line it is told at once, and not with the result or after a moment."""
+    """If other requests wait, the prefill accepts at once, not with the result or after a delay."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 1}) as site:
         requests = [site.request(max_tokens=1) for _ in range(12)]
         await asyncio.gather(*map(site.answer, requests))
@@ -255,12 +255,12 @@ async def test_those_behind_do_not_wait_for_an_acceptance(tmp_path: Path) -> Non
         await site.idle()
 
 
-# ---------------------------------------------------------------------- decode
+# ------------------------------------------------------------------------------------------- decode
 
 
 @virtual
 async def test_decodes_that_become_free_together_are_taken_together(tmp_path: Path) -> None:
-    """A decode says that it accepts: the next in line need not wait for the first tokens."""
+    """A decode reports that it accepts, so the next request need not wait for first tokens."""
     async with Site(tmp_path, decodes=2, profile=TIMES, decode={"slots": 1}) as site:
         running = [site.start(site.request(max_tokens=40)) for _ in range(2)]
         await at(0.1)
@@ -294,8 +294,10 @@ async def test_decode_line_is_in_order_of_priority_then_arrival(tmp_path: Path) 
 
 @virtual
 async def test_no_idle_decode_within_the_lease(tmp_path: Path) -> None:
-    """vllm#41269: the prefill does not hold a KV cache longer than its lease. Who has been told a
-    token goes on when there is room."""
+    """vllm#41269: a prefill does not hold a KV cache longer than its lease.
+
+    A request that has sent a token continues when there is room.
+    """
     async with Site(tmp_path, profile=TIMES, prefill={"lease_s": 0.5}, decode={"slots": 1}) as site:
         other = site.beside()
         running = other.start(other.request(max_tokens=120))

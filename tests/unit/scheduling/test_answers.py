@@ -1,4 +1,4 @@
-"""Answers: their tokens, when they come, how they end, and what is told of them."""
+"""Tests for answers: their tokens, when they come, how they end, and their statistics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def test_states_of_a_served_request(tmp_path: Path) -> None:
         assert await site.answer(request) == site.expected(request)
         await asyncio.sleep(0.001)
         watching.cancel()
-        # PREFILLED until the decode has said that it accepts; that takes 5 ms.
+        # PREFILLED until the decode has reported that it accepts; that takes 5 ms.
         assert seen == [
             State.WAITING, State.PREFILLING, State.PREFILLED,
             State.TRANSFERRING, State.DECODING, State.FINISHED
@@ -46,7 +46,7 @@ async def test_states_of_a_served_request(tmp_path: Path) -> None:
 
 @virtual
 async def test_first_token_comes_before_decode_begins(tmp_path: Path) -> None:
-    """vllm#25373, llm-d-inference-scheduler#701: computed once, by the prefill, told at once."""
+    """vllm#25373, llm-d-inference-scheduler#701: computed once, by the prefill; sent at once."""
     async with Site(tmp_path, profile=TIMES) as site:
         request = site.request()
         chunks = site.scheduler.run(request)
@@ -54,10 +54,10 @@ async def test_first_token_comes_before_decode_begins(tmp_path: Path) -> None:
         assert list(first.ids) == site.expected(request)[:1]
         assert request.state is State.PREFILLED
         assert request.first_token - request.arrived == pytest.approx(0.02, abs=1e-6)
-        await asyncio.sleep(0.5)  # a reader takes its time
+        await asyncio.sleep(0.5)  # the reader is slow
         assert not site.d_links[0].requests
         rest = [token async for chunk in chunks for token in chunk.ids]
-        assert rest == site.expected(request)[1:], "no token is computed, or told, twice"
+        assert rest == site.expected(request)[1:], "no token is computed or sent twice"
         [asked] = site.d_links[0].of(DecodeRequest)
         assert asked.first_token == first.ids[0]
         assert len(site.d_engines[0].steps) == request.max_tokens - 1
@@ -117,7 +117,7 @@ async def test_ignore_eos(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", [1, 3, 8])
 @virtual
 async def test_reader_ends_the_answer(tmp_path: Path, after: int) -> None:
-    """A stop string is complete: nothing more is asked for, and everything is let go of."""
+    """At a complete stop string nothing more is asked for, and everything is released."""
     async with Site(tmp_path, profile=TIMES, decode={"response_cost_ms": 0.0}) as site:
         request = site.request(max_tokens=8)
         got = 0
@@ -178,7 +178,7 @@ async def test_every_request_is_counted_once_under_its_scenario(tmp_path: Path) 
 
 @virtual
 async def test_reader_who_leaves_cancels(tmp_path: Path) -> None:
-    """Everything has been let go of when the iterator is closed, not some time after."""
+    """Everything has been released when the iterator is closed, not some time later."""
     async with Site(tmp_path, profile=TIMES) as site:
         for chunks_wanted in (1, 2):
             request = site.request(max_tokens=100)
@@ -198,7 +198,7 @@ async def test_reader_who_leaves_cancels(tmp_path: Path) -> None:
 
 @virtual
 async def test_many_at_once_have_their_own_tokens(tmp_path: Path) -> None:
-    """Lengths, priorities and message delays drawn at random; every answer is whole and its own."""
+    """Lengths, priorities and delays are random; every request gets its own complete answer."""
     async with Site(
         tmp_path, prefills=3, decodes=2, profile=TIMES, decode={"slots": 20}, seed=5
     ) as site:
@@ -241,11 +241,11 @@ async def test_offers_do_not_multiply_with_those_who_wait(tmp_path: Path) -> Non
             await asyncio.gather(*(site.answer(site.request(max_tokens=2)) for _ in range(waiting)))
             rejections.append(site.total("pdserve_prefill_rejections_total") / waiting)
             await site.idle()
-    assert rejections == [0.0, 0.0], "a gateway knows what it fills by itself"
+    assert rejections == [0.0, 0.0], "a gateway knows the instances that it has filled itself"
 
 
 def test_prompt_bytes_are_int32() -> None:
-    """What the helper of these tests makes is what the gateway makes."""
+    """The helper of these tests makes the same bytes as the gateway."""
     site = Site(None)  # type: ignore[arg-type]
     site.rng = random.Random(0)
     assert np.frombuffer(site.prompt(4), "<i4").dtype == np.int32

@@ -1,4 +1,4 @@
-"""Cancelled at any moment, a request leaves nothing behind, and harms no other."""
+"""Tests for cancels at any moment: nothing is left behind, and no other request is harmed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 
 async def cancelled(task: asyncio.Task[Any]) -> bool:
-    """Cancel it and wait; whether that came before its end."""
+    """Cancel the task and wait; return whether the cancel came before its end."""
     task.cancel()
     await asyncio.wait([task])
     if task.cancelled():
@@ -31,7 +31,7 @@ async def cancelled(task: asyncio.Task[Any]) -> bool:
 
 
 async def steps(count: int) -> None:
-    """Let the loop go round so often; no time passes."""
+    """Let the loop run for this number of turns, while no time passes."""
     for _ in range(count):
         await asyncio.sleep(0)
 
@@ -40,7 +40,7 @@ async def steps(count: int) -> None:
 @pytest.mark.parametrize("prompt", [20, 3000], ids=["pulled inline", "pulled aside"])
 @virtual
 async def test_after_any_number_of_loop_steps(tmp_path: Path, stream: bool, prompt: int) -> None:
-    """vllm#29906, TensorRT-LLM#12313: through its whole life; the engine waits for nothing."""
+    """vllm#29906, TensorRT-LLM#12313: at every step of its life; the engine does not wait."""
     async with Site(tmp_path, profile={"speed": 0}) as site:
         states, held = set(), set()
         for count in range(1, 1000):  # before its first step it is no request yet
@@ -51,15 +51,16 @@ async def test_after_any_number_of_loop_steps(tmp_path: Path, stream: bool, prom
             held.update(site.held())
             came_first = await cancelled(task)
             assert request.state is (State.CANCELLED if came_first else State.FINISHED)
-            await asyncio.sleep(0.03)  # one look at the leases
+            await asyncio.sleep(0.03)  # one sweep of the leases
             assert site.held() == {}, f"after {count} steps, in {request.state}"
             if not came_first:
                 break
-        # The engine's first token comes with the acceptance: TRANSFERRING takes no step of its own.
+        # The engine's first token comes with the acceptance, so TRANSFERRING takes no step of its
+        # own.
         assert {State.WAITING, State.PREFILLED, State.FINISHED} <= states
         assert {"prefill_0 slots", "prefill_0 leases", "decode_0 open", "decode_0 blocks"} <= held
         assert ("decode_0 pulls" in held) == (prompt == 3000)
-        # Nobody reads along: the only reply with tokens is the last.
+        # The answer is not streamed: the only reply with tokens is the last.
         assert (State.DECODING in states) == stream
         ended = site.total("pdserve_requests_total")
         assert ended == count
@@ -72,8 +73,7 @@ async def test_after_any_number_of_loop_steps(tmp_path: Path, stream: bool, prom
 @pytest.mark.parametrize("stream", [True, False])
 @virtual
 async def test_at_any_time(tmp_path: Path, stream: bool) -> None:
-    """python_backend#398: the same with engines that take their time, slow messages, and lines for
-    both roles."""
+    """python_backend#398: the same with slow engines, slow messages, and requests that wait."""
     async with Site(
         tmp_path, profile=TIMES, prefill={"slots": 2}, decode={"slots": 1}, seed=3
     ) as site:
@@ -105,7 +105,7 @@ async def test_at_any_time(tmp_path: Path, stream: bool) -> None:
 
 @virtual
 async def test_everything_is_free_within_200_ms(tmp_path: Path) -> None:
-    """TensorRT-LLM#12313: freed by the cancel, not by the next work; in each phase."""
+    """TensorRT-LLM#12313: the cancel itself frees everything, not the next work; in each phase."""
     async with Site(
         tmp_path, profile=TIMES, prefill={"lease_s": 60.0}, decode={"slots": 2}
     ) as site:
@@ -132,7 +132,7 @@ async def test_cancel_wakes_who_waits(tmp_path: Path) -> None:
         assert await cancelled(tasks[0])
         assert await cancelled(holder)
         assert await tasks[1] == site.expected(second)
-        # A forward that has begun is not interrupted; its slot is free after it.
+        # A forward that has begun is not interrupted; its slot is free afterwards.
         assert 0.5 <= second.forwarded < 0.503
         await site.idle()
 
@@ -149,13 +149,13 @@ async def test_cancel_is_not_swallowed_by_an_end_that_comes_with_it(tmp_path: Pa
             task.cancel()
             await asyncio.wait([task])
             assert request.state in FINAL | {State.WAITING}
-            await asyncio.sleep(0.03)  # one look at the leases
+            await asyncio.sleep(0.03)  # one sweep of the leases
             assert site.held() == {}
 
 
 @virtual
 async def test_500_requests_with_random_cancels(tmp_path: Path) -> None:
-    """Must show of the issue: afterwards nothing is in use, by the metrics."""
+    """Afterwards nothing is in use, according to the metrics."""
     async with Site(
         tmp_path,
         prefills=2,

@@ -1,4 +1,4 @@
-"""What is kept in order is what a look at every instance would find."""
+"""Tests that the ordered candidates equal those of a scan of every instance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(of: Load) -> float:
 
 
 class Clock:
-    """Stands for the running loop."""
+    """A clock in place of the running loop's."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -41,7 +41,7 @@ def clock() -> Clock:
 
 
 class Scan:
-    """As `Candidates`, but without an order: every instance is looked at for every answer."""
+    """Like `Candidates`, but without an order: every instance is scanned for every answer."""
 
     def __init__(self, instances: Sequence[Instance]) -> None:
         self.instances = list(instances)
@@ -75,8 +75,8 @@ class Scan:
         return min(found, key=lambda one: one[:3], default=(None,))[-1]
 
 
-class Walk:
-    """Whatever may happen to instances, one thing after the other; a scan follows it."""
+class RandomEvents:
+    """A random sequence of events of instances, which a scan follows as well."""
 
     def __init__(self, seed: int, clock: Clock) -> None:
         self.rng = random.Random(seed)
@@ -145,14 +145,15 @@ class Walk:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_the_best_is_the_best_of_all(seed: int, clock: Clock) -> None:
-    walk = Walk(seed, clock)
-    kept, scan = walk.kept, walk.scan
+    events = RandomEvents(seed, clock)
+    kept, scan = events.kept, events.scan
     with mock.patch.object(module.asyncio, "get_running_loop", return_value=clock):
         for _ in range(STEPS):
-            walk.step()
-            rank, asked = walk.rank(), walk.some()
+            events.step()
+            rank, asked = events.rank(), events.some()
             expected, found = scan.best(rank, asked, clock.now), kept.best(rank, asked)
-            if expected is not found:  # equals may differ: who joined again is the last of them
+            # among equals the order may differ: an instance that joined again comes last
+            if expected is not found:
                 assert expected is not None
                 assert found is not None
                 one, other = (
@@ -182,11 +183,11 @@ def test_a_look_at_the_best_does_not_look_at_all() -> None:
     assert len(looked) == 200
 
 
-# Room in the decodes.
+# ------------------------------------------------------------------------------ room in the decodes
 
 
-class Rooming:
-    """Decodes that tell, promise and fail, one thing after the other."""
+class RandomRoomEvents:
+    """Decodes that report room, promise it and fail, in random order."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -253,17 +254,17 @@ class Rooming:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_room_is_found_as_by_looking_at_all(seed: int) -> None:
-    walk = Rooming(seed)
+    events = RandomRoomEvents(seed)
     for _ in range(STEPS):
-        walk.step()
-        blocks = walk.need()
-        fitting, found = walk.fitting(blocks), walk.rooms.find(blocks, walk.now)
+        events.step()
+        blocks = events.need()
+        fitting, found = events.fitting(blocks), events.rooms.find(blocks, events.now)
         assert (found is None) == (not fitting)
         if found is not None:
             assert found in fitting
             least = min(one.load.open + one.room.slots for one in fitting)
-            assert walk.large or found.load.open + found.room.slots == least
+            assert events.large or found.load.open + found.room.slots == least
         for age in (KNOWN_S, math.inf):
-            expected, plenty = walk.plenty(age), walk.rooms.plenty(walk.now, age)
-            # A large group may take the largest request for larger than it is.
-            assert plenty == expected or (walk.large and expected)
+            expected, plenty = events.plenty(age), events.rooms.plenty(events.now, age)
+            # A large group may assume that the largest request is larger than it is.
+            assert plenty == expected or (events.large and expected)

@@ -1,4 +1,4 @@
-"""What has failed is left alone, tried by one, and trusted again: instances, and pairs of them."""
+"""Tests for circuit breakers of instances and of pairs: closed, open, half-open, closed again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 
 def opened(now: float, times: int = 1) -> CircuitBreaker:
-    """One that has failed so often, each time as soon as it was tried again."""
+    """Return a breaker that has failed this often, each time as soon as it was tried again."""
     breaker = CircuitBreaker()
     breaker.failed(now)
     for _ in range(times - 1):
@@ -34,11 +34,11 @@ def opened(now: float, times: int = 1) -> CircuitBreaker:
 def test_states() -> None:
     breaker = CircuitBreaker()
     assert breaker.closed
-    assert breaker.allows(now=5.0, trying=7), "closed: as many as like"
+    assert breaker.allows(now=5.0, trying=7), "closed: any number of requests"
     breaker.failed(5.0)
     assert not breaker.closed
-    assert not breaker.allows(5.0 + FIRST_S - 1e-3, trying=0), "open: nobody"
-    assert breaker.allows(5.0 + FIRST_S, trying=0), "half-open: one"
+    assert not breaker.allows(5.0 + FIRST_S - 1e-3, trying=0), "open: no request"
+    assert breaker.allows(5.0 + FIRST_S, trying=0), "half-open: one request"
     assert not breaker.allows(5.0 + FIRST_S, trying=1)
     breaker.good()
     assert breaker.closed
@@ -60,7 +60,7 @@ def test_pauses_double_up_to_a_bound_and_start_anew() -> None:
 
 
 def test_many_failures_of_one_outage_are_one() -> None:
-    """A connection breaks, and each of its streams says so."""
+    """When a connection breaks, each of its streams reports a failure."""
     breaker = opened(1.0)
     for moment in (1.0, 1.1, 1.2):
         breaker.failed(moment)
@@ -70,7 +70,7 @@ def test_many_failures_of_one_outage_are_one() -> None:
 
 
 def test_budget_is_a_share_of_what_comes() -> None:
-    """vllm#29906: retries do not spread an exhaustion."""
+    """vllm#29906: retries do not amplify an overload."""
     budget = RetryBudget()
     spent = sum(budget.spend() for _ in range(1000))
     assert spent == RetryBudget.MOST
@@ -82,12 +82,12 @@ def test_budget_is_a_share_of_what_comes() -> None:
     assert sum(budget.spend() for _ in range(1000)) == RetryBudget.MOST, "and no more is saved up"
 
 
-# An instance.
+# -------------------------------------------------------------------------------------- an instance
 
 
 @virtual
 async def test_one_trial_at_a_time() -> None:
-    """Many wait; while nobody knows whether it is well again, one of them finds out."""
+    """Of many waiting requests, one tries the instance, and the others wait for the result."""
     fake = FakeInstance(4)
     gateway = Gateway([fake], hold_s=1.0)
     [instance] = gateway.instances
@@ -99,7 +99,7 @@ async def test_one_trial_at_a_time() -> None:
         await asyncio.sleep(0.05)
         assert instance.load.offers <= 1
         seen += instance.load.offers
-    assert seen > 40, "some trial or other was under way most of the time"
+    assert seen > 40, "a trial was under way most of the time"
     assert fake.messages[PrefillRequest] <= 3
     for task in tasks:
         task.cancel()
@@ -108,7 +108,7 @@ async def test_one_trial_at_a_time() -> None:
 
 @virtual
 async def test_it_is_left_alone_and_found_well(tmp_path: Path) -> None:
-    """sglang#10110, sglang#9266: what has failed heals without a restart, and without a storm."""
+    """sglang#10110, sglang#9266: it recovers without a restart, and without a burst of retries."""
     async with Site(tmp_path, prefills=2, profile=TIMES) as site:
         site.p_links[0].broken = "connection refused"
         requests = [site.request(max_tokens=2) for _ in range(300)]
@@ -130,7 +130,7 @@ async def test_it_is_left_alone_and_found_well(tmp_path: Path) -> None:
 
 @virtual
 async def test_one_bad_prompt_closes_nothing_for_long(tmp_path: Path) -> None:
-    """A request that fails everywhere: its attempts are its own, and others go on at once."""
+    """The request fails everywhere, and counts its own attempts; others continue at once."""
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
         poison = site.prompt(40)
         for engine in site.p_engines:
@@ -155,12 +155,12 @@ async def test_one_bad_prompt_closes_nothing_for_long(tmp_path: Path) -> None:
         await site.idle()
 
 
-# A pair.
+# ------------------------------------------------------------------------------------------- a pair
 
 
 @virtual
 async def test_pair_that_cannot_hand_over_is_avoided_and_its_two_are_not(tmp_path: Path) -> None:
-    """sglang#23272, sglang#12688: either of them goes on with others."""
+    """sglang#23272, sglang#12688: each of the two continues with other partners."""
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
         receiver = site.receivers[0]
         opened = receiver.open
@@ -180,13 +180,13 @@ async def test_pair_that_cannot_hand_over_is_avoided_and_its_two_are_not(tmp_pat
         assert ("prefill_0", "decode_0") not in used
         assert {("prefill_0", "decode_1"), ("prefill_1", "decode_0")} <= used
         tried = sum(one.attempts - 1 for one in requests)
-        assert 1 <= tried <= 3, "now and then, after a pause that doubles"
+        assert 1 <= tried <= 3, "it is tried now and then, after a pause that doubles"
         await site.idle()
 
 
 @virtual
 async def test_budget_of_retries_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vllm#29906: when much fails at once, most of it fails once."""
+    """vllm#29906: when much fails at once, most of it is tried only once."""
     monkeypatch.setattr(RetryBudget, "MOST", 5.0)
     monkeypatch.setattr(RetryBudget, "SHARE", 0.0)
     async with Site(tmp_path, decodes=2, profile=TIMES, prefill={"slots": 16}) as site:
@@ -203,12 +203,12 @@ async def test_budget_of_retries_is_shared(tmp_path: Path, monkeypatch: pytest.M
         await site.idle()
 
 
-# The group.
+# ---------------------------------------------------------------------------------------- the group
 
 
 @virtual
 async def test_healthy_while_each_role_has_one_that_may_be_tried(tmp_path: Path) -> None:
-    """TensorRT-LLM#12313: health is whether a request could be served, not whether we run."""
+    """TensorRT-LLM#12313: healthy means that a request could be served, not just running."""
     async with Site(tmp_path, prefills=2, decodes=1, profile=TIMES) as site:
         prefills, [decode] = site.instances
         assert site.scheduler.healthy

@@ -1,5 +1,8 @@
-"""Decodes that fail, fall silent or answer late: the request goes on with another pair, or the
-same one once it is well; where none is left it ends in one clear error, and nothing is held."""
+"""Tests for decodes that fail, fall silent or answer late.
+
+The request continues with another pair, or with the same one once it has recovered. Where none is
+left it ends in one clear error, and nothing is held.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def everything(message: Message) -> bool:
 
 
 async def fails(site: Site, request: Request, error: type[Exception], match: str) -> None:
-    """It ends in one error."""
+    """Check that the request ends in one error."""
     with pytest.raises(error, match=match):
         await site.answer(request)
     assert request.state is State.FAILED
@@ -36,7 +39,7 @@ async def fails(site: Site, request: Request, error: type[Exception], match: str
 
 
 async def loses_its_decode(site: Site, request: Request, how: str) -> asyncio.Task[list[int]]:
-    """It decodes when the connection breaks, for good, or the decode falls silent, or ends."""
+    """Make the decode fail while it decodes: a broken connection, silence, or its end."""
     task = site.start(request)
     await asyncio.sleep(0.5)
     assert request.state is State.DECODING
@@ -47,14 +50,14 @@ async def loses_its_decode(site: Site, request: Request, how: str) -> asyncio.Ta
         site.d_links[number].lose = everything
     else:
         await site.d[number].close()
-        await asyncio.sleep(0.001)  # that is told
+        await asyncio.sleep(0.001)  # which is reported
         site.d_links[number].broken = "connection refused"
         site.d[number].close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
     return task
 
 
-async def let_go(site: Site) -> None:
-    """After some seconds; one that is shut down tells no gauges any more."""
+async def nothing_held(site: Site) -> None:
+    """Check that nothing is held after some seconds; a closed instance has no gauges."""
     await asyncio.sleep(2.0)
     assert site.held() == {}
 
@@ -69,7 +72,7 @@ HOW = {
 @pytest.mark.parametrize("how", HOW)
 @virtual
 async def test_lost_in_mid_stream_another_goes_on(tmp_path: Path, how: str) -> None:
-    """vllm#46283, sglang#10110: within the stall's bound, and not a token is lost or repeated."""
+    """vllm#46283, sglang#10110: within the stall's bound, with no token lost or repeated."""
     async with Site(tmp_path, decodes=2, profile=TIMES, stall_s=3.0) as site:
         request = site.request(max_tokens=200)
         task = await loses_its_decode(site, request, how)
@@ -79,14 +82,14 @@ async def test_lost_in_mid_stream_another_goes_on(tmp_path: Path, how: str) -> N
         silence = 3.0 if how == "falls silent" else 0.0
         assert request.ended - request.arrived < 2.02 + silence + 0.1
         assert [one.load.open for role in site.instances for one in role] == [0, 0, 0]
-        # It may not have heard of the release: the answer that nobody wants runs to its end.
-        await let_go(site)
+        # It may not have received the release: then the unwanted answer runs to its end.
+        await nothing_held(site)
 
 
 @pytest.mark.parametrize("how", HOW)
 @virtual
 async def test_lost_in_mid_stream_and_no_other_is_left(tmp_path: Path, how: str) -> None:
-    """The next prefill holds the KV cache for as long as its lease; then it is one clear error."""
+    """The next prefill holds the KV cache for its lease; then there is one clear error."""
     async with Site(tmp_path, profile=TIMES, stall_s=3.0) as site:
         request = site.request(max_tokens=200)
         task = await loses_its_decode(site, request, how)
@@ -95,10 +98,10 @@ async def test_lost_in_mid_stream_and_no_other_is_left(tmp_path: Path, how: str)
         ):
             await task
         assert request.state is State.FAILED
-        assert 40 < request.output_tokens < 60, "what it had is not taken back"
+        assert 40 < request.output_tokens < 60, "the tokens that were sent stay valid"
         assert request.ended < 0.5 + 3.0 + 2.0 + ANSWER_S
         assert site.total("pdserve_requests_total", outcome="failed") == 1
-        await let_go(site)
+        await nothing_held(site)
 
 
 @virtual
@@ -114,7 +117,7 @@ async def test_one_that_cannot_be_reached_is_passed_over(tmp_path: Path) -> None
 
 @virtual
 async def test_none_can_be_reached_for_a_while(tmp_path: Path) -> None:
-    """The prefill holds the KV cache meanwhile: nothing is computed twice."""
+    """The prefill holds the KV cache meanwhile, so nothing is computed twice."""
     async with Site(tmp_path, decodes=2, profile=TIMES) as site:
         for link in site.d_links:
             link.broken = "connection refused"
@@ -146,7 +149,7 @@ async def test_none_can_be_reached(tmp_path: Path) -> None:
 
 @virtual
 async def test_silent_one_is_passed_over_after_a_bound(tmp_path: Path) -> None:
-    """vllm#46283, sglang#10110: bounded by seconds, though the lease and the stall are longer."""
+    """vllm#46283, sglang#10110: seconds at most, though the lease and the stall are longer."""
     async with Site(
         tmp_path, decodes=2, profile=TIMES, prefill={"lease_s": 60.0}, stall_s=60.0
     ) as site:
@@ -156,7 +159,7 @@ async def test_silent_one_is_passed_over_after_a_bound(tmp_path: Path) -> None:
         assert request.ended - request.first_token == pytest.approx(ANSWER_S + 0.07, abs=0.01)
         soon = [site.request() for _ in range(4)]
         await asyncio.gather(*map(site.answer, soon))
-        assert {one.decode for one in soon} == {"decode_1"}, "it is left alone for a while"
+        assert {one.decode for one in soon} == {"decode_1"}, "it is not tried for a while"
         await site.idle()
 
 
@@ -169,7 +172,7 @@ async def test_failed_step_is_made_up_for(tmp_path: Path) -> None:
         site.d_engines[0].failures = [RuntimeError("illegal memory access")]
         assert await asyncio.gather(*tasks) == [site.expected(request) for request in requests]
         assert [request.attempts for request in requests] == [2, 2, 2]
-        # The only decode is left alone for a moment, and by the three of them once.
+        # The only decode is not tried for a moment, and the three requests count as one failure.
         assert max(request.ended for request in requests) < 0.02 + 1.0 + FIRST_S + 0.1
         assert site.total("pdserve_retries_total", phase="decode") == 3
         await site.idle()
@@ -177,7 +180,7 @@ async def test_failed_step_is_made_up_for(tmp_path: Path) -> None:
 
 @virtual
 async def test_step_that_keeps_failing(tmp_path: Path) -> None:
-    """agentic-pd-hybrid ef4dc81: what fails again and again is not spread further."""
+    """agentic-pd-hybrid ef4dc81: repeated failures are not amplified."""
     async with Site(tmp_path, decodes=6, profile=TIMES) as site:
         for engine in site.d_engines:
             engine.failures = [RuntimeError("illegal memory access")]
@@ -196,7 +199,7 @@ async def test_step_that_keeps_failing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prompt", [20, 3000], ids=["pulled inline", "pulled aside"])
 @virtual
 async def test_one_that_cannot_take_the_kv_cache_over(tmp_path: Path, prompt: int) -> None:
-    """TensorRT-LLM#12542: an error of the transfer is told at once; nobody waits on."""
+    """TensorRT-LLM#12542: an error of the transfer is reported at once; no request waits."""
     async with Site(tmp_path, decodes=2, profile=TIMES) as site:
         site.d_engines[0].refusals = [RuntimeError("copy failed")]
         request = site.request(prompt)
@@ -208,20 +211,20 @@ async def test_one_that_cannot_take_the_kv_cache_over(tmp_path: Path, prompt: in
 
 @virtual
 async def test_pair_that_never_hands_over(tmp_path: Path) -> None:
-    """TensorRT-LLM#12542, sglang#23272: tried a few times with growing pauses; then one error."""
+    """TensorRT-LLM#12542, sglang#23272: some attempts with growing pauses, then one error."""
     async with Site(tmp_path, profile=TIMES, prefill={"lease_s": 10.0}) as site:
         site.d_engines[0].refusals = [RuntimeError("copy failed")] * 9
         request = site.request()
         await fails(site, request, errors.InstanceError, "decode_0: copy failed")
         assert request.attempts == ATTEMPTS == len(site.d_links[0].of(DecodeRequest))
-        assert request.output_tokens == ATTEMPTS, "each prefill brings it a token further"
+        assert request.output_tokens == ATTEMPTS, "each prefill adds one token"
         assert FIRST_S * 7 < request.ended - request.first_token < FIRST_S * 7 + 3
         await site.idle()
 
 
 @virtual
 async def test_a_lost_reply_is_noticed_by_the_next(tmp_path: Path) -> None:
-    """A stream with tokens missing is broken off and mended, never an answer that lacks them."""
+    """A stream with missing tokens is broken off and recovered; no answer lacks a token."""
     async with Site(tmp_path, profile=TIMES) as site:
         request = site.request(max_tokens=200)
         task = site.start(request)
@@ -251,12 +254,12 @@ async def test_slow_steps_are_no_silence(tmp_path: Path) -> None:
         await site.idle()
 
 
-# ---------------------------------------------------------------------- leases
+# ------------------------------------------------------------------------------------------- leases
 
 
 @virtual
 async def test_lost_release_is_made_up_for_by_the_lease(tmp_path: Path) -> None:
-    """TensorRT-LLM#12313: freed on time though no new work arrives, and ready to admit again."""
+    """TensorRT-LLM#12313: freed on time without new work, and then ready to admit again."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 2, "lease_s": 1.0}) as site:
         site.p_links[0].lose = lambda message: isinstance(message, Release)
         for _ in range(2):
@@ -288,14 +291,14 @@ async def test_lost_release_of_a_decode_ends_with_its_answer(tmp_path: Path) -> 
 async def test_decode_refuses_what_the_prefill_no_longer_holds(
     tmp_path: Path, always: bool
 ) -> None:
-    """vllm#21570: computed anew, or an error; never another prompt's tokens."""
+    """vllm#21570: it is computed anew or ends in an error, never with another prompt's tokens."""
     async with Site(
         tmp_path, profile=TIMES, prefill={"slots": 1, "lease_s": 1.0, "arena_mib": 1}
     ) as site:
         late, arrive = [], site.d_links[0]._arrive
 
         def detained(call: str, payload: bytes) -> None:
-            """The message to the decode stays on its way for longer than the lease."""
+            """The message to the decode is under way for longer than the lease."""
             detain = always or not late
             late.append(call)
             asyncio.get_running_loop().call_later(1.5 * detain, arrive, call, payload)
@@ -304,7 +307,7 @@ async def test_decode_refuses_what_the_prefill_no_longer_holds(
         request, other = site.request(4000), site.request(8000, max_tokens=1)
         task = site.start(request)
         await asyncio.sleep(1.1)
-        assert len(await site.answer(other)) == 1, "the range has gone to another prompt"
+        assert len(await site.answer(other)) == 1, "the range belongs to another prompt"
         if always:
             with pytest.raises(errors.PDServeError, match=r"KV handle expired|no idle decode"):
                 await task
@@ -317,7 +320,7 @@ async def test_decode_refuses_what_the_prefill_no_longer_holds(
 
 @virtual
 async def test_rejection_by_the_decode_is_told(tmp_path: Path) -> None:
-    """vllm#41269: rejected at once, and the prefill lets go as soon as the client has."""
+    """vllm#41269: it is rejected at once, and the prefill's slot is free when the client ends."""
     async with Site(
         tmp_path, profile=TIMES, prefill={"lease_s": 60.0}, decode={"slots": 1}
     ) as site:
@@ -328,7 +331,7 @@ async def test_rejection_by_the_decode_is_told(tmp_path: Path) -> None:
         task = site.start(second)
         await asyncio.sleep(0.3)
         (busy,) = site.d_links[0].of(Busy)
-        assert busy == Busy("slots", mock.ANY), "it is not asked again and again"
+        assert busy == Busy("slots", mock.ANY), "it is not offered again and again"
         assert site.held()["prefill_0 leases"] == 1
         task.cancel()
         await asyncio.sleep(0.05)

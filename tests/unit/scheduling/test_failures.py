@@ -1,4 +1,4 @@
-"""Prefills that fail, fall silent or answer late: another is found in time; else one error."""
+"""Tests for prefills that fail, fall silent or answer late: another one serves, or one error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def everything(message: Message) -> bool:
 
 
 async def expires(site: Site, request: Request, match: str) -> None:
-    """It ends for being late, in one error that says what kept it."""
+    """Check that the request expires, in one error that names what it waited for."""
     with pytest.raises(errors.Late, match=match):
         await site.answer(request)
     assert request.state is State.EXPIRED
@@ -34,7 +34,7 @@ async def expires(site: Site, request: Request, match: str) -> None:
 
 
 async def fails(site: Site, request: Request, match: str) -> None:
-    """It ends in one InstanceError."""
+    """Check that the request ends in one InstanceError."""
     with pytest.raises(errors.InstanceError, match=match):
         await site.answer(request)
     assert request.state is State.FAILED
@@ -54,7 +54,7 @@ async def test_prefill_that_cannot_be_reached_is_passed_over(tmp_path: Path) -> 
 
 @virtual
 async def test_prefill_whose_forward_fails_is_followed_by_another(tmp_path: Path) -> None:
-    """The other one, though the one that failed has fewer open requests now."""
+    """The other prefill is chosen, though the failed one has fewer open requests by then."""
     async with Site(tmp_path, prefills=2, profile=TIMES) as site:
         others = [site.start(site.request(max_tokens=100)) for _ in range(2)]
         await asyncio.sleep(0.1)
@@ -75,7 +75,7 @@ async def test_prefill_whose_forward_fails_is_followed_by_another(tmp_path: Path
 
 @virtual
 async def test_retries_have_a_budget(tmp_path: Path) -> None:
-    """vllm#29906, agentic-pd-hybrid ef4dc81: what fails everywhere is not spread further."""
+    """vllm#29906, agentic-pd-hybrid ef4dc81: a failure that happens everywhere is not amplified."""
     async with Site(tmp_path, prefills=ATTEMPTS + 2, profile=TIMES) as site:
         for engine in site.p_engines:
             engine.failures = [RuntimeError("out of memory")]
@@ -102,7 +102,7 @@ async def test_one_bad_forward_fails_its_prompts_and_no_others(tmp_path: Path) -
 
 @virtual
 async def test_no_prefill_can_be_reached(tmp_path: Path) -> None:
-    """It waits for one until its limit, and is told why it did in vain."""
+    """The request waits until its limit, and the error says why no prefill was reached."""
     async with Site(tmp_path, prefills=2, profile=TIMES) as site:
         for link in site.p_links:
             link.broken = "connection refused"
@@ -141,12 +141,12 @@ async def test_silent_prefill_is_passed_over_after_a_bound(tmp_path: Path) -> No
         assert request.forwarded - request.arrived == pytest.approx(ANSWER_S, abs=1e-3)
         soon = [site.request() for _ in range(6)]
         await asyncio.gather(*map(site.answer, soon))
-        assert max(one.ended - one.arrived for one in soon) < 0.5, "it is left alone for a while"
+        assert max(one.ended - one.arrived for one in soon) < 0.5, "it is not tried for a while"
         site.p_links[0].lose = lambda message: False
         await asyncio.sleep(5)
         later = [site.request() for _ in range(2)]
         await asyncio.gather(*map(site.answer, later))
-        assert {one.prefill for one in later} == {"prefill_0", "prefill_1"}, "and then asked again"
+        assert {one.prefill for one in later} == {"prefill_0", "prefill_1"}, "and then tried again"
         await site.idle()
 
 
@@ -154,7 +154,7 @@ async def test_silent_prefill_is_passed_over_after_a_bound(tmp_path: Path) -> No
 async def test_silent_prefill_does_not_hold_up_those_who_wait_for_another(tmp_path: Path) -> None:
     async with Site(tmp_path, prefills=2, profile=TIMES, prefill={"slots": 1}) as site:
         site.p_links[0].lose = everything
-        await site.answer(site.request())  # finds out
+        await site.answer(site.request())  # this request finds out that it is silent
         requests = [site.request(max_tokens=2) for _ in range(40)]
         await asyncio.gather(*map(site.answer, requests))
         assert max(one.ended - one.arrived for one in requests) < 40 * 0.06
@@ -163,7 +163,7 @@ async def test_silent_prefill_does_not_hold_up_those_who_wait_for_another(tmp_pa
 
 @virtual
 async def test_all_prefills_silent(tmp_path: Path) -> None:
-    """TensorRT-LLM#15363, sglang#10110: asked with growing pauses, until the request's limit."""
+    """TensorRT-LLM#15363, sglang#10110: offers go on with growing pauses until the limit."""
     async with Site(tmp_path, prefills=2, profile=TIMES) as site:
         for link in site.p_links:
             link.lose = everything
@@ -176,7 +176,7 @@ async def test_all_prefills_silent(tmp_path: Path) -> None:
 
 @virtual
 async def test_silent_prefill_and_short_limits(tmp_path: Path) -> None:
-    """dynamo#13088: one that never answers looks idle; a few requests find out, and no more."""
+    """dynamo#13088: a prefill that never answers looks idle; only a few requests are lost to it."""
     async with Site(tmp_path, prefills=2, profile=TIMES) as site:
         site.p_links[0].lose = everything
         requests = [site.request(ttft_limit_s=0.5, max_tokens=2) for _ in range(400)]
@@ -186,7 +186,7 @@ async def test_silent_prefill_and_short_limits(tmp_path: Path) -> None:
             await asyncio.sleep(0.03)
         await asyncio.wait(tasks)
         expired = [request for request in requests if request.state is State.EXPIRED]
-        # Those of its slots at first; then one for each trial, with pauses that double.
+        # At first those of its slots; then one for each trial, with pauses that double.
         assert len(expired) <= 4 + 6
         for task in tasks:
             task.exception()
@@ -263,7 +263,7 @@ async def test_prefill_that_shuts_down_says_so(tmp_path: Path) -> None:
 
 @virtual
 async def test_message_of_another_version_is_refused(tmp_path: Path) -> None:
-    """tensorrtllm_backend#653: a mismatch is one clear error, not a hang."""
+    """tensorrtllm_backend#653: a version mismatch is one clear error, not a hang."""
     async with Site(tmp_path, profile=TIMES) as site:
         arrive = site.p_links[0].arrive_back
         site.p_links[0].arrive_back = (  # type: ignore[method-assign]
@@ -274,7 +274,7 @@ async def test_message_of_another_version_is_refused(tmp_path: Path) -> None:
         await site.idle(2.1)
 
 
-# -------------------------------------------------------------------- messages
+# ----------------------------------------------------------------------------------------- messages
 
 
 def test_messages_of_this_version_are_understood() -> None:

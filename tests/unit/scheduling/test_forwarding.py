@@ -1,4 +1,4 @@
-"""On-demand forwarding: whatever becomes free is taken at once, and nobody polls."""
+"""Tests for on-demand forwarding: a free slot is used at once, without polling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit import inprocess
 from tests.unit.fake_instances import LATENCY_S, FakeInstance, Gateway, rejections
 from tests.unit.inprocess import virtual
 
-# From a slot that is free to an offer that is accepted: told, offered, answered.
+# From a free slot to an accepted offer: notification, offer, answer.
 AT_ONCE_S = 6 * LATENCY_S
 
 
@@ -34,8 +34,8 @@ def offers(*fakes: FakeInstance) -> int:
     return sum(fake.messages[PrefillRequest] for fake in fakes)
 
 
-async def let_go(gateway: Gateway, *fakes: FakeInstance) -> None:
-    """Nobody waits, and nothing is held or watched any more."""
+async def nothing_held(gateway: Gateway, *fakes: FakeInstance) -> None:
+    """Check that no request waits, and that nothing is held or watched any more."""
     await asyncio.sleep(0.05)
     assert not len(gateway.forwarding)
     assert [instance.load.open for instance in gateway.instances] == [0] * len(fakes)
@@ -43,12 +43,12 @@ async def let_go(gateway: Gateway, *fakes: FakeInstance) -> None:
     assert not gateway.forwarding._watching
 
 
-# Nothing that becomes free is lost.
+# ----------------------------------------------------------------------- no free slot is overlooked
 
 
 @virtual
 async def test_a_slot_that_is_freed_between_busy_and_watch() -> None:
-    """The watch finds it free, and says so."""
+    """The watch finds the slot free, and reports it."""
     [fake] = full(1)
     gateway = Gateway([fake])
     task = gateway.start(gateway.request())
@@ -57,12 +57,12 @@ async def test_a_slot_that_is_freed_between_busy_and_watch() -> None:
     assert len(gateway.served) == 1
     assert await task
     assert offers(fake) == 2
-    await let_go(gateway, fake)
+    await nothing_held(gateway, fake)
 
 
 @virtual
 async def test_a_slot_that_is_freed_while_others_are_asked() -> None:
-    """Busy when it was asked; free before the last of the others has said that it is busy."""
+    """It was busy when it was asked, and is free before the last of the others has refused."""
     fakes = full(1, 1, 1)
     gateway = Gateway(fakes)
     gateway.instances[0].load.add(-1)  # so that it is asked first
@@ -82,7 +82,7 @@ async def test_a_slot_that_is_freed_while_others_are_asked() -> None:
 @pytest.mark.parametrize("steps", range(12))
 @virtual
 async def test_a_waiter_who_is_cancelled_just_when_a_slot_is_free(steps: int) -> None:
-    """vllm#29906: at whichever step of its being told, the next one has it at once."""
+    """vllm#29906: whenever its wake-up is interrupted, the next request goes at once."""
     [fake] = full(1)
     gateway = Gateway([fake])
     first, second = gateway.start(gateway.request()), gateway.start(gateway.request())
@@ -97,12 +97,12 @@ async def test_a_waiter_who_is_cancelled_just_when_a_slot_is_free(steps: int) ->
     served = gateway.served[-1].forwarded
     assert served - freed < steps * LATENCY_S + 2 * AT_ONCE_S or first.cancelled()
     assert now() - freed < 2 * gateway.hold_s
-    await let_go(gateway, fake)
+    await nothing_held(gateway, fake)
 
 
 @virtual
 async def test_many_who_wait_and_one_free_slot() -> None:
-    """One of them is told, and takes it; the others are not stirred up."""
+    """One of them is notified and uses the slot; the others are not woken."""
     [fake] = full(4)
     gateway = Gateway([fake], hold_s=60.0)
     tasks = [gateway.start(gateway.request()) for _ in range(300)]
@@ -112,7 +112,7 @@ async def test_many_who_wait_and_one_free_slot() -> None:
         fake.free()
         await asyncio.sleep(AT_ONCE_S)
         assert len(gateway.served) == count
-    assert offers(fake) - before <= 9, "one that is accepted, and two in vain"
+    assert offers(fake) - before <= 9, "one offer is accepted, two are refused"
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
@@ -130,12 +130,12 @@ async def test_a_newcomer_is_not_kept_back_by_those_who_wait_for_something_else(
     assert await other
     fakes[0].free()
     assert all(await asyncio.gather(*particular))
-    await let_go(gateway, *fakes)
+    await nothing_held(gateway, *fakes)
 
 
 @virtual
 async def test_nobody_is_kept_back_by_one_who_cannot_use_what_is_free() -> None:
-    """A pair that cannot hand over blocks its own request, and not the line behind it."""
+    """A pair that cannot hand over blocks its own request, and not those behind it."""
     fakes = full(1, 1)
     gateway = Gateway(fakes)
     particular = gateway.start(gateway.request(), usable=[0])
@@ -147,12 +147,12 @@ async def test_nobody_is_kept_back_by_one_who_cannot_use_what_is_free() -> None:
     assert await other
     fakes[0].free()
     assert await particular
-    await let_go(gateway, *fakes)
+    await nothing_held(gateway, *fakes)
 
 
 @virtual
 async def test_a_lost_message_costs_a_bounded_wait() -> None:
-    """dynamo#13088: the net under what is lost on the way; of each kind in turn."""
+    """dynamo#13088: a lost message, of each kind in turn, costs no more than a bounded time."""
     for kind in (Freed, Watch, Busy):
         [fake] = full(1)
         gateway = Gateway([fake])
@@ -173,12 +173,12 @@ async def test_a_lost_message_costs_a_bounded_wait() -> None:
         bound = 2.5 if kind is Busy else WATCH_S[1]  # a lost answer is waited for, ANSWER_S
         assert gateway.served[0].forwarded - freed < bound + AT_ONCE_S
         assert lost
-        await let_go(gateway, fake)
+        await nothing_held(gateway, fake)
 
 
 @virtual
 async def test_whatever_is_free_is_taken() -> None:
-    """Arrivals, ends and cancels at random: no slot is idle while anybody waits."""
+    """With random arrivals, ends and cancels, no slot is idle while any request waits."""
     rng = random.Random(4)
     fakes = [FakeInstance(2) for _ in range(4)]
     gateway = Gateway(fakes, hold_s=0.03)
@@ -202,15 +202,15 @@ async def test_whatever_is_free_is_taken() -> None:
     await asyncio.wait(tasks)
     assert not looking.done(), looking.exception()
     looking.cancel()
-    await let_go(gateway, *fakes)
+    await nothing_held(gateway, *fakes)
 
 
-# Who goes next.
+# -------------------------------------------------------------------------------------------- order
 
 
 @virtual
 async def test_order_of_those_who_wait() -> None:
-    """Who has been promised an answer, then priority, then the earlier deadline."""
+    """Recovering requests go first, then priority decides, then the earlier deadline."""
     [fake] = full(1)
     gateway = Gateway([fake], hold_s=0.01)
     begun = gateway.request()
@@ -234,7 +234,7 @@ async def test_order_of_those_who_wait() -> None:
 
 @virtual
 async def test_nobody_starves() -> None:
-    """Higher priorities without end: one of the lowest waits PRIORITY_S longer, and is served."""
+    """Among endless higher priorities, one of the lowest is served after at most PRIORITY_S."""
     fake = FakeInstance(1)
     gateway = Gateway([fake], hold_s=0.1)
     tasks = []
@@ -246,16 +246,16 @@ async def test_nobody_starves() -> None:
 
     crowding = asyncio.create_task(crowd())
     await asyncio.sleep(1.0)
-    assert await gateway.serve(poor := gateway.request())
-    # Whoever came less than PRIORITY_S after it went first: 1.25 of those in each 0.1 s.
-    assert PRIORITY_S < poor.forwarded - poor.arrived < 1.25 * PRIORITY_S + 2.0
+    assert await gateway.serve(lowest := gateway.request())
+    # Requests that came less than PRIORITY_S after it went first: 1.25 of those in each 0.1 s.
+    assert PRIORITY_S < lowest.forwarded - lowest.arrived < 1.25 * PRIORITY_S + 2.0
     crowding.cancel()
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
 
 
-# What it costs.
+# --------------------------------------------------------------------------------------------- cost
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def _an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_an_hour")
 @virtual
 async def test_waiting_for_an_hour_is_no_busy_loop() -> None:
-    """One watch and one offer a second to each, and that for the sake of what might be lost."""
+    """One watch and one offer a second to each instance guard against lost messages."""
     fakes = full(2, 2, 2)
     gateway = Gateway(fakes)
     tasks = [gateway.start(gateway.request(ttft_limit_s=3600.0)) for _ in range(20)]
@@ -276,12 +276,12 @@ async def test_waiting_for_an_hour_is_no_busy_loop() -> None:
         assert 3600 < fake.messages[Watch] < 3600 / WATCH_S[0]
         assert fake.messages[PrefillRequest] < 2 * fake.messages[Watch]
         fake.held.clear()
-    await let_go(gateway, *fakes)
+    await nothing_held(gateway, *fakes)
 
 
 @virtual
 async def test_a_timer_that_fires_early_is_nobodys_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a loop's may, whose clock counts milliseconds: neither a watch's end nor a limit's."""
+    """A loop's clock may count milliseconds; then timers of watches and limits fire early."""
     get = Replies.get
     monkeypatch.setattr(Replies, "get", lambda replies, wait: get(replies, wait - 4e-4))
     [fake] = full(1)
@@ -294,7 +294,7 @@ async def test_a_timer_that_fires_early_is_nobodys_fault(monkeypatch: pytest.Mon
 
 @virtual
 async def test_burst_of_100_on_two_of_four_slots() -> None:
-    """sglang#10110, agentic-pd-hybrid ef4dc81: each slot is offered, and refused once or twice."""
+    """sglang#10110, agentic-pd-hybrid ef4dc81: each slot refuses once or twice, and no more."""
     fakes = [FakeInstance(4), FakeInstance(4)]
     gateway = Gateway(fakes, hold_s=0.1)
     requests = [gateway.request() for _ in range(100)]
@@ -302,12 +302,12 @@ async def test_burst_of_100_on_two_of_four_slots() -> None:
     assert now() < 100 / 8 * (0.1 + AT_ONCE_S) + 0.1
     assert rejections(requests) < 60
     assert abs(sum(one.offers[-1].instance == "instance_0" for one in requests) - 50) <= 4
-    await let_go(gateway, *fakes)
+    await nothing_held(gateway, *fakes)
 
 
 @virtual
 async def test_burst_with_room_for_all_of_it_is_refused_nowhere() -> None:
-    """An idle prefill is fed without waiting for it to answer, so that its batch fills."""
+    """An idle prefill gets offers without waiting for its answers, so that its batch fills."""
     fakes = [FakeInstance(4), FakeInstance(4)]
     gateway = Gateway(fakes)
     requests = [gateway.request() for _ in range(8)]
@@ -319,7 +319,7 @@ async def test_burst_with_room_for_all_of_it_is_refused_nowhere() -> None:
 
 
 async def messages_per_request(count: int, seconds: float) -> float:
-    """At 125 % load over so many instances of one slot, all of them busy at first."""
+    """Return the messages at 125 % load over this many instances of one slot, all busy at first."""
     fakes = full(*[1] * count)
     gateway = Gateway(fakes, hold_s=1.0)
     for number, fake in enumerate(fakes):  # they become free one after the other
@@ -339,7 +339,7 @@ async def messages_per_request(count: int, seconds: float) -> float:
 
 @virtual
 async def test_messages_to_200_busy_instances() -> None:
-    """For each request a few, its end included; not some for each instance."""
+    """There are a few messages per request, its end included, not some per instance."""
     few, many = await messages_per_request(10, 20.0), await messages_per_request(200, 6.0)
     assert many < 12
     assert many < 1.5 * few
@@ -347,7 +347,7 @@ async def test_messages_to_200_busy_instances() -> None:
 
 @virtual
 async def test_one_that_is_stopped_holds_up_only_who_was_offered_to_it() -> None:
-    """TensorRT-LLM#15363, dynamo#13088: everybody else goes on with the others."""
+    """TensorRT-LLM#15363, dynamo#13088: all other requests go to the other instances."""
     fakes = [FakeInstance(1), FakeInstance(1), FakeInstance(1)]
     fakes[0].lose_all()
     gateway = Gateway(fakes, hold_s=0.05)
@@ -355,6 +355,6 @@ async def test_one_that_is_stopped_holds_up_only_who_was_offered_to_it() -> None
     assert all(await asyncio.gather(*map(gateway.serve, requests)))
     waits = sorted(one.forwarded - one.arrived for one in requests)
     assert waits[-2] < 40 / 2 * 0.05 + 0.1
-    assert waits[-1] < 2.1, "the one that found out"
+    assert waits[-1] < 2.1, "the request that found out"
     asked = [one for one in requests if any(o.instance == "instance_0" for o in one.offers)]
     assert len(asked) == 1

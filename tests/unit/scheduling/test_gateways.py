@@ -1,4 +1,4 @@
-"""Several gateways over the same instances, with nothing shared: each gets its part."""
+"""Tests for several gateways over the same instances, with nothing shared: each gets its share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CAPACITY = SLOTS / HOLD_S
 async def offered(
     gateways: list[Gateway], rates: list[float], seconds: float
 ) -> list[list[Request]]:
-    """The requests of each gateway: Poisson, so many a second, each with a limit of 0.3 s."""
+    """Send requests to each gateway at these Poisson rates, each with a limit of 0.3 s."""
     rng = random.Random(1)
     requests: list[list[Request]] = [[] for _ in gateways]
     tasks = []
@@ -52,7 +52,7 @@ async def test_each_gets_its_part_of_what_is_too_little(count: int) -> None:
     served = [len(gateway.served) for gateway in gateways]
     success = [len(g.served) / len(r) for g, r in zip(gateways, requests, strict=True)]
     mean = sum(served) / sum(map(len, requests))
-    assert sum(served) > 0.97 * CAPACITY * 30, "and nothing lies idle"
+    assert sum(served) > 0.97 * CAPACITY * 30, "and no slot is idle"
     assert min(success) > 0.95 * mean, success
     refused = sum(map(rejections, requests))
     assert refused < 4 * sum(served), refused / sum(served)
@@ -60,7 +60,7 @@ async def test_each_gets_its_part_of_what_is_too_little(count: int) -> None:
 
 @virtual
 async def test_one_that_asks_for_more_does_not_get_the_others_part() -> None:
-    """In turn among gateways: who asks for less than its part gets all of it."""
+    """Gateways take turns, so one that asks for less than its share gets all that it asks for."""
     fakes = [FakeInstance(4), FakeInstance(4)]
     gateways = [Gateway(fakes, seed, HOLD_S) for seed in range(3)]
     requests = await offered(gateways, [CAPACITY * 3, CAPACITY / 5, CAPACITY / 5], 20.0)
@@ -87,7 +87,7 @@ async def test_who_has_watched_the_longest_is_told_first() -> None:
 
 @virtual
 async def test_a_newcomer_does_not_overtake_a_gateway_that_waits() -> None:
-    """What has just become free is kept for who has watched, though another asks first."""
+    """A slot that becomes free is kept for the watching gateway, though another asks first."""
     fake = FakeInstance(1)
     fake.fill()
     waits, comes = Gateway([fake], 0), Gateway([fake], 1)
@@ -103,7 +103,7 @@ async def test_a_newcomer_does_not_overtake_a_gateway_that_waits() -> None:
 
 @virtual
 async def test_one_that_is_gone_costs_a_moment() -> None:
-    """What is kept for a gateway that does not come is given to the next."""
+    """A slot that is kept for a gateway that does not come is given to the next one."""
     fake = FakeInstance(1)
     fake.fill()
     gone, other = Gateway([fake], 0), Gateway([fake], 1)
@@ -114,7 +114,7 @@ async def test_one_that_is_gone_costs_a_moment() -> None:
     fake.lose = lambda message: isinstance(message, PrefillRequest) and message.gateway == gone.name
     fake.free()
     await asyncio.sleep(RESERVED_S)
-    fake._look()  # as an instance does every millisecond while somebody watches
+    fake._look()  # as an instance does every millisecond while it is watched
     await asyncio.sleep(6 * LATENCY_S)
     assert len(other.served) == 1
     assert await task
@@ -123,9 +123,10 @@ async def test_one_that_is_gone_costs_a_moment() -> None:
 
 @virtual
 async def test_while_there_is_room_few_are_refused() -> None:
-    """What others have there is not seen, but remembered: an instance that has refused comes last.
+    """The instances that other gateways have filled are not known, but refusals are remembered.
 
-    In the same order for all, a request would be refused by 40 of these before it found room.
+    An instance that has refused comes last. With the same order for all gateways, a request would
+    be refused by 40 of these instances before it found room.
     """
     fakes = [FakeInstance(1) for _ in range(200)]
     gateways = [Gateway(fakes, seed, hold_s=1.0) for seed in range(4)]
@@ -137,7 +138,7 @@ async def test_while_there_is_room_few_are_refused() -> None:
 
 @virtual
 async def test_four_over_real_prefills(tmp_path: Path) -> None:
-    """The same at 150 % load with leases, hand-over and decodes behind it."""
+    """The same at 150 % load with leases, hand-over and decodes."""
     rng = random.Random(2)
     async with Site(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Prefills and decodes are connected before it is needed, and again when one has a new life."""
+"""Tests for KV links: pairs are connected before they are needed, and again after a restart."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 
 def drop_links(site: Site) -> None:
-    """Every decode has a new life: it knows nobody."""
+    """Let every decode restart: it has no links."""
     for receiver in site.receivers:
         for holder in site.holders:
             receiver.peers.leave(receiver.peers.find(holder.epoch))
@@ -66,7 +66,7 @@ async def test_who_is_linked_is_not_bothered_again(tmp_path: Path) -> None:
 
 @virtual
 async def test_a_pair_without_link_is_connected_by_the_request(tmp_path: Path) -> None:
-    """No link has been made: the first request pays for it, and is served."""
+    """Without a link, the first request of the pair connects it, and is served."""
     async with Site(tmp_path, profile=TIMES, linked=False) as site:
         first, second = site.request(), site.request()
         assert await site.answer(first) == site.expected(first)
@@ -101,7 +101,10 @@ async def test_a_prefill_that_comes_later(tmp_path: Path) -> None:
         assert [one.prefill for one in site.d_links[0].of(Connected)] == ["prefill_0"]
         site.p_links[1].broken = None
         await asyncio.sleep(ROUND_S)
-        assert [one.prefill for one in site.d_links[0].of(Connected)] == ["prefill_0", "prefill_1"]
+        assert [one.prefill for one in site.d_links[0].of(Connected)] == [
+            "prefill_0",
+            "prefill_1",
+        ]
         running.cancel()
         await site.idle()
 
@@ -120,14 +123,14 @@ async def test_one_that_does_not_answer_holds_up_no_other(tmp_path: Path) -> Non
         await site.idle()
 
 
-# Pairs that cannot be connected.
+# ------------------------------------------------------------------- pairs that cannot be connected
 
 
 @virtual
 async def test_a_pair_that_cannot_be_connected_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """vllm#55906: said once, by name and with the reason; and it never costs a request anything."""
+    """vllm#55906: logged once, by name and with the reason, and no request is slowed by it."""
 
     def unreachable(endpoint: bytes) -> tuple[str, LinkReport]:
         raise Unreachable("prefill_0 cannot be reached; nixl: UCX has picked tcp")
@@ -149,7 +152,7 @@ async def test_a_pair_that_cannot_be_connected_is_passed_over(
         site.receivers[0].connect = connect  # type: ignore[method-assign]
         await asyncio.sleep(ROUND_S)
         assert site.kv_links.table.refusal("prefill_0", "decode_0") is None, (
-            "it may come to reach it"
+            "it may become reachable"
         )
         running.cancel()
         await site.idle()
@@ -157,7 +160,7 @@ async def test_a_pair_that_cannot_be_connected_is_passed_over(
 
 @virtual
 async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
-    """sglang#15674, llm-d#2433: the reason goes to the client, and not to a log alone."""
+    """sglang#15674, llm-d#2433: the reason goes to the client, not only to a log."""
 
     def unreachable(endpoint: bytes) -> tuple[str, LinkReport]:
         raise Unreachable("no way")
@@ -173,16 +176,15 @@ async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
         assert site.d_links[0].of(Failed)
 
 
-# Whether a decode is chosen before the prefill has begun.
+# ------------------------------------------ whether a decode is chosen before the prefill has begun
 
 
 @virtual
 async def test_long_transfers_are_overlapped(tmp_path: Path) -> None:
-    """TensorRT-LLM#9212: by the slowest of a prefill's links: which decode will be idle is not
-    known yet."""
+    """TensorRT-LLM#9212: the prefill's slowest link decides, since no decode is chosen yet."""
     latency_s = 1e-4
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
-        assert not site.kv_links.layered("prefill_0", 1 << 20), "nothing is known of its links"
+        assert not site.kv_links.layered("prefill_0", 1 << 20), "no link of it is known"
         for pair, rate in (
             (("prefill_0", "decode_0"), 10e9),
             (("prefill_0", "decode_1"), 0.1e9),
@@ -214,7 +216,7 @@ async def test_a_deployment_may_say_so(tmp_path: Path, wanted: bool) -> None:
 async def test_prefill_that_no_decode_reaches_takes_no_requests_from_the_others(
     tmp_path: Path,
 ) -> None:
-    """Its slots are free soonest, since all that it takes fails."""
+    """Its slots become free soonest, because all requests that it accepts fail."""
     async with Site(tmp_path, prefills=2, linked=False) as site:
         site.receivers[0].connect(site.holders[0].endpoint)
         site.holders[1].region.unlink()

@@ -1,4 +1,4 @@
-"""What a request costs, and which links are made, where a group has many instances."""
+"""Tests for groups of many instances: the cost of a request, and the links that are made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.inprocess import virtual
 
 NO_ROOM = messages.Room(0, 0)
 SAME = 1.5
-"""A request in a large group makes so many times the calls of Python functions, at most."""
+"""The largest ratio of Python calls per request, in a large group and in a small one."""
 
 
 def planned(site: Site) -> set[Pair]:
@@ -33,7 +33,7 @@ def without(site: Site, leaves: Instance) -> tuple[list[Instance], list[Instance
     return prefills, [one for one in site.decodes if one is not leaves]
 
 
-# The plan.
+# -------------------------------------------------------------------------------- the plan of links
 
 
 @pytest.mark.parametrize("half", [1, 3, PEERS])
@@ -56,7 +56,7 @@ async def test_who_leaves_changes_the_links_of_few() -> None:
     for leaves in (site.decodes[7], site.prefills[7]):
         site.links.update(*without(site, leaves))
         others = {pair for pair in before if leaves.name not in pair}
-        assert others <= planned(site), "no link of others is given up"
+        assert others <= planned(site), "no link between others is given up"
         assert len(planned(site) - others) <= 4 * PEERS
 
 
@@ -86,11 +86,11 @@ async def test_a_prefill_whose_peers_refuse_it_is_linked_to_others() -> None:
     assert not site.links.table.avoided
 
 
-# What a request costs.
+# ---------------------------------------------------------------------------- the cost of a request
 
 
 def calls(work: Coroutine[Any, Any, None]) -> int:
-    """Calls of Python functions until it is done."""
+    """Return the number of calls of Python functions until it is done."""
     count = 0
 
     def called(_frame: object, event: str, _argument: object) -> None:
@@ -117,7 +117,7 @@ def test_a_request_in_a_large_group_costs_what_one_in_a_small_group_does(state: 
 
         asyncio.run(site.linked())
         site.put(state)
-        asyncio.run(serve(instances))  # who is busy has been found out
+        asyncio.run(serve(instances))  # the busy instances are known by then
         cost[instances] = (calls(serve(40)) - calls(serve(0))) / 40
     assert cost[1000] <= SAME * cost[2], cost
 
@@ -143,11 +143,11 @@ def test_requests_that_wait_for_room_in_a_large_group_cost_what_those_in_a_small
     assert cost[1000] <= SAME * cost[2], cost
 
 
-# Links on demand.
+# ---------------------------------------------------------------------------------- links on demand
 
 
 class Slow(Memory):
-    """A channel to an instance whose prefill takes a while; keeps what it is asked."""
+    """A channel to an instance with a slow prefill; it records the requests."""
 
     def __init__(self, name: str, asked: list[tuple[str, messages.Request]]) -> None:
         super().__init__(name)
@@ -188,7 +188,9 @@ async def test_a_link_on_demand_is_made_while_the_prompt_is_computed() -> None:
 
     asked.clear()
     await site.serve()
-    assert messages.Connect not in [type(message) for _, message in asked], "it is there now"
+    assert messages.Connect not in [type(message) for _, message in asked], (
+        "the link exists by then"
+    )
 
 
 @virtual
@@ -234,7 +236,7 @@ async def test_only_one_link_on_demand_is_made_at_once() -> None:
 
 @virtual
 async def test_prefills_of_a_large_group_take_turns_to_be_asked() -> None:
-    """One that has a new life is found, though not all are asked in each round."""
+    """A restarted prefill is found, though not all prefills are asked in each round."""
     asked: list[tuple[str, messages.Request]] = []
     site = Site(400, lambda name: Slow(name, asked))
     running = asyncio.create_task(site.links.run())

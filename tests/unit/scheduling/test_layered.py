@@ -1,4 +1,4 @@
-"""A decode that follows its prefill layer by layer, and whatever may come between; in real time."""
+"""Tests for a decode that pulls layer by layer during the prefill, with failures; in real time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # 8 layers of 5 ms.
 COMPUTE_MS = 40.0
-# Within which a computation that is unwanted has ended, and what it held is given back.
+# Within which an unwanted computation has ended, and what it held is freed.
 CLEAN_S = 0.1
 SLOW: dict[str, Any] = {
     "layers": 8,
@@ -46,14 +46,14 @@ async def test_transfer_is_hidden_behind_the_computation(tmp_path: Path) -> None
         assert request.transfer is not None
         assert request.transfer.nbytes == site.model.layout.nbytes(600)
         ms = request.stats()["ms"]
-        assert ms["transfer"] > COMPUTE_MS / 2, "it began with the computation"
+        assert ms["transfer"] > COMPUTE_MS / 2, "the transfer began with the computation"
         assert ms["exposed"] < ms["transfer"] / 2, "and one layer was left after it"
         [asked] = site.d_links[0].of(DecodeRequest)
-        assert asked.first_token is None, "it was not known yet"
+        assert asked.first_token is None, "the transfer was not known yet"
         [accepted, *_] = site.p_links[0].of(Accepted)
         assert accepted.handle == asked.handle
         [prefilled] = site.p_links[0].of(Prefilled)
-        assert prefilled.handle == b"", "it is told once"
+        assert prefilled.handle == b"", "it is reported once"
         assert request.transfer.token == prefilled.token
         await site.idle(CLEAN_S)
 
@@ -74,7 +74,7 @@ async def test_first_token_is_told_before_the_decode_has_all(tmp_path: Path) -> 
 
 @real
 async def test_several_at_once_and_their_prefixes(tmp_path: Path) -> None:
-    """Prompts share forwards, and reuse what the prefill, and the decode, have of others."""
+    """Prompts share forwards, and reuse cached prefixes of the prefill and of the decode."""
     async with Site(tmp_path, profile=SLOW, prefill={"slots": 12}, pulls=12, layered=True) as site:
         system = site.prompt(200)
         requests = [site.request(site.prompt(10 + i, system), max_tokens=5) for i in range(6)]
@@ -88,7 +88,7 @@ async def test_several_at_once_and_their_prefixes(tmp_path: Path) -> None:
 
 @real
 async def test_those_who_follow_wait_for_no_thread(tmp_path: Path) -> None:
-    """They wait for a prefill most of the time: `pulls` does not count them."""
+    """Layered transfers wait for a prefill most of the time, so `pulls` does not count them."""
     async with Site(
         tmp_path,
         profile=SLOW,
@@ -123,7 +123,7 @@ async def test_ranks_of_either_side(tmp_path: Path) -> None:
 @pytest.mark.parametrize("why", ["one token", "end of sequence"])
 @real
 async def test_answers_that_end_with_the_first_token(tmp_path: Path, why: str) -> None:
-    """The decode has followed in vain: it lets go."""
+    """The decode has pulled in vain, and frees what it held."""
     async with Site(tmp_path, profile=SLOW, layered=True) as site:
         if why == "end of sequence":
             site.model.script = lambda prompt, position: EOS
@@ -134,12 +134,12 @@ async def test_answers_that_end_with_the_first_token(tmp_path: Path, why: str) -
         await site.idle(CLEAN_S)
 
 
-# Nobody to follow it.
+# ---------------------------------------------------------------------------------- no decode pulls
 
 
 @real
 async def test_all_decodes_are_busy(tmp_path: Path) -> None:
-    """It is handed over in the ordinary way, by the same handle."""
+    """The same handle serves for an ordinary transfer."""
     async with Site(tmp_path, profile=SLOW, decode={"slots": 1}, layered=True) as site:
         first = site.beside().request(20, max_tokens=80)
         task = site.besides[0].start(first)
@@ -159,7 +159,7 @@ async def test_all_decodes_are_busy(tmp_path: Path) -> None:
 
 @real
 async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
-    """Of several, one that does is chosen; the others have said why they do not."""
+    """Of several decodes, one that reaches it is chosen; the others have said why they do not."""
     async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
         site.kv_links.table._refused["prefill_0", "decode_0"] = "no way there"
         for _ in range(2):
@@ -173,12 +173,12 @@ async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
         await site.idle(CLEAN_S)
 
 
-# Cancelled.
+# ------------------------------------------------------------------------------------------ cancels
 
 
 @real
 async def test_cancelled_at_any_moment_of_the_computation(tmp_path: Path) -> None:
-    """vllm#29906, TensorRT-LLM#12313: nothing is left, and no other is harmed."""
+    """vllm#29906, TensorRT-LLM#12313: nothing is left, and no other request is harmed."""
     rng = random.Random(0)
     async with Site(
         tmp_path, profile=SLOW, prefill={"slots": 16, "batch_tokens": 4096}, layered=True
@@ -230,11 +230,11 @@ async def test_its_time_limit_passes_while_it_is_followed(tmp_path: Path) -> Non
         await site.idle(CLEAN_S)
 
 
-# Failures.
+# ----------------------------------------------------------------------------------------- failures
 
 
 def break_in_mid_compute(site: Site, prefill: int, times: int) -> list[int]:
-    """So many forwards fail after two layers; the list of what each was of."""
+    """Make this many forwards fail after two layers; return the list of the prompts they had."""
     engine, broken = site.p_engines[prefill], []
     compute = engine.prefill
 
@@ -255,7 +255,7 @@ def break_in_mid_compute(site: Site, prefill: int, times: int) -> list[int]:
 
 @real
 async def test_prefill_that_fails_in_mid_compute(tmp_path: Path) -> None:
-    """Another computes it; the decode that followed the first is told by the lease."""
+    """Another prefill computes the prompt; the lease tells the decode that followed the first."""
     async with Site(tmp_path, prefills=2, decodes=2, profile=SLOW, layered=True) as site:
         broken = break_in_mid_compute(site, 0, 1)
         request = site.request(100, max_tokens=5)
@@ -283,7 +283,7 @@ async def test_prefills_that_keep_failing(tmp_path: Path) -> None:
 
 @real
 async def test_decode_that_cannot_be_reached(tmp_path: Path) -> None:
-    """Another follows instead, and the prefill computes once."""
+    """Another decode follows instead, and the prefill computes once."""
     async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
         site.d_links[0].broken = "connection refused"
         request = site.request(100)
@@ -295,7 +295,7 @@ async def test_decode_that_cannot_be_reached(tmp_path: Path) -> None:
 
 @real
 async def test_decode_that_is_gone_in_mid_compute(tmp_path: Path) -> None:
-    """The first token is told all the same, and another pair goes on from there."""
+    """The client gets the first token all the same, and another pair continues from there."""
     async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
         request = site.request(100, max_tokens=5)
         task = site.start(request)
@@ -305,12 +305,12 @@ async def test_decode_that_is_gone_in_mid_compute(tmp_path: Path) -> None:
         site.d_links[gone].break_("connection reset")
         assert await task == site.expected(request)
         assert (request.attempts, request.decode) == (2, f"decode_{1 - gone}")
-        await site.idle(0.3)  # it never heard of the release: its answer runs to its end
+        await site.idle(0.3)  # it never got the release: its answer runs to its end
 
 
 @real
 async def test_decode_that_is_gone_in_mid_stream(tmp_path: Path) -> None:
-    """The other follows the second prefill as the first one did."""
+    """The other decode follows the second prefill like the first one did."""
     async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
         request = site.request(100, max_tokens=60)
         task = site.start(request)
@@ -330,7 +330,7 @@ async def test_decode_that_is_gone_in_mid_stream(tmp_path: Path) -> None:
 
 @real
 async def test_decode_that_cannot_take_the_kv_cache_over(tmp_path: Path) -> None:
-    """TensorRT-LLM#12542: an error of the transfer is told at once; nobody waits on."""
+    """TensorRT-LLM#12542: an error of the transfer is reported at once; no request waits."""
     async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
         site.d_engines[0].refusals = [RuntimeError("copy failed")]
         request = site.request(100)
@@ -342,7 +342,7 @@ async def test_decode_that_cannot_take_the_kv_cache_over(tmp_path: Path) -> None
 
 @real
 async def test_every_request_ends_once_whatever_happens(tmp_path: Path) -> None:
-    """Lost messages, failing engines, cancels; and every answer that comes is exact."""
+    """Messages are lost, engines fail, requests are cancelled; every answer that comes is exact."""
     rng = random.Random(3)
     async with Site(
         tmp_path,

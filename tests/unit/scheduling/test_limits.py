@@ -1,4 +1,4 @@
-"""No wait is without a bound: a request's own limits, and whatever stops in its way."""
+"""Tests that no wait is unbounded: a request's own limits, and components that stop."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def no_healthy_prefill(site: Site) -> None:
 
 
 async def long_forward(site: Site) -> None:
-    """It computes for 5 s."""
+    """The prompt takes 5 s to compute."""
 
 
 async def prefill_accepts_and_falls_silent(site: Site) -> None:
@@ -85,11 +85,11 @@ async def decode_accepts_and_falls_silent(site: Site) -> None:
 
 
 async def long_answer(site: Site) -> None:
-    """It has 5 s of tokens to come."""
+    """The answer takes 5 s to decode."""
 
 
 async def nobody_goes_on_with_it(site: Site) -> None:
-    """Its decode is lost in mid-answer, and so is the way to any prefill."""
+    """The decode is lost in the middle of an answer, and no prefill can be reached."""
 
     def lose() -> None:
         site.p_links[0].break_("connection refused")
@@ -99,7 +99,7 @@ async def nobody_goes_on_with_it(site: Site) -> None:
 
 
 async def not_connected(site: Site) -> None:
-    """The decode does not know the prefill, which does not say who it is."""
+    """The decode has no link to the prefill, which does not send its endpoint."""
     site.p_links[0].lose = first_of(Described)
 
 
@@ -138,7 +138,7 @@ async def test_time_limit_ends_a_request_wherever_it_is(
     fields: dict[str, Any],
     state: State,
 ) -> None:
-    """dynamo#13088: late, expired, and everything let go of, though nobody says anything."""
+    """dynamo#13088: it expires late and everything is freed, though no instance answers."""
     async with Site(tmp_path, **{"profile": TIMES, "stall_s": 20.0, **fields}) as site:
         busy: list[Busy] = await stop(site) or []
         request = site.request(max_tokens=500, time_limit_s=LIMIT_S)
@@ -169,7 +169,7 @@ async def test_a_limit_longer_than_it_takes_changes_nothing(tmp_path: Path) -> N
 
 @virtual
 async def test_no_prefill_is_asked_once_the_limit_has_passed(tmp_path: Path) -> None:
-    """A loop that is late comes to an offer after the limit, which no message can carry then."""
+    """A loop that is late makes the offer after the limit, which a message cannot express."""
     async with Site(tmp_path) as site:
         request = site.request(ttft_limit_s=-0.001)
         with pytest.raises(errors.Late):
@@ -181,7 +181,7 @@ async def test_no_prefill_is_asked_once_the_limit_has_passed(tmp_path: Path) -> 
 
 @virtual
 async def test_a_limit_that_passes_is_nobodys_fault(tmp_path: Path) -> None:
-    """No instance is left alone for it."""
+    """No instance's breaker opens because of it."""
     async with Site(tmp_path, profile=TIMES) as site:
         for limit in (0.01, 0.022, 0.1, 0.3):
             with pytest.raises(errors.Late):
@@ -190,20 +190,20 @@ async def test_a_limit_that_passes_is_nobodys_fault(tmp_path: Path) -> None:
         await site.idle()
 
 
-# One component after the other stops for 30 s, as by SIGSTOP, under load.
+# ---------------------- one component after the other stops for 30 s under load, like after SIGSTOP
 
 FROZEN_S = 30.0
 STALL_S = 3.0
 
 
 def freeze(site: Site, what: str) -> Callable[[], None]:
-    """The first of a kind; what to call so that it goes on."""
+    """Stop the first instance of a kind; return the function that resumes it."""
     thaw = asyncio.Event()
     if what.endswith("server"):
         link = (site.p_links if what == "prefill server" else site.d_links)[0]
         arrive, back = link._arrive, link.arrive_back
         kept: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-        # Nothing is lost: it is all dealt with afterwards.
+        # Nothing is lost: all messages are handled afterwards.
         link._arrive = lambda *args: kept.append((arrive, args))  # type: ignore[method-assign]
         link.arrive_back = lambda *args: kept.append((back, args))  # type: ignore[method-assign]
 
@@ -233,7 +233,7 @@ def freeze(site: Site, what: str) -> Callable[[], None]:
 async def test_frozen_for_30_seconds(tmp_path: Path, what: str, count: int) -> None:
     """TensorRT-LLM#15363, dynamo#13088: every request ends within its bounds; service resumes.
 
-    Where there is another of the kind, nobody fails at all.
+    If there is another instance of the kind, no request fails.
     """
     rng = random.Random(5)
     async with Site(
@@ -271,7 +271,7 @@ async def test_frozen_for_30_seconds(tmp_path: Path, what: str, count: int) -> N
             else:
                 assert isinstance(result, errors.Unavailable | errors.InstanceError), result
                 assert count == 1
-            # Its limit, one silence or answer more than that, and what recovery has.
+            # Its limit, one more silence or answer, and the time of recovery.
             assert took < limit + RECOVER_S + STALL_S + ANSWER_S
         served = [isinstance(result, list) for result in results]
         assert all(served[-10:]), "as before"
@@ -283,7 +283,7 @@ async def test_frozen_for_30_seconds(tmp_path: Path, what: str, count: int) -> N
 
 @virtual
 async def test_acceptance_that_is_repeated_is_no_answer(tmp_path: Path) -> None:
-    """One that says it is alive, and nothing else: its request's own limit bounds that."""
+    """The instance only repeats that it is alive, so the request's own limit bounds the wait."""
     async with Site(tmp_path, profile={"prefill": {"base_ms": 60_000.0}}, stall_s=6.0) as site:
         request = site.request(time_limit_s=20.0)
         with pytest.raises(errors.Late):

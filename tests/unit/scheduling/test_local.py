@@ -1,4 +1,4 @@
-"""Prompts that a decode computes itself: short ones, and any while all prefills are busy."""
+"""Tests for local prefill: a decode computes short prompts, and any while prefills are busy."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_answers_of_one_token(tmp_path: Path, how: str) -> None:
         await site.idle()
 
 
-# Automatic.
+# -------------------------------------------------------------------------- automatic local prefill
 
 
 @virtual
@@ -91,7 +91,7 @@ async def test_short_prompts_are_not_worth_the_way(tmp_path: Path) -> None:
 
 @virtual
 async def test_cached_prompts_are_not_worth_the_way(tmp_path: Path) -> None:
-    """The next turn of a conversation goes to the decode that has the turns before."""
+    """The next turn of a conversation goes to the decode that has the previous turns."""
     async with Site(
         tmp_path, decodes=2, profile=TIMES, gateway={"local": "auto", "local_tokens": SHORT}
     ) as site:
@@ -105,13 +105,15 @@ async def test_cached_prompts_are_not_worth_the_way(tmp_path: Path) -> None:
             assert (turn.prefill, turn.decode, turn.cached_tokens) == ("", before.decode, 192)
         stranger = site.request(first.so_far + site.prompt(10), tenant="another")
         assert await site.answer(stranger) == site.expected(stranger)
-        assert stranger.prefill == "prefill_0", "what it does not share is not cached for it"
+        assert stranger.prefill == "prefill_0", (
+            "a tenant that does not share its prefix cannot use it"
+        )
         await site.idle()
 
 
 @virtual
 async def test_all_prefills_are_busy_and_a_decode_is_idle(tmp_path: Path) -> None:
-    """sglang#15070: when the prefills are congested and a decode has nothing to do, it does it."""
+    """sglang#15070: when the prefills are congested, an idle decode computes the prompt."""
     slow = {"prefill": {"base_ms": 500.0}, "decode": {"base_ms": 1.0}}
     waits = {}
     for local in ("off", "auto"):
@@ -141,7 +143,7 @@ async def test_all_prefills_are_busy_and_a_decode_is_idle(tmp_path: Path) -> Non
 
 @virtual
 async def test_a_decode_that_has_something_to_do_is_left_alone(tmp_path: Path) -> None:
-    """A long prompt there would hold up its streams: it waits for a prefill."""
+    """A long prompt would stall the decode's streams, so it waits for a prefill."""
     async with Site(
         tmp_path,
         profile=TIMES,
@@ -183,7 +185,7 @@ async def test_decodes_that_are_full_refuse_and_a_prefill_takes_it(tmp_path: Pat
         await asyncio.gather(*streams)
         after = site.request()
         await site.answer(after)
-        assert after.prefill == "", "that it was busy then is not held against it"
+        assert after.prefill == "", "the refusal does not count as a failure"
         await site.idle()
 
 
@@ -197,13 +199,13 @@ async def test_decode_that_cannot_be_reached(tmp_path: Path) -> None:
         await site.idle()
 
 
-# Failures, limits, cancels.
+# ------------------------------------------------------------------------ failures, limits, cancels
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
 @virtual
 async def test_lost_decode_is_made_up_for(tmp_path: Path, after: int) -> None:
-    """While it computes the prompt, and in mid-stream."""
+    """The decode is lost while it computes the prompt, and in the middle of the stream."""
     async with Site(
         tmp_path,
         decodes=2,
@@ -226,7 +228,7 @@ async def test_lost_decode_is_made_up_for(tmp_path: Path, after: int) -> None:
 
 @virtual
 async def test_recovery_may_change_the_way(tmp_path: Path) -> None:
-    """Computed by a prefill at first; what is short enough goes on without one, or the reverse."""
+    """A prefill computes first and then a decode alone, if the rest is short; or vice versa."""
     async with Site(
         tmp_path, decodes=2, profile=TIMES, gateway={"local": "auto", "local_tokens": 25}
     ) as site:
@@ -301,7 +303,7 @@ async def test_cancelled_at_any_time(tmp_path: Path) -> None:
 
 @virtual
 async def test_many_both_ways(tmp_path: Path) -> None:
-    """Short, long, reproducible, cancelled; whatever way they go, the answers are exact."""
+    """Requests are short, long, reproducible or cancelled; all answers are exact."""
     rng = random.Random(8)
     async with Site(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Single messages that are lost: what they would have said may not be made up."""
+"""Tests for single lost messages, whose content must not be guessed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 @real
 async def test_lost_handle_is_no_order_to_compute_the_prompt(tmp_path: Path) -> None:
-    """To a decode no handle means just that: it would say the first token a second time."""
+    """Without a handle the decode would compute the prompt, and send the first token again."""
     async with Site(tmp_path, profile=TIMES, layered=True) as site:
         lost: list[Message] = []
 

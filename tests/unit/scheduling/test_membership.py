@@ -1,4 +1,4 @@
-"""Prefills and decodes that come and go with another deployment, while requests are under way."""
+"""Tests for prefills and decodes that join and leave while requests are under way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pdserve import config
 from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.request import State
 from pdserve.scheduling.scheduler import Scheduler
-from tests.unit.gateway.test_groups import Connected, deployment, serve
+from tests.unit.gateway.test_groups import ConnectedGroups, deployment, serve
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 
 def wanted(prefills: int, decodes: int, first: int = 0) -> config.Deployment:
-    """One group of so many instances, the first so many left out."""
+    """Return a group of this many instances, without the first ones."""
     group = config.Group(
         "a",
         tuple(f"prefill_{i}" for i in range(first, prefills)),
@@ -29,9 +29,9 @@ def wanted(prefills: int, decodes: int, first: int = 0) -> config.Deployment:
 
 
 async def takes_whoever_comes_and_lets_go(tmp_path: Path, scheduler: type[Scheduler]) -> None:
-    """Whatever decides which prefill a request goes to."""
+    """Check joining and leaving under any policy that chooses the prefill of a request."""
     async with Site(tmp_path, prefills=3, decodes=3, profile=TIMES) as site:
-        connected = Connected(site, scheduler)
+        connected = ConnectedGroups(site, scheduler)
 
         async def served_by(made: config.Deployment) -> tuple[set[str], set[str]]:
             group = connected.groups.take(made)["a"]
@@ -60,9 +60,9 @@ async def test_a_group_takes_whoever_comes_and_lets_go(tmp_path: Path) -> None:
 
 @virtual
 async def test_decodes_are_told_how_many_there_are_now(tmp_path: Path) -> None:
-    """What they space their responses by."""
+    """Decodes space their responses by this number."""
     async with Site(tmp_path, prefills=3, decodes=3, profile=TIMES) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         for made, peers in ((wanted(3, 1), 1), (wanted(3, 3), 3), (wanted(3, 3, first=1), 2)):
             group = connected.groups.take(made)["a"]
             before = {name: len(link.requests) for name, link in connected.links.items()}
@@ -82,9 +82,9 @@ async def test_decodes_are_told_how_many_there_are_now(tmp_path: Path) -> None:
 
 @virtual
 async def test_who_leaves_finishes_and_hands_over(tmp_path: Path) -> None:
-    """dynamo#13559, dynamo#4917: nothing new; what runs ends, KV caches that wait included."""
+    """dynamo#13559, dynamo#4917: it accepts nothing new, but ends its work and its hand-overs."""
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, decode={"slots": 1}) as site:
-        connected = Connected(site)
+        connected = ConnectedGroups(site)
         before = connected.groups.take(wanted(1, 1))["a"]
         running, waits = site.request(max_tokens=50), site.request(max_tokens=5)
         tasks = [asyncio.create_task(serve(before, one)) for one in (running, waits)]
@@ -104,7 +104,9 @@ async def test_who_leaves_finishes_and_hands_over(tmp_path: Path) -> None:
 
         for _ in range(3):
             await connected.groups.sweep()
-            assert connected.closed == {"prefill_0"}, "what waited there has gone to who joined"
+            assert connected.closed == {"prefill_0"}, (
+                "the requests that waited there have gone to the decode that joined"
+            )
         assert waits.decode == "decode_1"
         answers = await asyncio.gather(*tasks)
         assert answers == [site.expected(running), site.expected(waits)]

@@ -1,4 +1,4 @@
-"""Prefixes that are cached at a prefill steer requests there, as long as that pays."""
+"""Tests for the prefix directory, which steers requests to cached prefixes while that pays."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ LINEAR = {"prefill": {"per_token_ms": 0.1}, "decode": {"base_ms": 1.0}}
 
 
 def chain(tokens: int, salt: str = "", start: int = 0) -> list[bytes]:
-    """Short digests of the blocks of the prompt start, start + 1, ..."""
+    """Return short digests of the blocks of the prompt start, start + 1, ..."""
     prompt = np.arange(start, start + tokens, dtype=np.int32)
     return [digest[:SHORT_BYTES] for digest in prefix_index.chain(prompt, salt, tokens)]
 
 
-# What is known.
+# ------------------------------------------------------------------------------------ what is known
 
 
 def test_tokens_that_each_is_believed_to_have() -> None:
@@ -60,7 +60,7 @@ def test_a_gap_ends_a_prefix() -> None:
 
 
 def test_no_more_is_hashed_than_leads_on() -> None:
-    """A prompt that nobody has begins with a block that nobody has."""
+    """A prompt that no instance has begins with an unknown block."""
     known = PrefixDirectory()
     blocks = chain(4 * BLOCK_TOKENS)
     known.stored("a", b"".join(blocks[:2]))
@@ -79,7 +79,7 @@ def test_what_has_failed_has_nothing() -> None:
 
 
 def test_no_more_than_so_many_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least recently told are forgotten."""
+    """The entries that were reported longest ago are forgotten."""
     monkeypatch.setattr(prefix_directory, "MOST", 8)
     known = PrefixDirectory()
     old, new = chain(4 * BLOCK_TOKENS), chain(4 * BLOCK_TOKENS, start=5)
@@ -98,7 +98,7 @@ def test_equal_prompts_of_two_tenants_are_not_equal() -> None:
     assert not known.cached(chain(64, "two")).some
 
 
-# Where requests go.
+# -------------------------------------------------------------------------------- where requests go
 
 
 async def serve(site: Site, *requests: Request) -> None:
@@ -108,7 +108,7 @@ async def serve(site: Site, *requests: Request) -> None:
 
 @virtual
 async def test_a_cached_prefix_steers_to_its_prefill(tmp_path: Path) -> None:
-    """Both are idle; in turn they would change."""
+    """Both prefills are idle; without a prefix they would take turns."""
     async with Site(tmp_path, prefills=3, profile=LINEAR) as site:
         openings = [site.prompt(320) for _ in range(3)]
         first = [site.request(site.prompt(10, opening)) for opening in openings]
@@ -124,7 +124,7 @@ async def test_a_cached_prefix_steers_to_its_prefill(tmp_path: Path) -> None:
 
 @virtual
 async def test_the_longer_of_two_prefixes_counts(tmp_path: Path) -> None:
-    """TensorRT-LLM#14868: by what is left to compute."""
+    """TensorRT-LLM#14868: the tokens that are left to compute decide."""
     async with Site(tmp_path, prefills=2, profile=LINEAR) as site:
         short = site.prompt(64)
         long = site.prompt(640, short)
@@ -139,7 +139,7 @@ async def test_the_longer_of_two_prefixes_counts(tmp_path: Path) -> None:
 
 @virtual
 async def test_a_hot_prefix_makes_no_hot_spot(tmp_path: Path) -> None:
-    """sglang#21199: affinity at 26 % sharing was 1617 ms where round robin was 627 ms."""
+    """sglang#21199: affinity at 26 % sharing took 1617 ms where round robin took 627 ms."""
     rng = random.Random(1)
     ttft: dict[str, float] = {}
     parts: dict[str, list[int]] = {}
@@ -173,7 +173,7 @@ async def test_a_hot_prefix_makes_no_hot_spot(tmp_path: Path) -> None:
 
 @virtual
 async def test_one_prefix_for_all_is_spread_over_all(tmp_path: Path) -> None:
-    """Its prefill is full: the next one computes it as well, rather than that anybody waits."""
+    """When its prefill is full, the next prefill computes it as well, and no request waits."""
     async with Site(
         tmp_path, prefills=3, profile=LINEAR, prefill={"slots": 1, "batch_tokens": 1}
     ) as site:
@@ -189,14 +189,14 @@ async def test_one_prefix_for_all_is_spread_over_all(tmp_path: Path) -> None:
 
 @virtual
 async def test_what_was_evicted_is_found_out(tmp_path: Path) -> None:
-    """It is believed in once, and not twice."""
+    """A wrong entry is believed once, and not twice."""
     async with Site(tmp_path, prefills=2, profile=LINEAR, prefill={"arena_mib": 1}) as site:
         system = site.prompt(640)
         first = site.request(site.prompt(5, system), max_tokens=1)
         await serve(site, first)
         home = int(first.prefill[-1])
         site.p_links[1 - home].broken = "connection refused"
-        for _ in range(2):  # each fills the arena
+        for _ in range(2):  # each prompt fills the arena
             await serve(site, site.request(8000, max_tokens=1))
         site.p_links[1 - home].broken = None
         known = site.scheduler._prefill_stage._prefixes
@@ -217,13 +217,15 @@ async def test_an_answer_that_found_less_corrects_the_belief(tmp_path: Path) -> 
         again = site.request(request.prompt + site.prompt(40), max_tokens=1)
         prefill_stage = site.scheduler._prefill_stage
         blocks, known = list(digests(again.prompt, again.tenant)), prefill_stage._prefixes
-        known.stored("prefill_1", b"".join(blocks[:11]))  # which is not so
+        known.stored("prefill_1", b"".join(blocks[:11]))  # which is wrong
         expected = asyncio.create_task(site.answer(again))
         await asyncio.sleep(0.001)
         assert site.instances[0][1].load.tokens == 360 - 352
         assert await expected == site.expected(again)
         assert (again.prefill, again.cached_tokens) == ("prefill_1", 0)
-        assert known.cached(blocks).some == {"prefill_0": 320, "prefill_1": 352}, "it has it by now"
+        assert known.cached(blocks).some == {"prefill_0": 320, "prefill_1": 352}, (
+            "the prefix is cached there by now"
+        )
         site.instances[0][1].failed()
         known.stored("prefill_0", b"".join(blocks[:11]))
         third = site.request(again.prompt, max_tokens=1)
@@ -253,7 +255,7 @@ async def test_a_prefill_with_a_new_life_has_nothing(tmp_path: Path) -> None:
 
 @virtual
 async def test_tenants_never_share(tmp_path: Path) -> None:
-    """The same prompt of another tenant is not steered, and finds nothing."""
+    """The same prompt of another tenant is not steered, and finds no prefix."""
     async with Site(tmp_path, prefills=2, profile=LINEAR) as site:
         opening = site.prompt(320)
         mine = site.request(site.prompt(5, opening), max_tokens=1, tenant="a")
@@ -264,7 +266,7 @@ async def test_tenants_never_share(tmp_path: Path) -> None:
         ]
         await serve(site, *theirs)
         assert [one.cached_tokens for one in theirs] == [0, 0, 0]
-        assert len({one.prefill for one in theirs}) == 2, "nothing draws them to one"
+        assert len({one.prefill for one in theirs}) == 2, "nothing steers them to one prefill"
         again = site.request(site.prompt(9, opening), max_tokens=1, tenant="a")
         await serve(site, again)
         assert (again.prefill, again.cached_tokens) == (mine.prefill, 320)
@@ -273,7 +275,7 @@ async def test_tenants_never_share(tmp_path: Path) -> None:
 
 @virtual
 async def test_what_must_be_reproducible_is_not_steered(tmp_path: Path) -> None:
-    """It is computed without a cached prefix: there is nothing to gain."""
+    """It is computed without a cached prefix, so steering gains nothing."""
     async with Site(tmp_path, prefills=2, profile=LINEAR) as site:
         opening = site.prompt(320)
         await serve(site, site.request(site.prompt(5, opening), max_tokens=1))

@@ -1,4 +1,4 @@
-"""Whatever is lost, fails or breaks at random: every request ends once, and nothing is left."""
+"""Test with random losses, failures and breaks: every request ends once, and nothing is left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
 
 
 async def trouble(site: Site, rng: random.Random) -> None:
-    """Now and then a forward, a step, a hand-over or a link fails."""
+    """Make a forward, a step, a hand-over or a link fail now and then."""
     failing = [
         *((engine.failures, "forward") for engine in site.p_engines),
         *((engine.failures, "step") for engine in site.d_engines),
@@ -47,7 +47,7 @@ async def trouble(site: Site, rng: random.Random) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @virtual
 async def test_every_request_ends_once_whatever_is_lost(tmp_path: Path, seed: int) -> None:
-    """TensorRT-LLM#14565, dynamo#13088: lost messages, failing engines, breaking links, cancels."""
+    """TensorRT-LLM#14565, dynamo#13088: lost messages, failing engines, broken links, cancels."""
     async with Site(
         tmp_path, prefills=3, decodes=3, profile=TIMES, prefill={"lease_s": 3.0}, seed=seed
     ) as site:
@@ -79,13 +79,13 @@ async def test_every_request_ends_once_whatever_is_lost(tmp_path: Path, seed: in
                 assert answers[request.id] == site.expected(request)
         ended = [request for request in requests if request.state in FINAL]
         assert site.total("pdserve_requests_total") == len(ended) >= 145
-        # Who was not cancelled has the whole answer, but for a few with bad luck again and again.
+        # A request that was not cancelled has its whole answer, except a few with many failures.
         assert sum(result is None for result in results) > 75
         failed = [request for request in requests if request.state is State.FAILED]
         assert len(failed) <= 8
         assert {request.attempts for request in failed} <= {ATTEMPTS}
         assert site.total("pdserve_retries_total", reason="error") > 20
-        # What a lost release left behind goes with its lease, or its answer.
+        # What a lost release left behind ends with its lease, or with its answer.
         await site.idle(3.5)
         assert sum(len(link.of(PrefillRequest)) for link in site.p_links) < 400
         assert sum(len(link.of(DecodeRequest)) for link in site.d_links) < 300

@@ -1,4 +1,4 @@
-"""Running requests survive: another pair goes on from the tokens so far, and none is different."""
+"""Tests for recovery: another pair continues a running request, and every token is the same."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TIMES = {"prefill": {"base_ms": 20.0}, "decode": {"base_ms": 10.0}}
-# A reply for every token.
+# One reply for every token.
 EACH = {"response_cost_ms": 0.0}
 
 
 async def interrupted(
     site: Site, request: Request, after: int, how: Callable[[Link], None]
 ) -> list[Chunk]:
-    """Its chunks; once so many tokens have come, something happens to its decode."""
+    """Return its chunks; after this many tokens, the given event happens to its decode."""
     chunks, count = [], 0
     async for chunk in site.scheduler.run(request):
         chunks.append(chunk)
@@ -36,7 +36,7 @@ async def interrupted(
 
 
 def breaks(link: Link) -> None:
-    """For a moment; the streams on it are gone."""
+    """Break the connection for a moment, and the streams on it."""
     link.break_("connection reset")
     link.broken = None
 
@@ -54,7 +54,7 @@ def ids(chunks: list[Chunk]) -> list[int]:
 @pytest.mark.parametrize("decodes", [1, 2])
 @virtual
 async def test_at_every_token(tmp_path: Path, decodes: int) -> None:
-    """No token is lost, repeated or different, whichever was the last that came."""
+    """No token is lost, repeated or different, whichever was the last one received."""
     async with Site(tmp_path, decodes=decodes, profile=TIMES, decode=EACH) as site:
         for position in range(2, 12):
             request = site.request(max_tokens=12)
@@ -68,7 +68,7 @@ async def test_at_every_token(tmp_path: Path, decodes: int) -> None:
             assert again.prompt == request.prompt + bytes(request.output[: 4 * position])
             asked = [one for link in site.d_links for one in link.of(DecodeRequest)]
             last = max(asked, key=lambda one: (int(one.id.split("-")[1]), one.resumed_tokens))
-            # The prefill of the last token has nobody to hand over to.
+            # The prefill that computes the last token needs no hand-over.
             assert (last.resumed_tokens, last.max_tokens) == (
                 (position, 12 - position) if position < 11 else (0, 12)
             )
@@ -96,7 +96,7 @@ async def test_again_and_again(tmp_path: Path, times: int) -> None:
 
 @virtual
 async def test_more_often_than_is_tried(tmp_path: Path) -> None:
-    """One clear error, of the last one that failed; and nobody is asked any more."""
+    """The request ends in one clear error, its last failure, and is not tried again."""
     async with Site(tmp_path, decodes=6, profile=TIMES, decode=EACH) as site:
         request = site.request(max_tokens=100)
         task = site.start(request)
@@ -133,7 +133,7 @@ async def test_end_of_text_is_where_it_was(tmp_path: Path, at: int) -> None:
 
 @virtual
 async def test_stop_string_that_is_complete_in_the_second_part(tmp_path: Path) -> None:
-    """The reader counts tokens of the answer, whoever made them."""
+    """The reader counts tokens of the whole answer, whichever instance made them."""
     async with Site(tmp_path, decodes=2, profile=TIMES, decode=EACH) as site:
         request, got = site.request(max_tokens=30), 0
         async for chunk in site.scheduler.run(request):
@@ -157,7 +157,7 @@ async def test_stop_string_that_is_complete_in_the_second_part(tmp_path: Path) -
 )
 @virtual
 async def test_sampling_goes_on(tmp_path: Path, sampling: Sampling) -> None:
-    """Whoever goes on knows which tokens are of the answer: for their positions, and penalties."""
+    """The next pair knows which tokens are output, for their positions and for penalties."""
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, decode=EACH) as site:
         request = site.request(50, max_tokens=20, sampling=sampling)
         chunks = await interrupted(site, request, 10, breaks)
@@ -201,7 +201,7 @@ async def test_prefill_and_decode_at_once(tmp_path: Path) -> None:
 
 @virtual
 async def test_fifty_streams_of_one_decode(tmp_path: Path) -> None:
-    """All of them go on, in a time that the prefill of so many tokens takes."""
+    """All of them continue, within the time that the prefill of their tokens takes."""
     async with Site(
         tmp_path,
         prefills=2,
@@ -242,7 +242,7 @@ async def test_who_has_begun_goes_before_those_who_wait(tmp_path: Path) -> None:
 
 @virtual
 async def test_nobody_is_let_down_for_a_limit_that_was_kept(tmp_path: Path) -> None:
-    """Its first token came in time; for the next pair there is RECOVER_S, and then one error."""
+    """The first token came in time. The next pair has RECOVER_S; after that there is one error."""
     async with Site(tmp_path, decodes=2, profile=TIMES) as site:
         requests = [site.request(max_tokens=100, ttft_limit_s=0.1) for _ in range(2)]
         tasks = [site.start(request) for request in requests]
@@ -266,12 +266,12 @@ async def test_nobody_is_let_down_for_a_limit_that_was_kept(tmp_path: Path) -> N
         await site.idle(2.0)
 
 
-# Cancelled, and late.
+# ------------------------------------------------------------------------------ cancelled, and late
 
 
 @virtual
 async def test_cancelled_while_it_recovers(tmp_path: Path) -> None:
-    """vllm#29906: abort wins. At no moment is it tried once more after that."""
+    """vllm#29906: the cancel wins. At no moment is there another attempt after it."""
     async with Site(
         tmp_path, prefills=2, decodes=2, profile=TIMES, prefill={"slots": 1}, decode=EACH
     ) as site:
@@ -303,7 +303,7 @@ async def test_cancelled_while_it_recovers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("decodes", [1, 2])
 @virtual
 async def test_late_replies_of_the_first_attempt_are_ignored(tmp_path: Path, decodes: int) -> None:
-    """vllm#46283: they come while the second one is under way, of the same decode even."""
+    """vllm#46283: they come during the second attempt, even from the same decode."""
     async with Site(tmp_path, decodes=decodes, profile=TIMES, stall_s=0.5, decode=EACH) as site:
         request = site.request(max_tokens=60)
         task = site.start(request)
@@ -325,7 +325,7 @@ async def test_late_replies_of_the_first_attempt_are_ignored(tmp_path: Path, dec
 
 @virtual
 async def test_every_attempt_has_calls_of_its_own(tmp_path: Path) -> None:
-    """Duplicates are impossible by request, attempt and offer; each is released or ended once."""
+    """Calls are named by request, attempt and offer; each one is released or ended once."""
     async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, decode=EACH) as site:
         requests = [site.request(max_tokens=30) for _ in range(6)]
         tasks = [site.start(request) for request in requests]

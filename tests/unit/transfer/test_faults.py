@@ -1,4 +1,4 @@
-"""Leases that end, receivers that die or come late: bounded in time, and nothing leaks."""
+"""Tests for leases that end, and receivers that die or are late: bounded, and without leaks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.unit.transfers import (
     Child,
     MidPull,
     Offer,
+    Puller,
     Sender,
-    Taker,
 )
 
 EVERYTHING = 1 << 20
@@ -32,7 +32,7 @@ EVERYTHING = 1 << 20
 
 
 def room(sender: Sender) -> bool:
-    """Whether the whole arena can be had; it is given back at once."""
+    """Tell whether the whole arena can be allocated, and free it at once."""
     leased = sender.lease_manager.allocate(EVERYTHING)
     if leased is None:
         return False
@@ -40,13 +40,13 @@ def room(sender: Sender) -> bool:
     return True
 
 
-# The holder takes a lease back.
+# ----------------------------------------------------------------------- the holder cancels a lease
 
 
 def test_a_lease_that_ends_in_mid_pull_is_noticed(way: str, child: Child) -> None:
-    """vllm#21570: freed on a timeout and used again; the decode read another's KV cache.
+    """vllm#21570: a range was freed on a timeout and reused; the decode read another KV cache.
 
-    TensorRT-LLM#12540, #14565: what is being read is not given to anybody.
+    TensorRT-LLM#12540, #14565: a range that is being read is not given to another prompt.
     """
     sender = Sender(way)
     child.connect(sender)
@@ -63,30 +63,32 @@ def test_a_lease_that_ends_in_mid_pull_is_noticed(way: str, child: Child) -> Non
     sender.close()
 
 
-def test_a_rejected_request_gives_its_range_back_at_once(sender: Sender, taker: Taker) -> None:
-    """vllm#41269: decode rejected, prefill held the KV cache for 480 s."""
+def test_a_rejected_request_gives_its_range_back_at_once(sender: Sender, puller: Puller) -> None:
+    """vllm#41269: the decode had rejected it, and the prefill held the KV cache for 480 s."""
     offer = sender.offer()
     sender.end(offer, 0.0)
     assert offer.state is State.CACHED
     assert sender.held() == {}
     with pytest.raises(HandleError, match="has ended"):
-        taker.take(offer)
+        puller.pull(offer)
 
 
-def test_an_abort_wins_over_a_prefill_that_has_just_finished(sender: Sender, taker: Taker) -> None:
+def test_an_abort_wins_over_a_prefill_that_has_just_finished(
+    sender: Sender, puller: Puller
+) -> None:
     """vllm#29906: the handle is under way when the request is cancelled."""
     offer = sender.begin()
-    handle = taker.receiver.open(offer.sealed)
+    handle = puller.receiver.open(offer.sealed)
     sender.lease_manager.complete(offer.leased, TOKENS, LAYOUT.planes, 7, time.monotonic() + 60)
     sender.end(offer, 0.0)
     with pytest.raises(HandleError, match="has ended"):
-        taker.receiver.pull(handle, [(0, TOKENS)])
+        puller.receiver.pull(handle, [(0, TOKENS)])
     assert sender.lease_manager.counts()[State.LEASED] == (0, 0)
     assert sender.held() == {}
 
 
 def test_leases_expire_without_any_new_work(sender: Sender) -> None:
-    """TensorRT-LLM#12313: and then there is room again, for all of the arena."""
+    """TensorRT-LLM#12313: afterwards the whole arena is free again."""
     for _ in range(4):
         sender.offer(until=10.0)
     sender.tick(9.9)
@@ -97,22 +99,22 @@ def test_leases_expire_without_any_new_work(sender: Sender) -> None:
     assert room(sender)
 
 
-def test_a_lease_that_expires_after_its_pull(sender: Sender, taker: Taker) -> None:
-    """It has ended before: there is nothing left to expire."""
+def test_a_lease_that_expires_after_its_pull(sender: Sender, puller: Puller) -> None:
+    """The lease ended with the pull, so there is nothing left to expire."""
     until = time.monotonic() + 60
     offer = sender.offer(until=until)
-    taker.take(offer)
+    puller.pull(offer)
     sender.tick(until - 50)
     assert sender.held() == {}
     sender.tick(until)
     assert offer.state is State.CACHED
-    taker.check(offer, [(0, TOKENS)])
+    puller.check(offer, [(0, TOKENS)])
 
 
-def test_an_arena_that_is_full_of_what_may_be_read(sender: Sender, taker: Taker) -> None:
-    """Room comes back with the readers, and not before."""
+def test_an_arena_that_is_full_of_what_may_be_read(sender: Sender, puller: Puller) -> None:
+    """Memory becomes free with the end of the reads, and not before."""
     offers = [sender.offer(ROWS) for _ in range(4)]
-    pulls = [MidPull(taker.receiver, taker.receiver.open(offer.sealed)) for offer in offers[:3]]
+    pulls = [MidPull(puller.receiver, puller.receiver.open(offer.sealed)) for offer in offers[:3]]
     now = time.monotonic()
     for offer in offers:
         sender.end(offer, now)
@@ -126,16 +128,16 @@ def test_an_arena_that_is_full_of_what_may_be_read(sender: Sender, taker: Taker)
     assert sender.held() == {}
 
 
-# A lease goes on while its receiver does, and ends without it.
+# ------------------------------------------------- a lease lasts as long as its receiver shows life
 
 
-class Words:
-    """A receiver's words alone, said at moments that the test has chosen."""
+class ReceiverWords:
+    """The words of a receiver, written at moments that the test chooses."""
 
-    def __init__(self, taker: Taker, offer: Offer) -> None:
-        handle = taker.receiver.open(offer.sealed)
+    def __init__(self, puller: Puller, offer: Offer) -> None:
+        handle = puller.receiver.open(offer.sealed)
         self.lease = RemoteLease(
-            taker.receiver.peers.find(handle.epoch).link, handle, LAYOUT.planes
+            puller.receiver.peers.find(handle.epoch).link, handle, LAYOUT.planes
         )
         self.lease.look()
         self.say(Pull.PULLING)
@@ -145,11 +147,11 @@ class Words:
         self.lease.say(state)
 
 
-def test_a_receiver_at_work_keeps_its_lease(sender: Sender, taker: Taker) -> None:
-    """Longer than the lease: as long as it shows life, until it says that it is done."""
+def test_a_receiver_at_work_keeps_its_lease(sender: Sender, puller: Puller) -> None:
+    """A receiver that shows life keeps it longer than its time, until it reports the end."""
     offer, now = sender.offer(), 0.0
     offer.leased.range.until = 1.0
-    receiver = Words(taker, offer)
+    receiver = ReceiverWords(puller, offer)
     for _ in range(10):
         sender.tick(now)
         assert offer.state is State.IN_TRANSFER
@@ -165,10 +167,10 @@ def test_a_receiver_at_work_keeps_its_lease(sender: Sender, taker: Taker) -> Non
     assert sender.held() == {}
 
 
-def test_a_silent_receiver_loses_its_lease(sender: Sender, taker: Taker) -> None:
-    """vllm#46283 from the other side: who has gone silent does not hold memory forever."""
+def test_a_silent_receiver_loses_its_lease(sender: Sender, puller: Puller) -> None:
+    """vllm#46283, seen from the other side: a silent receiver does not hold memory for ever."""
     offer, now = sender.offer(), 100.0
-    receiver = Words(taker, offer)
+    receiver = ReceiverWords(puller, offer)
     sender.tick(now)
     sender.tick(now + QUIET_S - 0.01)
     assert offer.state is State.IN_TRANSFER
@@ -179,10 +181,10 @@ def test_a_silent_receiver_loses_its_lease(sender: Sender, taker: Taker) -> None
         receiver.lease.look()
 
 
-def test_quarantine_ends_when_the_receiver_falls_silent(sender: Sender, taker: Taker) -> None:
-    """And not sooner: a receiver that shows life may still be reading."""
+def test_quarantine_ends_when_the_receiver_falls_silent(sender: Sender, puller: Puller) -> None:
+    """Not sooner: a receiver that shows life may still be reading."""
     offer, now = sender.offer(), 100.0
-    receiver = Words(taker, offer)
+    receiver = ReceiverWords(puller, offer)
     sender.end(offer, now)
     for _ in range(3):
         now += QUIET_S - 0.01
@@ -196,17 +198,17 @@ def test_quarantine_ends_when_the_receiver_falls_silent(sender: Sender, taker: T
 
 
 def test_a_pull_that_takes_longer_than_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In real time: a link so slow that the lease would end five times meanwhile."""
+    """In real time, the link is so slow that the lease would end five times meanwhile."""
     monkeypatch.setattr(remote, "BEAT_S", 0.02)
     monkeypatch.setattr(lease_manager, "QUIET_S", 0.3)
-    sender, taker = Sender("memcpy"), Taker("memcpy", strategy="direct")
-    taker.connect(sender)
-    assert isinstance(taker.transport, MemcpyTransport)
+    sender, puller = Sender("memcpy"), Puller("memcpy", strategy="direct")
+    puller.connect(sender)
+    assert isinstance(puller.transport, MemcpyTransport)
     offer = sender.offer(until=time.monotonic() + 0.2)
-    taker.transport.links[0].nap_s = 0.003
+    puller.transport.links[0].nap_s = 0.003
     runs = [(row * 2, 1) for row in range(TOKENS)]  # 300 segments
     pulled: list[float] = []
-    pulling = threading.Thread(target=lambda: pulled.append(taker.take(offer, runs).ms))
+    pulling = threading.Thread(target=lambda: pulled.append(puller.pull(offer, runs).ms))
     pulling.start()
     began, states = time.monotonic(), set()
     while pulling.is_alive():
@@ -217,41 +219,41 @@ def test_a_pull_that_takes_longer_than_its_lease(monkeypatch: pytest.MonkeyPatch
     assert State.IN_TRANSFER in states
     assert State.QUARANTINED not in states
     assert pulled[0] > 900
-    taker.check(offer, runs)
+    puller.check(offer, runs)
     sender.tick()
     assert sender.held() == {}
-    taker.close()
+    puller.close()
     sender.close()
 
 
 def test_a_pull_that_waits_for_staging_shows_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer than a silent receiver may: other pulls have all of the buffers."""
+    """Other pulls use all buffers for longer than a receiver may stay silent."""
     monkeypatch.setattr(remote, "BEAT_S", 0.02)
     monkeypatch.setattr(lease_manager, "QUIET_S", 0.3)
-    sender, taker = Sender("memcpy"), Taker("memcpy", strategy="whole")
-    taker.connect(sender)
+    sender, puller = Sender("memcpy"), Puller("memcpy", strategy="whole")
+    puller.connect(sender)
     offer, began = sender.offer(until=time.monotonic() + 0.1), time.monotonic()
-    with taker.staging.take(2, began + 1):
-        pulling = threading.Thread(target=taker.take, args=(offer,))
+    with puller.staging.take(2, began + 1):
+        pulling = threading.Thread(target=puller.take, args=(offer,))
         pulling.start()
         while time.monotonic() < began + 0.8:
             sender.tick()
             time.sleep(0.01)
         assert offer.state is State.IN_TRANSFER
     pulling.join()
-    taker.check(offer, [(0, TOKENS)])
+    puller.check(offer, [(0, TOKENS)])
     sender.tick()
     assert sender.held() == {}
-    taker.close()
+    puller.close()
     sender.close()
 
 
 def test_a_lease_that_ends_beside_a_move_costs_no_other_pull() -> None:
-    """A decode that follows a computation: what is cancelled leaves the link to the others."""
-    sender, taker = Sender("memcpy"), Taker("memcpy", strategy="whole", rows=2 * ROWS)
-    taker.connect(sender)
-    assert isinstance(taker.transport, MemcpyTransport)
-    [link] = taker.transport.links
+    """A cancelled layered transfer leaves the link to the other pulls."""
+    sender, puller = Sender("memcpy"), Puller("memcpy", strategy="whole", rows=2 * ROWS)
+    puller.connect(sender)
+    assert isinstance(puller.transport, MemcpyTransport)
+    [link] = puller.transport.links
     link.nap_s = 0.02
     followed, other = sender.begin(), sender.offer()
     sender.compute(followed, 4)
@@ -259,26 +261,26 @@ def test_a_lease_that_ends_beside_a_move_costs_no_other_pull() -> None:
 
     def follow() -> None:
         try:
-            taker.take(followed, [(ROWS, TOKENS)])
+            puller.pull(followed, [(ROWS, TOKENS)])
         except Exception as error:
             failures.append(error)
 
     link.before = lambda number: sender.end(followed, 0.0) if followed in sender.leased else None
     thread = threading.Thread(target=follow)
     thread.start()
-    taker.take(other)
+    puller.pull(other)
     thread.join()
     assert [type(error) for error in failures] == [HandleError]
     assert "has ended" in str(failures[0])
     assert not link.closed
-    assert (taker.pool[:, :TOKENS] == other.whole).all()
+    assert (puller.pool[:, :TOKENS] == other.whole).all()
     sender.tick(0.0)
     assert sender.held() == {}
-    taker.close()
+    puller.close()
     sender.close()
 
 
-# A receiver fails.
+# ------------------------------------------------------------------------------ receivers that fail
 
 
 def test_a_receiver_killed_in_mid_pull_holds_its_range_for_a_bound(way: str, child: Child) -> None:
@@ -295,7 +297,7 @@ def test_a_receiver_killed_in_mid_pull_holds_its_range_for_a_bound(way: str, chi
     sender.tick(now + QUIET_S)
     assert offer.state is State.CACHED
     assert sender.held() == {}
-    # The holder goes on, whatever its peer has left behind.
+    # The holder keeps serving, whatever the dead receiver has left behind.
     child.connect(sender)
     fresh = sender.offer()
     assert child.pull(fresh.sealed) == fresh.digest
@@ -315,32 +317,32 @@ def test_a_receiver_killed_after_its_pull_holds_nothing(way: str) -> None:
 
 
 def test_an_error_of_the_receiver_reaches_the_holder(way: str) -> None:
-    """TensorRT-LLM#12542: one side threw, the other waited forever."""
-    sender, taker = Sender(way), Taker(way, strategy="whole")
-    taker.connect(sender)
+    """TensorRT-LLM#12542: one side raised an error, and the other waited for ever."""
+    sender, puller = Sender(way), Puller(way, strategy="whole")
+    puller.connect(sender)
     offer = sender.offer()
     with pytest.raises(ValueError, match="not inside the pool"):
-        taker.take(offer, [(ROWS - 1, TOKENS)])
+        puller.pull(offer, [(ROWS - 1, TOKENS)])
     if way == "shm":
         assert sender.leases.state(offer.slot) is Pull.DONE
         sender.tick()
-    else:  # what may still arrive in a buffer costs the link, and the lease ends by silence
+    else:  # bytes that may still arrive in a buffer cost the link, and the lease ends by silence
         sender.tick(0.0)
         sender.tick(QUIET_S)
     assert offer.state is State.CACHED
     assert sender.held() == {}
-    assert taker.staging.free == taker.staging.memory.nbytes
-    taker.close()
+    assert puller.staging.free == puller.staging.memory.nbytes
+    puller.close()
     sender.close()
 
 
-def test_a_decode_s_blocks_come_back_when_a_pull_fails(sender: Sender, taker: Taker) -> None:
-    """vllm#46283: blocks of an aborted load were never reclaimed."""
+def test_a_decode_s_blocks_come_back_when_a_pull_fails(sender: Sender, puller: Puller) -> None:
+    """vllm#46283: the blocks of an aborted load were never reclaimed."""
     blocks = BlockPool(8, 16)
     table = blocks.allocate(TOKENS)
     assert table is not None
     offer = sender.offer()
-    pull = MidPull(taker.receiver, taker.receiver.open(offer.sealed))
+    pull = MidPull(puller.receiver, puller.receiver.open(offer.sealed))
     sender.end(offer, 0.0)
     with pytest.raises(HandleError, match="has ended"):
         pull.end()
@@ -352,7 +354,7 @@ def test_a_decode_s_blocks_come_back_when_a_pull_fails(sender: Sender, taker: Ta
 
 def test_a_late_receiver_does_not_disturb_the_slot_s_next_lease(way: str) -> None:
     """vllm#46289: late signals are ignored."""
-    sender, late, prompt = Sender(way), Taker(way), Taker(way)
+    sender, late, prompt = Sender(way), Puller(way), Puller(way)
     late.connect(sender)
     prompt.connect(sender)
     first, now = sender.offer(), time.monotonic()
@@ -360,8 +362,8 @@ def test_a_late_receiver_does_not_disturb_the_slot_s_next_lease(way: str) -> Non
     sender.end(first, now)
     sender.tick(now)
     sender.tick(now + QUIET_S)
-    assert first.state is State.CACHED, "it was waited for for so long"
-    for _ in range(4):  # until the slot comes round
+    assert first.state is State.CACHED, "the range was withheld for this long"
+    for _ in range(4):  # until the slot is used again
         second = sender.offer()
         if second.slot == first.slot:
             break
@@ -375,6 +377,6 @@ def test_a_late_receiver_does_not_disturb_the_slot_s_next_lease(way: str) -> Non
     other.end()
     assert sender.leases.state(second.slot) is Pull.DONE
     prompt.check(second, [(0, TOKENS)])
-    for taker in (late, prompt):
-        taker.close()
+    for puller in (late, prompt):
+        puller.close()
     sender.close()

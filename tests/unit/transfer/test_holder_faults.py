@@ -1,4 +1,4 @@
-"""Holders that die, stand still or restart, and links that fail: bounded, and nothing leaks."""
+"""Tests for holders that die, stop or restart, and links that fail: bounded, and without leaks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pdserve.transfer.lease import remote
 from pdserve.transfer.producer.lease_manager import QUIET_S
 from pdserve.transfer.protocol import TransferError
 from tests.unit.memcpy import MemcpyTransport
-from tests.unit.transfers import TOKENS, WAYS, Child, MidPull, Prefill, Sender, Taker, pick
+from tests.unit.transfers import TOKENS, WAYS, Child, MidPull, Prefill, Puller, Sender, pick
 
 
 def test_handles_of_a_former_life_are_refused(way: str, child: Child) -> None:
@@ -37,7 +37,7 @@ def test_handles_of_a_former_life_are_refused(way: str, child: Child) -> None:
 
 
 def test_a_restart_in_mid_pull_is_harmless() -> None:
-    """What is mapped stays, until its reader has done."""
+    """Mapped memory stays until its reader is done."""
     first, child = Sender(), Child()
     child.connect(first)
     offer = first.offer()
@@ -61,15 +61,15 @@ def test_a_restart_in_mid_pull_is_harmless() -> None:
 def test_a_prefill_that_is_killed_or_stops(
     over: str, when: str, stops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorRT-LLM#15363, dynamo#13088: an error within a bound, and the decode goes on."""
+    """TensorRT-LLM#15363, dynamo#13088: there is a timely error, and the decode keeps serving."""
     way, over_tcp = pick(over, monkeypatch), over == "nixl over tcp"
     monkeypatch.setattr(remote, "WORD_S", 0.5)
     timeout_s, tokens = 0.6, 40_000 if when == "in mid-transfer" else TOKENS
     prefill = Prefill(way, data_bytes=32 << 20)
-    taker = Taker(way, rows=tokens, strategy="whole", timeout_s=timeout_s)
-    taker.receiver.connect(prefill.endpoint)
+    puller = Puller(way, rows=tokens, strategy="whole", timeout_s=timeout_s)
+    puller.receiver.connect(prefill.endpoint)
     digest, sealed = prefill.offer(tokens)
-    handle, transfer = taker.receiver.open(sealed), None
+    handle, transfer = puller.receiver.open(sealed), None
 
     def end() -> None:
         if stops:
@@ -82,81 +82,81 @@ def test_a_prefill_that_is_killed_or_stops(
         if when == "before the pull":
             end()
             began = time.monotonic()
-            transfer = taker.receiver.pull(handle, [(0, tokens)])
+            transfer = puller.receiver.pull(handle, [(0, tokens)])
         elif when == "in mid-pull":
-            pull = MidPull(taker.receiver, handle)
+            pull = MidPull(puller.receiver, handle)
             end()
             began = time.monotonic()
             transfer = pull.end()
         else:
-            watching = threading.Thread(target=_when_something_has_arrived, args=(taker, end))
+            watching = threading.Thread(target=_when_something_has_arrived, args=(puller, end))
             watching.start()
             try:
-                transfer = taker.receiver.pull(handle, [(0, tokens)])
+                transfer = puller.receiver.pull(handle, [(0, tokens)])
             finally:
                 watching.join()
     except TransferError:
-        # Once more the deadline's worth for the words: that it begins, and that it is done.
+        # One more deadline each for the words that report the beginning and the end.
         assert time.monotonic() - began < timeout_s + 2 * remote.WORD_S + 0.5
         with pytest.raises(NoLink):
-            taker.receiver.open(sealed)
+            puller.receiver.open(sealed)
         assert way == "nixl"
-    # Memory that is mapped, and that of a stopped process, can be read without its help.
+    # Mapped memory, and that of a stopped process, can be read without its help.
     if way == "shm" or (stops and not over_tcp):
         assert transfer is not None
     if over_tcp:
         assert transfer is None
     if transfer is not None:
-        assert hashlib.sha256(taker.pool.tobytes()).hexdigest() == digest
-    assert taker.staging.free == taker.staging.memory.nbytes
-    before = taker.pool.copy()
+        assert hashlib.sha256(puller.pool.tobytes()).hexdigest() == digest
+    assert puller.staging.free == puller.staging.memory.nbytes
+    before = puller.pool.copy()
     if stops:
         prefill.signal(signal.SIGCONT)
         time.sleep(0.1)
-        assert (taker.pool == before).all(), "bytes came after the error was told"
-        # It lives, and may be connected to again.
-        taker.receiver.connect(prefill.endpoint)
+        assert (puller.pool == before).all(), "bytes came after the error had been raised"
+        # The holder is alive, and can be connected again.
+        puller.receiver.connect(prefill.endpoint)
         digest, sealed = prefill.offer(TOKENS)
-        taker.take(sealed)
-        arrived = taker.pool[:, :TOKENS].tobytes()
+        puller.pull(sealed)
+        arrived = puller.pool[:, :TOKENS].tobytes()
         assert hashlib.sha256(arrived).hexdigest() == digest
     prefill.kill()
-    taker.close()
+    puller.close()
 
 
-def _when_something_has_arrived(taker: Taker, end: Callable[[], None]) -> None:
+def _when_something_has_arrived(puller: Puller, end: Callable[[], None]) -> None:
     deadline = time.monotonic() + 5
-    while not taker.pool[0, 0, 0]:
+    while not puller.pool[0, 0, 0]:
         assert time.monotonic() < deadline
         time.sleep(1e-4)
     end()
 
 
 def test_a_link_that_fails_is_left_and_made_again() -> None:
-    sender, taker = Sender("memcpy"), Taker("memcpy")
-    taker.connect(sender)
-    assert isinstance(taker.transport, MemcpyTransport)
+    sender, puller = Sender("memcpy"), Puller("memcpy")
+    puller.connect(sender)
+    assert isinstance(puller.transport, MemcpyTransport)
     offer, later = sender.offer(), sender.offer()
-    [link] = taker.transport.links
+    [link] = puller.transport.links
 
     def fail(number: int) -> None:
         raise TransferError("cable cut")
 
     link.before = fail
     with pytest.raises(TransferError):
-        taker.take(offer)
+        puller.pull(offer)
     assert link.closed
     with pytest.raises(NoLink):
-        taker.take(later)
-    taker.connect(sender)
-    assert len(taker.transport.links) == 2
+        puller.pull(later)
+    puller.connect(sender)
+    assert len(puller.transport.links) == 2
     with pytest.raises(HandleError, match="was used before"):
-        taker.take(offer)
-    taker.take(later)
-    assert (taker.pool[:, :TOKENS] == later.whole).all()
+        puller.pull(offer)
+    puller.pull(later)
+    assert (puller.pool[:, :TOKENS] == later.whole).all()
     now = time.monotonic()
-    sender.tick(now)  # nothing was heard of the first since
+    sender.tick(now)  # no message about the first one has come since
     sender.tick(now + QUIET_S)
     assert sender.held() == {}
-    taker.close()
+    puller.close()
     sender.close()

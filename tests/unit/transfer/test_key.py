@@ -1,4 +1,4 @@
-"""The deployment's secret: made once, whoever comes first, and for nobody else's eyes."""
+"""Tests for the deployment's secret: made once by the first process, readable by its user alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_it_is_made_where_it_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_of_several_makers_one_wins(tmp_path: Path) -> None:
-    """Every server of a deployment starts at the same moment."""
+    """All servers of a deployment start at the same moment."""
     script = (
         "import sys; from pathlib import Path; from pdserve.transfer import key\n"
         "sys.stdin.read(1); print(key.make(Path(sys.argv[1])).hex())"
@@ -50,7 +50,7 @@ def test_of_several_makers_one_wins(tmp_path: Path) -> None:
 
 
 def test_a_loser_takes_the_winner_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process has made it between our look and our link."""
+    """Another process has made it after this one looked, and before it could link its own."""
     path, theirs = tmp_path / "kv.key", os.urandom(KEY_BYTES)
     link = os.link
 
@@ -99,7 +99,7 @@ def test_one_that_cannot_be_made(tmp_path: Path) -> None:
 def test_one_that_our_own_group_may_read_is_a_secret_of_kubernetes(
     tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With fsGroup: its owner is root, its group is one of the process's."""
+    """With fsGroup, its owner is root, and its group is one of the process's groups."""
     path = tmp_path / "kv.key"
     made = key.make(path)
     path.chmod(mode)
@@ -127,7 +127,7 @@ def test_reading_makes_none(tmp_path: Path) -> None:
 def test_a_process_of_a_server_reads_its_servers_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And makes none where that is gone: it could reach nobody with it."""
+    """It makes none where the copy is gone, since no other server would accept it."""
     file, copy = tmp_path / "kv.key", tmp_path / "copy"
     deployment = Deployment(model="m", servers=(), transfer=Transfer(key_file=str(file)))
     key.copy(b"c" * KEY_BYTES, copy)

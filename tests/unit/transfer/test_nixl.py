@@ -1,4 +1,4 @@
-"""The `nixl` transport between this process and real second ones, over CMA and over TCP."""
+"""Tests for the `nixl` transport between this process and real others, over CMA and over TCP."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tls(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def holder(tls: str) -> Iterator[Holder]:
-    """One for many tests, whatever they do to it; it has to live to their end."""
+    """Start a holder for many tests, which must survive all of them."""
     holder = Holder()
     yield holder
     try:
@@ -61,7 +61,7 @@ def holder(tls: str) -> Iterator[Holder]:
 
 @pytest.fixture
 def other(tls: str) -> Iterator[Holder]:
-    """One to be killed."""
+    """Start a holder that a test may kill."""
     holder = Holder()
     yield holder
     holder.end()
@@ -100,7 +100,7 @@ def within(seconds: float) -> Iterator[None]:
     assert taken < seconds, f"took {taken:.3f} s"
 
 
-# Moving bytes.
+# ------------------------------------------------------------------------------------- moving bytes
 
 
 @both
@@ -232,14 +232,14 @@ def test_a_waiting_pull_shows_that_it_is_alive(holder: Holder, receiver: Receive
     assert np.array_equal(receiver.arrival, holder.region.data)
 
 
-# What fails.
+# ----------------------------------------------------------------------------------------- failures
 
 
 @over_tcp
 def test_a_stopped_holder_is_given_up_and_writes_nothing_later(
     holder: Holder, receiver: Receiver
 ) -> None:
-    """NIXL reports a stopped peer never, and delivers the rest of what was given up."""
+    """NIXL never reports a stopped peer, and delivers the rest of a pull that was given up."""
     link = receiver.open(holder)
     beside = receiver.open(holder)
     pending = link.pull(receiver.span(), soon(0.4))
@@ -291,7 +291,7 @@ def test_a_holder_that_does_not_answer_cannot_be_opened(
 @both
 def test_a_killed_holder_is_an_error_at_once(tls: str, other: Holder, receiver: Receiver) -> None:
     link = receiver.open(other)
-    os.kill(other.pid, signal.SIGSTOP)  # in the middle, however fast the rest is
+    os.kill(other.pid, signal.SIGSTOP)  # in the middle of the pull, however fast the rest is
     pending = link.pull(receiver.span(), soon()) if tls == TCP else None
     other.process.kill()
     other.process.wait()
@@ -307,7 +307,7 @@ def test_a_killed_holder_is_an_error_at_once(tls: str, other: Holder, receiver: 
 def test_a_link_that_was_closed_in_the_middle_leaves_its_holder_well(
     holder: Holder, receiver: Receiver
 ) -> None:
-    """UCX ends a holder whose receiver goes away from a read that it imitates (over TCP)."""
+    """UCX ends a holder when its receiver leaves during an emulated read (over TCP)."""
     for number in range(12):
         link = receiver.open(holder)
         for offset in (0, DATA // 2):
@@ -331,7 +331,7 @@ def test_a_receiver_that_stops_or_dies_in_the_middle_leaves_its_holder_well(
     child = Process(RECEIVER, holder.way.hex())
     try:
         os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        # Longer than what the child would have waited: the holder gives it up.
+        # Longer than the child would have waited: the holder gives it up.
         until = soon(0.8)
         while time.monotonic() < until:
             link.pull(receiver.span(0, MIB), soon(2.0)).wait()
@@ -367,22 +367,23 @@ def test_a_way_that_leads_nowhere_is_refused(
 @both
 def test_closed_links_leave_nothing_behind(holder: Holder, receiver: Receiver) -> None:
     receiver.open(holder).close()
-    gc.collect()  # what an earlier test has left has files, too
+    gc.collect()  # files that an earlier test has left count, too
     before = len(list(Path("/proc/self/fd").iterdir()))
     at_holder = len(list(Path(f"/proc/{holder.pid}/fd").iterdir()))
     for _ in range(5):
         link = receiver.open(holder)
         link.pull(receiver.span(0, MIB), soon()).wait()
         link.close()
-    receiver.open(holder).close()  # the holder looks for who has gone when somebody comes
+    # the holder looks for receivers that have left when another one comes
+    receiver.open(holder).close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     deadline = soon(1.0)
     while len(list(Path(f"/proc/{holder.pid}/fd").iterdir())) > at_holder + 4:
-        assert time.monotonic() < deadline, "the holder has not let go of them"
+        assert time.monotonic() < deadline, "the holder has not released them"
         time.sleep(0.01)
 
 
-# What a holder is asked, where the network cannot read.
+# ---------------------------------------------- requests to a holder, where the network cannot read
 
 
 @over_tcp

@@ -1,4 +1,4 @@
-"""How links are made: the transport, what is measured, what is told where none can be."""
+"""Tests for making links: the choice of a transport, its measurement, the reason for none."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from pdserve.transfer.protocol import Memory, Spans, Stuck, TransferError, Trans
 from pdserve.transfer.reports import LinkReport
 from pdserve.transfer.transports.shm import ShmTransport
 from tests.unit.memcpy import MemcpyLink, MemcpyTransport
-from tests.unit.transfers import KEY, LAYOUT, LIMIT_S, ROWS, Sender, Taker, pick, terms
+from tests.unit.transfers import KEY, LAYOUT, LIMIT_S, ROWS, Puller, Sender, pick, terms
 
 
 class Other(MemcpyTransport):
-    """A second kind of way."""
+    """A way to memory over another transport."""
 
     name: ClassVar[str] = "other"
 
@@ -55,7 +55,7 @@ def link_report(by: Receiver, of: Holder) -> LinkReport:
     return by.connect(of.endpoint)[1]
 
 
-# The holder.
+# --------------------------------------------------------------------------------------- the holder
 
 
 def test_an_endpoint_says_what_there_is() -> None:
@@ -93,7 +93,7 @@ def test_a_transport_that_cannot_export_the_memory_is_left_out() -> None:
 
 
 def test_transports_that_need_it_are_moved_on_without_a_pause() -> None:
-    """Sooner while a lease is on: a peer may be waiting."""
+    """They are moved on more often during a lease, since a peer may be waiting."""
     pauses = queue.SimpleQueue[float]()
     moves: list[float] = []
 
@@ -122,7 +122,7 @@ def test_transports_that_need_it_are_moved_on_without_a_pause() -> None:
     count = len(moves)
     assert count >= 50
     time.sleep(0.05)
-    assert len(moves) == count, "it moves on after its end"
+    assert len(moves) == count, "it continues after the lease has ended"
 
 
 def test_shared_memory_needs_no_thread() -> None:
@@ -132,14 +132,14 @@ def test_shared_memory_needs_no_thread() -> None:
     made.close()
 
 
-# The receiver.
+# ------------------------------------------------------------------------------------- the receiver
 
 
 def test_the_best_transport_that_reaches_it_is_taken() -> None:
     made = holder(ShmTransport(), MemcpyTransport(), Other())
     for order, wanted in (
         ([ShmTransport(), Other()], "shm"),
-        ([Other(), ShmTransport()], "memcpy"),  # as its links say
+        ([Other(), ShmTransport()], "memcpy"),  # as its links report
     ):
         receiver = new_receiver(*order)
         assert link_report(receiver, made).transport == wanted
@@ -205,7 +205,7 @@ def test_a_holder_that_is_known_is_not_connected_again() -> None:
 
 
 def test_a_link_that_has_failed_is_made_again_at_once() -> None:
-    """What it costs is known; that bytes come over the new one is seen, not believed."""
+    """Its cost is known; but that bytes arrive over the new link is verified."""
     made, transport = holder(MemcpyTransport()), MemcpyTransport()
     receiver = new_receiver(transport)
     first = link_report(receiver, made)
@@ -357,7 +357,7 @@ def test_what_is_measured() -> None:
     mapped = new_receiver(ShmTransport())
     shm = holder(ShmTransport())
     assert link_report(mapped, shm).detail == "mapped"
-    assert mapped.peers.find(shm.epoch).cost_model is None, "there is nothing to choose"
+    assert mapped.peers.find(shm.epoch).cost_model is None, "there is only one strategy"
     assert mapped.mapped(_any_handle(shm))
     mapped.close()
     shm.close()
@@ -379,7 +379,7 @@ def test_a_slow_link_is_told_as_such() -> None:
 
     receiver, began = new_receiver(Slow()), time.monotonic()
     assert link_report(receiver, made).bytes_per_s == pytest.approx(1e6, rel=0.3)
-    assert time.monotonic() - began < 2, "it is not probed for longer than it takes to know"
+    assert time.monotonic() - began < 2, "the probe ends as soon as the speed is known"
     receiver.close()
     made.close()
 
@@ -388,21 +388,23 @@ def test_a_slow_link_is_told_as_such() -> None:
 def test_a_fallback_from_rdma_is_loud(
     way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A log line, a metric (`LinkReport.fallback`), and a refusal where the deployment says so."""
+    """A log line and a metric (`LinkReport.fallback`) tell of it, or an error if so configured."""
     name, over_tcp = pick(way, monkeypatch), way == "nixl over tcp"
-    sender, taker = Sender(name), Taker(name)
+    sender, puller = Sender(name), Puller(name)
     with caplog.at_level(logging.WARNING):
-        found = taker.receiver.connect(sender.holder.endpoint)[1]
+        found = puller.receiver.connect(sender.holder.endpoint)[1]
     assert found.detail.startswith("tcp") == found.fallback == over_tcp
     assert ("without RDMA" in caplog.text) == over_tcp
-    strict = Receiver(terms(), [type(taker.transport)()], taker.pool, taker.staging, rdma_only=True)
+    strict = Receiver(
+        terms(), [type(puller.transport)()], puller.pool, puller.staging, rdma_only=True
+    )
     if over_tcp:
         with pytest.raises(
             Unreachable, match=r"nixl: UCX has picked tcp\S*; transfer.require is rdma"
         ):
             strict.connect(sender.holder.endpoint)
     strict.close()
-    taker.close()
+    puller.close()
     sender.close()
 
 

@@ -1,4 +1,4 @@
-"""What a pull checks, moves and tells; between two processes, and over every transport."""
+"""Tests for a pull: its checks, its bytes, its report; in two processes, over each transport."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from tests.unit.transfers import (
     TOKENS,
     Child,
     Offer,
+    Puller,
     Sender,
-    Taker,
     terms,
 )
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 FORGED = 10_000
 
 
-# Between two processes.
+# ---------------------------------------------------------------------------- between two processes
 
 
 def test_contents_are_equal_and_the_lease_ends(way: str, child: Child) -> None:
@@ -63,38 +63,38 @@ def test_contents_are_equal_and_the_lease_ends(way: str, child: Child) -> None:
 
 
 def test_a_used_handle_is_refused(way: str, child: Child) -> None:
-    sender, taker = Sender(way), Taker(way)
+    sender, puller = Sender(way), Puller(way)
     child.connect(sender)
-    taker.connect(sender)
+    puller.connect(sender)
     offer = sender.offer()
     assert child.begin(offer.sealed) == "pulling"
     with pytest.raises(HandleError, match=f"was used before: lease {offer.slot}"):
-        taker.take(offer)
+        puller.pull(offer)
     assert child.end() == offer.digest
     assert child.pull(offer.sealed).startswith("HandleError KV handle was used before")
-    assert not taker.pool.any()
-    taker.close()
+    assert not puller.pool.any()
+    puller.close()
     sender.close()
 
 
-# What is told.
+# ------------------------------------------------------------------------------------------ reports
 
 
 @pytest.mark.parametrize("strategy", ["whole", "direct"])
 def test_what_is_told_of_a_pull(way: str, strategy: Strategy) -> None:
-    sender, taker = Sender(way), Taker(way, strategy=strategy)
-    taker.connect(sender)
+    sender, puller = Sender(way), Puller(way, strategy=strategy)
+    puller.connect(sender)
     offer, runs = sender.offer(), [(70, 20), (3, 30)]
-    transfer = taker.take(offer, runs)
-    taker.check(offer, runs)
+    transfer = puller.pull(offer, runs)
+    puller.check(offer, runs)
     assert transfer.nbytes == LAYOUT.nbytes(TOKENS)
     assert transfer.transport == way
-    # What is mapped is copied once, whatever is asked for.
+    # Mapped memory is copied once, whatever strategy is asked for.
     assert transfer.strategy == ("whole" if way == "shm" else strategy)
     assert transfer.token == 7
     assert 0 < transfer.exposed_ms == transfer.ms < 1000
     assert 0 < transfer.expected_ms < 1000
-    taker.close()
+    puller.close()
     sender.close()
 
 
@@ -102,16 +102,16 @@ def test_what_is_told_of_a_pull(way: str, strategy: Strategy) -> None:
 def test_only_the_missing_tail_is_moved(way: str, strategy: Strategy) -> None:
     """The pool has a prefix of the prompt already."""
     sender = Sender(way, slots=8)
-    taker = Taker(way, strategy=strategy, piece_bytes=2048)
-    taker.connect(sender)
+    puller = Puller(way, strategy=strategy, piece_bytes=2048)
+    puller.connect(sender)
     for first in (1, 16, TOKENS - 1):
         offer, tail = sender.offer(), TOKENS - first
-        taker.pool[:] = 0
+        puller.pool[:] = 0
         runs = [(60, tail // 2), (7, tail - tail // 2)] if tail > 1 else [(7, 1)]
-        transfer = taker.take(offer, runs, first)
+        transfer = puller.pull(offer, runs, first)
         assert transfer.nbytes == LAYOUT.nbytes(tail)
-        taker.check(offer, runs, first)
-    taker.close()
+        puller.check(offer, runs, first)
+    puller.close()
     sender.close()
 
 
@@ -127,41 +127,41 @@ def test_only_the_missing_tail_is_moved(way: str, strategy: Strategy) -> None:
 def test_rows_that_are_not_this_request_s_are_not_written(
     way: str, strategy: Strategy, runs: list[tuple[int, int]], message: str
 ) -> None:
-    sender, taker = Sender(way), Taker(way, strategy=strategy)
-    taker.connect(sender)
+    sender, puller = Sender(way), Puller(way, strategy=strategy)
+    puller.connect(sender)
     offer = sender.offer()
     with pytest.raises(ValueError, match=message):
-        taker.take(offer, runs)
-    assert not taker.pool.any()
+        puller.pull(offer, runs)
+    assert not puller.pool.any()
     assert sender.leases.state(offer.slot) is Pull.DONE
-    taker.close()
+    puller.close()
     sender.close()
 
 
 def test_pulls_at_once_do_not_mix(way: str) -> None:
-    """More than there are staging buffers, over one link."""
-    sender, taker = Sender(way, slots=16), Taker(way, rows=16 * TOKENS)
-    taker.connect(sender)
+    """There are more pulls than staging buffers, over one link."""
+    sender, puller = Sender(way, slots=16), Puller(way, rows=16 * TOKENS)
+    puller.connect(sender)
     offers = [sender.offer() for _ in range(16)]
     with ThreadPoolExecutor(6) as threads:
         transfers = list(
-            threads.map(lambda n: taker.take(offers[n], [(n * TOKENS, TOKENS)]), range(16))
+            threads.map(lambda n: puller.pull(offers[n], [(n * TOKENS, TOKENS)]), range(16))
         )
     assert {one.nbytes for one in transfers} == {LAYOUT.nbytes(TOKENS)}
     for number, offer in enumerate(offers):
-        assert (taker.pool[:, number * TOKENS : (number + 1) * TOKENS] == offer.whole).all()
+        assert (puller.pool[:, number * TOKENS : (number + 1) * TOKENS] == offer.whole).all()
         assert sender.leases.state(offer.slot) is Pull.DONE
-    taker.close()
+    puller.close()
     sender.close()
 
 
-# Layer by layer.
+# ----------------------------------------------------------------------------------- layer by layer
 
 
 def test_planes_are_taken_as_they_are_filled(way: str) -> None:
-    """None before: what is not filled yet is zero."""
-    sender, taker = Sender(way), Taker(way)
-    taker.connect(sender)
+    """Not before: a plane that is not filled yet is zero."""
+    sender, puller = Sender(way), Puller(way)
+    puller.connect(sender)
     offer = sender.begin()
 
     def compute() -> None:
@@ -174,46 +174,46 @@ def test_planes_are_taken_as_they_are_filled(way: str) -> None:
 
     computing = threading.Thread(target=compute)
     computing.start()
-    transfer = taker.take(offer)
+    transfer = puller.pull(offer)
     computing.join()
-    taker.check(offer, [(0, TOKENS)])
+    puller.check(offer, [(0, TOKENS)])
     assert (transfer.strategy, transfer.token) == ("layered", 331)
     assert transfer.ms > 140
     assert transfer.exposed_ms < 70
-    taker.close()
+    puller.close()
     sender.close()
 
 
-def test_the_first_token_is_waited_for(sender: Sender, taker: Taker) -> None:
+def test_the_first_token_is_waited_for(sender: Sender, puller: Puller) -> None:
     offer = sender.begin()
     sender.compute(offer, LAYOUT.planes)
     later = threading.Timer(0.05, sender.leases.fill, (offer.slot, LAYOUT.planes, 9))
     later.start()
-    assert taker.take(offer).token == 9
+    assert puller.pull(offer).token == 9
     later.join()
-    taker.check(offer, [(0, TOKENS)])
+    puller.check(offer, [(0, TOKENS)])
 
 
 def test_planes_that_are_never_filled(sender: Sender) -> None:
     """TensorRT-LLM#15363, dynamo#13088: no wait is unbounded."""
-    taker = Taker(timeout_s=0.2)
-    taker.connect(sender)
+    puller = Puller(timeout_s=0.2)
+    puller.connect(sender)
     offer, began = sender.begin(), time.monotonic()
     sender.compute(offer, 2)
     with pytest.raises(HandleError, match="only 2 of 6 planes were computed in time"):
-        taker.take(offer)
+        puller.pull(offer)
     assert 0.2 < time.monotonic() - began < 1
     assert sender.leases.state(offer.slot) is Pull.DONE
-    taker.close()
+    puller.close()
 
 
-def test_a_computation_that_is_given_up(sender: Sender, taker: Taker) -> None:
+def test_a_computation_that_is_given_up(sender: Sender, puller: Puller) -> None:
     offer, began = sender.begin(), time.monotonic()
     sender.compute(offer, 4)
     later = threading.Timer(0.05, sender.end, (offer, began))
     later.start()
     with pytest.raises(HandleError, match=f"lease {offer.slot} has ended"):
-        taker.take(offer)
+        puller.pull(offer)
     assert time.monotonic() - began < 0.5
     later.join()
     assert offer.state is State.QUARANTINED
@@ -222,7 +222,7 @@ def test_a_computation_that_is_given_up(sender: Sender, taker: Taker) -> None:
     assert sender.held() == {}
 
 
-# What does not match is named, and costs the lease nothing.
+# ------------------------------------------------------ mismatches, which leave the lease untouched
 
 
 @pytest.mark.parametrize(
@@ -242,81 +242,81 @@ def test_a_computation_that_is_given_up(sender: Sender, taker: Taker) -> None:
     ],
 )
 def test_what_does_not_match_is_named(
-    sender: Sender, taker: Taker, fields: dict[str, object], message: str
+    sender: Sender, puller: Puller, fields: dict[str, object], message: str
 ) -> None:
     """tensorrtllm_backend#653, sglang#15674: one clear error each, and not a hang."""
     sender.offer()
     offer = sender.offer()
     with pytest.raises(HandleError, match=message):
-        taker.take(sender.forge(offer, **fields))
-    assert not taker.pool.any()
+        puller.pull(sender.forge(offer, **fields))
+    assert not puller.pool.any()
     assert sender.leases.state(offer.slot) is Pull.IDLE
-    taker.take(offer)
-    taker.check(offer, [(0, TOKENS)])
+    puller.pull(offer)
+    puller.check(offer, [(0, TOKENS)])
 
 
-def test_a_holder_without_link(sender: Sender, taker: Taker) -> None:
+def test_a_holder_without_link(sender: Sender, puller: Puller) -> None:
     offer = sender.offer()
     with pytest.raises(NoLink, match="no link to holder 0000000000000000"):
-        taker.take(sender.forge(offer, epoch=bytes(8)))
+        puller.pull(sender.forge(offer, epoch=bytes(8)))
     with pytest.raises(NoLink):
-        Taker().take(offer)
-    taker.take(offer)
+        Puller().pull(offer)
+    puller.pull(offer)
 
 
-def test_a_handle_of_an_earlier_version(sender: Sender, taker: Taker) -> None:
+def test_a_handle_of_an_earlier_version(sender: Sender, puller: Puller) -> None:
     handle = unseal(sender.offer().sealed, KVHandle, KEY)
     fields = msgspec.structs.asdict(handle) | {"version": 1}
     old = msgspec.defstruct("KVHandle", [(name, object) for name in fields])(**fields)
     with pytest.raises(HandleError, match=r"KVHandle .* is malformed: .*\$\.version"):
-        taker.take(seal(old, KEY))
+        puller.pull(seal(old, KEY))
 
 
-def test_a_lease_that_has_expired(sender: Sender, taker: Taker) -> None:
-    """By the table, whatever the handle says; it says nothing of a time that is none."""
+def test_a_lease_that_has_expired(sender: Sender, puller: Puller) -> None:
+    """The lease table decides, whatever the handle says; a wrong time has no effect."""
     offer = sender.offer(until=time.monotonic() + 0.05)
-    handle = taker.receiver.open(sender.forge(offer, expires=1e9))
-    taker.receiver.open(offer.sealed)
+    handle = puller.receiver.open(sender.forge(offer, expires=1e9))
+    puller.receiver.open(offer.sealed)
     time.sleep(0.06)
     with pytest.raises(HandleError, match=r"KV handle expired 0\.0\d\d s ago"):
-        taker.receiver.open(offer.sealed)
+        puller.receiver.open(offer.sealed)
     for expires in (time.monotonic(), math.nan):
         sender.leases.extend(offer.slot, expires)
         with pytest.raises(HandleError, match=f"lease {offer.slot} expired"):
-            taker.receiver.pull(handle, [(0, TOKENS)])
+            puller.receiver.pull(handle, [(0, TOKENS)])
     assert sender.leases.state(offer.slot) is Pull.IDLE
     sender.leases.extend(offer.slot, time.monotonic() + 60)
-    taker.receiver.pull(handle, [(0, TOKENS)])
-    taker.check(offer, [(0, TOKENS)])
+    puller.receiver.pull(handle, [(0, TOKENS)])
+    puller.check(offer, [(0, TOKENS)])
 
 
 def test_a_holder_with_a_clock_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of another host: its lease table alone tells."""
+    """The clocks of other hosts differ, so the lease table alone decides."""
     monkeypatch.setattr(holders, "host_id", lambda: "another host")
-    sender, taker = Sender(), Taker()
-    taker.connect(sender)
+    sender, puller = Sender(), Puller()
+    puller.connect(sender)
     offer = sender.offer(until=0.0)
-    taker.take(offer)
-    taker.check(offer, [(0, TOKENS)])
+    puller.pull(offer)
+    puller.check(offer, [(0, TOKENS)])
     ended = sender.offer(until=0.0)
     sender.leases.revoke(ended.slot)
     with pytest.raises(HandleError, match="has ended"):
-        taker.take(ended)
-    taker.close()
+        puller.pull(ended)
+    puller.close()
     sender.close()
 
 
-# Forged, truncated, altered, replayed.
+# ------------------------------------------------------------- forged, truncated, altered, replayed
 
 
 class Forger:
-    """Handles that are not good, made of good ones."""
+    """Makes invalid handles out of valid ones."""
 
     def __init__(self, sender: Sender, offer: Offer) -> None:
         self.rng = random.Random(0)
         self.sender, self.offer = sender, offer
         self.used: list[bytes] = []
-        """Handles that were good once."""
+        """Handles that have been used."""
 
     def altered(self, sealed: bytes) -> bytes:
         kind = self.rng.randrange(5)
@@ -342,7 +342,7 @@ class Forger:
             return seal(unseal(offer.sealed, KVHandle, KEY), rng.randbytes(32))
         if kind == 2:
             return self.sender.forge(offer, epoch=rng.randbytes(8))
-        if kind == 3:  # from one who has the key, and guesses
+        if kind == 3:  # made with the key, by guessing
             return self.sender.forge(offer, nonce=rng.randbytes(16))
         if kind == 4:  # one lease's nonce in another's slot
             slots = [slot for slot in range(4) if slot != offer.slot]
@@ -350,60 +350,60 @@ class Forger:
         return self.altered(rng.choice([offer.sealed, *self.used]))
 
 
-def test_10_000_handles_that_are_not_good(sender: Sender, taker: Taker) -> None:
-    """Must show of the issue: forged, truncated, replayed, bit-flipped, of other keys and lives."""
+def test_10_000_handles_that_are_not_good(sender: Sender, puller: Puller) -> None:
+    """They are forged, truncated, replayed, bit-flipped, or of other keys and epochs."""
     former = Sender()
-    taker.connect(former)  # of another name or not, it is left as its successor comes
+    puller.connect(former)  # its region stays when its successor comes, whatever its name
     forger = Forger(sender, sender.offer())
     forger.used = [former.offer().sealed, sender.offer().sealed]
-    taker.connect(sender)
-    taker.take(forger.used[1])
+    puller.connect(sender)
+    puller.pull(forger.used[1])
     sender.tick()
     sender.offer()
-    taker.pool[:] = 0
+    puller.pool[:] = 0
     refused = {HandleError: 0, NoLink: 0}
     for _ in range(FORGED):
         with pytest.raises((HandleError, NoLink)) as raised:
-            taker.take(forger.handle())
+            puller.pull(forger.handle())
         refused[raised.type] += 1
-        assert not taker.pool.any(), "bytes were moved"
+        assert not puller.pool.any(), "bytes were moved"
     assert sum(refused.values()) == FORGED
     assert min(refused.values()) > FORGED / 20
     assert {sender.leases.state(offer.slot) for offer in sender.leased} == {Pull.IDLE}
     assert len(sender.leased) == 2
-    taker.take(forger.offer)
-    taker.check(forger.offer, [(0, TOKENS)])
+    puller.pull(forger.offer)
+    puller.check(forger.offer, [(0, TOKENS)])
     former.close()
 
 
 def test_endpoints_that_are_not_good(sender: Sender) -> None:
-    taker, forger = Taker(), Forger(sender, sender.offer())
+    puller, forger = Puller(), Forger(sender, sender.offer())
     good = sender.holder.endpoint
     described = unseal(good, Endpoint, KEY)
     bad = [forger.altered(good) for _ in range(1000)]
     bad += [seal(described, forger.rng.randbytes(32)), forger.offer.sealed]
     for data in bad:
         with pytest.raises(HandleError, match="its MAC is wrong"):
-            taker.receiver.connect(data)
+            puller.receiver.connect(data)
         with pytest.raises(NoLink):
-            taker.take(forger.offer)
+            puller.pull(forger.offer)
     for fields, message in (
         ({"fingerprint": "other"}, f"prefill has model 'other' in .* this instance '{MODEL}'"),
         ({"layout": KVLayout(3, 2, 8, "bfloat16")}, "bfloat16.*this instance .*float32"),
     ):
         with pytest.raises(HandleError, match=message):
-            taker.receiver.connect(seal(msgspec.structs.replace(described, **fields), KEY))
-    taker.connect(sender)
-    taker.take(forger.offer)
-    taker.check(forger.offer, [(0, TOKENS)])
-    taker.close()
+            puller.receiver.connect(seal(msgspec.structs.replace(described, **fields), KEY))
+    puller.connect(sender)
+    puller.pull(forger.offer)
+    puller.check(forger.offer, [(0, TOKENS)])
+    puller.close()
 
 
 def test_ends_of_two_deployments(sender: Sender) -> None:
-    """Another key: neither the endpoint nor the handle is believed."""
-    foreign = Taker(agreed=terms(key=b"x" * 32))
+    """With another key, neither the endpoint nor the handle is accepted."""
+    foreign = Puller(agreed=terms(key=b"x" * 32))
     with pytest.raises(HandleError, match=r"Endpoint of .* is not of this deployment"):
         foreign.connect(sender)
     with pytest.raises(HandleError, match=r"KVHandle of .* is not of this deployment"):
-        foreign.take(sender.offer())
+        foreign.pull(sender.offer())
     foreign.close()

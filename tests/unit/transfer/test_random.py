@@ -1,9 +1,9 @@
-"""Thousands of transfers with random faults: no wrong byte is ever taken for good, nothing leaks.
+"""Thousands of transfers with random faults: no wrong byte is ever accepted, and nothing leaks.
 
-A holder offers KV caches of random bytes from an arena so small that every range is soon another's.
+A holder offers KV caches of random bytes from an arena so small that every range is reused soon.
 Several receivers pull them at once: threads over an in-process link, or processes over shared
-memory. Meanwhile leases are cancelled or expire, receivers come late, die, or stand still, links
-break, and the holder is restarted.
+memory. Meanwhile leases are cancelled or expire, receivers come late, die, or stop, links break,
+and the holder is restarted.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from pdserve.transfer.lease.remote import RemoteLease
 from pdserve.transfer.lease.words import Pull
 from pdserve.transfer.producer import lease_manager
 from tests.unit.memcpy import MemcpyTransport
-from tests.unit.transfers import LAYOUT, Offer, Process, Sender, Taker
+from tests.unit.transfers import LAYOUT, Offer, Process, Puller, Sender
 
 ARENA = 112 << 10
 MAX_TOKENS = 60
 WORKERS = 3
 IN_FLIGHT = 3
 KILLS = 3
-# Short, so that what is given up is soon another's.
+# Short, so that a range that is given up is soon reused.
 BEAT_S, QUIET_S, LEASE_S = 0.01, 0.05, 0.3
 KINDS = {
     "plain": 8,
@@ -53,7 +53,7 @@ KINDS = {
 
 
 class Slow(list[tuple[int, int]]):
-    """Runs at which a pull stands still for a while, having said PULLING."""
+    """Runs at which a pull pauses after it has written PULLING."""
 
     seconds = 0.0
 
@@ -64,7 +64,7 @@ class Slow(list[tuple[int, int]]):
 
 @dataclass
 class Job:
-    """What a worker is asked to pull, as JSON."""
+    """The pull that a worker is told to make, as JSON."""
 
     kind: str
     sealed: str
@@ -72,18 +72,18 @@ class Job:
     digest: str
     tokens: int
     seconds: float
-    """To stand still in the middle."""
+    """Seconds of the pause in the middle of the pull."""
 
-    def run(self, taker: Taker, first_row: int) -> str:
-        """'good', 'WRONG', 'died', or why it was refused."""
+    def run(self, puller: Puller, first_row: int) -> str:
+        """Pull it; return 'good', 'WRONG', 'died', or why it was refused."""
         try:
             try:
-                handle = taker.receiver.open(bytes.fromhex(self.sealed))
+                handle = puller.receiver.open(bytes.fromhex(self.sealed))
             except NoLink:
-                taker.receiver.connect(bytes.fromhex(self.endpoint))
-                handle = taker.receiver.open(bytes.fromhex(self.sealed))
+                puller.receiver.connect(bytes.fromhex(self.endpoint))
+                handle = puller.receiver.open(bytes.fromhex(self.sealed))
             if self.kind == "dies":
-                link = taker.receiver.peers.find(handle.epoch).link
+                link = puller.receiver.peers.find(handle.epoch).link
                 lease = RemoteLease(link, handle, LAYOUT.planes)
                 lease.look()
                 lease.say(Pull.PULLING)
@@ -93,17 +93,17 @@ class Job:
             if half:
                 runs.append((first_row, half))
             runs.seconds = self.seconds
-            taker.receiver.pull(handle, runs)
+            puller.receiver.pull(handle, runs)
         except PDServeError as error:
             return f"{type(error).__name__} {error}"
-        mine = taker.pool[:, first_row : first_row + self.tokens]
+        mine = puller.pool[:, first_row : first_row + self.tokens]
         arrived = [mine[:, half:], mine[:, :half]]
         found = hashlib.sha256(b"".join(_interleaved(arrived)))
         return "good" if found.hexdigest() == self.digest else "WRONG"
 
 
 def _interleaved(pieces: list) -> Iterator[bytes]:  # type: ignore[type-arg]
-    """Plane by plane, the tokens in their order."""
+    """Return the planes one after another, their tokens in order."""
     for plane in range(LAYOUT.planes):
         for piece in pieces:
             yield piece[plane].tobytes()
@@ -113,23 +113,25 @@ _WORKER = """
 import json, sys
 from pdserve.transfer.lease import remote
 from tests.unit.transfer import test_random as this
-from tests.unit.transfers import Taker
+from tests.unit.transfers import Puller
 
 remote.BEAT_S = this.BEAT_S
-taker = Taker("shm", timeout_s=1.0)
+puller = Puller("shm", timeout_s=1.0)
 for line in sys.stdin:
-    print(this.Job(**json.loads(line)).run(taker, 0), flush=True)
-assert taker.staging.free == taker.staging.memory.nbytes
+    print(this.Job(**json.loads(line)).run(puller, 0), flush=True)
+assert puller.staging.free == puller.staging.memory.nbytes
 """
 
 
 class Worker:
-    """Pulls one KV cache after the other, in a thread of its own; in a process if over shm."""
+    """Pulls one KV cache after another, in its own thread, and over shm in its own process."""
 
-    def __init__(self, jobs: queue.SimpleQueue[Job | None], taker: Taker | None, row: int) -> None:
+    def __init__(
+        self, jobs: queue.SimpleQueue[Job | None], puller: Puller | None, row: int
+    ) -> None:
         self.outcomes: list[tuple[str, str]] = []
-        self.process = Process(_WORKER) if taker is None else None
-        self._jobs, self._taker, self._row = jobs, taker, row
+        self.process = Process(_WORKER) if puller is None else None
+        self._jobs, self._taker, self._row = jobs, puller, row
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
 
@@ -156,7 +158,7 @@ class Worker:
         return self._thread.is_alive()
 
     def kill(self) -> None:
-        """Its process, whatever it is doing; there will be another."""
+        """Kill its process, whatever it is doing; another one will be started."""
         assert self.process is not None
         self.process.signal(signal.SIGKILL)
 
@@ -168,7 +170,7 @@ class Worker:
 
 @dataclass
 class Holder:
-    """Offers, and does what happens to leases; in one thread, as an event loop would."""
+    """A holder that offers KV caches and changes leases, in one thread like an event loop."""
 
     rng: random.Random
     way: str
@@ -204,7 +206,7 @@ class Holder:
         if "cancelled" in kind or kind == "late":
             self.after(self.rng.uniform(0, 4e-3), lambda: self._cancel(offer))
         seconds = self.rng.choice([0.0, self.rng.uniform(0, 3e-3)])
-        if kind == "late":  # until the slot and the range are another's
+        if kind == "late":  # until the slot and the range are reused
             seconds = QUIET_S * self.rng.uniform(0.5, 3)
         job = Job(
             kind=kind,
@@ -246,7 +248,7 @@ class Holder:
             self.tick()
 
     def settle(self) -> None:
-        """Every lease ends by itself, within the longest of its bounds."""
+        """Wait until every lease has ended by itself, within the longest of its bounds."""
         bound = LEASE_S + QUIET_S + 1.0
         self.tick_while(lambda: bool(self._events or self.sender.held()), bound)
 
@@ -259,18 +261,18 @@ def test_no_wrong_byte_is_taken_for_good(
     monkeypatch.setattr(remote, "BEAT_S", BEAT_S)
     monkeypatch.setattr(lease_manager, "QUIET_S", QUIET_S)
     rng = random.Random(count)
-    holder, taker = Holder(rng, way), None
+    holder, puller = Holder(rng, way), None
     if way == "memcpy":
-        taker = Taker(way, rows=WORKERS * MAX_TOKENS, timeout_s=1.0, piece_bytes=4096)
-    workers = [Worker(holder.jobs, taker, n * MAX_TOKENS) for n in range(WORKERS)]
+        puller = Puller(way, rows=WORKERS * MAX_TOKENS, timeout_s=1.0, piece_bytes=4096)
+    workers = [Worker(holder.jobs, puller, n * MAX_TOKENS) for n in range(WORKERS)]
     kinds = rng.choices(list(KINDS), list(KINDS.values()), k=count)
     for number, kind in enumerate(kinds):
         holder.tick_while(lambda: holder.jobs.qsize() > IN_FLIGHT)
         if number % 150 == 149:
             holder.restart()
-        if number % 100 == 49 and taker is not None:
-            _disturb(taker, rng)
-        if number % (count // KILLS) == 99 and taker is None:
+        if number % 100 == 49 and puller is not None:
+            _disturb(puller, rng)
+        if number % (count // KILLS) == 99 and puller is None:
             rng.choice(workers).kill()
         holder.offer(kind)
     for _ in workers:
@@ -283,21 +285,21 @@ def test_no_wrong_byte_is_taken_for_good(
     capacity = holder.sender.lease_manager.arena.capacity
     assert counts[State.FREE][1] + counts[State.CACHED][1] == capacity
     holder.sender.close()
-    if taker is not None:
-        assert taker.staging.free == taker.staging.memory.nbytes
-        taker.close()
+    if puller is not None:
+        assert puller.staging.free == puller.staging.memory.nbytes
+        puller.close()
     outcomes = Counter(one for worker in workers for one in worker.outcomes)
     _check(outcomes, kinds)
     killed = sum(n for (_, outcome), n in outcomes.items() if outcome == "killed")
-    assert killed == (KILLS if taker is None else 0)
+    assert killed == (KILLS if puller is None else 0)
 
 
-def _disturb(taker: Taker, rng: random.Random) -> None:
-    """The link breaks; or it becomes slow, or quick again."""
-    assert isinstance(taker.transport, MemcpyTransport)
-    if not taker.transport.links:
+def _disturb(puller: Puller, rng: random.Random) -> None:
+    """Break the link, make it slow, or make it fast again."""
+    assert isinstance(puller.transport, MemcpyTransport)
+    if not puller.transport.links:
         return
-    link = taker.transport.links[-1]
+    link = puller.transport.links[-1]
     if rng.random() < 0.5:
         link.close()
     else:

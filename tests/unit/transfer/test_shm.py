@@ -1,4 +1,4 @@
-"""Transport `shm`, and the file in /dev/shm that a holder keeps its memory in."""
+"""Tests for transport `shm`, and for the file in /dev/shm in which a holder keeps its memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pdserve.transfer.lease import region as regions
 from pdserve.transfer.lease.region import SharedRegion
 from pdserve.transfer.protocol import Memory, TransferError, Unreachable
 from pdserve.transfer.transports.shm import ShmTransport
-from tests.unit.transfers import Sender, Taker
+from tests.unit.transfers import Puller, Sender
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,7 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-# The transport.
+# ------------------------------------------------------------------------------------ the transport
 
 
 def test_receiver_sees_the_holder_s_own_memory(region: SharedRegion) -> None:
@@ -109,7 +109,7 @@ def test_memory_that_is_not_shared_cannot_be_offered() -> None:
 
 
 def test_a_region_of_another_life_is_told_apart(region: SharedRegion) -> None:
-    """In an error that may reach a client, so that it does not tell the region's name."""
+    """The error may reach a client, so it does not name the region."""
     with pytest.raises(Unreachable, match="region is of another life of its holder") as caught:
         ShmTransport().open(way(region.name, b"another!"))
     assert region.name not in str(caught.value)
@@ -159,23 +159,24 @@ def test_a_link_is_not_followed(region: SharedRegion, name: str) -> None:
 
 
 def test_mappings_are_bounded_and_leak_nothing() -> None:
-    """Of each holder there is one at a time, however often it is restarted."""
-    taker, before = Taker(), descriptors()
+    """There is one mapping of each holder at a time, however often it is restarted."""
+    puller, before = Puller(), descriptors()
     for _ in range(3):
         lives = [Sender(instance=f"prefill_{index}") for index in range(2)]
         for sender in lives:
-            taker.connect(sender)
-            taker.connect(sender)
-            taker.take(sender.offer())
-        assert descriptors() <= before + 2 * (2 + 2)  # each end's two mappings keep one each
+            puller.connect(sender)
+            puller.connect(sender)
+            puller.pull(sender.offer())
+        # each end keeps one descriptor for each of its two mappings
+        assert descriptors() <= before + 2 * (2 + 2)
         for sender in lives:
             sender.close()
     del lives, sender
-    taker.close()
+    puller.close()
     assert descriptors() == before
 
 
-# The region itself.
+# --------------------------------------------------------------------------------------- the region
 
 
 def test_closing_is_safe_twice_and_with_views_alive(name: str) -> None:
@@ -199,7 +200,7 @@ def test_memory_is_private_to_the_user(region: SharedRegion) -> None:
 
 
 def test_a_region_without_data_has_its_table(name: str) -> None:
-    """Where the data are a GPU's."""
+    """This is the case where the data are in a GPU's memory."""
     region = SharedRegion.create(name, 0, 2, EPOCH)
     assert (region.data.nbytes, region.table.nbytes) == (0, 128)
     assert SharedRegion.open(name).epoch == EPOCH
@@ -226,12 +227,12 @@ def test_a_region_outlives_its_killed_holder_and_can_be_cleaned_up(name: str) ->
 
 def test_a_region_does_not_remove_its_successor(name: str) -> None:
     first = SharedRegion.create(name, 4096, 1, EPOCH)
-    (regions.SHM / name).unlink()  # as whoever cleans up after a crash
+    (regions.SHM / name).unlink()  # like a process that cleans up after a crash
     assert not first.named()
     second = SharedRegion.create(name, 4096, 1, EPOCH)
     first.unlink()
     first.close()
-    assert (regions.SHM / name).exists(), "removed the region of its successor"
+    assert (regions.SHM / name).exists(), "the region of its successor was removed"
     assert second.named()
     second.unlink()
     second.close()

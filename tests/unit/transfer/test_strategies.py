@@ -1,4 +1,4 @@
-"""From a KV cache at its holder into the rows of a pool: the same bytes by every strategy."""
+"""Tests that each strategy copies the same bytes from a holder into the rows of a pool."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.unit.transfers import KEY, Sender, pick, transport
 
 LAYOUT = KVLayout(3, 2, 8, "float32")
 LATER = 10.0
-"""Seconds that a move may take."""
+"""The deadline of a move, in seconds."""
 
 
 @st.composite
 def runs_of(draw: st.DrawFn, tokens: int) -> list[tuple[int, int]]:
-    """Disjoint runs of `tokens` rows, in any order, with gaps or without, aligned or not."""
+    """Generate disjoint runs of `tokens` rows, in any order, with or without gaps."""
     block = draw(st.sampled_from([1, 1, 4]))
     left, sizes = tokens, []
     while left:
@@ -47,13 +47,13 @@ def runs_of(draw: st.DrawFn, tokens: int) -> list[tuple[int, int]]:
         runs.append((first, rows))
     if block == 1:
         return draw(st.permutations(runs))
-    # As block tables are: only the last run may end within a block.
+    # As in block tables: only the last run may end within a block.
     return [*draw(st.permutations(runs[:-1])), runs[-1]]
 
 
 @st.composite
 def moves(draw: st.DrawFn) -> tuple[Move, NDArray[np.uint8]]:
-    """A move whose pool holds random bytes, and what the pool has to be after it."""
+    """Generate a move whose pool holds random bytes, and the pool as it must be afterwards."""
     rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
     heads = draw(st.sampled_from([1, 2, 4]))
     cut = draw(st.sampled_from([n for n in (1, 2, 4) if n <= heads]))
@@ -108,7 +108,7 @@ def test_whole(made: tuple[Move, NDArray[np.uint8]], buffers: int, piece_bytes: 
 
 @pytest.mark.parametrize("block", [8, 16, 64, 128, 256])
 def test_no_piece_begins_within_a_block(block: int) -> None:
-    """Where a plane is several pieces, of a size that no block divides."""
+    """A plane is several pieces, whose size no block divides."""
     rng = np.random.default_rng(block)
     link = MemcpyLink(None, rng.integers(0, 256, 2 * 1800 * 64, np.uint8))
     firsts = rng.permutation(np.arange(0, 2048, block))[: -(-1500 // block)]
@@ -157,7 +157,7 @@ def test_mapped(made: tuple[Move, NDArray[np.uint8]], piece_bytes: int) -> None:
 def test_some_planes_after_the_others(
     made: tuple[Move, NDArray[np.uint8]], data: st.DataObject
 ) -> None:
-    """As *layered* does."""
+    """The *layered* strategy does this."""
     move, expected = made
     ends = [move.planes.start, move.planes.stop]
     ends += data.draw(st.lists(st.integers(*ends), max_size=3))
@@ -170,7 +170,7 @@ def test_some_planes_after_the_others(
 
 @pytest.mark.parametrize("way", ["nixl", "nixl over tcp"])
 def test_over_nixl(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real links: pieces smaller than a plane, a tail, and rows that are filled in part."""
+    """The links are real: pieces smaller than a plane, a tail, and rows that are filled in part."""
     name = pick(way, monkeypatch)
     sender, receiver = Sender(name), transport(name)
     data, rng = sender.holder.data, np.random.default_rng(0)
@@ -200,11 +200,11 @@ def test_over_nixl(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sender.close()
 
 
-# What fails.
+# ----------------------------------------------------------------------------------------- failures
 
 
 def plain(link: MemcpyLink, alive: object = None) -> Move:
-    """A move of many pieces."""
+    """Return a move of many pieces."""
     pool = np.zeros((6, 50, 64), np.uint8)
     move = Move(
         link=link,
@@ -225,7 +225,7 @@ def source() -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("at", range(7))
 def test_a_link_that_fails_gives_the_buffers_back(at: int) -> None:
-    """And is closed first: nothing arrives in them any more."""
+    """The link is closed first, so nothing arrives in the buffers any more."""
     link, staging = MemcpyLink(None, source()), Staging(np.ones((3, 50 * 64), np.uint8))
 
     def fail(number: int) -> None:
@@ -258,7 +258,7 @@ def test_a_receiver_that_gives_up_closes_the_link() -> None:
 
 
 def test_nothing_is_taken_while_no_staging_is_free() -> None:
-    """A bounded wait, within the deadline of the pull."""
+    """The wait is bounded by the deadline of the pull."""
     link, staging = MemcpyLink(None, source()), Staging(np.ones((2, 50 * 64), np.uint8))
     began = time.monotonic()
     with (
@@ -273,7 +273,7 @@ def test_nothing_is_taken_while_no_staging_is_free() -> None:
 
 
 def test_one_buffer_is_enough() -> None:
-    """With one it waits for each piece before it asks for the next; with two, it does not."""
+    """With one buffer it waits for each piece before the next; with two, it does not."""
     for taken in (1, 0):
         link, staging = MemcpyLink(None, source()), Staging(np.ones((2, 50 * 64), np.uint8))
         asked: list[int] = []
@@ -301,7 +301,7 @@ def test_life_is_shown_between_pieces() -> None:
         shown.clear()
 
 
-# Scattering.
+# --------------------------------------------------------------------------------------- scattering
 
 
 @pytest.mark.parametrize("long", [1, scattering.LONG])

@@ -1,4 +1,4 @@
-"""What UCX says that it has picked; and the `nixl` transport where its library is missing."""
+"""Tests for reading which transport UCX has picked, and for a missing `nixl` library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pdserve.transfer.transports.nixl.transport import NixlTransport
 
 
 def table(owner: str, title: str, *rows: str) -> str:
-    """As UCX prints it."""
+    """Return a table as UCX prints it."""
     lines = [
         "+---+---+",
         f"| {owner} |",

@@ -1,4 +1,4 @@
-"""The words of a lease slot, and the holder's side of a table of them."""
+"""Tests for the words of a lease slot, and for the holder's side of the lease table."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def leases(region: SharedRegion) -> LeaseTable:
 
 
 def slot_of(grant: Grant, word: int = 0) -> bytes:
-    """A slot's bytes."""
+    """Return a slot's bytes."""
     slot = bytearray(SLOT_BYTES)
     slot[: words.HOLDER_BYTES] = grant.pack()
     slot[RECEIVER_WORD : RECEIVER_WORD + 8] = words.pack_word(word)
@@ -50,11 +50,11 @@ def slot_of(grant: Grant, word: int = 0) -> bytes:
 
 
 def say(region: SharedRegion, slot: int, nonce: bytes, state: Pull, beat: int = 0) -> None:
-    """What a receiver writes."""
+    """Write the words that a receiver writes."""
     region.mark(slot, words.word(nonce, state, beat))
 
 
-# What the bytes say.
+# ------------------------------------------------------------------------------ what the bytes mean
 
 
 @given(grants, nonces, st.sampled_from(Pull), st.integers(0, 1000))
@@ -81,7 +81,7 @@ def test_what_was_said_of_another_lease_is_ignored(nonce: bytes, other: bytes, s
 
 @given(nonces, st.integers(3, 255))
 def test_a_state_that_is_none_keeps_the_range(nonce: bytes, state: int) -> None:
-    """Nothing is given away on a word that nobody understands."""
+    """No range is freed because of a word that is not understood."""
     found = words.word(nonce, Pull.IDLE) | state
     assert words.pulled(slot_of(Grant(nonce, 1.0), found), nonce)[0] is Pull.PULLING
 
@@ -91,7 +91,7 @@ def test_a_grant_is_of_its_nonce_only(grant: Grant, nonce: bytes) -> None:
     assert grant.is_of(grant.nonce) == (grant.nonce != words.NO_NONCE)
     assert not grant.is_of(nonce) or grant.nonce == nonce
     assert not NO_GRANT.is_of(nonce)
-    assert not NO_GRANT.is_of(words.NO_NONCE), "a free slot is nobody's"
+    assert not NO_GRANT.is_of(words.NO_NONCE), "a free slot belongs to no lease"
 
 
 @given(st.binary(min_size=SLOT_BYTES, max_size=SLOT_BYTES), nonces)
@@ -105,7 +105,7 @@ def test_nonces_are_random() -> None:
     assert len({words.new_nonce() for _ in range(100)}) == 100
 
 
-# The holder's side.
+# -------------------------------------------------------------------------------- the holder's side
 
 
 def test_a_lease_as_its_receiver_sees_it(region: SharedRegion, leases: LeaseTable) -> None:
@@ -128,14 +128,14 @@ def test_what_its_receiver_says(region: SharedRegion, leases: LeaseTable) -> Non
     for beat in range(3):
         say(region, slot, nonce, Pull.PULLING, beat)
         assert leases.heard(slot) == (Pull.PULLING, beat)
-    assert leases.revoke(slot) is Pull.PULLING, "again is no error"
+    assert leases.revoke(slot) is Pull.PULLING, "once more is no error"
     assert leases.revoke(slot) is Pull.PULLING
     say(region, slot, nonce, Pull.DONE)
     assert leases.state(slot) is Pull.DONE
 
 
 def test_a_slot_is_idle_again_with_its_next_lease(region: SharedRegion, leases: LeaseTable) -> None:
-    """Also if the receiver of the former one is late."""
+    """This holds even if the receiver of the former lease is late."""
     first = leases.grant(1.0)
     say(region, *first, Pull.PULLING)
     leases.free(first[0])
@@ -178,10 +178,10 @@ def test_the_slot_that_was_free_for_longest_is_next(leases: LeaseTable) -> None:
 
 
 def test_a_torn_nonce_is_no_lease(region: SharedRegion, leases: LeaseTable) -> None:
-    """The holder's words are written behind the nonce, and that in two halves at worst."""
+    """The holder writes its words after the nonce, which may be torn into two halves."""
     slot, nonce = leases.grant(math.inf)
     torn = Grant(nonce[:8] + secrets.token_bytes(8), math.inf)
     assert not torn.is_of(nonce)
     seen = np.frombuffer(region.peek(slot), np.uint8)
     leases.revoke(slot)
-    assert words.grant(seen.tobytes()).is_of(nonce), "a look is a copy"
+    assert words.grant(seen.tobytes()).is_of(nonce), "a read is a copy"

@@ -1,4 +1,4 @@
-"""What is made of the metrics that a former life of an instance has left."""
+"""Tests for metrics that an earlier process of an instance has left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ nv_other{instance="decode_0"} 1
 
 
 def test_gauges_of_a_former_life_are_nothing() -> None:
-    """Those of the instance itself, and no others, no counters, and none of another release."""
+    """Only the gauges of that instance become zero, no counters and no gauges of other releases."""
     registry = Registry()
     former.retire(registry, PAGE, "decode_0")
     registry.set(catalogue.SLOTS, 1, instance="decode_0", state="used")

@@ -1,4 +1,4 @@
-"""Fields of TensorRT-LLM's: what asks for nothing passes, what asks for something is named."""
+"""Tests for TensorRT-LLM's input fields: neutral values pass, any other is refused by name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Responses that Triton does not take.
+"""Tests for responses that Triton refuses to send.
 
-``triton_python_backend_utils`` exists in Triton's stubs alone: what the outbox uses of it is
-imitated here, and used for real by every test that starts the server.
+``triton_python_backend_utils`` exists only in Triton's stubs. The part of it that the outbox uses
+is imitated here; every test that starts the server uses the real one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FINAL = 1
 
 
 class Sender:
-    """Takes what it is given, but for responses that are ``refused``."""
+    """Accepts responses, except those that are ``refused``."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[Any, int]] = []
@@ -54,7 +54,7 @@ class TritonError(Exception):
 
 
 def refusal(error: TritonError) -> str:
-    """What stands for a response that is an error."""
+    """Return a stand-in for a response that is an error."""
     return str(error)
 
 
@@ -75,7 +75,7 @@ def outbox_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def test_a_request_ends_whose_response_is_refused(outbox_module: ModuleType) -> None:
-    """Its client would take an answer with a hole in it for a whole one."""
+    """Otherwise its client would take an incomplete answer for a whole one."""
     gone: list[str] = []
     told = threading.Event()
 
@@ -91,7 +91,7 @@ def test_a_request_ends_whose_response_is_refused(outbox_module: ModuleType) -> 
     for response in ("a", "refused", "refused", "b"):
         outbox.send("1", response, last=False)
         outbox.send("2", "c", last=False)
-    one.cancelled = True  # which is not told again
+    one.cancelled = True  # which is not logged again
     assert told.wait(10)
     outbox.send("2", None, last=True)
     assert other.over.wait(10)
