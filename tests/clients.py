@@ -1,4 +1,4 @@
-"""How the tests talk to a running server: HTTP, gRPC streams, metrics, and what it holds."""
+"""Clients of a running server for tests: HTTP, gRPC streams, metrics, and held resources."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ NUMPY = {"BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32, "FP32": np.fl
 
 
 class Refused(Exception):
-    """The server's one answer was an error; ``status`` is HTTP's, None over gRPC."""
+    """The server's only answer was an error; ``status`` is HTTP's, None over gRPC."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -95,13 +95,13 @@ class Answer:
         return self.parts[-1].stats
 
 
-# ------------------------------------------------------------------------ HTTP
+# --------------------------------------------------------------------------------------------- HTTP
 
 
 def post(
     server: Running, path: str, body: dict[str, Any] | bytes, timeout: float = TIMEOUT_S
 ) -> tuple[int, dict[str, Any]]:
-    """Status and JSON answer of one POST; one that is not JSON comes as ``{"error": ...}``."""
+    """Return status and JSON answer of a POST; text that is not JSON becomes ``{"error": ...}``."""
     with closing(connect(server, timeout)) as connection:
         connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body))
         response = connection.getresponse()
@@ -117,7 +117,7 @@ def connect(server: Running, timeout: float = TIMEOUT_S) -> http.client.HTTPConn
 
 
 def generate(server: Running, model: str = "pdserve", **fields: Any) -> Answer:
-    """``/generate``: exactly one response. Raises: Refused."""
+    """Send ``/generate``, which has exactly one response. Raises: Refused."""
     status, answer = post(server, f"/v2/models/{model}/generate", fields)
     if status != 200:
         raise Refused(answer["error"], status)
@@ -125,7 +125,7 @@ def generate(server: Running, model: str = "pdserve", **fields: Any) -> Answer:
 
 
 def generate_stream(server: Running, model: str = "pdserve", **fields: Any) -> Iterator[Part]:
-    """``/generate_stream``: closing the iterator early closes the socket. Raises: Refused."""
+    """Send ``/generate_stream``; closing the iterator early closes the socket. Raises: Refused."""
     with closing(connect(server)) as connection:
         connection.request("POST", f"/v2/models/{model}/generate_stream", json.dumps(fields))
         response = connection.getresponse()
@@ -150,11 +150,11 @@ def _http_part(answer: dict[str, Any]) -> Part:
     )
 
 
-# ------------------------------------------------------------------------ gRPC
+# --------------------------------------------------------------------------------------------- gRPC
 
 
 def tensor(name: str, value: Any) -> grpc.InferInput:
-    """Input ``name`` as [1, n]; an ``InferInput`` is taken as it is."""
+    """Return input ``name`` as [1, n]; an ``InferInput`` is returned unchanged."""
     if isinstance(value, grpc.InferInput):
         return value
     values = value if isinstance(value, (list, np.ndarray)) else [value]
@@ -164,7 +164,7 @@ def tensor(name: str, value: Any) -> grpc.InferInput:
 
 
 def raw(name: str, dtype: str, array: np.ndarray[Any, Any]) -> grpc.InferInput:
-    """An input exactly as said, whatever the server expects."""
+    """Return an input with this type and shape, whatever the server expects."""
     made = grpc.InferInput(name, list(array.shape), dtype)
     made.set_data_from_numpy(array)
     return made
@@ -174,7 +174,7 @@ def raw(name: str, dtype: str, array: np.ndarray[Any, Any]) -> grpc.InferInput:
 async def connected(
     server: Running, options: list[tuple[str, int]] | None = None
 ) -> AsyncIterator[aio.InferenceServerClient]:
-    """A client of the server; ``options``: of its channel, where they are not the usual ones."""
+    """Make a client of the server; ``options`` are of its channel, if not the usual ones."""
     async with aio.InferenceServerClient(server.grpc, channel_args=options) as client:
         yield client
 
@@ -189,7 +189,7 @@ async def stream(
     timeout: float = TIMEOUT_S,
     **inputs: Any,
 ) -> AsyncIterator[Part]:
-    """The responses of one gRPC stream; closing the iterator early cancels it. Raises: Refused."""
+    """Yield the responses of a gRPC stream; closing early cancels it. Raises: Refused."""
 
     async def request() -> AsyncIterator[dict[str, Any]]:
         yield {
@@ -213,7 +213,7 @@ async def stream(
 
 
 def grpc_part(result: Any) -> Part:
-    """Every text is decoded strictly: it must be valid UTF-8 on its own."""
+    """Decode a response; every text must be valid UTF-8 on its own."""
 
     def text(name: str) -> str:
         values = result.as_numpy(name)
@@ -230,11 +230,11 @@ def grpc_part(result: Any) -> Part:
 
 
 async def ask(client: aio.InferenceServerClient, model: str = "pdserve", **asked: Any) -> Answer:
-    """The whole answer of one gRPC stream, to its end. Raises: Refused."""
+    """Return the whole answer of one gRPC stream. Raises: Refused."""
     return Answer([part async for part in stream(client, model, **asked)])
 
 
-# ---------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
@@ -248,7 +248,7 @@ class Sample:
 
 
 def metrics(server: Running) -> list[Sample]:
-    """Every sample of the server's metrics page."""
+    """Return every sample of the server's metrics page."""
     with urllib.request.urlopen(server.metrics, timeout=TIMEOUT_S) as answer:
         lines = answer.read().decode().splitlines()
     found = (_SAMPLE.match(line) for line in lines)
@@ -260,9 +260,9 @@ def metrics(server: Running) -> list[Sample]:
 
 
 def held(server: Running) -> dict[str, float]:
-    """What the server's metrics say is in use, by name and labels; empty: nothing.
+    """Return what the metrics report as in use, by name and labels; empty: nothing.
 
-    Cached ranges of an arena are not in use: they are what prefix reuse lives on.
+    Cached ranges of an arena are not in use: prefix reuse needs them.
     """
     return {
         f"{sample.name}{sample.labels}": sample.value
@@ -286,7 +286,7 @@ _STATES = {
 
 
 def wait_linked(server: Running, within: float = 10.0) -> None:
-    """Until every gateway of a server has brought every prefill and decode together."""
+    """Wait until every gateway of a server knows all links between prefills and decodes."""
 
     def unmet() -> dict[str, float]:
         return {
@@ -303,7 +303,7 @@ def wait_linked(server: Running, within: float = 10.0) -> None:
 
 
 def wait_idle(server: Running, within: float) -> float:
-    """Seconds until nothing is in use any more; fails, naming what is, after ``within`` seconds."""
+    """Return the seconds until nothing is in use; fail after ``within`` seconds."""
     began = time.monotonic()
     wait_until(lambda: not held(server), within, lambda: f"still in use: {held(server)}")
     return time.monotonic() - began
@@ -312,21 +312,21 @@ def wait_idle(server: Running, within: float) -> float:
 def wait_until(
     condition: Callable[[], bool], within: float, otherwise: Callable[[], str] = lambda: ""
 ) -> None:
-    """Look again and again until ``condition``; fails after ``within`` seconds."""
+    """Check ``condition`` again and again; fail after ``within`` seconds."""
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, f"not within {within:g} s: {otherwise()}"
         time.sleep(0.01)
 
 
-# -------------------------------------------------------------------- footprint
+# ---------------------------------------------------------------------------------------- footprint
 
 
 def files(server: Running) -> dict[str, int]:
-    """Open files of each process of the server, and its shared memory regions.
+    """Return the open files of each process of the server, and its shared memory regions.
 
-    Without tritonserver's sockets: 24.10 keeps that of every twentieth or so gRPC connection
-    which its client closes at once after an error.
+    The sockets of tritonserver are left out: 24.10 keeps that of about every twentieth gRPC
+    connection that its client closes at once after an error.
     """
     tokens = [one.token for one in server.servers if one.token is not None]
     found = {}
@@ -340,27 +340,27 @@ def files(server: Running) -> dict[str, int]:
 
 
 def stub(server: Running, model: str) -> psutil.Process:
-    """The process that runs a model of it."""
+    """Return the process that runs a model of the server."""
     tokens = [one.token for one in server.servers if one.token is not None]
     (found,) = (one for one in footprint.processes(tokens) if _model(one) == model)
     return found
 
 
 def _targets(process: psutil.Process) -> Iterator[str]:
-    """What each open file descriptor of a process is."""
+    """Return the target of each open file descriptor of a process."""
     for link in Path(f"/proc/{process.pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed since it was listed
             yield str(link.readlink())
 
 
 def _model(process: psutil.Process) -> str:
-    """The Triton model whose stub a process is, or the process's own name."""
+    """Return the Triton model of a stub, or the name of any other process."""
     path = next((word for word in process.cmdline() if word.endswith("/model.py")), None)
     return Path(path).parts[-3] if path else process.name()
 
 
 def wait_same_files(server: Running, before: dict[str, int], within: float) -> None:
-    """Wait until nothing has a file more than ``before``; fails, naming what has."""
+    """Wait until no process has more files than ``before``; fail, naming those that have."""
 
     def more() -> dict[str, tuple[int, int]]:
         now = files(server)

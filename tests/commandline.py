@@ -1,4 +1,4 @@
-"""``pdctl`` as its users run it, in processes of its own, its state in a folder of the test."""
+"""Runs ``pdctl`` like its users, in separate processes, with its state in a folder of the test."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Pdctl:
         self.servers = [Server(read, spec, self._run) for spec in read.servers]
 
     def __call__(self, command: str, *options: str) -> str:
-        """What it prints; fails unless it ends with 0."""
+        """Return what it prints; fail unless it ends with 0."""
         done = subprocess.run(
             [sys.executable, "-c", _DRIVER, self._run, command, *options, "--file", self._file],
             capture_output=True,
@@ -66,7 +66,7 @@ class Pdctl:
 
     @contextmanager
     def up(self, *options: str) -> Iterator[Running]:
-        """``pdctl up``, and ``pdctl down`` at the end."""
+        """Run ``pdctl up``, and ``pdctl down`` at the end."""
         try:
             self("up", *options)
             front = self.servers[0]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.reference import Reference
 
 
-# A busy machine is no fault of what is tested.
+# A test does not fail because the machine is busy.
 hypothesis.settings.register_profile("whenever", deadline=None)
 hypothesis.settings.load_profile("whenever")
 
@@ -52,7 +52,7 @@ def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
-    """The default model as transformers runs it."""
+    """Run the default model with transformers."""
     from tests.reference import Reference
 
     return Reference(Path(default_deployment("torch").model))

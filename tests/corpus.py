@@ -1,4 +1,4 @@
-"""Prompts for tests: several kinds of text, from 1 token to thousands, the same for a seed."""
+"""Prompts of several kinds, from one token to thousands; the same for the same seed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Prompt:
 def corpus(
     encode: Callable[[str], list[int]], count: int, longest: int, seed: int = 1
 ) -> list[Prompt]:
-    """``count`` prompts, short ones more often: lengths are even on a logarithmic scale.
+    """Return ``count`` prompts whose lengths are even on a logarithmic scale.
 
     The shortest has 1 token, and the last ``longest`` or a few less.
     """
@@ -72,7 +72,7 @@ def corpus(
 
 
 def _text(encode: Callable[[str], list[int]], pieces: Iterator[str], tokens: int) -> str:
-    """As many pieces, then as many characters of the next, as fit into ``tokens`` tokens."""
+    """Return as many pieces, then as many characters of the next, as fit into ``tokens`` tokens."""
     parts = list(itertools.islice(pieces, tokens + 1))
 
     def too_long(text: str) -> bool:
@@ -115,7 +115,7 @@ def _space(rng: random.Random) -> Iterator[str]:
 
 
 def _prefix(rng: random.Random) -> Iterator[str]:
-    """All prompts of this kind begin alike."""
+    """Return a prompt of the kind that all share a beginning."""
     yield _PREAMBLE
     yield from _english(rng)
 

@@ -1,4 +1,4 @@
-"""The Dockerfile as far as tests read it: its stages, and each instruction in one line."""
+"""Reads the Dockerfile for tests: its stages, and each instruction as one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Copy:
     """One source of a COPY."""
 
     origin: str
-    """The stage that it is taken from; empty: the context."""
+    """The stage it is copied from; empty: the context."""
     source: str
     target: str
 
@@ -33,16 +33,16 @@ class Stage:
     instructions: list[tuple[str, str]] = field(default_factory=list)
 
     def all(self, word: str) -> list[str]:
-        """What follows each instruction of a kind."""
+        """Return the arguments of each instruction of a kind."""
         return [text for found, text in self.instructions if found == word]
 
     def one(self, word: str) -> str:
-        """What follows the instruction of a kind of which there is one."""
+        """Return the arguments of the only instruction of a kind."""
         (text,) = self.all(word)
         return text
 
     def list(self, word: str) -> list[str]:
-        """The same in JSON form."""
+        """Return the same from its JSON form."""
         words: list[str] = json.loads(self.one(word))
         return words
 
@@ -63,13 +63,13 @@ class Stage:
 
     @property
     def health(self) -> list[str]:
-        """The command of its HEALTHCHECK."""
+        """Return the command of its HEALTHCHECK."""
         words: list[str] = json.loads(self.one("HEALTHCHECK").partition(" CMD ")[2])
         return words
 
     @property
     def commands(self) -> list[list[str]]:
-        """Of RUN, HEALTHCHECK and CMD, in words; what is done with their output is left out."""
+        """Return the commands of RUN, HEALTHCHECK and CMD as words, without redirections."""
         lines = [re.sub(r"--mount=\S+", "", text) for text in self.all("RUN")]
         parts = [part for line in lines for part in line.split("&&")]
         found = [shlex.split(re.sub(r">\s*\S+", "", part)) for part in parts]
@@ -79,7 +79,7 @@ class Stage:
 
 
 def read() -> tuple[dict[str, str], dict[str, Stage]]:
-    """The arguments before the first stage, with their defaults, and the stages."""
+    """Return the arguments before the first stage, with their defaults, and the stages."""
     bare = re.sub(r"^\s*#.*\n", "", TEXT, flags=re.MULTILINE)
     arguments, stages = dict[str, str](), dict[str, Stage]()
     stage = None
@@ -99,7 +99,7 @@ def read() -> tuple[dict[str, str], dict[str, Stage]]:
 
 
 def files(source: str) -> list[str]:
-    """What git has under a path of the context, and what is new there."""
+    """Return the files under a path of the context that git has, and new ones."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", source],
         cwd=ROOT,
@@ -111,7 +111,7 @@ def files(source: str) -> list[str]:
 
 
 def placed(copy: Copy, file: str) -> str:
-    """Where a file of a COPY comes to lie, from the WORKDIR."""
+    """Return the destination of a COPY's file, relative to the WORKDIR."""
     if file == copy.source:
         name = PurePosixPath(file).name if copy.target.endswith("/") else ""
         return str(PurePosixPath(copy.target, name))

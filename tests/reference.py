@@ -1,4 +1,4 @@
-"""What transformers itself answers: the measure of the torch engine."""
+"""The answers of transformers itself, which the torch engine is compared with."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-# Logits of SmolLM2 lie around 10; float32 sums in another order differ by some 1e-5.
+# Logits of SmolLM2 are around 10; float32 sums in another order differ by about 1e-5.
 TIE = 1e-4
 
 
 @dataclass(frozen=True)
 class Tie:
-    """Two tokens between which rounding decides, in transformers' own forward."""
+    """Two tokens whose order depends on rounding, in transformers' own forward."""
 
     position: int
     tokens: tuple[int, int]
@@ -52,7 +52,7 @@ class Reference:
         return text
 
     def generate(self, prompt: Sequence[int], tokens: int) -> list[int]:
-        """The answer, at most ``tokens`` long, the end-of-text token included."""
+        """Return the answer, at most ``tokens`` long, the end-of-text token included."""
         key = tuple(prompt), tokens
         if key not in self._answers:
             ids = torch.tensor([list(prompt)])
@@ -67,7 +67,7 @@ class Reference:
         return self._answers[key]
 
     def ties(self, prompt: Sequence[int], answer: list[int], tokens: int) -> list[Tie]:
-        """Where ``answer`` takes the other one of two tied tokens; it must go on as then it should.
+        """Return where ``answer`` takes the other of two tied tokens, and is right after that.
 
         Raises:
             AssertionError: it differs from what transformers generates, and not by a tie.

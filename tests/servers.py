@@ -1,4 +1,4 @@
-"""Real servers for tests: any deployment, on free ports, gone when the block ends."""
+"""Real servers for tests: any deployment, on free ports, stopped when the block ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Running:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports on loopback that nobody listens on."""
+    """Return TCP ports on loopback that no process listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for opened in sockets:
@@ -47,7 +47,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def on_free_ports(deployment: Deployment) -> Deployment:
-    """The same deployment, its servers on free ports of loopback."""
+    """Return the same deployment with its servers on free ports of loopback."""
     ports = iter(free_ports(3 * len(deployment.servers)))
     servers = tuple(
         msgspec.structs.replace(
@@ -63,7 +63,7 @@ def on_free_ports(deployment: Deployment) -> Deployment:
 
 
 def default_deployment(kind: str) -> Deployment:
-    """The project's deployment.yaml (two prefills, two decodes) with an engine of this kind."""
+    """Return the project's deployment.yaml (two prefills, two decodes) with this engine."""
     deployment = load(ROOT / "deployment.yaml")
     return msgspec.structs.replace(deployment, engine=msgspec.structs.replace(Engine(), kind=kind))
 
@@ -71,7 +71,7 @@ def default_deployment(kind: str) -> Deployment:
 def emulated_deployment(
     folder: Path, profile: dict[str, Any], instances: int = 1, **sections: Struct
 ) -> Deployment:
-    """``instances`` prefills and as many decodes of the emulated engine in one server.
+    """Return ``instances`` prefills and as many decodes of the emulated engine in one server.
 
     Args:
         folder: receives the timing profile.
@@ -116,6 +116,6 @@ def running(
     finally:
         for server in servers:
             with contextlib.suppress(ServerError):
-                watchers.end(server.folder)  # it would start the server again
+                watchers.end(server.folder)  # otherwise it would start the server again
             server.kill()
         fleet.stop(servers)

@@ -1,4 +1,4 @@
-"""Two deployments to break, shared by the tests: each leaves them whole."""
+"""Two deployments that tests may break and share: each test waits for the repair."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def _workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def one_server(_one_server: Running) -> Iterator[Running]:
-    """Everything in one server."""
+    """One server with all instances and the gateway."""
     with whole(_one_server):
         yield _one_server
 
 
 @pytest.fixture
 def workers(_workers: Running) -> Iterator[Running]:
-    """Two gateways, and each instance in a server of its own."""
+    """Two gateways, and one server for each instance."""
     with whole(_workers):
         yield _workers

@@ -1,4 +1,4 @@
-"""Streams in the background while something is broken: every answer, gap and error is kept."""
+"""Streams in the background during a fault; all answers, gaps and errors are recorded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from tests.servers import Running
 
 LIMIT_S = 60.0
-"""A stream that takes longer has been forgotten: no request may."""
+"""No request may take longer: such a stream has been forgotten."""
 PROMPT_TOKENS = 40, 120
 LOOK_S = 0.5
-"""How often one that waits for the next stream looks whether it is over."""
+"""How often a client that waits for the next stream checks whether the load is over."""
 LEAVE_S = 1.0
-"""The latest moment of those who leave."""
+"""The latest moment at which a client leaves."""
 
 
 @dataclass
@@ -38,27 +38,27 @@ class Stream:
     wanted: int
     began: float = field(default_factory=time.monotonic)
     at: list[float] = field(default_factory=list)
-    """Of each response."""
+    """The arrival of each response."""
     ids: list[int] = field(default_factory=list)
     attempts: int = 0
     error: BaseException | None = None
     ended: float = 0.0
     left: bool = False
-    """The client did not want the rest."""
+    """The client has left before the end."""
 
     @property
     def gap(self) -> float:
-        """The longest wait for a response after the first."""
+        """Return the longest wait for a response after the first."""
         return max((b - a for a, b in itertools.pairwise(self.at)), default=0.0)
 
 
 class Load:
-    """``rate`` streams a second, one connection each, from the beginning of a block to its end.
+    """Sends ``rate`` streams per second within a block, one connection each.
 
-    At the end it waits for those that are open.
+    At the end it waits for open streams.
 
     Args:
-        tokens: of each answer.
+        tokens: tokens of each answer.
         timeout: seconds after which the client itself gives up.
         leaving: share of the clients that leave within `LEAVE_S`.
     """
@@ -93,18 +93,18 @@ class Load:
         self._thread.join(self._timeout + 10)
         assert not self._thread.is_alive()
 
-    # ------------------------------------------------------------------- verdicts
+    # -------------------------------------------------------------------------------------- results
 
     @property
     def lost(self) -> list[str]:
-        """Those that ended with an error, and how."""
+        """Return the streams that ended with an error, and the errors."""
         return [
             f"after {len(one.ids)} tokens: {one.error!r:.300}" for one in self.streams if one.error
         ]
 
     @property
     def wrong(self) -> list[str]:
-        """Those whose tokens are others than those of a quiet system, or not all of them."""
+        """Return the streams whose tokens are not all those of an undisturbed system."""
         found = []
         for one in self.streams:
             expected = self._expected(one)
@@ -118,28 +118,28 @@ class Load:
 
     @property
     def gap(self) -> float:
-        """The longest wait between two responses of a stream."""
+        """Return the longest wait between two responses of a stream."""
         return max(one.gap for one in self.streams)
 
     @property
     def ttft(self) -> float:
-        """The longest wait for a first response."""
+        """Return the longest wait for a first response."""
         return max(one.at[0] - one.began for one in self.streams if one.at)
 
     @property
     def retried(self) -> int:
-        """Streams that more than one attempt was made of."""
+        """Return the streams that took more than one attempt."""
         return sum(one.attempts > 1 for one in self.streams)
 
     def open_at(self, moment: float) -> list[Stream]:
-        """Streams that had begun to answer then, and had not ended."""
+        """Return the streams that had begun to answer at this time, and had not ended."""
         return [one for one in self.streams if one.at and one.at[0] < moment < one.ended]
 
     def _expected(self, one: Stream) -> list[int]:
         prompt = np.array(one.prompt, "<i4")
         return [self._model.token(prompt, position) for position in range(one.wanted)]
 
-    # -------------------------------------------------------------------- sending
+    # -------------------------------------------------------------------------------------- sending
 
     async def _run(self) -> None:
         tasks = []

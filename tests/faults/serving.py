@@ -1,4 +1,4 @@
-"""Deployments to break: emulated engines, watched, in one server or in one for each instance."""
+"""Deployments for fault tests: emulated engines with watchdogs, in one server or in several."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ TTFT_LIMIT_S = 10.0
 LEASE_S = 4.0
 
 KNOWN_S = 2.0
-"""Within which a dead process is known, and the endpoints say so."""
+"""Time within which a dead process is noticed, and the endpoints say so."""
 STOPPED_S = 2.0
-"""The same for one that is stopped."""
+"""The same for a stopped process."""
 RELOADED_S = 6.0
 RESTARTED_S = 15.0
 
 
 def on_this_machine(limit_s: float) -> float:
-    """A limit that is for free cores, where others compute as well: starting is computing."""
+    """Scale a limit for free cores to this machine; starting a server takes CPU time."""
     return limit_s * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
@@ -51,7 +51,7 @@ def all_in_one(folder: Path) -> Deployment:
 
 
 def gateway_and_workers(whole: Deployment, gateways: int) -> Deployment:
-    """The same instances, each in a server of its own that has its name."""
+    """The same instances, each in a server that has its name."""
     workers = [
         *(Spec(name=f"prefill_{i}", gateway=False, prefill=(f"prefill_{i}",)) for i in range(2)),
         *(Spec(name=f"decode_{i}", gateway=False, decode=(f"decode_{i}",)) for i in range(2)),
@@ -62,7 +62,7 @@ def gateway_and_workers(whole: Deployment, gateways: int) -> Deployment:
 
 @contextlib.contextmanager
 def watched(deployment: Deployment, folder: Path) -> Iterator[Running]:
-    """A running deployment, every server with its watchdog."""
+    """Run a deployment, each server with its watchdog."""
     with running(deployment, folder) as started:
         with whole(started):
             pass
@@ -71,7 +71,7 @@ def watched(deployment: Deployment, folder: Path) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def whole(running: Running) -> Iterator[None]:
-    """At the end, wait until everything is in service, and looked after."""
+    """At the end, wait until all is in service and has its watchdog."""
     yield
     fleet.watch(running.servers, held=False)
     wait_until(
@@ -87,7 +87,7 @@ def serves(server: Running) -> bool:
 
 
 def gateways(running: Running) -> list[Running]:
-    """The same deployment as seen from each of its gateways."""
+    """Yield the same deployment, with requests to each of its gateways."""
     return [
         replace(running, http=one.http, grpc=one.grpc, metrics=one.metrics)
         for one in running.servers
@@ -96,7 +96,7 @@ def gateways(running: Running) -> list[Running]:
 
 
 def server_of(running: Running, model: str) -> Server:
-    """The server that holds an instance; for any other model, the first gateway."""
+    """Return the server that holds an instance; for any other model, the first gateway."""
     for server in running.servers:
         if model in (*server.spec.prefill, *server.spec.decode):
             return server
@@ -104,7 +104,7 @@ def server_of(running: Running, model: str) -> Server:
 
 
 def stub(server: Server, model: str) -> psutil.Process:
-    """The process that runs a model."""
+    """Return the process that runs a model."""
     assert server.token is not None
     found = [
         process
@@ -115,7 +115,7 @@ def stub(server: Server, model: str) -> psutil.Process:
 
 
 def leader(server: Server) -> psutil.Process:
-    """Its ``tritonserver``."""
+    """Return its ``tritonserver``."""
     assert server.token is not None
     found = footprint.server_process(server.token)
     assert found is not None
@@ -123,32 +123,32 @@ def leader(server: Server) -> psutil.Process:
 
 
 def repairs(server: Server) -> int:
-    """How many its watchdog has made."""
+    """Return the number of repairs by its watchdog."""
     state = watchers.reported(server.folder)
     assert state is not None
     return sum(health["repairs"] for health in state["things"].values())
 
 
 def said(server: Server) -> str:
-    """What its watchdogs have said."""
+    """Return the log of its watchdogs."""
     log = server.folder / "watch.log"
     return log.read_text() if log.exists() else ""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to the process that stands for a model."""
+    """A fault of the process of a model."""
 
     of: str
-    """stub or server."""
+    """stub or server"""
     how: str
-    """kill or stop."""
+    """kill or stop"""
 
     def __str__(self) -> str:
         return f"{self.how} {self.of}"
 
     def strike(self, running: Running, model: str) -> None:
-        """Break it, and wait until its watchdog has repaired it."""
+        """Cause it, and wait until the watchdog has repaired it."""
         server = server_of(running, model)
         before = repairs(server)
         self.hit(server, model)

@@ -1,4 +1,4 @@
-"""A limit on address space that one instance meets while it serves."""
+"""Tests for a limit on address space that one instance reaches while it serves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.servers import Running, emulated_deployment, running
 
 pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
-# 16 KiB a token: every pull is handed to a thread.
+# 16 KiB a token, so that every pull is handed to a thread.
 PROFILE: dict[str, Any] = {
     "layers": 8,
     "kv_heads": 4,
@@ -53,7 +53,7 @@ def deployment(folder: Path) -> Deployment:
 
 @contextmanager
 def limited(server: Running, model: str, headroom: int) -> Iterator[None]:
-    """The process of a model may have so many bytes more than it has now: no thread's stack."""
+    """Limit a model's process to this many more bytes than now, less than a thread's stack."""
     process = stub(server.servers[0], model)
     before = process.rlimit(resource.RLIMIT_AS)
     process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms + headroom, before[1]))
@@ -67,7 +67,7 @@ def limited(server: Running, model: str, headroom: int) -> Iterator[None]:
 def test_pulls_go_on_where_no_thread_can_be_started(tmp_path: Path) -> None:
     with running(deployment(tmp_path), tmp_path) as server:
         wait_linked(server)
-        # Before the first request: no thread has been started by need.
+        # This is before the first request, so no thread has been started on demand.
         with (
             limited(server, "decode_0", 4 * MIB),
             limited(server, "decode_1", 4 * MIB),
@@ -82,7 +82,7 @@ def test_pulls_go_on_where_no_thread_can_be_started(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_no_request_waits_for_an_instance_without_memory(tmp_path: Path) -> None:
-    """20 times, with anything from nothing to 8 MiB left: what it breaks is put back."""
+    """20 times, with between 0 and 8 MiB left: whatever breaks is repaired."""
     rng = random.Random(0)
     with running(deployment(tmp_path), tmp_path) as server:
         fleet.watch(server.servers, held=False)

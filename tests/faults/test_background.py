@@ -1,4 +1,4 @@
-"""A loop or a thread of an instance that dies is logged and ends its process, which is put back."""
+"""Tests that a background task that dies is logged and ends its process, which is restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thousands of requests at once are load, and no sign that anything has died."""
+"""Tests that thousands of requests at once count as load, not as a failure."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ pytestmark = [pytest.mark.triton, pytest.mark.alone]
 CHANNELS = 8
 MAX_OPEN = 4096
 NOTICED_S = 2.0
-"""What the architecture promises of a cancellation among so many."""
+"""The time that the architecture promises for noticing a cancel among so many requests."""
 MODELS = ("pdserve", "scheduler", "prefill_0", "prefill_1", "decode_0", "decode_1")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Engines that take no time: all of it is the way to them."""
+    """A server whose engines take no time, so that only the request path has work."""
     folder = tmp_path_factory.mktemp("burst")
     deployment = emulated_deployment(
         folder, {}, instances=2, prefill=Prefill(arena_mib=64), gateway=Gateway()
@@ -50,7 +50,7 @@ def request(tokens: int) -> service_pb2.ModelInferRequest:
 
 
 async def burst(server: Running, count: int, tokens: int = 5) -> Counter[str]:
-    """So many requests at once, a stream each; how each of them ended."""
+    """Send many requests at once, a stream each; return how each of them ended."""
     channels = [
         grpc.aio.insecure_channel(server.grpc, options=[("grpc.use_local_subchannel_pool", 1)])
         for _ in range(CHANNELS)
@@ -79,7 +79,7 @@ def processes(server: Running) -> dict[str, int]:
 
 
 def bursts(server: Running, times: int, count: int) -> list[Counter[str]]:
-    """Each is load: nobody dies of it, nothing is repaired, nothing is left."""
+    """After each burst, no process has ended, nothing was repaired, and nothing is held."""
     before = processes(server)
     ended = []
     for _ in range(times):
@@ -113,7 +113,7 @@ def test_what_is_too_much_is_refused_at_the_door(server: Running) -> None:
 
 @pytest.mark.full
 def test_who_leaves_a_full_house_is_noticed(tmp_path: Path) -> None:
-    """With as many open as there may be: each sending thread looks at all of its own in turn."""
+    """With the maximum of open requests, each sending thread checks all of its own in turn."""
     deployment = emulated_deployment(
         tmp_path,
         {"prefill": {"base_ms": 3_600_000}},
@@ -152,6 +152,6 @@ async def leave(server: Running) -> None:
             call.cancel()
         taken = await reach(MAX_OPEN - 4 * (leaving + 1), 4 * NOTICED_S)
         print(f"\n4 of {MAX_OPEN} have left: noticed after {taken:.2f} s")
-        assert taken < NOTICED_S + 1  # metrics come four times a second, and are read
+        assert taken < NOTICED_S + 1  # metrics are published four times a second, and then read
     for channel in channels:
         await channel.close()

@@ -1,4 +1,4 @@
-"""A soft limit of 256 open files, as a shell may have it, and more idle connections than that."""
+"""Tests with a soft limit of 256 open files, like a shell's, and more idle connections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDLE = 300
 
 @contextmanager
 def few_files() -> Iterator[None]:
-    """For whatever this process starts meanwhile."""
+    """Set the limit for whatever this process starts meanwhile."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert before[1] > 4 * IDLE, "the hard limit of this machine is too low"
     resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT, before[1]))
@@ -34,7 +34,7 @@ def few_files() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A watched server that was started where the soft limit is low."""
+    """A server with a watchdog, started with a low soft limit."""
     folder = tmp_path_factory.mktemp("few_files")
     with ExitStack() as stack:
         with few_files():
@@ -44,7 +44,7 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.full)])
 def test_idle_connections_stop_nothing(limited: Running, times: int) -> None:
-    """They are taken, requests beside them are answered, and nothing has to be repaired."""
+    """They are accepted, requests beside them are answered, and nothing has to be repaired."""
     (one,) = limited.servers
     for _ in range(times):
         with ExitStack() as stack:

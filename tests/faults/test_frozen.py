@@ -1,4 +1,4 @@
-"""No wait is unbounded: each component is frozen in turn, with nobody to repair it.
+"""Tests that no wait is unbounded: each component is stopped in turn, without repairs.
 
 dynamo#13088: of 1,536 requests 24 hung for ever, after a worker had been chosen for them.
 """
@@ -21,11 +21,11 @@ pytestmark = [pytest.mark.triton, pytest.mark.alone]
 TOKENS = 100
 ANSWER_S = TOKENS * STEP_MS / 1e3
 FIRST_S = STALL_S + 2.0
-"""A first token comes, or an error does: what is silent is given up, and another is asked."""
+"""A first token or an error comes within this: a silent instance is given up, another is asked."""
 
 
 def freeze(running: Running, fault: Fault, model: str, seconds: float) -> None:
-    """Stop a component for so long while streams come and go; every one ends in time."""
+    """Stop a component for a time under load; every stream must end in time."""
     server = server_of(running, model)
     watchers.end(server.folder)
     with Load(running, rate=3, tokens=TOKENS) as load:
@@ -65,7 +65,7 @@ def test_a_worker_frozen_for_long(workers: Running, model: str, of: str) -> None
 @pytest.mark.full
 @pytest.mark.parametrize("of", ["stub", "server"])
 def test_a_gateway_frozen_for_long(workers: Running, of: str) -> None:
-    """Nobody but itself could answer its clients: each hears of its end when it goes on.
+    """Its clients hear of their request's end when it continues, since no other process answers.
 
     A stub alone has its watchdog, which does not wait: Triton itself aborts when it has waited for
     10 s for a lock that both use.

@@ -1,4 +1,4 @@
-"""A gateway that has died: its clients are told, the others notice nothing, it comes back."""
+"""Tests for a gateway that dies: its clients get an error, others continue, it comes back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.servers import Running
 pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 ENDED_S = 2.0
-"""From the death of a gateway to the end of its streams, with an error."""
+"""Time from the death of a gateway to the end of its streams, with an error."""
 BACK_S = 5.0
 LOAD_S = 2.0
 
@@ -35,7 +35,7 @@ def serves_now(server: Running) -> bool:
 
 
 def break_gateway(running: Running, fault: Fault, back_s: float, number: int = 0) -> list[Load]:
-    """Break one gateway under load on all of them; the loads of the others.
+    """Break one gateway under load on all of them; return the loads of the others.
 
     Its streams end with an error in time, and it serves again in time.
     """
@@ -82,7 +82,7 @@ def test_a_dead_gateway_among_others(workers: Running, fault: Fault, number: int
 @pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_dead_gateway_among_others_again_and_again(workers: Running, fault: Fault) -> None:
-    """By turns, so that each has been calm for a while and is repaired at once."""
+    """Gateways fail in turn, so that each has run for a while and is repaired without a pause."""
     for number in range(50):
         test_a_dead_gateway_among_others(workers, fault, number % 2)
         time.sleep(3)

@@ -1,4 +1,4 @@
-"""Instances are killed and stopped under load: no request is lost, and no token is another one."""
+"""Tests that instances killed or stopped under load cost no request and change no token."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 INSTANCES = ("prefill_0", "decode_0", "prefill_1", "decode_1")
 CALM_S = 3.0
-"""Between a repair and the next fault, where there are many: each is then repaired at once."""
+"""Pause between a repair and the next of many faults, so that each is repaired at once."""
 GAP_S = 3.0
-"""The longest that a stream may stand still: a fault is known, and another pair goes on."""
+"""The longest gap of a stream: the fault is noticed, and another pair continues."""
 
 KILL, STOP, KILL_SERVER = Fault("stub", "kill"), Fault("stub", "stop"), Fault("server", "kill")
 
 
 def survive(running: Running, faults: Sequence[tuple[Fault, str]], calm_s: float = 1.0) -> None:
-    """One fault after the other, each after the repair of the last, while streams come and go."""
+    """Cause one fault after another, each after the repair of the last, under load."""
     with Load(running, rate=3, tokens=100) as load:
         time.sleep(1)
         for fault, instance in faults:
@@ -61,10 +61,10 @@ def test_one_server_loses_nothing(one_server: Running) -> None:
 def test_a_lone_stream_does_not_wait_until_its_decode_counts_as_stalled(
     one_server: Running,
 ) -> None:
-    """Triton says nothing of a dead stub to those who wait for it; its watchdog does."""
+    """Triton does not report a dead stub to those who wait for it; its watchdog does."""
     with Load(one_server, rate=0.02, tokens=250) as load:
         time.sleep(1)
-        # Nothing else is asked of it that would fail at once.
+        # No other request is sent to it that would fail at once.
         for instance in ("decode_0", "decode_1"):
             KILL.hit(server_of(one_server, instance), instance)
             time.sleep(1.5)
@@ -79,16 +79,16 @@ def test_a_lone_stream_does_not_wait_until_its_decode_counts_as_stalled(
 @pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_workers_lose_nothing_for_long(workers: Running, fault: Fault) -> None:
-    """50 prefills, 50 decodes."""
+    """50 prefills and 50 decodes fail."""
     survive(workers, [(fault, instance) for instance in 25 * INSTANCES], CALM_S)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("fault", [KILL, STOP], ids=str)
 def test_one_server_loses_nothing_for_long(one_server: Running, fault: Fault) -> None:
-    """Unless Triton itself aborts, which takes everything with it.
+    """Excepted are aborts of Triton itself, which end all models of the server.
 
-    It does about once in 100 times: a stub has been killed while it held a lock in the memory that
+    That happens about once in 100 times: a stub is killed while it holds a lock in the memory that
     they share.
     """
     (server,) = one_server.servers

@@ -1,4 +1,4 @@
-"""``pdctl up`` and ``pdctl serve`` look after what they have started, and leave nothing behind."""
+"""Tests that ``pdctl up`` and ``serve`` watch the servers that they start, and clean up."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ while not os.path.exists({go!r}):
 
 
 class Launched:
-    """pdctl in processes of its own, on a prefill and a decode in one server."""
+    """Runs pdctl in separate processes, for a prefill and a decode in one server."""
 
     def __init__(self, folder: Path) -> None:
         spec = Spec(name="both", gateway=False, prefill=("prefill_0",), decode=("decode_0",))
@@ -64,14 +64,14 @@ class Launched:
         return output
 
     def told(self, command: str, *options: str, file: Path | None = None) -> tuple[int, str]:
-        """Exit status and output."""
+        """Return exit status and output."""
         process = self.start(command, *options, file=file)
         output, _ = process.communicate(timeout=60)
         self.remember()
         return process.returncode, output
 
     def slow(self) -> None:
-        """A prefill is not loaded before `go`."""
+        """A prefill that is not loaded before `go`."""
         source = self.file.parent / "slow"
         shutil.copytree(self.source, source, ignore=shutil.ignore_patterns("__pycache__"))
         code = source / "prefill" / "1" / "model.py"
@@ -83,7 +83,7 @@ class Launched:
         return self.file.parent / "go"
 
     def loading(self) -> subprocess.Popen[str]:
-        """``up``, which has started the server and waits for it."""
+        """Run ``up`` until it has started the server and waits for it."""
         self.slow()
         process = self.start("up")
         wait_until(lambda: self.server.pid is not None, on_this_machine(10))
@@ -140,11 +140,11 @@ def test_up_until_down(launched: Launched) -> None:
     launched.call("down")
     assert launched.left() == []
     time.sleep(2)
-    assert launched.left() == [], "nobody starts again what was stopped"
+    assert launched.left() == [], "a server that was stopped is not started again"
 
 
 def test_down_as_soon_as_it_is_up(launched: Launched) -> None:
-    """The watchdog has not begun yet, and must not."""
+    """The watchdog has not begun yet, and must not begin."""
     launched.call("up")
     launched.call("down")
     time.sleep(2)
@@ -164,7 +164,7 @@ def test_a_killed_serve_takes_along_what_its_watchdog_has_started(launched: Laun
 
 
 def test_a_second_up_joins_the_first(launched: Launched) -> None:
-    """Nothing is gone that has not begun yet."""
+    """A server that has not begun yet counts as loading, not as failed."""
     first = launched.loading()
     pid = launched.server.pid
     status, output = launched.told("status")
@@ -216,7 +216,7 @@ def test_down_while_it_loads(launched: Launched) -> None:
 
 @pytest.mark.full
 def test_up_and_down_at_once(launched: Launched) -> None:
-    """Whoever is the last to do something, it is said in a line, and nothing is left over."""
+    """Whichever command is last, its result is one line, and nothing is left over."""
     for _ in range(3):
         both = [launched.start("up"), launched.start("down"), launched.start("down")]
         said = [one.communicate(timeout=60)[0] for one in both]
@@ -235,7 +235,7 @@ def test_up_and_down_at_once(launched: Launched) -> None:
     ],
 )
 def test_without_standard_descriptors(launched: Launched, closed: str) -> None:
-    """The lock of the watchdog is no standard output, and ``down`` is final."""
+    """The watchdog's lock gets no standard descriptor's number, and ``down`` is final."""
     line = f"{shlex.join(launched.argv('up'))} {closed}"
     done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=120, check=False)
     launched.remember()
@@ -275,7 +275,7 @@ def test_what_nobody_looks_after_is_not_as_it_should_be(launched: Launched) -> N
 def test_another_deployment_with_a_server_of_the_same_name(
     launched: Launched, tmp_path: Path
 ) -> None:
-    """It is refused, and both are named; the same one, moved or edited, is the same."""
+    """It is refused with both names; the same deployment, moved or edited, is accepted."""
     assert launched.told("up")[0] == 0
     pid = launched.server.pid
     mine = launched.server.deployment

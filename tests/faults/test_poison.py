@@ -1,4 +1,4 @@
-"""A request that ends every decode which computes it: it ends two, and nobody else is lost."""
+"""Test for a request that kills every decode that computes it: it kills two, others are served."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STREAMS, RATE = 64, 32
 
 @pytest.fixture
 def fragile(tmp_path: Path) -> Iterator[Running]:
-    # How soon both decodes are back is not what is promised here.
+    # The test makes no claim about how soon both decodes are back.
     deployment = msgspec.structs.replace(
         all_in_one(tmp_path),
         prefill=Prefill(arena_mib=16, lease_s=30.0),

@@ -1,6 +1,6 @@
-"""A watchdog repairs what Triton calls ready for ever, and the endpoints say what is.
+"""Tests that a watchdog repairs what Triton reports ready for ever, and that endpoints tell.
 
-All in one server: triton-inference-server/server#7230, #8604 and #7862 are about it.
+All models are in one server; triton-inference-server/server#7230, #8604 and #7862 are about it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def ready(server: Server, model: str) -> bool:
 
 @contextlib.contextmanager
 def slow_to_load(server: Server, model: str) -> Iterator[None]:
-    """Or what is said of a model that is out of service could not be read."""
+    """Otherwise the status of a model that is out of service could not be read in time."""
     with changed_code(server, model) as code:
         code.write_text(f"import time\ntime.sleep(1)\n{code.read_text()}")
         yield
@@ -52,7 +52,7 @@ def slow_to_load(server: Server, model: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def changed_code(server: Server, model: str) -> Iterator[Path]:
-    """The file that a model is loaded from, as it was again afterwards."""
+    """Change the file that a model is loaded from, and restore it afterwards."""
     code = server.repository / model / "1" / "model.py"
     good = code.read_text()
     try:
@@ -71,7 +71,7 @@ def test_a_dead_stub_is_not_ready_and_then_replaced(one_server: Running, model: 
         assert not one.ready()
         wait_until(one.ready, on_this_machine(RELOADED_S))
     assert ready(one, model)
-    assert one.pid == before, "the rest of the server serves on"
+    assert one.pid == before, "the other models of the server keep serving"
     assert serves(one_server)
     assert f"{model} has failed: its process is gone" in said(one)
 
@@ -88,7 +88,7 @@ def test_a_stopped_stub_is_replaced(one_server: Running) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_rest_in_service(one_server: Running) -> None:
-    """Tried again and again, and back as soon as it can be."""
+    """Loading is tried again and again, and succeeds as soon as it is possible."""
     one = one_server.servers[0]
     before = one.pid
     with changed_code(one, "prefill_1") as code:
@@ -113,7 +113,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_rest_in_service(one_server: Ru
 
 
 def test_gauges_of_what_is_gone_are_nothing(one_server: Running) -> None:
-    """A decode's new life knows nothing of what it reached in the former one."""
+    """A restarted decode knows none of the prefills that it reached before."""
     one = one_server.servers[0]
 
     def linked(decode: str) -> bool:

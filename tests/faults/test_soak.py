@@ -1,6 +1,6 @@
-"""Near the limit of what can be computed, with a fault every 20 s and clients that leave.
+"""Tests near the limit of capacity, with a fault every 20 s and clients that leave.
 
-And as much as can be answered, without a fault and without a gap.
+A second test puts as much load as can be answered, without a fault and without a gap.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TTFT_LIMIT_S = 30.0
 """While one prefill is repaired, the load is twice what the other can compute."""
 WARM_S = 60.0
 GROWTH, NOISE_KIB = 0.05, 4096
-"""Of a process: what of its memory is no leak."""
+"""Growth of a process that does not count as a leak: a share, and KiB."""
 EVERYTHING = [(fault, model) for fault in FAULTS for model in ("prefill_0", "decode_1")] + [
     (fault, model) for fault in FAULTS for model in ("prefill_1", "decode_0")
 ]
@@ -88,7 +88,7 @@ def test_nothing_is_lost_and_nothing_is_left(tmp_path: Path, seconds: float) -> 
     assert struck >= seconds // EVERY_S
     assert not load.lost
     assert not load.wrong
-    assert not left, "shared memory of servers that are gone"
+    assert not left, "shared memory of servers that have ended"
     grown = {
         name: (old, after[name])
         for name, old in before.items()
@@ -103,7 +103,7 @@ def test_nothing_is_lost_and_nothing_is_left(tmp_path: Path, seconds: float) -> 
 def test_memory_is_flat_under_load_without_a_gap(
     tmp_path: Path, warm_s: float, seconds: float
 ) -> None:
-    """What Triton keeps of a response until its request has ended does not add up."""
+    """The memory that Triton keeps per response until its request has ended does not accumulate."""
     profile = {"prefill": {"base_ms": 1}, "decode": {"base_ms": 10}}
     deployment = emulated_deployment(
         tmp_path, profile, instances=2, prefill=Prefill(arena_mib=2, lease_s=LEASE_S)
@@ -117,17 +117,17 @@ def test_memory_is_flat_under_load_without_a_gap(
 
 
 def tokens(running: Running) -> set[str]:
-    """Of the servers as they run now; see `footprint`."""
+    """Return the marks of the servers as they run now; see `footprint`."""
     return {server.token for server in running.servers if server.token is not None}
 
 
 def memory_kib(running: Running) -> dict[str, int]:
-    """Of each process of the gateway, which nobody kills."""
+    """Return the memory of each process of the gateway, which the test does not kill."""
     return {name: used.pss_kib for name, used in usage(running.servers[0]).items()}
 
 
 def in_use(running: Running) -> dict[str, float]:
-    """What any server says it holds."""
+    """Return what the servers report as held."""
     places = [replace(running, metrics=server.metrics) for server in running.servers]
     return {
         f"{place.metrics} {key}": value for place in places for key, value in held(place).items()

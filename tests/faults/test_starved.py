@@ -1,4 +1,4 @@
-"""A process that stands still while it loads its model: Triton gives it up (see pdctl.loading)."""
+"""Tests for a process that stops while it loads its model: Triton gives up (pdctl.loading)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Troubles around a watchdog, and then a stub dies: repaired as ever, and nothing is lost."""
+"""Tests that a stub's death is repaired during other faults, and that no request is lost."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from tests.servers import Running
 pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 GAP_S = 0.8
-"""A stream stands still for so long at most, on free cores, when the stub of its instance dies."""
+"""The longest gap of a stream on free cores when the stub of its instance dies."""
 LOAD_S = 1.5
 SLOW_S = 8.0
-"""To load a model, where only a notice can have been heard before."""
+"""Time to load a model, within which only a notice can have been received."""
 ROOM_MIB = 8
 SHIFTED = """
 import time
@@ -54,7 +54,7 @@ time.time = lambda: now() + float({seconds})
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A disk of its own, which can be full."""
+    """A separate disk, which a test can fill."""
     path = tmp_path_factory.mktemp("disk")
     size = f"size={ROOM_MIB}m"
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", path], check=False)
@@ -75,18 +75,18 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 
 @contextlib.contextmanager
 def no_room(server: Running) -> Iterator[None]:
-    """The disk is full to the last byte, and nothing can be said on it any more."""
+    """Fill the disk to the last byte, so that nothing can be written."""
     one = server.servers[0]
     ballast = one.folder.parent / "ballast"
     try:
-        for _ in range(2):  # what is replaced at this moment leaves room again
+        for _ in range(2):  # files that are replaced at this moment free some space again
             with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(4096))
             before = (one.folder / "watch.json").stat().st_mtime
             time.sleep(1)
         yield
-        assert (one.folder / "watch.json").stat().st_mtime - before < 1, "there was room"
+        assert (one.folder / "watch.json").stat().st_mtime - before < 1, "there was room left"
     finally:
         ballast.unlink()
 
@@ -96,7 +96,7 @@ def no_key(server: Running) -> Iterator[None]:
     path = Path(server.deployment.transfer.key_file)
     path.unlink()
     yield
-    assert not path.exists(), "nobody has made another one"
+    assert not path.exists(), "no other one has been made"
     key.copy(key.load(keys.copy(server.servers[0].folder)), path)
 
 
@@ -110,7 +110,7 @@ def open_key(server: Running) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fewer_instances(server: Running) -> Iterator[None]:
-    """A reload has taken an instance out of the deployment, which runs on until a restart."""
+    """Remove an instance from the deployment by a reload; it runs on until a restart."""
     one = server.servers[0]
     file = one.repository / "deployment.yaml"
     before = file.read_bytes()
@@ -122,12 +122,12 @@ def fewer_instances(server: Running) -> Iterator[None]:
     time.sleep(3)  # every check has been made since
     yield
     file.write_bytes(before)
-    time.sleep(1.5)  # taken over
+    time.sleep(1.5)  # applied
 
 
 @contextlib.contextmanager
 def another_clock(server: Running, seconds: float) -> Iterator[None]:
-    """The watchdog's clock is an hour ahead or behind, as that of another host may be."""
+    """Move the watchdog's clock ahead or back by an hour, as that of another host may be."""
     one = server.servers[0]
     shift = one.folder.parent / "shift"
     shift.mkdir(exist_ok=True)
@@ -160,7 +160,7 @@ TROUBLES: dict[str, Trouble] = {
 }
 
 
-# Another one each time, which has been calm for a while and is repaired at once.
+# Another instance each time, which has run for a while and is repaired without a pause.
 @pytest.mark.parametrize(
     ("trouble", "model"),
     [
@@ -177,7 +177,7 @@ def test_a_stub_dies_while_there_is_trouble(server: Running, trouble: str, model
     told = trouble.startswith("an hour")
     slow = changed_code(one, model) if told else contextlib.nullcontext()
     with TROUBLES[trouble](server), slow as code:
-        if code is not None:  # what a new life says would be heard as soon as a notice
+        if code is not None:  # the reports of a new process would be received as soon as a notice
             code.write_text(f"import time\ntime.sleep({SLOW_S})\n{code.read_text()}")
         watchdog = watchers.pid(one.folder)
         before = stub(one, model)
@@ -206,7 +206,7 @@ def test_a_stub_dies_while_there_is_trouble(server: Running, trouble: str, model
 @pytest.mark.full
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_a_stub_dies_while_there_is_trouble_again_and_again(server: Running, trouble: str) -> None:
-    """By turns, and with pauses, so that each has been calm for a while and is repaired at once."""
+    """Instances fail in turn with pauses, so that each is repaired without a further pause."""
     for number in range(20):
         model = ("prefill_0", "decode_0", "prefill_1", "decode_1")[number % 4]
         if trouble == "fewer instances" and model == "prefill_1":
@@ -234,7 +234,7 @@ def test_a_server_dies_while_the_disk_is_full(server: Running) -> None:
 
 
 def test_of_a_life_that_is_none_nothing_is_lost(server: Running) -> None:
-    """Forged or replayed, a notice changes nothing; that of the present one is heard at once."""
+    """A forged or replayed notice changes nothing; one for the current process works at once."""
     one = server.servers[0]
     secret = key.load(keys.copy(one.folder))
     former = failure_notice.encode(failure_notice.FailureNotice("decode_0", b"no such."), secret)
@@ -273,7 +273,7 @@ def _tell(address: str, notice: str) -> None:
 
 
 def _linked(server: Running) -> bool:
-    """Every prefill and every decode serve, and each knows each."""
+    """Check that every prefill and every decode serve, and that all are linked."""
     values = scrape(server.servers[0])
     return (
         values.get('pdserve_kv_links{gateway="scheduler",group="default",state="connected"}') == 4
@@ -281,7 +281,7 @@ def _linked(server: Running) -> bool:
 
 
 def test_nobody_is_left(server: Running) -> None:
-    """A watchdog that has no lock, nor its number in a file, is found and ended."""
+    """A watchdog without a lock, and without its process id in a file, is found and ended."""
     one = server.servers[0]
     found = watchers.pid(one.folder)
     assert found is not None

@@ -1,4 +1,4 @@
-"""Alive and of no use: an engine that never ends its step, a model that a caller has wedged."""
+"""Tests for models that are alive but useless: an engine that hangs, a BLS child that is wedged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.full]
 
 
 def test_an_engine_that_does_not_come_to_an_end(tmp_path: Path) -> None:
-    """It answers every message; that it computes nothing is what a probe finds."""
+    """It answers every message; only a probe finds that it computes nothing."""
     deployment = emulated_deployment(
         tmp_path,
         {"prefill": {"base_ms": 3_600_000}},
@@ -46,7 +46,7 @@ def test_an_engine_that_does_not_come_to_an_end(tmp_path: Path) -> None:
 
 
 def test_a_caller_that_dies_in_mid_stream(tmp_path: Path) -> None:
-    """By BLS, its child would hang for every later request, and still be called ready."""
+    """Over BLS, its child would hang at every later request, and still be reported ready."""
     base = all_in_one(tmp_path)
     gateway = msgspec.structs.replace(base.gateway, channel="bls")
     with watched(msgspec.structs.replace(base, gateway=gateway), tmp_path) as server:
@@ -64,7 +64,7 @@ def test_a_caller_that_dies_in_mid_stream(tmp_path: Path) -> None:
         killed = time.monotonic()
         for thread in threads:
             thread.join(2)
-            assert not thread.is_alive(), "its clients are told"
+            assert not thread.is_alive(), "its clients get an error"
 
         def back() -> bool:
             with suppress(OSError, Refused):

@@ -1,4 +1,4 @@
-"""What must be so after any input: nobody has ended, nothing is held, others were served."""
+"""Checks after any input: no process has ended, nothing is held, other requests were served."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ if TYPE_CHECKING:
     from tests.servers import Running
 
 IDLE_S = 40.0
-"""Until what nobody has taken is given up: some leases, one after another, on a busy machine."""
+"""Time until KV caches that no decode takes are freed: several leases, on a busy machine."""
 TOKENS = 40
 MOST_SERIES = 150
-"""That come into being with the first of something: outcomes, buckets of histograms."""
+"""Series that may appear with their first event: outcomes, buckets of histograms."""
 
 
 @contextlib.contextmanager
 def unharmed(server: Running) -> Iterator[None]:
-    """Whatever is done meanwhile ends no process, leaves nothing held and stops nobody else."""
+    """Check that the block ends no process, leaves nothing held and delays no other request."""
     before, series = processes(server), len(metrics(server))
     with bystander(server):
         yield
     assert processes(server) == before, "a process has ended"
     wait_idle(server, IDLE_S)
-    assert len(metrics(server)) < series + MOST_SERIES, "labels are made of what is fed"
+    assert len(metrics(server)) < series + MOST_SERIES, "labels are made of the input"
     assert processes(server) == before, "a process has ended"
 
 
 def processes(server: Running) -> dict[str, int]:
-    """Process ids by model."""
+    """Return process ids by model."""
     models = [*server.deployment.instances("prefill"), *server.deployment.instances("decode")]
     return {model: stub(server, model).pid for model in ("pdserve", "scheduler", *models)}
 
 
 @contextlib.contextmanager
 def bystander(server: Running) -> Iterator[None]:
-    """A client asks one thing after the other meanwhile, and always gets the same whole answer."""
+    """Send requests meanwhile, and check that each gets the same whole answer."""
     over, texts, failures = threading.Event(), set[str](), list[Exception]()
 
     def ask() -> None:

@@ -1,4 +1,4 @@
-"""A server to be fed, and with how much."""
+"""The server that receives random input, and the amount of input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEASE_S = 3.0
 
 @pytest.fixture(scope="session")
 def budget(request: pytest.FixtureRequest) -> Budget:
-    """Of each test; see the options in ``tests/conftest.py``."""
+    """Return the budget of each test; see the options in ``tests/conftest.py``."""
     return Budget(
         request.config.getoption("--fuzz-count"), request.config.getoption("--fuzz-seconds")
     )

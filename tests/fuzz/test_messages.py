@@ -1,4 +1,4 @@
-"""Messages to instances: whatever comes, sealed or not, they answer and go on."""
+"""Tests that instances answer any message, sealed or not, and keep serving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests of clients, over HTTP and gRPC: each ends once, with an answer or an error by name."""
+"""Tests that random requests over HTTP and gRPC end once, with an answer or a named error."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.triton
 
 ENDS_S = 60.0
-"""On a busy machine."""
+"""Seconds within which a request ends, on a busy machine."""
 CODES = ("INVALID_ARG", "UNAVAILABLE", "UNSUPPORTED", "NOT_FOUND", "CANCELLED")
 AT_ONCE = 32
-"""Requests of one example, side by side."""
+"""Requests of one example that are sent side by side."""
 
 text = st.text(max_size=40)
 label = st.sampled_from(["", "a", "default", "x" * 64, "x" * 65, "a\nb", "é" * 33]) | text
@@ -83,8 +83,8 @@ parameters = st.dictionaries(
 )
 
 
-class Asked(NamedTuple):
-    """One request."""
+class ClientRequest(NamedTuple):
+    """One request to be sent."""
 
     model: str
     fields: dict[str, Any]
@@ -95,7 +95,7 @@ class Asked(NamedTuple):
 
 
 @st.composite
-def asked(draw: st.DrawFn) -> Asked:
+def client_requests(draw: st.DrawFn) -> ClientRequest:
     model = draw(st.sampled_from(["pdserve"] * 3 + ["scheduler", "tokenizer"]))
     needed = "input_ids" if model == "scheduler" else "text_input"
     names = draw(st.lists(st.sampled_from([*VALUES]), max_size=4, unique=True))
@@ -104,7 +104,7 @@ def asked(draw: st.DrawFn) -> Asked:
     if model == "tokenizer":
         del fields["max_tokens"]
     spoils = ["", "", "", "", "utf8", "type", "shape", "name", "without"]
-    return Asked(
+    return ClientRequest(
         model,
         fields,
         draw(st.just({}) | parameters),
@@ -114,15 +114,15 @@ def asked(draw: st.DrawFn) -> Asked:
     )
 
 
-def spoiled_name(one: Asked) -> str:
+def spoiled_name(one: ClientRequest) -> str:
     names = [*one.fields]
     return names[one.place % len(names)]
 
 
-# ----------------------------------------------------------------------------------------- HTTP
+# --------------------------------------------------------------------------------------------- HTTP
 
 
-def body(one: Asked) -> bytes:
+def body(one: ClientRequest) -> bytes:
     fields = {**one.fields}
     name = spoiled_name(one)
     if one.spoiled == "type":
@@ -141,7 +141,7 @@ def body(one: Asked) -> bytes:
     return data
 
 
-async def over_http(server: Running, one: Asked) -> None:
+async def over_http(server: Running, one: ClientRequest) -> None:
     path = f"/v2/models/{one.model}/generate{'_stream' if one.streamed else ''}"
     address, _, port = server.http.removeprefix("http://").partition(":")
     data = body(one)
@@ -157,14 +157,14 @@ async def over_http(server: Running, one: Asked) -> None:
     assert "INTERNAL" not in said, (one, said)
     assert "Traceback" not in said, (one, said)
     assert status in (200, 400, 404, 500, 501, 503), (one, said)
-    if status == 500:  # Triton's own, of what is no JSON of the right types
+    if status == 500:  # an error of Triton itself, for JSON of wrong types or for no JSON
         assert not any(f'"{code}:' in said for code in CODES), (one, said)
     elif one.model != "tokenizer":
         ends = sum(said.count(f'"finish_reason":"{reason}"') for reason in ("stop", "length"))
         assert ends + said.count('"error":') == 1, (one, said)
 
 
-# ----------------------------------------------------------------------------------------- gRPC
+# --------------------------------------------------------------------------------------------- gRPC
 
 PACKED: dict[str, Callable[[Any], bytes]] = {
     "BYTES": lambda value: struct.pack("<I", len(value)) + value,
@@ -175,7 +175,7 @@ PACKED: dict[str, Callable[[Any], bytes]] = {
 }
 
 
-def message(one: Asked) -> service_pb2.ModelInferRequest:
+def message(one: ClientRequest) -> service_pb2.ModelInferRequest:
     made = service_pb2.ModelInferRequest(model_name=one.model, id=f"{one.place}")
     spoil = spoiled_name(one)
     for name, value in one.fields.items():
@@ -202,7 +202,7 @@ def message(one: Asked) -> service_pb2.ModelInferRequest:
     return made
 
 
-async def over_grpc(channel: grpc.aio.Channel, one: Asked) -> None:
+async def over_grpc(channel: grpc.aio.Channel, one: ClientRequest) -> None:
     call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(timeout=ENDS_S)
     await call.write(message(one))
     await call.done_writing()
@@ -223,17 +223,17 @@ async def over_grpc(channel: grpc.aio.Channel, one: Asked) -> None:
 def test_requests_end_once_with_an_answer_or_an_error_by_name(
     fuzzed_server: Running, budget: Budget
 ) -> None:
-    async def feed(fed: list[Asked]) -> None:
+    async def feed(fed: list[ClientRequest]) -> None:
         async with grpc.aio.insecure_channel(fuzzed_server.grpc) as channel:
             waits = [over_http(fuzzed_server, one) for one in fed]
             waits += [over_grpc(channel, one) for one in fed]
             await asyncio.gather(*waits)
 
-    def use(fed: list[Asked]) -> int:
+    def use(fed: list[ClientRequest]) -> int:
         asyncio.run(feed(fed))
         return 2 * len(fed)
 
     with unharmed(fuzzed_server):
-        made = budget.spend(st.lists(asked(), min_size=8, max_size=AT_ONCE), use)
+        made = budget.spend(st.lists(client_requests(), min_size=8, max_size=AT_ONCE), use)
     print(f"\n{made} requests")
     assert "INTERNAL" not in fuzzed_server.servers[0].read_log()

@@ -1,4 +1,4 @@
-"""Fixtures that give tests several hosts, or skip them and say why there can be none."""
+"""Fixtures that give tests several hosts, or skip them with the reason."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def hosts_possible() -> None:
 
 @pytest.fixture
 def network(hosts_possible: None) -> Iterator[Network]:
-    """Two hosts, ``left`` and ``right``, without a limit of their rate."""
+    """Make two hosts, ``left`` and ``right``, without a rate limit."""
     with hosts(["left", "right"]) as made:
         yield made

@@ -25,7 +25,7 @@ TICK_S = 0.1
 
 
 class End:
-    """Such a process on a host."""
+    """A process of this module on a host."""
 
     def __init__(self, network: Network, host: str, role: str) -> None:
         self.process = subprocess.Popen(
@@ -41,7 +41,7 @@ class End:
         self.process.stdin.flush()
 
     def read(self, within: float) -> str:
-        """The next answer; fails if it does not come."""
+        """Return the next answer; fail if it does not come."""
         assert self.process.stdout is not None
         assert select.select([self.process.stdout], [], [], within)[0], "no answer"
         return self.process.stdout.readline().strip()
@@ -56,7 +56,7 @@ class End:
 
 
 class Sender:
-    """A prefill without an engine, which sweeps its leases as one with an engine does."""
+    """A prefill without an engine, which sweeps its leases like one with an engine."""
 
     def __init__(self) -> None:
         self._sender = transfers.Sender("nixl", transfers.terms(LAYOUT), NBYTES)
@@ -73,13 +73,13 @@ class Sender:
         return self._sender.holder.endpoint.hex()
 
     def offer(self) -> str:
-        """A handle, and the digest of what it leads to."""
+        """Return a handle, and the digest of its KV cache."""
         with self._lock:
             made = self._sender.offer(TOKENS)
         return f"{made.sealed.hex()} {made.digest}"
 
     def held(self) -> str:
-        """What nobody else can have."""
+        """Return what is not available to others."""
         with self._lock:
             return str(self._sender.held())
 
@@ -95,11 +95,11 @@ class Puller:
         self._puller = transfers.Puller("nixl", agreed, TOKENS, timeout_s=20.0, piece_bytes=4 << 20)
 
     def connect(self, endpoint: str) -> str:
-        """What the link runs over."""
+        """Connect; return the transport of the link."""
         return self._puller.receiver.connect(bytes.fromhex(endpoint))[1].detail
 
     def pull(self, sealed: str) -> str:
-        """The digest of what has arrived."""
+        """Pull; return the digest of what has arrived."""
         self._puller.pull(bytes.fromhex(sealed))
         return hashlib.sha256(self._puller.pool).hexdigest()
 

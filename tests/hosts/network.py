@@ -1,4 +1,4 @@
-"""Several hosts imitated on one machine: namespaces of Linux, joined by a network; for root only.
+"""Several hosts imitated on one machine by Linux namespaces on one network; needs root.
 
     root namespace    bridge, NETWORK.1 ── a veth for each host ── eth0, NETWORK.2, .3, ...
 
@@ -35,13 +35,13 @@ T = TypeVar("T")
 
 COMMAND_S = 10.0
 COMMANDS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux", "unshare": "util-linux"}
-"""What is used, and the package that brings it."""
+"""Commands that are used, and the package of each."""
 MOST = 16
 """Hosts in one network."""
 MAC = "02:00:00:00:00:01"
-"""Of the bridge."""
+"""MAC address of the bridge."""
 CLOCK_S = 1_000_000
-"""How far the clock of each host is ahead of that of the one before."""
+"""Seconds by which the clock of each host is ahead of that of the one before."""
 NETNS = Path("/run/netns")
 LINKS = Path("/sys/class/net")
 # Six digits hold every process id (at most 2**22); a link's name may have 15 characters.
@@ -66,7 +66,7 @@ exec sleep infinity
 
 
 class NetworkError(Exception):
-    """The machine refused a part of the network; the message has the command and its words."""
+    """The machine refused a part of the network; the message has the command and its output."""
 
 
 class Network:
@@ -85,17 +85,17 @@ class Network:
         self._pids: dict[str, int] = {}
 
     def address(self, host: str) -> str:
-        """IPv4 address of a host."""
+        """Return the IPv4 address of a host."""
         return self._addresses[host]
 
     def command(self, host: str, argv: Sequence[str]) -> list[str]:
-        """A command line that runs ``argv`` on a host, in the folder that `hosts` was called in."""
+        """Return a command that runs ``argv`` on a host, in the folder `hosts` was called in."""
         pid = self._pids[host]
         options = ("--net", "--mount", "--uts", "--time", "--wd")
         return ["nsenter", f"--target={pid}", *options, "--", *argv]
 
     def call(self, host: str, function: Callable[[], T]) -> T:
-        """Call ``function`` in a thread that has a host's network: its sockets are the host's."""
+        """Call ``function`` in a thread in a host's network, so its sockets are the host's."""
 
         def inside() -> T:
             libc = ctypes.CDLL(None, use_errno=True)
@@ -129,7 +129,7 @@ class Network:
         _do(f"ip link set {self._ports[host]} master {self._prefix}br")
 
     def make(self) -> None:
-        """Raises: NetworkError; what is there already stays until ``remove``."""
+        """Make it. Raises NetworkError; parts that exist by then stay until ``remove``."""
         bridge = f"{self._prefix}br"
         # With an address of its own, not one of a port's; without a delay, in which a port that has
         # just been added would forward nothing.
@@ -168,7 +168,7 @@ class Network:
         self._pids[host] = int(said)
 
     def remove(self) -> None:
-        """Remove all of it, and kill all that runs there."""
+        """Remove all of it, and kill all processes there."""
         for host, pid in self._pids.items():
             os.kill(pid, signal.SIGKILL)
             self._first[host].wait(COMMAND_S)
@@ -201,7 +201,7 @@ def hosts(names: Sequence[str], rate_mbit: float | None = None) -> Iterator[Netw
 
 
 def available() -> str | None:
-    """Why there can be no hosts here; None: there can."""
+    """Return why hosts cannot be made here; None: they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for command, package in COMMANDS.items():
@@ -215,14 +215,14 @@ def available() -> str | None:
 
 
 def leftovers() -> list[str]:
-    """Namespaces and links that have been made here, by anybody, and not been removed."""
+    """Return namespaces and links made by this module in any process, and not removed."""
     folders = [folder for folder in (NETNS, LINKS) if folder.exists()]
     names = [entry.name for folder in folders for entry in folder.iterdir()]
     return sorted(name for name in names if _OURS.fullmatch(name))
 
 
 def _stale() -> set[str]:
-    """Prefixes of owners that are gone."""
+    """Return the prefixes of owners that have ended."""
     found = [match for match in map(_OURS.fullmatch, leftovers()) if match]
     return {match[1] for match in found if not Path("/proc", str(int(match[2], 16))).exists()}
 
@@ -232,7 +232,7 @@ def _remove(prefixes: Collection[str]) -> None:
     for name in sorted(leftovers(), key=lambda name: "-" in name):
         if not name.startswith(tuple(prefixes)):
             continue
-        with contextlib.suppress(NetworkError):  # one that has just gone by itself
+        with contextlib.suppress(NetworkError):  # it may just have gone by itself
             if "-" in name:
                 _kill_all(name)
                 _do(f"ip netns del {name}")
@@ -241,7 +241,7 @@ def _remove(prefixes: Collection[str]) -> None:
 
 
 def _kill_all(namespace: str) -> None:
-    """Kill what runs in a namespace, which would live as long as that."""
+    """Kill the processes in a namespace, which would keep it alive."""
     deadline = time.monotonic() + COMMAND_S
     while (pids := _do(f"ip netns pids {namespace}").split()) and time.monotonic() < deadline:
         for pid in map(int, pids):
@@ -251,7 +251,7 @@ def _kill_all(namespace: str) -> None:
 
 
 def _unused_network() -> ipaddress.IPv4Network:
-    """A /24 of 10.0.0.0/8 that the root namespace has no route to, but a default one."""
+    """Return a /24 of 10.0.0.0/8 to which the root namespace has only a default route."""
     routes = json.loads(_do("ip -json -4 route show table all"))
     used = [ipaddress.ip_network(route["dst"]) for route in routes if route["dst"] != "default"]
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""``python -m tests.hosts.serve FILE NAME FOLDER``: one server of the deployment in FILE.
+"""``python -m tests.hosts.serve FILE NAME FOLDER``: runs one server of the deployment in FILE.
 
 Says "ready" when it is, or why it is not. Ends, with the server, when its standard input does.
 FOLDER receives the server's own folder.

@@ -1,4 +1,4 @@
-"""Real servers on several hosts: the gateway in the root namespace, workers where they are put."""
+"""Real servers on several hosts: the gateway in the root namespace, workers where placed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _addressed(
 
 
 def _start(network: Network, host: str, file: Path, name: str) -> subprocess.Popen[str]:
-    """A process on a host that keeps a server while its standard input is open."""
+    """Start a process on a host that keeps a server while its standard input is open."""
     argv = [sys.executable, "-m", "tests.hosts.serve", str(file), name, str(file.parent)]
     return subprocess.Popen(
         network.command(host, argv),

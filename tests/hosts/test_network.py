@@ -1,4 +1,4 @@
-"""Hosts by themselves: apart, connected, as fast as said, cut off, and gone afterwards."""
+"""Tests for imitated hosts: isolated, connected, rate-limited, cut off, and removed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def output(network: Network, host: str, script: str) -> str:
 
 @contextlib.contextmanager
 def connected(network: Network, source: str, target: str) -> Iterator[tuple[socket.socket, ...]]:
-    """The two ends of a TCP connection from one host to another."""
+    """Yield the two ends of a TCP connection from one host to another."""
     listening = network.call(target, lambda: socket.create_server((network.address(target), 0)))
     with listening:
         listening.settimeout(WAIT_S)
@@ -46,7 +46,7 @@ def connected(network: Network, source: str, target: str) -> Iterator[tuple[sock
 
 @contextlib.contextmanager
 def flow(sender: socket.socket, receiver: socket.socket) -> Iterator[Callable[[float], float]]:
-    """Send as much as goes through; yields what measures the rate: of seconds, in Mbit/s."""
+    """Send as much as possible; yield a function that measures Mbit/s over some seconds."""
     received = 0
 
     def send() -> None:
@@ -136,7 +136,7 @@ class TestRate:
         network.set_rate("left", mbit)
         for ends in (("left", "right"), ("right", "left")):
             with connected(network, *ends) as connection, flow(*connection) as rate:
-                # Others on this machine may have taken the time of one or two.
+                # Other processes may have delayed one or two of them.
                 found = [rate(MEASURE_S)]
                 while found[-1] != pytest.approx(mbit, rel=0.15) and len(found) < 3:
                     found.append(rate(MEASURE_S))
@@ -157,7 +157,7 @@ class TestCut:
             time.sleep(0.1)
             assert rate(0.3) == 0
             network.restore("left")
-            # The next attempt of TCP comes 0.2, 0.4, 0.8 s after the one before.
+            # TCP tries again 0.2, 0.4, 0.8 s after the attempt before.
             assert rate(1.0) > 100
 
     def test_others_are_not_cut_off(self, hosts_possible: None) -> None:
@@ -230,7 +230,7 @@ def ours(owner: int) -> list[str]:
 
 
 def running(pid: int) -> bool:
-    """Whether a process runs; one that only waits to be collected does not."""
+    """Tell whether a process runs; a zombie does not."""
     with contextlib.suppress(FileNotFoundError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     return False

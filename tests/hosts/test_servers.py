@@ -1,4 +1,4 @@
-"""Real servers on several hosts: a prefill on one, a decode on another, the gateway before them."""
+"""Tests for servers on several hosts: a prefill, a decode, and the gateway before them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ASKED = {"text_input": "One host prefills, the other one decodes.", "max_tokens"
 
 
 def deployment(key_file: Path) -> Deployment:
-    """The emulated engine: one prefill, one decode, the gateway, each in its own server."""
+    """The emulated engine: one prefill, one decode and the gateway, each in a separate server."""
     base = default_deployment("emulated")
     return msgspec.structs.replace(
         base,
@@ -71,7 +71,7 @@ def test_answers_as_one_host_does(
 
 
 def test_status_asks_servers_of_other_hosts_at_their_ports(server: Running, tmp_path: Path) -> None:
-    """As seen by somebody who has started none of them."""
+    """The caller has started none of them."""
     here, *others = (Server(server.deployment, one, tmp_path) for one in server.deployment.servers)
     assert status(here)["state"] == "stopped", "a server of this host that was not started here"
     for other in others:
@@ -95,5 +95,5 @@ def test_one_that_does_not_start_says_why(network: Network, tmp_path: Path) -> N
 
 
 def namespace(process: int | str = "thread-self") -> Path:
-    """The network of a process."""
+    """Return the network namespace of a process."""
     return Path(f"/proc/{process}/ns/net").readlink()

@@ -1,4 +1,4 @@
-"""The transfer plane from host to host, and what becomes of a pull when the network is cut."""
+"""Tests for the transfer plane between hosts, and for pulls while the network is cut."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ pytestmark = [pytest.mark.hosts, pytest.mark.alone]
 
 RATE_MBIT = 500
 PULL_S = NBYTES * 8e-6 / RATE_MBIT
-"""Of one KV cache, at least: 1.07 s."""
+"""Minimum seconds to pull one KV cache: 1.07 s."""
 LIMIT_S = 10.0
-"""Of what goes well."""
+"""Seconds within which an undisturbed pull ends."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def puller(network: Network) -> Iterator[End]:
 
 
 def begin(sender: End, puller: End) -> str:
-    """Connect, and begin to pull; the digest that is expected of it."""
+    """Connect and begin to pull; return the digest that must arrive."""
     assert puller.say("connect", sender.say("describe")) == "tcp/eth0"
     sealed, digest = sender.say("offer").split()
     puller.write("pull", sealed)

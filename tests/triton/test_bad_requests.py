@@ -1,4 +1,4 @@
-"""Requests that cannot be served: the right code, a message that helps, and no harm done."""
+"""Tests for requests that cannot be served: the status, a helpful message, and no harm done."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UNPARSABLE = "Unable to parse"
 
 
 class Bad(NamedTuple):
-    """A request that differs from a good one by ``fields``; ``says`` are parts of the message."""
+    """A request that differs from a valid one by ``fields``; ``says`` are parts of the message."""
 
     name: str
     fields: dict[str, Any]
@@ -101,7 +101,7 @@ VALUES = [
     Bad("unknown-model", {}, ("nope", "not found"), "nope"),
 ]
 
-# What only a tensor can carry.
+# Values that only a tensor can carry.
 TENSORS = [
     Bad(
         "invalid-utf8",
@@ -196,7 +196,7 @@ TENSORS = [
 
 
 class Body(NamedTuple):
-    """An HTTP request; Triton itself answers what is not even JSON of the right types, with 500."""
+    """An HTTP request; Triton itself answers 500 to JSON of wrong types or to no JSON."""
 
     name: str
     body: dict[str, Any] | bytes
@@ -322,7 +322,7 @@ BODIES = [
 
 
 def whole(bad: Bad) -> dict[str, Any]:
-    """A good request of the model, made bad; None stands for a field left out."""
+    """Return a valid request of the model with these fields replaced; None: left out."""
     prompt: dict[str, Any] = (
         {"input_ids": [1, 2]} if bad.model == "scheduler" else {"text_input": "a"}
     )
@@ -336,7 +336,7 @@ def check(message: str, says: tuple[str, ...]) -> None:
 
 
 def over_grpc(server: Running, *cases: Bad) -> list[Answer | BaseException]:
-    """The answers to all of them, asked side by side."""
+    """Return the answers to all of them, sent side by side."""
 
     async def run() -> list[Answer | BaseException]:
         async with connected(server) as client:
@@ -352,7 +352,7 @@ def named(cases: list[Any]) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_leaks(emulated_server: Running) -> Iterator[None]:
-    """After all of them nothing is in use, and no process has a file more than before."""
+    """Check that afterwards nothing is in use, and that no process has more files open."""
     burst(emulated_server)
     burst(emulated_server, "scheduler", input_ids=[1, 2, 3])
     wait_idle(emulated_server, 2)
@@ -364,7 +364,7 @@ def nothing_leaks(emulated_server: Running) -> Iterator[None]:
 
 
 def burst(server: Running, model: str = "pdserve", **prompt: Any) -> list[str]:
-    """Good requests side by side, their answers."""
+    """Send valid requests side by side; return their answers."""
 
     def text(number: int) -> str:
         asked = prompt or {"text_input": f"question {number}"}
@@ -416,7 +416,7 @@ def test_http_body(emulated_server: Running, bad: Body) -> None:
 
 
 def test_the_log_holds_nothing_that_a_client_has_sent(emulated_server: Running) -> None:
-    """A prompt may stand beside the field that is wrong."""
+    """A prompt may stand beside the invalid field."""
     for bad in BODIES:
         if b"SECRET" in (
             bad.body if isinstance(bad.body, bytes) else json.dumps(bad.body).encode()
@@ -427,7 +427,7 @@ def test_the_log_holds_nothing_that_a_client_has_sent(emulated_server: Running) 
 
 @pytest.mark.parametrize("model", ["prefill_0", "decode_0"])
 def test_an_instance_ignores_an_id_that_is_not_utf8(emulated_server: Running, model: str) -> None:
-    """It is read before anything else: what fails there would leave its caller without answer."""
+    """The id is read first, so a failure there would leave its caller without an answer."""
     body = b'{"request": [1], "id": "a\xff"}'
     status, answer = post(emulated_server, f"/v2/models/{model}/generate", body, TIMEOUT_S)
     assert status == 200
@@ -448,7 +448,7 @@ def test_bad_ones_beside_good_ones_harm_none(emulated_server: Running) -> None:
 def test_nobody_but_a_watchdog_says_that_an_instance_is_lost(
     emulated_server: Running, instance: str
 ) -> None:
-    """It would break all that the instance is doing for others."""
+    """A forged notice would break everything that the instance is doing for others."""
 
     async def run() -> tuple[list[Answer], list[Any]]:
         async with connected(emulated_server) as client:

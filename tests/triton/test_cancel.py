@@ -1,4 +1,4 @@
-"""Clients that go away: whatever they held is free at once, whatever they were waiting for."""
+"""Tests for clients that leave: whatever they held is free at once, in every phase."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ LONG = 160
 
 
 class Client(Protocol):
-    """One streaming request of the scheduler, which can be left."""
+    """One streaming request to the scheduler, which its client can leave."""
 
     def __init__(self, server: Running, **inputs: Any) -> None: ...
 
     def token(self) -> float:
-        """Wait for the next response; when it came."""
+        """Wait for the next response; return when it came."""
 
     def leave(self) -> float:
-        """Go without a word; when that was."""
+        """Leave without a message; return when that was."""
 
 
 class GrpcCancel:
-    """Cancels its stream."""
+    """A client that cancels its stream."""
 
     timeout: float | None = None
     model = "scheduler"
@@ -93,14 +93,14 @@ class GrpcCancel:
         return at
 
 
-class OfTheOtherGateway(GrpcCancel):
-    """Asks a gateway that promises the same room, and tells nobody."""
+class OtherGatewayClient(GrpcCancel):
+    """A client of the second gateway, which promises the same room independently of the first."""
 
     model = "pdserve"
 
 
 class GrpcTimeout(GrpcCancel):
-    """Goes when its own time-out ends."""
+    """A client that leaves when its own timeout ends."""
 
     timeout = 1.0
 
@@ -114,7 +114,7 @@ class GrpcTimeout(GrpcCancel):
 
 
 class HttpClose:
-    """Closes its socket in the middle of ``generate_stream``."""
+    """A client that closes its socket in the middle of ``generate_stream``."""
 
     def __init__(self, server: Running, **inputs: Any) -> None:
         self._connection = connect(server)
@@ -145,16 +145,16 @@ WAYS = pytest.mark.parametrize("way", [GrpcCancel, HttpClose, GrpcTimeout])
 
 
 @pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One prefill and one decode with one slot each; 10 ms a prompt token, 20 ms a step."""
-    with serving(tmp_path_factory.mktemp("narrow"), decode_slots=1) as server:
+def one_slot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One prefill and one decode with one slot each; 10 ms per prompt token, 20 ms per step."""
+    with serving(tmp_path_factory.mktemp("one_slot"), decode_slots=1) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The same with room for two of the longest answers in the decode."""
-    with serving(tmp_path_factory.mktemp("of_two"), decode_slots=2) as server:
+def two_answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The same, but the decode has room for two of the longest answers."""
+    with serving(tmp_path_factory.mktemp("two_answers"), decode_slots=2) as server:
         yield server
 
 
@@ -177,7 +177,7 @@ def serving(folder: Path, decode_slots: int) -> Iterator[Running]:
 @pytest.fixture(autouse=True)
 def idle_at_the_end(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    for name in {"narrow", "of_two"} & set(request.fixturenames):
+    for name in {"one_slot", "two_answers"} & set(request.fixturenames):
         wait_idle(request.getfixturevalue(name), 2)
 
 
@@ -185,55 +185,55 @@ _numbers = itertools.count()
 
 
 def prompt(tokens: int) -> list[int]:
-    """Ids that begin like no other prompt's here, so that none of them is cached."""
+    """Return token ids that share no prefix with other prompts here, so none is cached."""
     return [100, next(_numbers), *range(200, 200 + tokens - 2)]
 
 
-def shows(server: Running, name: str, **labels: str) -> bool:
-    """Whether the metrics show something of this in use."""
+def shown_in_use(server: Running, name: str, **labels: str) -> bool:
+    """Tell whether the metrics show this in use."""
     wanted = str(labels)[1:-1]
     return any(key.startswith(name) and wanted in key for key in held(server))
 
 
-# ------------------------------------------------------- one client that leaves
+# --------------------------------------------------------------------------- one client that leaves
 
 
 @WAYS
-def test_in_decode(narrow: Running, way: type[Client]) -> None:
-    leaving = way(narrow, input_ids=prompt(5))
+def test_in_decode(one_slot: Running, way: type[Client]) -> None:
+    leaving = way(one_slot, input_ids=prompt(5))
     leaving.token()
     leaving.token()
-    staying = GrpcCancel(narrow, input_ids=prompt(5))
-    wait_until(lambda: open_requests(narrow) == 2, 1)
-    wait_until(lambda: shows(narrow, "pdserve_kv_blocks"), 1)
+    staying = GrpcCancel(one_slot, input_ids=prompt(5))
+    wait_until(lambda: open_requests(one_slot) == 2, 1)
+    wait_until(lambda: shown_in_use(one_slot, "pdserve_kv_blocks"), 1)
 
     left = leaving.leave()
-    # The one slot of the decode goes to who waits for it: that is when it was free.
+    # The only slot of the decode goes to the waiting request: that is when it was free.
     staying.token()
     freed = staying.token() - left - 5 * PREFILL_TOKEN_S - STEP_S
     staying.leave()
 
     print(f"free after {freed * 1e3:.0f} ms")
     assert freed < FREED_S
-    wait_idle(narrow, FREED_S + SHOWN_S)
+    wait_idle(one_slot, FREED_S + SHOWN_S)
 
 
 @WAYS
-def test_while_its_kv_cache_waits_for_a_decode(of_two: Running, way: type[Client]) -> None:
-    """Its gateway has just been told of room, all of which the other one has taken since."""
-    generate(of_two, text_input="first", max_tokens=2)
-    generate(of_two, "scheduler", input_ids=prompt(5), max_tokens=2)
-    others = [OfTheOtherGateway(of_two, text_input=text) for text in ("second", "third")]
+def test_while_its_kv_cache_waits_for_a_decode(two_answers: Running, way: type[Client]) -> None:
+    """Its gateway has just been notified of room, all of which the other one has used since."""
+    generate(two_answers, text_input="first", max_tokens=2)
+    generate(two_answers, "scheduler", input_ids=prompt(5), max_tokens=2)
+    others = [OtherGatewayClient(two_answers, text_input=text) for text in ("second", "third")]
     for client in others:
         client.token()
         client.token()
-    leaving = way(of_two, input_ids=prompt(5))
+    leaving = way(two_answers, input_ids=prompt(5))
     leaving.token()
-    staying = GrpcCancel(of_two, input_ids=prompt(5), max_tokens=1)
-    wait_until(lambda: shows(of_two, "pdserve_kv_leases", state="leased"), 1)
+    staying = GrpcCancel(two_answers, input_ids=prompt(5), max_tokens=1)
+    wait_until(lambda: shown_in_use(two_answers, "pdserve_kv_leases", state="leased"), 1)
 
     left = leaving.leave()
-    # Likewise the one slot of the prefill, which an untransferred KV cache keeps.
+    # Likewise the only slot of the prefill, which an untransferred KV cache keeps.
     freed = staying.token() - left - 5 * PREFILL_TOKEN_S
     for client in (*others, staying):
         client.leave()
@@ -243,17 +243,17 @@ def test_while_its_kv_cache_waits_for_a_decode(of_two: Running, way: type[Client
 
 
 @pytest.mark.parametrize("way", [GrpcCancel, GrpcTimeout])
-def test_while_waiting_for_room_in_a_decode(narrow: Running, way: type[Client]) -> None:
-    """Nothing is computed for it, and the prefill is there for others."""
-    decoding = GrpcCancel(narrow, input_ids=prompt(5))
+def test_while_waiting_for_room_in_a_decode(one_slot: Running, way: type[Client]) -> None:
+    """Nothing is computed for it, and others can use the prefill."""
+    decoding = GrpcCancel(one_slot, input_ids=prompt(5))
     decoding.token()
     decoding.token()
-    leaving = way(narrow, input_ids=prompt(5))
-    wait_until(lambda: open_requests(narrow) == 2, 1)
-    generate(narrow, "scheduler", input_ids=prompt(5), max_tokens=1)
+    leaving = way(one_slot, input_ids=prompt(5))
+    wait_until(lambda: open_requests(one_slot) == 2, 1)
+    generate(one_slot, "scheduler", input_ids=prompt(5), max_tokens=1)
 
     left = leaving.leave()
-    wait_until(lambda: open_requests(narrow) == 1, 1)
+    wait_until(lambda: open_requests(one_slot) == 1, 1)
     noticed = time.monotonic() - left
     decoding.leave()
 
@@ -262,12 +262,12 @@ def test_while_waiting_for_room_in_a_decode(narrow: Running, way: type[Client]) 
 
 
 @WAYS
-def test_in_prefill(narrow: Running, way: type[Client]) -> None:
-    """A forward is never interrupted: the slot is free when it ends."""
+def test_in_prefill(one_slot: Running, way: type[Client]) -> None:
+    """A forward is never interrupted, so the slot is free when it ends."""
     began = time.monotonic()
-    leaving = way(narrow, input_ids=prompt(LONG))
-    wait_until(lambda: shows(narrow, "pdserve_kv_leases", state="allocated"), 1.5)
-    staying = GrpcCancel(narrow, input_ids=prompt(5))
+    leaving = way(one_slot, input_ids=prompt(LONG))
+    wait_until(lambda: shown_in_use(one_slot, "pdserve_kv_leases", state="allocated"), 1.5)
+    staying = GrpcCancel(one_slot, input_ids=prompt(5))
 
     left = leaving.leave()
     forward_ends = began + LONG * PREFILL_TOKEN_S
@@ -280,13 +280,13 @@ def test_in_prefill(narrow: Running, way: type[Client]) -> None:
 
 
 @pytest.mark.parametrize("way", [GrpcCancel, GrpcTimeout])
-def test_while_waiting_for_a_prefill(narrow: Running, way: type[Client]) -> None:
-    busy = GrpcCancel(narrow, input_ids=prompt(LONG))
-    leaving = way(narrow, input_ids=prompt(5))
-    wait_until(lambda: open_requests(narrow) == 2, 1)
+def test_while_waiting_for_a_prefill(one_slot: Running, way: type[Client]) -> None:
+    busy = GrpcCancel(one_slot, input_ids=prompt(LONG))
+    leaving = way(one_slot, input_ids=prompt(5))
+    wait_until(lambda: open_requests(one_slot) == 2, 1)
 
     left = leaving.leave()
-    wait_until(lambda: open_requests(narrow) == 1, 1)
+    wait_until(lambda: open_requests(one_slot) == 1, 1)
     noticed = time.monotonic() - left
     busy.token()
     busy.leave()
@@ -295,47 +295,47 @@ def test_while_waiting_for_a_prefill(narrow: Running, way: type[Client]) -> None
     assert noticed < FREED_S + SHOWN_S
 
 
-def test_over_http_with_its_first_response_at_the_latest(narrow: Running) -> None:
+def test_over_http_with_its_first_response_at_the_latest(one_slot: Running) -> None:
     """Triton does not look at the socket of a request that has had no response."""
-    busy = GrpcCancel(narrow, input_ids=prompt(LONG))
-    leaving = HttpClose(narrow, input_ids=prompt(5))
-    wait_until(lambda: open_requests(narrow) == 2, 1)
+    busy = GrpcCancel(one_slot, input_ids=prompt(LONG))
+    leaving = HttpClose(one_slot, input_ids=prompt(5))
+    wait_until(lambda: open_requests(one_slot) == 2, 1)
 
     leaving.leave()
     busy.token()
     busy.leave()
 
-    wait_idle(narrow, 5 * PREFILL_TOKEN_S + FREED_S + SHOWN_S)
+    wait_idle(one_slot, 5 * PREFILL_TOKEN_S + FREED_S + SHOWN_S)
 
 
 def open_requests(server: Running) -> float:
     return sum(s.value for s in metrics(server) if s.name == "pdserve_open_requests")
 
 
-def test_a_request_whose_limit_passes_while_it_waits_is_told_so(narrow: Running) -> None:
-    busy = GrpcCancel(narrow, input_ids=prompt(LONG))
-    wait_until(lambda: shows(narrow, "pdserve_slots", state="used"), 1)
+def test_a_request_whose_limit_passes_while_it_waits_is_told_so(one_slot: Running) -> None:
+    busy = GrpcCancel(one_slot, input_ids=prompt(LONG))
+    wait_until(lambda: shown_in_use(one_slot, "pdserve_slots", state="used"), 1)
     began = time.monotonic()
     with pytest.raises(
         Refused, match=r"^UNAVAILABLE: no idle prefill within the TTFT limit of 300 ms"
     ) as late:
-        generate(narrow, "scheduler", input_ids=prompt(5), max_tokens=1, ttft_limit_ms=300)
+        generate(one_slot, "scheduler", input_ids=prompt(5), max_tokens=1, ttft_limit_ms=300)
     waited = time.monotonic() - began
     busy.leave()
 
-    # It leaves the line as long before its limit as a prefill would take, and says so.
+    # It leaves the queue as long before its limit as a prefill would take, and the error says so.
     takes = re.search(r"a prefill would take (\d+) ms", str(late.value))
     assert 0.3 - (float(takes[1]) / 1e3 + 1e-3 if takes else 0.0) <= waited < 0.5
     # Triton's generate says 400 whatever the code of a model's error is.
     assert late.value.status == 400
 
 
-def test_a_request_of_higher_priority_goes_first(narrow: Running) -> None:
-    busy = GrpcCancel(narrow, input_ids=prompt(LONG))
-    low = GrpcCancel(narrow, input_ids=prompt(5), max_tokens=2)
-    wait_until(lambda: open_requests(narrow) == 2, 1)
-    high = GrpcCancel(narrow, input_ids=prompt(5), max_tokens=2, priority=1)
-    wait_until(lambda: open_requests(narrow) == 3, 1)
+def test_a_request_of_higher_priority_goes_first(one_slot: Running) -> None:
+    busy = GrpcCancel(one_slot, input_ids=prompt(LONG))
+    low = GrpcCancel(one_slot, input_ids=prompt(5), max_tokens=2)
+    wait_until(lambda: open_requests(one_slot) == 2, 1)
+    high = GrpcCancel(one_slot, input_ids=prompt(5), max_tokens=2, priority=1)
+    wait_until(lambda: open_requests(one_slot) == 3, 1)
     busy.token()
     busy.leave()
 
@@ -345,12 +345,12 @@ def test_a_request_of_higher_priority_goes_first(narrow: Running) -> None:
         client.leave()
 
 
-# ------------------------------------------------- many that leave at any moment
+# ------------------------------------------------------------ many clients that leave at any moment
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Two prefills and two decodes, too few for those who come: some always wait."""
+    """Two prefills and two decodes, so few that some requests always wait."""
     folder = tmp_path_factory.mktemp("wide")
     deployment = emulated_deployment(
         folder,
@@ -383,7 +383,7 @@ def test_random_cancels_leave_nothing(wide: Running, requests: int) -> None:
 
 
 async def crowd(server: Running, requests: int, rng: random.Random) -> list[str]:
-    """How each of the requests ended; 64 at a time."""
+    """Return how each of the requests ended; 64 run at a time."""
     places = asyncio.Semaphore(64)
     async with connected(server) as client:
 
@@ -395,7 +395,7 @@ async def crowd(server: Running, requests: int, rng: random.Random) -> list[str]
 
 
 async def visit(server: Running, client: aio.InferenceServerClient, rng: random.Random) -> str:
-    """One request, which its client leaves at a random moment unless it is complete by then."""
+    """Send one request; its client leaves at a random moment, unless it is complete by then."""
     asked = {
         "input_ids": [rng.randrange(49152) for _ in range(rng.randint(1, 200))],
         "max_tokens": rng.randint(1, 100),
@@ -410,7 +410,7 @@ async def visit(server: Running, client: aio.InferenceServerClient, rng: random.
     timeout = max(patience, 0.01) if way == "grpc timeout" else 60.0
     answer = collect(stream(client, "scheduler", timeout=timeout, **asked))
     if way == "grpc timeout":
-        # grpcio says "cancelled" where the time is over while it ends its side of the stream.
+        # grpcio says "cancelled" when the timeout ends while it closes its side of the stream.
         with contextlib.suppress(AioRpcError, asyncio.CancelledError):
             await answer
     elif way == "grpc cancel":

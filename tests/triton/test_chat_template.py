@@ -1,4 +1,4 @@
-"""A model whose chat template is faulty, and whose tokenizer fails: each is told as what it is."""
+"""Tests for a model with a faulty chat template, and one with a failing tokenizer."""
 
 from __future__ import annotations
 

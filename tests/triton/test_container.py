@@ -1,4 +1,4 @@
-"""What the image of target cpu runs, outside of a container: its files, its command, its end."""
+"""Tests for what the image of target cpu runs, without a container: files, command, end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ END_S = 15.0
 
 
 class Image:
-    """The image's folder; environment and model are linked in, not built."""
+    """The image's folder; the environment and the model are linked in, not built."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class Image:
         text = deployment.read_text()
         for port, free in zip(exposed, free_ports(len(exposed)), strict=True):
             text = text.replace(f"port: {port}", f"port: {free}")
-        # What torch computes is nothing of a container's, and to load it four times takes a minute.
+        # The tests are not about torch, and to load it four times takes a minute.
         deployment.write_text(f"{text}\nengine: {{kind: emulated}}\n")
 
     def _link(self, path: Path) -> None:
@@ -58,7 +58,7 @@ class Image:
         (self.folder / path).symlink_to(ROOT / path)
 
     def _environment(self, made: Path) -> None:
-        """The packages of this one, and the project as it lies in this folder."""
+        """Link this environment's packages, and the project as it is in this folder."""
         real, packages = Path(sys.prefix), Path(sysconfig.get_path("purelib"))
         (made / "bin").mkdir(parents=True)
         shutil.copy(real / "pyvenv.cfg", made)
@@ -81,13 +81,13 @@ class Image:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Nothing of this process's own."""
+        """Return the image's variables, and none of this process."""
         given = self.stage.environment
         path = given.pop("PATH").replace(str(HOME), str(self.folder))
         return {**given, "PATH": path.replace("${PATH}", "/usr/bin:/bin"), "HOME": str(self.run)}
 
     def start(self, output: Path) -> subprocess.Popen[bytes]:
-        """ENTRYPOINT and CMD; without the init, where this machine has none."""
+        """Start ENTRYPOINT and CMD; without the init, if this machine has none."""
         command = [*self.stage.list("ENTRYPOINT"), *self.stage.list("CMD")]
         path = self.environment["PATH"]
         if shutil.which(command[0], path=path) is None:
@@ -118,7 +118,7 @@ class Image:
         return checked.returncode == 0, checked.stdout + checked.stderr
 
     def written(self) -> set[Path]:
-        """All that lies there, but for what the user of the image may write, and bytecode."""
+        """Return all its files, except bytecode and those that the image's user may write."""
         return {
             path
             for path in self.folder.rglob("*")
@@ -159,4 +159,4 @@ def test_the_image_serves_is_healthy_and_ends(image: Image, tmp_path: Path) -> N
     assert not footprint.regions(token)
     assert watchers.pid(image.run / "local") is None
     assert not image.healthy()[0]
-    assert image.written() == before, "its user may write to .run alone"
+    assert image.written() == before, "its user may write to .run only"

@@ -1,4 +1,4 @@
-"""The public contract: every input, output, default, id, metric and closed door."""
+"""Tests for the public contract: inputs, outputs, defaults, ids, metrics, restricted calls."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ STATS = {
 
 
 def over_grpc(server: Running, model: str = "pdserve", **asked: Any) -> Answer:
-    """One answer through tritonclient's asyncio client."""
+    """Return one answer, by tritonclient's asyncio client."""
 
     async def run() -> Answer:
         async with connected(server) as client:
@@ -67,7 +67,7 @@ def over_grpc(server: Running, model: str = "pdserve", **asked: Any) -> Answer:
 
 
 def over_callbacks(server: Running, request_id: str = "", **inputs: Any) -> Answer:
-    """One answer through tritonclient's client of threads and callbacks."""
+    """Return one answer, by tritonclient's client with threads and callbacks."""
     arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
     tensors = [tensor(name, value) for name, value in inputs.items()]
     parts, final = [], False
@@ -110,7 +110,7 @@ def same_shape(value: Any, shape: Any) -> bool:
     return type(value) is shape
 
 
-# -------------------------------------------------------------------- responses
+# ---------------------------------------------------------------------------------------- responses
 
 
 def test_generate_is_exactly_one_response_with_everything(emulated_server: Running) -> None:
@@ -174,7 +174,7 @@ def test_the_scheduler_answers_with_the_ids_of_the_same_text(
     assert text == reference.decode(alone.ids)
 
 
-# --------------------------------------------------------------------- inputs
+# ------------------------------------------------------------------------------------------- inputs
 
 INPUTS: dict[str, Any] = {
     "chat": False,
@@ -279,7 +279,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(
     emulated_server: Running, streamed: bool
 ) -> None:
     text = generate(emulated_server, text_input=PROMPT, max_tokens=40).text
-    # Across the border of two tokens: emulated ones are words, nearly all.
+    # The stop string spans two tokens; nearly all tokens of the emulated engine are words.
     space = text.index(" ", len(text) // 2)
     word = text[space - 2 : space + 3]
     answer = over_grpc(
@@ -318,7 +318,7 @@ def test_the_end_of_text_token_ends_an_answer_unless_it_is_ignored(torch_server:
     assert longer.text.startswith(answer.text)
 
 
-# ------------------------------------------------------------------ text models
+# -------------------------------------------------------------------------------------- text models
 
 CONVERSATION = [
     {"role": "system", "content": "You are terse."},
@@ -375,7 +375,7 @@ def test_tokenizer_and_detokenizer_are_inverse(emulated_server: Running, protoco
     assert back.tolist() == [[text.encode()]]
 
 
-# ------------------------------------------------------------------ first token
+# -------------------------------------------------------------------------------------- first token
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +425,7 @@ def test_the_other_channel_answers_the_same(
         assert asyncio.run(run(server)) == asyncio.run(run(emulated_server))
 
 
-# ---------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def test_the_metrics_of_the_contract_are_there(emulated_server: Running) -> None:
@@ -440,7 +440,7 @@ def test_the_metrics_of_the_contract_are_there(emulated_server: Running) -> None
     before = counted("length")
     generate(emulated_server, text_input=PROMPT, max_tokens=TOKENS)
     wait_until(lambda: counted("length") == before + 1, 1.0)
-    pulls = "pdserve_kv_transfer_seconds_count"  # the decode tells in its own time
+    pulls = "pdserve_kv_transfer_seconds_count"  # the decode publishes in its own time
     wait_until(lambda: any(sample.name == pulls for sample in metrics(emulated_server)), 1.0)
 
     found: dict[str, set[tuple[str, ...]]] = {}
@@ -481,7 +481,7 @@ def test_histograms_are_cumulative_and_end_with_their_count(emulated_server: Run
     assert buckets[float("inf")] == pytest.approx(count, abs=1)
 
 
-# ----------------------------------------------------------------- closed doors
+# --------------------------------------------------------------------------------- restricted calls
 
 CONTROLS = [
     "/v2/repository/index",

@@ -1,4 +1,4 @@
-"""What `make demo` shows: the default model's answer is a whole sentence that it ends itself."""
+"""Test for `make demo`: the default model ends its answer itself, with a whole sentence."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What every engine has to do, through the real Triton: torch, emulated, and both of TensorRT-LLM.
+"""Tests that hold for every engine, through the real Triton: torch, emulated, TensorRT-LLM.
 
-TensorRT-LLM is a fake of it here (`tests/fakes`) with the torch engine inside: its tokens are real.
+TensorRT-LLM is replaced by its fake (`tests/fakes`), which computes real tokens with the torch
+engine.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ POOL = LlmArguments(kv_cache_config=KvCacheConfig(max_tokens=4096))
 
 @contextlib.contextmanager
 def serving(kind: str, folder: Path) -> Iterator[Running]:
-    """A prefill and a decode beside the gateway, and one of each in a server that may be lost."""
+    """A prefill and a decode beside the gateway, and one of each in a server to be killed."""
     sections: dict[str, Any] = {
         "servers": (
             config.Server("local", prefill=("prefill_0",), decode=("decode_0",)),
@@ -86,14 +87,14 @@ def serving(kind: str, folder: Path) -> Iterator[Running]:
             engine = Engine(kind=kind, tensorrt_llm=LlmOptions(prefill=POOL, decode=POOL))
             source = {"source": with_tensorrt_llm(folder)}
         if kind == "tensorrtllm_backend":
-            engine = stack.enter_context(theirs(wanted, folder / "theirs"))
+            engine = stack.enter_context(backend_server(wanted, folder / "backend_server"))
         wanted = msgspec.structs.replace(wanted, engine=engine)
         yield stack.enter_context(running(wanted, folder, **source))
 
 
 @contextlib.contextmanager
-def theirs(wanted: config.Deployment, folder: Path) -> Iterator[Engine]:
-    """A Triton server with models of the C++ backend, and the engine that they are."""
+def backend_server(wanted: config.Deployment, folder: Path) -> Iterator[Engine]:
+    """A Triton server with models of the C++ backend, and the engine that uses them."""
     folder.mkdir()
     models = {f"{role}_{number}": role for number in (0, 1) for role in ("prefill", "decode")}
     names = {name: name.replace("prefill", "context") for name in models}
@@ -122,7 +123,7 @@ def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 
 @pytest.fixture
 def answers(server: Running, reference: Reference) -> Callable[[list[int], int], list[int]]:
-    """What an engine of this kind has to say to a prompt."""
+    """Return the answer that an engine of this kind must give to a prompt."""
     if server.deployment.engine.kind != "emulated":
         return reference.generate
     model = EmulatedModel(server.deployment.model, server.deployment.engine.profile)
@@ -132,7 +133,7 @@ def answers(server: Running, reference: Reference) -> Callable[[list[int], int],
 
 
 def streamed(server: Running, ids: list[int], tokens: int = TOKENS, **inputs: Any) -> Answer:
-    """An answer, in parts, of the scheduler."""
+    """Return an answer of the scheduler, in parts."""
 
     async def run() -> Answer:
         async with connected(server) as client:
@@ -143,7 +144,7 @@ def streamed(server: Running, ids: list[int], tokens: int = TOKENS, **inputs: An
 
 
 def parts_of(server: Running) -> list[Running]:
-    """Each of its servers, so that its metrics are seen."""
+    """Yield each of its servers, so that its metrics can be read."""
     return [dataclasses.replace(server, metrics=one.metrics) for one in server.servers]
 
 
@@ -169,7 +170,7 @@ def decodes_stopped(server: Running) -> Iterator[None]:
 
 
 def test_streaming(server: Running, reference: Reference, answers: Any) -> None:
-    """Token for token what the model says, in parts, and the same as text and at once."""
+    """Streamed in parts, as text and at once, the tokens are those of the model."""
     prompt = reference.encode(PROMPT)
     answer = streamed(server, prompt)
     assert answer.ids == answers(prompt, TOKENS)
@@ -185,7 +186,7 @@ def test_streaming(server: Running, reference: Reference, answers: Any) -> None:
 
 
 def test_many_at_once(server: Running, answers: Any) -> None:
-    """More than the prefills hold: slots are counted, and everybody is served."""
+    """There are more than the prefills hold: slots are counted, and every request is served."""
     prompts = [[number + 40, 7, 300 + number, 9] for number in range(16)]
     with ThreadPoolExecutor(len(prompts)) as pool:
         found = list(pool.map(functools.partial(streamed, server, tokens=4), prompts))
@@ -230,7 +231,7 @@ def test_one_token_is_the_prefills_alone(
 
 
 def test_sampling(server: Running) -> None:
-    """By its seed, whoever computes it."""
+    """The seed alone decides, whichever engine computes it."""
     if server.deployment.engine.kind == "emulated":
         pytest.skip("the emulated engine's tokens are a function of the prompt alone")
     asked = {"text_input": PROMPT, "max_tokens": TOKENS, "temperature": 1.2, "top_p": 0.9}
@@ -261,7 +262,7 @@ def test_the_end_as_first_token(server: Running, reference: Reference) -> None:
 
 
 def leave(server: Running, prompt: list[int], parts: int, ready: Callable[[], bool]) -> None:
-    """Go away after so many parts, and once ``ready``."""
+    """Leave after this many parts, once ``ready``."""
 
     async def run() -> None:
         async with connected(server) as client:
@@ -304,9 +305,9 @@ def test_a_limit_that_passes(server: Running) -> None:
 
 
 def test_lost_instances_cost_no_request(server: Running, answers: Any) -> None:
-    """The last one here: it breaks its server."""
-    # Long answers: one that lacks its last token only needs no decode after the loss. The emulated
-    # engine has 48 tokens in a second, which is no more than it takes to see and to kill.
+    """This is the last test of the server, because it kills it."""
+    # Long answers: an answer that lacks only its last token needs no decode after the loss. The
+    # emulated engine has 48 tokens in a second, no more time than it takes to notice and to kill.
     tokens = 150 if server.deployment.engine.kind == "emulated" else 48
     prompts = [[number + 60, 8, 400 + number] for number in range(3, 7)]
 
@@ -337,7 +338,7 @@ def test_lost_instances_cost_no_request(server: Running, answers: Any) -> None:
         assert stats["output_tokens"] == tokens
 
 
-# ------------------------------------------------------------ versions and links
+# ------------------------------------------------------------------------------- versions and links
 
 
 def emulated_fake(
@@ -382,7 +383,7 @@ def test_each_version_and_link(
 
 
 def test_versions_that_do_not_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before any KV cache is computed in vain, and by name."""
+    """The error comes before any KV cache is computed in vain, and names both."""
     source = with_tensorrt_llm(tmp_path)
     model = source / "decode" / "1" / "model.py"
     older = 'import os\n\nos.environ["FAKE_TENSORRT_LLM_VERSION"] = "1.2.0"\n'

@@ -1,4 +1,4 @@
-"""The fake of the `tensorrtllm` backend, behind the real Triton server."""
+"""Tests for the fake of the `tensorrtllm` backend, behind the real Triton server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKENS = 8
 
 @dataclass
 class Backend:
-    """Its two models, as a client of the server has them."""
+    """A client of its two models."""
 
     running: Running
     model: EmulatedModel
@@ -38,7 +38,7 @@ class Backend:
         return [self.model.token(PROMPT, i) for i in range(tokens)]
 
     def ask(self, model: str, kind: str | None, id_: str = "", **tensors: Any) -> Call:
-        """A request in the example's form; `tensors` may leave out, and add."""
+        """Send a request in the example's form; `tensors` may leave out inputs and add some."""
         given = {
             "input_ids": PROMPT[None],
             "input_lengths": np.array([[len(PROMPT)]], np.int32),
@@ -75,7 +75,7 @@ class Call:
         )
 
     def next(self, timeout: float = 10) -> tuple[dict[str, Any], bool]:
-        """The tensors of a response, and whether it is the last."""
+        """Return the tensors of a response, and whether it is the last."""
         result, error = self._answers.get(timeout=timeout)
         if error is not None:
             self.client.stop_stream(cancel_requests=True)
@@ -85,7 +85,7 @@ class Call:
         return tensors, response.parameters["triton_final_response"].bool_param
 
     def all(self) -> list[dict[str, Any]]:
-        """Every response that has tensors."""
+        """Return every response that has tensors."""
         found, last = [], False
         while not last:
             tensors, last = self.next()
@@ -116,7 +116,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
 
 
 def context(backend: Backend, **tensors: Any) -> dict[str, Any]:
-    """The one response of a context request."""
+    """Return the only response to a context request."""
     (response,) = backend.ask("context", "context_only", **tensors).all()
     return response
 
@@ -130,7 +130,7 @@ def test_the_link_of_the_example(backend: Backend) -> None:
     assert ids(responses) == backend.expected(), "it begins with the context's first token"
     assert len(responses) > 2
     assert all("context_phase_params" not in each for each in responses)
-    # The context lets go of it when it hears that all has been taken.
+    # The context frees it when it is told that all of it has been read.
     wait_until(lambda: not backend.held(), 2)
 
 
@@ -170,12 +170,12 @@ def test_the_ends_of_an_answer(backend: Backend) -> None:
     word = np.array([[expected[4:6], [2, -1]]], np.int32)
     assert ids(backend.ask("context", None, stop_words_list=word).all()) == expected[:6]
     first = context(backend, end_id=np.array([[expected[0]]], np.int32))
-    assert ids([first]) == [], "the end is no output"
+    assert ids([first]) == [], "the end token is no output"
     assert first["context_phase_params"].size
 
 
 def test_the_length_of_a_context_is_the_callers_affair(backend: Backend) -> None:
-    """It has one token whatever it asks for, and keeps room for what it asks for."""
+    """It answers one token whatever is asked for, and keeps room for what is asked for."""
     long = np.array([[6000]], np.int32)
     response = context(backend, request_output_len=long)
     second = backend.ask("context", "context_only", request_output_len=long)
@@ -199,7 +199,7 @@ def test_a_client_that_goes(backend: Backend) -> None:
     backend.ask("generation", None, id_="long", stop=np.array([[True]])).all()
     assert len(ids(other.all())) < 1000
     assert time.monotonic() - began < 2
-    # Both have given back their blocks: there is room for as long an answer as there can be.
+    # Both have freed their blocks: there is room for the longest possible answer.
     whole = np.array([[8192 - len(PROMPT)]], np.int32)
     third = backend.ask("generation", None, request_output_len=whole)
     third.next()

@@ -1,4 +1,4 @@
-"""What users of disaggregated serving report, as far as a deployment of one server can meet it."""
+"""Tests for faults that users of disaggregated serving report, in a deployment of one server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STALL_S = 3.0
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Running]:
-    """Two prefills and two decodes; 2 ms a prompt token, 20 ms a step."""
+    """Two prefills and two decodes; 2 ms per prompt token, 20 ms per step."""
     deployment = emulated_deployment(
         tmp_path,
         {"prefill": {"per_token_ms": 2}, "decode": {"base_ms": 20}},
@@ -55,7 +55,7 @@ def pair(tmp_path: Path) -> Iterator[Running]:
 
 
 def test_a_killed_prefill_costs_no_request(pair: Running) -> None:
-    """vllm#29906, TensorRT-LLM#15363: nothing waits for the dead without a bound."""
+    """vllm#29906, TensorRT-LLM#15363: no request waits for a dead instance without a bound."""
     stub(pair, "prefill_0").kill()
 
     def one(number: int) -> tuple[float, Answer]:
@@ -74,7 +74,7 @@ def test_a_killed_prefill_costs_no_request(pair: Running) -> None:
 
 
 def test_a_prefill_killed_at_work_costs_no_request(pair: Running) -> None:
-    """Nothing of the answer is out yet: another prefill computes it."""
+    """No token of the answer has been sent yet, so another prefill computes it."""
     asked = {"input_ids": [7] * 600, "max_tokens": 4}
     victim = stub(pair, "prefill_0")
     with ThreadPoolExecutor(1) as pool:
@@ -89,7 +89,7 @@ def test_a_prefill_killed_at_work_costs_no_request(pair: Running) -> None:
 
 
 def test_a_decode_killed_in_mid_stream_costs_no_request(pair: Running) -> None:
-    """TensorRT-LLM#14565, vllm#46283: every stream goes on elsewhere, and nothing is kept."""
+    """TensorRT-LLM#14565, vllm#46283: every stream continues elsewhere, and nothing stays held."""
     tokens = 400
 
     async def run() -> list[list[Part]]:
@@ -128,7 +128,7 @@ def test_a_decode_killed_in_mid_stream_costs_no_request(pair: Running) -> None:
         again += last.stats["attempts"] > 1
         assert [token for part in parts for token in part.ids] == ids
     assert again == 4
-    # The gauges of the dead stay as they were; everybody else holds nothing.
+    # The gauges of dead instances stay as they were; all others must hold nothing.
     wait_until(lambda: not _of_the_living(pair, "decode_0"), 6, lambda: f"{held(pair)}")
 
 
@@ -157,7 +157,7 @@ def open_requests(server: Running) -> dict[str, float]:
 
 
 def test_a_stopping_server_ends_every_request(pair: Running) -> None:
-    """dynamo#13559: who is served gets an end, who comes too late is told at once."""
+    """dynamo#13559: running requests get an end, and later ones get an error at once."""
     ends: list[Any] = []
     stopping = threading.Thread(target=pair.servers[0].stop)
 
@@ -201,7 +201,7 @@ def test_a_stopping_server_ends_every_request(pair: Running) -> None:
 
 
 def test_an_arena_that_does_not_fit_is_said_so_at_the_start(tmp_path: Path) -> None:
-    """The default /dev/shm of a container has 64 MiB."""
+    """By default, /dev/shm of a container has 64 MiB."""
     size = psutil.disk_usage("/dev/shm").total
     mib = (size >> 20) + 1024
     deployment = emulated_deployment(tmp_path, {"speed": 0}, prefill=Prefill(arena_mib=mib))

@@ -1,4 +1,4 @@
-"""``tritonserver --model-repository=model_repository``, with nothing of ours around it."""
+"""Test for ``tritonserver --model-repository=model_repository`` without pdctl."""
 
 from __future__ import annotations
 

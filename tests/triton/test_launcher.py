@@ -1,4 +1,4 @@
-"""The launcher with the real server, on models that do nothing."""
+"""Tests for the launcher with the real server, on models that do nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TritonPythonModel:
 """
 BROKEN = MODEL.replace("name =", "raise ValueError('no weights in /nowhere')\n        name =")
 
-# The command line as it is, but for where models and state lie.
+# The command line as it is, except for the folders of models and state.
 DRIVER = """
 import sys
 from pathlib import Path
@@ -54,7 +54,7 @@ cli.main()
 
 
 class Launcher:
-    """pdctl in processes of its own, on a throw-away deployment."""
+    """Runs pdctl in separate processes, for a temporary deployment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,7 +62,7 @@ class Launcher:
         self.write_model("prefill", MODEL)
         self.write_model("decode", MODEL)
         spec = Spec(name="launch_test", gateway=False, prefill=("p_0",), decode=("d_0",))
-        # Nothing of it is computed with; it is there for `pdctl up` to find.
+        # The model is never computed; `pdctl up` only looks for it.
         model = folder / "model"
         model.mkdir()
         (model / "config.json").write_text('{"vocab_size": 8}')
@@ -82,7 +82,7 @@ class Launcher:
 
     def start(self, command: str, *options: str) -> subprocess.Popen[str]:
         if command in ("up", "serve"):
-            options = (*options, "--no-watch")  # these models answer nothing
+            options = (*options, "--no-watch")  # these models answer no requests
         return subprocess.Popen(
             [
                 *(sys.executable, "-c", DRIVER, self.folder / "run", self.source),
@@ -105,7 +105,7 @@ class Launcher:
         return token
 
     def serve(self) -> subprocess.Popen[str]:
-        """``pdctl serve``, once all is ready."""
+        """Start ``pdctl serve``, and wait until all is ready."""
         process = self.start("serve")
         assert process.stdout is not None
         output = []
@@ -116,7 +116,7 @@ class Launcher:
         return process
 
     def traces(self) -> list[object]:
-        """All that is on this machine of any start: processes, shared memory, open ports."""
+        """Return what is left of any start: processes, shared memory, open ports."""
         spec = self.server.spec
         open_ports = []
         for port in (spec.http_port, spec.grpc_port, spec.metrics_port):
@@ -130,7 +130,7 @@ class Launcher:
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.05)
 
 
@@ -148,8 +148,8 @@ def test_up_status_down(launcher: Launcher) -> None:
     assert "launch_test is ready after" in output
     assert launcher.server.index() == {"p_0": "READY", "d_0": "READY"}
     regions = footprint.regions(launcher.remember())
-    assert len(regions) == 4  # two of Triton's, two of the models'
-    # These models do nothing about it themselves.
+    assert len(regions) == 4  # two regions of Triton, two of the models
+    # These models do not narrow their regions themselves.
     assert {region.stat().st_mode & 0o777 for region in regions} == {0o600}
     assert (launcher.server.folder / "key").stat().st_mode & 0o777 == 0o600
 
@@ -169,7 +169,7 @@ def test_up_status_down(launcher: Launcher) -> None:
 
 @pytest.mark.parametrize("name", ["two words", 'it\'s "$HOME" `x` #1; a=b,c & (é) [d] \\\\ *'])
 def test_a_path_that_a_shell_would_take_apart(tmp_path: Path, name: str) -> None:
-    """The Python backend quotes nothing where it starts a stub."""
+    """The Python backend quotes nothing in the command that starts a stub."""
     folder = tmp_path / name
     folder.mkdir()
     launcher = Launcher(folder)
@@ -231,7 +231,7 @@ def test_leftovers_of_a_crash(launcher: Launcher) -> None:
     crashed = launcher.remember()
     everyone = footprint.processes([crashed])
     for process in everyone:
-        process.suspend()  # or the stubs would clean up when they miss their server
+        process.suspend()  # otherwise the stubs would clean up when they miss their server
     for process in everyone:
         process.kill()
     psutil.wait_procs(everyone, 5)

@@ -1,4 +1,4 @@
-"""Limits of a server's processes: stacks, and open files."""
+"""Tests for the resource limits of a server's processes: stacks and open files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GUARDS = 4 * resource.getpagesize()
 def test_threads_of_the_server_have_more_stack_and_those_of_the_models_do_not(
     emulated_server: Running,
 ) -> None:
-    """Of the server alone, and as far as the hard limit allows."""
+    """Threads of the server have what the hard limit allows, those of models the usual size."""
     (one,) = emulated_server.servers
     given = resource.getrlimit(resource.RLIMIT_STACK)
     wanted, _ = limits.stack_limit(given, room=True)
@@ -38,7 +38,7 @@ def test_threads_of_the_server_have_more_stack_and_those_of_the_models_do_not(
 
 
 def test_a_model_starts_its_threads_with_usual_stacks(tmp_path: Path) -> None:
-    """As a stub does: started with a server's limits, then put back."""
+    """Like a stub, it starts with a server's limits, and puts them back."""
     program = (
         "import sys, threading;"
         "from pdserve.triton import stub; stub.prepare();"
@@ -63,7 +63,7 @@ def test_a_model_starts_its_threads_with_usual_stacks(tmp_path: Path) -> None:
 
 
 def test_a_body_with_some_depth_is_parsed(emulated_server: Running) -> None:
-    """One that every Triton takes: it is answered, and the server lives."""
+    """A depth that every Triton parses is answered, and the server stays alive."""
     depth = 200
     body = f'{{"text_input": "a", "max_tokens": 1, "extra": {"[" * depth}{"]" * depth}}}'
     with closing(connect(emulated_server)) as connection:
@@ -74,7 +74,7 @@ def test_a_body_with_some_depth_is_parsed(emulated_server: Running) -> None:
 
 
 def largest_stack(pid: int) -> int:
-    """Bytes of the largest stack of a thread, as glibc maps them: private, with a guard below."""
+    """Return the bytes of a thread's largest stack, which glibc maps with a guard below."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     found = [0]
     for guard, above in itertools.pairwise(lines):

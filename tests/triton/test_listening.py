@@ -1,4 +1,4 @@
-"""Every socket that a server's processes listen on, for each transport and each channel."""
+"""Tests for the sockets that a server's processes listen on, by transport and channel."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def test_what_listens_where(
 
 
 def listening(server: Running) -> set[tuple[str, str, int]]:
-    """Process (``tritonserver`` or the model of a stub), address and port of each socket.
+    """Return process (``tritonserver`` or a stub's model), address and port of each socket.
 
-    TCP sockets that listen, and UDP sockets, which everyone can send to.
+    These are the TCP sockets that listen, and the UDP sockets, which anyone can send to.
     """
     found = set()
     for process in footprint.processes([one.token for one in server.servers if one.token]):

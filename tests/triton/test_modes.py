@@ -1,4 +1,4 @@
-"""Modes of every file and region of a server, whatever the umask that it was started with."""
+"""Tests for the modes of a server's files and regions, whatever the umask at its start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.triton
 
 
 def pdctl(folder: Path, umask: int, *, gateway: bool = True) -> Pdctl:
-    """One server, with or without a gateway."""
+    """Run a server, with or without a gateway."""
     deployment = emulated_deployment(folder, {})
     (spec,) = deployment.servers
     spec = msgspec.structs.replace(spec, gateway=gateway, client_shared_memory="key")
@@ -26,7 +26,7 @@ def pdctl(folder: Path, umask: int, *, gateway: bool = True) -> Pdctl:
 
 
 def modes(paths: list[Path]) -> dict[str, int]:
-    """Of each file that is there, by name: its permissions. A symbolic link has none."""
+    """Return the permissions of each file by name; symbolic links have none."""
     found = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
@@ -37,7 +37,7 @@ def modes(paths: list[Path]) -> dict[str, int]:
 
 
 def wrong(server: Running, folder: Path) -> dict[str, str]:
-    """Files and regions of a server that others than its user may touch in any way."""
+    """Return the files and regions of a server that other users can access in any way."""
     (one,) = server.servers
     files = [folder / "run", *(folder / "run").rglob("*"), folder / "kv.key"]
     found = modes([*files, *footprint.regions(one.token or "")])
@@ -54,7 +54,7 @@ def test_nothing_of_a_worker_is_anybody_elses(tmp_path: Path, umask: int) -> Non
 
 
 def test_nothing_of_a_server_is_anybody_elses_without_a_umask(tmp_path: Path) -> None:
-    """After requests, and after a repair, too: a region of Triton's is made again by it."""
+    """This holds after requests, and after a repair, in which Triton makes a region again."""
     with pdctl(tmp_path, 0o000).up() as server:
         assert wrong(server, tmp_path) == {}
         (one,) = server.servers

@@ -1,4 +1,4 @@
-"""The clients of the benchmarks, with the real server."""
+"""Tests for the clients of the benchmarks, with the real server."""
 
 from __future__ import annotations
 

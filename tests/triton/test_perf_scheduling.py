@@ -1,4 +1,4 @@
-"""The scheduling benchmark's client and servers, with the real server."""
+"""Tests for the client and servers of the scheduling benchmark, with the real server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 
 def test_what_is_answered_and_refused_is_seen_by_the_client() -> None:
-    """Six at once on two prefills that take one each, with time for two in a row, of 0.4 s each."""
+    """Six at once on two prefills that take one each; the limit allows two in a row of 0.4 s."""
     with servers.serving(servers.deployment("pool")) as server:
         idle = unloaded(server)
         assert 0 < idle.added_s < 0.1
@@ -35,7 +35,7 @@ def test_what_is_answered_and_refused_is_seen_by_the_client() -> None:
     assert all(UNAVAILABLE in one.error for one in burst if not one.good)
     late = [one for one in burst if LATE in one.error]
     assert kept(burst) == pytest.approx(4 / (4 + len(late)))
-    assert all(one.good for one in rest), "each asked when the one before had ended"
+    assert all(one.good for one in rest), "each was sent when the one before had ended"
     assert {one.prefill for one in found if one.good} == {"prefill_0", "prefill_1"}
     assert all(one.prefill_s == pytest.approx(0.4, abs=0.05) for one in found if one.good)
     assert all(0 < one.way_s < (one.ttft or 0.0) - one.prefill_s for one in found if one.good)
@@ -64,7 +64,7 @@ def test_every_gateway_and_group_serves() -> None:
 
 
 def test_another_policy_serves() -> None:
-    """The third waits in its turn for a prefill that computes, though the other is idle."""
+    """The third waits for a prefill that computes, though the other one is idle."""
     with servers.serving(servers.deployment("pool"), "round_robin") as server:
         asks = [Ask(0.0, 4000, 5.0, 1), Ask(0.1, 100, 5.0, 2), Ask(0.2, 100, 5.0, 3)]
         long, short, behind = client.run([[ask] for ask in asks], [server.grpc])

@@ -1,4 +1,4 @@
-"""Keep-alive pings of clients, while the server has nothing to say."""
+"""Tests for keep-alive pings of clients while the server sends nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SILENCE_S = 9
 
 
 def test_a_client_that_pings_through_a_long_silence_keeps_its_connection(tmp_path: Path) -> None:
-    """Without any call, and while a prompt is computed."""
+    """The client pings without any call, and while a prompt is computed."""
     profile = {"prefill": {"base_ms": SILENCE_S * 1000}}
     with running(emulated_deployment(tmp_path, profile), tmp_path) as server:
         asyncio.run(silent(server))
@@ -66,5 +66,5 @@ async def while_it_is_computed(server: Running, options: Options) -> None:
 
 
 async def disconnected(channel: grpc.aio.Channel) -> None:
-    """Returns when a channel that is connected is so no longer."""
+    """Return when a connected channel is no longer connected."""
     await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)

@@ -1,4 +1,4 @@
-"""Every protocol that the server has: open to everyone, with the reason, or not without a key."""
+"""Tests for each of the server's protocols: open for a stated reason, or not without a key."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ GENERATE = json.dumps({"text_input": "a", "max_tokens": 1})
 
 @pytest.fixture(scope="module")
 def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One that lets clients with a key bring shared memory."""
+    """A server that lets clients with a key register shared memory."""
     folder = tmp_path_factory.mktemp("keyed")
     deployment = emulated_deployment(folder, {})
     servers = tuple(
@@ -124,7 +124,7 @@ def binary() -> bytes:
 
 
 def test_no_rpc_of_the_server_is_missing_here() -> None:
-    """Neither of the server's own binary nor of what clients are generated from."""
+    """The list equals that of the server binary, and that of the clients' generated code."""
     service = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     served = set(re.findall(rb"/inference\.GRPCInferenceService/(\w+)\0", binary()))
 
@@ -154,7 +154,7 @@ def test_every_protocol_is_one_that_the_server_can_restrict() -> None:
 
 @pytest.mark.parametrize("rpc", RPCS)
 def test_rpc_without_a_key(emulated_server: Running, rpc: str) -> None:
-    """An open one is served or complains of the request; any other one is refused unseen."""
+    """An open call is served or reports an error of the request; any other is refused unread."""
     words = refusal(emulated_server, rpc, None)
 
     assert ("protocol is restricted" in words) == (RPCS[rpc] not in protocols.OPEN)
@@ -186,12 +186,12 @@ def test_the_health_service_tells_no_more_than_health(
 
 @pytest.mark.parametrize("path", ["/ping", "/invocations", "/models", "/v2/models/stats/x", "/"])
 def test_what_is_no_route_is_not_there(emulated_server: Running, path: str) -> None:
-    """SageMaker's and Vertex AI's among them, which the binary has, and which are off."""
+    """The routes for SageMaker and Vertex AI, which the binary contains, are off."""
     assert ask(emulated_server, "GET", path)[0] in (400, 404)
 
 
 def test_nobody_is_told_the_key_of_shared_memory_that_is_off(emulated_server: Running) -> None:
-    """Who can read the command line cannot send it over HTTP: no header carries a line feed."""
+    """The key on the command line cannot be sent over HTTP, since no header carries a line feed."""
     (server,) = emulated_server.servers
     words = psutil.Process(server.pid).cmdline()
     (key,) = {word.rpartition("=")[2] for word in words if "shared-memory:" in word}
@@ -214,7 +214,7 @@ def test_nobody_is_told_the_key_of_shared_memory_that_is_off(emulated_server: Ru
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
 def test_shared_memory_with_its_key(keyed_server: Running, kind: str) -> None:
-    """Inputs from a region of the client's, by tritonclient as it is."""
+    """The inputs come from a region of the client, by unchanged tritonclient."""
     client, headers, module = connected(keyed_server, kind)
     prompt = np.array([[b"a b c"]], object)
     data = tritonclient.utils.serialize_byte_tensor(prompt).item()
@@ -237,7 +237,7 @@ def test_shared_memory_with_its_key(keyed_server: Running, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
 def test_perf_analyzer_with_shared_memory(keyed_server: Running, kind: str) -> None:
-    """Its ``-H`` goes with the calls that register regions, over gRPC as well."""
+    """Its ``-H`` is sent with the calls that register regions, over gRPC as well."""
     client, headers, _ = connected(keyed_server, kind)
     client.close()
     ((header, key),) = headers.items()
@@ -256,7 +256,7 @@ def test_perf_analyzer_with_shared_memory(keyed_server: Running, kind: str) -> N
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
 def test_shared_memory_with_another_key(keyed_server: Running, kind: str) -> None:
-    """Neither none, nor a wrong one, nor that of the calls that change what the server runs."""
+    """No key, a wrong key, and the key of the administrative calls are all refused."""
     (server,) = keyed_server.servers
     client, headers, _ = connected(keyed_server, kind)
     (header,) = headers
@@ -281,7 +281,7 @@ def test_the_key_of_shared_memory_is_its_owners(keyed_server: Running) -> None:
 @pytest.mark.parametrize("kind", ["http", "grpc"])
 @pytest.mark.parametrize("where", ["input", "output"])
 def test_a_region_that_nobody_registered(emulated_server: Running, kind: str, where: str) -> None:
-    """Naming the arena's own region reads nothing, writes nothing, and tells nothing."""
+    """Naming the arena's own region reads nothing, writes nothing, and reveals nothing."""
     (server,) = emulated_server.servers
     region = next(path for path in footprint.regions(server.token) if "-prefill-" in path.name).name
     client, _, module = connected(emulated_server, kind)
@@ -297,7 +297,7 @@ def test_a_region_that_nobody_registered(emulated_server: Running, kind: str, wh
 
 
 def test_no_page_that_is_open_names_a_region(emulated_server: Running) -> None:
-    """Of whatever a client can read without a key: neither a region nor the mark of all of them."""
+    """Pages that are open without a key contain no region, nor the mark that all names share."""
     (server,) = emulated_server.servers
     for method, path, protocol in CALLS:
         if protocol in protocols.OPEN:
@@ -311,7 +311,7 @@ def test_no_page_that_is_open_names_a_region(emulated_server: Running) -> None:
         assert server.token not in page.read().decode()
 
 
-# --------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def ask(
@@ -325,7 +325,7 @@ def ask(
 
 
 def refusal(server: Running, rpc: str, metadata: list[tuple[str, str]] | None) -> str:
-    """What the server says against a call of an RPC; empty: nothing."""
+    """Return the server's error for a call of an RPC; empty: none."""
     service = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     method = service.methods_by_name[rpc]
     request = getattr(service_pb2, method.input_type.name)()
@@ -343,7 +343,7 @@ def refusal(server: Running, rpc: str, metadata: list[tuple[str, str]] | None) -
 
 
 def connected(server: Running, kind: str) -> tuple[Any, dict[str, str], ModuleType]:
-    """A client of either protocol, and what it sends to be let at shared memory."""
+    """Return a client of either protocol, and the headers that give it access to shared memory."""
     (one,) = server.servers
     file = one.folder / protocols.SHARED_MEMORY_KEY_FILE
     key = file.read_text() if file.exists() else ""

@@ -1,4 +1,4 @@
-"""Proxies in the environment: no connection of a deployment's own ever uses one."""
+"""Tests that a deployment's own connections never use the proxies of the environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
 
 @pytest.fixture(scope="module")
 def pdctl(tmp_path_factory: pytest.TempPathFactory) -> Pdctl:
-    """A gateway and a worker, and proxies that nobody is at."""
+    """Run a gateway and a worker, with proxies that do not exist."""
     folder = tmp_path_factory.mktemp("proxies")
     (port,) = free_ports(1)
     proxy = f"http://127.0.0.1:{port}"
@@ -54,7 +54,7 @@ def test_every_command_reaches_the_servers(pdctl: Pdctl, server: Running) -> Non
 
 
 def test_instances_are_reached_and_looked_after(server: Running) -> None:
-    """A gateway's channels, and all that a watchdog asks: nothing has been repaired."""
+    """The gateway reaches its instances, and the watchdog its probes: nothing has been repaired."""
     assert generate(server, text_input="The sky is", max_tokens=4).finish_reason
     for one in server.servers:
         wait_until(lambda one=one: proven(one.folder), 30)
@@ -74,6 +74,6 @@ def test_a_model_is_loaded_again(server: Running) -> None:
 
 
 def proven(folder: Path) -> bool:
-    """A watchdog has had an answer of everything that it asks."""
+    """Tell whether a watchdog has had an answer to every probe."""
     state = watchers.reported(folder)
     return state is not None and all(thing["answered"] for thing in state["things"].values())

@@ -1,4 +1,4 @@
-"""Long answers, more of them than the decode has room for: a token is followed by the others."""
+"""Tests that long answers, more than the decode has room for, continue after their first token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 
 async def ask(server: Running, number: int, max_tokens: int) -> tuple[int, str]:
-    """Tokens of a stream, and how it was refused; by one of the server's two gateways."""
+    """Return the tokens of a stream and its error, asked at one of the server's two gateways."""
     asked: dict[str, Any] = {"max_tokens": max_tokens, "stream": True, "ignore_eos": True}
     if number % 2:
         asked |= {"model": "scheduler", "input_ids": [100 + number] * 20}
@@ -45,7 +45,7 @@ async def ask(server: Running, number: int, max_tokens: int) -> tuple[int, str]:
 def test_nobody_gets_a_token_and_then_no_room(
     tmp_path: Path, clients: int, max_tokens: int, blocks: int
 ) -> None:
-    """Two gateways know nothing of each other's requests; three answers, or two, fit at once."""
+    """Two gateways do not know each other's requests; three answers, or two, fit at once."""
     deployment = emulated_deployment(
         tmp_path,
         {"prefill": {"base_ms": 5}, "decode": {"base_ms": 1}, "context_length": 16384},

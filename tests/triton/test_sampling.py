@@ -1,4 +1,4 @@
-"""Sampling with a seed: the same tokens whatever else is computed, and whenever."""
+"""Tests that sampling with a seed gives the same tokens, whatever else is computed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SEEDED = [
 
 @pytest.fixture(scope="module")
 def alone(torch_server: Running) -> list[str]:
-    """The text of each, with nothing else in the server."""
+    """Return the text of each request, with no other request in the server."""
     return asyncio.run(one_by_one(torch_server))
 
 
@@ -49,8 +49,8 @@ async def one_by_one(server: Running) -> list[str]:
         return [(await ask(client, **asked)).text for asked in SEEDED]
 
 
-async def in_company(server: Running, seed: int) -> list[str]:
-    """The text of each, with 16 others of any kind in flight all the time."""
+async def with_others(server: Running, seed: int) -> list[str]:
+    """Return the text of each, with 16 other requests of any kind open all the time."""
     rng = random.Random(seed)
     async with connected(server) as client:
         others = [asyncio.create_task(company(client, rng)) for _ in range(16)]
@@ -86,8 +86,8 @@ def test_every_run_is_the_same(torch_server: Running, alone: list[str]) -> None:
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in (1, 2, 3))]
 )
-def test_company_changes_nothing(torch_server: Running, alone: list[str], seed: int) -> None:
-    assert asyncio.run(in_company(torch_server, seed)) == alone
+def test_other_requests_change_nothing(torch_server: Running, alone: list[str], seed: int) -> None:
+    assert asyncio.run(with_others(torch_server, seed)) == alone
 
 
 def test_a_restart_changes_nothing(alone: list[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scenarios and their groups on a real server: routing, terms, shares, and reload."""
+"""Tests for scenarios and groups on a real server: routing, limits, shares, reload."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ MEMBERS = {group.name: (group.prefill, group.decode) for one in SCENARIOS for gr
 
 @pytest.fixture
 def server(shared: Running) -> Iterator[Running]:
-    """Three groups of two scenarios; 1 ms a prompt token, 1 ms a step. As it was before."""
+    """Three groups of two scenarios; 1 ms per prompt token and per step. Its file is restored."""
     yield shared
     if config.load(deployment_file(shared)) != shared.deployment:
         change(shared)
@@ -89,7 +89,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def deployment_file(server: Running) -> Path:
-    """The deployment that the server's models read."""
+    """Return the deployment file that the server's models read."""
     return server.servers[0].repository / "deployment.yaml"
 
 
@@ -100,7 +100,7 @@ def put(server: Running, data: bytes) -> None:
 
 
 def counted(server: Running, name: str, label: str = "", **labels: str) -> Counter[str]:
-    """A counter's values by one of its labels."""
+    """Return a counter's values by one of its labels."""
     found: Counter[str] = Counter()
     for sample in metrics(server):
         if sample.name == name and labels.items() <= sample.labels.items():
@@ -113,7 +113,7 @@ def reloads(server: Running) -> Counter[str]:
 
 
 def change(server: Running, **fields: Any) -> None:
-    """Another deployment, taken over by both gateways."""
+    """Write another deployment, and wait until both gateways have applied it."""
     applied = reloads(server)["applied"]
     put(server, msgspec.yaml.encode(msgspec.structs.replace(server.deployment, **fields)))
     wait_until(lambda: reloads(server)["applied"] == applied + 2, 5, lambda: log(server)[-500:])
@@ -124,7 +124,7 @@ def log(server: Running) -> str:
 
 
 def group_of(answer: Answer) -> str:
-    """Its group, whose instances have served it."""
+    """Return the group whose instances have served it."""
     stats = answer.stats
     prefills, decodes = MEMBERS[stats["group"]]
     assert stats["prefill"] in prefills
@@ -133,7 +133,7 @@ def group_of(answer: Answer) -> str:
     return group
 
 
-# ---------------------------------------------------------------------- routing
+# ------------------------------------------------------------------------------------------ routing
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_unknown_labels_are_counted_or_refused(server: Running) -> None:
     )
 
 
-# ------------------------------------------------------------------------ terms
+# ------------------------------------------------------------------------------ terms of a scenario
 
 
 def test_a_scenario_says_what_the_client_does_not(server: Running) -> None:
@@ -226,7 +226,7 @@ def test_ttft_limit_of_a_scenario(server: Running) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("route", ["grpc", "generate"])
 def test_tritons_own_timeout_limits_the_whole_answer(server: Running, route: str) -> None:
-    """In microseconds; `generate` brings it as a parameter, gRPC as the request's timeout."""
+    """It is in microseconds; `generate` passes it as a parameter, gRPC as the request's timeout."""
     asked = {"text_input": "Hello", "max_tokens": 4000, "ignore_eos": True}
     began = time.monotonic()
     if route == "generate":
@@ -261,11 +261,11 @@ def test_metrics_say_scenario_and_group(server: Running) -> None:
     assert ended == {"chat": 1, "code": 2}
     assert routed["code"] == 2
     assert routed.total() == 3
-    assert good == {"chat": 1}, "1 ms a token is more than code's limit"
+    assert good == {"chat": 1}, "1 ms per token exceeds the limit of scenario code"
 
 
 def test_tenants_share_prefixes_where_the_scenario_says_so(server: Running) -> None:
-    """vllm#29906 and others: never unless the deployment says so."""
+    """vllm#29906 and others: they never share unless the deployment says so."""
     change(server, scenarios=tuple(without_shares(SCENARIOS)))
     for scenario, shared in (("code", True), ("chat", False)):
         asked = {"input_ids": list(range(100, 228)), "max_tokens": 2, "scenario": scenario}
@@ -279,7 +279,7 @@ def test_tenants_share_prefixes_where_the_scenario_says_so(server: Running) -> N
 
 
 def without_shares(scenarios: tuple[config.Scenario, ...]) -> Iterator[config.Scenario]:
-    """All traffic of each to its first group."""
+    """Send all traffic of each scenario to its first group."""
     for scenario in scenarios:
         first, *others = scenario.groups
         idle = (msgspec.structs.replace(group, share=0.0) for group in others)
@@ -287,7 +287,7 @@ def without_shares(scenarios: tuple[config.Scenario, ...]) -> Iterator[config.Sc
 
 
 def test_sampling_of_a_scenario(tmp_path: Path) -> None:
-    """On the torch engine: what the client leaves open is the scenario's, each value by itself."""
+    """On the torch engine, each value that the client leaves out is the scenario's."""
     deployment = msgspec.structs.replace(
         default_deployment("torch"),
         engine=config.Engine(threads=1),
@@ -313,7 +313,7 @@ def test_sampling_of_a_scenario(tmp_path: Path) -> None:
         assert text(scenario="warm", seed=7, top_k=1) == greedy
 
 
-# ----------------------------------------------------------------------- reload
+# ------------------------------------------------------------------------------------------- reload
 
 
 def test_a_changed_file_is_taken_over_within_seconds(server: Running) -> None:
@@ -334,7 +334,7 @@ def test_a_changed_file_is_taken_over_within_seconds(server: Running) -> None:
 
 
 def test_a_stream_goes_on_where_it_is_while_its_instances_move(server: Running) -> None:
-    """decode_0 goes to the other scenario; what it has begun, it ends."""
+    """decode_0 moves to the other scenario, and finishes what it has begun."""
     chat, code = SCENARIOS
     (a, b), (c,) = chat.groups, code.groups
     both = config.Group("code", (*c.prefill, *a.prefill), (*c.decode, *a.decode))
@@ -388,7 +388,7 @@ def test_a_file_with_an_error_is_refused(server: Running, text: str, message: st
 
 
 def pdctl_reload(server: Running, folder: Path, *options: str, **fields: Any) -> tuple[int, str]:
-    """`pdctl reload` of the deployment with other fields: its status, and what it says."""
+    """Run `pdctl reload` with other fields; return its status and its output."""
     file = folder / "deployment.yaml"
     wanted = msgspec.structs.replace(server.deployment, **fields)
     file.write_bytes(msgspec.yaml.encode(wanted))
@@ -425,7 +425,7 @@ def test_pdctl_reload(server: Running, tmp_path: Path) -> None:
     assert pdctl_reload(server, tmp_path, "--check", **wanted) == (0, said)
     assert tokens() == 5
     assert pdctl_reload(server, tmp_path, **wanted) == (0, said)
-    assert tokens() == 6, "it comes back when every gateway has it"
+    assert tokens() == 6, "it ends when every gateway has applied it"
     assert pdctl_reload(server, tmp_path) == (
         0,
         "taken over by local:\n  scenarios.code.max_tokens: 6 -> 5\n",

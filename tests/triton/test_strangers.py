@@ -1,4 +1,4 @@
-"""The models of instances can be called by whoever reaches the port: they answer their own."""
+"""Tests that instances answer only their own deployment, though anyone can reach the port."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def secret(deployment: Deployment) -> bytes:
     return key.load(Path(deployment.transfer.key_file))
 
 
-def said(server: Running, model: str, *payloads: bytes) -> list[Reply]:
-    """An instance's first reply to each."""
+def first_replies(server: Running, model: str, *payloads: bytes) -> list[Reply]:
+    """Return an instance's first reply to each message."""
 
     async def run() -> list[Reply]:
         channel = GrpcChannel(server.grpc, model, secret(server.deployment))
@@ -62,7 +62,7 @@ def refusals(server: Running, model: str) -> float:
     )
 
 
-# No other test tells these anything that is not sealed: what is logged is of this one.
+# No other test sends unsealed messages to these, so the log lines are of this test.
 @pytest.mark.parametrize("model", ["prefill_1", "decode_1"])
 def test_a_stranger_is_told_nothing(emulated_server: Running, model: str) -> None:
     own = Seal(secret(emulated_server.deployment), model)
@@ -82,8 +82,10 @@ def test_a_stranger_is_told_nothing(emulated_server: Running, model: str) -> Non
         Seal(secrets.token_bytes(32), model).close(message),
     ]
     before, logged = refusals(emulated_server, model), len(emulated_server.servers[0].read_log())
-    assert said(emulated_server, model, *strange) == [REFUSED] * len(strange)
-    assert said(emulated_server, model, own.close(messages.encode(Release("it")))) == [Released()]
+    assert first_replies(emulated_server, model, *strange) == [REFUSED] * len(strange)
+    assert first_replies(emulated_server, model, own.close(messages.encode(Release("it")))) == [
+        Released()
+    ]
     for _ in range(100):
         if refusals(emulated_server, model) == before + len(strange):
             break
@@ -101,8 +103,8 @@ def test_a_stranger_is_told_nothing(emulated_server: Running, model: str) -> Non
 def test_a_message_to_one_prefill_is_none_to_another(emulated_server: Running) -> None:
     own = Seal(secret(emulated_server.deployment), "prefill_1")
     describe = own.close(messages.encode(Describe("it")))
-    assert said(emulated_server, "prefill_0", describe) == [REFUSED]
-    [described] = said(emulated_server, "prefill_1", describe)
+    assert first_replies(emulated_server, "prefill_0", describe) == [REFUSED]
+    [described] = first_replies(emulated_server, "prefill_1", describe)
     assert isinstance(described, Described)
 
 

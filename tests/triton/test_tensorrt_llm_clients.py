@@ -1,4 +1,4 @@
-"""Clients written for TensorRT-LLM's Triton models: what they send and read, to the letter.
+"""Tests with clients written for TensorRT-LLM's Triton models: what they send and read.
 
 Tensors, data types, shapes, order of calls and reading of responses are those of
 
@@ -42,7 +42,7 @@ def prepare_tensor(name: str, data: np.ndarray[Any, Any]) -> grpc.InferInput:
 def streamed(
     server: Running, inputs: list[grpc.InferInput], request_id: str = "1"
 ) -> Iterator[grpc.InferResult]:
-    """Every result of one request, until the flag of the last. Raises: InferenceServerException."""
+    """Yield every result of one request, up to the final flag. Raises: InferenceServerException."""
     arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client = grpc.InferenceServerClient(server.grpc)
     assert client.is_model_ready("pdserve")
@@ -131,7 +131,7 @@ class TestEndToEndClient:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("connector", ["llama_index", "langchain"])
 def test_connectors(emulated_server: Running, connector: str, stream: bool) -> None:
-    """Both build one set of inputs, and read each response from its JSON."""
+    """Both connectors make the same inputs, and read each response from its JSON."""
     given = {
         "text_input": np.array([["The sea is"]]).astype(object),
         "max_tokens": np.array([12]).astype(np.int32).reshape((1, -1)),

@@ -1,4 +1,4 @@
-"""Streamed text: valid UTF-8 at every cut, and together the text of all ids at once."""
+"""Tests for streamed text: valid UTF-8 at every cut, and in all the text of all ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.triton
 async def pairs(
     server: Running, prompts: list[Prompt], **asked: Any
 ) -> list[tuple[Answer, Answer]]:
-    """Each prompt's streamed text and, of the same request to the scheduler, its ids."""
+    """Return each prompt's streamed text, and its ids from the same request to the scheduler."""
     places = asyncio.Semaphore(16)
     async with connected(server) as client:
 
@@ -35,7 +35,7 @@ async def pairs(
 
 
 def check(reference: Reference, prompts: list[Prompt], answers: list[tuple[Answer, Answer]]) -> int:
-    """Each part has been decoded strictly on arrival; how many parts there were."""
+    """Check the parts, which were decoded strictly on arrival; return how many there were."""
     for prompt, (text, ids) in zip(prompts, answers, strict=True):
         assert text.text == reference.decode(ids.ids), prompt.name
         assert text.stats["prompt_tokens"] == len(prompt.ids), prompt.name
@@ -45,7 +45,7 @@ def check(reference: Reference, prompts: list[Prompt], answers: list[tuple[Answe
 
 
 def test_of_random_tokens(emulated_server: Running, reference: Reference) -> None:
-    """The emulated engine's tokens are any of the vocabulary, halves of characters among them."""
+    """The emulated engine draws any token of the vocabulary, parts of characters among them."""
     prompts = corpus(reference.encode, 200, 2000)
     answers = asyncio.run(pairs(emulated_server, prompts, max_tokens=100))
 
@@ -64,7 +64,7 @@ def test_of_random_tokens(emulated_server: Running, reference: Reference) -> Non
 def test_of_the_model(
     torch_server: Running, reference: Reference, count: int, longest: int, tokens: int
 ) -> None:
-    """Sampled with a seed, so that the tokens of both requests are the same."""
+    """A seed makes the tokens of both requests the same."""
     prompts = corpus(reference.encode, count, longest)
     asked = {"max_tokens": tokens, "temperature": 1.2, "seed": 7}
     answers = asyncio.run(pairs(torch_server, prompts, **asked))
@@ -85,7 +85,7 @@ def test_over_http(emulated_server: Running, reference: Reference) -> None:
 
 @pytest.mark.parametrize("stop", ["é", "的", "🙂", " the", "\ufffd"])
 def test_before_a_stop_string(emulated_server: Running, reference: Reference, stop: str) -> None:
-    """The text ends where the stop string begins, wherever that lies in the tokens."""
+    """The text ends where the stop string begins, wherever that is in the tokens."""
     prompts = corpus(reference.encode, 40, 50, seed=3)
     whole = asyncio.run(pairs(emulated_server, prompts, max_tokens=100))
     cut = asyncio.run(pairs(emulated_server, prompts, max_tokens=100, stop_words=[stop]))

@@ -1,4 +1,4 @@
-"""Spans of a real server's requests, as a collector gets them."""
+"""Tests for the spans of a real server's requests, as a collector receives them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PLAIN = ["decode", "offer", "offer", "prefill", "request", "transfer", "wait", "
 
 @dataclass
 class Collector:
-    """An OTLP/HTTP collector, which keeps what it gets."""
+    """An OTLP/HTTP collector, which keeps the spans it receives."""
 
     address: str = ""
     services: set[str] = field(default_factory=set)
@@ -43,7 +43,7 @@ class Collector:
         return [span for span in self.spans if span.trace_id.hex() == trace_id]
 
     def wait(self, trace_id: str, count: int) -> dict[str, list[Any]]:
-        """The spans of a trace by name, once there are so many."""
+        """Wait until this many spans of a trace have come; return them by name."""
         wait_until(lambda: len(self.of(trace_id)) >= count, 10, lambda: self.of(trace_id))
         found: dict[str, list[Any]] = {}
         for span in self.of(trace_id):
@@ -150,7 +150,7 @@ def test_spans_of_a_request_are_in_the_clients_trace(server: Running, collector:
 
 @pytest.mark.parametrize("field", [True, False], ids=["field", "parameter"])
 def test_over_http(server: Running, collector: Collector, field: bool) -> None:
-    """server#8790: ``generate`` drops headers. Fields that it does not know become parameters."""
+    """server#8790: ``generate`` drops headers, but passes unknown fields as parameters."""
     given = {"traceparent": traceparent(trace_id(2 + field))}
     generate(server, **ASKED, **(given if field else {"parameters": given}))
     collector.wait(trace_id(2 + field), 8)
@@ -184,7 +184,7 @@ def test_refused_request(server: Running, collector: Collector) -> None:
 
 
 def test_invalid_traceparent_is_ignored(server: Running) -> None:
-    """By the standard: the request goes on, in a trace of its own."""
+    """By the standard, the request continues in a new trace."""
     warning = "pdserve: traceparent: '00-nonsense' is invalid"
     generate(server, **ASKED, parameters={"traceparent": "00-nonsense"})
     wait_until(lambda: warning in server.servers[0].read_log(), 2)

@@ -1,4 +1,4 @@
-"""The tokens are the same whatever way the KV cache goes: every transport, strategy and cut."""
+"""Tests that the tokens are the same over every transport, strategy and sharding."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_tokens_are_transformers_own(
     ],
 )
 def test_every_byte_is_where_it_belongs(tmp_path: Path, transport: str, strategy: str) -> None:
-    """The emulated engine looks at all of them; prompts of 40 MiB, many at a time, some reused."""
+    """The emulated engine checks all bytes; prompts of 40 MiB, many at a time, some reused."""
     profile = {
         "layers": 30,
         "kv_heads": 4,

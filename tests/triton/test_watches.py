@@ -1,4 +1,4 @@
-"""Who watches instances under many names keeps nobody from them."""
+"""Test that a client with slot watches under many names does not block others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_many_names_have_one_turn(tmp_path: Path) -> None:
             call = f"watch {number}"
             channel.open(call, Watch(call, f"gateway {number}"))
         done = channel.open("last", Release("last"))
-        await done.get(60.0)  # all that was said before has been heard
+        await done.get(60.0)  # by now, all earlier messages have been received
         assert watching(server) <= MAX_WATCHES
         async with connected(server) as client:
             began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Two gateways, two prefill workers and two decode workers, each a server of its own."""
+"""Tests for two gateways, two prefill workers and two decode workers, one server each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def example() -> config.Deployment:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The example, its engines emulated: 0.5 ms a prompt token, 5 ms a step."""
+    """The example with emulated engines: 0.5 ms per prompt token, 5 ms per step."""
     folder = tmp_path_factory.mktemp("workers")
     emulated = emulated_deployment(
         folder,
@@ -59,7 +59,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def workers(shared: Running) -> Running:
-    """All of them, up and acquainted."""
+    """Start all of them, and wait until they are linked."""
     for server in shared.servers:
         if server.pid is None:
             server.start(held=True)
@@ -74,13 +74,13 @@ def named(workers: Running, name: str) -> Server:
 
 
 def at(workers: Running, gateway: str) -> Running:
-    """The same deployment, asked at this gateway."""
+    """Return the same deployment, with requests to this gateway."""
     server = named(workers, gateway)
     return dataclasses.replace(workers, http=server.http, grpc=server.grpc, metrics=server.metrics)
 
 
 def ask_many(workers: Running, gateway: str, count: int, words: str = "question") -> list[Answer]:
-    """Eight at a time."""
+    """Send the requests, eight at a time."""
 
     def one(number: int) -> Answer:
         text = f"{words} {gateway} {number} and what else there is to say about it"
@@ -129,7 +129,7 @@ def test_gateways_give_the_same_answer(workers: Running) -> None:
 def test_one_worker_stopped_the_other_serves(
     workers: Running, worker: str, role: str, others: set[str]
 ) -> None:
-    """Under load of both gateways, nothing is lost; the worker is used again once it is back."""
+    """Both gateways have load, and no request is lost; the worker serves again once it is back."""
     stopped = threading.Event()
 
     def load(gateway: str) -> list[Answer]:
@@ -177,12 +177,12 @@ def test_a_gateway_stopped_the_other_is_unaffected(workers: Running) -> None:
     assert len(answer.ids) == 600
     assert answer.stats["attempts"] == 1
     gaps = [after.at - before.at for before, after in pairwise(answer.parts)]
-    assert max(gaps) < 0.5, "nothing of the stream waited for the gateway that went"
+    assert max(gaps) < 0.5, "no part of the stream waited for the gateway that was stopped"
     assert len(served(ask_many(workers, "gateway_1", 16), "prefill")) == 2
 
 
 def test_the_example_is_as_it_stands(tmp_path: Path) -> None:
-    """Its model and key lie in the checkout, and no two servers share a port."""
+    """Its model and key are in the checkout, and no two servers share a port."""
     deployment = example()
     assert deployment.model == str(ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct")
     assert deployment.transfer.key_file == str(ROOT / "kv.key")
