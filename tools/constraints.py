@@ -1,7 +1,7 @@
 """Constraints for pip in a Python that has packages already: ``constraints.py requirements.txt``.
 
-What is installed stays as it is, since something was built against it; all else gets its version
-from the file.
+Installed packages keep their versions, since others were built against them; all other packages get
+their versions from the file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def constraints(requirements: Iterable[str]) -> Iterator[str]:
-    """A line for each line of a requirements file that names a package."""
+    """Return a line for each line of a requirements file that names a package."""
     for requirement in requirements:
         named = _NAME.match(requirement)
         if named is None:

@@ -1,7 +1,7 @@
 """Turn a GGUF file into a folder that transformers loads: ``convert.py SOURCE TARGET``.
 
 Weights become float32 safetensors. The result is loaded back and checked before
-this ends with 0: every tensor finite, the tokenizer's round trip, the end of turn.
+this ends with 0: finite tensors, the tokenizer's round trip, and the end of a turn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAMPLES = (
 
 def convert(source: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # GGUF says only "smollm" of how text is split before BPE: digit by digit, then as GPT-2 does.
+    # Of how text is split before BPE, GGUF says only "smollm": digit by digit, then like GPT-2.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
@@ -31,7 +31,7 @@ def convert(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
-    # Its weights are float32 now; only the marks of where they came from forbid to save them.
+    # The weights are float32 now; only the marks of their origin prevent saving them.
     model.hf_quantizer = None  # type: ignore[assignment]
     del model.config.quantization_config
     model.generation_config = GenerationConfig(
@@ -44,10 +44,10 @@ def convert(source: Path, target: Path) -> None:
 
 @torch.inference_mode()
 def check(target: Path) -> None:
-    """Load the result as the engine will.
+    """Load the result like the engine.
 
     Raises:
-        AssertionError: it is not the model that was meant.
+        AssertionError: it is not the expected model.
     """
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)

@@ -299,7 +299,7 @@ def test_another_deployment_with_a_server_of_the_same_name(
 
     status, output = launched.told("render")
     assert (status, launched.server.pid) == (1, pid)
-    assert "`pdctl reload` has it take over" in output
+    assert "`pdctl reload` applies" in output
 
     moved = tmp_path / "moved.yaml"
     moved.write_bytes(launched.file.read_bytes())

@@ -430,7 +430,7 @@ def test_pdctl_reload(server: Running, tmp_path: Path) -> None:
         0,
         "taken over by local:\n  scenarios.code.max_tokens: 6 -> 5\n",
     )
-    assert pdctl_reload(server, tmp_path) == (0, "nothing changes in what runs\n")
+    assert pdctl_reload(server, tmp_path) == (0, "nothing changes in the running servers\n")
 
 
 def test_pdctl_reload_refuses_a_file_with_an_error(server: Running, tmp_path: Path) -> None:

@@ -2,5 +2,5 @@
 
 from pdctl import descriptors
 
-# Before anything that an import below opens: this is the first module of every command.
+# This must precede every file that an import below opens; every command imports it first.
 descriptors.fill()

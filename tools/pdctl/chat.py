@@ -17,12 +17,12 @@ from pdctl.errors import ServerError
 from pdserve.connections import GRPC_OPTIONS
 
 ANSWER_TIMEOUT_S = 300.0
-"""The longest wait for the next response."""
+"""The longest wait for the next response, in seconds."""
 
 
 @dataclass
 class Question:
-    """What is asked; None leaves a value to the server."""
+    """A question to the model; None leaves a value to the server."""
 
     text: str
     chat: bool = True
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Part:
-    """One response: new text, and on the last one why it ended and what it took."""
+    """One response: new text; the last one also has the finish reason and the stats."""
 
     text: str
     finish_reason: str
@@ -54,19 +54,19 @@ class Part:
 
 
 def ask(url: str, question: Question) -> Iterator[Part]:
-    """The answer as it comes. Closing the iterator cancels the request.
+    """Yield the answer as it comes. Closing the iterator cancels the request.
 
     Args:
         url: host:port of the server's gRPC.
 
     Raises:
-        ServerError: refused, failed, or the server is gone; with the server's words.
+        ServerError: refused, failed, or the server is gone; with the server's message.
     """
     answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
     client = grpc.InferenceServerClient(url, channel_args=GRPC_OPTIONS)
     try:
         client.start_stream(lambda result, error: answers.put((result, error)))
-        # If the stream has broken already, this raises, and the callback is told why.
+        # If the stream has broken already, this raises, and the callback gets the reason.
         with suppress(InferenceServerException):
             client.async_stream_infer(
                 "pdserve", question.inputs(), enable_empty_final_response=True

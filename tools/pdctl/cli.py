@@ -49,7 +49,7 @@ DAY_S = 86400.0
 File = Annotated[
     Path,
     typer.Option(
-        "--file", "-f", help="The deployment.", show_default="deployment.yaml of the checkout"
+        "--file", "-f", help="Deployment file.", show_default="deployment.yaml of the checkout"
     ),
 ]
 Only = Annotated[
@@ -68,11 +68,9 @@ Timeout = Annotated[
 ]
 Watched = Annotated[
     bool,
-    typer.Option(
-        "--watch/--no-watch", help="Look after the servers and repair what fails in them."
-    ),
+    typer.Option("--watch/--no-watch", help="Watch the servers, and repair what fails in them."),
 ]
-MaxTokens = Annotated[int, typer.Option(help="Tokens of the answer at most.", min=1, max=INT32)]
+MaxTokens = Annotated[int, typer.Option(help="Maximum tokens of the answer.", min=1, max=INT32)]
 
 
 def _version(wanted: bool) -> None:
@@ -87,10 +85,9 @@ def pdctl(
         bool, typer.Option("--version", help="Print it and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Servers of a deployment: start, stop, look at, talk to.
+    """Start, stop, inspect and use the servers of a deployment.
 
-    What a server says is in .run/SERVER/log of the checkout, what its watchdog does in watch.log
-    beside it.
+    The logs are in .run/SERVER of the checkout: log of the server, watch.log of its watchdog.
     """
 
 
@@ -127,7 +124,7 @@ def serve(
 
 @app.command()
 def down(file: File = paths.DEPLOYMENT, only: Only = None) -> None:
-    """Stop the servers and remove what is left of them."""
+    """Stop the servers, and remove their processes and shared memory."""
     servers = _servers(file, only)
     pids = {server.spec.name: server.pid for server in servers}
     fleet.stop(servers)
@@ -137,7 +134,7 @@ def down(file: File = paths.DEPLOYMENT, only: Only = None) -> None:
 
 @app.command()
 def status(file: File = paths.DEPLOYMENT, only: Only = None, as_json: Json = False) -> None:
-    """Servers, models, ports and counters; exit status 3 unless all are ready and looked after."""
+    """Show servers, models, ports and counters; exit status 3 unless all are ready and watched."""
     found = [status_of(server) for server in _servers(file, only)]
     if as_json:
         print(json.dumps(found, indent=2))
@@ -150,7 +147,7 @@ def status(file: File = paths.DEPLOYMENT, only: Only = None, as_json: Json = Fal
 
 @app.command("links")
 def links_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
-    """Over what each decode pulls KV caches from each prefill; exit status 3 if any pair cannot."""
+    """Show the transport of each pair of decode and prefill; exit status 3 if any has none."""
     pages, gone = [], set[str]()
     for server in _servers(file):
         answers = server.live()
@@ -179,7 +176,7 @@ def probe_command(
     ] = 10,
     as_json: Json = False,
 ) -> None:
-    """A short request through each gateway; exit status 3 if any gives no answer."""
+    """Send a short request through each gateway; exit status 3 if any gives no answer."""
     found = probe.probe(_servers(file, only), timeout)
     if as_json:
         print(json.dumps(found, indent=2))
@@ -192,7 +189,7 @@ def probe_command(
 
 @app.command()
 def doctor(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
-    """What this host can do, and what it lacks; exit status 3 if it cannot serve the deployment."""
+    """Show what this host can do and lacks; exit status 3 if it cannot serve the deployment."""
     found = examination.examine(file)
     if as_json:
         print(found.json)
@@ -204,20 +201,26 @@ def doctor(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
 
 @app.command()
 def chat(
-    prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Prompt; - reads it from standard input.")],
     file: File = paths.DEPLOYMENT,
     max_tokens: MaxTokens = 128,
     temperature: Annotated[
-        float | None, typer.Option(help="0 or absent: greedy.", min=0, max=100)
+        float | None,
+        typer.Option(help="Temperature of sampling; 0 or absent: greedy.", min=0, max=100),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="The same seed, the same answer.", min=0, max=UINT64)
+        int | None,
+        typer.Option(
+            help="Seed of sampling; the same seed gives the same answer.", min=0, max=UINT64
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    no_chat: Annotated[bool, typer.Option("--no-chat", help="Continue the text as it is.")] = False,
+    no_chat: Annotated[
+        bool, typer.Option("--no-chat", help="Continue the text without a chat template.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask a running deployment; the answer streams, its timeline follows."""
+    """Ask a running deployment; stream the answer, then print its timeline."""
     options: dict[str, tuple[str, Any]] = {
         "max_tokens": ("INT32", max_tokens),
         "temperature": ("FP32", temperature),
@@ -231,7 +234,7 @@ def chat(
 
 @app.command()
 def demo(
-    prompt: Annotated[str, typer.Argument(help="What to say.")] = DEMO_PROMPT,
+    prompt: Annotated[str, typer.Argument(help="Prompt.")] = DEMO_PROMPT,
     file: File = paths.DEPLOYMENT,
     timeout: Timeout = None,
     max_tokens: MaxTokens = DEMO_TOKENS,
@@ -248,9 +251,9 @@ def demo(
 def reload_command(
     file: File = paths.DEPLOYMENT,
     only: Only = None,
-    check: Annotated[bool, typer.Option("--check", help="Only say what would change.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only report what would change.")] = False,
 ) -> None:
-    """Have running servers take over a deployment that has changed, and say what they cannot."""
+    """Apply a changed deployment to running servers, and report what needs a restart."""
     servers = _servers(file, only)
     reloads = [Reload(server) for server in servers if server.pid is not None]
     for line in plan(servers, reloads):
@@ -264,7 +267,7 @@ def reload_command(
 
 @app.command("render")
 def render_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
-    """Write each server's model repository, without starting anything."""
+    """Write each server's model repository, without starting the server."""
     servers = _servers(file)
     for server in servers:
         server.render()
@@ -289,7 +292,7 @@ def _servers(file: Path, only: str | None = None) -> list[Server]:
 
 
 def _gateway(servers: list[Server]) -> Server:
-    """The first one that can be asked."""
+    """Return the first gateway that is ready."""
     gateways = [server for server in servers if server.spec.gateway]
     if not gateways:
         raise DeploymentError("no server has gateway: true; at least 1 is needed to be asked")
@@ -308,7 +311,7 @@ def _converse(server: Server, question: Question, as_json: bool) -> None:
             sys.stdout.write(wrap.take(part.text))
             sys.stdout.flush()
             if isinstance(sys.stdout, Output) and sys.stdout.lost:
-                return  # nobody reads: the request is cancelled
+                return  # the output is closed, so the request is cancelled
         text += part.text
         finish_reason = part.finish_reason or finish_reason
         stats = part.stats or stats
@@ -322,7 +325,7 @@ def _converse(server: Server, question: Question, as_json: bool) -> None:
 
 
 def _ending(finish_reason: str, stats: dict[str, Any] | None) -> str:
-    """Why an answer ended, in words."""
+    """Return in words why an answer ended."""
     if finish_reason == "length" and stats is not None:
         return f"length: cut off after {stats['output_tokens']} tokens"
     return "stop: the model ended its answer" if finish_reason == "stop" else finish_reason
@@ -331,7 +334,7 @@ def _ending(finish_reason: str, stats: dict[str, Any] | None) -> str:
 def main() -> None:
     os.umask(private.UMASK)
     output = Output(sys.stdout)
-    # Everything that prints asks sys for it at each time: rich, typer, print.
+    # rich, typer and print look up sys.stdout at each use.
     with contextlib.redirect_stdout(output):
         status = _status()
         output.flush()
@@ -341,7 +344,7 @@ def main() -> None:
 
 
 def _status() -> int | str | None:
-    """Run the command; its exit status. What is nobody's mistake in this code is one line."""
+    """Run the command and return its exit status; expected errors are printed as one line."""
     try:
         with interruptible():
             app()

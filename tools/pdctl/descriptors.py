@@ -1,4 +1,4 @@
-"""Standard input, output and error, where a process was started without one of them."""
+"""Opens standard input, output and error where a process was started without one of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
 def fill() -> None:
-    """Open /dev/null in the place of each that is closed.
+    """Open /dev/null in place of each that is closed.
 
-    Whatever is opened next would have its number otherwise, and be lost to the child processes that
-    are given a standard input or output of their own: a lock, for one.
+    Otherwise the next file that is opened, such as a lock, would get its number, and be lost to
+    child processes that get a standard input or output of their own.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) < len(_STREAMS):
         os.set_inheritable(number, True)

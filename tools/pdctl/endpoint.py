@@ -1,4 +1,4 @@
-"""What a running server is asked at its HTTP port, by whoever has its key."""
+"""Calls of a running server's HTTP port with the key of the server."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Endpoint(ABC):
         return self.folder / "models"
 
     def live(self) -> bool:
-        """Whether it answers: it has loaded, or given up, every model that it began with."""
+        """Tell whether it answers: it has loaded, or given up, every model that it began with."""
         return self._says("health/live")
 
     def ready(self, model: str | None = None) -> bool:
-        """Whether every model of the server, or one of them, can be used."""
+        """Tell whether every model of the server, or one of them, can be used."""
         return self._says("health/ready" if model is None else f"models/{model}/ready")
 
     def _says(self, what: str) -> bool:
@@ -48,7 +48,7 @@ class Endpoint(ABC):
         return True
 
     def index(self) -> dict[str, str]:
-        """State of each model of a running server: READY, UNAVAILABLE, ...; see `state_of`.
+        """Return the state of each model of a server (READY, UNAVAILABLE, ...); see `state_of`.
 
         Raises:
             ServerError: the server does not answer.
@@ -56,7 +56,7 @@ class Endpoint(ABC):
         return {name: state_of(states) for name, states in self.versions().items()}
 
     def versions(self) -> dict[str, dict[str, str]]:
-        """State of each version of each model; of one that Triton has never tried, of "" alone.
+        """Return the state of each version of each model; of a model never tried, that of "" alone.
 
         Raises:
             ServerError: the server does not answer.
@@ -75,10 +75,10 @@ class Endpoint(ABC):
         """Load a model of a running server anew, and wait until it is ready.
 
         Raises:
-            ServerError: it cannot be loaded; says why.
+            ServerError: it cannot be loaded, for this reason.
             OSError: the server does not answer.
         """
-        # Files that have not changed would not be loaded again, unless the model was unloaded.
+        # Triton would not load unchanged files again, unless the model is unloaded first.
         for file in (self.repository / model).rglob("model.py"):
             with contextlib.suppress(OSError):
                 file.touch()
@@ -90,7 +90,7 @@ class Endpoint(ABC):
         footprint.narrow(footprint.token(self.folder) or "")
 
     def unload(self, model: str, timeout_s: float = 5) -> None:
-        """No new request reaches a model, and it is not ready, from now on. Raises: OSError."""
+        """Unload a model: from now on it gets no new request, and is not ready. Raises: OSError."""
         self._post(f"/v2/repository/models/{model}/unload", timeout_s)
 
     def _post(self, path: str, timeout_s: float) -> bytes:
@@ -102,7 +102,7 @@ class Endpoint(ABC):
 
 
 def _reason(body: bytes) -> str:
-    """The first line of what Triton says of an error; empty: it does not say."""
+    """Return the first line of Triton's error; empty: there is none."""
     try:
         return str(json.loads(body)["error"]).partition("\n")[0].strip()
     except (ValueError, KeyError, TypeError):
@@ -110,5 +110,5 @@ def _reason(body: bytes) -> str:
 
 
 def state_of(versions: dict[str, str]) -> str:
-    """A model's, by that of its versions: one that is READY serves."""
+    """Return a model's state by those of its versions: one READY version serves."""
     return "READY" if "READY" in versions.values() else next(reversed(versions.values()))

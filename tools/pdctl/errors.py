@@ -1,4 +1,4 @@
-"""What goes wrong with servers; each message is meant for the person at the terminal."""
+"""Errors of servers; each message is meant for the person at the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class ServerError(Exception):
 
 
 class Starved(ServerError):
-    """A server could not start since the machine stood still for too long; it may the next time."""
+    """A server could not start because the machine was too slow; it may the next time."""
 
 
 class PortTaken(ServerError):
@@ -20,4 +20,4 @@ class AlreadyRunning(ServerError):
 
 
 class Stopped(ServerError):
-    """The server has been stopped in good order: it is not to be started again."""
+    """The server has been stopped as asked, and must not be started again."""

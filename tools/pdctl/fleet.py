@@ -16,19 +16,19 @@ from pdctl.errors import AlreadyRunning, Starved
 from pdctl.server import Progress, Server
 
 STARTS = 3
-"""Of a server whose start fails since the machine stood still."""
+"""Number of starts of a server that fails because the machine was too slow."""
 
 _log = logging.getLogger(__name__)
 
 
 def start(servers: Sequence[Server], *, held: bool, timeout_s: float, progress: Progress) -> None:
-    """Start every server and wait until all are ready; if one fails, none of them stays.
+    """Start every server and wait until all are ready; if one fails, stop all.
 
-    One that another process has started already is waited for, too, and left alone if it fails;
-    but not where the servers are to be ``held``.
+    A server that another process has started is waited for, too, and left alone if it fails. If the
+    servers are to be ``held``, it is an error.
 
     Raises:
-        AlreadyRunning, PortTaken, ServerError, DeploymentError: as the first that failed.
+        AlreadyRunning, PortTaken, ServerError, DeploymentError: the first failure.
     """
     started: list[Server] = []
     try:
@@ -49,10 +49,11 @@ def start(servers: Sequence[Server], *, held: bool, timeout_s: float, progress: 
 
 
 def _wait_ready(server: Server, held: bool | None, timeout_s: float, progress: Progress) -> None:
-    """Wait for a server; one that was starved is started again, at most STARTS times in all.
+    """Wait for a server; one that was starved is started again, up to STARTS times in all.
 
     Args:
-        held: how this process has started it; None: another process has, and starts it again.
+        held: as it was started by this process; None: another process started it, and starts it
+            again.
         timeout_s: seconds for all starts together.
     """
     deadline = time.monotonic() + timeout_s
@@ -69,21 +70,21 @@ def _wait_ready(server: Server, held: bool | None, timeout_s: float, progress: P
 
 
 def watch(servers: Sequence[Server], *, held: bool, wanted: bool = True) -> None:
-    """Look after the servers from now on, each by a watchdog of its own; see watchers.py.
+    """Watch the servers from now on, each by a separate watchdog; see watchers.py.
 
     Args:
-        wanted: otherwise they are meant to run without, which is kept for ``status``. One that is
-            looked after already stays so.
+        wanted: False: they are meant to run without, which is recorded for ``status``. A server
+            that has a watchdog keeps it.
 
     Raises:
-        ServerError: one of them does not begin.
+        ServerError: one of the watchdogs does not begin.
     """
     for server in servers:
         started = server.started
         if started and started.watched != (wanted or watchers.watched(server.folder)):
             try:
                 records.note(server.folder, msgspec.structs.replace(started, watched=wanted))
-            except OSError as error:  # the watchdog itself needs no room
+            except OSError as error:  # the watchdog itself needs no space on the disk
                 _log.warning("%s: %s", error.filename, error.strerror)
     begun = [watchers.start(server.folder, held=held) for server in servers if wanted]
     for wait in begun:

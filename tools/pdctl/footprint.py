@@ -1,7 +1,7 @@
-"""What a server has on this machine: processes and shared memory, both marked with its token.
+"""The processes and shared memory of a server on this machine, marked with its token.
 
-The token is random for each start and handed down in the environment, so that it tells the
-processes of one server from everything else, whatever their ids are or have been.
+The token is random for each start and inherited in the environment, so that it identifies the
+processes of one server, whatever their ids are or have been.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def is_token(text: str) -> bool:
 
 
 def token(folder: Path) -> str | None:
-    """The mark of the latest start of the server whose folder it is; see server.py."""
+    """Return the token of the latest start of the server with this folder; see server.py."""
     with contextlib.suppress(OSError):
         text = (folder / "token").read_text()
         if is_token(text):
@@ -41,24 +41,24 @@ def token(folder: Path) -> str | None:
 
 
 def processes(tokens: Collection[str]) -> list[psutil.Process]:
-    """Every process that carries one of the tokens, zombies left out."""
+    """Return every process that carries one of the tokens, without zombies."""
     return carrying(VARIABLE, tokens)
 
 
 def carrying(variable: str, values: Collection[str]) -> list[psutil.Process]:
-    """Every process whose environment has a variable with one of some values."""
+    """Return every process whose environment has a variable with one of some values."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(variable) in values:
                 found.append(process)
-        except psutil.Error:  # gone, a zombie, or somebody else's
+        except psutil.Error:  # ended, a zombie, or another user's
             continue
     return found
 
 
 def server_process(token: str) -> psutil.Process | None:
-    """The ``tritonserver`` of a token; None: it does not run."""
+    """Return the ``tritonserver`` of a token; None: it does not run."""
     for process in processes([token]):
         try:
             if process.name() == "tritonserver":
@@ -69,14 +69,14 @@ def server_process(token: str) -> psutil.Process | None:
 
 
 def regions(token: str) -> list[Path]:
-    """The shared memory of a server, Triton's own and that of its models."""
+    """Return the shared memory of a server, Triton's own and that of its models."""
     return sorted(SHM.glob(f"{token}-*"))
 
 
 def narrow(token: str) -> None:
-    """Make the shared memory of a server its user's alone.
+    """Restrict the shared memory of a server to its user.
 
-    Triton makes its regions with mode 0644, whatever the umask. The models of this project see to
+    Triton makes its regions with mode 0644, whatever the umask. The models of this project narrow
     theirs before they are READY (pdserve.triton.stub); this is for all others.
     """
     for region in regions(token) if is_token(token) else ():
@@ -85,17 +85,17 @@ def narrow(token: str) -> None:
 
 
 def erase(tokens: Collection[str], grace_s: float = EXIT_TIMEOUT_S + 3) -> None:
-    """End the servers of the tokens and remove what they left; bounded by ``grace_s`` + 5 s.
+    """End the servers of the tokens and remove what they left, within ``grace_s`` + 5 s.
 
-    Triton is asked first and waited for; after that whatever still lives is killed. Where
-    ``grace_s`` is 0 it is not asked.
+    Triton is told to end, and waited for; after that, all remaining processes are killed. If
+    ``grace_s`` is 0 they are killed at once.
     """
     assert all(map(is_token, tokens))
     leaders = [leader for leader in map(server_process, tokens) if leader is not None]
     if leaders and grace_s:
         _signal(leaders, signal.SIGINT)
         _wait_dead(leaders, grace_s)
-        _wait_dead(processes(tokens), 0.5)  # stubs see the end by themselves
+        _wait_dead(processes(tokens), 0.5)  # stubs notice the end by themselves
     for _ in range(5):
         remaining = processes(tokens)
         if not remaining:
@@ -108,7 +108,7 @@ def erase(tokens: Collection[str], grace_s: float = EXIT_TIMEOUT_S + 3) -> None:
 
 
 def is_dead(process: psutil.Process) -> bool:
-    """It has ended; one that nobody has taken notice of yet, a zombie, has too."""
+    """Tell whether it has ended; a zombie has, too."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

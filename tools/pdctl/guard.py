@@ -1,7 +1,7 @@
-"""Ends a server when the ``pdctl`` that holds it in the foreground is gone, however it went.
+"""Ends a server when the ``pdctl`` that holds it in the foreground has ended in any way.
 
-``python -m pdctl.guard FOLDER TOKEN`` reads its standard input, a pipe that nobody writes to: its
-end is the end of the process that holds the other end. Then the server with that token ends, and
+``python -m pdctl.guard FOLDER TOKEN`` reads its standard input, a pipe to which nothing is written:
+it ends with the process that holds the other end. Then the server with that token ends, and
 before it the watchdog of its folder, which may have started it anew. A later start in the same
 folder has another token, and is left alone.
 """
@@ -25,11 +25,12 @@ class Guard:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pdctl.guard", str(folder), token],
             stdin=subprocess.PIPE,
-            start_new_session=True,  # a signal to pdctl's whole group spares it
+            # so that a signal to pdctl's whole process group does not reach it
+            start_new_session=True,
         )
 
     def dismiss(self) -> None:
-        """Let it make sure that nothing is left, and end."""
+        """Let it check that nothing is left, and end."""
         self._process.communicate()
 
 
@@ -39,7 +40,8 @@ def main() -> None:
     sys.stdin.read()
     folder, token = Path(sys.argv[1]), sys.argv[2]
     if footprint.token(folder) == token:
-        with contextlib.suppress(ServerError):  # one that cannot be killed keeps no server alive
+        # a watchdog that cannot be killed must not keep a server alive
+        with contextlib.suppress(ServerError):
             watchers.end(folder)
     footprint.erase([token])
 

@@ -1,4 +1,4 @@
-"""Which key a server that is to start gets: the one that the rest of its deployment has."""
+"""Finds the key of a server that is to start: the one that the rest of its deployment has."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pdserve.transfer import key
 
 
 def copy(folder: Path) -> Path:
-    """Where the copy of a server lies, by the server's folder."""
+    """Return the path of a server's copy, from the server's folder."""
     return folder / "kv.key"
 
 
 def find(file: Path, running: Mapping[str, Path]) -> bytes:
-    """The deployment's key, made if this is the first of its servers here and there is none.
+    """Return the deployment's key, made if there is none and no server of it runs here.
 
-    Where others run already, theirs counts: with another key the new one could reach none of them.
+    If others run already, their key is returned: with another one the new server could reach none.
 
     Args:
-        file: of the deployment.
+        file: path of the deployment's key.
         running: folders of the servers that run with that file's key, by name.
 
     Raises:
-        DeploymentError: the key's file is not to be used, or is not what the others have.
+        DeploymentError: the key's file cannot be used, or differs from the others' key.
     """
     for name, folder in running.items():
         theirs = key.load(copy(folder))

@@ -1,4 +1,4 @@
-"""Resource limits that a server starts with, where they differ from this process's own."""
+"""Resource limits with which a server starts, where they differ from this process's own."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Triton's own parsing of a request needs more of it for some requests than for ot
 32 times the usual 8 MiB: it moves a threshold, and removes none.
 """
 Limit = tuple[int, int]
-"""Soft and hard."""
+"""Soft and hard limit."""
 
 
 @contextmanager
 def raised() -> Iterator[dict[str, str]]:
-    """Whatever is started within the block has a server's limits: a place to start one thing only.
+    """Give whatever is started within the block a server's limits; start only one thing there.
 
     Yields:
-        what its environment needs.
+        variables for its environment.
     """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     stack = resource.getrlimit(resource.RLIMIT_STACK)
@@ -39,20 +39,20 @@ def raised() -> Iterator[dict[str, str]]:
 
 
 def stack_limit(given: Limit, *, room: bool) -> Limit:
-    """What a server gets that is given this limit of stacks.
+    """Return the stack limit of a server that is given this limit.
 
     Args:
-        room: address space is not counted; otherwise threads may be refused for it.
+        room: address space is not limited; otherwise large stacks might keep threads from starting.
     """
     soft, hard = given
-    # Without any limit glibc takes 2 MiB.
+    # If there is no limit, glibc uses 2 MiB.
     if not room or STACK_BYTES <= soft != resource.RLIM_INFINITY:
         return given
     return (STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)), hard
 
 
 def _has_room() -> bool:
-    """Neither a limit of this process (``ulimit -v``) nor the kernel counts address space."""
+    """Tell whether neither this process (``ulimit -v``) nor the kernel limits address space."""
     overcommit = Path("/proc/sys/vm/overcommit_memory").read_text().strip()
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return soft == resource.RLIM_INFINITY and overcommit != "2"

@@ -1,4 +1,4 @@
-"""Over what each decode pulls from each prefill, read off the decodes' metrics."""
+"""The transport from each prefill to each decode, read from the decodes' metrics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Link:
 
 
 def microseconds(seconds: float) -> str:
-    """A latency for people: in whole microseconds, or with two digits if it is below one."""
+    """Format a latency: whole microseconds, or two digits if it is below one."""
     value = seconds * 1e6
     return f"{value:.0f} us" if value >= 1 else f"{value:.2g} us"
 
@@ -49,10 +49,10 @@ def microseconds(seconds: float) -> str:
 def links(
     deployment: Deployment, pages: Iterable[dict[str, float]], gone: Collection[str] = ()
 ) -> list[Link]:
-    """Every pair of a deployment, from its servers' series (`pdctl.status.values`).
+    """Return every pair of a deployment, from its servers' series (`pdctl.status.values`).
 
     Args:
-        gone: instances that are out of service: what is said of them is of a former life.
+        gone: instances that are out of service; metrics about them are of a former process.
     """
     pairs = {
         (prefill, decode): Link(prefill, decode)
@@ -76,7 +76,7 @@ def links(
 
 
 def table(found: list[Link]) -> Table:
-    """Prefills down, decodes across."""
+    """Return a table with a row for each prefill and a column for each decode."""
     decodes = list(dict.fromkeys(link.decode for link in found))
     made = Table("", *decodes)
     for prefill in dict.fromkeys(link.prefill for link in found):
@@ -85,5 +85,5 @@ def table(found: list[Link]) -> Table:
 
 
 def rows(found: list[Link]) -> list[dict[str, Any]]:
-    """For JSON."""
+    """Return the pairs for JSON."""
     return [asdict(link) for link in found]

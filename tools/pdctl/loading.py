@@ -1,9 +1,9 @@
 """Ends the processes of models that Triton has given up while they loaded.
 
 Triton asks a process that loads a model for a sign of life (24.10: every second; since then every
-five). One that cannot give it in time, since the machine stood still or its disk is very slow,
-counts as unhealthy: Triton then waits for the end of the process, and the process, once loaded, for
-work. Nothing would end that. Once the process has ended, Triton says that the load has failed.
+five). If it cannot answer in time, because the machine or its disk is very slow, Triton
+treats it as unhealthy and waits for its end, while the process, once loaded, waits for work.
+Nothing would end that. Once the process has ended, Triton reports that the load has failed.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from pdctl import footprint
 from pdserve.node import heartbeat
 
 GIVEN_UP_S = 5.0
-"""Triton takes note of a model that has loaded within milliseconds."""
+"""Seconds; Triton notices within milliseconds that a model has loaded."""
 
 
 class GivenUp:
-    """Those of one start of a server, which has ``token``."""
+    """Given-up processes of one start of a server, which has ``token``."""
 
     def __init__(self, token: str) -> None:
         self._token = token
         self._since: dict[int, float] = {}
 
     def end(self, loading: Iterable[str]) -> list[str]:
-        """End the process of each model that has been loaded for long, and is not for Triton.
+        """End the process of each model that was loaded long ago, but that Triton has given up.
 
-        To be called often.
+        This must be called often.
 
         Args:
             loading: the models that Triton has not loaded yet.
 
         Returns:
-            Those whose processes have been ended.
+            The models whose processes have been ended.
         """
         now = time.monotonic()
         ended = []

@@ -1,4 +1,4 @@
-"""One command at a time starts a server, or cleans up what is left of it."""
+"""Locks that let one command at a time start a server or clean up after it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from pdctl.errors import ServerError
 
 LOCK_S = 30.0
-"""For another command to have started or cleaned up the same server."""
+"""Seconds for another command to start the same server, or to clean up after it."""
 
 
 def opened(path: Path) -> int:
-    """A descriptor of a file to lock, made if it can be.
+    """Return a descriptor of a file to lock, which is made if possible.
 
-    A lock itself needs no room on the disk, and no right to write.
+    A lock needs no space on the disk, and no permission to write.
 
     Raises:
-        OSError: there is none, and it cannot be made.
+        OSError: there is no such file, and it cannot be made.
     """
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -31,10 +31,10 @@ def opened(path: Path) -> int:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Nobody else has the server of a folder in hand.
+    """Hold the lock of a server's folder.
 
     Raises:
-        ServerError: somebody has, for LOCK_S.
+        ServerError: another command has held it for LOCK_S.
     """
     lock = opened(folder / "lock")
     deadline = time.monotonic() + LOCK_S

@@ -1,4 +1,4 @@
-"""What a server's log says about its start."""
+"""Reads from a server's log what happened at its start."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ LINES = 15
 
 
 def loaded(text: str) -> set[str]:
-    """The models that are loaded."""
+    """Return the models that are loaded."""
     return set(_LOADED.findall(text))
 
 
 def starved(text: str) -> bool:
-    """Whether the server ended since a process that loaded a model gave no sign of life in time."""
+    """Tell whether the server ended because a loading process gave no sign of life in time."""
     return _STARVED.search(text) is not None
 
 
 def relevant(text: str) -> list[str]:
-    """The lines that tell why a server did not start: failed models, else errors, else the end."""
+    """Return the lines that tell why it did not start: failed models, else errors, else the end."""
     failed = dict(_FAILED.findall(text))
     if failed:
         lines = []

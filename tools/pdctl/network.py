@@ -1,4 +1,4 @@
-"""A deployment's network as UCX, NIXL and TensorRT-LLM take it: variables of the environment."""
+"""The environment variables by which UCX, NIXL and TensorRT-LLM get a deployment's network."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pdserve.config import Deployment
 def variables(
     deployment: Deployment, environment: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """Those that the deployment says something about; whatever else is set stays as it is.
+    """Return the variables that the deployment determines; others stay as they are.
 
-    UCX listens on every interface that it may use. Where all hosts are loopback, and nobody has
-    named its devices, it may use that one only.
+    UCX listens on every interface that it may use. If all hosts are loopback, and no
+    devices are named, it is restricted to loopback.
     """
     network = deployment.transfer.network
     given = {

@@ -1,4 +1,4 @@
-"""Standard output that may go away: a reader that has left, a full disk."""
+"""Standard output that may become unwritable: a reader that has left, a full disk."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any, TextIO
 
 
 class Output:
-    """A stream that takes no more once it cannot be written; the command's work goes on."""
+    """A stream that discards output once it cannot be written, so that the command continues."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.lost: OSError | None = None
         """Why it cannot be written."""
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an answer is no fault of the terminal's
+            # an answer must not fail because of the terminal's encoding
+            stream.reconfigure(errors="replace")
 
     @property
     def status(self) -> int:
-        """The exit status that says so: for a closed pipe that of SIGPIPE; 0: nothing is lost."""
+        """Return the exit status for it: that of SIGPIPE for a closed pipe; 0: nothing is lost."""
         if self.lost is None:
             return 0
         return 128 + signal.SIGPIPE if self.lost.errno == errno.EPIPE else 1
@@ -43,7 +44,7 @@ class Output:
 
     def _lose(self, error: OSError) -> None:
         self.lost = error
-        # What is buffered is written once more as the interpreter ends, which would complain.
+        # Buffered output is written again when the interpreter ends, which would print an error.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -34,7 +34,7 @@ def page(entry: dict[str, Any]) -> Group:
 
 
 def _models(entry: dict[str, Any]) -> dict[str, str]:
-    """Each model's state, and that of each version where there are several."""
+    """Render each model's state, and that of each version where there are several."""
     rows = dict(entry["models"])
     for name, versions in entry["versions"].items():
         each = ", ".join(f"version {version} {state}" for version, state in versions.items())
@@ -43,16 +43,16 @@ def _models(entry: dict[str, Any]) -> dict[str, str]:
 
 
 def _watchdog(entry: dict[str, Any]) -> str:
-    """What a watchdog says, in a line and one more for each thing that is not as it should be."""
+    """Render a watchdog's report: one line, and one more for each problem."""
     found = entry["watchdog"]
     if found is None and entry["state"] == "starting":
-        return "it still loads: `pdctl up` waits for it, and has it looked after then"
+        return "it is still loading: `pdctl up` waits for it, and then starts its watchdog"
     if found is None and entry["unwatched"]:
         return "no watchdog, as it was started: nothing is repaired"
     if found is None:
         return "no watchdog: nothing is repaired (`pdctl up` starts it)"
     if found["at"] is None:
-        return f"watchdog process {found['pid']}, which has not said anything yet"
+        return f"watchdog process {found['pid']}, which has not reported yet"
     lines = [f"watchdog process {found['pid']}, {time.time() - found['at']:.0f} s ago:"]
     for thing, health in found["things"].items():
         if health["repairs"] or health["state"] != "healthy":
@@ -64,7 +64,7 @@ def _watchdog(entry: dict[str, Any]) -> str:
 
 
 def summary(values: dict[str, float]) -> dict[str, str]:
-    """A few words for each metric: totals by label, means of histograms."""
+    """Return a few words for each metric: totals by label, means of histograms."""
     found: dict[str, list[str]] = {}
     for series, value in values.items():
         name, _, labels = series.partition("{")

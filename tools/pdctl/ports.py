@@ -1,4 +1,4 @@
-"""Whether a server's ports are free, and who has them if not."""
+"""Checks whether a server's ports are free, and which process has them if not."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pdserve.config import Server
 
 
 def check(server: Server) -> None:
-    """Raises: PortTaken, naming the port, what it is for, and the process that holds it;
-    ServerError: it cannot be used for another reason."""
+    """Check that a server's ports are free.
+
+    Raises PortTaken, with the port, its use and the process that holds it; ServerError if it cannot
+    be used for another reason.
+    """
     for use in ("http", "grpc", "metrics"):
         port: int = getattr(server, f"{use}_port")
         reason = obstacle(server.host, port)
@@ -29,9 +32,9 @@ Obstacle = tuple[type[ServerError], str, str]
 
 
 def obstacle(host: str, port: int) -> Obstacle | None:
-    """Why nothing can listen at an address, as an error, its reason and what to do; None: it can.
+    """Return the error, reason and remedy if nothing can listen at an address; None: it can.
 
-    Port 0 asks about the host alone.
+    Port 0 checks the host alone.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -53,7 +56,7 @@ def obstacle(host: str, port: int) -> Obstacle | None:
 
 
 def own_addresses() -> list[str]:
-    """This machine's IPv4 addresses."""
+    """Return this machine's IPv4 addresses."""
     return sorted(
         address.address
         for interface in psutil.net_if_addrs().values()
@@ -63,19 +66,19 @@ def own_addresses() -> list[str]:
 
 
 def listens(host: str, port: int) -> bool:
-    """Whether somebody answers there."""
+    """Tell whether a process answers there."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.settimeout(2)
         return probe.connect_ex((host, port)) == 0
 
 
 def is_here(server: Server) -> bool:
-    """Its host is this machine, or this part of its network."""
+    """Tell whether its host is this machine, or this part of its network."""
     return obstacle(server.host, 0) is None
 
 
 def holder(port: int) -> str | None:
-    """The process that listens on a port, in words; None: not known (perhaps another user's)."""
+    """Describe the process that listens on a port; None: unknown (perhaps another user's)."""
     try:
         connections = psutil.net_connections("tcp")
     except psutil.AccessDenied:

@@ -1,4 +1,4 @@
-"""Files and folders of this user alone, whatever the umask."""
+"""Makes files and folders that only this user can access, whatever the umask."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 UMASK = 0o077
-"""Of pdctl and of what it starts: what they write is their user's."""
+"""The umask of pdctl and of what it starts: their files are their user's alone."""
 
 
 def folder(path: Path) -> None:
-    """A folder of mode 0700, made if there is none.
+    """Make a folder of mode 0700 if there is none.
 
-    One that somebody else owns, such as a mounted volume, stays as it is.
+    A folder of another owner, such as a mounted volume, stays as it is.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.stat().st_uid == os.geteuid():
@@ -21,20 +21,20 @@ def folder(path: Path) -> None:
 
 
 def opened(path: Path) -> BinaryIO:
-    """A file of mode 0600, emptied, to be written."""
+    """Open an empty file of mode 0600 for writing."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.fchmod(descriptor, 0o600)  # of one that was there
+    os.fchmod(descriptor, 0o600)  # for a file that was there
     return os.fdopen(descriptor, "wb")
 
 
 def write(path: Path, data: bytes) -> None:
-    """A file of mode 0600 with this content."""
+    """Write a file of mode 0600 with this content."""
     with opened(path) as file:
         file.write(data)
 
 
 def tree(path: Path) -> None:
-    """Everything from a folder down: folders of mode 0700, files of mode 0600."""
+    """Give all folders from this one down mode 0700, and all files mode 0600."""
     path.chmod(0o700)
     for inner in path.rglob("*"):
         if not inner.is_symlink():

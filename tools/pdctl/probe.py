@@ -1,6 +1,6 @@
-"""One short request through every gateway: whether prompts become answers, from end to end.
+"""Sends a short request through every gateway, to test them from end to end.
 
-It goes the way of a client's request, where the watchdog's probes go past the gateways; so it is
+It takes the path of a client's request, where the watchdog's probes go past the gateways, so it is
 counted in their metrics.
 """
 
@@ -17,10 +17,10 @@ from pdserve.errors import DeploymentError, InstanceError
 
 
 def probe(servers: Sequence[Server], within_s: float) -> list[dict[str, Any]]:
-    """Ask the gateways among some servers, all at once; what each says.
+    """Ask the gateways among some servers, all at once; return the result of each.
 
-    Keys: server, grpc, ok, ms (until the whole answer, or until it was given up), prefill and
-    decode (which made it; empty if there is none), error (empty if there is none).
+    Keys: server, grpc, ok, ms (until the answer was complete, or given up), prefill and
+    decode (which made the answer; empty if there is none), error (empty if there is none).
 
     Raises:
         DeploymentError: there is no gateway among them.
@@ -37,7 +37,7 @@ def probe(servers: Sequence[Server], within_s: float) -> list[dict[str, Any]]:
 
 
 def line(found: dict[str, Any]) -> str:
-    """What one gateway says, in words."""
+    """Describe the result of one gateway."""
     if not found["ok"]:
         return f"{found['server']} ({found['grpc']}): {found['error']}"
     pair = " and ".join(filter(None, (found["prefill"], found["decode"])))

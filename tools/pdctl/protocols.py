@@ -1,7 +1,7 @@
-"""Which of Triton's protocols are open to every client of a server, and what the others ask for.
+"""Which of Triton's protocols are open to every client of a server, and which need a key.
 
-A protocol that is not in ``OPEN`` is restricted, also one that only a newer Triton has: what is
-open is listed, never what is not.
+A protocol that is not in ``OPEN`` is restricted, even one that only a newer Triton has: the list
+names the open ones, never the restricted ones.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ OPEN = {
     "model-config": "perf_analyzer and genai-perf read it; it says what is in config.pbtxt",
     "statistics": "perf_analyzer and genai-perf read it; it counts requests, and has no content",
 }
-"""Protocol to the reason why it is open to whoever reaches the port."""
+"""Protocols, with the reason why each is open to anyone who reaches the port."""
 
 SHARED_MEMORY = "shared-memory"
 ADMIN_HEADER = "pdctl-key"
 SHARED_MEMORY_HEADER = "pdctl-shared-memory-key"
-# Over gRPC, Triton expects the metadata key with this before it.
+# Over gRPC, Triton expects the metadata key with this prefix.
 GRPC_PREFIX = "triton-grpc-protocol-"
 
 SHARED_MEMORY_KEY_FILE = "shared-memory.key"
-"""In the server's folder, where ``client_shared_memory`` is ``key``."""
+"""The file is in the server's folder if ``client_shared_memory`` is ``key``."""
 
 
 def restrictions(protocols: Collection[str], admin: str, shared_memory: str) -> list[str]:
-    """Groups of restricted protocols as Triton's options take them, ``protocols:header=key``.
+    """Return groups of restricted protocols for Triton's options, ``protocols:header=key``.
 
     Args:
-        protocols: all that this Triton has.
+        protocols: all protocols of this Triton.
         admin: the key of everything that is neither open nor shared memory.
         shared_memory: the key of shared memory that clients bring.
     """
@@ -49,17 +49,17 @@ def restrictions(protocols: Collection[str], admin: str, shared_memory: str) -> 
 
 
 def shared_memory_key(server: Server, folder: Path, *, again: bool) -> str:
-    """The key of shared memory that clients bring; told in a file if the deployment allows it.
+    """Return the key of clients' shared memory, in a file if the deployment allows it.
 
     Args:
-        folder: of the server.
-        again: the server is started anew after a failure: its clients go on with the key they have.
+        folder: the server's folder.
+        again: the server is started again after a failure, so its clients keep their key.
     """
     file = folder / SHARED_MEMORY_KEY_FILE
     if server.client_shared_memory == "off":
         if not again:
             file.unlink(missing_ok=True)
-        # Users of this machine can read command lines. No header of HTTP carries a line feed.
+        # Users of this machine can read command lines, but no header of HTTP carries a line feed.
         return f"{secrets.token_hex(32)}\n"
     if not (again and file.exists()):
         private.write(file, secrets.token_hex(16).encode())

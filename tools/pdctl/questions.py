@@ -1,4 +1,4 @@
-"""Small questions to a running Triton server, over gRPC."""
+"""Small requests to a running Triton server over gRPC."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pdserve.errors import InstanceError
 from pdserve.node.probes import TENANT
 
 _FIRST = 1000
-"""A priority: before all that waits, whose levels are few."""
+"""A priority before all waiting requests, whose priorities are small."""
 
 
 async def live(address: str) -> bool:
-    """The server itself answers. Raises: InstanceError: it does not."""
+    """Check that the server itself answers. Raises: InstanceError: it does not."""
     async with _reached(address) as stub:
         answer = await stub.ServerLive(service_pb2.ServerLiveRequest())
     if not answer.live:
@@ -29,10 +29,10 @@ async def live(address: str) -> bool:
 
 
 async def gateway(address: str, model: str, notice: str) -> bool:
-    """A gateway's model takes requests and answers them.
+    """Check that a gateway's model takes requests and answers them.
 
     Args:
-        notice: what it is told, as ``pdserve.node.failure_notice.encode`` says it.
+        notice: a message of ``pdserve.node.failure_notice.encode``.
 
     Raises:
         InstanceError: it does not.
@@ -48,11 +48,11 @@ async def gateway(address: str, model: str, notice: str) -> bool:
 
 
 async def answer(address: str, within_s: float) -> dict[str, Any]:
-    """Two tokens of ``pdserve``, one of a prefill and one of a decode: the ``stats`` of the answer.
+    """Get two tokens of ``pdserve``, one of a prefill and one of a decode; return the ``stats``.
 
     Args:
-        within_s: its TTFT limit. It goes before all that waits, since it asks whether anything
-            is computed, not how much there is to do.
+        within_s: its TTFT limit. It has priority over all waiting requests, since it tests whether
+            anything is computed, not how long the queue is.
 
     Raises:
         InstanceError: there is no answer, or an error.
@@ -72,7 +72,7 @@ async def answer(address: str, within_s: float) -> dict[str, Any]:
 
 
 async def tokens(address: str, model: str) -> bool:
-    """The tokenizer or the detokenizer answers. Raises: InstanceError: it does not."""
+    """Check that the tokenizer or the detokenizer answers. Raises: InstanceError: it does not."""
     request = service_pb2.ModelInferRequest(model_name=model)
     if model == "tokenizer":
         _add(request, "text_input", "BYTES", _bytes(b"a"))
@@ -84,7 +84,7 @@ async def tokens(address: str, model: str) -> bool:
 
 
 async def _streamed(address: str, request: service_pb2.ModelInferRequest) -> Any:
-    """The first response of a decoupled model. Raises: InstanceError: none, or an error."""
+    """Return the first response of a decoupled model. Raises: InstanceError: none, or an error."""
     async with _reached(address) as stub:
         call = stub.ModelStreamInfer()
         try:
@@ -100,7 +100,7 @@ async def _streamed(address: str, request: service_pb2.ModelInferRequest) -> Any
 
 
 def _add(request: service_pb2.ModelInferRequest, name: str, datatype: str, data: bytes) -> None:
-    """An input of one element, in a batch of one."""
+    """Add an input of one element, in a batch of one."""
     request.inputs.add(name=name, datatype=datatype, shape=[1, 1])
     request.raw_input_contents.append(data)
 
@@ -111,7 +111,7 @@ def _bytes(data: bytes) -> bytes:
 
 @asynccontextmanager
 async def _reached(address: str) -> AsyncIterator[Any]:
-    """Raises: InstanceError: no connection, or the server answers with an error."""
+    """Raises InstanceError: no connection, or the server answers with an error."""
     async with grpc.aio.insecure_channel(address, options=GRPC_OPTIONS) as channel:
         try:
             yield service_pb2_grpc.GRPCInferenceServiceStub(channel)

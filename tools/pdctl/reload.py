@@ -1,4 +1,4 @@
-"""Give running servers another deployment; what they cannot take over waits for their restart."""
+"""Gives running servers another deployment; what they cannot apply waits for their restart."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _GATEWAYS = ("pdserve", "scheduler")
 
 
 class Reload:
-    """Takes one running server from the deployment that it has to the one that it is to have.
+    """Takes one running server from its present deployment to another one.
 
     Raises:
-        DeploymentError: the one that it has cannot be read.
+        DeploymentError: the present deployment cannot be read.
     """
 
     def __init__(self, server: Server) -> None:
@@ -31,14 +31,14 @@ class Reload:
         self.name = server.spec.name
         self._file = server.repository / "deployment.yaml"
         self.before = config.load(self._file)
-        # What waits for a restart stays as it was: a model that is loaded anew is as the others.
+        # What waits for a restart stays as it was, so that reloaded models agree with the others.
         self._after = taken_over(self.before, server.deployment)
         self.taken = changes(self.before, self._after)
         self.waiting = changes(self._after, server.deployment)
         self._counted: dict[str, float] = {}
 
     def begin(self) -> None:
-        """Put it where the models look. Raises: ServerError: the server does not answer."""
+        """Write it where the models look. Raises: ServerError: the server does not answer."""
         if self.server.spec.gateway:
             self._counted = self._count()
         new = self._file.with_name("deployment.new")
@@ -46,10 +46,10 @@ class Reload:
         new.replace(self._file)
 
     def wait(self) -> None:
-        """Until every gateway of the server has taken it over.
+        """Wait until every gateway of the server has applied it.
 
         Raises:
-            ServerError: one has refused it, or has not said anything.
+            ServerError: a gateway has refused it, or has not answered.
         """
         deadline = time.monotonic() + TIMEOUT_S
         missing = set(_GATEWAYS if self.server.spec.gateway and self.taken else ())
@@ -62,7 +62,7 @@ class Reload:
                     missing -= {name for name in missing if f'gateway="{name}"' in series}
             if missing and time.monotonic() > deadline:
                 raise ServerError(
-                    f"{self.name}: {', '.join(sorted(missing))} took nothing over within "
+                    f"{self.name}: {', '.join(sorted(missing))} did not apply it within "
                     f"{TIMEOUT_S:g} s: see {self.server.log}"
                 )
 
@@ -75,9 +75,9 @@ class Reload:
 
 
 def plan(servers: Sequence[Server], reloads: Sequence[Reload]) -> Iterator[str]:
-    """What will change, and what will not, in lines."""
+    """Return in lines what will change, and what will not."""
     if not any(one.taken or one.waiting for one in reloads):
-        yield "nothing changes in what runs"
+        yield "nothing changes in the running servers"
     yield from _alike("taken over by", {one.name: one.taken for one in reloads})
     yield from _alike("waits for a restart of", {one.name: one.waiting for one in reloads})
     for one in reloads:
@@ -92,7 +92,7 @@ def plan(servers: Sequence[Server], reloads: Sequence[Reload]) -> Iterator[str]:
 
 
 def _alike(what: str, lines: Mapping[str, list[str]]) -> Iterator[str]:
-    """Lines by server, said once for all servers that have the same."""
+    """Merge the lines of all servers that have the same."""
     servers = defaultdict(list)
     for name, own in lines.items():
         servers[tuple(own)].append(name)
@@ -103,7 +103,7 @@ def _alike(what: str, lines: Mapping[str, list[str]]) -> Iterator[str]:
 
 
 def _left_behind(reloads: Sequence[Reload]) -> dict[str, int]:
-    """Running servers that the deployment has lost, with their process."""
+    """Return running servers that the deployment no longer has, with their process."""
     found = {}
     for one in reloads:
         wanted = {spec.name for spec in one.server.deployment.servers}

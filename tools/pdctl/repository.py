@@ -18,7 +18,7 @@ _NAME = re.compile(r'^name:\s*"[^"]*"', re.MULTILINE)
 
 
 def models(server: Server) -> Iterator[tuple[str, str]]:
-    """Every model of a server: its name, and the folder of ``model_repository/`` it is made of."""
+    """Return every model of a server: its name, and its source folder in ``model_repository/``."""
     if server.gateway:
         yield from ((name, name) for name in GATEWAY_MODELS)
     yield from ((name, "prefill") for name in server.prefill)
@@ -26,16 +26,16 @@ def models(server: Server) -> Iterator[tuple[str, str]]:
 
 
 def render(deployment: Deployment, server: Server, source: Path, target: Path) -> None:
-    """Write a server's repository to ``target``, in the place of whatever was there.
+    """Write a server's repository to ``target``, in place of whatever was there.
 
-    The deployment lies beside the models as ``deployment.yaml``; every model reads it. All of it is
-    this user's alone: it is code that the server runs.
+    Every model reads the deployment in ``deployment.yaml`` beside the models. Only this user can
+    access the files, since the server runs code from them.
 
     Raises:
         DeploymentError: ``source`` lacks a model that the server needs.
     """
     shutil.rmtree(target, ignore_errors=True)
-    private.folder(target)  # before anything lies there
+    private.folder(target)  # before anything is written there
     for name, template in models(server):
         if not (source / template / "config.pbtxt").is_file():
             raise DeploymentError(f"{source / template}: no config.pbtxt for the model {name}")

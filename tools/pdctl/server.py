@@ -1,11 +1,11 @@
-"""One server of a deployment: start it, wait for it, stop it.
+"""One server of a deployment: starts it, waits for it, stops it.
 
-What it needs and leaves lies in its folder ``<run>/<name>/``: ``models/`` (its repository),
+Its files are in its folder ``<run>/<name>/``: ``models/`` (its repository),
 ``log`` (and ``log.old``, of the start before), ``token`` (marks its processes and shared
 memory, see footprint.py), ``key`` (for the calls that change what it runs), perhaps
 ``shared-memory.key`` (see protocols.py), ``kv.key`` (its copy of the deployment's, see keys.py),
-``started`` (what it was started as, see started.py), and what its watchdog keeps (see watchers.py).
-A server that is started again needs all this, and writes none.
+``started`` (how it was started, see started.py), and the files of its watchdog (see watchers.py).
+A repair reads these files, and writes none.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Server(Endpoint):
     """One ``tritonserver``, running or not.
 
     Args:
-        run: where the folders of servers lie.
-        source: what repositories are made of.
-        file: the deployment's, if it came from one.
+        run: parent of the servers' folders.
+        source: templates of the repositories.
+        file: the deployment's file, if it was read from one.
     """
 
     def __init__(
@@ -70,28 +70,28 @@ class Server(Endpoint):
         self.log = self.folder / "log"
         self._source = source
         self._token: str | None = None
-        """Of the start that this process has made."""
+        """The mark of the start by this process."""
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: Guard | None = None
 
     @property
     def held(self) -> bool:
-        """Started by this process, to end with it."""
+        """Tell whether this process has started it, to end with it."""
         return self._guard is not None
 
     @property
     def actual(self) -> Spec:
-        """The server as it was started; if it has not been, as the deployment has it."""
+        """Return the server as it was started; if it has not been, as the deployment has it."""
         started = self.started
         return self.spec if started is None else started.spec
 
     @property
     def started(self) -> records.Started | None:
-        """What the latest start was; None: never started, or stopped in good order."""
+        """Return the latest start; None: never started, or stopped in good order."""
         return None if self.token is None else records.noted(self.folder)
 
     def others(self) -> Iterator[Server]:
-        """The other servers of its deployment that are not of another one in fact."""
+        """Return the other servers of its deployment, except foreign ones."""
         for spec in self.deployment.servers:
             one = Server(self.deployment, spec, self.folder.parent, self._source)
             one.file = self.file
@@ -100,12 +100,12 @@ class Server(Endpoint):
 
     @property
     def foreign(self) -> str:
-        """Says whose server was started last under this name; empty: one of ours."""
+        """Return which other deployment started this server name last; empty: this one."""
         started = self.started
         return started.other(self.deployment, self.spec, self.file) if started else ""
 
     def refuse_other(self) -> None:
-        """Raises: ServerError: another deployment runs, or repairs, a server of this name."""
+        """Raises ServerError: another deployment runs, or repairs, a server of this name."""
         if not (other := self.foreign):
             return
         pid = self.pid
@@ -130,12 +130,12 @@ class Server(Endpoint):
 
     @property
     def token(self) -> str | None:
-        """The mark of the latest start; None: never started, or stopped in good order."""
+        """Return the mark of the latest start; None: never started, or stopped in good order."""
         return footprint.token(self.folder)
 
     @property
     def pid(self) -> int | None:
-        """The process id of the running ``tritonserver``."""
+        """Return the process id of the running ``tritonserver``."""
         if self.token is None:
             return None
         process = footprint.server_process(self.token)
@@ -145,7 +145,7 @@ class Server(Endpoint):
         """Write the repository.
 
         Raises:
-            ServerError: it runs, and what runs would take up what is written.
+            ServerError: it runs, and would load what is written.
             DeploymentError: as repository.render.
         """
         if (pid := self.pid) is not None:
@@ -153,7 +153,7 @@ class Server(Endpoint):
             file = f" from {started.file}" if started and started.file else ""
             raise ServerError(
                 f"server {self.spec.name} runs (process {pid}, started{file}) on the repository "
-                f"{self.repository}: `pdctl reload` has it take over another deployment"
+                f"{self.repository}: `pdctl reload` applies another deployment to it"
             )
         self._make_folder()
         render(self.deployment, self.spec, self._source, self.repository)
@@ -163,10 +163,10 @@ class Server(Endpoint):
 
         Args:
             held: the server ends with this process, however that ends.
-            again: the server is as it was, repository, keys and mark: nothing has to be written.
+            again: repository, keys and mark stay as they are, and nothing is written.
 
         Raises:
-            Stopped: it is not to run again.
+            Stopped: it must not run again.
             AlreadyRunning, PortTaken, ServerError, DeploymentError.
         """
         if not again:
@@ -213,7 +213,8 @@ class Server(Endpoint):
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     umask=private.UMASK,
-                    start_new_session=True,  # Ctrl-C is for pdctl, which then stops the server
+                    # Ctrl-C is handled by pdctl, which then stops the server
+                    start_new_session=True,
                 )
 
     def _make_folder(self) -> None:
@@ -237,7 +238,7 @@ class Server(Endpoint):
         records.note(self.folder, started)
         private.write(self.folder / "key", secrets.token_hex(16).encode())
         self._token = footprint.new_token(self.spec.name)
-        # Last: what has a token is complete.
+        # Last, because a folder with a token counts as complete.
         private.write(self.folder / "token", self._token.encode())
 
     def _new_log(self) -> IO[bytes]:
@@ -245,29 +246,29 @@ class Server(Endpoint):
             if self.log.exists():
                 self.log.replace(self.folder / "log.old")
             return private.opened(self.log)
-        except OSError as error:  # better a server without a log than none
+        except OSError as error:  # a server without a log is better than none
             _log.warning("%s: nothing is logged: %s", self.log, error.strerror)
             return Path(os.devnull).open("wb")
 
     def wait_ready(self, timeout_s: float, progress: Progress = lambda *_: None) -> None:
         """Wait until every model of a server can be used.
 
-        One that another process has started need not be ready, if it has been before: then it is
-        for its watchdog to repair.
+        A server that another process has started need not be ready if it has been before: then its
+        watchdog repairs it.
 
         Args:
             progress: called often with this server, the models that are loaded, and the others.
 
         Raises:
-            ServerError: it died, or was not ready in time; the message has the log's words.
-            Starved: it died, and may well start when it is tried again.
+            ServerError: it died, or was not ready in time; the message quotes its log.
+            Starved: it died because the machine was too slow; the next start may succeed.
         """
         spec = self.actual
         expected = {name for name, _ in models(spec)}
         deadline = time.monotonic() + timeout_s
         usable = self.ready if self._process is not None else self.live
         given_up = GivenUp(self.token or "")
-        # Triton opens the port of its metrics last, 40 ms after it has said that it is ready.
+        # Triton opens its metrics port last, 40 ms after it reports ready.
         while not (usable() and ports.listens(spec.host, spec.metrics_port)):
             self.check_alive()
             footprint.narrow(self.token or "")
@@ -284,7 +285,7 @@ class Server(Endpoint):
         progress(self, expected, set())
 
     def check_alive(self) -> None:
-        """Raises: ServerError: the server is dead; says why. Starved: of that."""
+        """Raises ServerError: the server is dead, for this reason; Starved: for lack of time."""
         if self._process is None:
             if self.pid is not None:
                 return
@@ -294,7 +295,7 @@ class Server(Endpoint):
             if status is None:
                 return
             how = f"was killed by signal {-status}" if status < 0 else f"ended with {status}"
-        with locks.locked(self.folder):  # whoever stops it has said so by then
+        with locks.locked(self.folder):  # a command that stops the server has said so by then
             token = self.token
         if token is None or self._token not in (None, token):
             how = f"was stopped by another pdctl; its log: {self.log}"
@@ -303,12 +304,12 @@ class Server(Endpoint):
         raise kind(f"server {self.spec.name} {how}\n{self._excerpt()}")
 
     def stop(self, *, own: bool = False) -> None:
-        """End the server, wait for its end and remove what it left; nothing to do if it is not up.
+        """End the server, wait for its end and remove what it left; do nothing if it is not up.
 
         Its watchdog ends first. Takes at most EXIT_TIMEOUT_S and a few seconds more.
 
         Args:
-            own: only if it still is the one that this process has started.
+            own: only if its latest start is that of this process.
 
         Raises:
             ServerError: its watchdog does not end.

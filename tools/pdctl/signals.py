@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal end a command in good order."""
+"""Ends a command in good order at Ctrl-C, SIGTERM and a closed terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """The first signal raises Interrupted; further ones must not disturb the cleaning up."""
+    """Raise Interrupted at the first signal; further ones must not disturb the clean-up."""
 
     def interrupt(number: int, _: FrameType | None) -> None:
         for ending in ENDING:

@@ -1,4 +1,4 @@
-"""What a server was started as: ``started`` in its folder, for whoever deals with it later.
+"""How a server was started: ``started`` in its folder, for later commands.
 
 The deployment's file may have been edited since, and another deployment may have a server of the
 same name.
@@ -17,18 +17,18 @@ from pdserve.config import Deployment, Server
 
 
 class Started(Struct, frozen=True):
-    """What the latest start was of."""
+    """The deployment, and the server of it, that the latest start was for."""
 
     file: str
-    """The deployment's, resolved; empty: it came from none."""
+    """The deployment's file, resolved; empty: it was not read from one."""
     model: str
     key_file: str
     spec: Server
     watched: bool = True
-    """A watchdog is meant to look after it."""
+    """Whether it is meant to have a watchdog."""
 
     def other(self, deployment: Deployment, spec: Server, file: str) -> str:
-        """Says how this is of another deployment; empty: it is of the same.
+        """Describe how this is of another deployment; empty: it is of the same.
 
         It is the same file, whatever has been edited in it, or the same model at one of the same
         ports, wherever the file is now: two that share a port cannot both run.
@@ -45,14 +45,14 @@ class Started(Struct, frozen=True):
 
 
 def note(folder: Path, started: Started) -> None:
-    """Keep it. Raises: OSError."""
+    """Write it. Raises: OSError."""
     new = folder / "started.new"
     private.write(new, msgspec.json.encode(started))
     new.replace(folder / "started")
 
 
 def noted(folder: Path) -> Started | None:
-    """What was noted; None: it has not been started, or by another version."""
+    """Return what was written; None: it was not started, or by another version."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         return msgspec.json.decode((folder / "started").read_bytes(), type=Started)
     return None

@@ -1,4 +1,4 @@
-"""Starting servers at the terminal: what is asked first, how far it is, what is ready."""
+"""Starts servers at the terminal: checks first, progress, and what is ready."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pdctl.server import Server
 
 @contextmanager
 def held(servers: list[Server], timeout: float | None) -> Iterator[list[Server]]:
-    """The servers, started and stopped again when the block ends. Raises: as `start`."""
+    """Start the servers, and stop them when the block ends. Raises: as `start`."""
     try:
         start(servers, keep=True, timeout=timeout)
         yield servers
@@ -26,10 +26,10 @@ def held(servers: list[Server], timeout: float | None) -> Iterator[list[Server]]
 
 
 def start(servers: list[Server], *, keep: bool, timeout: float | None) -> None:
-    """Start them, or wait for those that another command has started, and say what is ready.
+    """Start them, or wait for those that another command has started, and print what is ready.
 
     Args:
-        keep: they end with this process, and are to be started by it.
+        keep: they are started by this process, and end with it.
         timeout: seconds until they are ready; None: as the deployment says.
 
     Raises:

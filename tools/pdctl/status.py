@@ -1,4 +1,4 @@
-"""What a deployment is doing, as plain data."""
+"""The state of a deployment, as plain data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SAMPLE = re.compile(r"^(pdserve_\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
 def status(server: Server) -> dict[str, Any]:
-    """A server's state: stopped, starting, ready, or unhealthy (some of its models are not ready).
+    """Return a server's state: stopped, starting, ready, or unhealthy (a model is not ready).
 
-    One of another host is asked at its ports, and ready, unhealthy or unreachable.
+    A server of another host is asked at its ports, and is ready, unhealthy or unreachable.
 
-    Keys: server, state, pid, watchdog (what it knows; None: there is none), unwatched (it is meant
-    to run without), http, grpc, metrics, models (name to state), versions (of a model that has
+    Keys: server, state, pid, watchdog (its report; None: there is none), unwatched (it is meant to
+    run without), http, grpc, metrics, models (name to state), versions (of a model that has
     several, each one's state), values (the pdserve_* series without the buckets of histograms).
     """
     pid, started = server.pid, server.started
@@ -59,12 +59,12 @@ def status(server: Server) -> dict[str, Any]:
 
 
 def looked_after(entry: dict[str, Any]) -> bool:
-    """Whether what `status` has found is watched as it is meant to be; here only, if it runs."""
+    """Tell whether a running server of this host has a watchdog, if it is meant to have one."""
     return entry["pid"] is None or entry["watchdog"] is not None or entry["unwatched"]
 
 
 def _watchdog(folder: Path) -> dict[str, Any] | None:
-    """What a watchdog knows; the number of its process alone, if it has not been able to say."""
+    """Return a watchdog's report; only its process id, if it could not write one."""
     found = watchers.reported(folder)
     if found is None and (pid := watchers.pid(folder)) is not None:
         return {"pid": pid, "at": None, "things": {}}
@@ -72,19 +72,19 @@ def _watchdog(folder: Path) -> dict[str, Any] | None:
 
 
 def _asked(server: Server) -> dict[str, str]:
-    """What `Server.index` tells of a server on this host, of which the key is known."""
+    """Return `Endpoint.index` of a server on this host, whose key is known."""
     return {
         name: "READY" if server.ready(name) else "UNAVAILABLE" for name, _ in models(server.spec)
     }
 
 
 def scrape(server: Server) -> dict[str, float]:
-    """`values` of a running server, on this host or another. Raises: OSError."""
+    """Return `values` of a running server, on this host or another. Raises: OSError."""
     return values(connections.read(server.metrics, 5).decode(errors="replace"))
 
 
 def values(text: str) -> dict[str, float]:
-    """The ``pdserve_*`` series of a metrics page, buckets left out."""
+    """Return the ``pdserve_*`` series of a metrics page, without buckets."""
     return {
         name + labels: float(value)
         for name, labels, value in _SAMPLE.findall(text)

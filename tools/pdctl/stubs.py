@@ -17,7 +17,7 @@ _MODEL = re.compile(r"/([^/]+)/\d+/model\.py$")
 
 
 class Stubs:
-    """Those of one start, by thing: SERVER, or a model's name.
+    """The processes of one start, by name: SERVER, or a model's name.
 
     A stub that has died stays a zombie; what replaces it is another process.
     """
@@ -30,7 +30,7 @@ class Stubs:
         self._missing: set[str] = set()
 
     def look(self) -> dict[str, Life]:
-        """How each process is. Every process of the machine is looked at only if one has gone."""
+        """Return the state of each process. All processes are searched only if one has ended."""
         lives = self._lives()
         gone = {thing for thing, life in lives.items() if life is Life.GONE}
         if gone - self._missing:
@@ -48,11 +48,11 @@ class Stubs:
                 process.kill()
 
     def epoch(self, model: str) -> bytes | None:
-        """Epoch of a model's latest process, which may be gone; None: it was never seen alive."""
+        """Return the epoch of a model's latest process, even a dead one; None: none was seen."""
         return self._epochs.get(model)
 
     def renewed(self, model: str) -> None:
-        """A model has been loaded: its process is another one."""
+        """Note that a model has been loaded again, so that its process is another one."""
         self._found.pop(model, None)
         self._epochs.pop(model, None)
         self._missing.discard(model)
@@ -74,7 +74,8 @@ class Stubs:
                     with contextlib.suppress(OSError):
                         self._epochs[model[1]] = epoch.of(process.pid)
             elif name == "tritonserver":
-                self._found[SERVER] = process  # the oldest: a stub to be looks like it at first
+                # the oldest, since a stub that is starting looks like the server at first
+                self._found[SERVER] = process
 
 
 def _age(process: psutil.Process) -> float:

@@ -12,7 +12,7 @@ WIDTH = 24
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the request's life, in milliseconds from its arrival."""
+    """A period of the request's life, in milliseconds from its arrival."""
 
     name: str
     begin: float
@@ -21,7 +21,7 @@ class Phase:
 
 
 def phases(stats: dict[str, Any]) -> list[Phase]:
-    """The phases of a finished request, in order."""
+    """Return the phases of a finished request, in order."""
     ms, kv = stats["ms"], stats["kv"]
     forwarded, first, end = ms["forward"], ms["ttft"], ms["e2e"]
     tokens = stats["output_tokens"]
@@ -54,7 +54,7 @@ def phases(stats: dict[str, Any]) -> list[Phase]:
 
 
 def timeline(stats: dict[str, Any]) -> Table:
-    """A table with a bar for each phase."""
+    """Return a table with a bar for each phase."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(justify="right")

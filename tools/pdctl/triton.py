@@ -1,4 +1,4 @@
-"""Which Triton server there is, and how it is called."""
+"""Finds the Triton server, and makes its command line and environment."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ PING_MS = 1000
 disconnected ("too_many_pings"). gRPC's own default is five minutes, which keep-alive pings of a
 client whose answer takes long would break."""
 BYTES_IN_JSON = 6
-"""What a byte of a prompt takes in JSON, at most: ``\\u0000``."""
+"""Most bytes that a byte of a prompt takes in JSON: ``\u0000``."""
 REST_BYTES = 4 << 20
-"""For whatever else a request has, and for prompts of token ids."""
+"""Bytes for the other fields of a request, and for prompts of token ids."""
 FORWARDED = "^traceparent$"
 """gRPC metadata that becomes a request parameter. Of HTTP's headers, generate passes on none."""
 
 
 @dataclass(frozen=True)
 class Triton:
-    """A ``tritonserver`` and what it needs around it."""
+    """A ``tritonserver`` and the files that it needs."""
 
     binary: Path
     flags: tuple[str, ...]
@@ -41,7 +41,7 @@ class Triton:
 
 
 def locate() -> Triton:
-    """The ``tritonserver`` on PATH, as in NVIDIA's images; otherwise the one of the environment.
+    """Return the ``tritonserver`` on PATH, as in NVIDIA's images, or that of the environment.
 
     Raises:
         ServerError: there is neither.
@@ -53,7 +53,7 @@ def locate() -> Triton:
     bundled = packages / "pytriton" / "tritonserver" / "bin" / "tritonserver"
     if not (bundled.is_file() and BACKENDS.is_dir()):
         raise ServerError("no tritonserver on PATH and none set up here: run `make setup`")
-    # The stub embeds this Python: it finds the library by the loader and the packages by PATH.
+    # The stub embeds this Python: the loader finds the library, and PATH the packages.
     library = sysconfig.get_config_var("LIBDIR")
     environment = {
         "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
@@ -63,15 +63,16 @@ def locate() -> Triton:
 
 
 def linked(triton: Triton, folder: Path) -> Triton:
-    """The installation as a server's folder has it, without a path from outside.
+    """Return the installation as linked into a server's folder, without an outer path.
 
-    The Python backend starts each stub by a line for bash in which nothing is quoted: a blank in
-    the path of the checkout, and no stub would ever start.
+    The Python backend starts each stub by a bash command without quotes. With a blank in the path
+    of the checkout, no stub would start.
     """
     if not triton.flags:
         return triton
     link = folder / "backends"
-    if not (link.is_symlink() and link.readlink() == BACKENDS):  # a repair needs no room
+    # a repair then needs no space on the disk
+    if not (link.is_symlink() and link.readlink() == BACKENDS):
         link.unlink(missing_ok=True)
         link.symlink_to(BACKENDS)
     return replace(triton, flags=(f"--backend-directory={link.name}",))
@@ -79,21 +80,21 @@ def linked(triton: Triton, folder: Path) -> Triton:
 
 @dataclass(frozen=True)
 class Options:
-    """What a ``tritonserver`` can be told, by its own help."""
+    """The options of a ``tritonserver``, by its own help."""
 
     names: frozenset[str]
-    """Of its options, without the dashes."""
+    """Names of its options, without the dashes."""
     http_protocols: tuple[str, ...]
-    """Those that ``--http-restricted-api`` knows."""
+    """Protocols that ``--http-restricted-api`` knows."""
     grpc_protocols: tuple[str, ...]
-    """Those that ``--grpc-restricted-protocol`` knows."""
+    """Protocols that ``--grpc-restricted-protocol`` knows."""
 
 
 def options(triton: Triton) -> Options:
-    """Ask a ``tritonserver`` what it can be told; this takes 0.02 s.
+    """Ask a ``tritonserver`` for its options; this takes 0.02 s.
 
     Raises:
-        ServerError: it does not say, or nothing of it can be restricted.
+        ServerError: it does not list them, or none of its protocols can be restricted.
     """
     try:
         done = subprocess.run(
@@ -110,7 +111,7 @@ def options(triton: Triton) -> Options:
 
 
 def parse_help(text: str) -> Options:
-    """The options in the text of ``tritonserver --help``.
+    """Return the options in the text of ``tritonserver --help``.
 
     Raises:
         ServerError: it names no protocols that can be restricted.
@@ -130,10 +131,10 @@ def parse_help(text: str) -> Options:
 
 @dataclass(frozen=True)
 class Keys:
-    """What must come with calls that are not open to everyone; see protocols.py.
+    """The keys of calls that are not open to everyone; see protocols.py.
 
-    Whoever can read the command lines of this machine's processes can read them: they keep out
-    other machines and web pages, not other users of this machine.
+    They appear in command lines, which users of this machine can read. So they keep out other
+    machines and web pages, but not other users.
     """
 
     admin: str
@@ -149,11 +150,11 @@ def command(
     keys: Keys,
     prompt_bytes: int,
 ) -> list[str]:
-    """The command line of a server.
+    """Return the command line of a server.
 
     Args:
-        repository: relative to the server's folder, as `linked` says.
-        prompt_bytes: of the longest prompt that a gateway takes.
+        repository: path relative to the server's folder; see `linked`.
+        prompt_bytes: bytes of the longest prompt that a gateway takes.
     """
     restricted = {
         "http-restricted-api": known.http_protocols,
@@ -163,7 +164,7 @@ def command(
     optional = {
         "http-max-input-size": f"{BYTES_IN_JSON * prompt_bytes + REST_BYTES}",
         "allow-client-shm": "false" if server.client_shared_memory == "off" else "true",
-        # An environment variable would turn it on, at another port and on every address.
+        # An environment variable could turn it on, at another port and on every address.
         "allow-vertex-ai": "false",
         "allow-sagemaker": "false",
     }
@@ -195,7 +196,7 @@ def command(
 
 
 def environment(triton: Triton, token: str) -> dict[str, str]:
-    """What a server's processes find in their environment; the token marks them as its own."""
+    """Return the environment of a server's processes; the token marks them as its own."""
     return {
         **os.environ,
         **triton.environment,

@@ -1,7 +1,6 @@
-"""``python -m pdctl.watch FOLDER``: the watchdog of the server whose folder it is.
+"""``python -m pdctl.watch FOLDER``: the watchdog of the server with that folder.
 
-It needs nothing but the folder, of which it only reads: the deployment is the one that lies beside
-the server's models.
+It needs only the folder, from which it reads the deployment beside the server's models.
 """
 
 from __future__ import annotations
@@ -37,23 +36,23 @@ from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.client import Channel
 from pdserve.transfer import key
 
-# How often each thing is asked whether it is alive, and how long it may think.
+# The intervals of probes, and the time for an answer.
 ALIVE_EVERY_S, ALIVE_WITHIN_S = 1.0, 3.0
 PROBE_EVERY_S = 5.0
 TELL_S, TELL_TIMES = 1.0, 10
-"""For a gateway to hear what has been lost."""
+"""Seconds of an attempt to tell a gateway of a lost instance, and the number of attempts."""
 REPORT_S = 0.5
 LOOK_S = 0.2
-"""How often a server that still loads is looked at."""
+"""Seconds between two looks at a server that still loads."""
 
 _log = logging.getLogger(__name__)
 
 
-class Tended:
+class WatchedServer:
     """A server as its watchdog handles it (see ``pdserve.node.watchdog.Ward``)."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: ServerError, DeploymentError: this server does not run."""
+        """Raises ServerError, DeploymentError: this server does not run."""
         self._folder = folder
         self.token = footprint.token(folder)
         started = records.noted(folder)
@@ -70,7 +69,7 @@ class Tended:
     async def begun(self) -> None:
         """Wait until all models have been loaded, or the server has ended.
 
-        Until then a process that is not there is not gone: it has not begun yet.
+        Until then, a missing process is one that has not begun yet.
         """
         leader = footprint.server_process(self.token or "")
         deadline = time.monotonic() + self.deployment.engine.load_s
@@ -81,17 +80,17 @@ class Tended:
 
     @property
     def deployment(self) -> Deployment:
-        """The deployment as it is now: it may be another than at the start."""
+        """Return the present deployment, which may differ from that at the start."""
         with contextlib.suppress(DeploymentError):
             self._file.changed()
         return self._file.deployment
 
     @property
     def whole(self) -> set[str]:
-        """Models that are repaired by a restart of the server, which closes every connection.
+        """Return the models whose repair is a restart of the server, which closes every connection.
 
         Nothing else ends the streams of a gateway's model that has died, or tells gateways at once
-        what has become of an instance; one that is alone in its server loses nothing by it.
+        that an instance has died; an instance that is alone in its server loses nothing by it.
         """
         instances = {*self.server.spec.prefill, *self.server.spec.decode}
         if not self.server.spec.gateway and len(instances) == 1:
@@ -99,7 +98,7 @@ class Tended:
         return {"pdserve", "scheduler"} & self.models.keys()
 
     async def steps(self, instance: str) -> float:
-        """How many an instance of this server has made. Raises: InstanceError: it does not say."""
+        """Return the steps of an instance of this server. Raises InstanceError: no answer."""
         try:
             values = await asyncio.to_thread(scrape, self.server)
         except OSError as error:
@@ -107,7 +106,7 @@ class Tended:
         return values.get(f'pdserve_steps_total{{instance="{instance}"}}', 0.0)
 
     def heartbeat(self, *models: str) -> Read:
-        """Reads what the threads of these models have counted."""
+        """Return a function that reads the counters of these models' threads."""
 
         def read() -> list[heartbeat.Beats]:
             token = self.server.token or ""
@@ -165,7 +164,7 @@ class Tended:
         return Stubs(self.token or "", self.models)
 
     def _tell_gateways(self, notice: failure_notice.FailureNotice) -> None:
-        """So that they wait no longer for what was open on it. The repair goes on meanwhile."""
+        """Tell them, so that they stop waiting for its calls. The repair continues meanwhile."""
         told = failure_notice.encode(notice, self.key)
         for server in self.deployment.servers:
             for model in ("pdserve", "scheduler") if server.gateway else ():
@@ -175,7 +174,7 @@ class Tended:
                 task.add_done_callback(self._telling.discard)
 
     async def _tell(self, address: str, model: str, instance: str, told: str) -> None:
-        """One gateway, TELL_TIMES at most: it may be busy, or being repaired itself."""
+        """Tell one gateway, up to TELL_TIMES: it may be busy, or under repair itself."""
         for _ in range(TELL_TIMES):
             began = time.monotonic()
             try:
@@ -189,10 +188,10 @@ class Tended:
 
 
 class Channels:
-    """Channels to any instance of the deployment, made when they are asked for."""
+    """Channels to any instance of the deployment, made on request."""
 
-    def __init__(self, tended: Tended) -> None:
-        self._tended = tended
+    def __init__(self, watched: WatchedServer) -> None:
+        self._tended = watched
         self._made: dict[str, Channel] = {}
 
     def __call__(self, instance: str) -> Channel:
@@ -203,7 +202,7 @@ class Channels:
         return self._made[name]
 
     def _address(self, instance: str) -> str:
-        """Raises: InstanceError: there is no such instance any more."""
+        """Raises InstanceError: the instance no longer exists."""
         if instance in self._tended.models:  # whatever the deployment says of it now
             return self._tended.server.grpc
         deployment = self._tended.deployment
@@ -214,7 +213,7 @@ class Channels:
 
 
 def probe_limits(deployment: Deployment) -> Limits:
-    """No longer than what makes the engine useless, and no shorter than what is a full house."""
+    """Return limits above the times of a fully loaded engine, and below those of a useless one."""
     gateway = deployment.gateway
     ttft_limits = [scenario.ttft_limit_ms or 0 for scenario in deployment.served]
     first_token_s = max(gateway.ttft_limit_ms, *ttft_limits) / 1e3
@@ -222,14 +221,14 @@ def probe_limits(deployment: Deployment) -> Limits:
     return Limits(gateway.stall_s, first_token_s, 2 * max(first_token_s, held_s))
 
 
-def checks(tended: Tended, probes: Probes, limits: Limits) -> Iterator[Check]:
-    """All that a server and its models are asked."""
-    address = tended.server.grpc
+def checks(watched: WatchedServer, probes: Probes, limits: Limits) -> Iterator[Check]:
+    """Yield all checks of a server and its models."""
+    address = watched.server.grpc
     live = partial(questions.live, address)
-    of_all = tended.heartbeat(*tended.models)
-    # A model that stands still has a check of its own.
+    of_all = watched.heartbeat(*watched.models)
+    # A model whose threads are stuck has a check of its own.
     yield _alive(SERVER, lambda: [beats._replace(turns=0) for beats in of_all()], live)
-    for model, template in tended.models.items():
+    for model, template in watched.models.items():
         if template in ("prefill", "decode"):
             alive = partial(probes.alive, model)
             computes = partial(getattr(probes, template), model)
@@ -239,43 +238,43 @@ def checks(tended: Tended, probes: Probes, limits: Limits) -> Iterator[Check]:
                 questions.gateway,
                 address,
                 model,
-                failure_notice.encode(failure_notice.ALIVE, tended.key),
+                failure_notice.encode(failure_notice.ALIVE, watched.key),
             )
         else:
             alive = partial(questions.tokens, address, model)
-        yield _alive(model, tended.heartbeat(model), alive)
+        yield _alive(model, watched.heartbeat(model), alive)
 
 
 def _alive(thing: str, read: Read, ask: Callable[[], Awaitable[bool]]) -> Check:
-    # The limit is kept by what is asked; the check's own is for a watchdog that is late itself.
+    # The probe keeps the limit itself; the check's own is for a watchdog that is late.
     return Check(thing, Liveness(read, ask, ALIVE_WITHIN_S), ALIVE_EVERY_S, 2 * ALIVE_WITHIN_S)
 
 
 async def watch(folder: Path) -> None:
-    """Look after a server until cancelled, or until it has been stopped.
+    """Watch a server until cancelled, or until it has been stopped.
 
     Raises:
         ServerError, DeploymentError: it does not run.
         Dismissed: it has been stopped.
     """
-    tended = Tended(folder)
+    watched = WatchedServer(folder)
     watchers.begun()
-    await tended.begun()
+    await watched.begun()
 
     def prefills() -> list[str]:
-        return list(tended.deployment.instances("prefill"))
+        return list(watched.deployment.instances("prefill"))
 
-    limits = probe_limits(tended.deployment)
-    probes = Probes(Channels(tended), prefills, tended.steps, limits)
+    limits = probe_limits(watched.deployment)
+    probes = Probes(Channels(watched), prefills, watched.steps, limits)
     watchdog = Watchdog(
-        tended,
-        list(tended.models),
-        list(checks(tended, probes, limits)),
-        whole=tended.whole,
-        load_s=tended.deployment.engine.load_s,
+        watched,
+        list(watched.models),
+        list(checks(watched, probes, limits)),
+        whole=watched.whole,
+        load_s=watched.deployment.engine.load_s,
     )
 
-    _log.info("looks after %s (process %d)", folder.name, os.getpid())
+    _log.info("watches %s (process %d)", folder.name, os.getpid())
     reporting = asyncio.create_task(report(folder, watchdog))
     try:
         await watchdog.run()
@@ -284,9 +283,9 @@ async def watch(folder: Path) -> None:
 
 
 async def report(folder: Path, watchdog: Watchdog) -> None:
-    """Leave what it knows to whoever asks, again and again until cancelled.
+    """Write the watchdog's report again and again until cancelled.
 
-    Nothing depends on it: what cannot be written now is tried again.
+    Nothing depends on the report: if it cannot be written now, that is tried again.
     """
     failed = ""
     while True:
@@ -300,7 +299,7 @@ async def report(folder: Path, watchdog: Watchdog) -> None:
 
 
 def state(watchdog: Watchdog) -> dict[str, Any]:
-    """What it knows, for people: times as seconds since the epoch, rounded."""
+    """Return the report for people, with rounded seconds since the epoch."""
     offset = time.time() - asyncio.get_running_loop().time()
 
     def when(moment: float) -> float | None:
@@ -328,7 +327,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     form = logging.Formatter(f"%(asctime)s {folder.name}: %(message)s")
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    with contextlib.suppress(OSError):  # it works without
+    with contextlib.suppress(OSError):  # it works without a log
         handlers.append(logging.FileHandler(folder / "watch.log"))
     for handler in handlers:
         handler.setFormatter(form)

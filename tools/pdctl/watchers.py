@@ -1,9 +1,9 @@
 """The watchdogs of servers: each a process of its own, ``python -m pdctl.watch FOLDER``.
 
-In the server's folder lie ``watch`` (its process id; locked as long as it runs), ``watch.json``
-(what it knows) and ``watch.log``. None of them has to be written for it to work: its environment
-says whose it is, too. A watchdog may be killed at any moment: the server goes on, and the next
-watchdog finds everything as it must be.
+In the server's folder are ``watch`` (its process id; locked as long as it runs), ``watch.json``
+(its report) and ``watch.log``. It works even if none of them can be written, since its environment
+names its server, too. A watchdog may be killed at any moment: the server continues, and the next
+watchdog needs nothing from it.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from pdctl.errors import ServerError
 
 END_S = 5.0
 BEGIN_S = 60.0
-"""For a new one to begin: it has much to import, and the machine may be busy."""
+"""Seconds for a new one to begin: it imports much, and the machine may be busy."""
 BEGUN = "PDCTL_BEGUN"
-"""Of its environment: the descriptor through which it says that it has begun."""
+"""Environment variable with the descriptor through which it reports that it has begun."""
 MARK = "PDCTL_WATCHES"
-"""Of its environment: the folder, and the token of the server's start."""
+"""Environment variable with the folder, and the token of the server's start."""
 
 
 def start(folder: Path, *, held: bool) -> Callable[[], None]:
-    """Look after the server of a folder from now on; nothing to do if somebody does.
+    """Start the watchdog of a server's folder; do nothing if there is one.
 
     Args:
-        held: show what it says here, too.
+        held: show its log here, too.
 
     Returns:
-        What waits until it has begun, and raises ServerError if it does not.
+        A function that waits until it has begun, and raises ServerError if it does not.
 
     Raises:
         ServerError: it cannot be started.
@@ -55,7 +55,7 @@ def start(folder: Path, *, held: bool) -> Callable[[], None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                continue  # somebody only asks, or was faster
+                continue  # another command only asks, or was faster
             return _started(folder, lock, held)
     finally:
         os.close(lock)
@@ -65,7 +65,7 @@ def start(folder: Path, *, held: bool) -> Callable[[], None]:
 def _started(folder: Path, lock: int, held: bool) -> Callable[[], None]:
     begun, told = os.pipe()
     try:
-        # The lock is the open file's, and so the child's from now on.
+        # The lock belongs to the open file, and so to the child from now on.
         child = subprocess.Popen(
             [sys.executable, "-m", "pdctl.watch", str(folder)],
             env={**os.environ, MARK: _mark(folder), BEGUN: str(told)},
@@ -73,11 +73,11 @@ def _started(folder: Path, lock: int, held: bool) -> Callable[[], None]:
             stdout=None if held else subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
             pass_fds=[lock, told],
-            start_new_session=True,  # Ctrl-C is for pdctl, which then ends it
+            start_new_session=True,  # Ctrl-C is handled by pdctl, which then ends it
         )
     finally:
         os.close(told)
-    with contextlib.suppress(OSError):  # its mark tells as well, if more slowly
+    with contextlib.suppress(OSError):  # its mark also identifies it, though more slowly
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(child.pid).encode(), 0)
 
@@ -95,18 +95,18 @@ def _started(folder: Path, lock: int, held: bool) -> Callable[[], None]:
 
 
 def begun() -> None:
-    """Called by a watchdog that looks after its server from now on."""
-    # What it starts itself is no watchdog; its own environment stays as others see it.
+    """Report that the watchdog has begun; called by the watchdog."""
+    # Children of the watchdog are no watchdogs; its own environment stays visible to others.
     os.environ.pop(MARK, None)
     told = os.environ.pop(BEGUN, None)
     if told is not None:
-        with contextlib.suppress(OSError):  # nobody waits for it any more
+        with contextlib.suppress(OSError):  # no command waits for it any more
             os.write(int(told), b".")
             os.close(int(told))
 
 
 def end(folder: Path) -> None:
-    """End the watchdog of a folder and wait until it has. Raises: ServerError: it does not."""
+    """End the watchdog of a folder and wait for its end. Raises: ServerError: it does not end."""
     deadline = time.monotonic() + END_S
     while found := _all(folder):
         if time.monotonic() > deadline:
@@ -119,7 +119,7 @@ def end(folder: Path) -> None:
 
 
 def _all(folder: Path) -> list[psutil.Process]:
-    """Those that hold the lock of a folder, and those that do not though they look after it."""
+    """Return those that hold the lock of a folder, and those that watch it without the lock."""
     found = _marked(folder)
     with contextlib.suppress(psutil.NoSuchProcess):
         if (locked := pid(folder)) is not None and locked not in {one.pid for one in found}:
@@ -128,10 +128,10 @@ def _all(folder: Path) -> list[psutil.Process]:
 
 
 def pid(folder: Path) -> int | None:
-    """The process that looks after the server of a folder; None: nobody does.
+    """Return the process that watches the server of a folder; None: there is none.
 
     Raises:
-        ServerError: one is being started, and does not come.
+        ServerError: one is being started, and does not begin in time.
     """
     deadline = time.monotonic() + END_S
     while time.monotonic() < deadline:
@@ -146,15 +146,15 @@ def pid(folder: Path) -> int | None:
                 found = psutil.Process(int((folder / "watch").read_text()))
                 if found.environ().get(MARK) == _mark(folder):
                     return found.pid
-            # It is being started at this moment, or its number could not be written.
+            # It is just being started, or its number could not be written.
             if marked := _marked(folder):
                 return marked[0].pid
             time.sleep(0.001)
-    raise ServerError(f"{folder / 'watch'}: locked, by nobody that is known")
+    raise ServerError(f"{folder / 'watch'}: locked by an unknown process")
 
 
 def watched(folder: Path) -> bool:
-    """Somebody looks after the server of a folder, or is just beginning to."""
+    """Tell whether the server of a folder has a watchdog, or is about to have one."""
     try:
         return pid(folder) is not None
     except ServerError:
@@ -162,14 +162,14 @@ def watched(folder: Path) -> bool:
 
 
 def report(folder: Path, state: dict[str, Any]) -> None:
-    """Called by a watchdog: leave what it knows to whoever asks. Raises: OSError."""
+    """Write the watchdog's report; called by the watchdog. Raises: OSError."""
     new = folder / "watch.new"
     new.write_bytes(msgspec.json.format(msgspec.json.encode({"pid": os.getpid(), **state})))
     new.replace(folder / "watch.json")
 
 
 def reported(folder: Path) -> dict[str, Any] | None:
-    """What a running watchdog knows, its ``pid`` included; None: there is none, or it begins."""
+    """Return the report of a running watchdog with its ``pid``; None: there is none yet."""
     found = pid(folder)
     try:
         state: dict[str, Any] = msgspec.json.decode((folder / "watch.json").read_bytes())
@@ -183,5 +183,5 @@ def _mark(folder: Path) -> str:
 
 
 def _marked(folder: Path) -> list[psutil.Process]:
-    """Every process that looks after the latest start of the server of a folder."""
+    """Return every process that watches the latest start of the server of a folder."""
     return footprint.carrying(MARK, [_mark(folder)])

@@ -1,4 +1,4 @@
-"""Text that comes in pieces, broken between words at a terminal's edge."""
+"""Breaks text that comes in pieces between words at the terminal's edge."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _PIECE = re.compile(r"\n|[^\S\n]+|\S+")
 
 
 class Wrap:
-    """Holds back a word until its end is known, which is one token later."""
+    """Holds back a word until its end is known, one token later."""
 
     def __init__(self, width: int | None) -> None:
         """Args: width: columns of the terminal; None: there is none, and nothing is changed."""
         self._width = width
         self._column = 0
         self._held = ""
-        """A word, and blanks before it, of which the end has not come."""
+        """A word without its end yet, and the blanks before it."""
 
     def take(self, text: str) -> str:
-        """What can be shown now."""
+        """Return what can be shown now."""
         if self._width is None:
             return text
         *whole, self._held = _PIECE.findall(self._held + text) or [""]
@@ -29,12 +29,12 @@ class Wrap:
         return "".join(map(self._placed, whole))
 
     def rest(self) -> str:
-        """What was held back, at the end."""
+        """Return the rest, at the end."""
         held, self._held = self._held, ""
         return self._placed(held)
 
     def _placed(self, piece: str) -> str:
-        """A word, a line's end or blanks, where they fit."""
+        """Place a word, a line end or blanks where they fit."""
         if piece == "\n":
             self._column = 0
             return piece
@@ -46,5 +46,6 @@ class Wrap:
             self._column = 0
             return "\n"
         broken = "\n" if self._column else ""
-        self._column = wide % self._width  # the terminal itself breaks what no line can hold
+        # the terminal itself breaks a word that is longer than a line
+        self._column = wide % self._width
         return broken + piece

@@ -1,1 +1,1 @@
-"""What a host can do: found out (`probe`), written down (`inventory`), judged (`advice`)."""
+"""The abilities of a host: found out (`probe`), recorded (`inventory`), judged (`advice`)."""

@@ -1,4 +1,4 @@
-"""This host, looked at for one deployment."""
+"""The examination of this host for one deployment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pdserve.errors import DeploymentError
 
 
 class Examination(Struct, frozen=True):
-    """What `pdctl doctor --json` prints."""
+    """The contents of `pdctl doctor --json`."""
 
     inventory: Inventory
     findings: list[Finding]
@@ -37,10 +37,10 @@ def examine(file: Path) -> Examination:
 
 
 def check(deployment: Deployment, names: Collection[str]) -> Iterator[str]:
-    """What is to be said before servers are started, in lines.
+    """Yield lines that must be printed before servers are started.
 
     Args:
-        names: of the servers, all of this host.
+        names: names of the servers, all of this host.
 
     Raises:
         DeploymentError: they cannot be started, as `pdctl doctor` finds too; with every reason.

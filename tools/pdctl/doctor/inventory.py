@@ -1,4 +1,4 @@
-"""What there is on a host, as plain data that JSON carries."""
+"""The inventory of a host, as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from msgspec import Struct
 
 
 class Software(Struct, frozen=True, kw_only=True):
-    """Versions as they call themselves; empty: not there."""
+    """Versions as the software states them; empty: not installed."""
 
     python: str
     glibc: str
     triton: str
     packages: dict[str, str]
-    """Those of `versions.PACKAGES` that are installed."""
+    """Installed packages among `versions.PACKAGES`."""
     torch_cuda: str
-    """Of the CUDA that torch is built for."""
+    """The CUDA version that torch is built for."""
 
 
 class System(Struct, frozen=True, kw_only=True):
     """Kernel and memory."""
 
     machine: str = ""
-    """As `uname -m`."""
+    """The machine, as `uname -m` prints it."""
     kernel: str = ""
     memory_mib: int = 0
-    """What this container may have, where there is such a limit."""
+    """The limit of this container, if there is one."""
     available_mib: int = 0
     shm_mib: int = 0
     """Size of /dev/shm; 0: there is none."""
@@ -32,23 +32,23 @@ class System(Struct, frozen=True, kw_only=True):
 
 
 class Process(Struct, frozen=True, kw_only=True):
-    """What a process started here may do."""
+    """Abilities of a process that is started here."""
 
     nofile: int | None = None
-    """The hard limit of open files, which servers raise theirs to; None: there is none."""
+    """The hard limit of open files, to which servers raise theirs; None: there is none."""
     memlock_kib: int | None = None
     """The soft limit; None: there is none."""
     capabilities: tuple[str, ...] = ()
-    """Of those that matter here: IPC_LOCK, SYS_PTRACE."""
+    """Capabilities that matter here: IPC_LOCK, SYS_PTRACE."""
     seccomp: bool = False
     ptrace_scope: int = 0
-    """Of Yama; 0 where the kernel is without it."""
+    """Yama's setting; 0 if the kernel has no Yama."""
     container: str = ""
-    """docker, podman, kubernetes; empty: in none, as far as can be seen."""
+    """docker, podman or kubernetes; empty: no container is recognized."""
     private: tuple[str, ...] = ()
-    """Namespaces that are not the machine's own: ipc, pid."""
+    """Namespaces that differ from the machine's own: ipc, pid."""
     environment: dict[str, str] = {}
-    """Variables that change what CUDA, torch and UCX do."""
+    """Variables that affect CUDA, torch and UCX."""
 
 
 class GPU(Struct, frozen=True, kw_only=True):
@@ -64,13 +64,13 @@ class GPU(Struct, frozen=True, kw_only=True):
 
 
 class GPUPair(Struct, frozen=True, kw_only=True):
-    """Two GPUs: the path between them (NV18, PIX, PHB, ...), and whether one reads the other."""
+    """Two GPUs: the path between them (NV18, PIX, PHB, ...), and whether one can read the other."""
 
     first: int
     second: int
     path: str
     peer: str
-    """OK, or nvidia-smi's word for why not."""
+    """OK, or nvidia-smi's code for the reason why not."""
 
 
 class GPUNic(Struct, frozen=True, kw_only=True):
@@ -82,14 +82,14 @@ class GPUNic(Struct, frozen=True, kw_only=True):
 
 
 class Topology(Struct, frozen=True, kw_only=True):
-    """How GPUs are connected."""
+    """The connections of GPUs."""
 
     pairs: tuple[GPUPair, ...] = ()
     nics: tuple[GPUNic, ...] = ()
 
 
 class Direct(Struct, frozen=True, kw_only=True):
-    """What lets an RDMA device reach the memory of GPUs."""
+    """What an RDMA device needs to reach the memory of GPUs."""
 
     peermem: bool = False
     """nvidia_peermem is loaded."""
@@ -123,36 +123,36 @@ class RDMAPort(Struct, frozen=True, kw_only=True):
 
 
 class UCX(Struct, frozen=True, kw_only=True):
-    """The one that nixl brings."""
+    """The UCX of the installed nixl."""
 
     version: str
     transports: tuple[str, ...]
-    """As tcp/eth0, cma/memory, rc_mlx5/mlx5_0:1."""
+    """Transports such as tcp/eth0, cma/memory, rc_mlx5/mlx5_0:1."""
 
 
 class Port(Struct, frozen=True, kw_only=True):
-    """One that a server of the deployment wants."""
+    """A port that a server of the deployment needs."""
 
     use: str
-    """http, grpc, metrics."""
+    """http, grpc or metrics."""
     number: int
     holder: str
-    """Who has it, in words; empty: nobody."""
+    """The process that has it, in words; empty: none."""
 
 
 class Server(Struct, frozen=True, kw_only=True):
-    """One of the deployment, as far as this host knows of it."""
+    """A server of the deployment, as far as this host knows it."""
 
     name: str
     here: bool
     pid: int | None
-    """Of its process; None: it does not run here."""
+    """The id of its process; None: it does not run here."""
     ports: tuple[Port, ...]
-    """Of a server of this host that does not run."""
+    """The ports of a server of this host that does not run."""
 
 
 class Inventory(Struct, frozen=True, kw_only=True):
-    """All of it."""
+    """Everything that was found."""
 
     software: Software
     system: System
@@ -162,14 +162,14 @@ class Inventory(Struct, frozen=True, kw_only=True):
     direct: Direct
     rdma: tuple[RDMAPort, ...]
     ucx: UCX | None
-    """None: no nixl."""
+    """None: nixl is not installed."""
     cma: str
-    """What process_vm_readv between two processes says; empty: it works."""
+    """The error of process_vm_readv between two processes; empty: it works."""
     checkout: str
-    """Why nothing can be served from where this lies; empty: it can."""
+    """Why nothing can be served from this folder; empty: it can."""
     model: str
     """Why the deployment's model, or what the engine reads beside it, cannot be used; empty: it
     can."""
     servers: tuple[Server, ...]
     unknown: dict[str, str]
-    """What could not be found out, and why; its fields are as if there were nothing."""
+    """What could not be found out, and why; those fields have their defaults."""

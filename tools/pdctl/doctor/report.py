@@ -1,4 +1,4 @@
-"""Findings and conclusion as one screen."""
+"""Prints findings and conclusion on one screen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STYLES = {"ok": "green", "note": "yellow", "missing": "dim", "problem": "bold r
 
 
 def report(findings: Iterable[Finding], conclusion: Conclusion, file: str) -> Group:
-    """`file`: what the deployment is called."""
+    """Return the report; `file` is the name of the deployment."""
     return Group(_listed(findings), "", _concluded(conclusion), "", _verdict(conclusion, file))
 
 

@@ -27,15 +27,15 @@ PACKAGES = tuple(name for name in SUPPORTED if name not in ("Python", "glibc", "
 NIXL = ("nixl-cu12", "nixl-cu13")
 """In the order in which they are tried."""
 NUMPY_1 = SpecifierSet("==2.51.*")
-"""The Triton servers, 24.10, whose stubs corrupt tensors under numpy 2."""
+"""The Triton servers (24.10) whose stubs corrupt tensors under numpy 2."""
 DRIVERS = {12: 525, 13: 580}
-"""The first driver for each CUDA."""
+"""The first driver for each CUDA version."""
 PYTRITON = {"0.7.0": "2.51.0"}
-"""The Triton server in releases of nvidia-pytriton, where nothing else tells."""
+"""The Triton server in each nvidia-pytriton, for when no other file tells."""
 
 
 def within(version: str, versions: SpecifierSet) -> bool:
-    """What is no version, such as none at all, is not."""
+    """Tell whether a version is in a range; an empty or invalid one is not."""
     try:
         return Version(version) in versions
     except InvalidVersion:
@@ -43,6 +43,6 @@ def within(version: str, versions: SpecifierSet) -> bool:
 
 
 def major(version: str) -> int:
-    """The number that it begins with; 0: there is none."""
+    """Return the number it begins with; 0: there is none."""
     found = re.match(r"\d+", version)
     return int(found[0]) if found else 0

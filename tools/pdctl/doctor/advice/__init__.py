@@ -1,1 +1,1 @@
-"""What an inventory means for a deployment; nothing here looks at the host."""
+"""The consequences of an inventory for a deployment; nothing here looks at the host."""

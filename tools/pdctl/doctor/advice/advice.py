@@ -1,4 +1,4 @@
-"""Everything that an inventory means for a deployment."""
+"""All consequences of an inventory for a deployment."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _BY_HAND = {
 
 
 class Conclusion(Struct, frozen=True, kw_only=True):
-    """What it comes down to."""
+    """The summary of the findings."""
 
     engine: str
-    """The deployment's."""
+    """The engine of the deployment."""
     engines: dict[str, str]
-    """What this host could run, with why not; empty: it could."""
+    """Reasons why this host cannot run each engine; empty: it can."""
     transports: dict[WayName, str]
-    """The same, of ways to move KV caches."""
+    """The same for the ways to move KV caches."""
     served: bool
-    """The deployment can be served here."""
+    """Whether the deployment can be served here."""
 
 
 def advice(inventory: Inventory, deployment: Deployment) -> list[Finding]:
-    """What was found, in the order of the ground up."""
+    """Return all findings, from the hardware upwards."""
     wanted = needs(deployment, inventory.servers)
     return [
         *_platform(inventory),
@@ -58,9 +58,9 @@ def advice(inventory: Inventory, deployment: Deployment) -> list[Finding]:
 
 
 def hindrances(inventory: Inventory, deployment: Deployment) -> list[Finding]:
-    """Problems that an inventory of essentials shows, and what is to be said before a start.
+    """Return the problems that an inventory of essentials shows, and the notes before a start.
 
-    Ports are left to the start itself, which looks at them when nobody else can take them.
+    The start itself checks the ports, at a moment when no other command can take them.
     """
     wanted = needs(deployment, inventory.servers)
     judged = [

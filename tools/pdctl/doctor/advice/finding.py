@@ -1,4 +1,4 @@
-"""One thing about a host, and what it means."""
+"""A finding about a host, and its consequences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ State = Literal["ok", "note", "missing", "problem"]
 
 
 class Finding(Struct, frozen=True, kw_only=True):
-    """`problem`: the deployment cannot be served here until it is mended. `missing`: not there, and
-    the deployment does without. `note`: it works, at a cost."""
+    """A finding with its state.
+
+    `problem`: the deployment cannot be served here until it is mended. `missing`: not there, and
+    the deployment does without. `note`: it works, at a cost.
+    """
 
     about: str
     state: State
@@ -19,6 +22,6 @@ class Finding(Struct, frozen=True, kw_only=True):
     used: str = ""
     """What is used because of it."""
     unused: str = ""
-    """What is not."""
+    """What is not used because of it."""
     mend: str = ""
-    """A command, or a change."""
+    """A command or a change that mends it."""

@@ -1,4 +1,4 @@
-"""GPUs: whether the engine has one, and how far CUDA IPC reaches."""
+"""Findings about GPUs: whether the engine has one, and how far CUDA IPC reaches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REFUSALS = {
     "NS": "it is not supported",
 }
 _CROSSING = ("PHB", "NODE", "SYS")
-"""Paths through the CPU, where firmware and IOMMU have their say."""
+"""Paths through the CPU, where firmware and IOMMU decide."""
 
 
 def gpus(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
@@ -91,7 +91,7 @@ def _exportable(inventory: Inventory) -> Finding:
         found=why or "memory of cudaMalloc can be exported, as arenas are",
         used="" if why else "transport cuda_ipc",
         unused="transport cuda_ipc" if why else "",
-        mend="what stands in its way, as above" if why else "",
+        mend="the cause, as above" if why else "",
     )
 
 

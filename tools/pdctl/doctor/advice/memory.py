@@ -1,4 +1,4 @@
-"""Shared memory, limits, and what isolates processes from each other."""
+"""Findings about shared memory, limits, and the isolation of processes from each other."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pdctl.doctor.inventory import Inventory, Process
 
 SHM = "/dev/shm"  # noqa: S108 - where POSIX shared memory lies
 FILES = 4096
-"""A gateway's line is so long: each of its requests has a connection."""
+"""The maximum of requests in a gateway's wait queue, each of which has a connection."""
 START_FILES = 96
-"""Fewer, and a server of eight models does not start: it has 72 to 76 open with nobody there."""
+"""With fewer, a server of eight models does not start: idle, it has 72 to 76 open."""
 
 
 def memory(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
@@ -68,7 +68,7 @@ def _limits(process: Process) -> Iterator[Finding]:
         found=f"open files: {'any' if files is None else f'{files:,}'}; locked memory: {said}",
         unused=f"servers cannot start: each needs {START_FILES} open files and more"
         if none
-        else f"a gateway's whole line, {FILES:,} requests"
+        else f"a gateway's full wait queue, {FILES:,} requests"
         if few
         else "",
         mend="a higher hard limit, ulimit -Hn 65536 (container: --ulimit nofile=65536)"

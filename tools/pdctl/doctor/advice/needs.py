@@ -1,4 +1,4 @@
-"""What a deployment asks of this host."""
+"""The requirements of a deployment on this host."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from pdctl.repository import models
 from pdserve.config import ROLES, Deployment, TransportName
 
 _MODEL_SHM_MIB = 1
-"""What Triton takes of /dev/shm for each model as it starts."""
+"""Shared memory that Triton takes for each model at its start."""
 
 
 class Needs(NamedTuple):
-    """What this host's servers need; ``shm_mib`` counts those that do not run yet."""
+    """Requirements of this host's servers; ``shm_mib`` counts those that do not run yet."""
 
     engine: str
     gpus: frozenset[int]
     """CUDA devices that compute."""
     instances: int
     arena_mib: int
-    """Of one prefill."""
+    """Size of one prefill's arena."""
     shm_mib: int
     transports: tuple[TransportName, ...]
-    """Empty: the engine moves KV caches itself."""
+    """Transports of the deployment; empty: the engine moves KV caches itself."""
     rdma_only: bool
     near: bool
     """A prefill here has a decode here."""
     far: bool
-    """One of the two is elsewhere."""
+    """One of the two is on another host."""
 
     @property
     def nixl(self) -> bool:
-        """Nothing else comes before it for some pair."""
+        """Tell whether NIXL is the first transport for some pair."""
         return "nixl" in self.transports and (self.far or self.transports[0] == "nixl")
 
     @property
     def device(self) -> str:
-        """The device in words."""
+        """Return the engine's device in words."""
         numbers = ", ".join(map(str, sorted(self.gpus)))
         if self.engine == "tensorrtllm_backend":
             return "in another Triton server"
@@ -75,7 +75,7 @@ def needs(deployment: Deployment, servers: Sequence[Server]) -> Needs:
 
 
 def _pairs(deployment: Deployment, here: set[str]) -> set[tuple[bool, bool]]:
-    """Whether prefill and decode of a pair are here, of all pairs."""
+    """Tell for all pairs whether prefill and decode are on this host."""
     prefills, decodes = (deployment.instances(role) for role in ROLES)
     return {
         (prefills[prefill].name in here, decodes[decode].name in here)

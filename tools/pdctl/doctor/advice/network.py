@@ -1,4 +1,4 @@
-"""What `transfer.network` names, against what this host has."""
+"""Findings about the devices that `transfer.network` names, and those of this host."""
 
 from __future__ import annotations
 

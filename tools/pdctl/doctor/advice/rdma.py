@@ -1,4 +1,4 @@
-"""RDMA: ports, what they lack, and whether they reach GPUs."""
+"""Findings about RDMA: ports, what they lack, and whether they reach GPUs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pdctl.doctor.advice.ways import V2, fault, v2
 from pdctl.doctor.inventory import GPUNic, Inventory, RDMAPort
 
 _DMA_BUF = (5, 12)
-"""The first kernel whose RDMA devices take dma-buf."""
+"""The first kernel whose RDMA devices support dma-buf."""
 _PATHS = ("PIX", "PXB", "PHB", "NODE", "SYS")
-"""Shortest first."""
+"""Paths, the shortest first."""
 _UNUSED = "nixl over RDMA"
 
 

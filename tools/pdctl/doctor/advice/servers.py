@@ -1,4 +1,4 @@
-"""What the deployment's servers find here: ports, Triton's model repository, the model."""
+"""Findings about the deployment's servers: ports, Triton's model repository, the model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def servers(inventory: Inventory, deployment: Deployment) -> Iterator[Finding]:
 
 
 def model(inventory: Inventory) -> Iterator[Finding]:
-    """What is wrong with the model, if anything is."""
+    """Return what is wrong with the model, if anything is."""
     if inventory.model:
         yield Finding(
             about="model",
@@ -52,12 +52,12 @@ def model(inventory: Inventory) -> Iterator[Finding]:
 
 
 def gateways(deployment: Deployment) -> Iterator[Finding]:
-    """Nobody can be asked, if that is so."""
+    """Return a finding if no server has a gateway."""
     if not any(server.gateway for server in deployment.servers):
         yield Finding(
             about="gateways",
             state="note",
             found="no server has gateway: true",
-            unused="the instances, by clients: nobody takes their requests",
+            unused="all instances, since no server takes the requests of clients",
             mend="servers[].gateway: true, for one at least",
         )

@@ -1,4 +1,4 @@
-"""Versions against those that the project works with."""
+"""Findings about installed versions, compared with those that the project works with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _USES = {
 
 
 def software(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
-    """One finding for all that is as it should be, and one for each that is not."""
+    """Return one finding for all fitting versions, and one for each other one."""
     found = _found(inventory)
     fine = {name for name, version in found.items() if _fine(name, version, found["Triton"])}
     good = [f"{name} {version}" for name, version in found.items() if name in fine]
@@ -56,7 +56,7 @@ def _found(inventory: Inventory) -> dict[str, str]:
         "Triton": software.triton,
         **{name: software.packages.get(name, "") for name in PACKAGES},
     }
-    # One nixl is enough, and one word that there is none.
+    # One nixl is enough, and one finding if there is none.
     spare = NIXL[0] if found[NIXL[1]] and not found[NIXL[0]] else NIXL[1]
     if not found[spare]:
         del found[spare]
@@ -64,7 +64,7 @@ def _found(inventory: Inventory) -> dict[str, str]:
 
 
 def _fine(name: str, version: str, triton: str) -> bool:
-    # That of a Triton which is neither in NVIDIA's image nor in the wheel is told by no file.
+    # The version of a Triton that is neither in NVIDIA's image nor in the wheel is in no file.
     if name == "Triton" and version == "not known":
         return True
     if name == "numpy" and major(version) > 1:
@@ -93,27 +93,27 @@ def _unfit(name: str, version: str, *, needed: bool) -> Finding:
 
 
 def _drivers(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
-    """What is built for a CUDA that the driver does not know."""
+    """Return findings about packages for a CUDA version that the driver does not support."""
     software = inventory.software
     packages = software.packages
     builds = {"torch": software.torch_cuda, "cuda-bindings": packages.get("cuda-bindings", "")}
     builds |= {name: name[-2:] for name in NIXL if name in packages}
     old = {name: why for name, cuda in builds.items() if (why := too_old(inventory, cuda))}
     if old:
-        # torch is what tensorrt_llm computes with, too.
+        # tensorrt_llm computes with torch, too.
         used = any(name == "torch" or _needed(name, needs) for name in old)
         newest = max(major(builds[name]) for name in old)
         yield Finding(
             about="GPU driver",
             state="problem" if needs.gpus and used else "note",
             found=f"{next(iter(old.values()))}, which {' and '.join(old)} want for CUDA {newest}",
-            unused="what of it is on a GPU",
+            unused="engines and transports on a GPU",
             mend=f"driver {DRIVERS[newest]} or later; or builds for an older CUDA",
         )
 
 
 def engines(inventory: Inventory) -> dict[str, str]:
-    """Why this host could not run an engine; empty: it could."""
+    """Return why this host cannot run an engine; empty: it can."""
     software = inventory.software
     no_gpu = "" if visible(inventory) else "no GPU"
     lacks = {

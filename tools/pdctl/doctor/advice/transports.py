@@ -1,4 +1,4 @@
-"""Over what the deployment's KV caches will move, within this host and beyond."""
+"""Findings about the transports of the deployment's KV caches, within this host and beyond."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pdctl.doctor.inventory import Inventory
 
 _MEND_RDMA = "RDMA, as above; or transfer.require: any"
 _UNUSABLE = ("self/", "sysv/", "posix/")
-"""Those of which nixl's links, which must survive a peer, make no use."""
+"""Transports that nixl's links, which must survive a peer, cannot use."""
 Candidates = list[tuple[str, str]]
-"""Ways, best first, each with why it is not taken; empty: it is."""
+"""Ways, best first, each with the reason why it is not used; empty: it is used."""
 
 
 def transports(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
@@ -44,7 +44,7 @@ def transports(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
 
 
 def _external(inventory: Inventory, needs: Needs) -> Finding:
-    """Over what an engine moves KV caches by itself is told by its own log only."""
+    """Return the finding for engines that move KV caches themselves, as their logs alone show."""
     lacks = no_rdma(inventory.rdma) if needs.far else ""
     refused = bool(lacks) and needs.rdma_only
     return Finding(
@@ -63,7 +63,7 @@ def _near(inventory: Inventory, needs: Needs) -> Candidates:
     near: dict[str, Candidates] = {
         "cuda_ipc": [("cuda_ipc", found["cuda_ipc"] if device else "the engine is on the CPU")],
         "shm": [("shm", "the engine is on a GPU" if device else found["shm"])],
-        # Between GPUs of one host UCX takes CUDA IPC, too.
+        # UCX uses CUDA IPC between GPUs of one host, too.
         "nixl": [("nixl over cuda_ipc", found["nixl over tcp"] or found["cuda_ipc"])]
         if device
         else [("nixl over cma", found["nixl over cma"])],
@@ -112,4 +112,4 @@ def _mend(candidates: Candidates) -> str:
         return _MEND_RDMA
     if "transfer.transports" in reasons:
         return "transfer.transports with nixl in it"
-    return "what is missing of them, as above; or other transfer.transports"
+    return "what they lack, as above; or other transfer.transports"

@@ -1,4 +1,4 @@
-"""The ways in which this host could move KV caches, and why it could not."""
+"""The ways in which this host can move KV caches, and why it cannot use the others."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pdctl.doctor.versions import DRIVERS, NIXL, SUPPORTED, major, within
 
 WayName = Literal["cuda_ipc", "shm", "nixl over rdma", "nixl over cma", "nixl over tcp"]
 _RDMA = ("rc_", "dc_", "ud_", "srd")
-"""What UCX calls its transports over RDMA devices, at their beginning."""
+"""Beginnings of UCX's names for transports over RDMA devices."""
 V2 = "RoCE v2"
 
 
 def ways(inventory: Inventory) -> dict[WayName, str]:
-    """Why not; empty: it could."""
+    """Return for each way why this host cannot use it; empty: it can."""
     no_nixl = _no_nixl(inventory)
     return {
         "cuda_ipc": _no_cuda_ipc(inventory),
@@ -28,30 +28,30 @@ def ways(inventory: Inventory) -> dict[WayName, str]:
 
 
 def visible(inventory: Inventory) -> int:
-    """How many GPUs a process sees."""
+    """Return how many GPUs a process sees."""
     wanted = inventory.process.environment.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
         return len(inventory.gpus)
-    # CUDA takes them up to the first that is none.
+    # CUDA uses them up to the first invalid one.
     names = takewhile(lambda name: name not in ("", "-1"), wanted.split(","))
     return min(len(list(names)), len(inventory.gpus))
 
 
 def too_old(inventory: Inventory, cuda: str) -> str:
-    """What a driver must be for what is built for this CUDA; empty: it is, or none is needed."""
+    """Return which driver packages for this CUDA need; empty: the present one, or none."""
     wanted = DRIVERS.get(major(cuda), 0)
     old = [gpu.driver for gpu in inventory.gpus if major(gpu.driver) < wanted]
     return f"driver {old[0]} is older than {wanted}" if old else ""
 
 
 def v2(port: RDMAPort) -> list[Gid]:
-    """Its GIDs of RoCE v2, the best first: an address of its own is routed, the link's is not."""
+    """Return its GIDs of RoCE v2, the best first: routed addresses before link-local ones."""
     found = [gid for gid in port.gids if gid.kind == V2]
     return sorted(found, key=lambda gid: gid.gid.startswith("fe80"))
 
 
 def fault(port: RDMAPort) -> str:
-    """Why a port is of no use; empty: it is."""
+    """Return why a port cannot be used; empty: it can."""
     if port.state != "ACTIVE":
         return f"is {port.state}"
     if not port.accessible:
@@ -62,7 +62,7 @@ def fault(port: RDMAPort) -> str:
 
 
 def no_rdma(ports: Iterable[RDMAPort]) -> str:
-    """Why none of the ports is of use; empty: one is."""
+    """Return why none of the ports can be used; empty: one can."""
     faults = [f"{port.device} {fault(port)}" if fault(port) else "" for port in ports]
     return "" if "" in faults else "; ".join(faults) or "no RDMA device"
 

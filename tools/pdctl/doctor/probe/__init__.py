@@ -1,1 +1,1 @@
-"""Fills an inventory from this host; what cannot be found out is left open, with the reason."""
+"""Fills an inventory of this host; what cannot be found out is left open, with the reason."""

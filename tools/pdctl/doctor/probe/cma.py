@@ -1,4 +1,4 @@
-"""Whether a process may read another's memory (CMA), tried between two in a process of its own."""
+"""Tests in a separate process whether a process may read another's memory (CMA)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class _Range(ctypes.Structure):
 
 
 def cma() -> str:
-    """Why not; empty: it may. Raises: Unknown: it could not be tried."""
+    """Return why CMA is not allowed; empty: it is. Raises Unknown: it could not be tried."""
     return answer(sys.executable, "-m", __name__).strip()
 
 
 def main() -> None:
-    """Two children, since a parent may read its child where brothers may not read each other."""
+    """Run two children: a parent may read its child where siblings may not read each other."""
     libc = ctypes.CDLL(None, use_errno=True)
     memory = ctypes.create_string_buffer(len(WORD))
     written, writing = os.pipe()
     holder = os.fork()
     if not holder:
-        signal.alarm(_HELD_S)  # whatever becomes of its parent
-        # As UCX does, for Yama's ptrace_scope 1.
+        signal.alarm(_HELD_S)  # ended in any case when its parent ends
+        # like UCX, for Yama's ptrace_scope 1
         libc.prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)
         memory.raw = WORD
         os.write(writing, b".")
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def read(libc: ctypes.CDLL, holder: int, memory: ctypes.Array[ctypes.c_char]) -> int:
-    """An errno; 0: the holder's word has arrived."""
+    """Return an errno; 0: the holder's word has arrived."""
     local = _Range(ctypes.addressof(memory), len(WORD))
     remote = _Range(ctypes.addressof(memory), len(WORD))
     libc.process_vm_readv.restype = ctypes.c_ssize_t

@@ -1,4 +1,4 @@
-"""A command's answer, within bounds."""
+"""Runs a command with a bound on its time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TIMEOUT_S = 10.0
-"""nvidia-smi takes seconds where the driver has to wake the GPUs first."""
+"""Seconds; nvidia-smi takes some where the driver has to wake the GPUs first."""
 
 
 class Unknown(Exception):
@@ -16,10 +16,10 @@ class Unknown(Exception):
 
 
 def answer(*command: str, environment: Mapping[str, str] = os.environ) -> str:
-    """What it prints.
+    """Return what it prints.
 
     Raises:
-        Unknown: it is not there, fails, or does not end in time.
+        Unknown: it is not installed, fails, or does not end in time.
     """
     name = Path(command[0]).name
     try:

@@ -1,4 +1,4 @@
-"""GPUs, by nvidia-smi, which every driver brings; NVML's Python package is no dependency."""
+"""Finds GPUs by nvidia-smi, which comes with every driver, so that NVML is no dependency."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DRIVER = "proc/driver/nvidia/version"
 
 
 def gpus(root: Path) -> tuple[GPU, ...]:
-    """Raises: Unknown: there is a driver, but it does not say what it drives."""
+    """Return the GPUs. Raises Unknown: there is a driver, but it lists none."""
     if shutil.which("nvidia-smi") is None:
         if (root / _DRIVER).exists():
             raise Unknown("there is a driver, but no nvidia-smi")
@@ -28,7 +28,7 @@ def gpus(root: Path) -> tuple[GPU, ...]:
 
 
 def listed(table: str) -> tuple[GPU, ...]:
-    """The rows of nvidia-smi's query for _FIELDS."""
+    """Return the rows of nvidia-smi's query for _FIELDS."""
     found = []
     for line in table.splitlines():
         index, uuid, name, driver, memory, mode, mig = (cell.strip() for cell in line.split(","))
@@ -48,7 +48,7 @@ def listed(table: str) -> tuple[GPU, ...]:
 
 
 def topology(devices: Iterable[GPU]) -> Topology:
-    """Raises: Unknown: nvidia-smi draws none."""
+    """Return the topology. Raises Unknown: nvidia-smi prints none."""
     names = [(gpu.index, f"GPU{gpu.index}") for gpu in devices]
     if not names:
         return Topology()
@@ -76,7 +76,7 @@ def topology(devices: Iterable[GPU]) -> Topology:
 
 
 def matrix(table: str) -> dict[tuple[str, str], str]:
-    """The cells of what ``nvidia-smi topo`` draws, by the names of row and column."""
+    """Return the cells of the matrix of ``nvidia-smi topo``, by the names of row and column."""
     rows = (line.split() for line in _UNDERLINE.sub("", table).splitlines())
     head = next((row for row in rows if row[:1] == ["GPU0"]), [])
     columns = list(filter(_DEVICE.fullmatch, head))
@@ -90,7 +90,7 @@ def matrix(table: str) -> dict[tuple[str, str], str]:
 
 def direct(root: Path) -> Direct:
     driver, modules = root / _DRIVER, root / "proc/modules"
-    # A kernel that loads no modules has no list of them.
+    # A kernel without loadable modules has no list of them.
     loaded = modules.read_text().splitlines() if modules.exists() else []
     return Direct(
         peermem=any(line.split()[0] in _PEERMEM for line in loaded),

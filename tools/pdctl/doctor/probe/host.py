@@ -1,4 +1,4 @@
-"""An inventory of this host."""
+"""Makes the inventory of this host."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 
 def essentials(deployment: Deployment, names: Collection[str], root: Path = Path("/")) -> Inventory:
-    """What decides whether servers of this host can be started, and nothing that takes long.
+    """Return only what decides whether servers of this host can start; this is quick.
 
     Args:
-        names: the servers that are to be.
-        root: where proc, sys and dev lie.
+        names: names of the servers that are to be started.
+        root: folder of proc, sys and dev.
     """
     unknown: dict[str, str] = {}
     asked = tuple(
@@ -57,7 +57,7 @@ def essentials(deployment: Deployment, names: Collection[str], root: Path = Path
 
 
 def _known(what: str, found: Callable[[], T], otherwise: T, unknown: dict[str, str]) -> T:
-    """What is found; where it cannot be, the reason is added to ``unknown``."""
+    """Return what is found; if it cannot be found out, add the reason to ``unknown``."""
     try:
         return found()
     except (Unknown, OSError, ValueError, LookupError) as error:
@@ -66,10 +66,10 @@ def _known(what: str, found: Callable[[], T], otherwise: T, unknown: dict[str, s
 
 
 def probe(deployment: Deployment, root: Path = Path("/")) -> Inventory:
-    """Takes a second; whatever hangs is given up after `command.TIMEOUT_S`.
+    """Return the whole inventory, in about a second; each probe ends after `command.TIMEOUT_S`.
 
     Args:
-        root: where proc, sys and dev lie.
+        root: folder of proc, sys and dev.
     """
     unknown: dict[str, str] = {}
     # What its servers will find there.

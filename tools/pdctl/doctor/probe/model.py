@@ -1,4 +1,4 @@
-"""The files of the deployment's model, opened as the engine will, without loading them."""
+"""Opens the files of the deployment's model like the engine, without loading them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENIZERS = (
 
 
 def model(deployment: Deployment) -> str:
-    """Why it cannot be served, naming the file or the field; empty: nothing stands in its way."""
+    """Return why it cannot be served, with the file or the field; empty: it can."""
     path, ranks = Path(deployment.model), _ranks(deployment)
     try:
         if not path.exists():
@@ -52,7 +52,7 @@ def _ranks(deployment: Deployment) -> tuple[int, int]:
 
 
 def _heads(path: Path, deployment: Deployment) -> int | None:
-    """KV heads, by its configuration, once its weights have been opened; None: it does not say.
+    """Return the number of KV heads by its configuration; None: it does not say.
 
     Raises:
         OSError, ValueError, SafetensorError: a file is missing, unreadable or not what it should
@@ -61,7 +61,7 @@ def _heads(path: Path, deployment: Deployment) -> int | None:
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise ValueError(f"{path} is a file, and no GGUF: name the model's directory")
+                raise ValueError(f"{path} is a file, but no GGUF: name the model's directory")
         return None
     configuration = _json(path / "config.json")
     text = configuration.get("text_config") or configuration
@@ -86,7 +86,7 @@ def _check_weights(path: Path) -> None:
     """Open every file of weights."""
     shards = checkpoint.shards(path)
     for shard in shards:
-        with shard.open("rb"):  # safe_open does not say what the system says
+        with shard.open("rb"):  # safe_open does not include the system's reason
             pass
         try:
             with safe_open(shard, "np"):

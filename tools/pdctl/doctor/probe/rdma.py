@@ -1,4 +1,4 @@
-"""RDMA devices, as the kernel shows them in /sys/class/infiniband."""
+"""Finds RDMA devices in the kernel's /sys/class/infiniband."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _gids(folder: Path) -> Iterator[Gid]:
 
 
 def _read(file: Path) -> str:
-    """Empty where the kernel has nothing to say: it answers EINVAL for rows without a netdev."""
+    """Return the file's text; empty where the kernel answers EINVAL, for rows without a netdev."""
     try:
         return file.read_text().strip()
     except OSError:

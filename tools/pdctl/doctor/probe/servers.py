@@ -1,4 +1,4 @@
-"""The deployment's servers: which of them are of this host, and whether their ports are free."""
+"""Finds which of the deployment's servers are of this host, and whether their ports are free."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def servers(deployment: Deployment) -> tuple[Server, ...]:
 
 
 def _holder(host: str, number: int, pids: dict[str, int | None]) -> str:
-    """Who has a port, in words; empty: nobody."""
+    """Return which process has a port, in words; empty: none."""
     reason = ports.obstacle(host, number)
     if reason is None:
         return ""

@@ -1,4 +1,4 @@
-"""Which versions are installed, without importing anything of it."""
+"""Finds the installed versions, without importing the packages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def software() -> Software:
 
 
 def nixl_library() -> str | None:
-    """The libucp of the installed nixl; None: there is no nixl."""
+    """Return the libucp of the installed nixl; None: there is no nixl."""
     for name in NIXL:
         if _version(name):
             for file in metadata.files(name) or ():
@@ -47,7 +47,7 @@ def _version(package: str) -> str:
 
 
 def _triton() -> str:
-    """A server says its version only when it runs; NVIDIA's images have it in a file."""
+    """Return Triton's version, which only a running server and a file in NVIDIA's images tell."""
     try:
         binary = triton.locate().binary.resolve()
     except ServerError:
@@ -59,7 +59,7 @@ def _triton() -> str:
 
 
 def _torch_cuda() -> str:
-    """From the file that the build leaves: to import torch takes seconds."""
+    """Read it from the file that the build leaves, as importing torch takes seconds."""
     for file in metadata.files("torch") or () if _version("torch") else ():
         if str(file) == "torch/version.py":
             found = _CUDA.search(Path(str(file.locate())).read_text())

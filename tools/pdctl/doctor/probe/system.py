@@ -1,4 +1,4 @@
-"""Kernel, memory, limits and isolation, from /proc and /sys."""
+"""Finds kernel, memory, limits and isolation in /proc and /sys."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def process(root: Path, environment: Mapping[str, str]) -> Process:
 
 
 def _limits(which: int) -> list[int | None]:
-    """Soft and hard; None: there is none."""
+    """Return soft and hard limit; None: there is none."""
     return [None if one == resource.RLIM_INFINITY else one for one in resource.getrlimit(which)]
 
 

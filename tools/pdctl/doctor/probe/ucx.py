@@ -1,7 +1,7 @@
-"""What UCX offers here, by its own word, in a process of its own.
+"""Asks UCX, in a separate process, which transports it offers here.
 
-UCX ends its process on fatal errors, and looking for devices loads their drivers. nixl tells
-nothing of it; making an agent to read it off its log (`nixl/ucx.py`) takes a peer.
+UCX ends its process on fatal errors, and a search for devices loads their drivers. nixl does not
+report the transports; to read them from an agent's log (`nixl/ucx.py`) takes a peer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PARAMS = (1 << 0, 1 << 1, *[0] * 62)
 
 
 def ucx(environment: Mapping[str, str]) -> UCX | None:
-    """Raises: Unknown: it has no answer."""
+    """Return its version and transports. Raises Unknown: it has no answer."""
     library = nixl_library()
     if library is None:
         return None
@@ -32,7 +32,7 @@ def ucx(environment: Mapping[str, str]) -> UCX | None:
 
 
 def main(library: str) -> None:
-    """Print what `ucx` reads."""
+    """Print the lines that `ucx` reads."""
     ucp, libc = ctypes.CDLL(library), ctypes.CDLL(None)
     ucp.ucp_get_version_string.restype = ctypes.c_char_p
     ucp.ucs_status_string.restype = ctypes.c_char_p
