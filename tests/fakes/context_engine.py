@@ -1,11 +1,11 @@
-"""A context engine of the fake TensorRT-LLM in a process of its own.
+"""A context engine of the fake TensorRT-LLM in a separate process.
 
     python -m tests.fakes.context_engine MODEL CPP|PYTHON
 
-The version is that of FAKE_TENSORRT_LLM_VERSION. Each line of input is a prompt: token ids, and
-the request's global id, or null. Each is answered with a line: the link's fields as JSON, bytes in
-base64. An empty line is answered with the number of KV caches that are held. Ends when its input
-does.
+The version is that of FAKE_TENSORRT_LLM_VERSION. Each line of input is a prompt: token ids, and the
+request's global id, or null. The answer is a line with the link's fields as JSON, bytes in base64.
+An empty line is answered with the number of KV caches that are held. The process ends with its
+input.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A holder in a process of its own, on a GPU or with the fake.
+"""A holder in a separate process, on a GPU or with the fake.
 
     python -m tests.fakes.cuda_holder REGION [FOLDER GPU]
 
-Prints the way in hex while its device still writes: STEPS times all of the data, the last time
-byte i of it is i // CHUNK. Ends when its input does.
+It prints the way in hex while its device still writes: STEPS times all of the data; the last time,
+byte i is i // CHUNK. It ends with its input.
 """
 
 from __future__ import annotations

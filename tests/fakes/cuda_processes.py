@@ -1,4 +1,4 @@
-"""Holders and receivers on the fake's machine, and whether there is a real one."""
+"""Holders and receivers on the fake's machine; also tells whether there is a real GPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Process:
 
 
 class Holder(Process):
-    """`data` is `offset` bytes into an allocation, and the way to it is `way`."""
+    """A holder of `data`, `offset` bytes into an allocation; the way to it is `way`."""
 
     def __init__(self, folder: Path, *gpus: UUID, **options: Any) -> None:
         super().__init__(folder, *gpus, **options)
@@ -105,7 +105,7 @@ class Pair:
 
 @contextmanager
 def held(folder: Path) -> Iterator[Holder]:
-    """On GPU A of a machine with A and B; leaves nothing."""
+    """Make a holder on GPU A of a machine with A and B; check at the end that nothing is left."""
     made = Holder(folder, A, B)
     try:
         yield made
@@ -116,7 +116,7 @@ def held(folder: Path) -> Iterator[Holder]:
 
 @contextmanager
 def paired(folder: Path, holder: Holder) -> Iterator[Pair]:
-    """With a receiver on the same GPU; leaves nothing."""
+    """Make the pair with a receiver on the same GPU; check at the end that nothing is left."""
     receiver = Process(folder, A)
     target = receiver.memory()
     receiver.transport.register(target.memory)

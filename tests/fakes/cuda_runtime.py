@@ -50,7 +50,7 @@ def _fail(name: str) -> None:
 
 
 def _call(values: int) -> Callable[[Callable[..., Any]], Callable[..., tuple[Any, ...]]]:
-    """A call that returns (error, value...), and may be told to fail."""
+    """Make a call that returns (error, value...), and that a test can make fail."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
         name = function.__name__
@@ -75,7 +75,7 @@ def _call(values: int) -> Callable[[Callable[..., Any]], Callable[..., tuple[Any
 
 @dataclass(eq=False)
 class _Range:
-    """Memory that this process can name: its own, or another's that it has opened."""
+    """Memory that this process can name: its own, or opened memory of another process."""
 
     path: Path
     device: int
@@ -113,7 +113,7 @@ class _Event:
 class _Stream:
     device: int
     work: deque[Callable[[], bool]] = field(default_factory=deque)
-    """Each says whether it is over; one that is not holds up the rest."""
+    """Each returns whether it is done; one that is not blocks the rest."""
 
 
 class FakeCuda:
@@ -143,9 +143,9 @@ class FakeCuda:
         self.gpus = gpus
         self.peers = peers
         self.fails: dict[str, IntEnum] = {}
-        """What calls of a name return from now on."""
+        """The error that calls of a name return."""
         self.copying = threading.Event()
-        """Cleared: copies do not move."""
+        """When cleared, copies do not proceed."""
         self.copying.set()
         self.events_between_processes = True
         self.lock = threading.RLock()
@@ -157,7 +157,7 @@ class FakeCuda:
         self.streams: dict[int, _Stream] = {0: _Stream(0)}
 
     def left(self) -> dict[str, int]:
-        """What has not been given back."""
+        """Return the resources that have not been released."""
         mine = sum(r.path.name.startswith(self._prefix(r.device)) for r in self.ranges.values())
         return {
             "allocations": mine,
@@ -168,14 +168,14 @@ class FakeCuda:
         }
 
     def allocate(self, nbytes: int, kind: str = "cudaMalloc") -> int:
-        """Memory on the current device; kinds: cudaMalloc, pool, pages, managed."""
+        """Return memory on the current device; kinds: cudaMalloc, pool, pages, managed."""
         path = self._new(nbytes)
         made = _Range(path, self._device, kind, _mapped(path))
         self.ranges[made.base] = made
         return made.base
 
     def launch(self, stream: int, address: int, data: bytes, go: threading.Event) -> None:
-        """A kernel that writes `data` when `go` is set."""
+        """Enqueue a kernel that writes `data` when `go` is set."""
 
         def work() -> bool:
             if go.is_set():
@@ -380,7 +380,7 @@ class FakeCuda:
     @_call(0)
     def cudaEventRecord(self, event: int, stream: int) -> None:
         known, on = self._known(event), self.streams[stream]
-        # A stream of number 0 is the current device's.
+        # Stream 0 is that of the current device.
         device = on.device if stream else self._device
         self._check(known.device == device, "cudaErrorInvalidResourceHandle")
         enqueued = known.counts()[0] + 1
@@ -411,7 +411,7 @@ class FakeCuda:
     # -------------------------------------------------------------------------
 
     def work(self) -> None:
-        """Let every stream get as far as it can."""
+        """Let every stream proceed as far as it can."""
         moved = True
         while moved:
             moved = False

@@ -1,4 +1,4 @@
-"""The values and structures of cuda-bindings that `tests.fakes.cuda_runtime` deals in."""
+"""The values and structures of cuda-bindings that `tests.fakes.cuda_runtime` uses."""
 # ruff: noqa: N801, N802, N815 - CUDA's names
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class CUpointer_attribute(IntEnum):
 
 
 class Handle:
-    """64 bytes at an address, and no other way to them, as from cuda-bindings 13.4 on."""
+    """64 bytes at an address, which is the only access, as in cuda-bindings 13.4 and later."""
 
     def __init__(self) -> None:
         self._bytes = ctypes.create_string_buffer(64)

@@ -24,7 +24,7 @@ DEATHS = ("decode loop", "prefill loop", "outbox thread")
 
 
 def models(folder: Path) -> Path:
-    """A copy of the project's models that can be made to fail; the `source` of a deployment."""
+    """Copy the project's models so that they can fail; return the `source` of a deployment."""
     target = folder / "dying_models"
     shutil.copytree(MODEL_REPOSITORY, target, ignore=shutil.ignore_patterns("__pycache__"))
     for role in ("prefill", "decode"):
@@ -40,7 +40,7 @@ def models(folder: Path) -> Path:
 
 
 def install(role: str, folder: str) -> None:
-    """In a stub: let what is named by files in `folder` fail."""
+    """Called in a stub: let the work fail whose name is that of a file in `folder`."""
     from pdserve.engines.emulated import EmulatedDecode
     from pdserve.instances.decode import DecodeInstance
     from pdserve.instances.prefill import PrefillInstance

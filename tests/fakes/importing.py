@@ -17,7 +17,7 @@ NAME = "tensorrt_llm"
 
 @contextmanager
 def tensorrt_llm(version: str = "1.3.0rc25", **environment: str) -> Iterator[ModuleType]:
-    """Import it anew, as that version; afterwards ``sys.modules`` is as before."""
+    """Import it anew, in that version; afterwards ``sys.modules`` is as before."""
     variables = {"FAKE_TENSORRT_LLM_VERSION": version, **environment}
     before = _loaded()
     with mock.patch.dict(os.environ, variables), mock.patch.object(sys, "path", [FAKES, *sys.path]):

@@ -16,7 +16,7 @@ BACKEND = FAKES / "tensorrtllm_backend"
 
 
 def with_tensorrt_llm(folder: Path, source: Path = MODEL_REPOSITORY) -> Path:
-    """A copy of the project's models that can import `tensorrt_llm`."""
+    """Copy the project's models so that they can import `tensorrt_llm`."""
     target = folder / "tensorrt_llm_models"
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     for model in target.glob("*/1/model.py"):
@@ -26,7 +26,7 @@ def with_tensorrt_llm(folder: Path, source: Path = MODEL_REPOSITORY) -> Path:
 
 
 def with_backend(folder: Path, source: Path = MODEL_REPOSITORY, **parameters: str) -> Path:
-    """A copy in which `prefill` is the C++ backend's context model, `decode` its generation model.
+    """Copy them with the C++ backend's models: `prefill` is its context, `decode` its generation.
 
     Args:
         parameters: what the placeholders of the models' ``config.pbtxt`` stand for: ``engine_dir``,

@@ -112,7 +112,7 @@ def test_what_is_too_much_is_refused_at_the_door(server: Running) -> None:
 
 
 @pytest.mark.full
-def test_who_leaves_a_full_house_is_noticed(tmp_path: Path) -> None:
+def test_a_client_that_leaves_among_the_most_open_requests_is_noticed(tmp_path: Path) -> None:
     """With the maximum of open requests, each sending thread checks all of its own in turn."""
     deployment = emulated_deployment(
         tmp_path,

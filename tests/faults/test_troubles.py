@@ -233,7 +233,7 @@ def test_a_server_dies_while_the_disk_is_full(server: Running) -> None:
     wait_until(lambda: _linked(server), on_this_machine(RELOADED_S))
 
 
-def test_of_a_life_that_is_none_nothing_is_lost(server: Running) -> None:
+def test_a_notice_of_another_epoch_changes_nothing(server: Running) -> None:
     """A forged or replayed notice changes nothing; one for the current process works at once."""
     one = server.servers[0]
     secret = key.load(keys.copy(one.folder))
@@ -280,7 +280,7 @@ def _linked(server: Running) -> bool:
     )
 
 
-def test_nobody_is_left(server: Running) -> None:
+def test_no_watchdog_is_left(server: Running) -> None:
     """A watchdog without a lock, and without its process id in a file, is found and ended."""
     one = server.servers[0]
     found = watchers.pid(one.folder)

@@ -83,7 +83,7 @@ def test_status_asks_servers_of_other_hosts_at_their_ports(server: Running, tmp_
     assert status(Server(server.deployment, nobody, tmp_path))["state"] == "unreachable"
 
 
-def test_one_that_does_not_start_says_why(network: Network, tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_says_why(network: Network, tmp_path: Path) -> None:
     wanted = deployment(tmp_path / "kv.key")
     broken = msgspec.structs.replace(wanted.engine, profile=str(tmp_path / "none.yaml"))
     wanted = msgspec.structs.replace(wanted, engine=broken)

@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 FREED_S = 0.2
-"""The promise."""
+"""The time that the design promises for a cancel."""
 SHOWN_S = 0.25 + 0.1
-"""Metrics are published four times a second, gauges of a decode set ten times."""
+"""Metrics are published four times a second, and gauges of a decode are set ten times."""
 STEP_S = 0.02
 PREFILL_TOKEN_S = 0.01
 LONG = 160
-"""Tokens of a prompt that takes a while."""
+"""Tokens of a prompt that takes some time to compute."""
 
 
 class Client(Protocol):

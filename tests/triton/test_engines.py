@@ -53,12 +53,12 @@ pytestmark = pytest.mark.triton
 
 KINDS = ("torch", "emulated", "tensorrt_llm", "tensorrtllm_backend")
 LEASE_S = 2.0
-"""After so long an engine of TensorRT-LLM lets go of what nobody has taken."""
+"""Time after which an engine of TensorRT-LLM frees a KV cache that no decode has taken."""
 GONE_S = LEASE_S + 1.0
 TOKENS = 8
 PROMPT = "The capital of France is"
 LONG = 300
-"""Tokens of a prompt that takes a while, but far less than GONE_S: a forward is not cut short."""
+"""Tokens of a prompt that takes some time, but far less than GONE_S: a forward is not cut short."""
 POOL = LlmArguments(kv_cache_config=KvCacheConfig(max_tokens=4096))
 
 

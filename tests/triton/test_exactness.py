@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.triton
 
 PREFIX_BLOCK = 32
-"""Prompts are reused in blocks of so many tokens; at least one token is always computed."""
+"""Prompts are reused in blocks of this many tokens; at least one token is always computed."""
 
 
 class AnsweredPrompt(NamedTuple):
     prompts: list[Prompt]
     tokens: int
-    """In each answer, at most."""
+    """Maximum tokens of each answer."""
 
 
 @pytest.fixture(

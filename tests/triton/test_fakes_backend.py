@@ -150,7 +150,7 @@ def test_an_unknown_type_is_logged_and_no_more(backend: Backend) -> None:
     wait_until(lambda: "prefill_only" in backend.running.servers[0].read_log(), 2)
 
 
-def test_a_link_that_is_none(backend: Backend) -> None:
+def test_an_invalid_link(backend: Backend) -> None:
     params = context(backend)["context_phase_params"]
     for wrong, message in (
         (None, "context_phase_params is missing"),

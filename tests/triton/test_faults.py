@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 STALL_S = 3.0
-"""An instance that says nothing for so long has failed."""
+"""An instance that is silent for so long has failed."""
 
 
 @pytest.fixture

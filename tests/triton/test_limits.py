@@ -19,7 +19,7 @@ from tests.servers import Running
 pytestmark = pytest.mark.triton
 
 GUARDS = 4 * resource.getpagesize()
-"""Between stacks, in what glibc maps for a thread."""
+"""Guard pages between the stacks that glibc maps for threads."""
 
 
 def test_threads_of_the_server_have_more_stack_and_those_of_the_models_do_not(

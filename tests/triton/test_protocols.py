@@ -54,7 +54,7 @@ RPCS = {
     "TraceSetting": "trace",
     "LogSettings": "logging",
 }
-"""Every RPC of the inference service, by the protocol that it belongs to."""
+"""Every RPC of the inference service, with the protocol that it belongs to."""
 
 MODEL = "/v2/models/([^/]+)(?:/versions/([0-9]+))?"
 MODEL_CALLS = "(?:/(infer|generate|generate_stream|ready|config|stats|trace/setting))?"
@@ -101,7 +101,7 @@ ROUTES = {
     ],
     "/v2/logging": [("GET", "/v2/logging", "logging"), ("POST", "/v2/logging", "logging")],
 }
-"""Every route of the HTTP server, as the binary has it: method, path and protocol of its calls."""
+"""Every route of the HTTP server, as in the binary: method, path and protocol of its calls."""
 
 CALLS = sorted({call for calls in ROUTES.values() for call in calls})
 GENERATE = json.dumps({"text_input": "a", "max_tokens": 1})

@@ -29,7 +29,7 @@ from tests.servers import Running
 pytestmark = pytest.mark.triton
 
 END_ID = 2
-"""Of the model that is served."""
+"""The end-of-text id of the served model."""
 WITHIN_S = 30
 
 

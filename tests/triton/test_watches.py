@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 NAMES = 3000
 TTFT_S = 2.0
-"""It was 14 s with a turn for each name, and is some 10 ms without them; the machine is shared."""
+"""It was 14 s with one turn per name, and about 10 ms without watches; the machine is shared."""
 
 
 def watching(server: Running) -> float:

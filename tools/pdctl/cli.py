@@ -38,7 +38,7 @@ DEMO_PROMPT = "What is photosynthesis? Answer in one sentence."
 """The default model's greedy answer is one true sentence of 22 tokens, which it ends itself."""
 DEMO_TOKENS = 96
 NOT_READY = 3
-"""Exit status of ``status``, ``links``, ``probe``, ``doctor`` when not all is as it should be."""
+"""Exit status of ``status``, ``links``, ``probe``, ``doctor`` when something is not in order."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 

@@ -1,4 +1,4 @@
-"""What travels between a context request and its generation request."""
+"""The parameters that go from a context request to its generation request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DisaggScheduleStyle(IntEnum):
 
 @dataclass(slots=True, kw_only=True)
 class DisaggregatedParams:
-    """Of a request; and, of a context engine's answer, the link for the generation engine."""
+    """Parameters of a request; in a context engine's answer, the link for the generation engine."""
 
     request_type: str | None = None
     first_gen_tokens: list[int] | None = None
@@ -51,7 +51,7 @@ class DisaggregatedParams:
             self.get_request_type()
 
     def get_request_type(self) -> RequestType:
-        """Raises: ValueError: it is none of the three."""
+        """Return the request type. Raises ValueError: it is none of the three."""
         if self.request_type not in _TYPES:
             raise ValueError(
                 f"request_type {self.request_type} is not known; allowed are {', '.join(_TYPES)}"
@@ -59,7 +59,7 @@ class DisaggregatedParams:
         return _TYPES[self.request_type]
 
     def get_context_phase_params(self) -> ContextPhaseParams:
-        """The link as the executor takes it."""
+        """Return the link in the executor's form."""
         params = ContextPhaseParams(
             self.first_gen_tokens, self.ctx_request_id, self.opaque_state, self.draft_tokens
         )

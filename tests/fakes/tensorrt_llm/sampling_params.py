@@ -1,4 +1,4 @@
-"""How tokens are chosen, and when an answer ends."""
+"""The sampling of tokens, and the end of an answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tensorrt_llm.version import NEWEST, OLDEST
 
 @dataclass(slots=True, kw_only=True)
 class SamplingParams:
-    """Of one request. None: the runtime's default."""
+    """Sampling of one request. None: the runtime's default."""
 
     end_id: int | None = None
     pad_id: int | None = None
@@ -88,7 +88,7 @@ class SamplingParams:
         return all(value is None for value in given)
 
     def _setup(self, tokenizer: Any, ends: list[int]) -> None:
-        """Fill in what the model's tokenizer and its ids of the end say."""
+        """Fill in the values from the model's tokenizer and its end-of-text ids."""
         self.end_id = tokenizer.eos_token_id
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
@@ -103,7 +103,7 @@ class SamplingParams:
             ]
 
     def _get_stop_reasons_and_words(self) -> list[tuple[str | int, list[int]]]:
-        """What ends an answer besides `end_id`, and its token ids."""
+        """Return the stop reasons besides `end_id`, with their token ids."""
         found: list[tuple[str | int, list[int]]] = []
         found += [(id_, [id_]) for id_ in self.stop_token_ids or []]
         if self.stop is not None:

@@ -1,4 +1,4 @@
-"""Which version's API this process has, by FAKE_TENSORRT_LLM_VERSION."""
+"""The version whose API this process has, by FAKE_TENSORRT_LLM_VERSION."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tensorrt_llm._fake.engine import Engine, Limits
 from tensorrt_llm._fake.reports import Reports
 from tensorrt_llm._fake.work import Answer, Work
 from tensorrtllm_backend.params import ContextPhaseParams
-from tensorrtllm_backend.requests import KINDS, Asked, asked, samples
+from tensorrtllm_backend.requests import KINDS, SampleRequest, request_of, samples
 
 from pdserve.node.heartbeat import Heartbeat
 from pdserve.triton.outbox import Outbox
@@ -25,7 +25,7 @@ NEEDED = ("output_ids", "sequence_length")
 
 
 class Model:
-    """Of one instance. Both models can do everything: who asks decides."""
+    """An instance of either model; the request decides what is computed."""
 
     def __init__(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
@@ -49,9 +49,9 @@ class Model:
         self._engine = Engine(model, limits, Reports(TOKENS_PER_BLOCK, None, None))
         self._ids = itertools.count(1)
         self._open: dict[str, list[Work]] = {}
-        """By the keys of the outbox."""
+        """Requests by their keys in the outbox."""
         self._named: dict[str, str] = {}
-        """Keys by the requests' own ids."""
+        """Keys by the clients' request ids."""
         period_s = float(parameter("cancellation_check_period_ms")) / 1e3
         self._outbox = Outbox(period_s, self._cancel, Heartbeat(None, threads=2), thread=1)
 
@@ -86,7 +86,7 @@ class Model:
         if kind and kind not in KINDS:
             pb_utils.Logger.log_error(f"request_type {kind!r} is not known")
         batch = [
-            asked(
+            request_of(
                 next(self._ids),
                 KINDS.get(kind, "context_and_generation"),
                 sample,
@@ -107,8 +107,10 @@ class Model:
         for work in list(self._open.get(key, ())):
             self._engine.abort(work)
 
-    def _answer(self, key: str, name: str, one: Asked, index: int | None, answer: Answer) -> None:
-        """In the engine's thread."""
+    def _answer(
+        self, key: str, name: str, one: SampleRequest, index: int | None, answer: Answer
+    ) -> None:
+        """Send an answer; called in the engine's thread."""
         last = False
         if answer.last:
             works = self._open[key]
@@ -120,7 +122,7 @@ class Model:
         response = self._response(one, index, answer) if answer.error is None else None
         self._outbox.send(key, response or _failed(answer.error), last=last)
 
-    def _response(self, one: Asked, index: int | None, answer: Answer) -> Any:
+    def _response(self, one: SampleRequest, index: int | None, answer: Answer) -> Any:
         work = one.work
         ids = answer.tokens[:-1] if answer.tokens[-1:] == [work.end_id] else answer.tokens
         if not (one.streaming or one.exclude_input):

@@ -1,4 +1,4 @@
-"""The link as the C++ backend hands it over: bytes that nobody but its engines reads."""
+"""The link in the C++ backend's form: bytes that only its engines read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tensorrt_llm._fake.exchange import Cache, Link
 
 
 class ContextPhaseParams(Struct, frozen=True, array_like=True):
-    """Of a context model's response."""
+    """Parameters in a context model's response."""
 
     first_gen_tokens: list[int]
     req_id: int
@@ -22,12 +22,12 @@ class ContextPhaseParams(Struct, frozen=True, array_like=True):
         return Link(self.req_id, self.address, self.cache)
 
     def serialize(self) -> NDArray[np.uint8]:
-        """Uint8 [n]."""
+        """Return them as uint8 [n]."""
         return np.frombuffer(msgspec.msgpack.encode(self), np.uint8)
 
 
 def deserialize(data: NDArray[np.uint8]) -> ContextPhaseParams:
-    """Raises: ValueError: these are no context phase params."""
+    """Read them. Raises ValueError: these are no context phase params."""
     try:
         return msgspec.msgpack.decode(data.tobytes(), type=ContextPhaseParams)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

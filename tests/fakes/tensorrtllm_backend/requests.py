@@ -1,4 +1,4 @@
-"""From a Triton request's tensors to requests inside the engine."""
+"""Converts the tensors of a Triton request to requests inside the engine."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _REFUSED = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class SampleRequest:
     """One sample of a Triton request."""
 
     work: Work
     streaming: bool
     exclude_input: bool
     counts: tuple[bool, bool]
-    """Whether the numbers of input and of output tokens are wanted."""
+    """Whether the client wants the numbers of input and of output tokens."""
 
 
 def samples(tensors: Tensors) -> list[Tensors]:
-    """One for each row of a batch, without padding. Raises: ValueError."""
+    """Return a sample for each row of a batch, without padding. Raises: ValueError."""
     for name in ("input_ids", "input_lengths", "request_output_len"):
         if name not in tensors:
             raise ValueError(f"{name} is missing")
@@ -56,8 +56,8 @@ def samples(tensors: Tensors) -> list[Tensors]:
     return found
 
 
-def asked(id_: int, kind: Kind, sample: Tensors, *, exclude_input: bool) -> Asked:
-    """Raises: ValueError: it cannot be served."""
+def request_of(id_: int, kind: Kind, sample: Tensors, *, exclude_input: bool) -> SampleRequest:
+    """Return the request of a sample. Raises ValueError: it cannot be served."""
 
     def single(name: str, default: Any = None) -> Any:
         tensor = sample.get(name)
@@ -82,7 +82,7 @@ def asked(id_: int, kind: Kind, sample: Tensors, *, exclude_input: bool) -> Aske
             raise ValueError("generation_only: context_phase_params is missing")
         params = deserialize(sample["context_phase_params"])
         work.link, work.first = params.link, params.first_gen_tokens[0]
-    return Asked(
+    return SampleRequest(
         work,
         single("streaming", False),
         single("exclude_input_in_output", exclude_input),
@@ -106,7 +106,7 @@ def _sampling(single: Any) -> Sampling:
 
 
 def _words(sparse: NDArray[Any] | None) -> list[list[int]]:
-    """[1, 2, n]: the words' ids one after another, and where each word ends; filled up with -1."""
+    """Return words from [1, 2, n]: the ids of all, and where each word ends; -1 is padding."""
     if sparse is None:
         return []
     ids, ends = sparse.reshape(2, -1).tolist()

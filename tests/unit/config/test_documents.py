@@ -20,12 +20,12 @@ def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path) -> Non
         config.load(file)
 
 
-def test_in_a_mapping_inside() -> None:
+def test_a_key_that_stands_twice_in_a_nested_mapping() -> None:
     with pytest.raises(msgspec.DecodeError, match=r"'b' stands twice, in lines 2 and 4"):
         documents.decode(b"a:\n- b: 1\n  c: 2\n  b: 1\n", dict)
 
 
-def test_the_same_key_in_two_mappings_is_none() -> None:
+def test_the_same_key_in_two_mappings_is_allowed() -> None:
     twice = b"- &first {b: 1, c: 2}\n- {<<: *first, b: 3}\n"
     assert documents.decode(twice, list[dict[str, int]]) == [{"b": 1, "c": 2}, {"b": 3, "c": 2}]
 

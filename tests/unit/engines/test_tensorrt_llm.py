@@ -216,7 +216,7 @@ def test_cancelled_is_aborted(tmp_path: Path) -> None:
         asyncio.run(run())
 
 
-def test_closed_is_said(tmp_path: Path) -> None:
+def test_a_closed_engine_refuses(tmp_path: Path) -> None:
     with installed("1.3.0rc25"):
         decode = engine("decode", deployment(tmp_path))
 
@@ -343,7 +343,7 @@ def test_every_field_goes_over_whatever_it_is() -> None:
     assert there == dataclasses.replace(params, request_type="generation_only")
 
 
-def test_links_that_cannot_be() -> None:
+def test_invalid_links() -> None:
     with pytest.raises(errors.HandleError, match="cannot be passed on"):
         link.pack(Params(something_new={"tensor": object()}))
     for data in (b"", b"\xc1", msgspec.msgpack.encode([1]), msgspec.msgpack.encode({"other": 1})):

@@ -241,7 +241,7 @@ async def test_an_answer_ends_with_the_end_or_a_stop(site: Site) -> None:
 
 
 @real
-async def test_arguments_that_cannot_be(site: Site) -> None:
+async def test_invalid_arguments(site: Site) -> None:
     llm = site.llm(max_num_tokens=50)
     with pytest.raises(ValueError, match="end_id"):
         llm.generate_async([3], site.module.SamplingParams())
@@ -404,7 +404,7 @@ async def test_a_link_leads_to_one_kv_cache_once(any_site: Site) -> None:
 
 
 @real
-async def test_links_that_are_none(site: Site) -> None:
+async def test_invalid_links(site: Site) -> None:
     error = site.module.llmapi.RequestError
     python, cpp = site.llm("NIXL"), site.llm("UCX")
     link = await site.link(python)
@@ -437,7 +437,7 @@ async def test_ids_of_the_python_transceiver(site: Site) -> None:
 
 
 @real
-async def test_what_nobody_takes(any_site: Site) -> None:
+async def test_a_kv_cache_that_is_never_taken(any_site: Site) -> None:
     if any_site.module.__version__ == VERSIONS[0]:
         with pytest.raises(ValueError, match="kv_transfer_timeout_ms"):
             any_site.llm({"backend": "NIXL", "kv_transfer_timeout_ms": 50})

@@ -157,7 +157,7 @@ async def test_what_can_never_be_served_is_rejected(
 
 
 @virtual
-async def test_so_many_are_open_at_once(tmp_path: Path) -> None:
+async def test_open_requests_are_bounded(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
         served = new_service(site)
         with mock.patch.object(service, "MAX_OPEN", 1), served.admitted():

@@ -599,7 +599,7 @@ def test_invalid_traceparent_is_ignored_and_said_once(given: Any) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"traceparent": ""}, {"traceparent": None}])
-def test_none_is_no_invalid_one(given: dict[str, Any]) -> None:
+def test_a_missing_traceparent_is_not_invalid(given: dict[str, Any]) -> None:
     assert Traces("pdserve", pytest.fail).parent(given) == ""
 
 

@@ -497,7 +497,7 @@ async def test_close_ends_every_answer(tmp_path: Path) -> None:
 
 
 @virtual
-async def test_so_many_connects_are_under_way(
+async def test_concurrent_connects_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Site(tmp_path) as site:

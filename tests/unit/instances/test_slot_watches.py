@@ -181,7 +181,7 @@ async def test_a_watch_whose_release_is_lost_is_over_after_a_while(tmp_path: Pat
 
 
 @virtual
-async def test_so_is_one_of_room_in_a_decode(tmp_path: Path) -> None:
+async def test_a_room_watch_whose_release_is_lost_is_over_after_a_while(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
         told: list[Reply] = []
         room = site.d[0]._room()
@@ -442,7 +442,7 @@ async def test_a_connection_has_one_turn_whatever_names_it_gives(tmp_path: Path)
 
 
 @virtual
-async def test_so_many_may_watch(tmp_path: Path) -> None:
+async def test_watches_are_bounded(tmp_path: Path) -> None:
     async with Site(tmp_path, profile={"speed": 0}, prefill={"slots": 1}) as site:
         (owner,) = gateways(site, "a")
         await fill(site, owner)

@@ -305,7 +305,7 @@ def test_more_than_the_capacity_is_none() -> None:
     assert Arena(1 << 20, 8).allocate((1 << 20) + 1) is None
 
 
-def test_holes_of_nothing() -> None:
+def test_an_empty_free_list() -> None:
     assert FreeList(0).take(1) is None
     assert FreeList(0).largest == 0
 

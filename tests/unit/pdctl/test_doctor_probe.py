@@ -219,7 +219,7 @@ class TestSystem:
         assert found.private == ("ipc",)
         assert found.environment == {"UCX_TLS": "tcp"}
 
-    def test_none(self, tmp_path: Path) -> None:
+    def test_isolation_without_limits(self, tmp_path: Path) -> None:
         root = self.tree(tmp_path, effective=1 << 14, ipc=0xEFFFFFFF)
         found = system.process(root, {})
         assert found.capabilities == ("IPC_LOCK",)
@@ -314,7 +314,7 @@ class TestGPUs:
 
 
 class TestCMA:
-    def test_here(self) -> None:
+    def test_cma_on_this_host(self) -> None:
         found = system.process(Path("/"), {})
         if "SYS_PTRACE" not in found.capabilities or found.seccomp:
             pytest.skip("may be forbidden here")

@@ -47,11 +47,11 @@ def test_a_fallback_and_a_pair_without_link_are_seen() -> None:
     assert text.count(" - ") == 2
 
 
-def test_without_any_decode_that_answers_nobody_is_linked() -> None:
+def test_without_metrics_of_a_decode_no_pair_is_linked() -> None:
     assert not any(link.transport for link in links.links(DEPLOYMENT, []))
 
 
-def test_what_is_said_of_who_is_gone_is_of_a_former_life() -> None:
+def test_links_of_an_instance_that_is_gone_are_ignored() -> None:
     found = links.links(DEPLOYMENT, [values(PAGE)], gone={"p_0"})
     assert [link.transport for link in found] == ["", "", "", "shm"]
     found = links.links(DEPLOYMENT, [values(PAGE)], gone={"d_1"})

@@ -181,7 +181,7 @@ class TestOneServer:
         assert [entry["server"] for entry in found] == names
 
     @pytest.mark.parametrize("command", ["up", "serve", "down", "status"])
-    def test_one_that_there_is_not(
+    def test_unknown_server(
         self,
         file: Path,
         monkeypatch: pytest.MonkeyPatch,

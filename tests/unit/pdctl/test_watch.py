@@ -42,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 class TestWatchers:
-    def test_nobody(self, folder: Path) -> None:
+    def test_no_watchdog(self, folder: Path) -> None:
         assert watchers.pid(folder) is None
         assert watchers.reported(folder) is None
         watchers.end(folder)
@@ -77,7 +77,7 @@ class TestWatchers:
         assert watchers.pid(folder) is None
         watchers.end(folder)
 
-    def test_what_it_knows(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_report(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         watchers.start(folder, held=False)
         assert watchers.reported(folder) is None, "it has not reported anything yet"
         found = watchers.pid(folder)

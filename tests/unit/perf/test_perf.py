@@ -77,7 +77,7 @@ def test_levels_of_load(text: str, expected: list[float]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "1:2", "1:2:0", "0:4:1", "-1", "4:1:1", "1:2:3:4"])
-def test_levels_that_are_none(text: str) -> None:
+def test_invalid_levels(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="from:to:step is allowed"):
         levels(text)
 

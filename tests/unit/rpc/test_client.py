@@ -15,7 +15,7 @@ A, B = Accepted(), Released()
 
 
 @virtual
-async def test_in_order() -> None:
+async def test_replies_come_in_order() -> None:
     replies = Replies()
     three = [Busy(str(number)) for number in range(3)]
     for reply in three:
@@ -35,7 +35,7 @@ async def test_a_reader_is_woken_at_once() -> None:
 
 
 @virtual
-async def test_nothing_comes() -> None:
+async def test_no_reply_in_time() -> None:
     replies, loop = Replies(), asyncio.get_running_loop()
     with pytest.raises(InstanceError, match=r"no answer within 1\.5 s"):
         await replies.get(1.5)

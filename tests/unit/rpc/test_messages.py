@@ -87,7 +87,7 @@ def test_a_number_out_of_its_range_is_refused_by_name(
 
 
 @pytest.mark.parametrize(("place", "value"), BAD_SAMPLING)
-def test_so_is_one_of_sampling(place: int, value: float) -> None:
+def test_a_sampling_number_out_of_its_range_is_refused_by_name(place: int, value: float) -> None:
     fields = list(msgspec.structs.astuple(Sampling()))
     fields[place] = value
     bad = messages.encode(msgspec.structs.replace(PREFILL, sampling=Sampling(*fields)))
@@ -96,7 +96,7 @@ def test_so_is_one_of_sampling(place: int, value: float) -> None:
 
 
 @pytest.mark.parametrize(("good", "field", "value"), BAD_REPLIES)
-def test_so_is_a_reply(good: Reply, field: str, value: Any) -> None:
+def test_a_reply_out_of_its_range_is_refused_by_name(good: Reply, field: str, value: Any) -> None:
     assert messages.decode_replies(messages.encode_replies([("call", good)])).replies == [
         ("call", good)
     ]
@@ -144,7 +144,7 @@ def test_a_prompt_is_never_repeated() -> None:
 
 
 @pytest.mark.parametrize("kind", [*get_args(Request), *get_args(Reply)])
-def test_nothing_is_without_a_range(kind: type) -> None:
+def test_every_field_has_a_range(kind: type) -> None:
     """This holds for new fields, too."""
     assert list(_unbounded(inspect.type_info(kind), kind.__name__)) == []
 

@@ -25,7 +25,7 @@ def test_a_sealed_message_is_opened(message: bytes) -> None:
 
 
 @given(st.data(), st.binary(min_size=1, max_size=40))
-def test_one_that_was_altered_is_not(data: st.DataObject, message: bytes) -> None:
+def test_an_altered_message_is_not_opened(data: st.DataObject, message: bytes) -> None:
     sealed = bytearray(Seal(KEY, "prefill_0").close(message))
     place = data.draw(st.integers(0, len(sealed) - 1))
     sealed[place] ^= data.draw(st.integers(1, 255))
@@ -47,7 +47,9 @@ def test_one_that_was_altered_is_not(data: st.DataObject, message: bytes) -> Non
         (Seal(KEY, "prefill_0").close(bytes(MOST + 1)), KEY, "prefill_0"),
     ],
 )
-def test_others_are_refused_in_the_same_words(data: bytes, key: bytes, instance: str) -> None:
+def test_invalid_messages_are_refused_with_the_same_error(
+    data: bytes, key: bytes, instance: str
+) -> None:
     with pytest.raises(Unsealed) as refused:
         opened(data, key, instance)
     assert str(refused.value) == WORDS

@@ -170,7 +170,7 @@ async def test_a_carrier_is_retired_after_so_many_responses() -> None:
 
 
 @virtual
-async def test_one_that_is_retired_says_first_what_it_was_about_to_say() -> None:
+async def test_a_retired_carrier_first_sends_its_pending_replies() -> None:
     wire = Wire()
     first = wire.call("1")
     for start in range(MAX_RESPONSES):

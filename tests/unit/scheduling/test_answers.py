@@ -177,7 +177,7 @@ async def test_every_request_is_counted_once_under_its_scenario(tmp_path: Path) 
 
 
 @virtual
-async def test_reader_who_leaves_cancels(tmp_path: Path) -> None:
+async def test_a_reader_that_leaves_cancels(tmp_path: Path) -> None:
     """Everything has been released when the iterator is closed, not some time later."""
     async with Site(tmp_path, profile=TIMES) as site:
         for chunks_wanted in (1, 2):

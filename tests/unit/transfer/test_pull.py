@@ -350,7 +350,7 @@ class Forger:
         return self.altered(rng.choice([offer.sealed, *self.used]))
 
 
-def test_10_000_handles_that_are_not_good(sender: Sender, puller: Puller) -> None:
+def test_10_000_invalid_handles(sender: Sender, puller: Puller) -> None:
     """They are forged, truncated, replayed, bit-flipped, or of other keys and epochs."""
     former = Sender()
     puller.connect(former)  # its region stays when its successor comes, whatever its name
@@ -376,7 +376,7 @@ def test_10_000_handles_that_are_not_good(sender: Sender, puller: Puller) -> Non
     former.close()
 
 
-def test_endpoints_that_are_not_good(sender: Sender) -> None:
+def test_invalid_endpoints(sender: Sender) -> None:
     puller, forger = Puller(), Forger(sender, sender.offer())
     good = sender.holder.endpoint
     described = unseal(good, Endpoint, KEY)

@@ -94,7 +94,7 @@ def test_nothing_is_pulled_over_it(region: SharedRegion) -> None:
 
 
 @pytest.mark.parametrize("slot", [-1, 2])
-def test_slots_that_are_none(region: SharedRegion, slot: int) -> None:
+def test_invalid_slots(region: SharedRegion, slot: int) -> None:
     link = ShmTransport().open(offered(region))
     for touch in (lambda: link.peek(slot, 0.0), lambda: link.mark(slot, 0, 0.0)):
         with pytest.raises(HandleError, match=f"lease slot {slot} of a table that has 2"):

@@ -1,1 +1,1 @@
-"""What the fakes compute and move KV caches with; nothing here is of the library's API."""
+"""The part of the fakes that computes and moves KV caches, without any of the library's API."""

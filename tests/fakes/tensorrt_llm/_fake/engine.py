@@ -1,4 +1,4 @@
-"""An engine: one batch in flight, in a thread with a loop of its own.
+"""An engine: one batch in flight, in a thread with its own loop.
 
 A request waits until there is a place in the batch (``max_batch_size``) and room for its longest
 answer. Then its prompt is computed, or its KV cache pulled; and it is decoded with the others. A
@@ -35,22 +35,22 @@ CLOSE_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of an engine."""
+    """Limits of an engine."""
 
     max_batch_size: int
     max_num_tokens: int
-    """Of prompts, in one turn."""
+    """Prompt tokens in one turn."""
     chunked: bool
     pool_tokens: int
     tokens_per_block: int
     transfers: bool
     """Whether it takes part in disaggregated serving."""
     timeout_s: float | None
-    """Of a transfer."""
+    """Time limit of a transfer."""
 
 
 class Engine:
-    """`submit`, `abort` and `close` may be called from any thread."""
+    """An engine; `submit`, `abort` and `close` may be called from any thread."""
 
     def __init__(self, model: Model, limits: Limits, reports: Reports) -> None:
         self.cache = Cache(model.fingerprint, model.layout, limits.tokens_per_block)
@@ -64,11 +64,11 @@ class Engine:
         reports.created(blocks)
         self._waiting: deque[Work] = deque()
         self._active: dict[int, Work] = {}
-        """Those with a place in the batch."""
+        """Requests with a place in the batch."""
         self._computing: list[Work] = []
         self._running: list[Work] = []
         self._pulls: set[asyncio.Task[None]] = set()
-        """Since a loop keeps no tasks alive."""
+        """Kept here, since a loop keeps no tasks alive."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="fake-tensorrt-llm", daemon=True
@@ -78,7 +78,7 @@ class Engine:
 
     @property
     def held(self) -> int:
-        """KV caches that wait to be taken."""
+        """Return the number of KV caches that wait to be taken."""
         return len(self._sender)
 
     @property
@@ -89,7 +89,7 @@ class Engine:
         self._loop.call_soon_threadsafe(self._submit, work)
 
     def abort(self, work: Work) -> None:
-        """Have it end soon. What has ended, or is in transfer, is left alone."""
+        """End a request soon. A request that has ended, or is in transfer, is not affected."""
         with suppress(RuntimeError):  # the engine is closed
             self._loop.call_soon_threadsafe(self._abort, work)
 
@@ -157,7 +157,7 @@ class Engine:
                 self._computing.append(work)
 
     def _end(self, work: Work, answer: Answer, *, held: bool = False) -> None:
-        """It gives its place away, and its blocks unless they are held for somebody."""
+        """End a request: free its place, and its blocks unless they are held for a generation."""
         del self._active[work.id]
         if not held:
             self._free(work)
@@ -184,7 +184,7 @@ class Engine:
                 self._admit()
 
     async def _compute(self) -> None:
-        """As many tokens of prompts as one turn has room for."""
+        """Compute as many prompt tokens as one turn has room for."""
         left = self.limits.max_num_tokens
         for work in list(self._computing):
             end = len(work.prompt)
@@ -209,7 +209,7 @@ class Engine:
                 return
             if work.kind == "context_only":
                 await self._faults.meet("context")
-        except Exception as error:  # one bad request may not end the engine
+        except Exception as error:  # one bad request must not end the engine
             self._computing.remove(work)
             self._end(work, Answer(error=error))
             return
@@ -223,7 +223,7 @@ class Engine:
             self._answer(work)
 
     def _hand_over(self, work: Work) -> None:
-        """Nothing moves before somebody asks for it."""
+        """Hold the KV cache; nothing moves before a generation engine asks for it."""
         reason = work.reason or "length"
         held = reason == "length" or NEWEST
         if held:
@@ -240,7 +240,7 @@ class Engine:
         try:
             await self._faults.meet("step")
             tokens = await self._decode.step([work.sequence for work in batch])
-        except Exception as error:  # likewise
+        except Exception as error:  # one bad request must not end the engine
             for work in batch:
                 self._running.remove(work)
                 self._end(work, Answer(error=error))
@@ -277,7 +277,7 @@ class Engine:
             moved = transceiver.pull(work.link, self.cache, len(work.prompt))
             kv = await asyncio.wait_for(moved, self.limits.timeout_s)
             await asyncio.to_thread(self._write, work, kv)
-        except Exception as error:  # likewise
+        except Exception as error:  # one bad request must not end the engine
             late = isinstance(error, asyncio.TimeoutError)
             reason = f"nothing came within {self.limits.timeout_s} s" if late else error
             failed = TransferError(f"KV cache of request {work.id}: {reason}")

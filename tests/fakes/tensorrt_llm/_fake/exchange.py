@@ -1,4 +1,4 @@
-"""What a context engine and a generation engine say to each other, and of themselves."""
+"""The messages between a context engine and a generation engine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class TransferError(RuntimeError):
 
 
 class Cache(Struct, frozen=True):
-    """What two engines must have in common."""
+    """The properties that two engines must have in common."""
 
     model: str
-    """A fingerprint of its weights."""
+    """A fingerprint of the model's weights."""
     layout: KVLayout
     tokens_per_block: int
 
     def check(self, other: Cache) -> None:
-        """Raises: TransferError: KV caches cannot be exchanged with another engine."""
+        """Raises TransferError: KV caches cannot be exchanged with another engine."""
         pairs = {
             "dtype": (self.layout.dtype, other.layout.dtype),
             "layout": (self.layout, other.layout),
@@ -42,7 +42,7 @@ class Link(Struct, frozen=True):
     address: str
     """tcp://host:port."""
     cache: Cache | None = None
-    """Of the context engine, where the link tells it."""
+    """That of the context engine, if the link contains it."""
 
 
 class Ask(Struct, frozen=True):

@@ -17,27 +17,27 @@ Point = Literal["context", "pull", "transfer", "step"]
 
 
 class Fault(Struct, frozen=True, forbid_unknown_fields=True):
-    """What happens at a point."""
+    """A fault at a point."""
 
     at: Point
     do: Literal["fail", "stall", "die"]
     nth: int | None = None
-    """None: each time."""
+    """None: every time."""
     seconds: float = 0.0
 
 
 class InjectedFault(RuntimeError):
-    """A test wants this to fail."""
+    """A failure that a test has asked for."""
 
 
 class Faults:
-    """Of one engine."""
+    """The faults of one engine."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
     async def meet(self, point: Point) -> None:
-        """Raises: InjectedFault."""
+        """Cause the faults that are due. Raises: InjectedFault."""
         self._counts[point] += 1
         for fault in _wanted():
             if fault.at == point and fault.nth in (None, self._counts[point]):

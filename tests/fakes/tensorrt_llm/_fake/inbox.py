@@ -1,4 +1,4 @@
-"""From an engine's thread to whoever reads."""
+"""A queue from an engine's thread to a reader."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Inbox(Generic[T]):
-    """Read by a thread, or in the loop that it was made in."""
+    """A queue that is read by a thread, or in the loop that it was made in."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[T] = queue.SimpleQueue()
@@ -23,7 +23,7 @@ class Inbox(Generic[T]):
     def put(self, item: T) -> None:
         self._queue.put(item)
         if self._loop is not None:
-            with suppress(RuntimeError):  # it is closed: nobody reads any more
+            with suppress(RuntimeError):  # it is closed, so it has no reader any more
                 self._loop.call_soon_threadsafe(self._filled.set)
 
     def get(self, timeout: float | None = None) -> T:

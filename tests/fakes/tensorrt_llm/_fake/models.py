@@ -1,4 +1,4 @@
-"""The model that an engine computes: pdserve's, of torch or emulated."""
+"""The model that an engine computes: that of pdserve's torch or emulated engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROFILE = "FAKE_TENSORRT_LLM_PROFILE"
 
 
 def load(path: str, dtype: str) -> Model:
-    """Read it once per process. "auto": the dtype that its config.json names.
+    """Read it once per process. "auto" is the dtype that its config.json names.
 
     Raises:
         ValueError: there is none.
@@ -42,7 +42,7 @@ def load(path: str, dtype: str) -> Model:
 
 @lru_cache
 def _torch(path: str, dtype: str) -> TorchModel:
-    # Read by OpenMP when torch is imported: threads that spin take the cores from others.
+    # OpenMP reads this when torch is imported; threads that spin take the cores from others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pdserve.engines.pytorch.model import TorchModel
 
@@ -50,7 +50,7 @@ def _torch(path: str, dtype: str) -> TorchModel:
 
 
 def engine(model: Model, blocks: int, block_size: int) -> DecodeEngine:
-    """What computes it: prompts, too."""
+    """Return the engine that computes prompts and steps."""
     if isinstance(model, EmulatedModel):
         return EmulatedDecode(model, blocks, block_size)
     from pdserve.engines.pytorch.threads import ThreadedDecode

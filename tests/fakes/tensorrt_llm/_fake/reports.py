@@ -1,4 +1,4 @@
-"""What an engine tells of itself: statistics of its turns, events of its KV cache."""
+"""An engine's reports: statistics of its turns, and events of its KV cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Reports:
-    """Kept only where somebody is to be told.
+    """Reports, which are made only if they have a reader.
 
     Args:
         iteration: takes a turn's statistics as JSON.

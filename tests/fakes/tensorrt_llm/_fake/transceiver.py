@@ -39,7 +39,7 @@ class _Held:
 
 
 class Sender:
-    """A context engine's side. All of it runs in the engine's loop."""
+    """A context engine's side; all of it runs in the engine's loop."""
 
     def __init__(self, cache: Cache, timeout_s: float | None, faults: Faults) -> None:
         self._cache = cache
@@ -50,7 +50,7 @@ class Sender:
         self._prefix = _prefix()
 
     async def open(self) -> str:
-        """Begin to listen; the address."""
+        """Begin to listen; return the address."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         host, port = self._server.sockets[0].getsockname()
         return f"tcp://{host}:{port}"
@@ -133,7 +133,7 @@ class Sender:
 
 
 async def pull(link: Link, cache: Cache, tokens: int) -> NDArray[np.uint8]:
-    """A generation engine's side: the KV cache of a prompt, [planes, tokens, row_bytes].
+    """Return the KV cache of a prompt for a generation engine, [planes, tokens, row_bytes].
 
     Raises:
         TransferError: there is none to be had there.

@@ -18,14 +18,14 @@ Reason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A part of what a request is answered, or its end."""
+    """A part of the answer to a request, or its end."""
 
     tokens: list[int] = field(default_factory=list)
-    """New ones."""
+    """The new tokens."""
     reason: Reason | None = None
-    """Of the last answer."""
+    """Set in the last answer."""
     error: Exception | None = None
-    """Then it is the last, too."""
+    """If set, this is the last answer, too."""
 
     @property
     def last(self) -> bool:
@@ -34,27 +34,27 @@ class Answer:
 
 @dataclass(eq=False)
 class Work:
-    """What is asked, and how far it has come."""
+    """A request, and its progress."""
 
     id: int
-    """Unique in its engine, among those that are open or held."""
+    """Unique in its engine, among requests that are open or held."""
     kind: Kind
     prompt: Tokens
     sampling: Sampling
     max_tokens: int
-    """Of the whole answer: of a generation request the first token counts."""
+    """Tokens of the whole answer; the first token of a generation request counts."""
     send: Callable[[Answer], object] = lambda _: None
     """Called in the engine's loop."""
     end_id: int | None = None
     stop_words: Sequence[Sequence[int]] = ()
     interval: int | None = None
-    """Tokens in an answer; None: all in one."""
+    """Tokens in an answer; None: all in one answer."""
     link: Link | None = None
-    """Of a generation request, as is the next."""
+    """Set in generation requests, like the next field."""
     first: int | None = None
     aborted: bool = False
     computed: int = 0
-    """Tokens of the prompt."""
+    """Prompt tokens computed so far."""
     sent: int = 0
     table: BlockTable | None = None
     sequence: DecodeSequence = field(init=False)
@@ -64,14 +64,14 @@ class Work:
 
     @property
     def room(self) -> int:
-        """Tokens that it may need KV cache for."""
+        """Return the number of tokens for which it may need KV cache."""
         # A context request ends with its first token, which needs none.
         first = self.kind == "context_only" and self.max_tokens == 1
         return len(self.prompt) + (0 if first else self.max_tokens)
 
     @property
     def reason(self) -> Reason | None:
-        """Why its last token ends the answer."""
+        """Return the reason why its last token ends the answer."""
         tokens = self.sequence.tokens
         if tokens[-1] == self.end_id:
             return "stop"
@@ -80,7 +80,7 @@ class Work:
         return "length" if len(tokens) >= self.max_tokens else None
 
     def unsent(self) -> list[int]:
-        """Those of its tokens that have not been sent; they have from now on."""
+        """Return the tokens that have not been sent, and count them as sent."""
         new = self.sequence.tokens[self.sent :]
         self.sent += len(new)
         return new

@@ -1,1 +1,1 @@
-"""In the library, what is bound from C++."""
+"""The package of C++ bindings in the library."""

@@ -1,4 +1,4 @@
-"""The values of the C++ executor that `tensorrt_llm.disaggregated_params` deals in."""
+"""The values of the C++ executor that `tensorrt_llm.disaggregated_params` uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RequestType(IntEnum):
 
 @dataclass(slots=True)
 class ContextPhaseParams:
-    """What a context engine leaves for a generation engine."""
+    """The data that a context engine leaves for a generation engine."""
 
     first_gen_tokens: list[int] | None
     req_id: int | None

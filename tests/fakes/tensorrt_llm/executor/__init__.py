@@ -1,4 +1,4 @@
-"""In the library, what runs requests."""
+"""The package that runs requests in the library."""
 
 from tensorrt_llm.executor.utils import RequestError
 

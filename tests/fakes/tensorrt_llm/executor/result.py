@@ -1,4 +1,4 @@
-"""What a request is answered, as it comes."""
+"""The results of a request, as they come."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CompletionOutput:
 
 
 class GenerationResult:
-    """The results of a request; read by one thread or task. Each step of it is the same object."""
+    """The results of a request, for one reader; each step of the iteration is the same object."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class GenerationResult:
         return self._done
 
     def abort(self) -> None:
-        """Have it end soon, with the finish reason "cancelled"."""
+        """End it soon, with the finish reason "cancelled"."""
         self._abort()
         self._aborted = True
 
@@ -93,7 +93,7 @@ class GenerationResult:
         return self._aborted
 
     def result(self, timeout: float | None = None) -> GenerationResult:
-        """Wait for its end. Raises: RequestError; queue.Empty: nothing came in time."""
+        """Wait for its end. Raises: RequestError; queue.Empty: no result came in time."""
         while not self._done:
             self._take(self._inbox.get(timeout))
         return self
@@ -163,7 +163,7 @@ class GenerationResult:
 
 
 class IterationResult:
-    """Statistics or events that have come: an async iterator of dicts, over when none comes."""
+    """Statistics or events: an async iterator of dicts, which ends when none comes in time."""
 
     def __init__(self, source: queue.SimpleQueue[str], timeout: float | None) -> None:
         self._source = source

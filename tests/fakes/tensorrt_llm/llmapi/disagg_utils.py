@@ -8,7 +8,7 @@ import time
 from tensorrt_llm.version import NEWEST
 
 MIN_GLOBAL_ID = 1 << 40
-"""Ids below are the engines' own."""
+"""Smaller ids are those of the engines."""
 
 if NEWEST:
     DISAGG_TIMESTAMP_BITS = 39
@@ -19,7 +19,7 @@ if NEWEST:
     _count = itertools.count()
 
     def get_global_disagg_request_id(node_id: int, process_id: int = 0) -> int:
-        """An id made of the time, the node, the process and a counter.
+        """Return an id made of the time, the node, the process and a counter.
 
         Raises:
             ValueError: node or process do not fit.

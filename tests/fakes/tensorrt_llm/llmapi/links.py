@@ -1,4 +1,4 @@
-"""Links between a context request and its generation request, as each transceiver has them."""
+"""Links between a context request and its generation request, in each transceiver's form."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tensorrt_llm.disaggregated_params import DisaggregatedParams
 from tensorrt_llm.llmapi.disagg_utils import MIN_GLOBAL_ID
 from tensorrt_llm.version import NEWEST
 
-# Not the number of the request, by which nobody but its own engine knows it.
+# Not the number of the request, which is valid in its own engine only.
 _FIRST_ID = 1000
 
 
 class OpaqueState(Struct, frozen=True, array_like=True):
-    """The C++ transceiver's: how the context engine is reached, and what its KV caches are like."""
+    """The C++ transceiver's link: the context engine's address, and the layout of its KV caches."""
 
     address: str
     cache: Cache
 
 
 class Links:
-    """Those of one engine.
+    """The links of one engine.
 
     Args:
         runtime: whose links these are; None: it takes no part in disaggregated serving.
@@ -39,11 +39,11 @@ class Links:
         self._ids = itertools.count(_FIRST_ID)
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Tell whether there are any."""
         return self._runtime is not None
 
     def id(self, params: DisaggregatedParams | None) -> int:
-        """By which the engine is to know a request.
+        """Return the id by which the engine knows a request.
 
         Raises:
             ValueError: the Python transceiver's two sides have no common one.
@@ -56,7 +56,7 @@ class Links:
         return next(self._ids) % MIN_GLOBAL_ID
 
     def made(self, id_: int, asked: DisaggregatedParams | None) -> DisaggregatedParams:
-        """The link to a KV cache that this engine holds, without its first token."""
+        """Return the link to a KV cache of this engine, without its first token."""
         params = DisaggregatedParams(request_type="context_only", ctx_request_id=id_)
         if self._runtime == "CPP":
             params.opaque_state = msgspec.msgpack.encode(OpaqueState(self._address, self._cache))
@@ -69,7 +69,7 @@ class Links:
         return params
 
     def found(self, params: DisaggregatedParams) -> Link:
-        """Where the KV cache of a generation request lies.
+        """Return the address of the KV cache of a generation request.
 
         Raises:
             ValueError: the link is not one of this transceiver's.

@@ -57,7 +57,7 @@ _SIGNATURE = inspect.Signature(
 
 
 class RequestOutput(GenerationResult):
-    """Made by `LLM.generate_async` alone."""
+    """A request's results; only `LLM.generate_async` makes them."""
 
 
 class LLM:
@@ -132,7 +132,7 @@ class LLM:
         atexit.register(_shut_down, weakref.ref(self))
 
     def generate_async(self, *args: Any, **kwargs: Any) -> RequestOutput:
-        """Ask for an answer to one prompt; what is wrong with its link shows in the results.
+        """Request an answer to one prompt; an error of its link is raised from the results.
 
         Raises:
             RuntimeError: after `shutdown`.
@@ -192,7 +192,7 @@ class LLM:
         use_tqdm: bool = True,
         **kwargs: Any,
     ) -> RequestOutput | list[RequestOutput]:
-        """Answers to a prompt, or to a list of them; waits."""
+        """Wait for the answers to a prompt, or to a list of them."""
         single = not isinstance(inputs, list) or isinstance(inputs[0], int)
         prompts = [inputs] if single else inputs
         options = {
@@ -211,18 +211,18 @@ class LLM:
         return IterationResult(self._stats, timeout).get_results()
 
     def get_stats_async(self, timeout: float | None = 2) -> IterationResult:
-        """Of the engine's turns, with ``enable_iter_perf_stats``."""
+        """Return statistics of the engine's turns, with ``enable_iter_perf_stats``."""
         return IterationResult(self._stats, timeout)
 
     def get_kv_cache_events(self, timeout: float | None = 2) -> list[dict[str, Any]]:
         return IterationResult(self._events, timeout).get_results()
 
     def get_kv_cache_events_async(self, timeout: float | None = 2) -> IterationResult:
-        """With ``event_buffer_max_size`` and ``enable_block_reuse``."""
+        """Return events, with ``event_buffer_max_size`` and ``enable_block_reuse``."""
         return IterationResult(self._events, timeout)
 
     def shutdown(self) -> None:
-        """End the engine, and with it what it still holds."""
+        """End the engine, and free what it still holds."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
@@ -234,7 +234,7 @@ class LLM:
         self.shutdown()
 
     def _prepare(self, sampling_params: SamplingParams | None) -> SamplingParams:
-        """Complete them in place."""
+        """Fill in the parameters in place."""
         if sampling_params is None:
             sampling_params = SamplingParams()
         if not isinstance(sampling_params, SamplingParams):

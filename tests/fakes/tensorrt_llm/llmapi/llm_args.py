@@ -17,7 +17,7 @@ _BACKENDS = ("NIXL", "UCX", "MOONCAKE", "MPI")
 
 
 class CacheTransceiverConfig(StrictBaseModel):
-    """How KV caches move. Without a backend they do not."""
+    """The transfer of KV caches; without a backend there is none."""
 
     if OLDEST:
         backend: Literal["DEFAULT", "UCX", "NIXL", "MPI"] | None = None
@@ -48,7 +48,7 @@ class CacheTransceiverConfig(StrictBaseModel):
 
     @property
     def _runtime(self) -> Literal["CPP", "PYTHON"] | None:
-        """Which transceiver it asks for; None: none.
+        """Return which transceiver it asks for; None: none.
 
         Raises:
             ValueError: the Python one, and what that cannot do.
@@ -100,7 +100,7 @@ class KvCacheConfig(StrictBaseModel):
 
 
 class TorchLlmArgs(StrictBaseModel):
-    """Of the PyTorch backend. `Any`: accepted, and without effect."""
+    """Arguments of the PyTorch backend. `Any`: accepted, and without effect."""
 
     model: Any
     tokenizer: Any = None

@@ -1,4 +1,4 @@
-"""From what `LLM.generate_async` is given to a request inside the engine."""
+"""Converts the arguments of `LLM.generate_async` to a request inside the engine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _REFUSED = (
 
 @dataclass(frozen=True)
 class Rules:
-    """Of an engine, for its requests."""
+    """Rules of an engine for its requests."""
 
     max_seq_len: int
     overlapped: bool
@@ -51,7 +51,7 @@ class Rules:
 def prompt_of(
     inputs: Any, tokenizer: Any, sampling_params: SamplingParams
 ) -> tuple[str | None, list[int]]:
-    """The text of a prompt, if it is one, and its token ids.
+    """Return the text of a prompt, if it is one, and its token ids.
 
     Raises:
         TypeError, ValueError: it is no prompt.
@@ -71,7 +71,7 @@ def prompt_of(
 
 
 def sampling_of(params: SamplingParams) -> Sampling:
-    """How the engine chooses tokens.
+    """Return how the engine chooses tokens.
 
     Raises:
         NotImplementedError: the fake cannot.
@@ -107,7 +107,7 @@ def work_for(
     *,
     streaming: bool,
 ) -> Work:
-    """The request as the engine takes it.
+    """Return the request in the engine's form.
 
     Raises:
         ValueError: the engine would find that it cannot be served.

@@ -1,4 +1,4 @@
-"""Configurations that refuse what they do not know, as the library's pydantic models do."""
+"""Configurations that refuse unknown fields, like the library's pydantic models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ValidationError(ValueError):
 
 @dataclass_transform(kw_only_default=True)
 class StrictBaseModel:
-    """The annotations of a subclass are its fields, in order."""
+    """A base class; the annotations of a subclass are its fields, in order."""
 
     _fields: ClassVar[dict[str, Any]] = {}
     __signature__: ClassVar[inspect.Signature]
