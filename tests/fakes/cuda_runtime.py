@@ -38,7 +38,7 @@ from tests.fakes.cuda_values import (
 )
 
 _COUNTS = Struct("<QQQ")
-"""Of an event, in its file: records enqueued, records done, destroyed by its maker."""
+"""Counts of an event in its file: records enqueued, records done, destroyed by its maker."""
 
 
 class _Failed(Exception):

@@ -184,7 +184,7 @@ def test_refused_request(server: Running, collector: Collector) -> None:
 
 
 def test_invalid_traceparent_is_ignored(server: Running) -> None:
-    """By the standard, the request continues in a new trace."""
+    """The standard says that the request continues in a new trace."""
     warning = "pdserve: traceparent: '00-nonsense' is invalid"
     generate(server, **ASKED, parameters={"traceparent": "00-nonsense"})
     wait_until(lambda: warning in server.servers[0].read_log(), 2)

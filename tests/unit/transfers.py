@@ -48,7 +48,7 @@ ROWS = 128
 LIMIT_S = 10.0
 
 opened: list[Sender | Puller] = []
-"""What a test has opened, which is closed after it in any case."""
+"""Objects that a test has opened, which are closed after it in any case."""
 WAYS = ("shm", "nixl", "nixl over tcp")
 """Ways that `pick` knows; NIXL uses CMA where it may."""
 

@@ -25,7 +25,7 @@ class Started(Struct, frozen=True):
     key_file: str
     spec: Server
     watched: bool = True
-    """Whether it is meant to have a watchdog."""
+    """True if it is meant to have a watchdog."""
 
     def other(self, deployment: Deployment, spec: Server, file: str) -> str:
         """Describe how this is of another deployment; empty: it is of the same.

@@ -40,7 +40,7 @@ class SampleRequest:
     streaming: bool
     exclude_input: bool
     counts: tuple[bool, bool]
-    """Whether the client wants the numbers of input and of output tokens."""
+    """True if the client wants the numbers of input, and of output tokens."""
 
 
 def samples(tensors: Tensors) -> list[Tensors]:

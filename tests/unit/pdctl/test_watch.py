@@ -55,7 +55,7 @@ class TestWatchers:
         assert watchers.pid(folder) == found
 
     def test_ended_it_is_gone(self, folder: Path) -> None:
-        """Also when it has only just been started: it must not begin to work afterwards."""
+        """A watchdog that has only just been started must not begin to work afterwards."""
         for _ in range(5):
             watchers.start(folder, held=False)
             found = watchers.pid(folder)

@@ -75,7 +75,7 @@ def test_a_fit_foretells_moves_that_it_was_not_fitted_on(cost: Cost) -> None:
 
 @given(st.lists(measured, max_size=20))
 def test_no_coefficient_is_negative(moves: list[Seen]) -> None:
-    """Nor is any of them infinite or NaN, whatever was measured."""
+    """All coefficients are finite, too, whatever was measured."""
     found = fit(sums(moves))
     assert all(0 <= value < np.inf for value in found)
 

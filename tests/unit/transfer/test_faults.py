@@ -182,7 +182,7 @@ def test_a_silent_receiver_loses_its_lease(sender: Sender, puller: Puller) -> No
 
 
 def test_quarantine_ends_when_the_receiver_falls_silent(sender: Sender, puller: Puller) -> None:
-    """Not sooner: a receiver that shows life may still be reading."""
+    """It does not end sooner, since a receiver that shows life may still be reading."""
     offer, now = sender.offer(), 100.0
     receiver = ReceiverWords(puller, offer)
     sender.end(offer, now)

@@ -159,7 +159,7 @@ def test_pulls_at_once_do_not_mix(way: str) -> None:
 
 
 def test_planes_are_taken_as_they_are_filled(way: str) -> None:
-    """Not before: a plane that is not filled yet is zero."""
+    """No plane is taken before that: one that is not filled yet is zero."""
     sender, puller = Sender(way), Puller(way)
     puller.connect(sender)
     offer = sender.begin()

@@ -89,7 +89,7 @@ class Topology(Struct, frozen=True, kw_only=True):
 
 
 class Direct(Struct, frozen=True, kw_only=True):
-    """What an RDMA device needs to reach the memory of GPUs."""
+    """Kernel modules by which an RDMA device reaches the memory of GPUs."""
 
     peermem: bool = False
     """nvidia_peermem is loaded."""
@@ -172,4 +172,4 @@ class Inventory(Struct, frozen=True, kw_only=True):
     can."""
     servers: tuple[Server, ...]
     unknown: dict[str, str]
-    """What could not be found out, and why; those fields have their defaults."""
+    """Reasons why something could not be found out; its fields have their defaults."""

@@ -25,7 +25,7 @@ SUPPORTED = {
 } | {"tensorrt_llm": VERSIONS}
 PACKAGES = tuple(name for name in SUPPORTED if name not in ("Python", "glibc", "Triton"))
 NIXL = ("nixl-cu12", "nixl-cu13")
-"""In the order in which they are tried."""
+"""The packages, in the order in which they are tried."""
 NUMPY_1 = SpecifierSet("==2.51.*")
 """The Triton servers (24.10) whose stubs corrupt tensors under numpy 2."""
 DRIVERS = {12: 525, 13: 580}

@@ -44,7 +44,7 @@ class Limits:
     pool_tokens: int
     tokens_per_block: int
     transfers: bool
-    """Whether it takes part in disaggregated serving."""
+    """True if it takes part in disaggregated serving."""
     timeout_s: float | None
     """Time limit of a transfer."""
 

@@ -36,13 +36,13 @@ class Cache(Struct, frozen=True):
 
 
 class Link(Struct, frozen=True):
-    """Where a generation engine finds a KV cache."""
+    """The place where a generation engine finds a KV cache."""
 
     id: int
     address: str
     """tcp://host:port."""
     cache: Cache | None = None
-    """That of the context engine, if the link contains it."""
+    """The context engine's cache, if the link contains it."""
 
 
 class Ask(Struct, frozen=True):

@@ -36,7 +36,7 @@ class Conclusion(Struct, frozen=True, kw_only=True):
     transports: dict[WayName, str]
     """The same for the ways to move KV caches."""
     served: bool
-    """Whether the deployment can be served here."""
+    """True if the deployment can be served here."""
 
 
 def advice(inventory: Inventory, deployment: Deployment) -> list[Finding]:

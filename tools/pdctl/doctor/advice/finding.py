@@ -20,8 +20,8 @@ class Finding(Struct, frozen=True, kw_only=True):
     state: State
     found: str
     used: str = ""
-    """What is used because of it."""
+    """Features that are used because of it."""
     unused: str = ""
-    """What is not used because of it."""
+    """Features that are not used because of it."""
     mend: str = ""
     """A command or a change that mends it."""
