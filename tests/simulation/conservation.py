@@ -11,7 +11,7 @@ from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
 from tests.unit.inprocess import prefill_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pdserve.instances.decode import DecodeInstance
     from tests.simulation.channels import Life
@@ -39,7 +39,7 @@ class Conservation:
 
     def prefill(self, prefill: PrefillInstance) -> None:
         """Slots, ranges and leases."""
-        held, manager, leases = prefill._held, prefill._leases, prefill._holder.leases
+        held, manager, leases = prefill._slots.held, prefill._leases, prefill._holder.leases
         quarantined, arena = len(manager.quarantined), manager.arena
         seen = len(held), quarantined, len(leases), len(arena._evictor), arena._free_list.free
         if self._seen.get(prefill) == seen:
@@ -63,7 +63,7 @@ class Conservation:
 
     def decode(self, decode: DecodeInstance) -> None:
         """Slots and blocks."""
-        opened, running, pool = decode._open, decode._running, decode._blocks.pool
+        opened, running, pool = decode._admission.open, decode._running, decode._blocks.pool
         kept = pool._evictor.kept
         seen = len(opened), len(running), len(kept), len(pool._evictor.evictable), pool.free_blocks
         if self._seen.get(decode) == seen:
@@ -97,9 +97,12 @@ class Conservation:
 
     def _owned(self, life: Life, owners: set[str]) -> None:
         instance, now = life.instance, self._world.loop.time()
-        held = instance._held if isinstance(instance, PrefillInstance) else instance._open
-        watches = [waiting.id for waiting in instance._watches._waiting]
-        for call in (*held, *watches):
+        held: Iterable[str]
+        if isinstance(instance, PrefillInstance):
+            held, waiting = instance._slots.held, instance._slots.watches._waiting
+        else:
+            held, waiting = instance._admission.open, instance._admission.watches._waiting
+        for call in (*held, *(one.id for one in waiting)):
             if call in owners:
                 self._orphans.pop((life, call), None)
                 continue
@@ -110,7 +113,7 @@ class Conservation:
     def _leased(self, life: Life, prefill: PrefillInstance) -> None:
         now, since = self._world.loop.time(), life.process.since
         grace = TICK_S + PAUSE_S + EPS_S
-        for one in prefill._held.values():
+        for one in prefill._slots.held.values():
             limit = one.leased.range.until
             if one.computing:
                 limit = one.deadline + self._bounds.forward
@@ -160,12 +163,12 @@ class Conservation:
     def _at_worker(self, life: Life) -> dict[str, object]:
         one = life.instance
         counts: dict[str, object] = {
-            "watches": len(one._watches),
             "threads": len(life.process.threads),
         }
         if isinstance(one, PrefillInstance):
             counts |= {
-                "slots": list(one._held),
+                "watches": len(one._slots.watches),
+                "slots": list(one._slots.held),
                 "pending": len(one._pending),
                 "leases": len(one._holder.leases),
                 "quarantined": len(one._leases.quarantined),
@@ -174,7 +177,8 @@ class Conservation:
             }
         else:
             counts |= {
-                "open": list(one._open),
+                "watches": len(one._admission.watches),
+                "open": list(one._admission.open),
                 "running": len(one._running),
                 "blocks": one._blocks.pool.used_blocks,
                 "pulls": len(one._kv_imports),

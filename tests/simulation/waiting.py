@@ -110,8 +110,8 @@ class Waiting:
         one = life.instance
         if isinstance(one, PrefillInstance):
             # Who was refused for lack of room waits until there is more; so do those behind it.
-            return one._refused_with < 0 and one._free() > 0
-        return len(one._open) < self._plan.decode.slots
+            return one._refused_with < 0 and one._slots.free() > 0
+        return len(one._admission.open) < self._plan.decode.slots
 
     def _fits(self, gateway: Gateway, instance: Instance, request: Request) -> bool:
         life = gateway.wires[instance.name].worker.life

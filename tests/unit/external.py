@@ -173,9 +173,9 @@ class ExternalSite(Site):
                 counts[f"{instance.name} open"] = instance.load.open
                 counts[f"{instance.name} calls"] = len(link.calls)
         for prefill in self.p:
-            counts[f"{prefill._name} held"] = len(prefill._held)
+            counts[f"{prefill._name} held"] = len(prefill._slots.held)
         for decode in self.d:
-            counts[f"{decode._name} open requests"] = len(decode._open)
+            counts[f"{decode._name} open requests"] = len(decode._admission.open)
         counts["kept"] = len(self.world.kept)
         counts["computing"] = self.world.computing
         counts["decoding"] = self.world.decoding

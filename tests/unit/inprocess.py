@@ -499,7 +499,7 @@ class Site:
                     counts[f"{instance.name} calls"] += len(link.calls)
         for prefill in self.p:
             counts |= {
-                f"{prefill._name} slots": len(prefill._held),
+                f"{prefill._name} slots": len(prefill._slots.held),
                 f"{prefill._name} pending": len(prefill._pending),
                 f"{prefill._name} leases": len(prefill._holder.leases),
                 f"{prefill._name} quarantined": len(prefill._leases.quarantined),
@@ -507,7 +507,7 @@ class Site:
             }
         for decode in self.d:
             counts |= {
-                f"{decode._name} open": len(decode._open),
+                f"{decode._name} open": len(decode._admission.open),
                 f"{decode._name} running": len(decode._running),
                 f"{decode._name} blocks": decode._blocks.pool.used_blocks,
                 f"{decode._name} pulls": len(decode._kv_imports),

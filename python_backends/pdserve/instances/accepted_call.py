@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from pdserve.engines.protocol import DecodeSequence
 from pdserve.instances.slot_watches import Send
@@ -18,17 +18,13 @@ class AcceptedCall:
 
     request: DecodeRequest
     send: Send
-    reserved: ReservedBlocks
-    sequence: DecodeSequence
+    _: KW_ONLY
     arrived: bool = False
-    """True if the prompt's K and V are in its blocks."""
-    stuck: bool = False
-    """True if something may still be written to its blocks, which are not reused then."""
+    """True if the prompt's K and V are in this decode."""
     unsent: list[int] = field(default_factory=list)
     sent_at: float = 0.0
     transfer: TransferReport | None = None
     """Report of the KV cache's transfer, until it has been sent."""
-    released: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
     """Timer of the acceptance, unless another reply is sent before."""
 
@@ -37,12 +33,24 @@ class AcceptedCall:
         """Tell whether it is a suspect that has had no token here yet."""
         return self.request.suspect and (not self.arrived or self.transfer is not None)
 
-    @property
-    def local(self) -> bool:
-        """Tell whether the decode computes the prompt itself."""
-        return not self.request.handle
-
     def tell(self, reply: Reply, last: bool) -> None:
         if self.timer is not None:
             self.timer.cancel()
         self.send(reply, last)
+
+
+@dataclass(slots=True, eq=False)
+class ReservedCall(AcceptedCall):
+    """An accepted request with blocks of the decode's own pool."""
+
+    reserved: ReservedBlocks
+    sequence: DecodeSequence
+    _: KW_ONLY
+    stuck: bool = False
+    """True if something may still be written to its blocks, which are not reused then."""
+    released: bool = False
+
+    @property
+    def local(self) -> bool:
+        """Tell whether the decode computes the prompt itself."""
+        return not self.request.handle

@@ -11,26 +11,23 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-import msgspec
 import numpy as np
 
 from pdserve import config, errors
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
 from pdserve.instances import admission
-from pdserve.instances.acceptance import AFTER_S, TRIAL_S, interval_s
-from pdserve.instances.accepted_call import AcceptedCall
+from pdserve.instances.acceptance import TRIAL_S, interval_s
+from pdserve.instances.accepted_call import ReservedCall
 from pdserve.instances.kv_imports import KVImports
 from pdserve.instances.local_prefill import LocalPrefill
-from pdserve.instances.slot_watches import WATCHED_S, RoomWatches, Send
+from pdserve.instances.room_admission import RoomAdmission
+from pdserve.instances.slot_watches import Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.block_manager import BlockManager
 from pdserve.kvcache.handle import KVHandle
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
-    SUSPECT,
-    Accepted,
-    Busy,
     Connect,
     Connected,
     DecodeRequest,
@@ -38,8 +35,6 @@ from pdserve.rpc.messages import (
     NotConnected,
     Released,
     Reply,
-    Room,
-    Tokens,
     Watch,
 )
 from pdserve.supervision import Background
@@ -82,10 +77,9 @@ class DecodeInstance:
         self._capacity = limits.blocks * limits.block_size
         self._kv_imports = KVImports(name, engine, receiver, pulls, metrics)
         self._local_prefill = LocalPrefill(name, engine, turn_tokens, metrics, self._arrived)
-        self._watches = RoomWatches(self._room)
+        self._admission = RoomAdmission[ReservedCall](limits, self._free_blocks)
         self._connecting = 0
-        self._open: dict[str, AcceptedCall] = {}
-        self._running: dict[str, AcceptedCall] = {}
+        self._running: dict[str, ReservedCall] = {}
         self._work = asyncio.Event()
         self._tasks = Background()
 
@@ -100,8 +94,8 @@ class DecodeInstance:
         await self._kv_imports.close()
         self._engine.close()
         failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
-        self._watches.close(failed)
-        for call in list(self._open.values()):
+        self._admission.watches.close(failed)
+        for call in list(self._admission.open.values()):
             self._end(call, failed)
 
     @property
@@ -127,11 +121,11 @@ class DecodeInstance:
             )
             send(Failed(errors.InvalidRequest.code, message), True)
             return
-        if request.id in self._open:
-            send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
+        if (refusal := self._admission.refusal(request)) is not None:
+            send(refusal, True)
             return
-        if full := self._full(request):
-            self._refuse(full, send)
+        if not request.handle and self._local_prefill.full:
+            send(self._admission.busy("prompts"), True)
             return
         try:
             handle = self._kv_imports.open(request.handle, len(prompt)) if request.handle else None
@@ -145,7 +139,7 @@ class DecodeInstance:
         salt = None if request.sampling.reproducible else request.tenant
         reserved = self._blocks.reserve(prompt, length, salt)
         if reserved is None:
-            self._refuse("blocks", send)
+            send(self._admission.busy("blocks"), True)
             return
         sequence = DecodeSequence(
             prompt=prompt,
@@ -155,32 +149,14 @@ class DecodeInstance:
             cached=reserved.held,
             resumed_tokens=request.resumed_tokens,
         )
-        call = self._open[request.id] = AcceptedCall(request, send, reserved, sequence)
-        self._take_in(call, handle)
-
-    def _take_in(self, call: AcceptedCall, handle: KVHandle | None) -> None:
-        request = call.request
-        if request.suspect or request.hurry:
-            self._accept(call)
-        else:
-            call.timer = self._loop.call_later(AFTER_S, self._accept, call)
+        call = ReservedCall(request, send, reserved, sequence)
+        self._admission.take_in(call)
         if request.suspect:
             call.timer = self._loop.call_later(TRIAL_S, self._begin, call, handle)
         else:
             self._begin(call, handle)
 
-    def _accept(self, call: AcceptedCall) -> None:
-        call.send(Accepted(room=self._room()), False)
-
-    def _full(self, request: DecodeRequest) -> str:
-        """Return the resource that is exhausted, blocks aside; empty: none."""
-        if len(self._open) >= self._limits.slots:
-            return "slots"
-        if request.suspect and any(call.on_trial for call in self._open.values()):
-            return SUSPECT
-        return "prompts" if not request.handle and self._local_prefill.full else ""
-
-    def _begin(self, call: AcceptedCall, handle: KVHandle | None) -> None:
+    def _begin(self, call: ReservedCall, handle: KVHandle | None) -> None:
         if handle is not None:
             done = partial(self._arrived, call)
             self._kv_imports.pull(handle, call.reserved, call.sequence, done)
@@ -191,26 +167,20 @@ class DecodeInstance:
 
     def release(self, request_id: str, send: Send) -> None:
         """Give up a request; what a step or a pull still uses is freed after it."""
-        call = self._open.get(request_id)
+        call = self._admission.open.get(request_id)
         if call is not None:
             call.released = True
             self._work.set()
-        self._watches.release(request_id)
+        self._admission.watches.release(request_id)
         send(Released(), True)
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Report once that a request has ended since; at once if none is open."""
-        used, slots = len(self._open), self._limits.slots
-        self._watches.wait(request, stream, send, used, slots, self._loop.time())
-        self._loop.call_later(WATCHED_S, self._watches.release, request.id)
+        self._admission.watch(request, stream, send, self._loop.time())
 
-    def _refuse(self, reason: str, send: Send) -> None:
-        self._watches.refused()
-        send(Busy(reason, self._room()), True)
-
-    def _room(self) -> Room:
-        pool = self._blocks.pool
-        return Room(self._limits.slots - len(self._open), pool.free_blocks + pool.cached_blocks)
+    def _free_blocks(self) -> int:
+        """Return the number of blocks that are free or can be evicted."""
+        return self._blocks.pool.free_blocks + self._blocks.pool.cached_blocks
 
     # ----------------------------------------------------------------- transfer
 
@@ -227,11 +197,14 @@ class DecodeInstance:
             if isinstance(result, errors.PDServeError):
                 send(Failed(result.code, f"{self._name}: {result}"), True)
             else:
-                send(Connected(*result, self._model.layout.bytes_per_token, self._room()), True)
+                send(
+                    Connected(*result, self._model.layout.bytes_per_token, self._admission.room()),
+                    True,
+                )
 
         self._kv_imports.connect(request.endpoint, done)
 
-    def _arrived(self, call: AcceptedCall, transfer: TransferReport | Exception) -> None:
+    def _arrived(self, call: ReservedCall, transfer: TransferReport | Exception) -> None:
         if not isinstance(transfer, Exception):
             call.arrived = True
             self._blocks.arrived(call.reserved, call.sequence.prompt)
@@ -245,7 +218,7 @@ class DecodeInstance:
             self._running[call.request.id] = call
             if call.local:
                 self._append(call, transfer.token, self._loop.time(), 0.0)
-                self._watches.ended(self._loop.time())  # there is room for another prompt
+                self._admission.watches.ended(self._loop.time())  # there is room for another prompt
                 return
             if not call.sequence.tokens:
                 call.sequence.tokens.append(transfer.token)
@@ -265,7 +238,7 @@ class DecodeInstance:
                     await self._step(batch)
                 self._metrics.add(catalogue.STEPS, 1, instance=self._name)
 
-    async def _step(self, batch: list[AcceptedCall]) -> None:
+    async def _step(self, batch: list[ReservedCall]) -> None:
         try:
             tokens = await self._engine.step([call.sequence for call in batch])
         except Exception as error:  # one failed step may not end the instance
@@ -275,15 +248,15 @@ class DecodeInstance:
             return
         now = self._loop.time()
         for call, token in zip(batch, tokens, strict=True):
-            interval = interval_s(self._limits, len(self._open), call.request)
+            interval = interval_s(self._limits, len(self._admission.open), call.request)
             self._append(call, token, now, interval)
 
-    def _batch(self) -> list[AcceptedCall]:
+    def _batch(self) -> list[ReservedCall]:
         for call in [call for call in self._running.values() if call.released]:
             self._end(call, None)
         return list(self._running.values())
 
-    def _append(self, call: AcceptedCall, token: int, now: float, interval: float) -> None:
+    def _append(self, call: ReservedCall, token: int, now: float, interval: float) -> None:
         if call.released:
             return
         request, sequence = call.request, call.sequence
@@ -296,24 +269,15 @@ class DecodeInstance:
             reason = "length"
         elif now - call.sent_at < interval:
             return
-        ids = np.array(call.unsent, "<i4").tobytes()
-        start = len(sequence.tokens) - len(call.unsent)
-        room = self._room() if call.transfer is not None and not reason else None
-        reply = Tokens(start, ids, reason, call.transfer, room)
+        reply = self._admission.tokens(call, len(sequence.tokens) - len(call.unsent), reason)
         if reason:
             self._end(call, reply)
         else:
-            call.tell(reply, False)
-            call.unsent.clear()
-            if call.on_trial:
-                self._watches.ended(now)  # another suspect may be tried
-            call.transfer = None
-            call.sent_at = now
+            self._admission.tell(call, reply, now)
 
-    def _end(self, call: AcceptedCall, reply: Reply | None) -> None:
+    def _end(self, call: ReservedCall, reply: Reply | None) -> None:
         """End a request and free everything that it holds."""
         self._running.pop(call.request.id, None)
-        del self._open[call.request.id]
         if call.arrived:
             sequence = call.sequence
             # The K and V of the last token are not computed yet.
@@ -321,18 +285,16 @@ class DecodeInstance:
             self._blocks.park(call.reserved, known)
         elif not call.stuck:
             self._blocks.free(call.reserved)
-        if isinstance(reply, Tokens):
-            reply = msgspec.structs.replace(reply, room=self._room())
-        call.tell(reply or Failed(errors.Cancelled.code, "released"), True)
-        self._watches.ended(self._loop.time())
+        reply = reply or Failed(errors.Cancelled.code, "released")
+        self._admission.end(call, reply, self._loop.time())
 
     # ------------------------------------------------------------------ metrics
 
     async def _keep_time(self) -> None:
         gauge = self._metrics.set
         while True:
-            used, slots = len(self._open), self._limits.slots
-            show(self._metrics, self._name, used, slots, self._watches)
+            used, slots = len(self._admission.open), self._limits.slots
+            show(self._metrics, self._name, used, slots, self._admission.watches)
             pool = self._blocks.pool
             for state, blocks in (
                 ("used", pool.used_blocks),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pdserve import errors
 from pdserve.engines.protocol import DecodeEngine
 from pdserve.instances.acceptance import AGAIN_S
-from pdserve.instances.accepted_call import AcceptedCall
+from pdserve.instances.accepted_call import ReservedCall
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Accepted
@@ -28,7 +28,7 @@ INLINE_COPY = 256 << 10
 
 @dataclass(slots=True, eq=False)
 class _Prompt:
-    call: AcceptedCall
+    call: ReservedCall
     computed: int
     """Number of tokens whose K and V are in its blocks, or will be once the cached ones are
     copied."""
@@ -50,7 +50,7 @@ class LocalPrefill:
         engine: DecodeEngine,
         turn_tokens: int,
         metrics: Registry,
-        done: Callable[[AcceptedCall, TransferReport | Exception], None],
+        done: Callable[[ReservedCall, TransferReport | Exception], None],
     ) -> None:
         self._name = name
         self._engine = engine
@@ -68,7 +68,7 @@ class LocalPrefill:
         """Tell whether the waiting prompts take a turn or more, so that new ones are refused."""
         return sum(map(self._left, self._waiting)) >= self._turn_tokens
 
-    def add(self, call: AcceptedCall) -> None:
+    def add(self, call: ReservedCall) -> None:
         """Compute a prompt, except for the prefix that the pool has."""
         self._waiting.append(_Prompt(call, call.reserved.held))
 
@@ -110,7 +110,7 @@ class LocalPrefill:
             call.sent_at = now
             call.send(Accepted(), False)
 
-    async def _copy(self, call: AcceptedCall) -> None:
+    async def _copy(self, call: ReservedCall) -> None:
         """Copy the prefix that the pool has into a prompt's blocks."""
         pool, reserved = self._engine.pool, call.reserved
 

@@ -17,14 +17,14 @@ from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
 from pdserve.instances import admission
 from pdserve.instances.acceptance import TRIAL_S, Acceptance
 from pdserve.instances.forwards import Forwards
-from pdserve.instances.slot_watches import WATCHED_S, Send, SlotWatches
+from pdserve.instances.slot_admission import SlotAdmission
+from pdserve.instances.slot_watches import Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.arena import Range, State
 from pdserve.kvcache.prefix_index import PrefixIndex, shorten
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
-    SUSPECT,
     Busy,
     Described,
     Failed,
@@ -89,12 +89,11 @@ class PrefillInstance:
         self._holder = holder
         self._prefixes = PrefixIndex[Range]()
         self._leases = LeaseManager(holder, self._prefixes.remove)
-        self._held: dict[str, _Held] = {}
         self._pending: list[_Held] = []
         self._on_trial: _Held | None = None
         """A suspect that has been accepted and is not pending yet."""
         self._work = asyncio.Event()
-        self._watches = SlotWatches()
+        self._slots = SlotAdmission[_Held](limits.slots, self._places, self._sweep)
         self._stirred = asyncio.Event()
         """Set when something is free for watching gateways, or may become free without a further
         call."""
@@ -115,9 +114,9 @@ class PrefillInstance:
         await self._tasks.close()
         self._engine.close()
         failed = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
-        for held in [held for held in self._held.values() if held.computing]:
+        for held in [held for held in self._slots.held.values() if held.computing]:
             self._end(held, failed)
-        self._watches.close(failed)
+        self._slots.watches.close(failed)
         self._holder.close()
 
     @property
@@ -137,8 +136,7 @@ class PrefillInstance:
             model = self._model
             tokens = admission.prompt(request, model.context_length, model.vocabulary)
         except errors.InvalidRequest as error:
-            self._watches.took(request.gateway)
-            send(Failed(error.code, f"{self._name}: {error}"), True)
+            self._slots.reject(request, f"{self._name}: {error}", send)
             return
         nbytes = len(tokens) * self._holder.token_bytes
         if nbytes > self._leases.arena.capacity:
@@ -146,20 +144,11 @@ class PrefillInstance:
                 f"the KV cache of {len(tokens)} prompt tokens takes {nbytes} bytes; "
                 f"{self._name}'s arena has {self._leases.arena.capacity}"
             )
-            self._watches.took(request.gateway)
-            send(Failed(errors.InvalidRequest.code, message), True)
+            self._slots.reject(request, message, send)
             return
-        if request.id in self._held:
-            send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
-            return
-        self._look(offering=request.gateway)
-        if not self._watches.admits(request.gateway, self._free()):
-            send(Busy("slots"), True)
-            return
-        if request.suspect and any(
-            held.computing and held.request.suspect for held in self._held.values()
-        ):
-            send(Busy(SUSPECT), True)
+        now = self._loop.time()
+        if (refusal := self._slots.refusal(request, now)) is not None:
+            send(refusal, True)
             return
         leased = self._leases.allocate(nbytes)
         if leased is None:
@@ -168,7 +157,6 @@ class PrefillInstance:
             return
         kv = self._holder.kv_range(leased.range.offset, leased.range.nbytes)
         job = PrefillJob(tokens, kv.whole, request.sampling, kv.publish, request.resumed_tokens)
-        self._watches.took(request.gateway)
         held = _Held(
             request=request,
             send=send,
@@ -177,9 +165,9 @@ class PrefillInstance:
             kv=kv,
             job=job,
             salt=request.tenant,
-            deadline=self._loop.time() + request.deadline_ms / 1e3,
+            deadline=now + request.deadline_ms / 1e3,
         )
-        self._held[request.id] = held
+        self._slots.take(held)
         if request.layered:
             self._open_early(held)
         else:
@@ -214,27 +202,15 @@ class PrefillInstance:
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Report once when a slot is free for this gateway, which may be now."""
-        self._watches.add(request, stream, send)
-        self._loop.call_later(WATCHED_S, self._watches.release, request.id)
-        self._look()
+        self._slots.watch(request, stream, send, self._loop.time())
         self._stirred.set()
 
-    def _look(self, offering: str | None = None) -> None:
-        """Check what has become free, and notify the next gateways."""
-        self._sweep()
-        if 0 <= self._refused_with < self._available():
-            self._refused_with = -1
-        # Without a request's size it is unknown whether the arena has room for it, but if no bytes
-        # have become free since a refusal, it has none.
-        free = self._free() if self._refused_with < 0 else 0
-        self._watches.tell(free, self._loop.time(), offering)
-
-    def _free(self) -> int:
-        """Return the number of slots that could be taken."""
+    def _places(self) -> int:
+        """Return the number of further prompts that the next forward has room for."""
         if len(self._leases.quarantined) >= MAX_QUARANTINED:
             return 0
         uncomputed = len(self._pending) + self._forwards.prompts + (self._on_trial is not None)
-        return min(self._limits.batch - uncomputed, self._limits.slots - len(self._held))
+        return self._limits.batch - uncomputed
 
     def _available(self) -> int:
         """Return the bytes of the arena that are free or can be evicted."""
@@ -243,8 +219,8 @@ class PrefillInstance:
 
     def release(self, request_id: str, send: Send) -> None:
         """Release whatever is held for the request, or end a watch."""
-        self._watches.release(request_id)
-        held = self._held.get(request_id)
+        self._slots.watches.release(request_id)
+        held = self._slots.held.get(request_id)
         if held is not None:
             if held.computing:
                 held.cancelled = True
@@ -359,40 +335,50 @@ class PrefillInstance:
 
     def _take_back(self, held: _Held) -> None:
         """Free what is held for a request that was transferred, was released, failed or expired."""
-        del self._held[held.request.id]
+        del self._slots.held[held.request.id]
         self._stir()
         self._leases.give_back(held.leased, self._loop.time())
 
-    def _sweep(self) -> None:
-        now = self._loop.time()
-        for held in list(self._held.values()):
+    def _sweep(self, now: float) -> bool:
+        """End the leases that are over, and tell whether there may be memory for another prompt."""
+        self._end_leases(now)
+        if 0 <= self._refused_with < self._available():
+            self._refused_with = -1
+        # Without a request's size it is unknown whether the arena has room for it, but if no bytes
+        # have become free since a refusal, it has none.
+        return self._refused_with < 0
+
+    def _end_leases(self, now: float) -> None:
+        for held in list(self._slots.held.values()):
             if not held.computing and self._leases.over(held.leased, now):
                 self._take_back(held)
         self._leases.sweep(now)
 
     def _stir(self) -> None:
         """Wake the task that notifies watching gateways, since something may soon be free."""
-        if self._watches:
+        if self._slots.watches:
             self._stirred.set()
 
     async def _attend(self) -> None:
         """While gateways watch, check every LOOK_S seconds what has ended."""
         while True:
             await self._stirred.wait()
-            self._look()
-            lent = any(not held.computing for held in self._held.values())
-            if not self._watches or not (lent or self._leases.quarantined or self._watches.kept):
+            self._slots.look(self._loop.time())
+            watches = self._slots.watches
+            lent = any(not held.computing for held in self._slots.held.values())
+            if not watches or not (lent or self._leases.quarantined or watches.kept):
                 self._stirred.clear()
             await asyncio.sleep(LOOK_S)
 
     async def _keep_time(self) -> None:
         while True:
-            self._sweep()
+            self._end_leases(self._loop.time())
             self._publish()
             await asyncio.sleep(TICK_S)
 
     def _publish(self) -> None:
-        show(self._metrics, self._name, len(self._held), self._limits.slots, self._watches)
+        used, slots = len(self._slots.held), self._limits.slots
+        show(self._metrics, self._name, used, slots, self._slots.watches)
         gauge = self._metrics.set
         for state, (ranges, _) in self._leases.counts().items():
             if state is not State.FREE:

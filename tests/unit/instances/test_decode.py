@@ -225,7 +225,7 @@ async def test_scattered_blocks_hold_a_sequence(tmp_path: Path) -> None:
             await client.submit(str(number), 4, max_tokens=4 if number % 2 else 3)
         await asyncio.sleep(0.035)  # the requests of 3 tokens have ended
         await client.submit("long", 18, max_tokens=6)
-        assert len(site.d[0]._open["long"].reserved.table.runs) == 3
+        assert len(site.d[0]._admission.open["long"].reserved.table.runs) == 3
         await asyncio.sleep(0.2)
         assert len(client.tokens("long")) == 5
         await site.idle(0.0)

@@ -69,7 +69,7 @@ async def test_slots_are_counted_though_the_engine_takes_all(tmp_path: Path) -> 
         tasks = [site.start(site.request(max_tokens=20)) for _ in range(12)]
         most = 0
         while not all(task.done() for task in tasks):
-            most = max(most, len(site.p[0]._held))
+            most = max(most, len(site.p[0]._slots.held))
             await asyncio.sleep(0.001)
         for task in tasks:
             task.result()
@@ -115,10 +115,10 @@ async def test_a_slot_stays_taken_while_the_engine_keeps_what_nobody_took(tmp_pa
         site.instances[1][0].room.forget()  # like a gateway that has not been informed of it yet
         waits = site.start(site.request(max_tokens=4))
         await asyncio.sleep(0.2)  # computed, and no decode has room
-        assert len(site.p[0]._held) == 1
+        assert len(site.p[0]._slots.held) == 1
         waits.cancel()
         await asyncio.sleep(0.01)
-        assert len(site.p[0]._held) == 1
+        assert len(site.p[0]._slots.held) == 1
         assert len(site.world.kept) == 1
 
         late = site.start(site.request(max_tokens=4))

@@ -366,7 +366,7 @@ async def test_prompt_over_scattered_blocks(tmp_path: Path) -> None:
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.13)
         prompt = client.compute("long", site.prompt(6, prefix), max_tokens=6)  # 11 blocks
-        assert len(site.d[0]._open["long"].sequence.runs) == 3
+        assert len(site.d[0]._admission.open["long"].sequence.runs) == 3
         await asyncio.sleep(1)
         assert client.cached("long") == 32
         assert client.tokens("long") == client.expected(prompt, 6)

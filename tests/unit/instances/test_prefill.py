@@ -77,7 +77,7 @@ async def test_quick_result_is_the_only_reply(tmp_path: Path) -> None:
 async def test_it_does_not_wake_for_those_who_do_not_watch(tmp_path: Path) -> None:
     async with Site(tmp_path, profile={"speed": 0}) as site:
         client, prefill = Client(site), site.p[0]
-        with mock.patch.object(prefill, "_look", wraps=prefill._look) as look:
+        with mock.patch.object(prefill._slots, "look", wraps=prefill._slots.look) as look:
             client.submit("a")
             await asyncio.sleep(1)
             client.release("a")

@@ -34,7 +34,7 @@ async def test_release_before_during_and_after_the_forward(tmp_path: Path) -> No
         assert client.of("c")[-1] == Failed("CANCELLED", "released")
         client.release("a")
         assert client.of("a") == [Accepted()], "its forward continues"
-        assert len(site.p[0]._held) == 2
+        assert len(site.p[0]._slots.held) == 2
         await asyncio.sleep(0.02)
         assert client.of("a")[-1] == Failed("CANCELLED", "released")
         await asyncio.sleep(0.04)

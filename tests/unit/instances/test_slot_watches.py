@@ -69,7 +69,7 @@ async def test_free_slot_is_told_at_once(tmp_path: Path) -> None:
         (a,) = gateways(site, "a")
         a.watch()
         assert a.of("watch") == NOTIFIED
-        assert not site.p[0]._watches
+        assert not site.p[0]._slots.watches
         await asyncio.sleep(1)
         assert a.of("watch") == NOTIFIED, "notified once"
 
@@ -176,7 +176,7 @@ async def test_a_watch_whose_release_is_lost_is_over_after_a_while(tmp_path: Pat
         assert b.of("again") == []
         await asyncio.sleep(0.5 * WATCHED_S)
         assert b.of("again") == [Released()]
-        assert not site.p[0]._watches
+        assert not site.p[0]._slots.watches
         a.release("held 0")
 
 
@@ -184,7 +184,7 @@ async def test_a_watch_whose_release_is_lost_is_over_after_a_while(tmp_path: Pat
 async def test_a_room_watch_whose_release_is_lost_is_over_after_a_while(tmp_path: Path) -> None:
     async with Site(tmp_path, profile=TIMES) as site:
         told: list[Reply] = []
-        room = site.d[0]._room()
+        room = site.d[0]._admission.room()
         site.d[0].watch(Watch("a watch", "a", room), "a", lambda reply, _: told.append(reply))
         await asyncio.sleep(0.9 * WATCHED_S)
         assert not told
@@ -368,7 +368,7 @@ async def test_released_watch_is_over(tmp_path: Path) -> None:
         b.watch()
         b.release("watch")
         assert b.of("watch") == [Released()]
-        assert len(site.p[0]._watches) == 0
+        assert len(site.p[0]._slots.watches) == 0
         a.release("held 0")
         await asyncio.sleep(SOON_S)
         assert b.of("watch") == [Released()]
@@ -430,7 +430,7 @@ async def test_a_connection_has_one_turn_whatever_names_it_gives(tmp_path: Path)
             watch = Watch(f"{number}", f"gateway {number}")
             site.p[0].watch(watch, "one connection", lambda reply, _last: ends.append(reply))
         assert ends == [Released()] * 2999
-        assert len(site.p[0]._watches) == 1
+        assert len(site.p[0]._slots.watches) == 1
         other.watch()
         owner.release("held 0")
         await asyncio.sleep(SOON_S)

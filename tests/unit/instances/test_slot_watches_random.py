@@ -78,8 +78,8 @@ async def test_no_slot_is_idle_while_somebody_waits(seed: int, tmp_path: Path) -
         served = asyncio.gather(*(gateway.serve(25) for gateway in gateways))
         since, longest = loop.time(), 0.0
         while not served.done():
-            idle = prefill._free() - len(prefill._watches.kept)
-            if idle <= 0 or not prefill._watches:
+            idle = prefill._slots.free() - len(prefill._slots.watches.kept)
+            if idle <= 0 or not prefill._slots.watches:
                 since = loop.time()
             longest = max(longest, loop.time() - since)
             await asyncio.sleep(GLANCE_S)

@@ -308,7 +308,7 @@ async def test_no_idle_decode_within_the_lease(tmp_path: Path) -> None:
         assert (request.state, request.output_tokens) == (State.PREFILLED, 1)
         await at(0.8)
         assert (request.state, request.output_tokens) == (State.WAITING, 1)
-        assert not site.p[0]._held
+        assert not site.p[0]._slots.held
         assert await task == site.expected(request)
         assert request.attempts == 2
         await running

@@ -111,7 +111,7 @@ def test_what_a_failed_decode_has_told_keeps_no_trial_from_it() -> None:
 async def test_nobody_is_computed_before_there_is_room(tmp_path: Path) -> None:
     """Two of six answers fit into the decode: each answer is complete, or has no token at all."""
     async with Site(tmp_path, profile=TIMES, prefill={"slots": 6}, decode={"blocks": 64}) as site:
-        site.instances[1][0].room.tell(site.d[0]._room(), 0.0)  # as when it is connected
+        site.instances[1][0].room.tell(site.d[0]._admission.room(), 0.0)  # as when it is connected
         requests = [site.request(20, max_tokens=480, ttft_limit_s=60.0) for _ in range(6)]
         first, *others = map(site.start, requests)
         await asyncio.sleep(0.2)
@@ -141,7 +141,7 @@ async def race(site: Site, tokens: int, limit_s: float) -> list[Request]:
 
     for one in sites:  # as when they are connected
         for instance, decode in zip(one.instances[1], site.d, strict=True):
-            instance.room.tell(decode._room(), asyncio.get_running_loop().time())
+            instance.room.tell(decode._admission.room(), asyncio.get_running_loop().time())
     await asyncio.gather(*(ask(sites[number % 2]) for number in range(16)))
     return requests
 
@@ -191,7 +191,9 @@ async def test_room_that_another_gateway_frees_is_heard_of(tmp_path: Path) -> No
         other = site.beside()
         running = other.start(other.request(max_tokens=200))
         await asyncio.sleep(0.1)
-        site.instances[1][0].room.tell(site.d[0]._room(), asyncio.get_running_loop().time())
+        site.instances[1][0].room.tell(
+            site.d[0]._admission.room(), asyncio.get_running_loop().time()
+        )
         request = site.request()
         task = site.start(request)
         await asyncio.sleep(0.5)

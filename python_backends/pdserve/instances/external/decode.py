@@ -7,25 +7,23 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
-import msgspec
 import numpy as np
 
 from pdserve import config, errors
 from pdserve.engines.external import Asked, GenerationEngine, Piece
 from pdserve.instances import admission
-from pdserve.instances.acceptance import AFTER_S, TRIAL_S, interval_s
+from pdserve.instances.acceptance import TRIAL_S, interval_s
+from pdserve.instances.accepted_call import AcceptedCall
 from pdserve.instances.decode import TICK_S
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
-from pdserve.instances.slot_watches import WATCHED_S, RoomWatches, Send
+from pdserve.instances.room_admission import RoomAdmission
+from pdserve.instances.slot_watches import Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.handle import unseal
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
     MAX_TOKENS,
-    SUSPECT,
-    Accepted,
-    Busy,
     Connect,
     Connected,
     DecodeRequest,
@@ -33,7 +31,6 @@ from pdserve.rpc.messages import (
     NotConnected,
     Released,
     Reply,
-    Room,
     Tokens,
     Watch,
 )
@@ -45,31 +42,13 @@ UNKNOWN_RATE = 1e12
 
 
 @dataclass(slots=True, eq=False)
-class _Call:
-    """A request that has been accepted, until its end."""
+class _Call(AcceptedCall):
+    """An accepted request with the task that serves it."""
 
-    request: DecodeRequest
-    send: Send
     began: float
     sent: int
     """Number of tokens of the answer that have been sent, the prefill's first one included."""
-    sent_at: float = 0.0
-    unsent: list[int] = field(default_factory=list)
-    transfer: TransferReport | None = None
-    """Report of the KV cache's transfer, until it has been sent."""
-    arrived: bool = False
-    task: asyncio.Task[Reply] | None = field(default=None, repr=False)
-    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
-
-    @property
-    def on_trial(self) -> bool:
-        """Tell whether it is a suspect that has had no token here yet."""
-        return self.request.suspect and (not self.arrived or self.transfer is not None)
-
-    def tell(self, reply: Reply, last: bool) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-        self.send(reply, last)
+    task: asyncio.Task[Reply] | None = field(default=None, repr=False, kw_only=True)
 
 
 class ExternalDecode:
@@ -97,9 +76,9 @@ class ExternalDecode:
         self._metrics = metrics
         self._prefills: dict[bytes, str] = {}
         """Names of the prefills that it is connected to, by epoch."""
-        self._watches = RoomWatches(self._room)
+        # The engine manages its blocks itself, so their number is not limited.
+        self._admission = RoomAdmission[_Call](limits, lambda: MAX_TOKENS)
         self._reports = Reports(name, engine, metrics)
-        self._open: dict[str, _Call] = {}
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """Reply to a request that is given up."""
         self._tasks = Background()
@@ -112,11 +91,11 @@ class ExternalDecode:
     async def close(self) -> None:
         self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
         await self._tasks.close()
-        tasks = [call.task for call in self._open.values() if call.task]
+        tasks = [call.task for call in self._admission.open.values() if call.task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._watches.close(self._unwanted)
+        self._admission.watches.close(self._unwanted)
         await self._engine.close()
 
     @property
@@ -141,7 +120,7 @@ class ExternalDecode:
             del self._prefills[epoch]
         self._prefills[holder.epoch] = holder.name
         link = LinkReport(self._transport, "", 0.0, UNKNOWN_RATE, {}, False)
-        send(Connected(holder.name, link, 0, self._room()), True)
+        send(Connected(holder.name, link, 0, self._admission.room()), True)
 
     # ---------------------------------------------------------------- admission
 
@@ -153,12 +132,8 @@ class ExternalDecode:
         except errors.InvalidRequest as error:
             send(Failed(error.code, f"{self._name}: {error}"), True)
             return
-        if request.id in self._open:
-            send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
-            return
-        if full := self._full(request):
-            self._watches.refused()
-            send(Busy(full, self._room()), True)
+        if (refusal := self._admission.refusal(request)) is not None:
+            send(refusal, True)
             return
         link = b""
         if request.handle:
@@ -176,46 +151,24 @@ class ExternalDecode:
                 return
             link = handle.link
         now = self._loop.time()
-        call = _Call(request, send, now, 0 if request.first_token is None else 1, now)
-        self._open[request.id] = call
-        if request.suspect or request.hurry:
-            self._accept(call)
-        else:
-            call.timer = self._loop.call_later(AFTER_S, self._accept, call)
+        sent = 0 if request.first_token is None else 1
+        call = _Call(request, send, now, sent, sent_at=now)
+        self._admission.take_in(call)
         call.task = asyncio.create_task(self._run(call, link))
         call.task.add_done_callback(partial(self._ended, call))
 
-    def _accept(self, call: _Call) -> None:
-        call.send(Accepted(room=self._room()), False)
-
-    def _room(self) -> Room:
-        """Return the free slots.
-
-        The engine manages its blocks itself, so their number is not limited.
-        """
-        return Room(self._limits.slots - len(self._open), MAX_TOKENS)
-
-    def _full(self, request: DecodeRequest) -> str:
-        """Return the resource that is exhausted; empty: none."""
-        if len(self._open) >= self._limits.slots:
-            return "slots"
-        on_trial = request.suspect and any(call.on_trial for call in self._open.values())
-        return SUSPECT if on_trial else ""
-
     def release(self, request_id: str, send: Send) -> None:
         """Give up a request."""
-        call = self._open.get(request_id)
+        call = self._admission.open.get(request_id)
         if call is not None:
             assert call.task is not None
             call.task.cancel()
-        self._watches.release(request_id)
+        self._admission.watches.release(request_id)
         send(Released(), True)
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Report once that a request has ended since; at once if none is open."""
-        used, slots = len(self._open), self._limits.slots
-        self._watches.wait(request, stream, send, used, slots, self._loop.time())
-        self._loop.call_later(WATCHED_S, self._watches.release, request.id)
+        self._admission.watch(request, stream, send, self._loop.time())
 
     # ------------------------------------------------------------------- decode
 
@@ -245,7 +198,6 @@ class ExternalDecode:
         return Failed(errors.InstanceError.code, f"{self._name}: the answer has no end")
 
     def _ended(self, call: _Call, task: asyncio.Task[Reply]) -> None:
-        del self._open[call.request.id]
         # It may have been cancelled before its first step, where no handler in it runs.
         if task.cancelled():
             reply: Reply = self._unwanted
@@ -253,10 +205,7 @@ class ExternalDecode:
             reply = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
         else:
             reply = task.result()
-        if isinstance(reply, Tokens):
-            reply = msgspec.structs.replace(reply, room=self._room())
-        call.tell(reply, True)
-        self._watches.ended(self._loop.time())
+        self._admission.end(call, reply, self._loop.time())
 
     def _append(self, call: _Call, piece: Piece) -> Tokens | None:
         """Add new tokens to the answer; return the last reply if they end it."""
@@ -269,24 +218,19 @@ class ExternalDecode:
             ms = (now - call.began) * 1e3
             call.transfer = TransferReport(0, self._transport, "engine", ms, ms, 0.0, first)
         call.unsent += piece.ids
-        quiet = now - call.sent_at < interval_s(self._limits, len(self._open), request)
+        quiet = now - call.sent_at < interval_s(self._limits, len(self._admission.open), request)
         # The reply that frees the prefill's slot is not delayed.
         if quiet and not piece.finish_reason and call.transfer is None:
             return None
-        ids = np.array(call.unsent, "<i4").tobytes()
-        room = self._room() if call.transfer is not None and not piece.finish_reason else None
-        reply = Tokens(call.sent, ids, piece.finish_reason, call.transfer, room)
-        if call.on_trial:
-            self._watches.ended(now)  # another suspect may be tried
-        call.sent += len(call.unsent)
-        call.sent_at, call.unsent, call.transfer = now, [], None
+        reply = self._admission.tokens(call, call.sent, piece.finish_reason)
         if piece.finish_reason:
             return reply
-        call.tell(reply, False)
+        call.sent += len(call.unsent)
+        self._admission.tell(call, reply, now)
         return None
 
     async def _keep_time(self) -> None:
         while True:
-            used, slots = len(self._open), self._limits.slots
-            show(self._metrics, self._name, used, slots, self._watches)
+            used, slots = len(self._admission.open), self._limits.slots
+            show(self._metrics, self._name, used, slots, self._admission.watches)
             await asyncio.sleep(TICK_S)

@@ -30,14 +30,13 @@ from pdserve.instances.acceptance import TRIAL_S, Acceptance
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
 from pdserve.instances.prefill import TICK_S
-from pdserve.instances.slot_watches import WATCHED_S, Send, SlotWatches
+from pdserve.instances.slot_admission import SlotAdmission
+from pdserve.instances.slot_watches import Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
-    SUSPECT,
-    Busy,
     Described,
     Failed,
     Prefilled,
@@ -68,6 +67,11 @@ class _Held:
     """Time at which the engine frees the KV cache by itself."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
+    @property
+    def computing(self) -> bool:
+        """Tell whether its first token is not known yet."""
+        return self.phase is Phase.COMPUTING
+
 
 class ExternalPrefill:
     """One engine in the prefill role. The engine is closed with the instance.
@@ -90,8 +94,7 @@ class ExternalPrefill:
         self._key = key
         self._metrics = metrics
         self._epoch = secrets.token_bytes(EPOCH_BYTES)
-        self._held: dict[str, _Held] = {}
-        self._watches = SlotWatches()
+        self._slots = SlotAdmission[_Held](limits.slots, self._places, self._sweep)
         self._reports = Reports(name, engine, metrics)
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """Reply to a prompt that is given up."""
@@ -105,11 +108,11 @@ class ExternalPrefill:
     async def close(self) -> None:
         self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
         await self._tasks.close()
-        tasks = [held.task for held in self._held.values() if held.task]
+        tasks = [held.task for held in self._slots.held.values() if held.task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._watches.close(self._unwanted)
+        self._slots.watches.close(self._unwanted)
         await self._engine.close()
 
     @property
@@ -132,64 +135,52 @@ class ExternalPrefill:
             engine = self._engine
             admission.prompt(request, engine.context_length, engine.vocabulary)
         except errors.InvalidRequest as error:
-            self._watches.took(request.gateway)
-            send(Failed(error.code, f"{self._name}: {error}"), True)
+            self._slots.reject(request, f"{self._name}: {error}", send)
             return
-        if request.id in self._held:
-            send(Failed(errors.InvalidRequest.code, f"request id {request.id} is in use"), True)
+        now = self._loop.time()
+        if (refusal := self._slots.refusal(request, now)) is not None:
+            send(refusal, True)
             return
-        self._look(offering=request.gateway)
-        if not self._watches.admits(request.gateway, self._free()):
-            send(Busy("slots"), True)
-            return
-        if request.suspect and any(
-            held.phase is Phase.COMPUTING and held.request.suspect for held in self._held.values()
-        ):
-            send(Busy(SUSPECT), True)
-            return
-        self._watches.took(request.gateway)
-        held = self._held[request.id] = _Held(request, send, Acceptance(send), self._loop.time())
+        held = _Held(request, send, Acceptance(send), now)
+        self._slots.take(held)
         held.acceptance.begin(request.hurry or request.suspect)
         held.task = asyncio.create_task(self._compute(held))
         held.task.add_done_callback(partial(self._computed, held))
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Report once when a slot is free for this gateway, which may be now."""
-        self._watches.add(request, stream, send)
-        self._loop.call_later(WATCHED_S, self._watches.release, request.id)
-        self._look()
+        self._slots.watch(request, stream, send, self._loop.time())
 
-    def _look(self, offering: str | None = None) -> None:
-        """Check which KV caches the engine has freed, and notify the next gateways."""
-        now = self._loop.time()
-        for held in list(self._held.values()):
-            if held.phase is not Phase.COMPUTING and now >= held.until:
-                del self._held[held.request.id]
-        self._watches.tell(self._free(), now, offering)
+    def _places(self) -> int:
+        """Return the number of further prompts that may be computed at once."""
+        computing = sum(held.computing for held in self._slots.held.values())
+        return self._limits.batch - computing
 
-    def _free(self) -> int:
-        """Return the number of slots that could be taken."""
-        computing = sum(held.phase is Phase.COMPUTING for held in self._held.values())
-        return min(self._limits.batch - computing, self._limits.slots - len(self._held))
+    def _sweep(self, now: float) -> bool:
+        """End what the engine has freed by itself; it always finds memory for another prompt."""
+        for held in list(self._slots.held.values()):
+            if not held.computing and now >= held.until:
+                del self._slots.held[held.request.id]
+        return True
 
     def release(self, request_id: str, send: Send) -> None:
         """Release whatever is held for the request, or end a watch."""
-        self._watches.release(request_id)
-        held = self._held.get(request_id)
-        if held is not None and held.phase is Phase.COMPUTING:
+        self._slots.watches.release(request_id)
+        held = self._slots.held.get(request_id)
+        if held is not None and held.computing:
             assert held.task is not None
             held.task.cancel()
         elif held is not None:
             held.phase = Phase.PINNED
-        self._look()
+        self._slots.look(self._loop.time())
         send(Released(), True)
 
     def transferred(self, request_id: str, send: Send) -> None:
         """Note that a decode has the KV cache."""
-        held = self._held.get(request_id)
+        held = self._slots.held.get(request_id)
         if held is not None and held.phase is Phase.WAITING:
-            del self._held[request_id]
-        self._look()
+            del self._slots.held[request_id]
+        self._slots.look(self._loop.time())
         send(Released(), True)
 
     # ------------------------------------------------------------------ compute
@@ -224,9 +215,9 @@ class ExternalPrefill:
     def _computed(self, held: _Held, task: asyncio.Task[None]) -> None:
         if task.cancelled():  # perhaps before its first step, where no handler in it runs
             self._end(held, self._unwanted)
-        elif (error := task.exception()) and self._held.get(held.request.id) is held:
+        elif (error := task.exception()) and self._slots.held.get(held.request.id) is held:
             self._end(held, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
-        self._look()
+        self._slots.look(self._loop.time())
 
     def _hand_over(self, held: _Held, context: Context) -> None:
         now = self._loop.time()
@@ -234,7 +225,7 @@ class ExternalPrefill:
         if context.link:
             held.phase, held.until = Phase.WAITING, now + self._engine.keeps_s
         else:
-            del self._held[held.request.id]
+            del self._slots.held[held.request.id]
         handle = ExternalHandle(
             epoch=self._epoch, prompt=digest(held.request.prompt), link=context.link
         )
@@ -252,14 +243,15 @@ class ExternalPrefill:
     def _end(self, held: _Held, reply: Reply) -> None:
         """End a request that has failed or is unwanted before its first token."""
         held.acceptance.end()
-        del self._held[held.request.id]
+        del self._slots.held[held.request.id]
         held.send(reply, True)
 
     async def _keep_time(self) -> None:
         while True:
-            self._look()
-            show(self._metrics, self._name, len(self._held), self._limits.slots, self._watches)
-            phases = [held.phase for held in self._held.values()]
+            self._slots.look(self._loop.time())
+            used, slots = len(self._slots.held), self._limits.slots
+            show(self._metrics, self._name, used, slots, self._slots.watches)
+            phases = [held.phase for held in self._slots.held.values()]
             for phase in Phase:
                 count = phases.count(phase)
                 self._metrics.set(
