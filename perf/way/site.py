@@ -23,6 +23,7 @@ from pdserve.gateway.service import Part, Prompt, Service
 from pdserve.gateway.trace_context import Trace
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.instances.protocol import DecodeRole, PrefillRole, dispatch
 from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
@@ -51,7 +52,7 @@ _ASKED = Parameters(
 class MemoryChannel:
     """A channel to an instance in the same event loop; its messages are encoded as on the wire."""
 
-    def __init__(self, instance: PrefillInstance | DecodeInstance) -> None:
+    def __init__(self, instance: PrefillRole | DecodeRole) -> None:
         self._instance = instance
         self._calls = Calls()
         self._answers = Answers(self._send)
@@ -65,19 +66,7 @@ class MemoryChannel:
         opened = Call(call, f"memory/{call}")
         self._answers.open(opened)
         send = partial(self._answers.reply, opened)
-        match self._instance, messages.decode_request(data):
-            case instance, messages.Release(id=released):
-                instance.release(released, send)
-            case instance, messages.Watch() as request:
-                instance.watch(request, opened.stream, send)
-            case PrefillInstance() as prefill, messages.PrefillRequest() as request:
-                prefill.submit(request, send)
-            case PrefillInstance() as prefill, messages.Describe():
-                prefill.describe(send)
-            case DecodeInstance() as decode, messages.DecodeRequest() as request:
-                decode.submit(request, send)
-            case DecodeInstance() as decode, messages.Connect() as request:
-                decode.connect(request, send)
+        dispatch(self._instance, messages.decode_request(data), opened.stream, send)
 
     def _send(self, call: str, data: bytes | None, _last: bool) -> None:
         if data is not None:

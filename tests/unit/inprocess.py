@@ -28,25 +28,15 @@ from pdserve import config
 from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill, Profile
 from pdserve.errors import InstanceError, PDServeError
 from pdserve.instances.decode import DecodeInstance
-from pdserve.instances.external.decode import ExternalDecode
-from pdserve.instances.external.prefill import ExternalPrefill
 from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.instances.protocol import DecodeRole, PrefillRole, dispatch
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.kvcache.sharding import sharding_for
 from pdserve.observability.catalogue import METRICS
 from pdserve.observability.metrics import Histogram, Registry
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
-from pdserve.rpc.messages import (
-    Connect,
-    Describe,
-    Failed,
-    PrefillRequest,
-    Release,
-    Reply,
-    Transferred,
-    Watch,
-)
+from pdserve.rpc.messages import Failed, Reply
 from pdserve.rpc.server import Answers, Call
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
@@ -81,7 +71,6 @@ LIMIT_S = 120.0
 CLEAN_S = 0.2
 
 Message = messages.Request | Reply
-AnyInstance = PrefillInstance | ExternalPrefill | DecodeInstance | ExternalDecode
 
 
 def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -119,7 +108,7 @@ class Link:
     and the messages that `lose` selects come from seeded generators.
     """
 
-    def __init__(self, name: str, instance: AnyInstance, seed: int) -> None:
+    def __init__(self, name: str, instance: PrefillRole | DecodeRole, seed: int) -> None:
         self.requests: list[messages.Request] = []
         self.replies: list[tuple[str, Reply]] = []
         self.responses = 0
@@ -204,30 +193,12 @@ class Link:
 
 
 def submit(
-    instance: AnyInstance,
+    instance: PrefillRole | DecodeRole,
     request: messages.Request,
     send: Callable[[Reply, bool], None],
 ) -> None:
-    """Do the work of the Triton model around an instance."""
-    if isinstance(request, Release):
-        instance.release(request.id, send)
-    elif isinstance(request, Watch):
-        instance.watch(request, request.gateway, send)
-    elif isinstance(request, Transferred):
-        assert isinstance(instance, ExternalPrefill)
-        instance.transferred(request.id, send)
-    elif isinstance(request, PrefillRequest):
-        assert isinstance(instance, PrefillInstance | ExternalPrefill)
-        instance.submit(request, send)
-    elif isinstance(request, Describe):
-        assert isinstance(instance, PrefillInstance | ExternalPrefill)
-        instance.describe(send)
-    elif isinstance(request, Connect):
-        assert isinstance(instance, DecodeInstance | ExternalDecode)
-        instance.connect(request, send)
-    else:
-        assert isinstance(instance, DecodeInstance | ExternalDecode)
-        instance.submit(request, send)
+    """Do the work of the Triton model around an instance; a gateway has one connection."""
+    dispatch(instance, request, getattr(request, "gateway", ""), send)
 
 
 class Model(EmulatedModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from pdserve import config
-from pdserve.instances.slot_watches import Send
+from pdserve.instances.protocol import Send
 from pdserve.rpc.messages import Accepted, DecodeRequest
 
 # A result that comes sooner than this is sent without an acceptance; otherwise the acceptance is

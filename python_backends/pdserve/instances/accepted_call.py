@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import KW_ONLY, dataclass, field
 
 from pdserve.engines.protocol import DecodeSequence
-from pdserve.instances.slot_watches import Send
+from pdserve.instances.protocol import Send
 from pdserve.kvcache.block_manager import ReservedBlocks
 from pdserve.rpc.messages import DecodeRequest, Reply
 from pdserve.transfer.reports import TransferReport

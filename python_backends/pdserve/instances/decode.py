@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -20,8 +21,8 @@ from pdserve.instances.acceptance import TRIAL_S, interval_s
 from pdserve.instances.accepted_call import ReservedCall
 from pdserve.instances.kv_imports import KVImports
 from pdserve.instances.local_prefill import LocalPrefill
+from pdserve.instances.protocol import Send
 from pdserve.instances.room_admission import RoomAdmission
-from pdserve.instances.slot_watches import Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.block_manager import BlockManager
 from pdserve.kvcache.handle import KVHandle
@@ -56,6 +57,8 @@ class DecodeInstance:
         pulls: number of pulls that run at the same time.
         turn_tokens: maximum tokens of prompts that it computes itself between two steps.
     """
+
+    role: ClassVar[Literal["decode"]] = "decode"
 
     def __init__(
         self,

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from pdserve import config, errors
 from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
 from pdserve.instances import admission
 from pdserve.instances.acceptance import TRIAL_S, Acceptance
 from pdserve.instances.forwards import Forwards
+from pdserve.instances.protocol import Send
 from pdserve.instances.slot_admission import SlotAdmission
-from pdserve.instances.slot_watches import Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.arena import Range, State
 from pdserve.kvcache.prefix_index import PrefixIndex, shorten
@@ -71,6 +72,8 @@ class PrefillInstance:
     Args:
         holder: holder of its memory, whose data is the arena; closed with the instance.
     """
+
+    role: ClassVar[Literal["prefill"]] = "prefill"
 
     def __init__(
         self,
@@ -127,6 +130,14 @@ class PrefillInstance:
     def describe(self, send: Send) -> None:
         """Send how its memory is reached."""
         send(Described(self._holder.endpoint), True)
+
+    def transferred(self, request_id: str, send: Send) -> None:
+        """Refuse: the lease shows that a decode has the KV cache, and no gateway is asked to tell.
+
+        Raises:
+            InstanceError: always.
+        """
+        raise errors.InstanceError(f"a Transferred came to a {type(self).__name__}")
 
     # ---------------------------------------------------------------- admission
 

@@ -16,7 +16,8 @@ import numpy as np
 from pdserve import config, errors
 from pdserve.instances.acceptance import AFTER_S
 from pdserve.instances.accepted_call import AcceptedCall
-from pdserve.instances.slot_watches import WATCHED_S, RoomWatches, Send
+from pdserve.instances.protocol import Send
+from pdserve.instances.slot_watches import WATCHED_S, RoomWatches
 from pdserve.rpc.messages import (
     SUSPECT,
     Accepted,

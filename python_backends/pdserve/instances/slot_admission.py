@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from pdserve import errors
-from pdserve.instances.slot_watches import WATCHED_S, Send, SlotWatches
+from pdserve.instances.protocol import Send
+from pdserve.instances.slot_watches import WATCHED_S, SlotWatches
 from pdserve.rpc.messages import SUSPECT, Busy, Failed, PrefillRequest, Watch
 
 

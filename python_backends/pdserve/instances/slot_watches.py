@@ -20,10 +20,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pdserve import errors
+from pdserve.instances.protocol import Send
 from pdserve.rpc.messages import Failed, Freed, Released, Reply, Room, Watch
-
-Send = Callable[[Reply, bool], None]
-"""Sends a reply; the flag is True with the last one."""
 
 # An offer follows within a few milliseconds, ten of them where the gateway is busy. If none does,
 # the slot has been idle for this long.

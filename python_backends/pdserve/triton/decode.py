@@ -6,6 +6,7 @@ from pdserve import config
 from pdserve.engines import build
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.external.decode import ExternalDecode
+from pdserve.instances.protocol import DecodeRole
 from pdserve.observability.metrics import Registry
 from pdserve.transfer import plane
 from pdserve.triton.instance import InstanceModel
@@ -14,7 +15,7 @@ from pdserve.triton.instance import InstanceModel
 class TritonPythonModel(InstanceModel):
     def make(
         self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
-    ) -> DecodeInstance | ExternalDecode:
+    ) -> DecodeRole:
         limits = deployment.decode
         if deployment.engine.external:
             external = build.external(name, "decode", deployment)

@@ -13,25 +13,13 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors
-from pdserve.instances.decode import DecodeInstance
-from pdserve.instances.external.decode import ExternalDecode
-from pdserve.instances.external.prefill import ExternalPrefill
-from pdserve.instances.prefill import PrefillInstance
+from pdserve.instances.protocol import DecodeRole, PrefillRole, dispatch
 from pdserve.node import epoch
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.observability.publisher import Publisher
 from pdserve.rpc import messages
-from pdserve.rpc.messages import (
-    Connect,
-    DecodeRequest,
-    Describe,
-    Failed,
-    PrefillRequest,
-    Release,
-    Transferred,
-    Watch,
-)
+from pdserve.rpc.messages import Failed
 from pdserve.rpc.seal import Refusals, Seal, Unsealed
 from pdserve.rpc.server import Answers, Call
 from pdserve.supervision import Background
@@ -54,7 +42,7 @@ class InstanceModel(ABC):
     @abstractmethod
     def make(
         self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
-    ) -> PrefillInstance | ExternalPrefill | DecodeInstance | ExternalDecode:
+    ) -> PrefillRole | DecodeRole:
         """Make the instance and load its model."""
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -135,25 +123,7 @@ class InstanceModel(ABC):
 
     def _submit(self, call: Call, data: memoryview) -> None:
         send = partial(self._answers.reply, call)
-        match self._instance, messages.decode_request(data):
-            case _, Release(id=released):
-                self._instance.release(released, send)
-            case instance, Watch() as request:
-                instance.watch(request, call.stream, send)
-            case ExternalPrefill() as prefill, Transferred(id=transferred):
-                prefill.transferred(transferred, send)
-            case PrefillInstance() | ExternalPrefill() as prefill, PrefillRequest() as request:
-                prefill.submit(request, send)
-            case PrefillInstance() | ExternalPrefill() as prefill, Describe():
-                prefill.describe(send)
-            case DecodeInstance() | ExternalDecode() as decode, DecodeRequest() as request:
-                decode.submit(request, send)
-            case DecodeInstance() | ExternalDecode() as decode, Connect() as request:
-                decode.connect(request, send)
-            case instance, request:
-                raise errors.InstanceError(
-                    f"a {type(request).__name__} came to a {type(instance).__name__}"
-                )
+        dispatch(self._instance, messages.decode_request(data), call.stream, send)
 
     def _send(self, key: str, data: bytes | None, last: bool) -> None:
         response = None

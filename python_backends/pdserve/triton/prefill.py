@@ -6,6 +6,7 @@ from pdserve import config
 from pdserve.engines import build
 from pdserve.instances.external.prefill import ExternalPrefill
 from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.instances.protocol import PrefillRole
 from pdserve.observability.metrics import Registry
 from pdserve.transfer import plane
 from pdserve.triton.instance import InstanceModel
@@ -14,7 +15,7 @@ from pdserve.triton.instance import InstanceModel
 class TritonPythonModel(InstanceModel):
     def make(
         self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
-    ) -> PrefillInstance | ExternalPrefill:
+    ) -> PrefillRole:
         limits = deployment.prefill
         if deployment.engine.external:
             engine = build.external(name, "prefill", deployment)

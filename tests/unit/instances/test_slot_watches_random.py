@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from pdserve.instances.slot_watches import Send
+    from pdserve.instances.protocol import Send
 
 # How often the test checks.
 GLANCE_S = 1e-4

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from pdserve.instances.accepted_call import AcceptedCall
 from pdserve.instances.decode import TICK_S
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
+from pdserve.instances.protocol import Send
 from pdserve.instances.room_admission import RoomAdmission
-from pdserve.instances.slot_watches import Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.handle import unseal
 from pdserve.observability.metrics import Registry
@@ -58,6 +59,8 @@ class ExternalDecode:
         transport: name of the engine's link in ``stats``.
         key: key of the deployment, under which handles are sealed.
     """
+
+    role: ClassVar[Literal["decode"]] = "decode"
 
     def __init__(
         self,

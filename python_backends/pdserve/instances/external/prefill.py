@@ -20,6 +20,7 @@ import secrets
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -30,8 +31,8 @@ from pdserve.instances.acceptance import TRIAL_S, Acceptance
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
 from pdserve.instances.prefill import TICK_S
+from pdserve.instances.protocol import Send
 from pdserve.instances.slot_admission import SlotAdmission
-from pdserve.instances.slot_watches import Send
 from pdserve.instances.slots import show
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
 from pdserve.observability import catalogue
@@ -79,6 +80,8 @@ class ExternalPrefill:
     Args:
         key: key of the deployment, under which handles are sealed.
     """
+
+    role: ClassVar[Literal["prefill"]] = "prefill"
 
     def __init__(
         self,
