@@ -22,7 +22,8 @@ from pdserve.gateway.parameters import Parameters
 from pdserve.gateway.service import Part, Prompt, Service
 from pdserve.gateway.trace_context import Trace
 from pdserve.instances.decode import DecodeInstance
-from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.instances.kv_exports import MAX_QUARANTINED
+from pdserve.instances.prefill import PrefillInstance
 from pdserve.instances.protocol import DecodeRole, PrefillRole, dispatch
 from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages

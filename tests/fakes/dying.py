@@ -42,15 +42,15 @@ def models(folder: Path) -> Path:
 def install(role: str, folder: str) -> None:
     """Called in a stub: let the work fail whose name is that of a file in `folder`."""
     from pdserve.engines.emulated import EmulatedDecode
-    from pdserve.instances.decode import DecodeInstance
     from pdserve.instances.prefill import PrefillInstance
+    from pdserve.instances.running_batch import RunningBatch
     from pdserve.triton.outbox import Outbox
 
     if role == "prefill":
         _fails(PrefillInstance, "_hand_over", Path(folder) / "prefill loop")
         _fails(Outbox, "_do", Path(folder) / "outbox thread")
     else:
-        _fails(DecodeInstance, "_append", Path(folder) / "decode loop")
+        _fails(RunningBatch, "append", Path(folder) / "decode loop")
         _poisoned(EmulatedDecode, Path(folder) / ENDED)
 
 

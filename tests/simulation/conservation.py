@@ -39,7 +39,8 @@ class Conservation:
 
     def prefill(self, prefill: PrefillInstance) -> None:
         """Slots, ranges and leases."""
-        held, manager, leases = prefill._slots.held, prefill._leases, prefill._holder.leases
+        held, exports = prefill._slots.held, prefill._exports
+        manager, leases = exports.leases, exports.holder.leases
         quarantined, arena = len(manager.quarantined), manager.arena
         seen = len(held), quarantined, len(leases), len(arena._evictor), arena._free_list.free
         if self._seen.get(prefill) == seen:
@@ -47,7 +48,7 @@ class Conservation:
         self._seen[prefill] = seen
         name, counts = prefill._name, arena.counts()
         self._expect(len(held) <= self._plan.prefill.slots, f"{name} holds {len(held)} requests")
-        pending = len(prefill._pending)
+        pending = len(prefill._computation.pending)
         self._expect(pending <= self._plan.prefill.batch, f"in {name} {pending} prompts wait")
         used = sum(counts[state][0] for state in IN_USE)
         self._expect(
@@ -63,7 +64,7 @@ class Conservation:
 
     def decode(self, decode: DecodeInstance) -> None:
         """Slots and blocks."""
-        opened, running, pool = decode._admission.open, decode._running, decode._blocks.pool
+        opened, running, pool = decode._admission.open, decode._batch.calls, decode._blocks.pool
         kept = pool._evictor.kept
         seen = len(opened), len(running), len(kept), len(pool._evictor.evictable), pool.free_blocks
         if self._seen.get(decode) == seen:
@@ -122,7 +123,7 @@ class Conservation:
             if now > max(limit, since) + grace:
                 what = f"{prefill._name}: {one.leased.range} {one.leased.range.state.value}"
                 self._expect(False, f"{what} outlives its end by {now - limit:.3f} s")
-        for leased in prefill._leases.quarantined:
+        for leased in prefill._exports.leases.quarantined:
             if now > max(leased.heard_at + QUIET_S, since) + grace:
                 self._expect(False, f"{prefill._name}: {leased.range} stays in quarantine")
 
@@ -169,17 +170,17 @@ class Conservation:
             counts |= {
                 "watches": len(one._slots.watches),
                 "slots": list(one._slots.held),
-                "pending": len(one._pending),
-                "leases": len(one._holder.leases),
-                "quarantined": len(one._leases.quarantined),
-                "ranges": len(one._leases.arena._evictor.kept),
+                "pending": len(one._computation.pending),
+                "leases": len(one._exports.holder.leases),
+                "quarantined": len(one._exports.leases.quarantined),
+                "ranges": len(one._exports.leases.arena._evictor.kept),
                 "tasks": len(life.process.tasks) - TASKS["prefill"],
             }
         else:
             counts |= {
                 "watches": len(one._admission.watches),
                 "open": list(one._admission.open),
-                "running": len(one._running),
+                "running": len(one._batch.calls),
                 "blocks": one._blocks.pool.used_blocks,
                 "pulls": len(one._kv_imports),
                 "prompts": len(one._local_prefill),

@@ -146,7 +146,8 @@ class Invariants:
         prefill = life.instance
         if not isinstance(prefill, PrefillInstance):
             return
-        next_batch, loop = prefill._next_batch, self._world.loop
+        computation, loop = prefill._computation, self._world.loop
+        next_batch = computation._next_batch
 
         def batch() -> Any:
             held, sources = next_batch()
@@ -155,7 +156,7 @@ class Invariants:
                 self.expect(late < EPS_S, f"{prefill._name} begins {late:.4f} s after the limit")
             return held, sources
 
-        prefill._next_batch = batch  # type: ignore[method-assign]
+        computation._next_batch = batch  # type: ignore[method-assign]
 
     def accepted(self, client: Client) -> None:
         """A prefill has taken its request."""

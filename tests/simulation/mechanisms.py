@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 from unittest import mock
 
-from pdserve.instances.prefill import PrefillInstance
+from pdserve.instances.prompt_computation import PromptComputation
 from pdserve.instances.slot_watches import SlotWatches
 from pdserve.scheduling import scheduler
 from pdserve.scheduling.circuit_breaker import CircuitBreaker, RetryBudget
@@ -74,7 +74,7 @@ MECHANISMS: dict[str, Patches] = {
     # Who waits for longer goes first.
     "order": ((Request, "order", property(lambda request: (False, -request.arrived))),),
     # A prompt whose limit has passed is not computed.
-    "limit in the prefill": ((PrefillInstance, "_give_up_late", _nothing),),
+    "limit in the prefill": ((PromptComputation, "_give_up_late", _nothing),),
 }
 
 

@@ -110,7 +110,7 @@ class Waiting:
         one = life.instance
         if isinstance(one, PrefillInstance):
             # Who was refused for lack of room waits until there is more; so do those behind it.
-            return one._refused_with < 0 and one._slots.free() > 0
+            return one._exports._refused_with < 0 and one._slots.free() > 0
         return len(one._admission.open) < self._plan.decode.slots
 
     def _fits(self, gateway: Gateway, instance: Instance, request: Request) -> bool:
@@ -121,8 +121,8 @@ class Waiting:
         if not admits(instance, request, role, self._world.loop.time()):
             return False
         if isinstance(one, PrefillInstance):
-            nbytes = len(request.so_far) // 4 * one._holder.token_bytes
-            return one._leases.arena._can_make_room(-(-nbytes // PAGE) * PAGE)
+            nbytes = one._exports.nbytes(len(request.so_far) // 4)
+            return one._exports.leases.arena._can_make_room(-(-nbytes // PAGE) * PAGE)
         pool, prefill = one._blocks.pool, gateway.instances[request.prefill]
         room = (pool.free_blocks + pool.cached_blocks) * pool.block_size
         if room < request.prompt_tokens + request.max_tokens + 1:

@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 
 from pdserve.instances.decode import DecodeInstance
-from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.instances.kv_exports import MAX_QUARANTINED
+from pdserve.instances.prefill import PrefillInstance
 from pdserve.kvcache.sharding import Sharding
 from pdserve.observability.metrics import Registry
 from pdserve.transfer.consumer.receiver import Receiver

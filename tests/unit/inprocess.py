@@ -28,7 +28,8 @@ from pdserve import config
 from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill, Profile
 from pdserve.errors import InstanceError, PDServeError
 from pdserve.instances.decode import DecodeInstance
-from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.instances.kv_exports import MAX_QUARANTINED
+from pdserve.instances.prefill import PrefillInstance
 from pdserve.instances.protocol import DecodeRole, PrefillRole, dispatch
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.kvcache.sharding import sharding_for
@@ -471,15 +472,15 @@ class Site:
         for prefill in self.p:
             counts |= {
                 f"{prefill._name} slots": len(prefill._slots.held),
-                f"{prefill._name} pending": len(prefill._pending),
-                f"{prefill._name} leases": len(prefill._holder.leases),
-                f"{prefill._name} quarantined": len(prefill._leases.quarantined),
-                f"{prefill._name} ranges": len(prefill._leases.arena._evictor.kept),
+                f"{prefill._name} pending": len(prefill._computation.pending),
+                f"{prefill._name} leases": len(prefill._exports.holder.leases),
+                f"{prefill._name} quarantined": len(prefill._exports.leases.quarantined),
+                f"{prefill._name} ranges": len(prefill._exports.leases.arena._evictor.kept),
             }
         for decode in self.d:
             counts |= {
                 f"{decode._name} open": len(decode._admission.open),
-                f"{decode._name} running": len(decode._running),
+                f"{decode._name} running": len(decode._batch.calls),
                 f"{decode._name} blocks": decode._blocks.pool.used_blocks,
                 f"{decode._name} pulls": len(decode._kv_imports),
             }

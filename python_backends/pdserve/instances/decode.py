@@ -17,12 +17,13 @@ import numpy as np
 from pdserve import config, errors
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
 from pdserve.instances import admission
-from pdserve.instances.acceptance import TRIAL_S, interval_s
+from pdserve.instances.acceptance import TRIAL_S
 from pdserve.instances.accepted_call import ReservedCall
 from pdserve.instances.kv_imports import KVImports
 from pdserve.instances.local_prefill import LocalPrefill
 from pdserve.instances.protocol import Send
 from pdserve.instances.room_admission import RoomAdmission
+from pdserve.instances.running_batch import RunningBatch
 from pdserve.instances.slots import show
 from pdserve.kvcache.block_manager import BlockManager
 from pdserve.kvcache.handle import KVHandle
@@ -82,15 +83,23 @@ class DecodeInstance:
         self._local_prefill = LocalPrefill(name, engine, turn_tokens, metrics, self._arrived)
         self._admission = RoomAdmission[ReservedCall](limits, self._free_blocks)
         self._connecting = 0
-        self._running: dict[str, ReservedCall] = {}
-        self._work = asyncio.Event()
+        self._batch = RunningBatch(
+            name,
+            model,
+            engine,
+            limits,
+            self._admission,
+            self._local_prefill,
+            metrics,
+            end=self._end,
+        )
         self._tasks = Background()
 
     def start(self) -> None:
         """Begin to decode and to keep time; called once in the running loop."""
         # An event loop's clock is CLOCK_MONOTONIC, which leases and handles use, too.
         self._loop = asyncio.get_running_loop()
-        self._tasks.start(self._decode(), self._keep_time())
+        self._tasks.start(self._batch.run(), self._keep_time())
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -166,14 +175,14 @@ class DecodeInstance:
         else:
             call.sent_at = self._loop.time()
             self._local_prefill.add(call)
-            self._work.set()
+            self._batch.wake()
 
     def release(self, request_id: str, send: Send) -> None:
         """Give up a request; what a step or a pull still uses is freed after it."""
         call = self._admission.open.get(request_id)
         if call is not None:
             call.released = True
-            self._work.set()
+            self._batch.wake()
         self._admission.watches.release(request_id)
         send(Released(), True)
 
@@ -200,10 +209,8 @@ class DecodeInstance:
             if isinstance(result, errors.PDServeError):
                 send(Failed(result.code, f"{self._name}: {result}"), True)
             else:
-                send(
-                    Connected(*result, self._model.layout.bytes_per_token, self._admission.room()),
-                    True,
-                )
+                token_bytes = self._model.layout.bytes_per_token
+                send(Connected(*result, token_bytes, self._admission.room()), True)
 
         self._kv_imports.connect(request.endpoint, done)
 
@@ -218,69 +225,20 @@ class DecodeInstance:
             self._end(call, Failed(errors.HandleError.code, f"{self._name}: {transfer}"))
         else:
             call.transfer = transfer
-            self._running[call.request.id] = call
+            self._batch.calls[call.request.id] = call
             if call.local:
-                self._append(call, transfer.token, self._loop.time(), 0.0)
+                self._batch.append(call, transfer.token, self._loop.time(), 0.0)
                 self._admission.watches.ended(self._loop.time())  # there is room for another prompt
                 return
             if not call.sequence.tokens:
                 call.sequence.tokens.append(transfer.token)
             if call.request.min_interval_ms:
                 call.sent_at = self._loop.time()
-            self._work.set()
-
-    # ------------------------------------------------------------------- decode
-
-    async def _decode(self) -> None:
-        while True:
-            await self._work.wait()
-            self._work.clear()
-            while self._running or self._local_prefill:
-                await self._local_prefill.turn()
-                if batch := self._batch():
-                    await self._step(batch)
-                self._metrics.add(catalogue.STEPS, 1, instance=self._name)
-
-    async def _step(self, batch: list[ReservedCall]) -> None:
-        try:
-            tokens = await self._engine.step([call.sequence for call in batch])
-        except Exception as error:  # one failed step may not end the instance
-            failed = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
-            for call in batch:
-                self._end(call, failed)
-            return
-        now = self._loop.time()
-        for call, token in zip(batch, tokens, strict=True):
-            interval = interval_s(self._limits, len(self._admission.open), call.request)
-            self._append(call, token, now, interval)
-
-    def _batch(self) -> list[ReservedCall]:
-        for call in [call for call in self._running.values() if call.released]:
-            self._end(call, None)
-        return list(self._running.values())
-
-    def _append(self, call: ReservedCall, token: int, now: float, interval: float) -> None:
-        if call.released:
-            return
-        request, sequence = call.request, call.sequence
-        sequence.tokens.append(token)
-        call.unsent.append(token)
-        reason = ""
-        if token in self._model.eos_ids and not request.ignore_eos:
-            reason = "stop"
-        elif len(sequence.tokens) >= request.max_tokens:
-            reason = "length"
-        elif now - call.sent_at < interval:
-            return
-        reply = self._admission.tokens(call, len(sequence.tokens) - len(call.unsent), reason)
-        if reason:
-            self._end(call, reply)
-        else:
-            self._admission.tell(call, reply, now)
+            self._batch.wake()
 
     def _end(self, call: ReservedCall, reply: Reply | None) -> None:
         """End a request and free everything that it holds."""
-        self._running.pop(call.request.id, None)
+        self._batch.calls.pop(call.request.id, None)
         if call.arrived:
             sequence = call.sequence
             # The K and V of the last token are not computed yet.

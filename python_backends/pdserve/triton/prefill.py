@@ -5,7 +5,8 @@ from __future__ import annotations
 from pdserve import config
 from pdserve.engines import build
 from pdserve.instances.external.prefill import ExternalPrefill
-from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.instances.kv_exports import MAX_QUARANTINED
+from pdserve.instances.prefill import PrefillInstance
 from pdserve.instances.protocol import PrefillRole
 from pdserve.observability.metrics import Registry
 from pdserve.transfer import plane

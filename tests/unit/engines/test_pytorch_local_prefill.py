@@ -14,7 +14,8 @@ from pdserve import config
 from pdserve.engines.pytorch.model import TorchModel
 from pdserve.engines.pytorch.threads import ThreadedDecode, ThreadedPrefill
 from pdserve.instances.decode import DecodeInstance
-from pdserve.instances.prefill import MAX_QUARANTINED, PrefillInstance
+from pdserve.instances.kv_exports import MAX_QUARANTINED
+from pdserve.instances.prefill import PrefillInstance
 from pdserve.kvcache.sharding import sharding_for
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import DecodeRequest, Prefilled, PrefillRequest, Reply, Tokens

@@ -341,7 +341,7 @@ async def test_eviction_under_pressure_never_breaks_an_answer(tmp_path: Path) ->
         assert answers == [site.expected(one) for one in requests]
         assert sum(one.cached_tokens > 0 for one in requests) > 50
         for prefill in site.p:
-            assert 0 < len(prefill._prefixes) < 125, "some were evicted"
+            assert 0 < len(prefill._exports.prefixes) < 125, "some were evicted"
         await site.idle()
 
 

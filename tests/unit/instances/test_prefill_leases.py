@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pdserve import errors
-from pdserve.instances.prefill import MAX_QUARANTINED
+from pdserve.instances.kv_exports import MAX_QUARANTINED
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.rpc.messages import Accepted, Busy, Failed, Prefilled, Released
 from pdserve.transfer.lease.remote import RemoteLease
@@ -77,7 +77,7 @@ async def test_range_that_is_being_read_is_quarantined(tmp_path: Path) -> None:
         receiver = site.receivers[0]
         pull = MidPull(receiver, receiver.open(result.handle))
         client.release("a")
-        assert site.p[0]._leases.counts()[RangeState.QUARANTINED][0] == 1
+        assert site.p[0]._exports.leases.counts()[RangeState.QUARANTINED][0] == 1
         await asyncio.sleep(QUIET_S - 0.1)
         assert site.held()["prefill_0 quarantined"] == 1
         client.submit("b")
@@ -107,7 +107,7 @@ async def test_reader_that_has_died_is_waited_for_so_long(tmp_path: Path) -> Non
         client.submit("one more")
         assert client.of("one more") == [Busy("slots")], "no memory is promised that may be read"
         await asyncio.sleep(QUIET_S - 0.1)
-        assert len(site.p[0]._leases.quarantined) == MAX_QUARANTINED
+        assert len(site.p[0]._exports.leases.quarantined) == MAX_QUARANTINED
         await site.idle(0.13)
         client.submit("after")
         await asyncio.sleep(0.001)

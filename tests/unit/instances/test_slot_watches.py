@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve.instances.prefill import LOOK_S, MAX_QUARANTINED
+from pdserve.instances.kv_exports import MAX_QUARANTINED
+from pdserve.instances.prefill import LOOK_S
 from pdserve.instances.slot_watches import MAX_WATCHES, RESERVED_S, WATCHED_S
 from pdserve.rpc.messages import Accepted, Busy, Failed, Freed, Prefilled, Released, Reply, Watch
 from tests.unit.inprocess import Site, virtual

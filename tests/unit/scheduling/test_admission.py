@@ -269,7 +269,7 @@ async def test_decodes_that_become_free_together_are_taken_together(tmp_path: Pa
         await asyncio.gather(*running)
         freed = asyncio.get_running_loop().time()
         await asyncio.sleep(0.1)
-        assert [site.d[i]._running != {} for i in range(2)] == [True, True]
+        assert [site.d[i]._batch.calls != {} for i in range(2)] == [True, True]
         await asyncio.gather(*tasks)
         assert all(request.ended - freed < 1.6 for request in waiting)
         await site.idle()
