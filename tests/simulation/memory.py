@@ -136,10 +136,6 @@ class _Read:
 class VirtualStaging(Staging):
     """Waits in virtual time."""
 
-    def __init__(self, memory: NDArray[np.uint8], clock: Clock) -> None:
-        super().__init__(memory)
-        self._clock = clock
-
     def _one(self, deadline: float, alive: Callable[[], None]) -> NDArray[np.uint8]:
         while True:
             try:

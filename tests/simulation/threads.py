@@ -18,7 +18,7 @@ class Killed(BaseException):
 
 
 class Clock:
-    """Takes the place of the module `time` where threads look at it."""
+    """Implements `pdserve.transfer.clock.Clock` in virtual time."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop

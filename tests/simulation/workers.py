@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from pdserve.instances.kv_exports import MAX_QUARANTINED
 from pdserve.instances.prefill import PrefillInstance
 from pdserve.kvcache.sharding import Sharding
 from pdserve.observability.metrics import Registry
+from pdserve.transfer.consumer.probe import Probe
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.endpoint import Terms
 from pdserve.transfer.producer.holder import Holder, region_name
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 STAGING = 8, 2048
 """Buffers, and bytes of each: few, so that pulls wait for one another."""
 PULLS = 4
+PROBED = ((1, 1, 1), (1, 4, 2)), 1, 1024
+"""What a link can do is what the plan says; to measure it takes long and much memory."""
 
 
 class Workers:
@@ -106,14 +110,16 @@ class Workers:
 
         network = Network(loop.clock, plan.latency_s, plan.bytes_per_s, cut, alive)
         engine = Decode(self.model, plan.decode.blocks, plan.decode.block_size)
+        staging = VirtualStaging(np.ones(STAGING, np.uint8), loop.clock)
         receiver = Receiver(
             self._terms,
             [Transport(process, network)],
             engine.pool,
-            VirtualStaging(np.ones(STAGING, np.uint8), loop.clock),
+            staging,
             strategy=plan.strategy,
             timeout_s=plan.timeout_s,
-            clock=loop.time,
+            clock=loop.clock,
+            probe=Probe(staging, loop.clock, *PROBED),
         )
         instance = DecodeInstance(
             name,
@@ -124,6 +130,8 @@ class Workers:
             PULLS,
             plan.prefill.batch_tokens,
             Registry(),
+            # Calls run in threads of virtual time: those of the pools need not be there.
+            ThreadPoolExecutor,
         )
         return Life(process, instance, receiver)
 

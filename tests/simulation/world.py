@@ -10,16 +10,10 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
-from unittest import mock
 
-from pdserve import pools
 from pdserve.rpc import messages
-from pdserve.transfer.consumer import probe, receiver, staging
-from pdserve.transfer.lease import remote
 from tests.simulation import faults
 from tests.simulation.channels import Weather
 from tests.simulation.gateways import Client, Gateway
@@ -205,15 +199,7 @@ def simulate(plan: Plan, trace: list[str] | None = None) -> World:
     """
     loop = Loop()
     world = World(plan, loop, trace)
-    with ExitStack() as patches:
-        for module in (remote, receiver, staging, probe):
-            patches.enter_context(mock.patch.object(module, "time", loop.clock))
-        # Calls run in threads of virtual time: those of the pools need not be there.
-        patches.enter_context(mock.patch.object(pools, "started", ThreadPoolExecutor))
-        # What a link can do is what the plan says; to measure it takes long and much memory.
-        for name, value in (("SHAPES", ((1, 1, 1), (1, 4, 2))), ("TURNS", 1), ("COLD", 1024)):
-            patches.enter_context(mock.patch.object(probe, name, value))
-        loop.run(_whole(world))
+    loop.run(_whole(world))
     return world
 
 

@@ -43,7 +43,7 @@ from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Chunk, Request
 from pdserve.scheduling.scheduler import Scheduler
-from pdserve.transfer.consumer import probe
+from pdserve.transfer.consumer.probe import Probe
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.endpoint import Terms
@@ -92,7 +92,7 @@ def _in_loop(test: Callable[..., Any], make: Callable[[], Any]) -> Callable[...,
         loop.set_exception_handler(lambda _, context: unheard.append(repr(context)))
         try:
             # The probe of shared memory does not matter here, and takes a tenth of a second.
-            with mock.patch.object(probe, "mapped", return_value=4e9):
+            with mock.patch.object(Probe, "mapped", return_value=4e9):
                 loop.run_until_complete(asyncio.wait_for(test(*args, **kwargs), LIMIT_S))
             loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
@@ -100,6 +100,22 @@ def _in_loop(test: Callable[..., Any], make: Callable[[], Any]) -> Callable[...,
         assert not unheard, unheard
 
     return run
+
+
+class LoopClock:
+    """Implements `pdserve.transfer.clock.Clock` by the running loop's time."""
+
+    perf_counter = staticmethod(time.perf_counter)
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self) -> None:
+        self._time = asyncio.get_running_loop().time
+        self._looks = 0
+
+    def monotonic(self) -> float:
+        """As if each look took a nanosecond: nothing takes no time, even if time stands still."""
+        self._looks += 1
+        return self._time() + self._looks * 1e-9
 
 
 class Link:
@@ -319,7 +335,7 @@ class Site:
                 Staging(np.ones((2, 1 << 16), np.uint8)),
                 ranks=decode_ranks,
                 strategy=self.strategy,
-                clock=asyncio.get_running_loop().time,
+                clock=LoopClock(),
             )
             for engine in self.d_engines
         ]

@@ -14,12 +14,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from pdserve import config, errors
+from pdserve import config, errors, pools
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
 from pdserve.instances import admission
 from pdserve.instances.acceptance import TRIAL_S
 from pdserve.instances.accepted_call import ReservedCall
-from pdserve.instances.kv_imports import KVImports
+from pdserve.instances.kv_imports import KVImports, Threads
 from pdserve.instances.local_prefill import LocalPrefill
 from pdserve.instances.protocol import Send
 from pdserve.instances.room_admission import RoomAdmission
@@ -57,6 +57,7 @@ class DecodeInstance:
         receiver: pulls into the engine's pool; closed with the instance.
         pulls: number of pulls that run at the same time.
         turn_tokens: maximum tokens of prompts that it computes itself between two steps.
+        threads: makes the pools of threads that pull.
     """
 
     role: ClassVar[Literal["decode"]] = "decode"
@@ -71,6 +72,7 @@ class DecodeInstance:
         pulls: int,
         turn_tokens: int,
         metrics: Registry,
+        threads: Threads = pools.started,
     ) -> None:
         self._name = name
         self._model = model
@@ -79,7 +81,7 @@ class DecodeInstance:
         self._metrics = metrics
         self._blocks = BlockManager(limits.blocks, limits.block_size)
         self._capacity = limits.blocks * limits.block_size
-        self._kv_imports = KVImports(name, engine, receiver, pulls, metrics)
+        self._kv_imports = KVImports(name, engine, receiver, pulls, metrics, threads)
         self._local_prefill = LocalPrefill(name, engine, turn_tokens, metrics, self._arrived)
         self._admission = RoomAdmission[ReservedCall](limits, self._free_blocks)
         self._connecting = 0

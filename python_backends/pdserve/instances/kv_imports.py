@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 from pdserve import errors, pools
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence
@@ -18,6 +19,9 @@ from pdserve.transfer import arrays
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.reports import LinkReport, TransferReport
 from pdserve.transfer.scatter import part_of
+
+Threads = Callable[[int, str, Callable[[], None]], Executor]
+"""Makes a pool of so many threads, by a name and what each does first."""
 
 # Nice value of the threads that pull: where cores are scarce, the step of the running batch goes
 # first. Linux has a nice value for each thread.
@@ -35,19 +39,26 @@ class KVImports:
     Args:
         receiver: pulls into the engine's pool; closed with this object.
         pulls: number of pulls that run at the same time, besides those that follow a prefill.
+        threads: makes the pools of its threads.
     """
 
     def __init__(
-        self, name: str, engine: DecodeEngine, receiver: Receiver, pulls: int, metrics: Registry
+        self,
+        name: str,
+        engine: DecodeEngine,
+        receiver: Receiver,
+        pulls: int,
+        metrics: Registry,
+        threads: Threads = pools.started,
     ) -> None:
         self._name = name
         self._engine = engine
         self._token_bytes = engine.pool[:, 0].nbytes
         self._receiver = receiver
         self._metrics = metrics
-        self._puller = pools.started(pulls, "pull", _step_back)
-        self._follower = pools.started(FOLLOWERS, "follow", _step_back)
-        self._connector = pools.started(1, "connect", _step_back)
+        self._puller = threads(pulls, "pull", _step_back)
+        self._follower = threads(FOLLOWERS, "follow", _step_back)
+        self._connector = threads(1, "connect", _step_back)
         self._links: dict[str, tuple[str, str, str, str]] = {}
         """Labels of the link to each prefill, for metrics."""
         self._tasks = Background()

@@ -157,7 +157,7 @@ async def test_reader_after_expiry_is_refused(tmp_path: Path) -> None:
         receiver = site.receivers[0]
         with pytest.raises(errors.HandleError, match=r"KV handle expired 0\.1.* s ago"):
             receiver.open(result.handle)
-        receiver._clock = lambda: loop.time() - 1
+        receiver._clock.monotonic = lambda: loop.time() - 1  # type: ignore[method-assign]
         with pytest.raises(errors.HandleError, match="has ended"):
             receiver.pull(receiver.open(result.handle), [(0, 20)])
         await site.idle(0.0)

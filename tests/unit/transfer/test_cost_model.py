@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.transfer.consumer import probe
 from pdserve.transfer.consumer.cost_model import Choice, Cost, CostModel, Seen, choose, fit, sums
+from pdserve.transfer.consumer.probe import Probe
 from pdserve.transfer.consumer.staging import Staging
 from tests.unit.memcpy import MemcpyLink
 
@@ -220,8 +220,9 @@ def test_probes_tell_the_strategies_apart() -> None:
         Staging(np.ones((2, 1 << 20), np.uint8)),
     )
     link.nap_s = 1e-3
-    measured = probe.moves(link, staging, 1 << 20)
+    measured = Probe(staging).moves(link, 1 << 20)
     # The fourth shape has 64 segments; it takes so long that others add nothing about direct.
+    # Beyond the seventh a shape is larger than the data.
     assert {name: len(moves) for name, moves in measured.items()} == {"whole": 7, "direct": 4}
     made = CostModel(measured)
     assert made.choose(1000, 1 << 20, 1).strategy == "whole"
@@ -238,4 +239,5 @@ def test_latency_is_the_median_of_some_looks() -> None:
             time.sleep(0.2 if self.looks == 1 else 0.002)
             return bytes(64)
 
-    assert 0.002 <= probe.latency(Slow(None, np.zeros(1, np.uint8))) < 0.05
+    link, staging = Slow(None, np.zeros(1, np.uint8)), Staging(np.ones((1, 1), np.uint8))
+    assert 0.002 <= Probe(staging).latency(link) < 0.05

@@ -18,9 +18,9 @@ import pytest
 
 from pdserve.errors import DeploymentError
 from pdserve.kvcache.handle import KVHandle, unseal
-from pdserve.transfer.consumer import probe
 from pdserve.transfer.consumer.cost_model import Cost
 from pdserve.transfer.consumer.peers import NoLink
+from pdserve.transfer.consumer.probe import Probe
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.endpoint import Endpoint, host_id
@@ -255,7 +255,7 @@ def test_a_mapped_link_made_again_is_not_measured() -> None:
     made, receiver = holder(ShmTransport()), new_receiver(ShmTransport())
     first = link_report(receiver, made)
     receiver.peers.leave(receiver.peers.find(made.epoch))
-    with mock.patch.object(probe, "mapped", side_effect=AssertionError):
+    with mock.patch.object(Probe, "mapped", side_effect=AssertionError):
         again = link_report(receiver, made)
     assert (again.detail, again.bytes_per_s) == ("mapped", first.bytes_per_s)
     receiver.close()

@@ -11,8 +11,8 @@ from pdserve.errors import HandleError, PDServeError
 from pdserve.kvcache.handle import unseal
 from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
-from pdserve.transfer.consumer import probe
 from pdserve.transfer.consumer.cost_model import CostModel
+from pdserve.transfer.consumer.probe import LARGE, Probe
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.endpoint import Endpoint, Terms
 from pdserve.transfer.protocol import Link, TransferError, Transport, Unreachable
@@ -52,6 +52,7 @@ class Peers:
     Args:
         transports: the best first; one that cannot use the memory is left out, with the reason.
         pool: memory that pulls arrive in, besides the staging buffers.
+        probe: measures new links, by the staging buffers.
         rdma_only: refuse a network link that is not RDMA.
     """
 
@@ -61,10 +62,11 @@ class Peers:
         transports: Sequence[Transport],
         pool: Array,
         staging: Staging,
+        probe: Probe,
         rdma_only: bool,
     ) -> None:
         self._terms = terms
-        self._staging = staging
+        self._probe = probe
         self._rdma_only = rdma_only
         self._peers: dict[bytes, Peer] = {}
         self._connecting = threading.Lock()
@@ -139,7 +141,7 @@ class Peers:
                 if self._rdma_only:
                     raise Unreachable(f"UCX has picked {link.detail}; transfer.require is rdma")
                 _log.warning("%s is reached over %s, without RDMA", holder.name, link.detail)
-            latency = probe.latency(link)
+            latency = self._probe.latency(link)
             like = former if former is not None and former.over_the_same(link) else None
             rate, cost_model = self._rate(holder, link, like)
         except BaseException:
@@ -158,14 +160,13 @@ class Peers:
         if link.data is not None:
             if like is not None:
                 return like.report.bytes_per_s, None
-            return probe.mapped(link, self._staging, holder.data_bytes), None
+            return self._probe.mapped(link, holder.data_bytes), None
         if like is not None and like.cost_model is not None:
-            probe.once(link, self._staging, holder.data_bytes)
+            self._probe.once(link, holder.data_bytes)
             cost_model = like.cost_model
         else:
-            cost_model = CostModel(probe.moves(link, self._staging, holder.data_bytes))
-        large = probe.LARGE
-        return large / min(c.seconds(1, large) for c in cost_model.costs.values()), cost_model
+            cost_model = CostModel(self._probe.moves(link, holder.data_bytes))
+        return LARGE / min(c.seconds(1, LARGE) for c in cost_model.costs.values()), cost_model
 
     def find(self, epoch: bytes) -> Peer:
         """Return the peer of an epoch. Raises NoLink if there is none, or its link has failed."""

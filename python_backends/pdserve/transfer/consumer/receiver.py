@@ -19,9 +19,11 @@ from pdserve.errors import HandleError
 from pdserve.kvcache.handle import KVHandle, unseal
 from pdserve.kvcache.sharding import routes
 from pdserve.transfer.arrays import Array
+from pdserve.transfer.clock import Clock
 from pdserve.transfer.consumer import strategies
 from pdserve.transfer.consumer.cost_model import Seen, Strategy
 from pdserve.transfer.consumer.peers import NoLink, Peer, Peers
+from pdserve.transfer.consumer.probe import Probe
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.consumer.strategies import Move, Part
 from pdserve.transfer.endpoint import Terms, host_id
@@ -42,7 +44,8 @@ class Receiver:
         rdma_only: refuse a network link that is not RDMA.
         strategy: None: the cost model chooses.
         timeout_s: seconds of one pull, the wait for planes that are still being computed included.
-        clock: returns seconds, on the clock of this host's leases.
+        clock: by which leases end, and threads wait.
+        probe: measures new links; None: as `Probe` does by itself.
     """
 
     def __init__(
@@ -56,7 +59,8 @@ class Receiver:
         rdma_only: bool = False,
         strategy: Strategy | None = None,
         timeout_s: float = 30.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time,
+        probe: Probe | None = None,
     ) -> None:
         self._terms = terms
         self._pool = pool
@@ -64,7 +68,9 @@ class Receiver:
         self.strategy = strategy
         self._timeout_s = timeout_s
         self._clock = clock
-        self.peers = Peers(terms, transports, pool, staging, rdma_only)
+        self.peers = Peers(
+            terms, transports, pool, staging, probe or Probe(staging, clock), rdma_only
+        )
         layout, sharding = terms.layout, terms.sharding
         self._row_bytes = sharding.row_bytes(layout)
         """Bytes of a row of one part."""
@@ -110,7 +116,7 @@ class Receiver:
     def _check_time(self, peer: Peer, expires: float, what: str) -> None:
         # On another host, with another clock, only the lease table tells.
         if peer.holder.host == host_id():
-            now = self._clock()
+            now = self._clock.monotonic()
             # Written so that a NaN counts as expired.
             if not now < expires:
                 raise HandleError(f"{what} expired {now - expires:.3f} s ago")
@@ -136,8 +142,8 @@ class Receiver:
                 pool.
         """
         peer = self.peers.find(handle.epoch)
-        began = time.monotonic()
-        lease = RemoteLease(peer.link, handle, self._terms.layout.planes)
+        began = self._clock.monotonic()
+        lease = RemoteLease(peer.link, handle, self._terms.layout.planes, self._clock)
         try:
             lease.look()
             if lease.said is not Pull.IDLE:
@@ -159,7 +165,7 @@ class Receiver:
         except TransferError:
             self.peers.leave(peer)
             raise
-        ended = time.monotonic()
+        ended = self._clock.monotonic()
         return TransferReport(
             nbytes=move.nbytes,
             transport=peer.link.transport,
@@ -210,7 +216,7 @@ class Receiver:
             if ready > done:
                 chosen, expected_s = self._choose_and_move(peer, move.of(range(done, ready)))
                 done = ready
-            elif time.monotonic() > move.deadline:
+            elif self._clock.monotonic() > move.deadline:
                 raise HandleError(f"only {done} of {lease.planes} planes were computed in time")
             else:
                 lease.wait()
@@ -222,12 +228,12 @@ class Receiver:
             return "whole", move.nbytes / peer.report.bytes_per_s
         choice = peer.cost_model.choose(move.segments, move.nbytes, self._staging.free)
         strategy = self.strategy or choice.strategy
-        began = time.perf_counter()
+        began = self._clock.perf_counter()
         if strategy == "whole":
             strategies.whole(move, self._staging)
         else:
             strategies.direct(move)
-        seen = Seen(move.segments, move.nbytes, time.perf_counter() - began)
+        seen = Seen(move.segments, move.nbytes, self._clock.perf_counter() - began)
         expected_s = peer.cost_model.costs[strategy].seconds(move.segments, move.nbytes)
         peer.cost_model.saw(strategy, seen)
         return strategy, expected_s

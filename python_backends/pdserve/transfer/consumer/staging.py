@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from pdserve.transfer.arrays import Array
+from pdserve.transfer.clock import Clock
 from pdserve.transfer.protocol import Stuck, TransferError
 
 # Well below the time within which a receiver has to show life.
@@ -21,11 +22,12 @@ class Staging:
     piece that has just arrived is scattered from the processor's cache.
     """
 
-    def __init__(self, memory: Array) -> None:
+    def __init__(self, memory: Array, clock: Clock = time) -> None:
         self.memory = memory
         """Uint8 [buffers, piece_bytes], every page written to: otherwise a first arrival takes 20
         x."""
         self.piece_bytes = int(memory.shape[1])
+        self._clock = clock
         self._free: queue.SimpleQueue[Array] = queue.SimpleQueue()
         for buffer in memory:
             self._free.put(buffer)
@@ -63,7 +65,7 @@ class Staging:
 
     def _one(self, deadline: float, alive: Callable[[], None]) -> Array:
         while True:
-            left = deadline - time.monotonic()
+            left = deadline - self._clock.monotonic()
             try:
                 return self._free.get(timeout=min(max(left, 0.0), NAP_S))
             except queue.Empty:

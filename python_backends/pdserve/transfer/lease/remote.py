@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from pdserve.errors import HandleError
 from pdserve.kvcache.handle import KVHandle
+from pdserve.transfer.clock import Clock
 from pdserve.transfer.lease.words import NO_GRANT, NO_NONCE, Pull, grant, pulled, word
 from pdserve.transfer.protocol import Link
 
@@ -26,16 +27,17 @@ class RemoteLease:
         planes: number of planes of the KV cache of ``handle``.
     """
 
-    def __init__(self, link: Link, handle: KVHandle, planes: int) -> None:
+    def __init__(self, link: Link, handle: KVHandle, planes: int, clock: Clock = time) -> None:
         self.planes = planes
         self.grant = NO_GRANT
         """The holder's words at the last look."""
         self.said = Pull.IDLE
         """The receiver's word in the slot at the last look."""
         self.unfilled_at = 0.0
-        """Time of the last look at which planes were still being computed (time.monotonic())."""
+        """Time of the last look at which planes were still being computed, by the clock."""
         self._link = link
         self._handle = handle
+        self._clock = clock
         self._beat = 0
         self._said_at = 0.0
         self._looked_at = 0.0
@@ -52,10 +54,10 @@ class RemoteLease:
             HandleError: the lease has ended, or the slot has another lease.
             TransferError: the holder does not answer.
         """
-        now = time.monotonic()
+        now = self._clock.monotonic()
         slot = self._link.peek(self._handle.lease, now + WORD_S)
         self.grant = grant(slot)
-        self._looked_at = time.monotonic()
+        self._looked_at = self._clock.monotonic()
         if not self.grant.is_of(self._handle.nonce):
             raise HandleError(f"lease {self._handle.lease} has ended, or is another's")
         self.said = pulled(slot, self._handle.nonce)[0]
@@ -70,7 +72,7 @@ class RemoteLease:
         Raises:
             TransferError: the holder does not answer.
         """
-        self._said_at = time.monotonic()
+        self._said_at = self._clock.monotonic()
         if self.grant.nonce not in (self._handle.nonce, NO_NONCE):
             return
         said = word(self._handle.nonce, state, self._beat)
@@ -78,7 +80,7 @@ class RemoteLease:
 
     def alive(self) -> None:
         """Show life, and look how far the computation is; called often during a move."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         beats = now - self._said_at > BEAT_S
         if beats or (not self.filled and now - self._looked_at > LOOK_BESIDE_S):
             # Breaking off a move costs the link, and so the other pulls on it. The look after the
@@ -91,6 +93,6 @@ class RemoteLease:
 
     def wait(self) -> None:
         """Wait a moment for more planes."""
-        time.sleep(LOOK_S)
+        self._clock.sleep(LOOK_S)
         self.look()
         self.alive()
