@@ -25,6 +25,7 @@ from pdserve.instances.protocol import Send
 from pdserve.instances.room_admission import RoomAdmission
 from pdserve.instances.running_batch import RunningBatch
 from pdserve.instances.slots import show
+from pdserve.instances.ticks import Ticks
 from pdserve.kvcache.block_manager import BlockManager
 from pdserve.kvcache.handle import KVHandle
 from pdserve.observability import catalogue
@@ -95,13 +96,14 @@ class DecodeInstance:
             metrics,
             end=self._end,
         )
+        self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
 
     def start(self) -> None:
         """Begin to decode and to keep time; called once in the running loop."""
         # An event loop's clock is CLOCK_MONOTONIC, which leases and handles use, too.
         self._loop = asyncio.get_running_loop()
-        self._tasks.start(self._batch.run(), self._keep_time())
+        self._tasks.start(self._batch.run(), self._ticks.run())
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -165,6 +167,7 @@ class DecodeInstance:
         )
         call = ReservedCall(request, send, reserved, sequence)
         self._admission.take_in(call)
+        self._ticks.wake()
         if request.suspect:
             call.timer = self._loop.call_later(TRIAL_S, self._begin, call, handle)
         else:
@@ -191,6 +194,7 @@ class DecodeInstance:
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Report once that a request has ended since; at once if none is open."""
         self._admission.watch(request, stream, send, self._loop.time())
+        self._ticks.wake()
 
     def _free_blocks(self) -> int:
         """Return the number of blocks that are free or can be evicted."""
@@ -253,16 +257,15 @@ class DecodeInstance:
 
     # ------------------------------------------------------------------ metrics
 
-    async def _keep_time(self) -> None:
-        gauge = self._metrics.set
-        while True:
-            used, slots = len(self._admission.open), self._limits.slots
-            show(self._metrics, self._name, used, slots, self._admission.watches)
-            pool = self._blocks.pool
-            for state, blocks in (
-                ("used", pool.used_blocks),
-                ("cached", pool.cached_blocks),
-                ("free", pool.free_blocks),
-            ):
-                gauge(catalogue.KV_BLOCKS, blocks, instance=self._name, state=state)
-            await asyncio.sleep(TICK_S)
+    def _tick(self) -> bool:
+        """Set the metrics; return whether they may change by themselves."""
+        used, watches = len(self._admission.open), self._admission.watches
+        show(self._metrics, self._name, used, self._limits.slots, watches)
+        pool = self._blocks.pool
+        for state, blocks in (
+            ("used", pool.used_blocks),
+            ("cached", pool.cached_blocks),
+            ("free", pool.free_blocks),
+        ):
+            self._metrics.set(catalogue.KV_BLOCKS, blocks, instance=self._name, state=state)
+        return bool(used or watches)

@@ -22,6 +22,7 @@ from pdserve.instances.prompt_computation import PromptComputation
 from pdserve.instances.protocol import Send
 from pdserve.instances.slot_admission import SlotAdmission
 from pdserve.instances.slots import show
+from pdserve.instances.ticks import Ticks
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
     Busy,
@@ -80,12 +81,13 @@ class PrefillInstance:
         self._stirred = asyncio.Event()
         """Set when something is free for watching gateways, or may become free without a further
         call."""
+        self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
 
     def start(self) -> None:
         """Begin to compute and to keep time; called once in the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._tasks.start(self._computation.run(), self._keep_time(), self._attend())
+        self._tasks.start(self._computation.run(), self._ticks.run(), self._attend())
 
     async def close(self) -> None:
         """Stop, and release the memory; receivers that have mapped it may still read leases."""
@@ -152,6 +154,7 @@ class PrefillInstance:
             deadline=now + request.deadline_ms / 1e3,
         )
         self._slots.take(held)
+        self._ticks.wake()
         if request.layered:
             held.acceptance.say(self._exports.open_early(held))
         else:
@@ -162,6 +165,7 @@ class PrefillInstance:
         """Report once when a slot is free for this gateway, which may be now."""
         self._slots.watch(request, stream, send, self._loop.time())
         self._stirred.set()
+        self._ticks.wake()
 
     def release(self, request_id: str, send: Send) -> None:
         """Release whatever is held for the request, or end a watch."""
@@ -231,10 +235,10 @@ class PrefillInstance:
                 self._stirred.clear()
             await asyncio.sleep(LOOK_S)
 
-    async def _keep_time(self) -> None:
-        while True:
-            self._end_leases(self._loop.time())
-            used, slots = len(self._slots.held), self._limits.slots
-            show(self._metrics, self._name, used, slots, self._slots.watches)
-            self._exports.show(self._metrics, self._name)
-            await asyncio.sleep(TICK_S)
+    def _tick(self) -> bool:
+        """End leases, and set the metrics; return whether any of that may change by itself."""
+        self._end_leases(self._loop.time())
+        used, watches = len(self._slots.held), self._slots.watches
+        show(self._metrics, self._name, used, self._limits.slots, watches)
+        self._exports.show(self._metrics, self._name)
+        return bool(used or watches or self._exports.leases.quarantined)

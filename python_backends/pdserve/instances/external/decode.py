@@ -21,6 +21,7 @@ from pdserve.instances.external.reports import Reports
 from pdserve.instances.protocol import Send
 from pdserve.instances.room_admission import RoomAdmission
 from pdserve.instances.slots import show
+from pdserve.instances.ticks import Ticks
 from pdserve.kvcache.handle import unseal
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
@@ -84,12 +85,13 @@ class ExternalDecode:
         self._reports = Reports(name, engine, metrics)
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """Reply to a request that is given up."""
+        self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
 
     def start(self) -> None:
         """Begin to keep time; called once in the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._tasks.start(self._keep_time(), self._reports.run())
+        self._tasks.start(self._ticks.run(), self._reports.run())
 
     async def close(self) -> None:
         self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
@@ -157,6 +159,7 @@ class ExternalDecode:
         sent = 0 if request.first_token is None else 1
         call = _Call(request, send, now, sent, sent_at=now)
         self._admission.take_in(call)
+        self._ticks.wake()
         call.task = asyncio.create_task(self._run(call, link))
         call.task.add_done_callback(partial(self._ended, call))
 
@@ -172,6 +175,7 @@ class ExternalDecode:
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Report once that a request has ended since; at once if none is open."""
         self._admission.watch(request, stream, send, self._loop.time())
+        self._ticks.wake()
 
     # ------------------------------------------------------------------- decode
 
@@ -232,8 +236,8 @@ class ExternalDecode:
         self._admission.tell(call, reply, now)
         return None
 
-    async def _keep_time(self) -> None:
-        while True:
-            used, slots = len(self._admission.open), self._limits.slots
-            show(self._metrics, self._name, used, slots, self._admission.watches)
-            await asyncio.sleep(TICK_S)
+    def _tick(self) -> bool:
+        """Set the metrics; return whether they may change by themselves."""
+        used, watches = len(self._admission.open), self._admission.watches
+        show(self._metrics, self._name, used, self._limits.slots, watches)
+        return bool(used or watches)

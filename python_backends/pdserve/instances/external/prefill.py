@@ -34,6 +34,7 @@ from pdserve.instances.prefill import TICK_S
 from pdserve.instances.protocol import Send
 from pdserve.instances.slot_admission import SlotAdmission
 from pdserve.instances.slots import show
+from pdserve.instances.ticks import Ticks
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
@@ -101,12 +102,13 @@ class ExternalPrefill:
         self._reports = Reports(name, engine, metrics)
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """Reply to a prompt that is given up."""
+        self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
 
     def start(self) -> None:
         """Begin to keep time; called once in the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._tasks.start(self._keep_time(), self._reports.run())
+        self._tasks.start(self._ticks.run(), self._reports.run())
 
     async def close(self) -> None:
         self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
@@ -146,6 +148,7 @@ class ExternalPrefill:
             return
         held = _Held(request, send, Acceptance(send), now)
         self._slots.take(held)
+        self._ticks.wake()
         held.acceptance.begin(request.hurry or request.suspect)
         held.task = asyncio.create_task(self._compute(held))
         held.task.add_done_callback(partial(self._computed, held))
@@ -153,6 +156,7 @@ class ExternalPrefill:
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Report once when a slot is free for this gateway, which may be now."""
         self._slots.watch(request, stream, send, self._loop.time())
+        self._ticks.wake()
 
     def _places(self) -> int:
         """Return the number of further prompts that may be computed at once."""
@@ -249,15 +253,13 @@ class ExternalPrefill:
         del self._slots.held[held.request.id]
         held.send(reply, True)
 
-    async def _keep_time(self) -> None:
-        while True:
-            self._slots.look(self._loop.time())
-            used, slots = len(self._slots.held), self._limits.slots
-            show(self._metrics, self._name, used, slots, self._slots.watches)
-            phases = [held.phase for held in self._slots.held.values()]
-            for phase in Phase:
-                count = phases.count(phase)
-                self._metrics.set(
-                    catalogue.KV_LEASES, count, instance=self._name, state=phase.value
-                )
-            await asyncio.sleep(TICK_S)
+    def _tick(self) -> bool:
+        """End what is over, and set the metrics; return whether that may change by itself."""
+        self._slots.look(self._loop.time())
+        used, watches = len(self._slots.held), self._slots.watches
+        show(self._metrics, self._name, used, self._limits.slots, watches)
+        phases = [held.phase for held in self._slots.held.values()]
+        for phase in Phase:
+            count = phases.count(phase)
+            self._metrics.set(catalogue.KV_LEASES, count, instance=self._name, state=phase.value)
+        return bool(used or watches)
