@@ -193,6 +193,7 @@ class Wire:
         self.cut_until = 0.0
         """What is sent before arrives afterwards."""
         self.connection: Connection | None = None
+        self.closed = False
         self.sent: Callable[[Request], None] = lambda request: None
         self.got: Callable[[bytes], None] = lambda data: None
         self.broke: Callable[[Sequence[str]], None] = lambda calls: None
@@ -202,6 +203,9 @@ class Wire:
         replies = self.calls.open(call)
         if self.gateway.alive:
             self.sent(request)
+            if self.closed:
+                replies.fail(InstanceError("the channel is closed"))
+                return replies
             if self.connection is None:
                 self.connection = Connection(self)
             self.connection.send(call, messages.encode(request))
@@ -216,6 +220,9 @@ class Wire:
 
     async def close(self) -> None:
         self.lose()
+        self.closed = True
+        if self.connection is not None:
+            self.broken(self.connection, "the stream was closed")
 
     def heard(self, call: str, data: bytes) -> None:
         self.got(data)

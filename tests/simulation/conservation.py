@@ -140,15 +140,19 @@ class Conservation:
         return {what: count for what, count in counts.items() if count}
 
     def _at_gateway(self, gateway: Gateway) -> dict[str, object]:
-        name, scheduler = gateway.name, gateway.scheduler
+        name = gateway.name
         counts: dict[str, object] = {}
-        for line in (*prefill_lines(scheduler), scheduler.decodes):
-            counts |= {
-                f"{name}: waiting for a {line._role}": len(line),
-                f"{name}: watches for a {line._role}": len(line._watching),
-                f"{name}: timer for a {line._role}": line._timer,
-                f"{name}: waiting for room in a {line._role}": len(line._lookers),
-            }
+        for number, scheduler in enumerate(gateway.members):
+            where = f"{name}, scheduler {number}"
+            for line in (*prefill_lines(scheduler), scheduler.decodes):
+                counts |= {
+                    f"{where}: waiting for a {line._role}": len(line),
+                    f"{where}: watches for a {line._role}": len(line._watching),
+                    f"{where}: timer for a {line._role}": line._timer,
+                    f"{where}: waiting for room in a {line._role}": len(line._lookers),
+                }
+            refused = list(scheduler._kv_links.table._refused.known)
+            counts[f"{where}: pairs without a link"] = refused
         for one in gateway.instances.values():
             counts |= {
                 f"{name}: calls to {one.name}": one.load.open,
@@ -157,9 +161,11 @@ class Conservation:
                 f"{name}: promised of {one.name}": one.room.slots or one.room.blocks,
                 f"{name}: suspect at {one.name}": one.suspect,
             }
-        counts[f"{name}: pairs without a link"] = list(gateway.kv_links.table._refused.known)
-        tasks = [task for task in gateway.process.tasks if "KVLinks" not in repr(task.get_coro())]
-        return counts | {f"{name}: tasks": tasks}
+        tasks = [repr(task.get_coro()) for task in gateway.process.tasks]
+        others = [task for task in tasks if "KVLinks" not in task and "repeat" not in task]
+        links = sum("KVLinks.run" in task for task in tasks)
+        groups = sum(len(scenario.groups) for scenario in gateway.deployment.served)
+        return counts | {f"{name}: tasks": others, f"{name}: groups gone on": links - groups}
 
     def _at_worker(self, life: Life) -> dict[str, object]:
         one = life.instance

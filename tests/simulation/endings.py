@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from pdserve import errors
 from pdserve.scheduling.request import FINAL, State
+from tests.simulation.clients import Left
 
 if TYPE_CHECKING:
-    from tests.simulation.gateways import Client
+    from pdserve.scheduling.request import Request
+    from tests.simulation.clients import Client
     from tests.simulation.world import World
 
 # Pairs that may take a request: this module's own number, since the scheduler's is tried out.
@@ -25,6 +27,8 @@ EXPECTED = 12
 def wrong(client: Client, world: World) -> str:
     """What is wrong with how it has ended; empty: nothing."""
     request, error = client.request, client.error
+    if request is None:
+        return "it was not begun"
     if request.state not in FINAL:
         return "its state is not final"
     if (error is None) != (request.state is State.FINISHED):
@@ -32,9 +36,9 @@ def wrong(client: Client, world: World) -> str:
     plan, now = world.plan, world.loop.time()
     match error:
         case None:
-            return _wrong_answer(client, world)
-        case asyncio.CancelledError():
-            return "" if client.asked.cancels_after < math.inf else "nobody has cancelled it"
+            return _wrong_answer(client, request, world)
+        case asyncio.CancelledError() | Left():
+            return _wrong_leave(client)
         case errors.Late():
             # Who waits leaves when its first token is expected too late; the expectation is the
             # more careful the more the prefills' times differ.
@@ -48,34 +52,39 @@ def wrong(client: Client, world: World) -> str:
         case errors.Unavailable():
             return "all was well" if plan.calm else ""
         case errors.InstanceError() | errors.Suspected():
-            return _wrong_failure(client, world)
+            return _wrong_failure(client, request, world)
     return "no error that a client may see"
 
 
-def _wrong_failure(client: Client, world: World) -> str:
-    request = client.request
+def _wrong_leave(client: Client) -> str:
+    if isinstance(client.error, Left):
+        return "" if client.asked.leaves_after else "its client has not left"
+    return "" if client.asked.cancels_after < math.inf else "nobody has cancelled it"
+
+
+def _wrong_failure(client: Client, request: Request, world: World) -> str:
     if isinstance(client.error, errors.Suspected):
         # Two ends that it has nothing to do with look the same to its gateway.
         shared = world.invariants.shared[client.gateway, request.id]
         return "" if POISON in request.prompt or len(shared) > 1 else "it has ended nothing"
     if world.plan.calm:
         return "all was well"
-    spent = client.gateway.scheduler._budget._left < 1
+    assert client.scheduler is not None
+    spent = client.scheduler._budget._left < 1
     return "" if request.attempts >= ATTEMPTS or spent else "it was not tried again"
 
 
-def _wrong_answer(client: Client, world: World) -> str:
-    request, asked = client.request, client.asked
-    whole, reason = client.expected, "length"
-    if whole[-1] in world.workers.model.eos_ids and not request.ignore_eos:
-        reason = "stop"
-    if asked.stops_after and asked.stops_after <= len(client.heard):
-        whole, reason = whole[: asked.stops_after], "stop"
-    answer = client.heard[: request.output_tokens]
-    if answer != whole:
-        return f"the answer is {answer} and not {whole}"
-    if request.finish_reason != reason:
-        return f"it ended by {request.finish_reason} and not by {reason}"
+def _wrong_answer(client: Client, request: Request, world: World) -> str:
+    if client.heard != client.expected:
+        return f"the answer is {client.heard} and not {client.expected}"
+    text = client.expected_text if client.asked.in_text or client.stop else ""
+    if client.text != text:
+        return f"the answer is {client.text!r} and not {text!r}"
+    if request.finish_reason != client.reason:
+        return f"it ended by {request.finish_reason} and not by {client.reason}"
+    told = client.stats["output_tokens"], client.stats["scenario"], client.stats["group"]
+    if told != (len(client.expected), request.scenario, request.group):
+        return f"its statistics are {client.stats}"
     if world.plan.calm and request.attempts != 1:
         return "it took several attempts"
     return ""

@@ -1,154 +1,174 @@
-"""The gateways of a world, and who asks them."""
+"""The gateways of a world."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import aclosing
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from perf.baselines.policies import SCHEDULERS
 
+from pdserve.gateway.service import Service
 from pdserve.observability.metrics import Registry
-from pdserve.scheduling.instance import Instance
-from pdserve.scheduling.kv_links import KVLinks
-from pdserve.scheduling.request import Request, State
+from pdserve.supervision import repeat
 from tests.simulation.channels import Wire
 from tests.simulation.loop import Process
-from tests.unit.inprocess import EOS, Model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
-    from tests.simulation.plan import Asked
+    from pdserve import config
+    from pdserve.scheduling.instance import Instance
+    from pdserve.scheduling.request import Chunk, Request
+    from pdserve.scheduling.scheduler import Scheduler
+    from tests.simulation.clients import Client
     from tests.simulation.world import World
+
+SWEEP_S = 1.0
+"""Interval of sweeps: as in `pdserve.triton.gateway`, which only the server can load."""
+LONGEST = 8192
+"""Tokens of prompt and answer together: more than any arena has room for."""
 
 
 class Gateway:
     """One life of a gateway's process."""
 
     def __init__(self, world: World, number: int) -> None:
-        plan = world.plan
         self.number = number
         self.name = f"gateway_{number}"
         self.process = Process(world.loop, self.name)
         self.metrics = Registry()
         self.wires: dict[str, Wire] = {}
-        for worker in world.workers:
-            wire = Wire(world.loop, self.process, worker, world.weather)
-            wire.sent = partial(world.sent, self, worker.name)
-            wire.got = partial(world.got, self, worker.name)
-            wire.broke = partial(world.broke, self, worker.name)
-            self.wires[worker.name] = wire
-        self.instances = {name: Instance(name, wire) for name, wire in self.wires.items()}
-        prefills, decodes = (
-            [self.instances[worker.name] for worker in role]
-            for role in (world.workers.prefills, world.workers.decodes)
-        )
-        self.kv_links = KVLinks(prefills, decodes, plan.layered, self.name, self.metrics)
-        self.scheduler = SCHEDULERS[plan.policy](
-            prefills,
-            decodes,
-            self.kv_links,
-            self.metrics,
-            gateway=plan.gateway,
-            prefill=plan.prefill,
-            decode=plan.decode,
-            rng=random.Random(world.rng.random()),
-        )
-        decode_stage: Any = self.scheduler._decode_stage
-        decode_stage.not_handed_over = partial(self._not_handed_over, decode_stage.not_handed_over)
-        decode_stage.handed_over = partial(self._handed_over, decode_stage.handed_over)
-        budget: Any = self.scheduler._budget
-        budget.MOST, budget.SHARE = plan.retries
-        budget._left = budget.MOST
-        self.members = [prefills, decodes]
-        """Instances of its group, by role."""
-        self.parted_at: dict[tuple[str, str], float] = {}
+        """The latest to each worker."""
+        self.clients: dict[str, Client] = {}
+        """By the ids of their requests."""
+        self.members: dict[Scheduler, frozenset[str]] = {}
+        """The instances of every scheduler that was made, as the last deployment that had its group
+        says."""
+        self.parted_at: dict[tuple[Scheduler, str, str], float] = {}
         """When a prefill and a decode have failed to hand over, and have not done so since."""
-        self.process.begin(self.kv_links.run())
+        self._world = world
+        self._away: set[str] = set()
+        self.deployment = world.plan.deployment()
+        self.service = self.process.run(self._start)
+        self._note_members()
+        self.process.begin(repeat("the sweep", self._sweep))
+
+    def _start(self) -> Service:
+        return Service(
+            self.name,
+            self.deployment,
+            self._world.vocabulary,
+            LONGEST,
+            self._connect,
+            self.metrics,
+            random.Random(self._world.rng.random()),
+            self._observed(),
+        )
+
+    def _connect(self, name: str, _server: config.Server) -> Wire:
+        world, before = self._world, self.wires.get(name)
+        worker = world.workers.get(name)
+        assert worker is not None
+        wire = Wire(world.loop, self.process, worker, world.weather)
+        wire.sent = partial(world.sent, self, wire)
+        wire.got = partial(world.got, self, wire)
+        wire.broke = partial(world.broke, self, wire)
+        if before is not None:
+            world.invariants.connects(self, before)
+            wire.cut_until = before.cut_until
+        self.wires[name] = wire
+        return wire
+
+    def _observed(self) -> type[Scheduler]:
+        """Make the class of its schedulers, which tell of what they do."""
+        gateway, made = self, SCHEDULERS[self._world.plan.policy]
+
+        class Observed(made):  # type: ignore[misc, valid-type]
+            def __init__(self, *given: Any, **limits: Any) -> None:
+                super().__init__(*given, **limits)
+                gateway._observe(self)
+
+            def run(self, request: Request) -> AsyncGenerator[Chunk, None]:
+                gateway._begins(self, request)
+                return super().run(request)  # type: ignore[no-any-return]
+
+        return Observed
+
+    def _observe(self, scheduler: Scheduler) -> None:
+        decode_stage: Any = scheduler._decode_stage
+        for name in ("not_handed_over", "handed_over", "let_go_of"):
+            told = partial(getattr(self, f"_{name}"), scheduler, getattr(decode_stage, name))
+            setattr(decode_stage, name, told)
+        budget: Any = scheduler._budget
+        budget.MOST, budget.SHARE = self._world.plan.retries
+        budget._left = budget.MOST
+        self.members[scheduler] = frozenset()
+
+    def _begins(self, scheduler: Scheduler, request: Any) -> None:
+        client = self.clients[request.id]
+        client.scheduler, client.request = scheduler, request
+        self._world.begins(client)
+
+    # --------------------------------------------------------- what it looks at
+
+    @property
+    def schedulers(self) -> list[Scheduler]:
+        """Return those of its groups, and those that still serve what they have begun."""
+        groups = self.service._groups
+        return [one._scheduler for one in (*groups._current.values(), *groups._retired)]
+
+    @property
+    def instances(self) -> dict[str, Instance]:
+        """Return those that it has a channel to, by name."""
+        return {key[1]: one for key, one in self.service._groups._instances.items()}
+
+    # ------------------------------------------------------- another deployment
 
     async def leave(self, name: str, seconds: float) -> None:
         """An instance leaves its group, unless it is the last of its role, and joins it again."""
-        instance = self.instances[name]
-        role = 0 if name.startswith("prefill") else 1
-        if self.members[role] == [instance] or instance not in self.members[role]:
+        if name in self._away:
             return
-        self._change(role, [one for one in self.members[role] if one is not instance])
+        self._change(self._away | {name})
         await asyncio.sleep(seconds)
-        self._change(role, [*self.members[role], instance])
+        self._change(self._away - {name})
 
-    def _change(self, role: int, members: list[Instance]) -> None:
-        self.members[role] = members
-        self.scheduler.update(*self.members)
+    def _change(self, away: set[str]) -> None:
+        self._away = away
+        self.deployment = self._world.plan.deployment(away)
+        self.service.take(self.deployment)
+        self._note_members()
 
-    def _not_handed_over(self, told: Callable[..., None], prefill: str, decode: str) -> None:
+    def _note_members(self) -> None:
+        current = self.service._groups._current
+        for scenario in self.deployment.served:
+            for group in scenario.groups:
+                scheduler = current[group.name]._scheduler
+                self.members[scheduler] = frozenset((*group.prefill, *group.decode))
+
+    async def _sweep(self) -> float:
+        await self.service.sweep()
+        return SWEEP_S
+
+    # ---------------------------------------------------------------- told of
+
+    def _not_handed_over(
+        self, scheduler: Scheduler, told: Callable[..., None], prefill: str, decode: str
+    ) -> None:
         now = asyncio.get_running_loop().time()
-        breaker = self.scheduler._decode_stage._pairs.known.get((prefill, decode))
+        breaker = scheduler._decode_stage._pairs.known.get((prefill, decode))
         if breaker is None or now >= breaker.reopens:  # else it is known
-            self.parted_at[prefill, decode] = now
+            self.parted_at[scheduler, prefill, decode] = now
         told(prefill, decode)
 
-    def _handed_over(self, told: Callable[..., None], prefill: str, decode: str) -> None:
-        self.parted_at.pop((prefill, decode), None)
+    def _handed_over(
+        self, scheduler: Scheduler, told: Callable[..., None], prefill: str, decode: str
+    ) -> None:
+        self.parted_at.pop((scheduler, prefill, decode), None)
         told(prefill, decode)
 
-
-@dataclass(slots=True)
-class Told(Request):
-    """A request that tells when a prefill has taken it."""
-
-    accepted: Callable[[], None] = lambda: None
-
-    def to(self, state: State, *args: Any) -> None:
-        Request.to(self, state, *args)
-        if state is State.PREFILLING:
-            self.accepted()
-
-
-@dataclass(eq=False)
-class Client:
-    """Who asks for one answer."""
-
-    asked: Asked
-    gateway: Gateway
-    model: Model
-    request: Told = field(init=False)
-    expected: list[int] = field(init=False)
-    heard: list[int] = field(default_factory=list)
-    chunk: Callable[[], None] = lambda: None
-    """Called with each, once it is heard."""
-    ended_at: float | None = None
-    ended_in: State | None = None
-    error: BaseException | None = None
-
-    def __post_init__(self) -> None:
-        asked = self.asked
-        self.request = Told(
-            id=str(asked.number), prompt=asked.prompt, max_tokens=asked.max_tokens, **asked.fields
-        )
-        prompt = np.frombuffer(asked.prompt, "<i4")
-        self.expected = []
-        while len(self.expected) < asked.max_tokens:
-            self.expected.append(self.model.token(prompt, len(self.expected)))
-            if self.expected[-1] == EOS and not self.request.ignore_eos:
-                break
-
-    @property
-    def open(self) -> bool:
-        return self.ended_at is None
-
-    async def ask(self) -> None:
-        """Raises: whatever the scheduler does."""
-        asked = self.asked
-        async with aclosing(self.gateway.scheduler.run(self.request)) as chunks:
-            async for chunk in chunks:
-                self.heard += chunk.ids
-                self.chunk()
-                if asked.stops_after and len(self.heard) >= asked.stops_after:
-                    self.request.end_answer(asked.stops_after)
-                if asked.reads_s:
-                    await asyncio.sleep(asked.reads_s)
+    def _let_go_of(self, scheduler: Scheduler, told: Callable[..., None], name: str) -> None:
+        for key in [key for key in self.parted_at if key[0] is scheduler and name in key]:
+            del self.parted_at[key]
+        told(name)

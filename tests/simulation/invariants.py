@@ -12,6 +12,7 @@ from pdserve.rpc.messages import DecodeRequest, PrefillRequest
 from pdserve.scheduling.circuit_breaker import FIRST_S
 from pdserve.scheduling.request import FINAL, Request, State
 from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
+from tests.simulation.clients import brief
 from tests.simulation.conservation import Conservation
 from tests.simulation.endings import wrong
 from tests.simulation.waiting import Waiting
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
     from pdserve.observability.metrics import Counter
     from pdserve.rpc import messages
-    from tests.simulation.channels import Life
-    from tests.simulation.gateways import Client, Gateway
+    from tests.simulation.channels import Life, Wire
+    from tests.simulation.clients import Client
+    from tests.simulation.gateways import Gateway
     from tests.simulation.world import World
 
 
@@ -71,17 +73,17 @@ class Invariants:
             self._look_at = now + PAUSE_S
             self._conservation.look()
             for client in self._world.clients:
-                if client.open and client.gateway.process.runs:
-                    self._in_time(client, now)
+                if client.open and client.request and client.gateway.process.runs:
+                    self._in_time(client, client.request, now)
         if self._broken:
             raise Broken(self._broken)
 
     # ------------------------------------------------------ nothing outlives its deadline
 
-    def _in_time(self, client: Client, now: float) -> None:
-        request, bounds, plan = client.request, self.bounds, self._world.plan
+    def _in_time(self, client: Client, request: Request, now: float) -> None:
+        bounds, plan = self.bounds, self._world.plan
         process = client.gateway.process
-        seen = request.state, len(client.heard), request.attempts
+        seen = request.state, request.output_tokens, request.attempts
         if self._progress.get(client, (None, 0.0))[0] != seen:
             self._progress[client] = seen, now
         since = max(self._progress[client][1], process.since)
@@ -107,22 +109,32 @@ class Invariants:
 
     # --------------------------------------------------------------------- told of
 
-    def sent(self, gateway: Gateway, worker: str, request: messages.Request) -> None:
+    def connects(self, gateway: Gateway, before: Wire) -> None:
+        """A gateway opens another channel to a worker: who stays keeps the one it has."""
+        what = f"{gateway.name} has a channel to {before.worker.name} already"
+        self.expect(before.closed, what)
+
+    def sent(self, gateway: Gateway, wire: Wire, request: messages.Request) -> None:
         """A gateway says something to a worker: what has just failed is left alone."""
+        worker = wire.worker.name
+        asks = f"{gateway.name} asks {worker}"
+        self.expect(not wire.closed, f"{asks} over a closed channel")
         if not isinstance(request, PrefillRequest | DecodeRequest):
             return
-        members = {one.name for role in gateway.members for one in role}
-        self.expect(worker in members, f"{gateway.name} asks {worker}, which has left its group")
+        number, attempt = request.id.split("-")[1:3]
+        client = gateway.clients[number]
+        assert client.request is not None
+        assert client.scheduler is not None
+        members = gateway.members[client.scheduler]
+        self.expect(worker in members, f"{asks}, which is not in group {client.request.group}")
         failed_at = self._failed_at.get((gateway, worker), -math.inf)
         if not gateway.instances[worker].breaker.closed:
-            self._is_well(failed_at, f"{gateway.name} asks {worker}")
+            self._is_well(failed_at, asks)
         if isinstance(request, DecodeRequest) and request.handle:
-            number, attempt = request.id.split("-")[1:3]
-            client = next(one for one in self._world.clients if one.asked.number == int(number))
             pair = client.request.prefill, worker
             # Who has been on its way to this pair goes on.
             if self._offered.get((gateway, number)) != (pair, attempt):
-                failed_at = gateway.parted_at.get(pair, -math.inf)
+                failed_at = gateway.parted_at.get((client.scheduler, *pair), -math.inf)
                 self._is_well(failed_at, f"{gateway.name} asks {pair}")
             self._offered[gateway, number] = pair, attempt
 
@@ -130,15 +142,17 @@ class Invariants:
         if self._world.loop.time() < failed_at + FIRST_S - EPS_S:
             self.expect(False, f"{asks}, which has failed at {failed_at:.4f}")
 
-    def broke(self, gateway: Gateway, worker: str, calls: Sequence[str]) -> None:
+    def broke(self, gateway: Gateway, wire: Wire, calls: Sequence[str]) -> None:
         """A connection, with these calls open on it."""
-        offers = gateway.scheduler._decode_stage._calls.gateway
-        for call in calls:
-            if call.startswith(offers):
-                self.shared[gateway, call.split("-")[1]].append(worker)
-        now = self._world.loop.time()
-        known = gateway.instances[worker].breaker.reopens > now
-        if any(call.startswith(offers) for call in calls) and not known:
+        worker, now = wire.worker.name, self._world.loop.time()
+        ours = tuple(one._calls.gateway for one in gateway.members)
+        offers = [call for call in calls if call.startswith(ours)]
+        if wire.closed:
+            self.expect(not offers, f"{gateway.name} closes its channel to {worker}: {offers}")
+            return
+        for call in offers:
+            self.shared[gateway, call.split("-")[1]].append(worker)
+        if offers and gateway.instances[worker].breaker.reopens <= now:
             self._failed_at[gateway, worker] = now
 
     def begun(self, life: Life) -> None:
@@ -163,7 +177,7 @@ class Invariants:
         self._waiting.accepted(client)
 
     def heard(self, client: Client) -> None:
-        heard, said = client.heard, brief(client.request)
+        heard, said = client.heard, client.brief
         self.expect(client.open, f"goes on after its end: {said}")
         if heard != client.expected[: len(heard)]:
             self.expect(False, f"hears {heard} instead of {client.expected}: {said}")
@@ -172,7 +186,7 @@ class Invariants:
         self._ended[client.gateway] = self._ended.get(client.gateway, 0) + 1
         problem = wrong(client, self._world)
         if problem:
-            self.expect(False, f"{problem}: {client.error!r}: {brief(client.request)}")
+            self.expect(False, f"{problem}: {client.error!r}: {client.brief}")
 
     # -------------------------------------------------------------- when all is over
 
@@ -185,8 +199,9 @@ class Invariants:
         for client in self._world.clients:
             if not client.gateway.process.alive:
                 continue
-            if client.ended_in is not client.request.state or client.ended_in not in FINAL:
-                raise Broken(f"it ended {client.ended_in}, and went on: {brief(client.request)}")
+            state = client.request and client.request.state
+            if client.ended_in is not state or (state and state not in FINAL):
+                raise Broken(f"it ended {client.ended_in}, and went on: {client.brief}")
         for gateway in self._world.gateways:
             assert gateway is not None
             counted = _total(gateway, catalogue.REQUESTS)
@@ -195,7 +210,7 @@ class Invariants:
             retried = _total(gateway, catalogue.RETRIES, phase="prefill", reason="error")
             retried += _total(gateway, catalogue.RETRIES, phase="decode", reason="error")
             at_once, each = self._world.plan.retries
-            allowed = at_once + each * counted
+            allowed = len(gateway.members) * at_once + each * counted
             if retried > allowed:
                 raise Broken(f"{gateway.name} has tried {retried} again; {allowed:.1f} are allowed")
 
@@ -206,15 +221,4 @@ def _total(gateway: Gateway, counter: Counter[...], **labels: str) -> float:
         for (metric, values), count in gateway.metrics._counts.items()
         if metric is counter
         and labels.items() <= dict(zip(counter.label_names, values, strict=True)).items()
-    )
-
-
-def brief(request: Request) -> str:
-    """What matters of a request when something is wrong with it."""
-    return (
-        f"request {request.id} {request.state.name}: {request.prompt_tokens} tokens, "
-        f"{request.output_tokens} of {request.max_tokens} out, arrived {request.arrived:.4f}, "
-        f"limits {request.ttft_limit_s:.4f} and {request.time_limit_s:.4f} s, "
-        f"{request.attempts} attempts, {request.prefill or 'no prefill'}, "
-        f"{request.decode or 'no decode'}"
     )

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pdserve import config
-from pdserve.sampling import Sampling
 from tests.simulation import faults
 from tests.unit.inprocess import VOCABULARY
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from perf.baselines.policies import PolicyName
 
     from pdserve.transfer.consumer.cost_model import Strategy
     from tests.simulation.faults import Fault
 
 PAGE = 4096
+STRATEGIES: dict[bool | None, Any] = {None: "auto", True: "layered", False: "whole"}
 # Not all of it lies in one piece.
 ROOMY = 2
 
@@ -35,10 +37,14 @@ class Asked:
     prompt: bytes
     max_tokens: int
     fields: dict[str, Any]
-    """Of `pdserve.scheduling.request.Request`, besides."""
+    """Of `pdserve.gateway.parameters.Parameters`, besides."""
+    in_text: bool = False
+    """It is answered in text; else in token ids."""
     cancels_after: float = math.inf
+    leaves_after: int = 0
+    """Parts after which its client wants no more; 0: it wants all of them."""
     stops_after: int = 0
-    """Tokens after which a stop string is complete; 0: it never is."""
+    """Tokens after which a stop string is complete at the latest; 0: there is none."""
     reads_s: float = 0.0
     """The client takes so long for each chunk."""
 
@@ -77,6 +83,34 @@ class Plan:
     """That may be made at once, and for each new request."""
     requests: tuple[Asked, ...] = field(repr=False)
     faults: tuple[Fault, ...] = field(repr=False)
+
+    def deployment(self, away: Collection[str] = ()) -> config.Deployment:
+        """Return what a gateway serves by, while some instances are away.
+
+        None is away that is the last of its role in its group.
+        """
+        names: dict[config.Role, list[str]] = {
+            "prefill": [f"prefill_{i}" for i in range(self.prefills)],
+            "decode": [f"decode_{i}" for i in range(self.decodes)],
+        }
+        here = {
+            role: [name for name in some if name not in away] or some
+            for role, some in names.items()
+        }
+        servers = tuple(
+            config.Server(name, f"127.0.{len(role)}.{number}", **{role: (name,)})
+            for role, some in names.items()
+            for number, name in enumerate(some)
+            if name in here[role]
+        )
+        return config.Deployment(
+            model="emulated",
+            servers=servers,
+            prefill=self.prefill,
+            decode=self.decode,
+            gateway=self.gateway,
+            transfer=config.Transfer(strategy=STRATEGIES[self.layered]),
+        )
 
     @property
     def fair(self) -> bool:
@@ -169,7 +203,20 @@ def draw(seed: int) -> Plan:
         if plan.policy == "on_demand" and prefills + decodes > 2
     ]
     drawn = tuple(sorted((*drawn, *leaves), key=lambda fault: fault.at))
-    return replace(plan, requests=requests, faults=drawn)
+    return replace(plan, requests=_answered(requests, seed), faults=drawn)
+
+
+def _answered(requests: tuple[Asked, ...], seed: int) -> tuple[Asked, ...]:
+    """Draw how each is answered: in text, and whether its client leaves early."""
+    rng = random.Random(f"{seed} answers")
+    return tuple(
+        replace(
+            asked,
+            in_text=rng.random() < 0.5,
+            leaves_after=rng.randint(1, 4) if rng.random() < 0.05 else 0,
+        )
+        for asked in requests
+    )
 
 
 def _requests(plan: Plan, longest: int, rng: random.Random) -> tuple[Asked, ...]:
@@ -202,14 +249,14 @@ def _request(
         "ignore_eos": rng.random() < 0.3,
         "tenant": rng.choice(("", "", "a")),
         "priority": rng.choice((0, 0, 0, 1, -1)),
-        "ttft_limit_s": rng.uniform(4.0, 8.0) * (5 if plan.calm else 1),
+        "ttft_limit_ms": round(1e3 * rng.uniform(4.0, 8.0) * (5 if plan.calm else 1)),
     }
     if rng.random() < 0.15:
-        fields["sampling"] = Sampling(temperature=1.0, seed=number)
+        fields["sampling"] = {"temperature": 1.0, "seed": number}
     if rng.random() < 0.15:
-        fields["ttft_limit_s"] = 10 ** rng.uniform(-2.5, 0.0)
+        fields["ttft_limit_ms"] = round(1e3 * 10 ** rng.uniform(-2.5, 0.0))
     if rng.random() < 0.1:
-        fields["time_limit_s"] = 10 ** rng.uniform(-2, 0.7)
+        fields["timeout_us"] = round(1e6 * 10 ** rng.uniform(-2, 0.7))
     if rng.random() < 0.02:
         prompt = _tokens(rng, plan.arena_bytes // 128 + 1)  # nowhere is room for it
     return Asked(

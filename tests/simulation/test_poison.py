@@ -35,7 +35,7 @@ REPAIRED_S = 0.5
 def plan(seed: int) -> Plan:
     """64 requests at once, half of them in their first tokens when the poison comes."""
     drawn = draw(seed)
-    fields = {"stream": True, "ignore_eos": True, "ttft_limit_s": 60.0}
+    fields = {"stream": True, "ignore_eos": True, "ttft_limit_ms": 60_000}
     requests = [
         replace(
             drawn.requests[number % len(drawn.requests)],
@@ -129,7 +129,7 @@ def poisoned(request: pytest.FixtureRequest) -> Poisoned:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_request_that_ends_instances_ends_two(poisoned: Poisoned, seed: int) -> None:
     world = poisoned.live(plan(seed))
-    (culprit,) = (one for one in world.clients if POISON in one.request.prompt)
+    (culprit,) = (one for one in world.clients if POISON in one.asked.prompt)
     assert isinstance(culprit.error, errors.Suspected)
     assert culprit.ended_in is State.FAILED
     assert len(poisoned.ended) == 2

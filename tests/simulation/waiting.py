@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from pdserve.scheduling.forwarding import Forwarding
     from pdserve.scheduling.instance import Instance
     from pdserve.scheduling.request import Request
+    from pdserve.scheduling.scheduler import Scheduler
     from pdserve.scheduling.wait_queue import Order
-    from tests.simulation.gateways import Client, Gateway
+    from tests.simulation.clients import Client
+    from tests.simulation.gateways import Gateway
     from tests.simulation.world import World
 
 PAGE = 4096
@@ -38,40 +40,42 @@ class Waiting:
         self._idle: dict[tuple[Forwarding[Any], str], float] = {}
         """Since when an instance could take who is the next of a line."""
         self._overtaken: Counter[Client] = Counter()
-        self._passed_over: Counter[Gateway] = Counter()
+        self._passed_over: Counter[Scheduler] = Counter()
         """Requests of others that were taken since one of its own was, while some waited."""
 
     # ------------------------------------------------------------ nothing is idle
 
     def look(self, gateway: Gateway) -> None:
         """Called at every instant."""
-        scheduler = gateway.scheduler
-        for line in (*prefill_lines(scheduler), scheduler.decodes):
-            if line._queue._standing:
-                self._could_go(gateway, line)
-            elif self._idle:
-                for instance in line.instances:
-                    self._idle.pop((line, instance.name), None)
+        for scheduler in gateway.schedulers:
+            for line in (*prefill_lines(scheduler), scheduler.decodes):
+                if line._queue._standing:
+                    self._could_go(gateway, scheduler, line)
+                elif self._idle:
+                    for instance in line.instances:
+                        self._idle.pop((line, instance.name), None)
 
-    def _could_go(self, gateway: Gateway, line: Forwarding[Any]) -> None:
+    def _could_go(self, gateway: Gateway, scheduler: Scheduler, line: Forwarding[Any]) -> None:
         now = self._world.loop.time()
         for instance in line.instances:
             key = line, instance.name
-            head = self._head(gateway, line) if self._is_idle(gateway, line, instance) else None
-            if head is None or not self._fits(gateway, instance, head.request):
+            idle = self._is_idle(gateway, scheduler, line, instance)
+            head = self._head(scheduler, line) if idle else None
+            if head is None or not self._fits(gateway, scheduler, instance, head):
                 self._idle.pop(key, None)
-            elif (idle := now - self._idle.setdefault(key, now)) > self._bounds.idle:
-                waits = f"request {head.asked.number} waits at {gateway.name}"
-                self._expect(False, f"{instance.name} is idle for {idle:.4f} s while {waits}")
+            elif (idle_s := now - self._idle.setdefault(key, now)) > self._bounds.idle:
+                waits = f"request {head.id} waits at {gateway.name}"
+                self._expect(False, f"{instance.name} is idle for {idle_s:.4f} s while {waits}")
 
-    def _head(self, gateway: Gateway, line: Forwarding[Any]) -> Client | None:
+    def _head(self, scheduler: Scheduler, line: Forwarding[Any]) -> Request | None:
         """Whose turn is next. Those behind wait for it: what is large would starve otherwise."""
         standing = self._standing(line)
         if not standing:
             return None
         order = min(standing)
-        state = State.PREFILLED if line is gateway.scheduler.decodes else State.WAITING
-        return next((one for one in self._open(gateway, state) if one.request.order == order), None)
+        state = State.PREFILLED if line is scheduler.decodes else State.WAITING
+        waiting = (request for _, request in self._open(scheduler, state))
+        return next((request for request in waiting if request.order == order), None)
 
     @staticmethod
     def _standing(line: Forwarding[Any]) -> list[Order]:
@@ -81,14 +85,19 @@ class Waiting:
             if place._turn is not None and not place._turn.done()
         ]
 
-    def _open(self, gateway: Gateway, state: State) -> list[Client]:
+    def _open(self, scheduler: Scheduler, state: State) -> list[tuple[Client, Request]]:
         return [
-            client
+            (client, client.request)
             for client in self._world.clients
-            if client.gateway is gateway and client.open and client.request.state is state
+            if client.scheduler is scheduler
+            and client.request
+            and client.open
+            and client.request.state is state
         ]
 
-    def _is_idle(self, gateway: Gateway, line: Forwarding[Any], instance: Instance) -> bool:
+    def _is_idle(
+        self, gateway: Gateway, scheduler: Scheduler, line: Forwarding[Any], instance: Instance
+    ) -> bool:
         """Whether it would take something, and the gateway could know."""
         now, wire = self._world.loop.time(), gateway.wires[instance.name]
         life = wire.worker.life
@@ -97,7 +106,7 @@ class Waiting:
             or not life.process.runs
             or instance.load.offers
             or now < instance.breaker.reopens
-            or instance.name in gateway.kv_links.table.avoided
+            or instance.name in scheduler._kv_links.table.avoided
             or now < wire.cut_until + self._bounds.message
         ):
             return False
@@ -113,7 +122,9 @@ class Waiting:
             return one._exports._refused_with < 0 and one._slots.free() > 0
         return len(one._admission.open) < self._plan.decode.slots
 
-    def _fits(self, gateway: Gateway, instance: Instance, request: Request) -> bool:
+    def _fits(
+        self, gateway: Gateway, scheduler: Scheduler, instance: Instance, request: Request
+    ) -> bool:
         life = gateway.wires[instance.name].worker.life
         assert life is not None
         one = life.instance
@@ -127,10 +138,10 @@ class Waiting:
         room = (pool.free_blocks + pool.cached_blocks) * pool.block_size
         if room < request.prompt_tokens + request.max_tokens + 1:
             return False
-        linked = gateway.kv_links.decodes(prefill.name)
+        linked = scheduler._kv_links.decodes(prefill.name)
         if linked and instance not in linked:
             return False
-        return gateway.scheduler._decode_stage._cost(request, prefill, instance) is not None
+        return scheduler._decode_stage._cost(request, prefill, instance) is not None
 
     # ----------------------------------------------------------- nobody starves
 
@@ -138,33 +149,37 @@ class Waiting:
         """A prefill has taken its request, and not that of others."""
         if not self._plan.fair:
             return
+        assert client.request is not None
+        assert client.scheduler is not None
         at_once = self._plan.prefills * self._plan.prefill.slots
-        gateway = client.gateway
-        for one in self._waits(gateway):
-            if client.request.arrived > one.request.arrived and _due(client) > _due(one):
+        for one, request in self._waits(client.scheduler):
+            if client.request.arrived > request.arrived and _due(client.request) > _due(request):
                 self._overtaken[one] += 1
                 times = self._overtaken[one]
                 self._expect(
                     times <= 2 * at_once, f"request {one.asked.number} is overtaken {times} times"
                 )
-        self._passed_over[gateway] = 0
-        for other in self._world.gateways:
-            if other is None or other is gateway:
-                continue
-            if not self._waits(other):
-                self._passed_over[other] = 0
-                continue
-            self._passed_over[other] += 1
-            times = self._passed_over[other]
-            most = at_once * self._plan.gateways + self._plan.prefills
-            self._expect(times <= most, f"{other.name} is passed over {times} times")
+        self._passed_over[client.scheduler] = 0
+        for gateway in filter(None, self._world.gateways):
+            for other in gateway.schedulers:
+                if other is not client.scheduler:
+                    self._pass_over(gateway, other, at_once)
 
-    def _waits(self, gateway: Gateway) -> list[Client]:
-        standing = set(self._standing(gateway.scheduler.prefills))
-        waiting = self._open(gateway, State.WAITING)
-        return [client for client in waiting if client.request.order in standing]
+    def _pass_over(self, gateway: Gateway, other: Scheduler, at_once: int) -> None:
+        if not self._waits(other):
+            self._passed_over[other] = 0
+            return
+        self._passed_over[other] += 1
+        times = self._passed_over[other]
+        most = at_once * self._plan.gateways + self._plan.prefills
+        self._expect(times <= most, f"{gateway.name} is passed over {times} times")
+
+    def _waits(self, scheduler: Scheduler) -> list[tuple[Client, Request]]:
+        standing = set(self._standing(scheduler.prefills))
+        waiting = self._open(scheduler, State.WAITING)
+        return [(one, request) for one, request in waiting if request.order in standing]
 
 
-def _due(client: Client) -> float:
+def _due(request: Request) -> float:
     """Who is promised to go first: this module's own rule, since the scheduler's is tried out."""
-    return client.request.deadline - LEVEL_S * client.request.priority
+    return request.deadline - LEVEL_S * request.priority

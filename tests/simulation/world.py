@@ -12,12 +12,15 @@ import random
 import re
 from functools import partial
 from typing import TYPE_CHECKING
+from unittest import mock
 
+from pdserve.gateway import service
 from pdserve.rpc import messages
-from tests.simulation import faults
+from tests.simulation import faults, words
 from tests.simulation.channels import Weather
-from tests.simulation.gateways import Client, Gateway
-from tests.simulation.invariants import Broken, Invariants, brief
+from tests.simulation.clients import Client, Told, brief
+from tests.simulation.gateways import Gateway
+from tests.simulation.invariants import Broken, Invariants
 from tests.simulation.loop import Loop
 from tests.simulation.plan import Asked, Plan
 from tests.simulation.workers import Workers
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pdserve.rpc.messages import Reply, Request
-    from tests.simulation.channels import Life
+    from tests.simulation.channels import Life, Wire
     from tests.simulation.faults import Fault
 
 # All that was asked for has ended by then, whatever goes wrong.
@@ -52,6 +55,7 @@ class World:
         weather = random.Random(f"{plan.seed} weather")
         self.weather = Weather(weather, plan.delay_s, plan.tail, 0.0)
         self.workers = Workers(plan, loop, self._begun)
+        self.vocabulary = words.read()
         self.gateways: list[Gateway | None] = []
         self.clients: list[Client] = []
         self.invariants = Invariants(self)
@@ -97,7 +101,7 @@ class World:
         end = self.loop.time() + END_S
         while waiting := [client for client in self.clients if client.open]:
             if self.loop.time() > end:
-                raise Broken(f"has not ended: {brief(waiting[0].request)}")
+                raise Broken(f"has not ended: {waiting[0].brief}")
             await asyncio.sleep(LOOK_S)
 
     async def _settle(self) -> None:
@@ -122,10 +126,13 @@ class World:
             breaker.reopens
             for gateway in self.gateways
             if gateway is not None
-            for pairs in [gateway.scheduler._decode_stage._pairs]
             for breaker in (
                 *(instance.breaker for instance in gateway.instances.values()),
-                *pairs.known.values(),
+                *(
+                    breaker
+                    for scheduler in gateway.schedulers
+                    for breaker in scheduler._decode_stage._pairs.known.values()
+                ),
             )
         )
 
@@ -136,10 +143,10 @@ class World:
         if gateway is None:
             self.note(f"{asked.number} finds no gateway")
             return None
-        client = Client(asked, gateway, self.workers.model)
+        client = Client(asked, gateway, self.workers.model, self.vocabulary)
         client.chunk = partial(self.invariants.heard, client)
-        client.request.accepted = partial(self.invariants.accepted, client)
-        self.note(f"{asked.number} asks {gateway.name}: {brief(client.request)}")
+        self.note(f"{asked.number} asks {gateway.name}")
+        gateway.clients[str(asked.number)] = client
         self.clients.append(client)
         task = gateway.process.begin(client.ask())
         task.add_done_callback(partial(self._ended, client))
@@ -150,17 +157,24 @@ class World:
 
     def _ended(self, client: Client, task: asyncio.Task[None]) -> None:
         client.ended_at = self.loop.time()
-        client.ended_in = client.request.state
+        client.ended_in = client.request and client.request.state
         client.error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        self.note(f"{client.asked.number} ends {client.ended_in.name} {client.error!r}")
+        ended_in = client.ended_in.name if client.ended_in else "unserved"
+        self.note(f"{client.asked.number} ends {ended_in} {client.error!r}")
         if client.gateway.process.alive:  # else nobody hears of it
             self.invariants.ended(client)
 
     def _probe(self, gateway: int) -> Asked:
         prompt = self.plan.requests[0].prompt[: 4 * 20]
-        return Asked(1000 + gateway, 0.0, gateway, prompt, 5, {"ttft_limit_s": 20.0})
+        return Asked(1000 + gateway, 0.0, gateway, prompt, 5, {"ttft_limit_ms": 20_000})
 
     # ----------------------------------------------------------------- told of
+
+    def begins(self, client: Client) -> None:
+        """Its gateway has made a request of what a client asks for, and chosen its group."""
+        assert client.request is not None
+        client.request.accepted = partial(self.invariants.accepted, client)
+        self.note(f"{client.asked.number} at {client.gateway.name}: {brief(client.request)}")
 
     async def _trouble(self, began: float, fault: Fault) -> None:
         await asyncio.sleep(began + fault.at - self.loop.time())
@@ -172,19 +186,20 @@ class World:
         self.note(f"{life.process.name} begins")
         self.invariants.begun(life)
 
-    def sent(self, gateway: Gateway, worker: str, request: Request) -> None:
-        self.invariants.sent(gateway, worker, request)
+    def sent(self, gateway: Gateway, wire: Wire, request: Request) -> None:
+        self.invariants.sent(gateway, wire, request)
         if self._trace is not None:
-            self.note(f"{gateway.name} -> {worker} {_brief(request)}")
+            self.note(f"{gateway.name} -> {wire.worker.name} {_brief(request)}")
 
-    def got(self, gateway: Gateway, worker: str, data: bytes) -> None:
+    def got(self, gateway: Gateway, wire: Wire, data: bytes) -> None:
         if self._trace is not None:
             for call, reply in messages.decode_replies(data).replies:
-                self.note(f"{gateway.name} <- {worker} {call} {_brief(reply)}")
+                self.note(f"{gateway.name} <- {wire.worker.name} {call} {_brief(reply)}")
 
-    def broke(self, gateway: Gateway, worker: str, calls: Sequence[str]) -> None:
-        self.note(f"{gateway.name} has lost {worker} with {len(calls)} calls")
-        self.invariants.broke(gateway, worker, calls)
+    def broke(self, gateway: Gateway, wire: Wire, calls: Sequence[str]) -> None:
+        what = "closed" if wire.closed else "lost"
+        self.note(f"{gateway.name} has {what} {wire.worker.name} with {len(calls)} calls")
+        self.invariants.broke(gateway, wire, calls)
 
     def note(self, what: object) -> None:
         if self._trace is not None:
@@ -199,7 +214,8 @@ def simulate(plan: Plan, trace: list[str] | None = None) -> World:
     """
     loop = Loop()
     world = World(plan, loop, trace)
-    loop.run(_whole(world))
+    with mock.patch.object(service, "Request", Told):
+        loop.run(_whole(world))
     return world
 
 
