@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +29,12 @@ class Group:
     ) -> None:
         self.name = name
         self.instances = instances
-        self.open = 0
-        """Number of requests that it serves."""
+        self._begun = itertools.count()
+        self._open: dict[int, None] = {}
+        """Numbers of the requests that it serves, the oldest first."""
+        self._left: dict[Instance, int] = {}
+        """Instances that have left and are not forgotten yet, each with the number of the first
+        request that began afterwards."""
         self._scheduler = scheduler
         self._linking = Background()
         self._linking.start(kv_links.run())
@@ -42,20 +47,41 @@ class Group:
     def serving(self, request: Request) -> Iterator[Scheduler]:
         """Return its scheduler, for the duration of one request."""
         request.group = self.name
-        self.open += 1
+        number = next(self._begun)
+        self._open[number] = None
         try:
             yield self._scheduler
         finally:
-            self.open -= 1
+            del self._open[number]
+
+    @property
+    def open(self) -> int:
+        """Return the number of requests that it serves."""
+        return len(self._open)
 
     def update(self, prefills: dict[_Key, Instance], decodes: dict[_Key, Instance]) -> None:
         """Replace the instances; see ``Scheduler.update``."""
-        self.instances = prefills | decodes
+        before, self.instances = self.instances, prefills | decodes
+        next_request = next(self._begun)
+        for key, instance in before.items():
+            if key not in self.instances:
+                self._left[instance] = next_request
+        for instance in self.instances.values():
+            self._left.pop(instance, None)
         self._scheduler.update(list(prefills.values()), list(decodes.values()))
 
-    def let_go(self, instance: Instance) -> None:
-        """Forget an instance that has left and serves no request any more."""
-        self._scheduler.let_go(instance)
+    def forget(self) -> None:
+        """Forget the instances that have left and serve no request of this group any more.
+
+        One that another group has now may never be without requests: it is forgotten when all
+        requests have ended that began before it left.
+        """
+        oldest = next(iter(self._open), None)
+        for instance, next_request in list(self._left.items()):
+            over = oldest is None or oldest >= next_request
+            if over or not (instance.load.open or instance.load.offers):
+                del self._left[instance]
+                self._scheduler.let_go(instance)
 
     def retire(self) -> None:
         """Stop connecting its instances, since no new request will come."""
@@ -119,20 +145,22 @@ class Groups:
                 reached.lose(epoch)
 
     async def sweep(self) -> None:
-        """Close groups and instances that are in no deployment and serve no request any more."""
+        """Close groups and instances that are in no deployment and serve no request any more.
+
+        Groups forget the instances that have left them.
+        """
         for group in [group for group in self._retired if not group.open]:
             self._retired.remove(group)
             group.update({}, {})  # so that instances that stay do not call it any more
+        for group in self._current.values():
+            group.forget()
         used = {
             key for group in (*self._current.values(), *self._retired) for key in group.instances
         }
-        for key in self._instances.keys() - used:
+        for key in [key for key in self._instances if key not in used]:
             load = self._instances[key].load
             if not (load.open or load.offers):
-                instance = self._instances.pop(key)
-                for group in self._current.values():
-                    group.let_go(instance)
-                await instance.close()
+                await self._instances.pop(key).close()
 
     async def close(self) -> None:
         for group in self._current.values():

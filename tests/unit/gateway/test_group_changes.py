@@ -18,6 +18,7 @@ from pdserve.errors import InstanceError
 from pdserve.rpc.messages import Connect, Failed, NotConnected
 from pdserve.scheduling.kv_links import JOIN_S, ROUND_S
 from tests.unit.gateway.test_groups import ConnectedGroups, deployment, serve
+from tests.unit.group_state import known, state
 from tests.unit.inprocess import Site, virtual
 from tests.unit.scheduling.test_kv_links import drop_links
 
@@ -207,41 +208,41 @@ async def test_who_joins_waits_a_bounded_time_for_its_links(tmp_path: Path) -> N
         await connected.groups.close()
 
 
-def known(group: Group) -> set[str]:
-    """Return the instances that the directory believes to have prefixes."""
-    made = scheduler(group)
-    return {
-        name
-        for stage in (made._prefill_stage, made._decode_stage)
-        for holders in stage._prefixes._holders.values()
-        for name, life in holders.items()
-        if life == stage._prefixes._lives.get(name, 0)
-    }
+@virtual
+async def test_who_moves_to_another_group_is_forgotten_though_it_is_never_idle(
+    tmp_path: Path,
+) -> None:
+    """It may serve the other group's requests all the time."""
 
+    def both(first: tuple[str, ...], second: tuple[str, ...]) -> config.Deployment:
+        return deployment(
+            config.Group("a", ("prefill_0",), first), config.Group("b", ("prefill_1",), second)
+        )
 
-def state(group: Group) -> object:
-    """Return all state that a group built at once would have, too."""
-    made = scheduler(group)
-    rooms = made._decode_stage._rooms
-    return (
-        {one.name for one in made.prefills.instances},
-        {one.name for one in made.decodes.instances},
-        {one.name for one in rooms._members},
-        set(made._kv_links.table._refused.known),
-        rooms._at_once,
-        set(made._kv_links.table._links.known),
-        made._kv_links.table.avoided,
-        set(made._prefill_stage._members.values()) == set(made.prefills.instances),
-        [
-            (len(line), len(line._watching), len(list(line.candidates.busy)))
-            for line in (made.prefills, made.decodes)
-        ],
-        [
-            (one.load.open, one.load.offers, one.load.tokens, one.load.computed)
-            for one in made.prefills.instances
-        ],
-        [(one.load.open, one.room.slots, one.room.blocks) for one in made.decodes.instances],
-    )
+    async with Site(tmp_path, prefills=2, decodes=3, profile=TIMES) as site:
+        connected = ConnectedGroups(site)
+        groups = connected.groups.take(both(("decode_0", "decode_1"), ("decode_2",)))
+        await asyncio.sleep(ROUND_S)
+        own = [site.request(max_tokens=20) for _ in range(2)]
+        tasks = [asyncio.create_task(serve(groups["a"], one)) for one in own]
+        await asyncio.sleep(0.15)
+        assert {one.decode for one in own} == {"decode_0", "decode_1"}
+
+        connected.groups.take(both(("decode_0",), ("decode_1", "decode_2")))
+        others = [site.request(max_tokens=100) for _ in range(4)]
+        tasks += [asyncio.create_task(serve(groups["b"], one)) for one in others]
+        links = scheduler(groups["a"])._kv_links.table._links
+        await connected.groups.sweep()
+        assert ("prefill_0", "decode_1") in links.known, "it serves a request of the group"
+        await asyncio.sleep(0.5)
+        tasks.append(asyncio.create_task(serve(groups["a"], site.request(max_tokens=100))))
+        await asyncio.sleep(0.1)
+        await connected.groups.sweep()
+        assert {"decode_1", "decode_2"} == {one.decode for one in others}, "it is never idle"
+        assert [task.done() for task in tasks] == [True, True, *[False] * 5]
+        assert set(links.known) == {("prefill_0", "decode_0")}
+        await asyncio.gather(*tasks)
+        await connected.groups.close()
 
 
 some = st.sets(st.integers(0, PREFILLS - 1), min_size=1)
