@@ -49,7 +49,7 @@ class Bounds:
         # Who is told that something is idle has to ask, perhaps each of them; and others are told
         # before it.
         self.idle = LOOK_S + (2 * plan.prefills + 2) * self.message
-        self.idle += (plan.gateways - 1) * RESERVED_S + (0.0 if calm else WATCH_S[1])
+        self.idle += (plan.contenders - 1) * RESERVED_S + (0.0 if calm else WATCH_S[1])
         """Something is idle though somebody waits for it."""
         self.orphan = 2 * self.message + self.forward + self.pull + 2 * step + TICK_S
         if not calm:

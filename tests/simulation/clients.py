@@ -21,6 +21,7 @@ from tests.unit.inprocess import EOS, Model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pdserve import config
     from pdserve.scheduling.scheduler import Scheduler
     from pdserve.text.vocabulary import Vocabulary
     from tests.simulation.gateways import Gateway
@@ -65,6 +66,8 @@ class Client:
     gateway: Gateway
     model: Model
     vocabulary: Vocabulary
+    deployment: config.Deployment | None = None
+    """By which it has been routed."""
     request: Told | None = None
     """None: it has not got to a scheduler."""
     scheduler: Scheduler | None = None
@@ -122,6 +125,12 @@ class Client:
         return text[: text.rindex(self.stop[0])] if self.stop else text
 
     @property
+    def beginning(self) -> str:
+        """Return the beginning of its prompt, if that is text."""
+        ids = np.frombuffer(self.asked.prompt[:16], "<i4").tolist()
+        return self.vocabulary.decode(ids) if self.asked.in_text else ""
+
+    @property
     def open(self) -> bool:
         return self.ended_at is None
 
@@ -132,6 +141,7 @@ class Client:
     async def ask(self) -> None:
         """Raises: whatever the service does; Left."""
         asked, service = self.asked, self.gateway.service
+        self.deployment = self.gateway.deployment
         answer = service.answer(str(asked.number), self._read, Trace(""), in_text=asked.in_text)
         with service.admitted():
             async with aclosing(answer) as parts:
@@ -155,8 +165,7 @@ class Client:
         asked = self.asked
         given = {"max_tokens": asked.max_tokens, "stop": self.stop, **asked.fields}
         ids = np.frombuffer(asked.prompt, "<i4")
-        beginning = self.vocabulary.decode(ids[:4].tolist()) if asked.in_text else ""
-        return Parameters(**{**NOTHING, **given}), Prompt(ids, beginning=beginning)
+        return Parameters(**{**NOTHING, **given}), Prompt(ids, beginning=self.beginning)
 
 
 def brief(request: Request) -> str:

@@ -163,9 +163,7 @@ class Conservation:
             }
         tasks = [repr(task.get_coro()) for task in gateway.process.tasks]
         others = [task for task in tasks if "KVLinks" not in task and "repeat" not in task]
-        links = sum("KVLinks.run" in task for task in tasks)
-        groups = sum(len(scenario.groups) for scenario in gateway.deployment.served)
-        return counts | {f"{name}: tasks": others, f"{name}: groups gone on": links - groups}
+        return counts | {f"{name}: tasks": others}
 
     def _at_worker(self, life: Life) -> dict[str, object]:
         one = life.instance

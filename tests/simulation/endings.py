@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pdserve import errors
 from pdserve.scheduling.request import FINAL, State
 from tests.simulation.clients import Left
+from tests.simulation.deployments import served_as
 
 if TYPE_CHECKING:
     from pdserve.scheduling.request import Request
@@ -28,7 +29,8 @@ def wrong(client: Client, world: World) -> str:
     """What is wrong with how it has ended; empty: nothing."""
     request, error = client.request, client.error
     if request is None:
-        return "it was not begun"
+        refused = client.deployment and served_as(client, client.deployment) is None
+        return "" if refused and isinstance(error, errors.NotFound) else "it was not begun"
     if request.state not in FINAL:
         return "its state is not final"
     if (error is None) != (request.state is State.FINISHED):

@@ -26,6 +26,7 @@ Kind = Literal[
     "bad step",
     "bad join",  # what has arrived in a decode is not what it should be
     "leave",  # an instance leaves the group of a gateway, and joins it again
+    "take",  # a gateway has other scenarios and groups for a while
 ]
 
 
@@ -89,6 +90,12 @@ def leave(plan: Plan, until: float, rng: random.Random) -> Fault:
     return Fault(at, "leave", gateway, f"{role}_{rng.randrange(count)}", lasts)
 
 
+def take(plan: Plan, layout: int, until: float, rng: random.Random) -> Fault:
+    """A gateway serves by another layout for a while."""
+    at, lasts = rng.uniform(0.0, until), 10 ** rng.uniform(-3, 0.5)
+    return Fault(at, "take", f"gateway_{rng.randrange(plan.gateways)}", f"{layout}", lasts)
+
+
 async def play(world: World, fault: Fault) -> None:
     """Do it, and return when it is over. What is not there cannot fail."""
     worker = world.workers.get(fault.one)
@@ -145,6 +152,9 @@ async def _to_gateway(world: World, gateway: Gateway, fault: Fault) -> None:
             await _stop(gateway.process, fault.lasts)
         case "leave":
             gateway.process.begin(gateway.leave(fault.other, fault.lasts))
+            await asyncio.sleep(fault.lasts)
+        case "take":
+            gateway.process.begin(gateway.take(int(fault.other), fault.lasts))
             await asyncio.sleep(fault.lasts)
         case "cut":
             gateway.wires[fault.other].cut_until = world.loop.time() + fault.lasts

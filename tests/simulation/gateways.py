@@ -49,10 +49,13 @@ class Gateway:
         self.parted_at: dict[tuple[Scheduler, str, str], float] = {}
         """When a prefill and a decode have failed to hand over, and have not done so since."""
         self._world = world
+        self._layout = 0
         self._away: set[str] = set()
+        self.groups: dict[str, Scheduler] = {}
+        """The schedulers of its groups, by name."""
         self.deployment = world.plan.deployment()
         self.service = self.process.run(self._start)
-        self._note_members()
+        self._note_groups()
         self.process.begin(repeat("the sweep", self._sweep))
 
     def _start(self) -> Service:
@@ -76,7 +79,7 @@ class Gateway:
         wire.got = partial(world.got, self, wire)
         wire.broke = partial(world.broke, self, wire)
         if before is not None:
-            world.invariants.connects(self, before)
+            world.invariants.deployments.connects(self, before)
             wire.cut_until = before.cut_until
         self.wires[name] = wire
         return wire
@@ -130,25 +133,35 @@ class Gateway:
         """An instance leaves its group, unless it is the last of its role, and joins it again."""
         if name in self._away:
             return
-        self._change(self._away | {name})
+        self._change(self._layout, self._away | {name})
         await asyncio.sleep(seconds)
-        self._change(self._away - {name})
+        self._change(self._layout, self._away - {name})
 
-    def _change(self, away: set[str]) -> None:
-        self._away = away
-        self.deployment = self._world.plan.deployment(away)
+    async def take(self, layout: int, seconds: float) -> None:
+        """Serve by another layout, and then by the first one again."""
+        self._change(layout, self._away)
+        await asyncio.sleep(seconds)
+        self._change(0, self._away)
+
+    def _change(self, layout: int, away: set[str]) -> None:
+        self._layout, self._away, before = layout, away, self.groups
+        self.deployment = self._world.plan.deployment(layout, away)
         self.service.take(self.deployment)
-        self._note_members()
+        self._note_groups()
+        self._world.note(f"{self.name} serves by layout {layout} without {sorted(away)}")
+        self._world.invariants.deployments.taken(self, before)
 
-    def _note_members(self) -> None:
+    def _note_groups(self) -> None:
         current = self.service._groups._current
-        for scenario in self.deployment.served:
-            for group in scenario.groups:
-                scheduler = current[group.name]._scheduler
-                self.members[scheduler] = frozenset((*group.prefill, *group.decode))
+        specs = [group for scenario in self.deployment.served for group in scenario.groups]
+        self.groups = {group.name: current[group.name]._scheduler for group in specs}
+        for group in specs:
+            members = frozenset((*group.prefill, *group.decode))
+            self.members[self.groups[group.name]] = members
 
     async def _sweep(self) -> float:
         await self.service.sweep()
+        self._world.invariants.deployments.swept(self)
         return SWEEP_S
 
     # ---------------------------------------------------------------- told of

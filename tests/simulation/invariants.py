@@ -14,6 +14,7 @@ from pdserve.scheduling.request import FINAL, Request, State
 from tests.simulation.bounds import EPS_S, PAUSE_S, Bounds
 from tests.simulation.clients import brief
 from tests.simulation.conservation import Conservation
+from tests.simulation.deployments import Deployments
 from tests.simulation.endings import wrong
 from tests.simulation.waiting import Waiting
 
@@ -39,6 +40,7 @@ class Invariants:
         self.bounds = Bounds(world.plan)
         self.steps = 0
         self._world = world
+        self.deployments = Deployments(world.plan, self.expect)
         self._conservation = Conservation(world, self.bounds, self.expect)
         self._waiting = Waiting(world, self.bounds, self.expect)
         self._broken = ""
@@ -108,11 +110,6 @@ class Invariants:
             self.expect(False, f"outlives its deadline by {now - latest:.3f} s: {brief(request)}")
 
     # --------------------------------------------------------------------- told of
-
-    def connects(self, gateway: Gateway, before: Wire) -> None:
-        """A gateway opens another channel to a worker: who stays keeps the one it has."""
-        what = f"{gateway.name} has a channel to {before.worker.name} already"
-        self.expect(before.closed, what)
 
     def sent(self, gateway: Gateway, wire: Wire, request: messages.Request) -> None:
         """A gateway says something to a worker: what has just failed is left alone."""
@@ -192,7 +189,13 @@ class Invariants:
 
     def left(self) -> dict[str, object]:
         """What is held by no request any more, where it is not nothing."""
-        return self._conservation.left()
+        gone = [self.deployments.left(one) for one in self._world.gateways if one is not None]
+        return {
+            what: count
+            for counts in (self._conservation.left(), *gone)
+            for what, count in counts.items()
+            if count
+        }
 
     def finally_(self) -> None:
         """Every request has ended once. Raises: Broken."""

@@ -7,10 +7,13 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from pdserve import config
-from tests.simulation import faults
+from pdserve.config import checks
+from tests.simulation import faults, layouts
+from tests.simulation.layouts import Names
 from tests.unit.inprocess import VOCABULARY
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from pdserve.transfer.consumer.cost_model import Strategy
     from tests.simulation.faults import Fault
+    from tests.simulation.layouts import Layout
 
 PAGE = 4096
 STRATEGIES: dict[bool | None, Any] = {None: "auto", True: "layered", False: "whole"}
@@ -39,7 +43,7 @@ class Asked:
     fields: dict[str, Any]
     """Of `pdserve.gateway.parameters.Parameters`, besides."""
     in_text: bool = False
-    """It is answered in text; else in token ids."""
+    """Prompt and answer are text; else they are token ids."""
     cancels_after: float = math.inf
     leaves_after: int = 0
     """Parts after which its client wants no more; 0: it wants all of them."""
@@ -68,6 +72,8 @@ class Plan:
     longest_bytes: int
     """Of the KV cache of the longest request."""
     arena_bytes: int
+    layouts: tuple[Layout, ...]
+    """The first is that of the beginning and the end."""
     layered: bool | None
     strategy: Strategy | None
     latency_s: float
@@ -84,33 +90,34 @@ class Plan:
     requests: tuple[Asked, ...] = field(repr=False)
     faults: tuple[Fault, ...] = field(repr=False)
 
-    def deployment(self, away: Collection[str] = ()) -> config.Deployment:
-        """Return what a gateway serves by, while some instances are away.
+    @property
+    def names(self) -> Names:
+        return Names(self.prefills, self.decodes)
 
-        None is away that is the last of its role in its group.
+    @property
+    def contenders(self) -> int:
+        """Number of schedulers, at most, that ask the same instances at the same time."""
+        changes = sum(fault.kind == "take" for fault in self.faults)
+        return self.gateways + 2 * changes
+
+    def deployment(self, layout: int = 0, away: Collection[str] = ()) -> config.Deployment:
+        """Return what a gateway serves by while some instances are away.
+
+        Args:
+            layout: its index.
         """
-        names: dict[config.Role, list[str]] = {
-            "prefill": [f"prefill_{i}" for i in range(self.prefills)],
-            "decode": [f"decode_{i}" for i in range(self.decodes)],
-        }
-        here = {
-            role: [name for name in some if name not in away] or some
-            for role, some in names.items()
-        }
-        servers = tuple(
-            config.Server(name, f"127.0.{len(role)}.{number}", **{role: (name,)})
-            for role, some in names.items()
-            for number, name in enumerate(some)
-            if name in here[role]
-        )
-        return config.Deployment(
+        scenarios = layouts.without(self.layouts[layout], away)
+        made = config.Deployment(
             model="emulated",
-            servers=servers,
+            servers=layouts.servers(scenarios, self.names),
             prefill=self.prefill,
             decode=self.decode,
             gateway=self.gateway,
             transfer=config.Transfer(strategy=STRATEGIES[self.layered]),
+            scenarios=scenarios,
         )
+        assert not list(checks.problems(made))
+        return made
 
     @property
     def fair(self) -> bool:
@@ -173,6 +180,7 @@ def draw(seed: int) -> Plan:
         policy=policy,
         longest_bytes=range_bytes,
         arena_bytes=range_bytes * rng.choice((1, 2, 8)),
+        layouts=(layouts.whole(Names(prefills, decodes)),),
         layered=rng.choice((None, None, True, False)),
         strategy=rng.choice((None, None, "whole", "direct")),
         latency_s=rng.choice((0.0, rng.uniform(2e-5, 5e-4))),
@@ -203,7 +211,7 @@ def draw(seed: int) -> Plan:
         if plan.policy == "on_demand" and prefills + decodes > 2
     ]
     drawn = tuple(sorted((*drawn, *leaves), key=lambda fault: fault.at))
-    return replace(plan, requests=_answered(requests, seed), faults=drawn)
+    return _grouped(replace(plan, requests=_answered(requests, seed), faults=drawn))
 
 
 def _answered(requests: tuple[Asked, ...], seed: int) -> tuple[Asked, ...]:
@@ -216,6 +224,29 @@ def _answered(requests: tuple[Asked, ...], seed: int) -> tuple[Asked, ...]:
             leaves_after=rng.randint(1, 4) if rng.random() < 0.05 else 0,
         )
         for asked in requests
+    )
+
+
+def _grouped(plan: Plan) -> Plan:
+    """Draw scenarios and groups, which scenario each request names, and what changes."""
+    rng = random.Random(f"{plan.seed} groups")
+    if rng.random() < 0.25:
+        return plan
+    drawn = tuple(layouts.draw(plan.names, rng) for _ in range(3))
+    labels = ("", "", *layouts.SCENARIOS, layouts.UNKNOWN)
+    requests = tuple(
+        replace(asked, fields={**asked.fields, "scenario": rng.choice(labels)})
+        for asked in plan.requests
+    )
+    changes = rng.choice((0, 1, 2)) if plan.policy == "on_demand" else 0
+    until = plan.requests[-1].at + 0.2
+    takes = [faults.take(plan, rng.randrange(1, 3), until, rng) for _ in range(changes)]
+    return replace(
+        plan,
+        layouts=drawn,
+        gateway=msgspec.structs.replace(plan.gateway, strict=rng.random() < 0.3),
+        requests=requests,
+        faults=tuple(sorted((*plan.faults, *takes), key=lambda fault: fault.at)),
     )
 
 

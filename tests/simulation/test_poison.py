@@ -19,6 +19,7 @@ from tests.simulation import faults
 from tests.simulation.endings import POISON
 from tests.simulation.faults import Fault
 from tests.simulation.invariants import Broken
+from tests.simulation.layouts import Names, whole
 from tests.simulation.plan import Plan, draw
 from tests.simulation.workers import Workers
 from tests.simulation.world import World, simulate
@@ -58,6 +59,7 @@ def plan(seed: int) -> Plan:
         gateways=2,
         prefills=2,
         decodes=2,
+        layouts=(whole(Names(2, 2)),),
         prefill=config.Prefill(slots=16, batch=8, lease_s=10.0),
         decode=config.Decode(slots=64, blocks=1024),
         gateway=config.Gateway(stall_s=4.0),

@@ -171,7 +171,7 @@ class Waiting:
             return
         self._passed_over[other] += 1
         times = self._passed_over[other]
-        most = at_once * self._plan.gateways + self._plan.prefills
+        most = at_once * self._plan.contenders + self._plan.prefills
         self._expect(times <= most, f"{gateway.name} is passed over {times} times")
 
     def _waits(self, scheduler: Scheduler) -> list[tuple[Client, Request]]:

@@ -8,6 +8,7 @@ by `channels`, bytes by `memory`; time, threads and processes are those of `loop
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import re
 from functools import partial
@@ -16,6 +17,7 @@ from unittest import mock
 
 from pdserve.gateway import service
 from pdserve.rpc import messages
+from pdserve.scheduling.kv_links import CONNECT_S, ROUND_S
 from tests.simulation import faults, words
 from tests.simulation.channels import Weather
 from tests.simulation.clients import Client, Told, brief
@@ -26,7 +28,7 @@ from tests.simulation.plan import Asked, Plan
 from tests.simulation.workers import Workers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from pdserve.rpc.messages import Reply, Request
     from tests.simulation.channels import Life, Wire
@@ -81,13 +83,14 @@ class World:
         await self._settle()
         # What has broken down is well again, and serves.
         await asyncio.sleep(max(self._reopens() - self.loop.time(), 0.0))
-        probes = [self._ask(self._probe(number)) for number in range(self.plan.gateways)]
+        probes = [self._ask(asked) for asked in self._probes()]
         await self._until_all_have_ended()
         await self._settle()
         for client in probes:
             if client is None or client.error is not None:
                 raise Broken(f"all is well, but {client and client.error!r} was answered")
         self.invariants.finally_()
+        await self._compare()
 
     async def close(self) -> None:
         """End every process; again is no error."""
@@ -119,6 +122,17 @@ class World:
             if self.loop.time() > end:
                 raise Broken(f"left behind: {left}")
             await asyncio.sleep(LOOK_S)
+
+    async def _compare(self) -> None:
+        """Wait until every gateway is as one that is begun now."""
+        fresh = Gateway(self, 0)
+        end = self.loop.time() + CONNECT_S + 2 * ROUND_S
+        for gateway in filter(None, self.gateways):
+            while differs := self.invariants.deployments.differs(gateway, fresh):
+                if self.loop.time() > end:
+                    raise Broken(differs)
+                await asyncio.sleep(LOOK_S)
+        await fresh.process.end()
 
     def _reopens(self) -> float:
         """When no breaker is open any more, of an instance or of a pair."""
@@ -164,9 +178,14 @@ class World:
         if client.gateway.process.alive:  # else nobody hears of it
             self.invariants.ended(client)
 
-    def _probe(self, gateway: int) -> Asked:
-        prompt = self.plan.requests[0].prompt[: 4 * 20]
-        return Asked(1000 + gateway, 0.0, gateway, prompt, 5, {"ttft_limit_ms": 20_000})
+    def _probes(self) -> Iterator[Asked]:
+        """One request for each group of each gateway."""
+        prompt, number = self.plan.requests[0].prompt[: 4 * 20], itertools.count(1000)
+        for gateway in range(self.plan.gateways):
+            for scenario in self.plan.layouts[0]:
+                fields = {"ttft_limit_ms": 20_000, "scenario": scenario.name}
+                for _ in scenario.groups:
+                    yield Asked(next(number), 0.0, gateway, prompt, 5, fields)
 
     # ----------------------------------------------------------------- told of
 
@@ -174,7 +193,9 @@ class World:
         """Its gateway has made a request of what a client asks for, and chosen its group."""
         assert client.request is not None
         client.request.accepted = partial(self.invariants.accepted, client)
+        assert client.scheduler is not None
         self.note(f"{client.asked.number} at {client.gateway.name}: {brief(client.request)}")
+        self.invariants.deployments.begins(client, client.scheduler)
 
     async def _trouble(self, began: float, fault: Fault) -> None:
         await asyncio.sleep(began + fault.at - self.loop.time())

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def known(group: Group) -> set[str]:
-    """Instances that are believed to have prefixes."""
+    """Return the instances that the directory believes to have prefixes."""
     made = group._scheduler
     return {
         name
@@ -21,7 +21,7 @@ def known(group: Group) -> set[str]:
 
 
 def state(group: Group) -> object:
-    """All that a group built at once has as well."""
+    """Return all state that a group built at once would have, too."""
     made = group._scheduler
     rooms = made._decode_stage._rooms
     return (

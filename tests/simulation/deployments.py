@@ -1,0 +1,155 @@
+"""Every request is served by its scenario's groups, and every group by its own instances."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from pdserve.observability import catalogue
+from tests.unit.group_state import known, state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pdserve import config
+    from pdserve.scheduling.scheduler import Scheduler
+    from tests.simulation.channels import Wire
+    from tests.simulation.clients import Client
+    from tests.simulation.gateways import Gateway
+    from tests.simulation.plan import Plan
+
+
+class Deployments:
+    """Of one world."""
+
+    def __init__(self, plan: Plan, expect: Callable[[bool, str], None]) -> None:
+        self._plan = plan
+        self._expect = expect
+        self._routed: dict[tuple[Gateway, str], Counter[str]] = {}
+        """Requests of a scenario since the last change, by group."""
+
+    # ------------------------------------------------------------------- requests
+
+    def begins(self, client: Client, scheduler: Scheduler) -> None:
+        """A client's request has got to a scheduler."""
+        gateway, request = client.gateway, client.request
+        assert request is not None
+        deployment = gateway.deployment
+        scenario = served_as(client, deployment)
+        name = scenario.name if scenario else "none"
+        self._expect(request.scenario == name, f"{client.brief} is of scenario {name}")
+        if scenario is None:
+            return
+        shares = {group.name: group.share for group in scenario.groups if group.share}
+        self._expect(request.group in shares, f"{client.brief} is in no group of {name}")
+        current = gateway.groups
+        ours = current.get(request.group)
+        self._expect(ours is scheduler, f"{client.brief} is in a group that is gone")
+        well = any(current[group].healthy for group in shares)
+        self._expect(scheduler.healthy or not well, f"{client.brief} is in a group that has failed")
+        if self._plan.calm:
+            self._in_turn(gateway, request.group, name, shares)
+
+    def _in_turn(
+        self, gateway: Gateway, group: str, scenario: str, shares: dict[str, float]
+    ) -> None:
+        counts = self._routed.setdefault((gateway, scenario), Counter())
+        counts[group] += 1
+        for one, share in shares.items():
+            due = counts.total() * share / sum(shares.values())
+            told = f"{gateway.name}: {counts[one]} of {counts.total()} are in group {one}"
+            self._expect(abs(counts[one] - due) < len(shares), f"{told}, whose share is {share}")
+
+    # ----------------------------------------------------------- another deployment
+
+    def connects(self, gateway: Gateway, before: Wire) -> None:
+        """A gateway opens another channel to a worker: who stays keeps the one it has."""
+        what = f"{gateway.name} has a channel to {before.worker.name} already"
+        self._expect(before.closed, what)
+
+    def taken(self, gateway: Gateway, before: dict[str, Scheduler]) -> None:
+        """A gateway serves by another deployment: a group that is in both goes on."""
+        for name, scheduler in gateway.groups.items():
+            goes_on = before.get(name, scheduler) is scheduler
+            self._expect(goes_on, f"{gateway.name} has made group {name} anew")
+        for key in [key for key in self._routed if key[0] is gateway]:
+            del self._routed[key]
+
+    def swept(self, gateway: Gateway) -> None:
+        """What has left and serves nothing is closed and forgotten, and nothing else is."""
+        open_, serving = gateway.instances, self._serving(gateway)
+        wanted = {name for scheduler in serving for name in gateway.members[scheduler]}
+        for name, instance in open_.items():
+            used = name in wanted or instance.load.open or instance.load.offers
+            self._expect(bool(used), f"{gateway.name} keeps its channel to {name}, which has left")
+        for name in wanted:
+            self._expect(name in open_, f"{gateway.name} has no channel to {name}")
+        for name, scheduler in gateway.groups.items():
+            links, pairs = scheduler._kv_links, scheduler._decode_stage._pairs
+            for pair in (*links._links.known, *links._refused.known, *pairs.known):
+                gone = set(pair) - open_.keys()
+                self._expect(not gone, f"{gateway.name}: group {name} remembers {gone}")
+
+    def _serving(self, gateway: Gateway) -> set[Scheduler]:
+        """Return the schedulers of its groups, and those that serve what they have begun."""
+        begun = {client.scheduler for client in gateway.clients.values() if client.open}
+        return {*gateway.groups.values(), *(one for one in begun if one is not None)}
+
+    # ------------------------------------------------------------- when all is over
+
+    def left(self, gateway: Gateway) -> dict[str, object]:
+        """What is left of groups that are gone."""
+        tasks = [repr(task.get_coro()) for task in gateway.process.tasks]
+        links = sum("KVLinks.run" in task for task in tasks)
+        name, current = gateway.name, gateway.groups.values()
+        counts: dict[str, object] = {
+            f"{name}: groups that are gone": list(gateway.service._groups._retired),
+            f"{name}: groups that go on": links - len(current),
+        }
+        for number, scheduler in enumerate(gateway.members):
+            if scheduler not in current:
+                lines = scheduler.prefills, scheduler.decodes
+                counts[f"{name}, scheduler {number}: instances"] = [
+                    one.name for line in lines for one in line.instances
+                ]
+        return counts
+
+    def differs(self, gateway: Gateway, fresh: Gateway) -> str:
+        """Tell what of its groups is not as in a gateway that was begun now; empty: nothing."""
+        groups, built = gateway.service._groups._current, fresh.service._groups._current
+        if groups.keys() != built.keys():
+            return f"{gateway.name} has the groups {list(groups)}"
+        for name, group in groups.items():
+            if state(group) != state(built[name]):
+                return f"{gateway.name}: group {name} is {state(group)}, not {state(built[name])}"
+            strange = known(group) - set(gateway.members[group._scheduler])
+            if strange:
+                return f"{gateway.name}: group {name} knows prefixes of {strange}"
+        if _links(gateway) != _links(fresh):
+            return f"{gateway.name} tells of the links {_links(gateway)}, not {_links(fresh)}"
+        return ""
+
+
+def served_as(client: Client, deployment: config.Deployment) -> config.Scenario | None:
+    """Return the scenario that a client's request belongs to; None: it is refused."""
+    scenarios = {scenario.name: scenario for scenario in deployment.served}
+    label, tenant = (client.asked.fields.get(name, "") for name in ("scenario", "tenant"))
+    if label:
+        if label not in scenarios and deployment.gateway.strict:
+            return None
+        return scenarios.get(label, scenarios["default"])
+    for scenario in deployment.served:
+        for rule in scenario.rules:
+            of_tenant = rule.tenant is None or rule.tenant == tenant
+            if of_tenant and client.beginning.startswith(rule.prefix or ""):
+                return scenario
+    return scenarios["default"]
+
+
+def _links(gateway: Gateway) -> dict[tuple[str, ...], float]:
+    """Return the links that it tells of, by group and state."""
+    return {
+        values[1:]: count
+        for (metric, values), count in gateway.metrics._levels.items()
+        if metric is catalogue.KV_LINKS and count
+    }
