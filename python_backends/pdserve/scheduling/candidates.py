@@ -80,6 +80,10 @@ class Candidates:
         self._told: set[Instance] = set()
         """Instances that have reported something free, although this gateway's calls take up all of
         them as far as it knows."""
+        self._offers: dict[Instance, int] = {}
+        """Number of offers from here that each instance has not answered. Those of other groups,
+        which an instance may serve as well, do not count: no request here is woken when they end.
+        """
         self.update(instances)
 
     def update(self, instances: Sequence[Instance]) -> None:
@@ -182,9 +186,19 @@ class Candidates:
             self._changed.add(instance)
 
     def ask(self, instance: Instance) -> None:
-        """Drop an instance's last report, since it is about to be offered a request."""
-        if instance in self._told:
-            self._told.discard(instance)
+        """Note that an instance is about to be offered a request; its last report is dropped."""
+        self._told.discard(instance)
+        self._offer(instance, 1)
+
+    def answered(self, instance: Instance) -> None:
+        """Note that an offer has been answered or has failed; the instance may have left."""
+        self._offer(instance, -1)
+
+    def _offer(self, instance: Instance, change: int) -> None:
+        self._offers[instance] = self._offers.get(instance, 0) + change
+        if not self._offers[instance]:
+            del self._offers[instance]
+        if instance in self._members:
             self._changed.add(instance)
 
     def forget(self) -> None:
@@ -210,13 +224,16 @@ class Candidates:
             closed = instance.breaker.closed
             tried = None if closed else (instance.breaker.reopens, self._members[instance])
             self._failed.put(instance, tried)
-            free = load.offers < self._batch and not self._is_busy(instance)
+            free = self._takes_offers(instance) and not self._is_busy(instance)
             self._order.put(instance, self._key(instance) if free and closed else None)
         self._changed.clear()
 
     def _key(self, instance: Instance) -> _Key:
         load = instance.load
         return self._load(load), load.refused, load.asked, self._members[instance]
+
+    def _takes_offers(self, instance: Instance) -> bool:
+        return self._offers.get(instance, 0) < self._batch
 
     def _is_busy(self, instance: Instance) -> bool:
         # An instance that this gateway fills by itself would only refuse: it is watched at once.
@@ -228,11 +245,10 @@ class Candidates:
         for (reopens, _), instance in self._failed:
             if reopens > now:
                 break
-            offers = instance.load.offers
             if (
-                offers < self._batch
+                self._takes_offers(instance)
                 and not self._is_busy(instance)
-                and instance.breaker.allows(now, offers)
+                and instance.breaker.allows(now, instance.load.offers)
             ):
                 yield instance
 

@@ -182,6 +182,7 @@ class Forwarding(Generic[T]):
                 continue
             finally:
                 instance.load.answer()
+                self.candidates.answered(instance)
             if taken is not None:
                 return taken
             self.candidates.refused(instance)

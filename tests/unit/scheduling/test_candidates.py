@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from unittest import mock
 
@@ -47,6 +48,7 @@ class Scan:
         self.instances = list(instances)
         self.refusing: set[Instance] = set()
         self.told: set[Instance] = set()
+        self.offers: Counter[Instance] = Counter()
 
     def full(self, instance: Instance) -> bool:
         of = instance.load
@@ -60,8 +62,8 @@ class Scan:
         busy, special = self.busy(), rank.special()
         found = []
         for instance in self.instances:
-            offers = instance.load.offers
-            usable = offers < BATCH and instance.breaker.allows(now, offers)
+            usable = self.offers[instance] < BATCH
+            usable = usable and instance.breaker.allows(now, instance.load.offers)
             if instance in busy or instance in asked or not usable:
                 continue
             if rank.only and special and instance not in special:
@@ -94,18 +96,30 @@ class RandomEvents:
             lambda: of.add(-min(of.open, 1)),
             lambda: of.add_tokens(self.rng.randrange(100)),
             lambda: of.add_tokens(-of.tokens),
-            lambda: of.offer(now),
-            lambda: of.answer() if of.offers else None,
+            lambda: self.offer(one),
+            lambda: self.answer(one) if self.scan.offers[one] else None,
+            lambda: of.offer(now),  # of another group
+            lambda: of.answer() if of.offers > self.scan.offers[one] else None,
             lambda: self.refuse(one),
             lambda: (self.kept.freed(one), self.scan.refusing.discard(one)),
             lambda: self.tell(one),
-            lambda: (self.kept.ask(one), self.scan.told.discard(one)),
             one.breaker.good,
             lambda: one.breaker.failed(now) if self.rng.random() < 0.3 else None,
             lambda: self.forget() if self.rng.random() < 0.2 else None,
             lambda: self.change() if self.rng.random() < 0.3 else None,
         ]
         self.rng.choice(happens)()
+
+    def offer(self, one: Instance) -> None:
+        self.kept.ask(one)
+        one.load.offer(self.clock.now)
+        self.scan.told.discard(one)
+        self.scan.offers[one] += 1
+
+    def answer(self, one: Instance) -> None:
+        one.load.answer()
+        self.kept.answered(one)
+        self.scan.offers[one] -= 1
 
     def refuse(self, one: Instance) -> None:
         one.load.refuse(self.clock.now)
@@ -268,3 +282,17 @@ def test_room_is_found_as_by_looking_at_all(seed: int) -> None:
             expected, plenty = events.plenty(age), events.rooms.plenty(events.now, age)
             # A large group may assume that the largest request is larger than it is.
             assert plenty == expected or (events.large and expected)
+
+
+def test_what_another_group_offers_keeps_no_request_of_this_one_waiting(clock: Clock) -> None:
+    """Nothing would tell it when that offer is answered."""
+    instance = Instance("prefill_0", FakeInstance())
+    ours, others = (Candidates([instance], load, SLOTS, 1) for _ in range(2))
+    with mock.patch.object(module.asyncio, "get_running_loop", return_value=clock):
+        others.ask(instance)
+        instance.load.offer(clock.now)
+        assert others.best(Rank(lambda _: 0.0)) is None
+        assert ours.best(Rank(lambda _: 0.0)) is instance
+        instance.load.answer()
+        others.answered(instance)
+        assert others.best(Rank(lambda _: 0.0)) is instance
