@@ -187,6 +187,7 @@ class Forwarding(Generic[T]):
                 return taken
             self.candidates.refused(instance)
             instance.load.refuse(asyncio.get_running_loop().time())
+            self._watch_again(instance)
         return None
 
     def freed(self, instance: Instance) -> None:
@@ -263,6 +264,16 @@ class Forwarding(Generic[T]):
                 left -= 1
                 self._watching[instance] = asyncio.create_task(self._watch(instance))
         return False
+
+    def _watch_again(self, instance: Instance) -> None:
+        """Renew the watch of a decode that has refused a request since the watch was sent.
+
+        The watch states the room that was known before the refusal. If as much as that has become
+        free before the watch arrives, the decode sees nothing new in it and does not answer.
+        """
+        if instance.room.told is not None and instance in self._watching:
+            self._watching[instance].cancel()
+            self._watching[instance] = asyncio.create_task(self._watch(instance))
 
     def _waited_for(self) -> Iterator[Instance]:
         yield from self.candidates.busy

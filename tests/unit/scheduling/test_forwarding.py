@@ -7,8 +7,10 @@ import random
 
 import pytest
 
+from pdserve.rpc import messages
 from pdserve.rpc.client import Replies
 from pdserve.rpc.messages import Busy, Freed, PrefillRequest, Watch
+from pdserve.scheduling.candidates import Rank
 from pdserve.scheduling.forwarding import WATCH_S
 from pdserve.scheduling.request import PRIORITY_S
 from tests.unit import inprocess
@@ -58,6 +60,32 @@ async def test_a_slot_that_is_freed_between_busy_and_watch() -> None:
     assert await task
     assert offers(fake) == 2
     await nothing_held(gateway, fake)
+
+
+@virtual
+async def test_a_watch_that_was_sent_before_the_refusal_is_sent_again() -> None:
+    """It states more room than there is: a decode with as much would not answer it."""
+    before, refused = messages.Room(1, 3), messages.Room(0, 1)
+    fake = FakeInstance()
+    watches: list[messages.Room | None] = []
+    fake.heard = lambda one: watches.append(one.room) if isinstance(one, Watch) else None
+    gateway = Gateway([fake])
+    [instance], forwarding = gateway.instances, gateway.forwarding
+    fake.fill()
+    instance.heard(Freed(before))
+
+    async def offer(*_: object) -> None:
+        await asyncio.sleep(2 * LATENCY_S)
+        instance.heard(Busy("slots", refused))
+
+    looking = asyncio.create_task(forwarding.look((False, 0.0), 1.0, lambda: None))
+    await forwarding.once(Rank(lambda _: 0.0), offer)
+    await asyncio.sleep(2 * LATENCY_S)
+    assert watches == [before, refused]
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+    await asyncio.sleep(2 * LATENCY_S)
+    assert not forwarding._watching
 
 
 @virtual
