@@ -26,7 +26,7 @@ class Deployments:
         self._plan = plan
         self._expect = expect
         self._routed: dict[tuple[Gateway, str], Counter[str]] = {}
-        """Requests of a scenario since the last change, by group."""
+        """Requests of a scenario since the last change or failure, by group."""
 
     # ------------------------------------------------------------------- requests
 
@@ -45,20 +45,25 @@ class Deployments:
         current = gateway.groups
         ours = current.get(request.group)
         self._expect(ours is scheduler, f"{client.brief} is in a group that is gone")
-        well = any(current[group].healthy for group in shares)
-        self._expect(scheduler.healthy or not well, f"{client.brief} is in a group that has failed")
-        if self._plan.calm:
+        well = [current[group].healthy for group in shares]
+        failed = any(well) and not scheduler.healthy
+        self._expect(not failed, f"{client.brief} is in a group that has failed")
+        if all(well):
             self._in_turn(gateway, request.group, name, shares)
+        else:
+            self._routed.pop((gateway, name), None)
 
     def _in_turn(
         self, gateway: Gateway, group: str, scenario: str, shares: dict[str, float]
     ) -> None:
         counts = self._routed.setdefault((gateway, scenario), Counter())
         counts[group] += 1
+        # After a failure the turns of those that were well do not begin at the first one.
+        most = len(shares) * (1 if self._plan.calm else 2)
         for one, share in shares.items():
             due = counts.total() * share / sum(shares.values())
             told = f"{gateway.name}: {counts[one]} of {counts.total()} are in group {one}"
-            self._expect(abs(counts[one] - due) < len(shares), f"{told}, whose share is {share}")
+            self._expect(abs(counts[one] - due) < most, f"{told}, whose share is {share}")
 
     # ----------------------------------------------------------- another deployment
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,10 @@ class Gateway:
         says."""
         self.parted_at: dict[tuple[Scheduler, str, str], float] = {}
         """When a prefill and a decode have failed to hand over, and have not done so since."""
+        self.begun: Counter[Scheduler] = Counter()
+        """Requests that have got to a scheduler."""
+        self.retried: Counter[Scheduler] = Counter()
+        """Times that something was tried again there after a failure."""
         self._world = world
         self._layout = 0
         self._away: set[str] = set()
@@ -107,11 +112,13 @@ class Gateway:
         budget: Any = scheduler._budget
         budget.MOST, budget.SHARE = self._world.plan.retries
         budget._left = budget.MOST
+        budget.spend = partial(self._spend, scheduler, budget.spend)
         self.members[scheduler] = frozenset()
 
     def _begins(self, scheduler: Scheduler, request: Any) -> None:
         client = self.clients[request.id]
         client.scheduler, client.request = scheduler, request
+        self.begun[scheduler] += 1
         self._world.begins(client)
 
     # --------------------------------------------------------- what it looks at
@@ -165,6 +172,11 @@ class Gateway:
         return SWEEP_S
 
     # ---------------------------------------------------------------- told of
+
+    def _spend(self, scheduler: Scheduler, spend: Callable[[], bool]) -> bool:
+        spent = spend()
+        self.retried[scheduler] += spent
+        return spent
 
     def _not_handed_over(
         self, scheduler: Scheduler, told: Callable[..., None], prefill: str, decode: str

@@ -124,16 +124,15 @@ class Invariants:
         assert client.scheduler is not None
         members = gateway.members[client.scheduler]
         self.expect(worker in members, f"{asks}, which is not in group {client.request.group}")
-        failed_at = self._failed_at.get((gateway, worker), -math.inf)
-        if not gateway.instances[worker].breaker.closed:
-            self._is_well(failed_at, asks)
         if isinstance(request, DecodeRequest) and request.handle:
             pair = client.request.prefill, worker
-            # Who has been on its way to this pair goes on.
-            if self._offered.get((gateway, number)) != (pair, attempt):
-                failed_at = gateway.parted_at.get((client.scheduler, *pair), -math.inf)
-                self._is_well(failed_at, f"{gateway.name} asks {pair}")
+            if self._offered.get((gateway, number)) == (pair, attempt):
+                return  # it was on its way to this pair, has connected it now, and goes on
             self._offered[gateway, number] = pair, attempt
+            failed_at = gateway.parted_at.get((client.scheduler, *pair), -math.inf)
+            self._is_well(failed_at, f"{gateway.name} asks {pair}")
+        if not gateway.instances[worker].breaker.closed:
+            self._is_well(self._failed_at.get((gateway, worker), -math.inf), asks)
 
     def _is_well(self, failed_at: float, asks: str) -> None:
         if self._world.loop.time() < failed_at + FIRST_S - EPS_S:
@@ -212,10 +211,20 @@ class Invariants:
                 raise Broken(f"{gateway.name} has counted {counted}, not {self._ended[gateway]}")
             retried = _total(gateway, catalogue.RETRIES, phase="prefill", reason="error")
             retried += _total(gateway, catalogue.RETRIES, phase="decode", reason="error")
-            at_once, each = self._world.plan.retries
-            allowed = len(gateway.members) * at_once + each * counted
+            self._within_budget(gateway)
+
+    def _within_budget(self, gateway: Gateway) -> None:
+        at_once, each = self._world.plan.retries
+        for scheduler, retried in gateway.retried.items():
+            allowed = at_once + each * gateway.begun[scheduler]
             if retried > allowed:
                 raise Broken(f"{gateway.name} has tried {retried} again; {allowed:.1f} are allowed")
+        told = sum(
+            _total(gateway, catalogue.RETRIES, phase=phase, reason="error")
+            for phase in ("prefill", "decode")
+        )
+        if told != gateway.retried.total():
+            raise Broken(f"{gateway.name} has counted {told} of {gateway.retried.total()} retries")
 
 
 def _total(gateway: Gateway, counter: Counter[...], **labels: str) -> float:

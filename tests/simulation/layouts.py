@@ -45,7 +45,7 @@ def whole(names: Names) -> Layout:
 
 def draw(names: Names, rng: random.Random) -> Layout:
     """Divide the instances among some groups, and these among some scenarios."""
-    count = min(rng.choice((1, 2, 2, 3)), names.prefills, names.decodes)
+    count = min(rng.choice((1, 2, 2, 2, 3)), names.prefills, names.decodes)
     homes = rng.sample(GROUPS, count)
     members = {role: _divide(some, homes, rng) for role, some in names.by_role.items()}
     groups = [
@@ -53,11 +53,11 @@ def draw(names: Names, rng: random.Random) -> Layout:
             home,
             members["prefill"][home],
             members["decode"][home],
-            share=rng.choice((1.0, 1.0, 2.0, 0.5, 0.0)),
+            share=rng.choice((1.0, 1.0, 1.0, 2.0, 0.5, 0.0)),
         )
         for home in homes
     ]
-    served = SCENARIOS[: rng.randint(1, count)]
+    served = SCENARIOS[: rng.choice((1, count))]
     of = _divide(groups, served, rng)
     return tuple(_scenario(name, of[name], rng) for name in served)
 

@@ -10,6 +10,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 from unittest import mock
 
+from pdserve import config
+from pdserve.gateway.groups import Group, Groups
+from pdserve.gateway.router import Asked, Router, Scenario
 from pdserve.instances.prompt_computation import PromptComputation
 from pdserve.instances.slot_watches import SlotWatches
 from pdserve.scheduling import scheduler
@@ -42,6 +45,24 @@ def _time_goes_by(line: Any) -> None:
     line._timer = None
 
 
+def _made_anew(groups: Groups, deployment: config.Deployment, spec: config.Group) -> Group:
+    if spec.name in groups._current:
+        former = groups._current.pop(spec.name)
+        former.retire()
+        groups._retired.append(former)
+    return _GROUP(groups, deployment, spec)
+
+
+def _reached_anew(
+    groups: Groups, deployment: config.Deployment, role: config.Role, names: Any
+) -> Any:
+    for key in [key for key in groups._instances if key[1] in names]:
+        del groups._instances[key]
+    return _REACH(groups, deployment, role, names)
+
+
+_GROUP, _REACH = Groups._group, Groups._reach
+
 MECHANISMS: dict[str, Patches] = {
     # Who waits is woken when something becomes free.
     "wake-up": ((WaitQueue, "wake", _nothing),),
@@ -69,6 +90,22 @@ MECHANISMS: dict[str, Patches] = {
     "connecting": ((KVLinks, "connect_now", _never), (KVLinks, "_round", _never)),
     # A group goes on with the instances that it has now.
     "update in place": ((Scheduler, "update", _nothing),),
+    # A group that is in another deployment, too, goes on.
+    "groups go on": ((Groups, "_group", _made_anew),),
+    # So does an instance, and its channel.
+    "one channel": ((Groups, "_reach", _reached_anew),),
+    # A group that is gone connects nothing any more.
+    "retirement": ((Group, "retire", _nothing),),
+    # What has left is closed when it serves nothing any more.
+    "sweep": ((Groups, "sweep", _never),),
+    # A group forgets the instances that have left it.
+    "forgetting": ((Group, "forget", _nothing),),
+    # A request belongs to the scenario that it names, or whose rule it meets.
+    "label": ((Router, "_labelled", lambda router, _: router.default),),
+    "rule": ((Asked, "meets", lambda *_: False),),
+    # A scenario's groups take turns by their shares, and one that has failed has none.
+    "shares": ((Scenario, "next_group", lambda scenario: scenario._groups[0][1]),),
+    "group that has failed": ((Group, "healthy", property(_always)),),
     # A slot is kept for the gateway that was told of it.
     "reservation": ((SlotWatches, "admits", lambda _, gateway, free: free > 0),),
     # Who waits for longer goes first.

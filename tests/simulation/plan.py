@@ -232,6 +232,8 @@ def _grouped(plan: Plan) -> Plan:
     rng = random.Random(f"{plan.seed} groups")
     if rng.random() < 0.25:
         return plan
+    if rng.random() < 0.5:
+        plan = replace(plan, prefills=max(plan.prefills, 2), decodes=max(plan.decodes, 2))
     drawn = tuple(layouts.draw(plan.names, rng) for _ in range(3))
     labels = ("", "", *layouts.SCENARIOS, layouts.UNKNOWN)
     requests = tuple(
