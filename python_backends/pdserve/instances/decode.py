@@ -17,11 +17,11 @@ import numpy as np
 from pdserve import config, errors, pools
 from pdserve.engines.protocol import DecodeEngine, DecodeSequence, EngineModel
 from pdserve.instances import admission
-from pdserve.instances.acceptance import TRIAL_S
+from pdserve.instances.acceptance import Trials
 from pdserve.instances.accepted_call import ReservedCall
 from pdserve.instances.kv_imports import KVImports, Threads
 from pdserve.instances.local_prefill import LocalPrefill
-from pdserve.instances.protocol import Send
+from pdserve.instances.protocol import Send, Sent, sent_at_once
 from pdserve.instances.room_admission import RoomAdmission
 from pdserve.instances.running_batch import RunningBatch
 from pdserve.instances.slots import show
@@ -84,6 +84,7 @@ class DecodeInstance:
         self._capacity = limits.blocks * limits.block_size
         self._kv_imports = KVImports(name, engine, receiver, pulls, metrics, threads)
         self._local_prefill = LocalPrefill(name, engine, turn_tokens, metrics, self._arrived)
+        self._trials = Trials()
         self._admission = RoomAdmission[ReservedCall](limits, self._free_blocks)
         self._connecting = 0
         self._batch = RunningBatch(
@@ -99,10 +100,11 @@ class DecodeInstance:
         self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
 
-    def start(self) -> None:
+    def start(self, sent: Sent = sent_at_once) -> None:
         """Begin to decode and to keep time; called once in the running loop."""
         # An event loop's clock is CLOCK_MONOTONIC, which leases and handles use, too.
         self._loop = asyncio.get_running_loop()
+        self._trials.sent = sent
         self._tasks.start(self._batch.run(), self._ticks.run())
 
     async def close(self) -> None:
@@ -169,8 +171,12 @@ class DecodeInstance:
         self._admission.take_in(call)
         self._ticks.wake()
         if request.suspect:
-            call.timer = self._loop.call_later(TRIAL_S, self._begin, call, handle)
+            self._trials.begin(partial(self._try, call, handle))
         else:
+            self._begin(call, handle)
+
+    def _try(self, call: ReservedCall, handle: KVHandle | None) -> None:
+        if self._admission.open.get(call.request.id) is call:  # else the instance has been closed
             self._begin(call, handle)
 
     def _begin(self, call: ReservedCall, handle: KVHandle | None) -> None:

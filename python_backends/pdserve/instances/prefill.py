@@ -15,11 +15,11 @@ from typing import ClassVar, Literal
 from pdserve import config, errors
 from pdserve.engines.protocol import EngineModel, PrefillEngine, PrefillJob
 from pdserve.instances import admission
-from pdserve.instances.acceptance import Acceptance
+from pdserve.instances.acceptance import Acceptance, Trials
 from pdserve.instances.held_prompt import HeldPrompt
 from pdserve.instances.kv_exports import KVExports
 from pdserve.instances.prompt_computation import PromptComputation
-from pdserve.instances.protocol import Send
+from pdserve.instances.protocol import Send, Sent, sent_at_once
 from pdserve.instances.slot_admission import SlotAdmission
 from pdserve.instances.slots import show
 from pdserve.instances.ticks import Ticks
@@ -68,12 +68,14 @@ class PrefillInstance:
         self._metrics = metrics
         self._exports = KVExports(holder, model.layout.planes, limits.lease_s)
         self._slots = SlotAdmission[HeldPrompt](limits.slots, self._places, self._sweep)
+        self._trials = Trials()
         self._computation = PromptComputation(
             name,
             engine,
             limits.batch_tokens,
             self._exports,
             metrics,
+            self._trials,
             done=self._hand_over,
             end=self._end,
             nearly_over=self._stir,
@@ -84,9 +86,10 @@ class PrefillInstance:
         self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
 
-    def start(self) -> None:
+    def start(self, sent: Sent = sent_at_once) -> None:
         """Begin to compute and to keep time; called once in the running loop."""
         self._loop = asyncio.get_running_loop()
+        self._trials.sent = sent
         self._tasks.start(self._computation.run(), self._ticks.run(), self._attend())
 
     async def close(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from pdserve import errors
 from pdserve.engines.protocol import PrefillEngine
-from pdserve.instances.acceptance import TRIAL_S
+from pdserve.instances.acceptance import Trials
 from pdserve.instances.forwards import Forwards
 from pdserve.instances.held_prompt import HeldPrompt
 from pdserve.instances.kv_exports import KVExports
@@ -39,6 +40,7 @@ class PromptComputation:
         batch_tokens: int,
         exports: KVExports,
         metrics: Registry,
+        trials: Trials,
         done: Callable[[HeldPrompt, int, float], None],
         end: Callable[[HeldPrompt, Reply], None],
         nearly_over: Callable[[], None],
@@ -48,6 +50,7 @@ class PromptComputation:
         self._batch_tokens = batch_tokens
         self._exports = exports
         self._metrics = metrics
+        self._trials = trials
         self._done = done
         self._end = end
         self._forwards = Forwards(nearly_over)
@@ -62,10 +65,10 @@ class PromptComputation:
         return len(self.pending) + self._forwards.prompts + (self._on_trial is not None)
 
     def add(self, held: HeldPrompt) -> None:
-        """Compute a prompt: a suspect after TRIAL_S, when its acceptance has been sent."""
+        """Compute a prompt: a suspect after its trial has begun."""
         if held.request.suspect:
             self._on_trial = held
-            asyncio.get_running_loop().call_later(TRIAL_S, self._try, held)
+            self._trials.begin(partial(self._try, held))
         else:
             self._add(held)
 

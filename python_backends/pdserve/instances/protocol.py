@@ -22,6 +22,15 @@ Send = Callable[[Reply, bool], None]
 """Sends a reply; the flag is True with the last one."""
 
 
+Sent = Callable[[Callable[[], None]], None]
+"""Calls a function in the event loop, once the server has all replies that were sent before."""
+
+
+def sent_at_once(then: Callable[[], None]) -> None:
+    """Implement ``Sent`` where a reply has arrived as soon as it is sent."""
+    then()
+
+
 class Instance(Protocol):
     """One engine in one role; used in its event loop, but for its making."""
 
@@ -29,7 +38,7 @@ class Instance(Protocol):
     def context_length(self) -> int:
         """Return the maximum tokens of prompt and answer together."""
 
-    def start(self) -> None:
+    def start(self, sent: Sent = sent_at_once) -> None:
         """Begin to work; called once in the running loop."""
 
     async def close(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -75,7 +76,7 @@ class InstanceModel(ABC):
         self._heartbeat.close()
 
     async def _start(self) -> None:
-        self._instance.start()
+        self._instance.start(self._sent)
         self._publishing.start(self._publisher.run())
 
     async def _close(self) -> None:
@@ -131,6 +132,12 @@ class InstanceModel(ABC):
             reply = pb_utils.Tensor("reply", np.frombuffer(data, np.uint8))
             response = pb_utils.InferenceResponse([reply])
         self._outbox.send(key, response, last=last)
+
+    def _sent(self, then: Callable[[], None]) -> None:
+        """Call a function in the loop once Triton has all replies that were sent before."""
+        # The replies of this turn of the loop come to the outbox in its next turn.
+        work = partial(self._loop.call, then)
+        asyncio.get_running_loop().call_soon(self._outbox.after, work)
 
     def _sender_dead(self, key: str) -> None:
         self._loop.call(self._orphaned, key)

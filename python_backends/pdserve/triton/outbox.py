@@ -68,6 +68,10 @@ class Outbox:
         """Send a response to an open request; the last one, or its absence, closes the request."""
         self._queue.put(partial(self._send, key, response, last))
 
+    def after(self, work: Callable[[], None]) -> None:
+        """Call a function in the outbox's thread once Triton has all responses so far."""
+        self._queue.put(work)
+
     def close(self) -> None:
         """Send what is queued, then end."""
         self._queue.put(None)

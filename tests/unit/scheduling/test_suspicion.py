@@ -32,6 +32,7 @@ from tests.unit.fake_instances import FakeInstance
 from tests.unit.inprocess import Site, virtual
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -141,6 +142,50 @@ async def test_a_prefill_takes_one_suspect_at_a_time(tmp_path: Path) -> None:
         assert client.last("b") == Failed("CANCELLED", "released")
         for name in "acd":
             site.p[0].release(name, lambda *_: None)
+        await site.idle()
+
+
+class Outgoing:
+    """Implements ``Sent``: replies reach the server when a test says so."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] = []
+
+    def __call__(self, then: Callable[[], None]) -> None:
+        self.waiting.append(then)
+
+    def arrive(self) -> None:
+        """The server has all replies that were sent so far."""
+        waiting, self.waiting = self.waiting, []
+        for then in waiting:
+            then()
+
+
+@virtual
+async def test_a_suspect_is_computed_only_once_the_server_has_its_acceptance(
+    tmp_path: Path,
+) -> None:
+    """On a busy machine that takes any time; until then its gateway could not know of the trial."""
+    async with Site(tmp_path) as site:
+        client, prompt, outgoing = Client(site), site.prompt(20), Outgoing()
+        site.p[0]._trials.sent = site.d[0]._trials.sent = outgoing
+        client.prefill("p", prompt, suspect=True)
+        await asyncio.sleep(50 * TRIAL_S)
+        assert client.replies["p"] == [Accepted()]
+        assert not site.p_engines[0].forwards
+        outgoing.arrive()
+        await asyncio.sleep(2 * TRIAL_S)
+        result = client.last("p")
+        assert isinstance(result, Prefilled)
+
+        client.decode("d", prompt, result, suspect=True)
+        client.decode("e", prompt, result, suspect=True)
+        await asyncio.sleep(50 * TRIAL_S)
+        assert client.replies["d"] == [Accepted(room=mock.ANY)]
+        assert not site.d_engines[0].steps
+        outgoing.arrive()
+        await asyncio.sleep(2 * TRIAL_S)
+        assert isinstance(client.last("d"), Tokens)
         await site.idle()
 
 

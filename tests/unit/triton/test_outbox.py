@@ -71,7 +71,8 @@ def outbox_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setitem(sys.modules, stub.__name__, stub)
     yield importlib.import_module("pdserve.triton.outbox")
     for name in ("outbox", "backend"):
-        sys.modules.pop(f"pdserve.triton.{name}")
+        delattr(sys.modules["pdserve.triton"], name)
+        del sys.modules[f"pdserve.triton.{name}"]
 
 
 def test_a_request_ends_whose_response_is_refused(outbox_module: ModuleType) -> None:
@@ -105,3 +106,25 @@ def test_a_request_ends_whose_response_is_refused(outbox_module: ModuleType) -> 
         Logger.errors
         == ["a response could not be sent: RuntimeError: no room in the shared memory"] * 2
     )
+
+
+def test_work_that_follows_responses_waits_until_triton_has_them(
+    outbox_module: ModuleType,
+) -> None:
+    taken, done = threading.Event(), threading.Event()
+
+    class SlowSender(Sender):
+        def send(self, response: Any = None, flags: int = 0) -> None:
+            assert taken.wait(10)
+            super().send(response, flags)
+
+    outbox = outbox_module.Outbox(10.0, lambda _: None, Heartbeat(None, 1), 0)
+    sender = SlowSender()
+    outbox.open("1", sender)
+    outbox.send("1", "accepted", last=False)
+    outbox.after(done.set)
+    assert not done.wait(0.1)
+    taken.set()
+    assert done.wait(10)
+    assert sender.sent == [("accepted", 0)]
+    outbox.close()

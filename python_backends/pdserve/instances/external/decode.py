@@ -13,12 +13,12 @@ import numpy as np
 from pdserve import config, errors
 from pdserve.engines.external import Asked, GenerationEngine, Piece
 from pdserve.instances import admission
-from pdserve.instances.acceptance import TRIAL_S, interval_s
+from pdserve.instances.acceptance import Trials, interval_s
 from pdserve.instances.accepted_call import AcceptedCall
 from pdserve.instances.decode import TICK_S
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
-from pdserve.instances.protocol import Send
+from pdserve.instances.protocol import Send, Sent, sent_at_once
 from pdserve.instances.room_admission import RoomAdmission
 from pdserve.instances.slots import show
 from pdserve.instances.ticks import Ticks
@@ -83,14 +83,16 @@ class ExternalDecode:
         # The engine manages its blocks itself, so their number is not limited.
         self._admission = RoomAdmission[_Call](limits, lambda: MAX_TOKENS)
         self._reports = Reports(name, engine, metrics)
+        self._trials = Trials()
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """Reply to a request that is given up."""
         self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
 
-    def start(self) -> None:
+    def start(self, sent: Sent = sent_at_once) -> None:
         """Begin to keep time; called once in the running loop."""
         self._loop = asyncio.get_running_loop()
+        self._trials.sent = sent
         self._tasks.start(self._ticks.run(), self._reports.run())
 
     async def close(self) -> None:
@@ -191,7 +193,7 @@ class ExternalDecode:
         )
         try:
             if request.suspect:
-                await asyncio.sleep(TRIAL_S)
+                await self._trials.begun()
             answer = self._engine.generate(asked, request.first_token, link)
             async with aclosing(answer) as pieces:
                 async for piece in pieces:

@@ -27,11 +27,11 @@ import numpy as np
 from pdserve import config, errors
 from pdserve.engines.external import Asked, Context, ContextEngine
 from pdserve.instances import admission
-from pdserve.instances.acceptance import TRIAL_S, Acceptance
+from pdserve.instances.acceptance import Acceptance, Trials
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
 from pdserve.instances.prefill import TICK_S
-from pdserve.instances.protocol import Send
+from pdserve.instances.protocol import Send, Sent, sent_at_once
 from pdserve.instances.slot_admission import SlotAdmission
 from pdserve.instances.slots import show
 from pdserve.instances.ticks import Ticks
@@ -100,14 +100,16 @@ class ExternalPrefill:
         self._epoch = secrets.token_bytes(EPOCH_BYTES)
         self._slots = SlotAdmission[_Held](limits.slots, self._places, self._sweep)
         self._reports = Reports(name, engine, metrics)
+        self._trials = Trials()
         self._unwanted = Failed(errors.Cancelled.code, "released")
         """Reply to a prompt that is given up."""
         self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
 
-    def start(self) -> None:
+    def start(self, sent: Sent = sent_at_once) -> None:
         """Begin to keep time; called once in the running loop."""
         self._loop = asyncio.get_running_loop()
+        self._trials.sent = sent
         self._tasks.start(self._ticks.run(), self._reports.run())
 
     async def close(self) -> None:
@@ -202,7 +204,7 @@ class ExternalPrefill:
             resumed_tokens=request.resumed_tokens,
         )
         if request.suspect:
-            await asyncio.sleep(TRIAL_S)
+            await self._trials.begun()
         try:
             # Otherwise a gateway, told again and again that it is being computed, would wait for
             # ever.
