@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pdserve import config
     from pdserve.scheduling.scheduler import Scheduler
     from pdserve.text.vocabulary import Vocabulary
+    from tests.simulation.asking import Asked
     from tests.simulation.gateways import Gateway
-    from tests.simulation.plan import Asked
 
 NOTHING: dict[str, Any] = {
     "max_tokens": None,

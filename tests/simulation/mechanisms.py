@@ -1,4 +1,4 @@
-"""Mechanisms of the scheduler and the instances, each of which can be switched off.
+"""Mechanisms of the gateway and the instances, each of which can be switched off.
 
 What no seed misses is not needed, or not looked at: the tests switch each off in turn, and some
 seed has to notice.

@@ -1,8 +1,9 @@
 """A deployment in one event loop: gateways, workers, clients, and what goes wrong between them.
 
-Schedulers, instances, arenas, pools, leases, messages and their encoding are the real ones, and so
-is the shared memory. In the place of the rest: compute waits (the emulated engine), messages travel
-by `channels`, bytes by `memory`; time, threads and processes are those of `loop`.
+The gateways' service with its scenarios and groups, schedulers, instances, arenas, pools, leases,
+messages and their encoding are the real ones, and so is the shared memory. In the place of the
+rest: compute waits (the emulated engine), messages travel by `channels`, bytes by `memory`; time,
+threads and processes are those of `loop`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pdserve.gateway import service
 from pdserve.rpc import messages
 from pdserve.scheduling.kv_links import CONNECT_S, ROUND_S
 from tests.simulation import faults, words
+from tests.simulation.asking import Asked
 from tests.simulation.channels import Weather
 from tests.simulation.clients import Client, Told, brief
 from tests.simulation.gateways import Gateway
 from tests.simulation.invariants import Broken, Invariants
 from tests.simulation.loop import Loop
-from tests.simulation.plan import Asked, Plan
+from tests.simulation.plan import Plan
 from tests.simulation.workers import Workers
 
 if TYPE_CHECKING:
