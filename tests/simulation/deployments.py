@@ -91,7 +91,7 @@ class Deployments:
             self._expect(name in open_, f"{gateway.name} has no channel to {name}")
         for name, scheduler in gateway.groups.items():
             links, pairs = scheduler._kv_links, scheduler._decode_stage._pairs
-            for pair in (*links._links.known, *links._refused.known, *pairs.known):
+            for pair in (*links.table._links.known, *links.table._refused.known, *pairs.known):
                 gone = set(pair) - open_.keys()
                 self._expect(not gone, f"{gateway.name}: group {name} remembers {gone}")
 

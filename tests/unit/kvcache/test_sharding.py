@@ -175,7 +175,7 @@ def test_a_pull_layer_by_layer_from_2_ranks_to_4() -> None:
     offer, loop = sender.begin(), asyncio.new_event_loop()
 
     async def follow() -> str:
-        following = loop.run_in_executor(None, puller.take, offer)
+        following = loop.run_in_executor(None, puller.pull, offer)
         for planes in (2, 4, 6):
             await asyncio.sleep(0.02)
             sender.compute(offer, planes)

@@ -234,7 +234,7 @@ def test_a_pull_that_waits_for_staging_shows_life(monkeypatch: pytest.MonkeyPatc
     puller.connect(sender)
     offer, began = sender.offer(until=time.monotonic() + 0.1), time.monotonic()
     with puller.staging.take(2, began + 1):
-        pulling = threading.Thread(target=puller.take, args=(offer,))
+        pulling = threading.Thread(target=puller.pull, args=(offer,))
         pulling.start()
         while time.monotonic() < began + 0.8:
             sender.tick()
