@@ -151,8 +151,9 @@ class Conservation:
                     f"{where}: timer for a {line._role}": line._timer,
                     f"{where}: waiting for room in a {line._role}": len(line._lookers),
                 }
+        for group, scheduler in gateway.groups.items():
             refused = list(scheduler._kv_links.table._refused.known)
-            counts[f"{where}: pairs without a link"] = refused
+            counts[f"{name}: pairs without a link in group {group}"] = refused
         for one in gateway.instances.values():
             counts |= {
                 f"{name}: calls to {one.name}": one.load.open,

@@ -130,6 +130,9 @@ class Deployments:
             strange = known(group) - set(gateway.members[group._scheduler])
             if strange:
                 return f"{gateway.name}: group {name} knows prefixes of {strange}"
+        if _listeners(gateway) != _listeners(fresh):
+            told = f"{_listeners(gateway)}, not {_listeners(fresh)}"
+            return f"{gateway.name}: so many listen to its instances: {told}"
         if _links(gateway) != _links(fresh):
             return f"{gateway.name} tells of the links {_links(gateway)}, not {_links(fresh)}"
         return ""
@@ -149,6 +152,11 @@ def served_as(client: Client, deployment: config.Deployment) -> config.Scenario 
             if of_tenant and client.beginning.startswith(rule.prefix or ""):
                 return scenario
     return scenarios["default"]
+
+
+def _listeners(gateway: Gateway) -> dict[str, int]:
+    """Return for each instance how many listen to it: none of a group that is gone."""
+    return {name: len(instance.listeners) for name, instance in gateway.instances.items()}
 
 
 def _links(gateway: Gateway) -> dict[tuple[str, ...], float]:

@@ -46,6 +46,7 @@ def plan(seed: int) -> Plan:
             max_tokens=20,
             fields=fields,
             cancels_after=math.inf,
+            leaves_after=0,
             stops_after=0,
             reads_s=0.0,
         )

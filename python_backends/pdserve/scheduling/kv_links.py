@@ -92,15 +92,15 @@ class KVLinks:
         What is known of those that have left is kept until ``let_go``, since KV caches of theirs
         may still wait to be handed over, unless another instance has taken the name.
         """
-        before = {*self._prefills, *self._decodes}
+        before, after = (*self._prefills, *self._decodes), {*prefills, *decodes}
         self._take(prefills, decodes)
-        for gone in before.difference(prefills, decodes):
+        for gone in [one for one in before if one not in after]:
             for pair, task in self._linking.items():
                 if gone.name in pair:
                     task.cancel()
             if gone.name in self._members:
                 self.table.drop(gone.name)
-        new = {*prefills, *decodes} - before
+        new = after.difference(before)
         self.table.update(_names(prefills), _names(decodes), [one.name for one in new])
         if new:
             asyncio.get_running_loop().call_later(JOIN_S, self._joined, new)
