@@ -85,7 +85,8 @@ class Forwarding(Generic[T]):
 
     def update(self, instances: Sequence[Instance]) -> None:
         """Replace the instances; waiting requests are offered to those that have joined."""
-        for gone in set(self.instances).difference(instances):
+        here = set(instances)
+        for gone in [one for one in self.instances if one not in here]:
             if (watching := self._watching.pop(gone, None)) is not None:
                 watching.cancel()
         self.instances = instances

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from unittest import mock
 
 import pytest
 
@@ -12,6 +13,7 @@ from pdserve.rpc.client import Replies
 from pdserve.rpc.messages import Busy, Freed, PrefillRequest, Watch
 from pdserve.scheduling.candidates import Rank
 from pdserve.scheduling.forwarding import WATCH_S
+from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.request import PRIORITY_S
 from tests.unit import inprocess
 from tests.unit.fake_instances import LATENCY_S, FakeInstance, Gateway, rejections
@@ -86,6 +88,27 @@ async def test_a_watch_that_was_sent_before_the_refusal_is_sent_again() -> None:
     await asyncio.gather(looking, return_exceptions=True)
     await asyncio.sleep(2 * LATENCY_S)
     assert not forwarding._watching
+
+
+@virtual
+async def test_instances_that_leave_together_are_let_go_in_their_order() -> None:
+    """Otherwise the same events would have another history each time."""
+    fakes = full(*[1] * 8)
+    gateway, released = Gateway(fakes), list[str]()
+    instances = gateway.instances
+
+    def tell(instance: Instance, message: object) -> None:
+        released.append(instance.name)
+
+    task = gateway.start(gateway.request())
+    await asyncio.sleep(0.1)
+    with mock.patch.object(Instance, "tell", autospec=True, side_effect=tell):
+        gateway.forwarding.update(instances[:1])
+        await asyncio.sleep(2 * LATENCY_S)
+    assert released == [one.name for one in instances[1:]]
+    for fake in fakes:
+        fake.free()
+    assert await task
 
 
 @virtual
