@@ -151,7 +151,8 @@ class Client:
                     self._hear(part)
                     if count == asked.leaves_after and not part.finish_reason:
                         raise Left
-                    if asked.reads_s:
+                    # Once it has the last part, there is nothing left that it could give up.
+                    if asked.reads_s and not part.finish_reason:
                         await asyncio.sleep(asked.reads_s)
 
     def _hear(self, part: Part) -> None:
