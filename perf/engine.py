@@ -150,7 +150,7 @@ def empty_range(model: TorchModel, tokens: int) -> np.ndarray[Any, np.dtype[np.u
 
 
 def prefill(model: TorchModel, theirs: Any, tokens: int, turns: Turns) -> Row:
-    prompt = np.random.default_rng(tokens).integers(3, model.vocab_size, tokens).astype(np.int32)
+    prompt = np.random.default_rng(tokens).integers(3, model.vocabulary, tokens).astype(np.int32)
     job = PrefillJob(prompt, empty_range(model, tokens), Sampling())
     engine = TorchPrefill(model)
     ids = torch.from_numpy(prompt).long()[None]
@@ -165,7 +165,7 @@ def prefill(model: TorchModel, theirs: Any, tokens: int, turns: Turns) -> Row:
 
 def decode(model: TorchModel, theirs: Any, turns: Turns) -> list[Row]:
     rng = np.random.default_rng(0)
-    prompts = rng.integers(3, model.vocab_size, (MAX_BATCH, DECODE_PROMPT)).astype(np.int32)
+    prompts = rng.integers(3, model.vocabulary, (MAX_BATCH, DECODE_PROMPT)).astype(np.int32)
     room = DECODE_PROMPT + DECODE_TOKENS
     engine = TorchDecode(model, MAX_BATCH * room, 1)
     source = empty_range(model, DECODE_PROMPT)

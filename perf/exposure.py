@@ -71,8 +71,7 @@ async def _ask(
     client: object, ids: list[int], expected: str
 ) -> tuple[float, dict[str, float], float]:
     parts = [
-        part
-        async for part in stream(client, "scheduler", input_ids=ids, max_tokens=6, stream=True)  # type: ignore[arg-type]
+        part async for part in stream(client, "scheduler", input_ids=ids, max_tokens=6, stream=True)
     ]
     stats = parts[-1].stats
     assert stats is not None
@@ -97,14 +96,13 @@ async def _measure(server: object, strategy: str, repeats: int) -> list[Timed]:
 
             found.append(
                 Timed(
-                    tokens,
-                    strategy,
-                    middle([mib for mib, _, _ in answers]),
-                    *(
-                        middle([ms[name] for _, ms, _ in answers])
-                        for name in ("prefill", "transfer", "exposed")
-                    ),
-                    middle([second for _, _, second in answers]),
+                    tokens=tokens,
+                    strategy=strategy,
+                    mib=middle([mib for mib, _, _ in answers]),
+                    prefill=middle([ms["prefill"] for _, ms, _ in answers]),
+                    transfer=middle([ms["transfer"] for _, ms, _ in answers]),
+                    exposed=middle([ms["exposed"] for _, ms, _ in answers]),
+                    second_token=middle([second for _, _, second in answers]),
                 )
             )
     return found

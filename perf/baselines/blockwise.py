@@ -28,6 +28,7 @@ def spanning(move: Move, block: int, handshake: Callable[[], object]) -> int:
 
     Return their number.
     """
+    assert isinstance(move.pool, np.ndarray)  # it is not on a device
     nbytes = block * len(move.planes) * move.pool.shape[2]
     starts = np.arange(0, len(move.tokens) // block, dtype=np.int64) * nbytes
     spans = np.empty((len(starts), 3), np.int64)

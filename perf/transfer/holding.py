@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 
+import numpy as np
+
 from pdserve.kvcache.sharding import Sharding
 from pdserve.transfer.endpoint import Terms
 from pdserve.transfer.lease.table import LeaseTable
@@ -131,8 +133,10 @@ def main() -> None:
         [transport(name)],
     )
     try:
-        holder.data[:] = pattern(len(holder.data))
-        raw = None if name == "shm" else RawHolder(holder.data)
+        data = holder.data
+        assert isinstance(data, np.ndarray)  # it is not on a device
+        data[:] = pattern(len(data))
+        raw = None if name == "shm" else RawHolder(data)
         with Listener((address, 0)) as listener:
             print(listener.address[1], flush=True)
             with listener.accept() as pipe:

@@ -166,11 +166,12 @@ class Bench:
     def _copies(self, move: Move) -> dict[str, Callable[[], float]]:
         """Return the parts of a transfer, each as a function that returns milliseconds."""
         nbytes, raw = move.nbytes, self._raw
+        pool = self._pool[:, : move.pool.shape[1]]
         source, target = self._sent[:nbytes], self._pool.reshape(-1)[:nbytes]
         cache = source.reshape(len(move.pool), move.length, -1)
         works = {
             "memcpy": lambda: _ms(lambda: np.copyto(target, source)),
-            "scatter": lambda: _ms(lambda: scatter(cache, move.pool, move.runs)),
+            "scatter": lambda: _ms(lambda: scatter(cache, pool, move.runs)),
         }
         if raw is not None:
             span = np.array([[0, target.ctypes.data, nbytes]], np.int64)

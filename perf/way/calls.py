@@ -67,7 +67,8 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[list[Call]]:
         """Give the list of the calls within the ``with`` block, which grows as they are made."""
-        self._calls = calls = []
+        calls = list[Call]()
+        self._calls = calls
         try:
             yield calls
         finally:

@@ -102,7 +102,7 @@ class Site:
             transfer=config.Transfer(key_file=str(folder / "key")),
         )
         metrics = Registry()
-        self._instances = {
+        self._instances: dict[str, PrefillInstance | DecodeInstance] = {
             "prefill_0": _prefill(deployment, metrics),
             "decode_0": _decode(deployment, metrics),
         }

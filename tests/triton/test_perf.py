@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 from perf import client, perf_analyzer
 from perf.client import Load
+from perf.load import BASELINES
 from perf.perf_analyzer import Workload
+from perf.serving import deployment, serving
 
 if TYPE_CHECKING:
     from perf.perf_analyzer import Kind
@@ -42,3 +44,12 @@ def test_the_lean_client_measures_every_request(emulated_server: Running, stream
     assert measured.client_cpu_s > 0
     if not stream:
         assert all(len(answer.responses) == 1 for answer in measured.answers)
+
+
+def test_every_baseline_answers_as_pdserve_does() -> None:
+    workload = Workload(requests=4, prompt_tokens=20, output_tokens=5)
+    with serving(deployment("instant"), *BASELINES) as server:
+        for model in ("pdserve", *BASELINES):
+            answers = perf_analyzer.run(server.grpc, model, workload, "concurrency", 2)
+            assert len(answers) >= 4
+            assert {answer.tokens for answer in answers} == {5}, model

@@ -46,7 +46,7 @@ class TritonPythonModel:
     def _answer(self, request: Any, sender: Any) -> Any:
         """Send all responses but the last, which is returned."""
         inputs = backend.tensors(request)
-        asked = parameters.parse(inputs, {}, 0)
+        asked = parameters.parse(inputs, {}, 0, inputs)
         text = parameters.scalar(inputs, "text_input").decode()
         prompt = self._tokenizer.encode(text).astype("<i4").tobytes()
         max_tokens = asked.max_tokens or parameters.DEFAULT_MAX_TOKENS
