@@ -1,4 +1,4 @@
-"""One seed of the simulated core, to look at, or many: docs/simulation.md."""
+"""Run one seed of the simulated core and show it, or run many: docs/simulation.md."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def one(seed: int, trace: bool, smaller: bool, mechanism: str | None) -> int:
-    """Tell a seed's plan, its events if they are wanted, and what it has broken."""
+    """Print a seed's plan, its events if they are wanted, and what it has broken."""
     _be_quiet()
     with without(mechanism):
         drawn = shrink(plan.draw(seed)) if smaller else plan.draw(seed)
@@ -50,7 +50,7 @@ def one(seed: int, trace: bool, smaller: bool, mechanism: str | None) -> int:
 
 
 def many(seeds: range, jobs: int, mechanism: str | None) -> int:
-    """Tell what seeds have broken, and what they have taken."""
+    """Print what each seed has broken, and how long all of them have taken."""
     began, broken, spent = time.perf_counter(), 0, 0.0
     with ProcessPoolExecutor(jobs) as pool:
         for seed, said, seconds in pool.map(partial(_seed, mechanism), seeds, chunksize=8):
@@ -82,7 +82,7 @@ def _broken(drawn: plan.Plan, events: list[str] | None) -> str:
 
 
 def _be_quiet() -> None:
-    """What the code under test warns of is part of the play."""
+    """Silence the warnings of the code under test: the faults of a plan cause them."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore", ResolutionWarning)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, and what its client does meanwhile. Times are seconds."""
+    """A request, and what its client does meanwhile. Times are in seconds."""
 
     number: int
     at: float
@@ -25,20 +25,20 @@ class Asked:
     prompt: bytes
     max_tokens: int
     fields: dict[str, Any]
-    """Of `pdserve.gateway.parameters.Parameters`, besides."""
+    """The other fields of its `pdserve.gateway.parameters.Parameters`."""
     in_text: bool = False
-    """Prompt and answer are text; else they are token ids."""
+    """Prompt and answer are text; otherwise they are token ids."""
     cancels_after: float = math.inf
     leaves_after: int = 0
-    """Parts after which its client wants no more; 0: it wants all of them."""
+    """The number of parts after which its client leaves; 0: it wants all of them."""
     stops_after: int = 0
-    """Tokens after which a stop string is complete at the latest; 0: there is none."""
+    """A stop string is complete after at most this many tokens; 0: there is none."""
     reads_s: float = 0.0
-    """The client takes so long for each chunk."""
+    """The client takes this long to read each chunk."""
 
 
 def draw(plan: Plan, longest: int, rng: random.Random) -> tuple[Asked, ...]:
-    """The requests of a plan, whose own draws go on with `rng`."""
+    """Draw the requests of a plan from `rng`, with which the plan then draws its faults."""
     count = rng.randint(8, 36)
     timing = plan.profile["prefill"]
     each_s = (timing["base_ms"] + timing["per_token_ms"] * longest / 4) / 1e3
@@ -77,7 +77,7 @@ def _request(
     if rng.random() < 0.1:
         fields["timeout_us"] = round(1e6 * 10 ** rng.uniform(-2, 0.7))
     if rng.random() < 0.02:
-        prompt = _tokens(rng, plan.arena_bytes // 128 + 1)  # nowhere is room for it
+        prompt = _tokens(rng, plan.arena_bytes // 128 + 1)  # no arena has room for it
     return Asked(
         number=number,
         at=at,
@@ -96,7 +96,7 @@ def _tokens(rng: random.Random, count: int) -> bytes:
 
 
 def answered(requests: tuple[Asked, ...], seed: int) -> tuple[Asked, ...]:
-    """Draw how each is answered: in text, and whether its client leaves early."""
+    """Draw for each request whether it is answered in text, and whether its client leaves early."""
     rng = random.Random(f"{seed} answers")
     return tuple(
         replace(

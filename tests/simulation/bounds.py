@@ -1,4 +1,4 @@
-"""Within which something has to happen in a world."""
+"""Bounds of the time within which something has to happen in a world."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from tests.simulation.plan import Plan
 
 EPS_S = 2e-4
-"""What is computed takes no time in a world, but a message that follows another a little."""
+"""Code takes no virtual time, but a message arrives a little later than the one before it."""
 PAUSE_S = 0.01
-"""Between two looks at what is not looked at always."""
+"""The time between two checks of what is not checked at every instant."""
 
 
 class Bounds:
-    """Of one plan, in seconds."""
+    """The bounds of one plan, in seconds."""
 
     def __init__(self, plan: Plan) -> None:
         calm, layers = plan.calm, plan.profile["layers"]
@@ -31,29 +31,30 @@ class Bounds:
         longest = max(len(asked.prompt) // 4 + asked.max_tokens for asked in plan.requests)
         tokens = longest * plan.prefill.slots
         self.message = plan.delay_s * (Weather.TAIL if plan.tail else 1) + EPS_S
-        """A message's way."""
+        """The longest time that a message takes."""
         self.forward = (prefill["base_ms"] + prefill["per_token_ms"] * tokens) / 1e3 + EPS_S
         self.pull = longest * 128 * layers / plan.bytes_per_s + 20 * plan.latency_s
-        # A prompt that a decode computes waits for others of up to a turn, with steps between.
+        # A prompt that a decode computes waits for up to a turn of others, with steps in between.
         turn = prefill["per_token_ms"] * (plan.prefill.batch_tokens + longest)
         turns = (turn + plan.decode.slots * (prefill["base_ms"] + decode["base_ms"])) / 1e3
         self.local = turns if plan.gateway.local != "off" else 0.0
-        """A first token that a decode computes."""
+        """The longest time that a decode takes to compute a first token from the prompt."""
         step = decode["base_ms"] / 1e3 + self.local
         answer = max(asked.max_tokens for asked in plan.requests) * step
         self.stall = 0.0 if calm else plan.gateway.stall_s
-        """What nobody answers is given up."""
-        # Each decode may leave an offer unanswered, connect to the prefill, and leave another so.
+        """A call that is not answered is given up after this time."""
+        # Each decode may leave one offer unanswered, connect to the prefill, and leave another one
+        # unanswered.
         self.asking = (2 * ANSWER_S + LINK_WAIT_S) * plan.decodes
-        """A round over all decodes."""
-        # Who is told that something is idle has to ask, perhaps each of them; and others are told
-        # before it.
+        """The longest time in which all decodes are asked once."""
+        # A gateway that is told of an idle instance has to ask, perhaps each instance, and other
+        # gateways may be told before it.
         self.idle = LOOK_S + (2 * plan.prefills + 2) * self.message
         self.idle += (plan.contenders - 1) * RESERVED_S + (0.0 if calm else WATCH_S[1])
-        """Something is idle though somebody waits for it."""
+        """The longest time for which an instance may be idle while a request waits for it."""
         self.orphan = 2 * self.message + self.forward + self.pull + 2 * step + TICK_S
         if not calm:
             self.orphan += plan.prefill.lease_s + QUIET_S + plan.timeout_s + ORPHAN_LOOK_S + answer
-        """Something is held for nobody."""
+        """The longest time for which an instance may hold something for nobody."""
         self.settles = self.orphan + QUIET_S + RECOVER_S
-        """All is over once nobody asks any more."""
+        """The longest time until nothing is held any more, once nobody asks."""

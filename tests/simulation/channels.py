@@ -1,4 +1,4 @@
-"""Messages between gateways and workers: ordered, and late, lost, cut off or broken off."""
+"""Messages between gateways and workers: they keep their order, and may be late or lost."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from pdserve.transfer.producer.holder import Holder
     from tests.simulation.loop import Loop, Process
 
-# What happens on the way happens in no process.
+# A message that is under way belongs to no process.
 _NOWHERE = contextvars.Context()
 
 ORPHAN_LOOK_S = 1.0
-"""As in `pdserve.triton.instance`, which only the server can load."""
+"""The interval is that of `pdserve.triton.instance`, which only the server can load."""
 
 
 @dataclass
@@ -39,11 +39,11 @@ class Weather:
 
     rng: random.Random
     delay_s: float
-    """Of most messages, at most."""
+    """The longest delay of most messages."""
     tail: float
-    """Share of messages that take up to `TAIL` times as long."""
+    """The share of messages that take up to `TAIL` times as long."""
     loss: float
-    """Share of messages that do not arrive."""
+    """The share of messages that do not arrive."""
 
     TAIL: ClassVar[float] = 60.0
 
@@ -61,7 +61,7 @@ class Life:
     """One life of a worker: a server with one instance, from its start to its end.
 
     Args:
-        memory: where KV caches are, or arrive.
+        memory: the memory where KV caches are, or arrive.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Life:
         self._callers: dict[str, tuple[Connection, str]] = {}
 
     def arrive(self, connection: Connection, call: str, data: bytes) -> None:
-        """A request; what the Triton model around an instance does with it."""
+        """Handle a request as the Triton model around an instance does."""
         ours = Call(f"{next(self._keys)}", f"{connection.id}/{call}")
         self._callers[ours.key] = connection, call
         self._answers.open(ours)
@@ -89,7 +89,7 @@ class Life:
             reply(Failed(error.code, str(error)), True)
 
     def orphaned(self, connection: Connection) -> None:
-        """It has been noticed that nobody hears what is sent over it."""
+        """Release the calls of a connection, since nobody hears any more what is sent over it."""
         for key, (caller, _) in list(self._callers.items()):
             if caller is connection:
                 for call in self._answers.abandon(key):
@@ -109,13 +109,13 @@ class Life:
 
 
 class Worker:
-    """Where an instance is to be found, in one life or another."""
+    """The place of an instance, which stays the same from one life to the next."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.life: Life | None = None
         self.unplugged = False
-        """Nobody tells that it is gone: what is sent to it is never answered."""
+        """Nobody is told that it is gone: messages to it are never answered."""
 
 
 class Connection:
@@ -126,9 +126,9 @@ class Connection:
     def __init__(self, wire: Wire) -> None:
         self.id = f"{next(self._numbers)}"
         self.life: Life | None = None
-        """Whom it leads to; None: it has not got there yet."""
+        """The life that it leads to; None: no message has arrived yet."""
         self.refused = ""
-        """Why an offer was, last."""
+        """The reason why an offer was last refused."""
         self._wire = wire
         self._open = True
         self._last = {"in": 0.0, "out": 0.0}
@@ -143,7 +143,7 @@ class Connection:
             self._wire.gateway.call_at(self._when("out"), self._arrive_back, call, data)
 
     def break_(self, reason: str) -> None:
-        """The gateway learns of it in a moment, the worker when it looks for orphans."""
+        """Break it: the gateway notices in a moment, the worker when it looks for orphans."""
         if not self._open:
             return
         self._open = False
@@ -159,7 +159,7 @@ class Connection:
         return self.life is not None and self.life.process.alive
 
     def _when(self, way: str) -> float:
-        """A message arrives; timers of the same moment would have no order."""
+        """Return when a message arrives: after the one before, as equal timers have no order."""
         wire = self._wire
         when = max(wire.loop.time() + wire.weather.delay(), wire.cut_until)
         self._last[way] = max(when, self._last[way] + 2e-6)
@@ -191,13 +191,13 @@ class Wire:
         self.weather = weather
         self.calls = Calls()
         self.cut_until = 0.0
-        """What is sent before arrives afterwards."""
+        """Messages that are sent before this time do not arrive until then."""
         self.connection: Connection | None = None
         self.closed = False
         self.sent: Callable[[Request], None] = lambda request: None
         self.got: Callable[[bytes], None] = lambda data: None
         self.broke: Callable[[Sequence[str]], None] = lambda calls: None
-        """Told of what goes over it, and with which calls it breaks."""
+        """These three are told of its messages, and of the calls that are open when it breaks."""
 
     def open(self, call: str, request: Request) -> Replies:
         replies = self.calls.open(call)

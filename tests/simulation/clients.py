@@ -1,4 +1,4 @@
-"""Who asks the gateways of a world, and what an answer has to be."""
+"""Clients that ask the gateways of a world, and the answers that they have to get."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NOTHING: dict[str, Any] = {
     "ttft_limit_ms": None,
     "timeout_us": 0,
 }
-"""Parameters of a request that gives none."""
+"""The parameters of a request that gives none."""
 
 
 class Left(Exception):
@@ -60,27 +60,27 @@ class Told(Request):
 
 @dataclass(eq=False)
 class Client:
-    """Asks for one answer."""
+    """A client that asks for one answer."""
 
     asked: Asked
     gateway: Gateway
     model: Model
     vocabulary: Vocabulary
     deployment: config.Deployment | None = None
-    """By which it has been routed."""
+    """The deployment by which its request was routed."""
     request: Told | None = None
-    """None: it has not got to a scheduler."""
+    """Its request; None: it has not reached a scheduler."""
     scheduler: Scheduler | None = None
     expected: list[int] = field(init=False)
     """The tokens of a whole answer."""
     reason: str = field(init=False)
-    """Why a whole answer ends."""
+    """The finish reason of a whole answer."""
     stop: tuple[str, ...] = ()
     heard: list[int] = field(default_factory=list)
     text: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
     chunk: Callable[[], None] = lambda: None
-    """Called with each part, once it is heard."""
+    """It is called after each part is heard."""
     ended_at: float | None = None
     ended_in: State | None = None
     error: BaseException | None = None
@@ -111,7 +111,7 @@ class Client:
         return self.vocabulary.decode(before)[-1:] + self.vocabulary.decode(tokens[-1:])[:2]
 
     def _searched(self, tokens: list[int]) -> str:
-        """Return the text in which stop strings are searched: special tokens are in it."""
+        """Return the text in which stop strings are searched; it contains the special tokens."""
         pieces = [list(group) for _, group in itertools.groupby(tokens, EOS.__eq__)]
         return "".join(
             words.SPECIAL * len(piece) if piece[0] == EOS else self.vocabulary.decode(piece)
@@ -126,7 +126,7 @@ class Client:
 
     @property
     def beginning(self) -> str:
-        """Return the beginning of its prompt, if that is text."""
+        """Return the beginning of its prompt if the prompt is text; otherwise nothing."""
         ids = np.frombuffer(self.asked.prompt[:16], "<i4").tolist()
         return self.vocabulary.decode(ids) if self.asked.in_text else ""
 
@@ -139,7 +139,7 @@ class Client:
         return brief(self.request) if self.request else f"request {self.asked.number}, not begun"
 
     async def ask(self) -> None:
-        """Raises: whatever the service does; Left."""
+        """Ask, and hear the answer. Raises: Left, and whatever the service raises."""
         asked, service = self.asked, self.gateway.service
         self.deployment = self.gateway.deployment
         answer = service.answer(str(asked.number), self._read, Trace(""), in_text=asked.in_text)
@@ -151,7 +151,7 @@ class Client:
                     self._hear(part)
                     if count == asked.leaves_after and not part.finish_reason:
                         raise Left
-                    # Once it has the last part, there is nothing left that it could give up.
+                    # A client that has the last part has nothing left to give up.
                     if asked.reads_s and not part.finish_reason:
                         await asyncio.sleep(asked.reads_s)
 
@@ -170,7 +170,7 @@ class Client:
 
 
 def brief(request: Request) -> str:
-    """What matters of a request when something is wrong with it."""
+    """Return what matters about a request when something is wrong with it."""
     return (
         f"request {request.id} {request.state.name}: {request.prompt_tokens} tokens, "
         f"{request.output_tokens} of {request.max_tokens} out, arrived {request.arrived:.4f}, "

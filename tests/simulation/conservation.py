@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 IN_USE = (State.ALLOCATED, State.LEASED, State.IN_TRANSFER, State.QUARANTINED)
 TASKS = {"prefill": 3, "decode": 2}
-"""Of an instance that does nothing."""
+"""The number of tasks of an instance that does nothing."""
 
 
 class Conservation:
-    """Of one world."""
+    """Checks that one world conserves its resources."""
 
     def __init__(self, world: World, bounds: Bounds, expect: Callable[[bool, str], None]) -> None:
         self._world = world
@@ -33,12 +33,12 @@ class Conservation:
         self._expect = expect
         self._seen: dict[PrefillInstance | DecodeInstance, tuple[int, ...]] = {}
         self._orphans: dict[tuple[Life, str], float] = {}
-        """Since when a call that holds something is nobody's."""
+        """The time since which no gateway wants a call that an instance holds something for."""
 
     # ---------------------------------------------------------- at every instant
 
     def prefill(self, prefill: PrefillInstance) -> None:
-        """Slots, ranges and leases."""
+        """Check the slots, ranges and leases of an instance."""
         held, exports = prefill._slots.held, prefill._exports
         manager, leases = exports.leases, exports.holder.leases
         quarantined, arena = len(manager.quarantined), manager.arena
@@ -63,7 +63,7 @@ class Conservation:
         self._expect(len(leases) + free == slots, f"{name}: {free} lease slots free of {slots}")
 
     def decode(self, decode: DecodeInstance) -> None:
-        """Slots and blocks."""
+        """Check the slots and blocks of an instance."""
         opened, running, pool = decode._admission.open, decode._batch.calls, decode._blocks.pool
         kept = pool._evictor.kept
         seen = len(opened), len(running), len(kept), len(pool._evictor.evictable), pool.free_blocks
@@ -79,10 +79,10 @@ class Conservation:
         used = pool.used_blocks * pool.block_size
         self._expect(rows == used, f"{name}: {used} rows used, {rows} by somebody")
 
-    # -------------------------------------------------------------- now and then
+    # -------------------------------------------------------------- every 10 ms
 
     def look(self) -> None:
-        """Nothing outlives its lease or its quarantine, and nothing is held for nobody."""
+        """Check that nothing outlives its lease or quarantine, and nothing is held for nobody."""
         owners = {
             call
             for gateway in self._world.gateways
@@ -130,7 +130,7 @@ class Conservation:
     # ---------------------------------------------------------- when all is over
 
     def left(self) -> dict[str, object]:
-        """What is held by no request any more, where it is not nothing."""
+        """Return what is still held after all requests have ended; empty: nothing."""
         counts: dict[str, object] = {}
         for gateway in self._world.gateways:
             if gateway is not None:

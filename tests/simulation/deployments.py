@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 class Deployments:
-    """Of one world."""
+    """Checks of the scenarios and groups of one world."""
 
     def __init__(self, plan: Plan, expect: Callable[[bool, str], None]) -> None:
         self._plan = plan
         self._expect = expect
         self._routed: dict[tuple[Gateway, str], Counter[str]] = {}
-        """Requests of a scenario since the last change or failure, by group."""
+        """The number of requests of a scenario since the last change or failure, by group."""
 
     # ------------------------------------------------------------------- requests
 
     def begins(self, client: Client, scheduler: Scheduler) -> None:
-        """A client's request has got to a scheduler."""
+        """Check the scenario and the group of a request that has reached a scheduler."""
         gateway, request = client.gateway, client.request
         assert request is not None
         deployment = gateway.deployment
@@ -58,7 +58,7 @@ class Deployments:
     ) -> None:
         counts = self._routed.setdefault((gateway, scenario), Counter())
         counts[group] += 1
-        # After a failure the turns of those that were well do not begin at the first one.
+        # After a failure, the turns of the healthy groups do not begin with the first group.
         most = len(shares) * (1 if self._plan.calm else 2)
         for one, share in shares.items():
             due = counts.total() * share / sum(shares.values())
@@ -68,12 +68,12 @@ class Deployments:
     # ----------------------------------------------------------- another deployment
 
     def connects(self, gateway: Gateway, before: Wire) -> None:
-        """A gateway opens another channel to a worker: who stays keeps the one it has."""
+        """Check that a gateway opens another channel to a worker only after closing the first."""
         what = f"{gateway.name} has a channel to {before.worker.name} already"
         self._expect(before.closed, what)
 
     def taken(self, gateway: Gateway, before: dict[str, Scheduler]) -> None:
-        """A gateway serves by another deployment: a group that is in both goes on."""
+        """Check that a group continues if it is in the deployments before and after a change."""
         for name, scheduler in gateway.groups.items():
             goes_on = before.get(name, scheduler) is scheduler
             self._expect(goes_on, f"{gateway.name} has made group {name} anew")
@@ -81,7 +81,7 @@ class Deployments:
             del self._routed[key]
 
     def swept(self, gateway: Gateway) -> None:
-        """What has left and serves nothing is closed and forgotten, and nothing else is."""
+        """Check that what has left and serves nothing is closed and forgotten, but nothing else."""
         open_, serving = gateway.instances, self._serving(gateway)
         wanted = {name for scheduler in serving for name in gateway.members[scheduler]}
         for name, instance in open_.items():
@@ -103,7 +103,7 @@ class Deployments:
     # ------------------------------------------------------------- when all is over
 
     def left(self, gateway: Gateway) -> dict[str, object]:
-        """What is left of groups that are gone."""
+        """Return what is left of groups that are gone."""
         tasks = [repr(task.get_coro()) for task in gateway.process.tasks]
         links = sum("KVLinks.run" in task for task in tasks)
         name, current = gateway.name, gateway.groups.values()
@@ -120,7 +120,7 @@ class Deployments:
         return counts
 
     def differs(self, gateway: Gateway, fresh: Gateway) -> str:
-        """Tell what of its groups is not as in a gateway that was begun now; empty: nothing."""
+        """Return how its groups differ from those of a new gateway; empty: they do not differ."""
         groups, built = gateway.service._groups._current, fresh.service._groups._current
         if groups.keys() != built.keys():
             return f"{gateway.name} has the groups {list(groups)}"
@@ -155,12 +155,12 @@ def served_as(client: Client, deployment: config.Deployment) -> config.Scenario 
 
 
 def _listeners(gateway: Gateway) -> dict[str, int]:
-    """Return for each instance how many listen to it: none of a group that is gone."""
+    """Return how many listeners each instance has: a group that is gone has none."""
     return {name: len(instance.listeners) for name, instance in gateway.instances.items()}
 
 
 def _links(gateway: Gateway) -> dict[tuple[str, ...], float]:
-    """Return the links that it tells of, by group and state."""
+    """Return the number of KV links in a gateway's metrics, by group and state."""
     return {
         values[1:]: count
         for (metric, values), count in gateway.metrics._levels.items()

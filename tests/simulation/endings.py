@@ -1,4 +1,4 @@
-"""How a request may end, and with what."""
+"""Checks of how a request ends, and with which answer or error."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ if TYPE_CHECKING:
     from tests.simulation.clients import Client
     from tests.simulation.world import World
 
-# Pairs that may take a request: this module's own number, since the scheduler's is tried out.
+# At most this many pairs may take a request. The number is not the scheduler's, which
+# `mechanisms` replaces.
 ATTEMPTS = 4
 PAGE = 4096
 POISON = (1).to_bytes(4, "little")
-"""A token that ends the process of an instance: no prompt that is drawn has it."""
+"""The token that ends the process of an instance: no prompt that is drawn contains it."""
 EXPECTED = 12
-"""Times the longest forward that a first token may be thought to take."""
+"""A first token may be expected to take this many times as long as the longest forward."""
 
 
 def wrong(client: Client, world: World) -> str:
-    """What is wrong with how it has ended; empty: nothing."""
+    """Return what is wrong with how a request has ended; empty: nothing."""
     request, error = client.request, client.error
     if request is None:
         refused = client.deployment and served_as(client, client.deployment) is None
@@ -42,8 +43,8 @@ def wrong(client: Client, world: World) -> str:
         case asyncio.CancelledError() | Left():
             return _wrong_leave(client)
         case errors.Late():
-            # Who waits leaves when its first token is expected too late; the expectation is the
-            # more careful the more the prefills' times differ.
+            # A waiting request leaves when its first token is expected too late. The expectation
+            # is the more careful, the more the prefills' times differ.
             takes = EXPECTED * (world.invariants.bounds.forward + world.invariants.bounds.message)
             limit = min(request.deadline, request.arrived + request.ttft_limit_s)
             early = plan.calm and now < limit - takes
@@ -66,7 +67,7 @@ def _wrong_leave(client: Client) -> str:
 
 def _wrong_failure(client: Client, request: Request, world: World) -> str:
     if isinstance(client.error, errors.Suspected):
-        # Two ends that it has nothing to do with look the same to its gateway.
+        # Its gateway cannot tell whether the request has caused the ends of two processes.
         shared = world.invariants.shared[client.gateway, request.id]
         return "" if POISON in request.prompt or len(shared) > 1 else "it has ended nothing"
     if world.plan.calm:

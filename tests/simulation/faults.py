@@ -1,4 +1,4 @@
-"""What goes wrong in a world, and when."""
+"""The faults of a world: what goes wrong, and when."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 Kind = Literal[
-    "kill",  # its connections break, all that it had is gone; a new life follows
+    "kill",  # its connections break, and all that it had is gone; a new life follows
     "vanish",  # the same, but nobody is told: what is sent there is lost
-    "stop",  # as by SIGSTOP: nothing moves, then all that has become due at once
-    "cut",  # no message gets through, then all of them at once
+    "stop",  # nothing moves, as by SIGSTOP; then all that has become due happens at once
+    "cut",  # no message gets through for a while; then all of them do at once
     "reset",  # a connection breaks, and what was on its way is lost
     "part",  # a decode does not reach a prefill's memory
     "bad forward",
@@ -32,14 +32,14 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that happens `at` a moment to `one` process, or between two."""
+    """A fault that happens `at` a moment to `one` process, or between two."""
 
     at: float
     kind: Kind
     one: str
     other: str = ""
     lasts: float = 0.0
-    """Seconds until it is over."""
+    """The number of seconds until it is over."""
 
     def __str__(self) -> str:
         between = f" and {self.other}" if self.other else ""
@@ -48,7 +48,7 @@ class Fault:
 
 
 def draw(plan: Plan, until: float, rng: random.Random) -> Fault:
-    """One fault of a plan, before `until`."""
+    """Draw one fault of a plan that happens before `until`."""
     at = rng.uniform(0.0, until)
     prefill = f"prefill_{rng.randrange(plan.prefills)}"
     decode = f"decode_{rng.randrange(plan.decodes)}"
@@ -78,7 +78,7 @@ def draw(plan: Plan, until: float, rng: random.Random) -> Fault:
 
 
 def leave(plan: Plan, until: float, rng: random.Random) -> Fault:
-    """An instance leaves a group that has others of its role."""
+    """Draw a fault in which an instance leaves a group that has others of its role."""
     at, lasts = rng.uniform(0.0, until), 10 ** rng.uniform(-3, 0.5)
     roles = [
         (role, count)
@@ -91,13 +91,13 @@ def leave(plan: Plan, until: float, rng: random.Random) -> Fault:
 
 
 def take(plan: Plan, layout: int, until: float, rng: random.Random) -> Fault:
-    """A gateway serves by another layout for a while."""
+    """Draw a fault in which a gateway serves by another layout for a while."""
     at, lasts = rng.uniform(0.0, until), 10 ** rng.uniform(-3, 0.5)
     return Fault(at, "take", f"gateway_{rng.randrange(plan.gateways)}", f"{layout}", lasts)
 
 
 async def play(world: World, fault: Fault) -> None:
-    """Do it, and return when it is over. What is not there cannot fail."""
+    """Cause a fault, and return when it is over. A process that is not there cannot fail."""
     worker = world.workers.get(fault.one)
     if worker is not None:
         await _to_worker(world, worker, fault)
@@ -108,7 +108,7 @@ async def play(world: World, fault: Fault) -> None:
 
 
 def forgive(life: Life) -> None:
-    """What is to fail in its engine, but has not yet, does not."""
+    """Cancel the failures that were caused in an engine but have not happened yet."""
     engine: Any = life.instance._engine
     engine.failures.clear()
     getattr(engine, "refusals", []).clear()

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 SWEEP_S = 1.0
-"""Interval of sweeps: as in `pdserve.triton.gateway`, which only the server can load."""
+"""The interval of sweeps is that of `pdserve.triton.gateway`, which only the server can load."""
 LONGEST = 8192
-"""Tokens of prompt and answer together: more than any arena has room for."""
+"""The limit of prompt and answer together, in tokens: no arena has room for so many."""
 
 
 class Gateway:
@@ -41,18 +41,17 @@ class Gateway:
         self.process = Process(world.loop, self.name)
         self.metrics = Registry()
         self.wires: dict[str, Wire] = {}
-        """The latest to each worker."""
+        """The latest channel to each worker, by the worker's name."""
         self.clients: dict[str, Client] = {}
-        """By the ids of their requests."""
+        """Its clients, by the ids of their requests."""
         self.members: dict[Scheduler, frozenset[str]] = {}
-        """The instances of every scheduler that was made, as the last deployment that had its group
-        says."""
+        """The instances of every scheduler, according to the last deployment that had its group."""
         self.parted_at: dict[tuple[Scheduler, str, str], float] = {}
-        """When a prefill and a decode have failed to hand over, and have not done so since."""
+        """The time when a prefill and a decode failed to hand over; a success removes it."""
         self.begun: Counter[Scheduler] = Counter()
-        """Requests that have got to a scheduler."""
+        """The number of requests that have reached each scheduler."""
         self.retried: Counter[Scheduler] = Counter()
-        """Times that something was tried again there after a failure."""
+        """The number of retries after a failure, by scheduler."""
         self._world = world
         self._layout = 0
         self._away: set[str] = set()
@@ -90,7 +89,7 @@ class Gateway:
         return wire
 
     def _observed(self) -> type[Scheduler]:
-        """Make the class of its schedulers, which tell of what they do."""
+        """Make the class of its schedulers, which report what they do."""
         gateway, made = self, SCHEDULERS[self._world.plan.policy]
 
         class Observed(made):  # type: ignore[misc, valid-type]
@@ -121,23 +120,23 @@ class Gateway:
         self.begun[scheduler] += 1
         self._world.begins(client)
 
-    # --------------------------------------------------------- what it looks at
+    # --------------------------------------------------------- its state
 
     @property
     def schedulers(self) -> list[Scheduler]:
-        """Return those of its groups, and those that still serve what they have begun."""
+        """Return the schedulers of its groups, and those that still serve what they have begun."""
         groups = self.service._groups
         return [one._scheduler for one in (*groups._current.values(), *groups._retired)]
 
     @property
     def instances(self) -> dict[str, Instance]:
-        """Return those that it has a channel to, by name."""
+        """Return the instances that it has a channel to, by name."""
         return {key[1]: one for key, one in self.service._groups._instances.items()}
 
     # ------------------------------------------------------- another deployment
 
     async def leave(self, name: str, seconds: float) -> None:
-        """An instance leaves its group, unless it is the last of its role, and joins it again."""
+        """Take an instance out of its group, unless it is the last of its role, and put it back."""
         if name in self._away:
             return
         self._change(self._layout, self._away | {name})
@@ -171,7 +170,7 @@ class Gateway:
         self._world.invariants.deployments.swept(self)
         return SWEEP_S
 
-    # ---------------------------------------------------------------- told of
+    # ---------------------------------------------------------------- events
 
     def _spend(self, scheduler: Scheduler, spend: Callable[[], bool]) -> bool:
         spent = spend()
@@ -183,7 +182,7 @@ class Gateway:
     ) -> None:
         now = asyncio.get_running_loop().time()
         breaker = scheduler._decode_stage._pairs.known.get((prefill, decode))
-        if breaker is None or now >= breaker.reopens:  # else it is known
+        if breaker is None or now >= breaker.reopens:  # else the failure is known
             self.parted_at[scheduler, prefill, decode] = now
         told(prefill, decode)
 

@@ -1,4 +1,4 @@
-"""What holds in a world at every instant, and when all is over."""
+"""Checks of what holds in a world at every instant, and when all is over."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 class Broken(AssertionError):
-    """An invariant was."""
+    """An invariant was broken."""
 
 
 class Invariants:
-    """Looked at whenever time passes; what is found is raised there, as `Broken`."""
+    """Invariants that are checked whenever time passes; what is broken is raised as `Broken`."""
 
     def __init__(self, world: World) -> None:
         self.bounds = Bounds(world.plan)
@@ -47,19 +47,22 @@ class Invariants:
         self._look_at = 0.0
         self._progress: dict[Client, tuple[tuple[State, int, int], float]] = {}
         self.shared: defaultdict[tuple[Gateway, str], list[str]] = defaultdict(list)
-        """By request, the workers whose connection broke with it."""
+        """The workers whose connection broke while a request was open on it, by request."""
         self._ended: dict[Gateway, int] = {}
         self._failed_at: dict[tuple[Gateway, str], float] = {}
         self._offered: dict[tuple[Gateway, str], tuple[tuple[str, str], str]] = {}
-        """The pair that a request was offered to last, and in which attempt."""
+        """The pair that a request was offered to last, and the attempt in which it was."""
 
     def expect(self, holds: bool, otherwise: str) -> None:
-        """May be called anywhere: an exception might be taken for something else there."""
+        """Note what is broken unless it holds; the next step raises it.
+
+        This may be called where an exception would be taken for a failure of the code under test.
+        """
         if not holds:
             self._broken = self._broken or otherwise
 
     def step(self) -> None:
-        """Raises: Broken."""
+        """Check this instant. Raises: Broken."""
         self.steps += 1
         now = self._world.loop.time()
         for life in self._world.workers.lives:
@@ -109,10 +112,10 @@ class Invariants:
         if now > latest + slack:
             self.expect(False, f"outlives its deadline by {now - latest:.3f} s: {brief(request)}")
 
-    # --------------------------------------------------------------------- told of
+    # --------------------------------------------------------------------- events
 
     def sent(self, gateway: Gateway, wire: Wire, request: messages.Request) -> None:
-        """A gateway says something to a worker: what has just failed is left alone."""
+        """Check a message to a worker: an instance or a pair that has just failed is left alone."""
         worker = wire.worker.name
         asks = f"{gateway.name} asks {worker}"
         self.expect(not wire.closed, f"{asks} over a closed channel")
@@ -127,7 +130,7 @@ class Invariants:
         if isinstance(request, DecodeRequest) and request.handle:
             pair = client.request.prefill, worker
             if self._offered.get((gateway, number)) == (pair, attempt):
-                return  # it was on its way to this pair, has connected it now, and goes on
+                return  # it waited until this pair was connected, and now continues
             self._offered[gateway, number] = pair, attempt
             failed_at = gateway.parted_at.get((client.scheduler, *pair), -math.inf)
             self._is_well(failed_at, f"{gateway.name} asks {pair}")
@@ -139,7 +142,7 @@ class Invariants:
             self.expect(False, f"{asks}, which has failed at {failed_at:.4f}")
 
     def broke(self, gateway: Gateway, wire: Wire, calls: Sequence[str]) -> None:
-        """A connection, with these calls open on it."""
+        """Note the calls that were open on a connection when it broke or was closed."""
         worker, now = wire.worker.name, self._world.loop.time()
         ours = tuple(one._calls.gateway for one in gateway.members)
         offers = [call for call in calls if call.startswith(ours)]
@@ -152,7 +155,7 @@ class Invariants:
             self._failed_at[gateway, worker] = now
 
     def begun(self, life: Life) -> None:
-        """A worker's new life: what its prefill begins to compute is in time."""
+        """Check from now on that a new prefill begins to compute no prompt after its limit."""
         prefill = life.instance
         if not isinstance(prefill, PrefillInstance):
             return
@@ -169,7 +172,7 @@ class Invariants:
         computation._next_batch = batch  # type: ignore[method-assign]
 
     def accepted(self, client: Client) -> None:
-        """A prefill has taken its request."""
+        """Note that a prefill has taken a client's request."""
         self._waiting.accepted(client)
 
     def heard(self, client: Client) -> None:
@@ -187,7 +190,7 @@ class Invariants:
     # -------------------------------------------------------------- when all is over
 
     def left(self) -> dict[str, object]:
-        """What is held by no request any more, where it is not nothing."""
+        """Return what is still held after all requests have ended; empty: nothing."""
         gone = [self.deployments.left(one) for one in self._world.gateways if one is not None]
         return {
             what: count
@@ -197,7 +200,7 @@ class Invariants:
         }
 
     def finally_(self) -> None:
-        """Every request has ended once. Raises: Broken."""
+        """Check that every request has ended once, and is counted once. Raises: Broken."""
         for client in self._world.clients:
             if not client.gateway.process.alive:
                 continue

@@ -1,4 +1,4 @@
-"""Which scenarios a deployment serves, by which groups of its instances, and what changes."""
+"""Layouts: the scenarios of a deployment, and the groups of instances that serve each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Names:
-    """The instances of a plan."""
+    """The names of a plan's instances."""
 
     prefills: int
     decodes: int
@@ -38,7 +38,7 @@ class Names:
 
 
 def whole(names: Names) -> Layout:
-    """Return one group of all instances."""
+    """Return a layout with one group of all instances."""
     group = config.Group("a", *(tuple(some) for some in names.by_role.values()))
     return (config.Scenario("default", (group,)),)
 
@@ -65,7 +65,7 @@ def draw(names: Names, rng: random.Random) -> Layout:
 def _divide(
     some: Sequence[T], homes: Sequence[str], rng: random.Random
 ) -> dict[str, tuple[T, ...]]:
-    """Put at least one into each of the homes."""
+    """Divide some items among homes; each home gets at least one."""
     order = rng.sample(some, len(some))
     divided: dict[str, list[T]] = {home: [one] for home, one in zip(homes, order, strict=False)}
     for one in order[len(homes) :]:
@@ -106,7 +106,7 @@ def without(layout: Layout, away: Collection[str]) -> Layout:
 
 
 def servers(layout: Layout, names: Names) -> tuple[config.Server, ...]:
-    """Return one server for each instance of a layout; its address is always the same."""
+    """Return a server for each instance of a layout; an instance always has the same address."""
     used = {
         name
         for scenario in layout

@@ -1,9 +1,9 @@
-"""Virtual time, and processes that stand still or end in it, all of them in one event loop.
+"""Virtual time, and processes that are stopped or end in it, all of them in one event loop.
 
-Time passes when nothing is left to do, and jumps to the next timer. Whatever a process does, its
-tasks, its timers and its threads, bears its mark (a context variable), so that all of it can be
-stopped, as by SIGSTOP, and ended, as by SIGKILL. Nothing depends on the real clock or on threads
-that race, so that a seed always gives the same history.
+Time passes when nothing is left to do, and jumps to the next timer. All tasks, timers and threads
+of a process are marked by a context variable, so that the whole process can be stopped, as by
+SIGSTOP, and ended, as by SIGKILL. Nothing depends on the real clock or on threads that race, so
+that a seed always gives the same history.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from concurrent.futures import Executor
 
-# Turns of the loop at one instant: far more than any burst takes.
+# The loop may take this many turns at one instant, which is far more than any burst takes.
 MOST_TURNS = 20_000
 
 _process: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 
 
 class Process:
-    """Stands for an operating system's process, from its beginning to its end."""
+    """A model of an operating system's process, from its beginning to its end."""
 
     def __init__(self, loop: Loop, name: str) -> None:
         self.name = name
         self.alive = True
         self.stopped = False
         self.since = loop.time()
-        """When it began, or last went on after it had stood still."""
+        """The time when it began, or last continued after it was stopped."""
         self.tasks: dict[asyncio.Task[Any], None] = {}
         self.threads: dict[Thread, None] = {}
         self._loop = loop
@@ -51,34 +51,34 @@ class Process:
         return self.alive and not self.stopped
 
     def call(self, function: Callable[..., object], *args: Any) -> None:
-        """Have a function called in it, soon."""
+        """Schedule a function to be called in it soon."""
         self._loop.call_soon(function, *args, context=self._context)
 
     def call_at(self, when: float, function: Callable[..., object], *args: Any) -> None:
         self._loop.call_at(when, function, *args, context=self._context)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function in it, now."""
+        """Call a function in it now."""
         return self._context.copy().run(function, *args)
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """A task of it."""
+        """Start a task in it."""
         task: asyncio.Task[Any] = self.run(self._loop.create_task, work)
         return task
 
     def stop(self) -> None:
-        """Nothing of it runs until `go_on`."""
+        """Stop it: none of it runs until `go_on`."""
         self.stopped = True
 
     def go_on(self) -> None:
-        """All that has become due meanwhile happens at once."""
+        """Continue it: all that has become due meanwhile happens at once."""
         self.stopped = False
         self.since = self._loop.time()
         self._loop.resume(self._backlog)
         self._backlog = []
 
     async def end(self) -> None:
-        """It is gone at once. It unwinds, but nobody sees it who looks at `alive`."""
+        """End it at once: `alive` is false before its tasks and threads unwind."""
         self.alive = False
         self.go_on()
         for thread in list(self.threads):
@@ -90,7 +90,7 @@ class Process:
         self._over = True
 
     def takes(self, handle: asyncio.Handle) -> bool:
-        """Whether a callback may run now; it is kept for later if the process stands still."""
+        """Return whether a callback may run now; it is kept for later if the process is stopped."""
         if self.stopped:
             self._backlog.append(handle)
             return False
@@ -112,13 +112,13 @@ class _TimerHandle(asyncio.TimerHandle):
 
 
 class Loop(async_solipsism.EventLoop):  # type: ignore[misc]
-    """Calls `instant` whenever all that could happen at one moment has happened."""
+    """An event loop that calls `instant` when all that can happen at one moment has happened."""
 
     def __init__(self) -> None:
         super().__init__()
         self.instant: Callable[[], None] = _nothing
         self.thread: Thread | None = None
-        """That runs now."""
+        """The thread that runs now."""
         self.clock = Clock(self)
         self._turns = 0
         self._crews: dict[Executor | None, Crew] = {}
@@ -134,7 +134,7 @@ class Loop(async_solipsism.EventLoop):  # type: ignore[misc]
     def call_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
     ) -> asyncio.TimerHandle:
-        # Whole microseconds, which is how this clock counts.
+        # The clock of this loop counts whole microseconds.
         timer = _TimerHandle(math.ceil(when * 1e6 - 1e-3) / 1e6, callback, args, self, context)
         heapq.heappush(self._scheduled, timer)
         timer._scheduled = True  # type: ignore[attr-defined]
@@ -146,7 +146,7 @@ class Loop(async_solipsism.EventLoop):  # type: ignore[misc]
     def run_in_executor(
         self, executor: Executor | None, function: Callable[..., Any], *args: Any
     ) -> asyncio.Future[Any]:
-        """As many calls at once as the executor has threads, all in virtual time."""
+        """Run as many calls at once as the executor has threads, all in virtual time."""
         if executor not in self._crews:
             self._crews[executor] = Crew(getattr(executor, "_max_workers", 32))
         process, crew = _process.get(), self._crews[executor]
@@ -156,12 +156,12 @@ class Loop(async_solipsism.EventLoop):  # type: ignore[misc]
         return thread.future
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run it to its end, then close; an error that nobody has heard of is one, too."""
+        """Run the work to its end, then close. An error that nobody has handled is raised, too."""
         unheard: list[str] = []
 
         def hear(_: object, context: dict[str, Any]) -> None:
             process = _process.get()
-            if process is None or process.alive:  # else all that it does is ended
+            if process is None or process.alive:  # else its tasks are being ended
                 unheard.append(repr(context))
 
         self.set_exception_handler(hear)

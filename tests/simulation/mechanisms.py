@@ -1,7 +1,7 @@
 """Mechanisms of the gateway and the instances, each of which can be switched off.
 
-What no seed misses is not needed, or not looked at: the tests switch each off in turn, and some
-seed has to notice.
+A mechanism that no seed misses is not needed, or not checked. So the tests switch off each in turn,
+and some seed has to notice.
 """
 
 from __future__ import annotations
@@ -64,51 +64,51 @@ def _reached_anew(
 _GROUP, _REACH = Groups._group, Groups._reach
 
 MECHANISMS: dict[str, Patches] = {
-    # Who waits is woken when something becomes free.
+    # A waiting request is woken when something becomes free.
     "wake-up": ((WaitQueue, "wake", _nothing),),
-    # An instance tells those who watch it.
+    # An instance tells the gateways that watch it when a slot is free.
     "watch": ((SlotWatches, "tell", _nothing),),
     # A gateway hears of the slots that its own requests free.
     "freed": ((Forwarding, "freed", _nothing),),
-    # Somebody looks again, also if no message comes.
+    # A gateway looks again even if no message comes.
     "second look": ((Forwarding, "_time_to_look", _time_goes_by),),
-    # A lease ends when its time is over, or its KV cache was taken.
+    # A lease ends when its time is over, or when its KV cache was taken.
     "lease sweep": ((LeaseManager, "over", lambda *_: False),),
-    # What a silent receiver was reading is given back.
+    # Memory that a silent receiver was reading is given back.
     "quarantine sweep": ((LeaseManager, "sweep", _nothing),),
-    # Another pair goes on.
+    # A request that fails is tried again by another pair.
     "retry": ((scheduler, "ATTEMPTS", 1),),
-    # Not more often than the budget allows.
+    # Requests are not tried again more often than the budget allows.
     "budget": ((RetryBudget, "spend", _always),),
-    # What has failed is left alone.
+    # An instance that has failed is left alone.
     "breaker": ((CircuitBreaker, "allows", _always),),
-    # A pair that cannot be connected is left alone, though each of them is well.
+    # A pair that cannot hand over is left alone, though both of its instances are well.
     "breaker of pairs": ((DecodeStage, "not_handed_over", _nothing),),
-    # What nobody wants any more is released.
+    # A call that nobody wants any more is released.
     "release": ((Instance, "_release", _nothing),),
     # A new life of an instance is connected.
     "connecting": ((KVLinks, "connect_now", _never), (KVLinks, "_round", _never)),
-    # A group goes on with the instances that it has now.
+    # A group continues with the instances that it has now.
     "update in place": ((Scheduler, "update", _nothing),),
-    # A group that is in another deployment, too, goes on.
+    # A group that is in the next deployment, too, continues.
     "groups go on": ((Groups, "_group", _made_anew),),
-    # So does an instance, and its channel.
+    # An instance that is in the next deployment, too, keeps its channel.
     "one channel": ((Groups, "_reach", _reached_anew),),
     # A group that is gone connects nothing any more.
     "retirement": ((Group, "retire", _nothing),),
-    # What has left is closed when it serves nothing any more.
+    # An instance that has left is closed when it serves nothing any more.
     "sweep": ((Groups, "sweep", _never),),
     # A group forgets the instances that have left it.
     "forgetting": ((Group, "forget", _nothing),),
     # A request belongs to the scenario that it names, or whose rule it meets.
     "label": ((Router, "_labelled", lambda router, _: router.default),),
     "rule": ((Asked, "meets", lambda *_: False),),
-    # A scenario's groups take turns by their shares, and one that has failed has none.
+    # A scenario's groups take turns by their shares, and a group that has failed gets no turn.
     "shares": ((Scenario, "next_group", lambda scenario: scenario._groups[0][1]),),
     "group that has failed": ((Group, "healthy", property(_always)),),
     # A slot is kept for the gateway that was told of it.
     "reservation": ((SlotWatches, "admits", lambda _, gateway, free: free > 0),),
-    # Who waits for longer goes first.
+    # A request that has waited for longer goes first.
     "order": ((Request, "order", property(lambda request: (False, -request.arrived))),),
     # A prompt whose limit has passed is not computed.
     "limit in the prefill": ((PromptComputation, "_give_up_late", _nothing),),
@@ -116,7 +116,7 @@ MECHANISMS: dict[str, Patches] = {
 
 
 def without(name: str | None) -> AbstractContextManager[Any]:
-    """Until its end that mechanism is switched off; None: all of them work."""
+    """Switch a mechanism off until the context ends; None: all of them work."""
     if name is None:
         return nullcontext()
     patches = ExitStack()

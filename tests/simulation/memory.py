@@ -1,4 +1,4 @@
-"""How a decode reads a prefill's memory: mapped, or over a network that takes time and may fail.
+"""A decode's way to a prefill's memory: mapped, or a network that takes time and may fail.
 
 The memory is real, and so are the words of the leases in it.
 """
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Network:
-    """Between a decode and the prefills."""
+    """The network between a decode and the prefills."""
 
     clock: Clock
     latency_s: float
-    """Of a look at a word; 0: the memory is mapped."""
+    """The time that it takes to read a word; 0: the memory is mapped."""
     bytes_per_s: float
     cut: Callable[[str], bool]
-    """Whether the holder of a region cannot be reached now."""
+    """It returns whether the holder of a region cannot be reached now."""
     alive: Callable[[str], bool]
-    """Whether the holder of a region lives."""
+    """It returns whether the holder of a region is alive."""
 
 
 class Transport(ShmTransport):
@@ -47,7 +47,7 @@ class Transport(ShmTransport):
         self._network = network
 
     def register(self, memory: Memory) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def open(self, way: bytes) -> Link:
         link = Link(super().open(way), self._process, self._network)
@@ -56,7 +56,7 @@ class Transport(ShmTransport):
 
 
 class Link(ShmLink):
-    """To one region."""
+    """The link to one region."""
 
     def __init__(self, near: ShmLink, process: Process, network: Network) -> None:
         super().__init__(near._region)
@@ -80,7 +80,7 @@ class Link(ShmLink):
         return _Read(self, spans, deadline)
 
     def check(self, deadline: float) -> None:
-        """Raises: TransferError: the holder is gone, or not reached by `deadline`."""
+        """Reach the holder. Raises: TransferError: it is gone, or not reached by `deadline`."""
         network, region = self._network, self._region.name
         if not self._process.alive:
             raise TransferError("this process has ended")
@@ -101,7 +101,7 @@ class Link(ShmLink):
             ctypes.memmove(address, piece, size)
 
     def nap(self, nbytes: int, alive: Callable[[], None], deadline: float) -> None:
-        """As long as these bytes take."""
+        """Wait for as long as these bytes take."""
         clock = self._network.clock
         until = clock.monotonic() + nbytes / self._network.bytes_per_s
         while (left := until - clock.monotonic()) > 0:
@@ -119,7 +119,7 @@ class Link(ShmLink):
 
 
 class _Read:
-    """Implements `Pending`."""
+    """A read that takes virtual time. It implements `Pending`."""
 
     def __init__(self, link: Link, spans: Spans, deadline: float) -> None:
         self._link, self._spans, self._deadline = link, spans, deadline
@@ -129,12 +129,12 @@ class _Read:
             self._link.nap(int(self._spans[:, 2].sum()), alive, self._deadline)
             self._link.copy(self._spans)
         except BaseException:
-            self._link.close()  # as the protocol says
+            self._link.close()  # the protocol demands it
             raise
 
 
 class VirtualStaging(Staging):
-    """Waits in virtual time."""
+    """Staging buffers that are waited for in virtual time."""
 
     def _one(self, deadline: float, alive: Callable[[], None]) -> NDArray[np.uint8]:
         while True:

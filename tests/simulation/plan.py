@@ -1,4 +1,4 @@
-"""What a seed asks for: the size of a world, the requests that come, and what goes wrong."""
+"""The plan of a seed: the size of a world, the requests that come, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 STRATEGIES: dict[bool | None, Any] = {None: "auto", True: "layered", False: "whole"}
-# Not all of it lies in one piece.
+# An arena has enough room if it is this many times as large as the requests that it holds, since
+# its free memory is not in one piece.
 ROOMY = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one world. The same seed is the same plan, whatever becomes of it."""
+    """The plan of one world. The same seed gives the same plan, whatever happens in the world."""
 
     seed: int
     calm: bool
-    """Nothing goes wrong: what is promised is promised to the moment."""
+    """Nothing goes wrong in this world, so that the bounds of its invariants are tight."""
     gateways: int
     prefills: int
     decodes: int
@@ -44,25 +45,25 @@ class Plan:
     decode: config.Decode
     gateway: config.Gateway
     policy: PolicyName
-    """How a gateway finds a prefill for a request."""
+    """The policy by which a gateway chooses a prefill for a request."""
     longest_bytes: int
-    """Of the KV cache of the longest request."""
+    """The size of the longest request's KV cache."""
     arena_bytes: int
     layouts: tuple[Layout, ...]
-    """The first is that of the beginning and the end."""
+    """The first layout is that of the beginning and the end."""
     layered: bool | None
     strategy: Strategy | None
     latency_s: float
-    """Of a look at a prefill's memory; 0: it is mapped."""
+    """The time that it takes to read a word of a prefill's memory; 0: the memory is mapped."""
     bytes_per_s: float
     timeout_s: float
-    """Of a pull."""
+    """The time limit of a pull."""
     delay_s: float
-    """Of a message, at most, but for those that are late."""
+    """The longest delay of a message, except for those that are late."""
     tail: float
     loss: float
     retries: tuple[float, float]
-    """That may be made at once, and for each new request."""
+    """The number of retries that may be made at once, and of those that each request adds."""
     requests: tuple[Asked, ...] = field(repr=False)
     faults: tuple[Fault, ...] = field(repr=False)
 
@@ -72,15 +73,15 @@ class Plan:
 
     @property
     def contenders(self) -> int:
-        """Number of schedulers, at most, that ask the same instances at the same time."""
+        """Return how many schedulers, at most, ask the same instances at the same time."""
         changes = sum(fault.kind == "take" for fault in self.faults)
         return self.gateways + 2 * changes
 
     def deployment(self, layout: int = 0, away: Collection[str] = ()) -> config.Deployment:
-        """Return what a gateway serves by while some instances are away.
+        """Return the deployment that a gateway serves by while some instances are away.
 
         Args:
-            layout: its index.
+            layout: the index of the layout.
         """
         scenarios = layouts.without(self.layouts[layout], away)
         made = config.Deployment(
@@ -97,16 +98,16 @@ class Plan:
 
     @property
     def fair(self) -> bool:
-        """Whether it is promised in which order requests are taken.
+        """Return whether the order in which requests are taken is checked.
 
-        Not where something fails, nor where a request may have to wait for room.
+        It is not where something fails, nor where a request may have to wait for room.
         """
         roomy = self.arena_bytes >= ROOMY * self.prefill.slots * self.longest_bytes
         return self.calm and self.policy == "on_demand" and roomy
 
 
 def draw(seed: int) -> Plan:
-    """The plan of a seed."""
+    """Draw the plan of a seed."""
     rng = random.Random(seed)
     calm = rng.random() < 0.3
     gateways, prefills, decodes = (
@@ -191,7 +192,7 @@ def draw(seed: int) -> Plan:
 
 
 def _grouped(plan: Plan) -> Plan:
-    """Draw scenarios and groups, which scenario each request names, and what changes."""
+    """Draw scenarios and groups, the scenario that each request names, and the changes."""
     rng = random.Random(f"{plan.seed} groups")
     if rng.random() < 0.25:
         return plan

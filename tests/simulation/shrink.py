@@ -1,4 +1,4 @@
-"""The least of a plan that still breaks something."""
+"""Shrink a plan to the least that still breaks an invariant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def breaks(plan: Plan) -> str:
-    """What a plan breaks; empty: nothing."""
+    """Return what a plan breaks; empty: nothing."""
     try:
         simulate(plan)
     except AssertionError as error:
@@ -26,7 +26,7 @@ def breaks(plan: Plan) -> str:
 
 
 def shrink(plan: Plan) -> Plan:
-    """Without the faults and the requests that it can be broken without."""
+    """Leave out the faults and requests without which a plan still breaks something."""
     faults = _least(plan.faults, lambda some: bool(breaks(replace(plan, faults=some))))
     plan = replace(plan, faults=faults)
     requests = _least(
@@ -36,7 +36,7 @@ def shrink(plan: Plan) -> Plan:
 
 
 def _least(some: Sequence[T], enough: Callable[[tuple[T, ...]], bool]) -> tuple[T, ...]:
-    """Pieces are left out, the large ones first, as long as what is left is enough."""
+    """Leave out pieces, the large ones first, as long as what is left is enough."""
     left, size = tuple(some), len(some)
     while size:
         start = 0

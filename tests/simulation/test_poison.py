@@ -1,4 +1,4 @@
-"""One request that ends every instance which computes it: it ends two, and no other one is lost."""
+"""A request that ends each instance which computes it ends two, and no other request is lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REPAIRED_S = 0.5
 
 
 def plan(seed: int) -> Plan:
-    """64 requests at once, half of them in their first tokens when the poison comes."""
+    """Plan 64 requests at once, half of which are at their first tokens when the poison comes."""
     drawn = draw(seed)
     fields = {"stream": True, "ignore_eos": True, "ttft_limit_ms": 60_000}
     requests = [
@@ -77,7 +77,7 @@ def plan(seed: int) -> Plan:
 
 
 class Poisoned:
-    """Worlds whose engines of one role end their process at the poison."""
+    """Worlds in which the engines of one role end their process when they get the poison."""
 
     def __init__(self, role: str) -> None:
         self.ended: list[str] = []
@@ -146,7 +146,7 @@ def test_a_request_that_ends_instances_ends_two(poisoned: Poisoned, seed: int) -
 
 
 def test_the_rule_is_what_bounds_it(poisoned: Poisoned) -> None:
-    """Without it others are lost, too."""
+    """Without the rule, the request ends more than two instances."""
     with mock.patch.object(suspicion, "ENDS", 99), contextlib.suppress(Broken):
         poisoned.live(plan(0))
     assert len(poisoned.ended) > 2

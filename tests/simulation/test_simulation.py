@@ -1,6 +1,6 @@
-"""Seeds of the simulated core hold every invariant, and notice each mechanism that is missing.
+"""Seeds of the simulated core keep every invariant, and notice each mechanism that is missing.
 
-A seed that fails here: `python -m tests.simulation --seed N --trace`, and `--shrink`.
+`python -m tests.simulation --seed N --trace` shows a seed that fails here; see also `--shrink`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore::async_solipsism.ResolutionWarning")
 
 SOME, ALL, AT_ONCE = 100, 2000, 20
-# What is missing shows in one of the first so many seeds; in 118 of them, when this was written.
+# A missing mechanism shows in one of the first seeds, up to this number; when this was written, 118
+# seeds were enough.
 NOTICED = 140
 NEEDED = ("wake-up", "lease sweep", "retry", "breaker")
 
@@ -41,8 +42,8 @@ def hold(first: int, count: int) -> None:
 
 @pytest.mark.parametrize("first", range(0, SOME, AT_ONCE))
 def test_whatever_goes_wrong_every_invariant_holds(first: int) -> None:
-    """dynamo#13088, TensorRT-LLM#14565, vllm#29906: kills, stalls, losses, cancels; nothing hangs,
-    nothing leaks, no token is lost, repeated or another's."""
+    """dynamo#13088, TensorRT-LLM#14565, vllm#29906: in spite of kills, stalls, losses and cancels,
+    nothing hangs or leaks, and no token is lost, repeated or another request's."""
     hold(first, AT_ONCE)
 
 
@@ -75,7 +76,7 @@ def test_a_seed_is_the_same_history_every_time(seed: int) -> None:
 
 
 def test_what_breaks_a_plan_is_found() -> None:
-    """All of a plan is left out that it can be broken without."""
+    """Everything is left out without which a plan can still be broken."""
     with mechanisms.without("wake-up"):
         small = shrink(plan.draw(0))
         assert breaks(small)

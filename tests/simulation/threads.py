@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Killed(BaseException):
-    """Raised in a thread whose process has ended."""
+    """The process of a thread has ended."""
 
 
 class Clock:
-    """Implements `pdserve.transfer.clock.Clock` in virtual time."""
+    """A clock of virtual time. It implements `pdserve.transfer.clock.Clock`."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -28,7 +28,7 @@ class Clock:
         return self._loop.time()
 
     def perf_counter(self) -> float:
-        """As if each look took a microsecond, so that nothing takes no time at all."""
+        """Return the time as if each call took a microsecond: then everything takes some time."""
         self._looks += 1
         return self._loop.time() + self._looks * 1e-6
 
@@ -59,7 +59,7 @@ class Crew:
 
 
 class Thread:
-    """One call in a thread of a process. It and the event loop hand the turn to each other."""
+    """One call in a thread of a process. It and the event loop take turns."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Thread:
         self._process.call(self.step)
 
     def step(self) -> None:
-        """In the loop's thread: let it run until it sleeps or ends."""
+        """Let it run until it sleeps or ends. The loop's thread calls this."""
         if self._ended:
             return
         if self._thread.ident is None:
@@ -101,7 +101,7 @@ class Thread:
             self._tell()
 
     def sleep(self, seconds: float) -> None:
-        """In its own thread."""
+        """Let virtual time pass. The thread itself calls this."""
         self._live_on()
         when = self._loop.time() + max(seconds, 1e-6)
         self._process.call_at(when, self.step)

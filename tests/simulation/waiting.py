@@ -1,4 +1,4 @@
-"""No instance is idle while somebody waits for it, and nobody waits while others are served."""
+"""No instance is idle while a request waits for it, and no request waits for too many others."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 LEVEL_S = 10.0
-"""Of waiting, that a level of priority is worth."""
+"""A level of priority is worth this many seconds of waiting."""
 
 
 class Waiting:
-    """Of one world."""
+    """Checks of the requests that wait in one world."""
 
     def __init__(self, world: World, bounds: Bounds, expect: Callable[[bool, str], None]) -> None:
         self._world = world
@@ -38,15 +38,16 @@ class Waiting:
         self._bounds = bounds
         self._expect = expect
         self._idle: dict[tuple[Forwarding[Any], str], float] = {}
-        """Since when an instance could take who is the next of a line."""
+        """The time since which an instance could take the first request of a wait queue."""
         self._overtaken: Counter[Client] = Counter()
         self._passed_over: Counter[Scheduler] = Counter()
-        """Requests of others that were taken since one of its own was, while some waited."""
+        """The number of requests of others that were taken, while some of its own waited, since a
+        prefill last took one of its own."""
 
     # ------------------------------------------------------------ nothing is idle
 
     def look(self, gateway: Gateway) -> None:
-        """Called at every instant."""
+        """Check that no instance is idle. This is called at every instant."""
         for scheduler in gateway.schedulers:
             for line in (*prefill_lines(scheduler), scheduler.decodes):
                 if line._queue._standing:
@@ -68,7 +69,7 @@ class Waiting:
                 self._expect(False, f"{instance.name} is idle for {idle_s:.4f} s while {waits}")
 
     def _head(self, scheduler: Scheduler, line: Forwarding[Any]) -> Request | None:
-        """Whose turn is next. Those behind wait for it: what is large would starve otherwise."""
+        """Return the request whose turn it is. Others wait for it: else large ones would starve."""
         standing = self._standing(line)
         if not standing:
             return None
@@ -98,7 +99,7 @@ class Waiting:
     def _is_idle(
         self, gateway: Gateway, scheduler: Scheduler, line: Forwarding[Any], instance: Instance
     ) -> bool:
-        """Whether it would take something, and the gateway could know."""
+        """Return whether an instance would take a request, and the gateway could know it."""
         now, wire = self._world.loop.time(), gateway.wires[instance.name]
         life = wire.worker.life
         if (
@@ -115,10 +116,11 @@ class Waiting:
             and wire.connection
             and wire.connection.refused != "slots"
         ):
-            return False  # it had no room for another one: more of it is waited for
+            return False  # it had no room for another request, which waits until there is more
         one = life.instance
         if isinstance(one, PrefillInstance):
-            # Who was refused for lack of room waits until there is more; so do those behind it.
+            # A request that was refused for lack of room waits until there is more, and so do those
+            # behind it.
             return one._exports._refused_with < 0 and one._slots.free() > 0
         return len(one._admission.open) < self._plan.decode.slots
 
@@ -146,7 +148,7 @@ class Waiting:
     # ----------------------------------------------------------- nobody starves
 
     def accepted(self, client: Client) -> None:
-        """A prefill has taken its request, and not that of others."""
+        """Count the requests and the schedulers that a prefill passes over with this request."""
         if not self._plan.fair:
             return
         assert client.request is not None
@@ -181,5 +183,8 @@ class Waiting:
 
 
 def _due(request: Request) -> float:
-    """Who is promised to go first: this module's own rule, since the scheduler's is tried out."""
+    """Return the time by which requests are ordered: the earliest goes first.
+
+    The rule is not the scheduler's, which `mechanisms` replaces.
+    """
     return request.deadline - LEVEL_S * request.priority

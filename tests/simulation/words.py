@@ -1,4 +1,4 @@
-"""A vocabulary for the emulated model: short words, some of them no whole characters."""
+"""A vocabulary for the emulated model: short words, and single bytes of characters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pdserve.text.vocabulary import Vocabulary
 from tests.unit.inprocess import EOS, VOCABULARY
 
 FIRST = "ABCD"
-"""Letters that words begin with, and that are nowhere else in them."""
+"""Each word begins with one of these letters, which are nowhere else in it."""
 BYTES = range(8, 8 + 93)
-"""Ids of single bytes: the first and the last ones of characters of two bytes."""
+"""The ids of single bytes: the first and the last bytes of characters that have two."""
 SPECIAL = "</s>"
 _CHARACTERS = {byte: character for character, byte in _BYTES.items()}
 
@@ -30,7 +30,7 @@ def read() -> Vocabulary:
 
 
 def is_word(token: int) -> bool:
-    """Tell whether a token is whole characters that an answer shows."""
+    """Return whether a token consists of whole characters that an answer shows."""
     return token != EOS and token not in BYTES
 
 

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from tests.simulation.plan import Plan
 
 STAGING = 8, 2048
-"""Buffers, and bytes of each: few, so that pulls wait for one another."""
+"""The number of buffers, and the bytes of each: few enough that pulls wait for one another."""
 PULLS = 4
 PROBED = ((1, 1, 1), (1, 4, 2)), 1, 1024
-"""What a link can do is what the plan says; to measure it takes long and much memory."""
+"""The probe is small: the plan says what a link can do, and measuring takes time and memory."""
 
 
 class Workers:
-    """By name; none has begun.
+    """The workers of a world, by name; none has begun.
 
     Args:
         begun: called with each life before it does anything.
@@ -56,7 +56,7 @@ class Workers:
         self._by_name = {worker.name: worker for worker in self}
         self._parted: dict[tuple[str, str], float] = {}
         self._holders: dict[str, tuple[str, Process]] = {}
-        """Of regions, by their names."""
+        """The name and the process of the holder of each region, by the region's name."""
 
     def __iter__(self) -> Any:
         return iter((*self.prefills, *self.decodes))
@@ -69,7 +69,7 @@ class Workers:
         return [worker.life for worker in self if worker.life is not None]
 
     def start(self, worker: Worker) -> None:
-        """A new life."""
+        """Begin a new life of a worker."""
         process = Process(self._loop, worker.name)
         made = self._prefill if worker in self.prefills else self._decode
         worker.life = process.run(made, worker.name, process)
@@ -78,7 +78,7 @@ class Workers:
         process.run(worker.life.instance.start)
 
     async def kill(self, worker: Worker, silently: bool) -> Life | None:
-        """The life that has ended; None: there was none."""
+        """End a worker's life, and return it; None: there was none."""
         life, worker.life, worker.unplugged = worker.life, None, silently
         if life is not None:
             await life.process.end()
@@ -86,7 +86,7 @@ class Workers:
         return life
 
     def part(self, prefill: str, decode: str, seconds: float) -> None:
-        """The decode does not reach the prefill's memory for so long."""
+        """Keep a decode from reaching a prefill's memory for some seconds."""
         self._parted[prefill, decode] = self._loop.time() + seconds
 
     def _prefill(self, name: str, process: Process) -> Life:
@@ -130,7 +130,7 @@ class Workers:
             PULLS,
             plan.prefill.batch_tokens,
             Registry(),
-            # Calls run in threads of virtual time: those of the pools need not be there.
+            # Calls run in threads of virtual time, so the threads of the pools are not needed.
             ThreadPoolExecutor,
         )
         return Life(process, instance, receiver)
@@ -142,7 +142,7 @@ class Workers:
 
 @lru_cache(None)
 def _model(profile: bytes) -> Model:
-    """Some of the answers end by themselves."""
+    """Make the model. Some of its answers end by themselves."""
     with tempfile.TemporaryDirectory() as folder:
         made = model(Path(folder), **msgspec.json.decode(profile))
 

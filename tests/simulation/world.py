@@ -1,9 +1,9 @@
-"""A deployment in one event loop: gateways, workers, clients, and what goes wrong between them.
+"""A deployment in one event loop: gateways, workers, clients, and the faults between them.
 
 The gateways' service with its scenarios and groups, schedulers, instances, arenas, pools, leases,
-messages and their encoding are the real ones, and so is the shared memory. In the place of the
-rest: compute waits (the emulated engine), messages travel by `channels`, bytes by `memory`; time,
-threads and processes are those of `loop`.
+messages and their encoding are the real ones, and so is the shared memory. The rest is replaced:
+the emulated engine waits instead of computing, messages travel by `channels` and bytes by `memory`,
+and time, threads and processes are those of `loop`.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
     from tests.simulation.channels import Life, Wire
     from tests.simulation.faults import Fault
 
-# All that was asked for has ended by then, whatever goes wrong.
+# Every request has ended by then, whatever goes wrong.
 END_S = 120.0
 LINKING_S = 0.4
 LOOK_S = 0.05
 
-# Names of regions, and of calls that are not requests: no two runs have them in common.
+# This matches the names of regions, and of calls that are not requests: they differ in each run.
 _RANDOM = re.compile(r"-?\b[0-9a-f]{16}\b|\b[0-9a-f]{32}-?\b")
 
 
 class World:
-    """Of one plan.
+    """The world of one plan.
 
     Args:
-        trace: gets a line for each event; None: there is none to be.
+        trace: a list that gets a line for each event; None: no event is noted.
     """
 
     def __init__(self, plan: Plan, loop: Loop, trace: list[str] | None = None) -> None:
@@ -68,7 +68,7 @@ class World:
     # --------------------------------------------- from its beginning to its end
 
     async def run(self) -> None:
-        """Raises: Broken."""
+        """Live through the plan. Raises: Broken."""
         for worker in self.workers:
             self.workers.start(worker)
         self.gateways = [Gateway(self, i) for i in range(self.plan.gateways)]
@@ -83,7 +83,7 @@ class World:
         await asyncio.gather(*trouble)
         await self._until_all_have_ended()
         await self._settle()
-        # What has broken down is well again, and serves.
+        # Everything that has failed is well again, and serves.
         await asyncio.sleep(max(self._reopens() - self.loop.time(), 0.0))
         probes = [self._ask(asked) for asked in self._probes()]
         await self._until_all_have_ended()
@@ -95,7 +95,7 @@ class World:
         await self._compare()
 
     async def close(self) -> None:
-        """End every process; again is no error."""
+        """End every process. It is no error to call this twice."""
         for gateway in self.gateways:
             if gateway is not None:
                 await gateway.process.end()
@@ -110,14 +110,14 @@ class World:
             await asyncio.sleep(LOOK_S)
 
     async def _settle(self) -> None:
-        """All is mended, and whatever is still held is given back within its bounds."""
+        """Mend every fault, and wait until nothing is held any more. Raises: Broken."""
         self.weather.loss = self.weather.tail = 0.0
         for life in self.workers.lives:
             faults.forgive(life)
         for gateway in filter(None, self.gateways):
             for wire in gateway.wires.values():
                 life = wire.connection and wire.connection.life
-                if life and not life.process.alive:  # of a worker that has vanished
+                if life and not life.process.alive:  # the worker has vanished
                     wire.lose()
         end = self.loop.time() + self.invariants.bounds.settles
         while left := self.invariants.left():
@@ -126,7 +126,7 @@ class World:
             await asyncio.sleep(LOOK_S)
 
     async def _compare(self) -> None:
-        """Wait until every gateway is as one that is begun now."""
+        """Wait until every gateway is like one that begins now. Raises: Broken."""
         fresh = Gateway(self, 0)
         end = self.loop.time() + CONNECT_S + 2 * ROUND_S
         for gateway in filter(None, self.gateways):
@@ -137,7 +137,7 @@ class World:
         await fresh.process.end()
 
     def _reopens(self) -> float:
-        """When no breaker is open any more, of an instance or of a pair."""
+        """Return the time when no breaker of an instance or of a pair is open any more."""
         return max(
             breaker.reopens
             for gateway in self.gateways
@@ -177,11 +177,11 @@ class World:
         client.error = asyncio.CancelledError() if task.cancelled() else task.exception()
         ended_in = client.ended_in.name if client.ended_in else "unserved"
         self.note(f"{client.asked.number} ends {ended_in} {client.error!r}")
-        if client.gateway.process.alive:  # else nobody hears of it
+        if client.gateway.process.alive:  # else nobody hears of the end
             self.invariants.ended(client)
 
     def _probes(self) -> Iterator[Asked]:
-        """One request for each group of each gateway."""
+        """Make one request for each group of each gateway."""
         prompt, number = self.plan.requests[0].prompt[: 4 * 20], itertools.count(1000)
         for gateway in range(self.plan.gateways):
             for scenario in self.plan.layouts[0]:
@@ -189,10 +189,10 @@ class World:
                 for _ in scenario.groups:
                     yield Asked(next(number), 0.0, gateway, prompt, 5, fields)
 
-    # ----------------------------------------------------------------- told of
+    # ----------------------------------------------------------------- events
 
     def begins(self, client: Client) -> None:
-        """Its gateway has made a request of what a client asks for, and chosen its group."""
+        """Note that a gateway has made a client's request, and chosen its group."""
         assert client.request is not None
         client.request.accepted = partial(self.invariants.accepted, client)
         assert client.scheduler is not None
@@ -233,7 +233,7 @@ def simulate(plan: Plan, trace: list[str] | None = None) -> World:
     """Live through a plan.
 
     Raises:
-        Broken: an invariant was.
+        Broken: an invariant was broken.
     """
     loop = Loop()
     world = World(plan, loop, trace)
@@ -251,7 +251,7 @@ async def _whole(world: World) -> None:
 
 
 def _brief(message: Request | Reply) -> str:
-    """A message's kind, and what is short in it."""
+    """Return a message's kind, and its short fields."""
     fields = []
     for name in message.__struct_fields__:
         value = getattr(message, name)

@@ -201,7 +201,7 @@ def test_a_stopping_server_ends_every_request(pair: Running) -> None:
 
 
 def test_an_arena_that_does_not_fit_is_said_so_at_the_start(tmp_path: Path) -> None:
-    """By default, /dev/shm of a container has 64 MiB."""
+    """A container's /dev/shm has 64 MiB by default."""
     size = psutil.disk_usage("/dev/shm").total
     mib = (size >> 20) + 1024
     deployment = emulated_deployment(tmp_path, {"speed": 0}, prefill=Prefill(arena_mib=mib))

@@ -113,7 +113,7 @@ class LoopClock:
         self._looks = 0
 
     def monotonic(self) -> float:
-        """As if each look took a nanosecond: nothing takes no time, even if time stands still."""
+        """Return the time as if each call took a nanosecond, so that everything takes some time."""
         self._looks += 1
         return self._time() + self._looks * 1e-9
 

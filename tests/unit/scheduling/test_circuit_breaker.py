@@ -87,7 +87,7 @@ def test_budget_is_a_share_of_what_comes() -> None:
 
 @virtual
 async def test_one_trial_at_a_time() -> None:
-    """Of many waiting requests, one tries the instance, and the others wait for the result."""
+    """One of many waiting requests tries the instance, and the others wait for the result."""
     fake = FakeInstance(4)
     gateway = Gateway([fake], hold_s=1.0)
     [instance] = gateway.instances

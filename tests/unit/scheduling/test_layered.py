@@ -159,7 +159,7 @@ async def test_all_decodes_are_busy(tmp_path: Path) -> None:
 
 @real
 async def test_no_decode_reaches_the_prefill(tmp_path: Path) -> None:
-    """Of several decodes, one that reaches it is chosen; the others have said why they do not."""
+    """A decode that reaches the prefill is chosen; the others have said why they do not."""
     async with Site(tmp_path, decodes=2, profile=SLOW, layered=True) as site:
         site.kv_links.table._refused["prefill_0", "decode_0"] = "no way there"
         for _ in range(2):
