@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
-SERVERS := tests/triton tests/faults tests/fuzz tests/hosts
+SERVERS := tests/triton tests/faults tests/fuzz tests/hosts --durations=15
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-full fuzz lint format bench bench-transfer bench-scheduling clean

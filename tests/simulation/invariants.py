@@ -212,8 +212,6 @@ class Invariants:
             counted = _total(gateway, catalogue.REQUESTS)
             if counted != self._ended.get(gateway, 0):
                 raise Broken(f"{gateway.name} has counted {counted}, not {self._ended[gateway]}")
-            retried = _total(gateway, catalogue.RETRIES, phase="prefill", reason="error")
-            retried += _total(gateway, catalogue.RETRIES, phase="decode", reason="error")
             self._within_budget(gateway)
 
     def _within_budget(self, gateway: Gateway) -> None:

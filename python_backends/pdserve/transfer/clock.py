@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What the transfer plane needs of the module ``time``, which implements it."""
+    """The part of the module ``time`` that the transfer plane uses; that module implements it."""
 
     def monotonic(self) -> float:
         """Return seconds on the clock of this host's leases, CLOCK_MONOTONIC."""
