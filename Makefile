@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
-SERVERS := tests/triton tests/faults tests/fuzz tests/hosts --durations=15
+SERVERS := tests/triton tests/faults tests/fuzz tests/hosts
+SLOWEST := --durations=15
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-full fuzz lint format bench bench-transfer bench-scheduling clean
@@ -22,8 +23,8 @@ serve: setup ## Start the servers and stay until Ctrl-C
 test: setup ## Run every test that is not marked full; ARGS=... are passed to pytest
 ifeq ($(strip $(ARGS)),)
 	@$(BIN)/pytest -m "not full" --numprocesses 2 --dist worksteal tests/unit tests/simulation
-	@$(BIN)/pytest -m "not full and not alone" --numprocesses 2 --dist loadfile $(SERVERS)
-	@$(BIN)/pytest -m "not full and alone" $(SERVERS)
+	@$(BIN)/pytest -m "not full and not alone" --numprocesses 2 --dist loadfile $(SLOWEST) $(SERVERS)
+	@$(BIN)/pytest -m "not full and alone" $(SLOWEST) $(SERVERS)
 else
 	@$(BIN)/pytest -m "not full" $(ARGS)
 endif

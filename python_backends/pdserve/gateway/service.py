@@ -20,7 +20,8 @@ from pdserve.gateway.router import Asked, Router
 from pdserve.gateway.trace_context import Trace
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
-from pdserve.scheduling.request import Request
+from pdserve.scheduling.outcome import final_state
+from pdserve.scheduling.request import Request, State
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.text.stream import TextStream
 from pdserve.text.vocabulary import Vocabulary
@@ -114,7 +115,7 @@ class Service:
             Unavailable: ``MAX_OPEN`` requests are open already.
         """
         if self._open >= MAX_OPEN:
-            self._reject(self._router.default.terms.name)
+            self._count(self._router.default.terms.name, State.REJECTED)
             raise errors.Unavailable(f"{MAX_OPEN} requests are open here already; try again later")
         self._open += 1
         try:
@@ -151,8 +152,8 @@ class Service:
             about = Asked(asked.scenario, asked.tenant, self._name, prompt.beginning)
             scenario = self._router.scenario(about)
             request = self._request(request_id, asked, prompt.ids, scenario.terms)
-        except (errors.InvalidRequest, errors.NotFound):
-            self._reject(scenario.terms.name)
+        except BaseException as error:  # its scheduler would count it otherwise
+            self._count(scenario.terms.name, final_state(State.WAITING, error))
             raise
         group = scenario.next_group()
         self._metrics.add(catalogue.ROUTED_REQUESTS, 1, scenario=request.scenario, group=group.name)
@@ -180,8 +181,10 @@ class Service:
         stats = msgspec.json.encode(request.stats()).decode()
         yield Part(piece, ids[: request.output_tokens - told], request.finish_reason, stats)
 
-    def _reject(self, scenario: str) -> None:
-        self._metrics.add(catalogue.REQUESTS, 1, scenario=scenario, outcome="rejected")
+    def _count(self, scenario: str, state: State) -> None:
+        """Count a request that ends in ``state`` before its group's scheduler has it."""
+        outcome = state.name.lower()
+        self._metrics.add(catalogue.REQUESTS, 1, scenario=scenario, outcome=outcome)
 
     def _request(
         self, request_id: str, asked: Parameters, prompt: Tokens, terms: config.Scenario

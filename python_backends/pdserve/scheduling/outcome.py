@@ -17,7 +17,7 @@ def final_state(state: State, error: BaseException) -> State:
     if isinstance(error, errors.Late):
         return State.EXPIRED
     if state in (State.WAITING, State.PREFILLING) and isinstance(
-        error, errors.Unavailable | errors.InvalidRequest
+        error, errors.Unavailable | errors.InvalidRequest | errors.NotFound
     ):
         return State.REJECTED
     return State.FAILED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from contextlib import aclosing
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from pdserve import config
-from pdserve.errors import InvalidRequest, NotFound, Unavailable
+from pdserve.errors import InstanceError, InvalidRequest, NotFound, Unavailable
 from pdserve.gateway import service
 from pdserve.gateway.parameters import Parameters
 from pdserve.gateway.service import Part, Prompt, Service
@@ -122,6 +123,38 @@ async def test_who_closes_the_answer_cancels_the_request(tmp_path: Path) -> None
                 break
         await site.idle()
         assert site.total("pdserve_requests_total", outcome="cancelled") == 1
+        await served.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, "cancelled"),
+        (InstanceError("the tokenizer has failed"), "failed"),
+        (Unavailable("the tokenizer is busy"), "rejected"),
+    ],
+)
+@virtual
+async def test_a_request_that_ends_while_it_is_read_is_counted(
+    tmp_path: Path, error: Exception | None, outcome: str
+) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        served = new_service(site)
+
+        async def read() -> tuple[Parameters, Prompt]:
+            await asyncio.sleep(1.0)
+            assert error is not None
+            raise error
+
+        answer = served.answer("1", read, Trace(""), in_text=True)
+        reading = asyncio.ensure_future(anext(answer))
+        await asyncio.sleep(0.1)
+        if error is None:
+            reading.cancel()
+        with pytest.raises(type(error) if error else asyncio.CancelledError):
+            await reading
+        assert site.total("pdserve_requests_total", scenario="s", outcome=outcome) == 1
+        assert site.total("pdserve_requests_total") == 1
         await served.close()
 
 
