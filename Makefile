@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
-SERVERS := tests/triton tests/faults tests/fuzz tests/hosts
+# The files whose tests take longest come first, so that both processes end at about the same time.
+SERVERS := tests/faults tests/hosts tests/fuzz tests/triton
 SLOWEST := --durations=15
 
 .DEFAULT_GOAL := help
@@ -23,7 +24,7 @@ serve: setup ## Start the servers and stay until Ctrl-C
 test: setup ## Run every test that is not marked full; ARGS=... are passed to pytest
 ifeq ($(strip $(ARGS)),)
 	@$(BIN)/pytest -m "not full" --numprocesses 2 --dist worksteal tests/unit tests/simulation
-	@$(BIN)/pytest -m "not full and not alone" --numprocesses 2 --dist loadfile $(SLOWEST) $(SERVERS)
+	@$(BIN)/pytest -m "not full and not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(SLOWEST) $(SERVERS)
 	@$(BIN)/pytest -m "not full and alone" $(SLOWEST) $(SERVERS)
 else
 	@$(BIN)/pytest -m "not full" $(ARGS)

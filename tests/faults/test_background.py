@@ -57,7 +57,7 @@ def test_background_work_that_dies_is_noticed_at_once(fragile: Running, tmp_path
     assert load.retried
     assert load.gap < STALL_S, "its death was noticed, not its silence"
     log = server.log.read_text()
-    for what in ("DecodeInstance._decode", "PrefillInstance._compute", "thread outbox"):
+    for what in ("RunningBatch.run", "PromptComputation.run", "thread outbox"):
         assert f"pdserve: {what} has ended" in log
     assert len(re.findall(r"\nRuntimeError \(.*dying\.py:", log)) == len(dying.DEATHS)
     assert log.count("Traceback (most recent call last)") >= len(dying.DEATHS)

@@ -333,6 +333,16 @@ def test_a_changed_file_is_taken_over_within_seconds(server: Running) -> None:
     assert "deployment: taken over: scenarios.chat.rules: [] -> " in log(server)
 
 
+def links(server: Running, group: str) -> list[float]:
+    """Return the number of links in a group that each gateway has made."""
+    return [
+        sample.value
+        for sample in metrics(server)
+        if sample.name == "pdserve_kv_links"
+        if (sample.labels["group"], sample.labels["state"]) == (group, "connected")
+    ]
+
+
 def test_a_stream_goes_on_where_it_is_while_its_instances_move(server: Running) -> None:
     """decode_0 moves to the other scenario, and finishes what it has begun."""
     chat, code = SCENARIOS
@@ -353,6 +363,8 @@ def test_a_stream_goes_on_where_it_is_while_its_instances_move(server: Running) 
                 if len(parts) == 5:
                     break
             await asyncio.to_thread(change, server, scenarios=moved)
+            # An instance that joins a group is used once its links are made.
+            await asyncio.to_thread(wait_until, lambda: links(server, "code") == [4, 4], 5.0)
             new = await asyncio.gather(
                 *(ask(client, text_input=f"def {n}", max_tokens=40) for n in range(8))
             )
