@@ -158,10 +158,8 @@ class KVLinks:
         if self._members.get(prefill.name) is not prefill:  # it has left meanwhile
             return
         # Links that were made on demand are kept, too.
-        for name in {
-            **dict.fromkeys(self.table.planned(prefill.name)),
-            **dict.fromkeys(self.table.others(prefill.name)),
-        }:
+        planned, made = self.table.planned(prefill.name), self.table.others(prefill.name)
+        for name in dict.fromkeys((*planned, *made)):
             decode = self._members.get(name)
             # A pair that takes long delays no other.
             if decode is not None and self.table.endpoint((prefill.name, name)) != endpoint:
