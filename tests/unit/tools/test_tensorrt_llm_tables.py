@@ -190,7 +190,7 @@ def test_the_text_of_a_table_is_read_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", llm_tables.versions())
 def test_the_tables_that_are_shipped_are_written_so(version: str) -> None:
-    path = Path(llm_tables.__file__).parent / f"{version}.json"
+    path = llm_tables.FOLDER / f"{version}.json"
     assert text(llm_tables.table(version)) == path.read_text()
     assert llm_tables.table(version).commit
     assert llm_tables.table(version).files

@@ -1,6 +1,6 @@
 """The names that versions of TensorRT-LLM have, as facts: fields, defaults, choices, methods.
 
-Each ``VERSION.json`` beside this module is what ``python -m tensorrt_llm_tables`` has read of that
+Each ``llm_versions/VERSION.json`` is what ``python -m tensorrt_llm_tables`` has read of that
 version. So names can be checked where TensorRT-LLM is not installed.
 """
 
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 from packaging.version import Version
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).with_name("llm_versions")
 
 
 class Field(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -67,7 +67,7 @@ class Table(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
 
 def versions() -> tuple[str, ...]:
     """Return the versions that have a table, oldest first."""
-    return tuple(sorted((path.stem for path in _FOLDER.glob("*.json")), key=Version))
+    return tuple(sorted((path.stem for path in FOLDER.glob("*.json")), key=Version))
 
 
 @cache
@@ -79,7 +79,7 @@ def table(version: str) -> Table:
     """
     if version not in versions():
         raise ValueError(f"no table of TensorRT-LLM {version}; there are: {', '.join(versions())}")
-    return msgspec.json.decode((_FOLDER / f"{version}.json").read_bytes(), type=Table)
+    return msgspec.json.decode((FOLDER / f"{version}.json").read_bytes(), type=Table)
 
 
 def nearest(version: str) -> str:
