@@ -37,7 +37,7 @@ from pdserve.rpc.client import Channel
 from pdserve.transfer import key
 
 # The intervals of probes, and the time for an answer.
-ALIVE_EVERY_S, ALIVE_WITHIN_S = 1.0, 3.0
+ALIVE_EVERY_S, ALIVE_WITHIN_S = 1.0, heartbeat.STILL_S
 PROBE_EVERY_S = 5.0
 TELL_S, TELL_TIMES = 1.0, 10
 """Seconds of an attempt to tell a gateway of a lost instance, and the number of attempts."""
@@ -212,15 +212,6 @@ class Channels:
         return f"{server.host}:{server.grpc_port}"
 
 
-def probe_limits(deployment: Deployment) -> Limits:
-    """Return limits above the times of a fully loaded engine, and below those of a useless one."""
-    gateway = deployment.gateway
-    ttft_limits = [scenario.ttft_limit_ms or 0 for scenario in deployment.served]
-    first_token_s = max(gateway.ttft_limit_ms, *ttft_limits) / 1e3
-    held_s = max(deployment.prefill.lease_s, deployment.transfer.timeout_s)
-    return Limits(gateway.stall_s, first_token_s, 2 * max(first_token_s, held_s))
-
-
 def checks(watched: WatchedServer, probes: Probes, limits: Limits) -> Iterator[Check]:
     """Yield all checks of a server and its models."""
     address = watched.server.grpc
@@ -264,7 +255,7 @@ async def watch(folder: Path) -> None:
     def prefills() -> list[str]:
         return list(watched.deployment.instances("prefill"))
 
-    limits = probe_limits(watched.deployment)
+    limits = Limits.of(watched.deployment)
     probes = Probes(Channels(watched), prefills, watched.steps, limits)
     watchdog = Watchdog(
         watched,

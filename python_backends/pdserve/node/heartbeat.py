@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 SHM = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies
 WORD = 8
+STILL_S = 3.0
+"""Seconds without a turn after which a thread counts as standing still."""
 
 
 class Beats(NamedTuple):
@@ -62,6 +65,7 @@ class Heartbeat:
             finally:
                 os.close(fd)
         self._words = memory.cast("Q")
+        self._turned_at: list[float | None] = [None] * threads
 
     def close(self) -> None:
         """Remove the shared memory, unless a later process has replaced it.
@@ -80,10 +84,25 @@ class Heartbeat:
     def turned(self, thread: int) -> None:
         """Count a pass of the thread's loop."""
         self._words[1 + 2 * thread] += 1
+        self._turned_at[thread] = time.monotonic()
+
+    def standing(self) -> str:
+        """Return which thread has made no turn for STILL_S, and for how long; empty: none."""
+        now = time.monotonic()
+        for thread, turned_at in enumerate(self._turned_at):
+            if turned_at is not None and now - turned_at > STILL_S:
+                return stands(thread, now - turned_at)
+        return ""
 
     def worked(self, thread: int) -> None:
         """Count a request that the thread has taken, or a response that it has sent."""
         self._words[2 + 2 * thread] += 1
+
+
+def stands(thread: int, seconds: float) -> str:
+    """Say that a thread stands still: the first is the event loop, and the others send."""
+    which = f"sending thread {thread}" if thread else "event loop"
+    return f"its {which} has stood still for {seconds:.1f} s"
 
 
 def read(path: Path) -> list[Beats]:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from pdserve.errors import InstanceError
-from pdserve.node.heartbeat import Beats
+from pdserve.node.heartbeat import Beats, stands
 
 Read = Callable[[], Sequence[Beats]]
 
@@ -67,5 +67,4 @@ class Liveness:
         ]
         for number, (_, since) in enumerate(self._turned):
             if beats[number].turns and now - since > self._within_s:
-                which = f"sending thread {number}" if number else "event loop"
-                raise InstanceError(f"its {which} has stood still for {now - since:.1f} s")
+                raise InstanceError(stands(number, now - since))

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from pdserve.config import Deployment
 from pdserve.errors import InstanceError
 from pdserve.rpc.client import Channel, Replies
 from pdserve.rpc.messages import (
@@ -49,6 +50,15 @@ class Limits:
     """Time until a prefill has computed one token, including what it has to compute before."""
     idle_s: float
     """Time within which a busy instance makes a step."""
+
+    @classmethod
+    def of(cls, deployment: Deployment) -> Limits:
+        """Return limits above the times of a fully loaded engine, below those of a useless one."""
+        gateway = deployment.gateway
+        ttft_limits = [scenario.ttft_limit_ms or 0 for scenario in deployment.served]
+        first_token_s = max(gateway.ttft_limit_ms, *ttft_limits) / 1e3
+        held_s = max(deployment.prefill.lease_s, deployment.transfer.timeout_s)
+        return cls(gateway.stall_s, first_token_s, 2 * max(first_token_s, held_s))
 
 
 class Probes:

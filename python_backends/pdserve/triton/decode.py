@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pdserve import config
 from pdserve.engines import build
+from pdserve.engines.timed import TimedDecode
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.external.decode import ExternalDecode
 from pdserve.instances.protocol import DecodeRole
@@ -22,7 +23,7 @@ class TritonPythonModel(InstanceModel):
             kind = deployment.engine.kind
             return ExternalDecode(name, external, kind, limits, secret, metrics)
         model = build.model(deployment)
-        engine = build.decode(model, limits)
+        self.engine = engine = TimedDecode(build.decode(model, limits))
         terms = plane.terms(deployment, model.fingerprint, model.layout)
         receiver = plane.receiver(deployment, terms, engine.pool)
         pulls = deployment.transfer.pulls

@@ -37,6 +37,7 @@ from pdserve.transfer import key
 from pdserve.triton import backend, neutral, stub
 from pdserve.triton.backend import ASIDE, LoopThread
 from pdserve.triton.outbox import Outbox
+from pdserve.triton.readiness import Readiness
 
 # Interval of checks, for each request, whether its client has gone: see ``Outbox``.
 CANCEL_LOOK_S = 0.08
@@ -55,6 +56,7 @@ class GatewayModel(ABC):
     answers_in_text: bool
     scheduler: type[Scheduler] = Scheduler
     """Class of the scheduler of a group."""
+    _readiness: Readiness | None = None
 
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
@@ -82,7 +84,12 @@ class GatewayModel(ABC):
         bls = self.deployment.gateway.channel == "bls"
         self._loop = LoopThread(self._heartbeat, BLS_THREADS if bls else ASIDE)
         self._loop.run(self._start())
+        self._readiness = Readiness(self._name, self._heartbeat)
         self._heartbeat.loaded()
+
+    def is_ready(self) -> bool:
+        """Tell whether it can be used; see ``readiness``."""
+        return self._readiness is not None and self._readiness()
 
     @abstractmethod
     def read(self, model: Path) -> Vocabulary:
@@ -101,6 +108,7 @@ class GatewayModel(ABC):
         self._loop.call(self._accept, requests)
 
     def finalize(self) -> None:
+        self._readiness = None
         self._loop.run(self._close())
         for outbox in self._outboxes:
             outbox.close()

@@ -14,8 +14,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors
+from pdserve.engines.timed import Timed
 from pdserve.instances.protocol import DecodeRole, PrefillRole, dispatch
 from pdserve.node import epoch
+from pdserve.node.probes import Limits
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.observability.publisher import Publisher
@@ -28,6 +30,7 @@ from pdserve.transfer import key
 from pdserve.triton import former, stub
 from pdserve.triton.backend import LoopThread, deployment, own_heartbeat
 from pdserve.triton.outbox import Outbox
+from pdserve.triton.readiness import Readiness
 
 # Time within which is released what a gateway held that has died.
 ORPHAN_LOOK_S = 1.0
@@ -39,6 +42,10 @@ class InstanceModel(ABC):
     Input ``request`` and output ``reply`` are UINT8 [-1]; see ``pdserve.rpc.messages``. A request
     is sealed (``pdserve.rpc.seal``); an unsealed one is refused unread.
     """
+
+    engine: Timed | None = None
+    """The engine, set by `make`; None: it batches by itself, so that it has no call to wait for."""
+    _readiness: Readiness | None = None
 
     @abstractmethod
     def make(
@@ -63,13 +70,21 @@ class InstanceModel(ABC):
         self._answers = Answers(self._send, epoch.of(os.getpid()))
         self._loop = LoopThread(self._heartbeat)
         self._loop.run(self._start())
+        self._readiness = Readiness(
+            self._name, self._heartbeat, self.engine, Limits.of(asked).idle_s
+        )
         self._heartbeat.loaded()
+
+    def is_ready(self) -> bool:
+        """Tell whether it can be used; see ``readiness``."""
+        return self._readiness is not None and self._readiness()
 
     def execute(self, requests: list[Any]) -> None:
         """Accept every request, without waiting; each is answered by its own sender."""
         self._loop.call(self._accept, requests)
 
     def finalize(self) -> None:
+        self._readiness = None
         self._loop.run(self._close())
         self._outbox.close()
         self._loop.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pdserve import config
 from pdserve.engines import build
+from pdserve.engines.timed import TimedPrefill
 from pdserve.instances.external.prefill import ExternalPrefill
 from pdserve.instances.kv_exports import MAX_QUARANTINED
 from pdserve.instances.prefill import PrefillInstance
@@ -19,9 +20,10 @@ class TritonPythonModel(InstanceModel):
     ) -> PrefillRole:
         limits = deployment.prefill
         if deployment.engine.external:
-            engine = build.external(name, "prefill", deployment)
-            return ExternalPrefill(name, engine, limits, secret, metrics)
+            external = build.external(name, "prefill", deployment)
+            return ExternalPrefill(name, external, limits, secret, metrics)
         model = build.model(deployment)
         terms = plane.terms(deployment, model.fingerprint, model.layout)
         holder = plane.holder(deployment, name, terms, limits.slots + MAX_QUARANTINED)
-        return PrefillInstance(name, model, build.prefill(model), limits, holder, metrics)
+        self.engine = engine = TimedPrefill(build.prefill(model))
+        return PrefillInstance(name, model, engine, limits, holder, metrics)
