@@ -97,6 +97,7 @@ LAPTOP = Inventory(
         triton="2.51.0",
         packages=without(PACKAGES, "cuda-bindings", "tensorrt_llm") | {"torch": "2.13.0+cpu"},
         torch_cuda="",
+        embedded=True,
     ),
     system=System(
         machine="x86_64",
@@ -130,6 +131,7 @@ ONE_GPU = differing(
 TWO_GPUS = differing(
     ONE_GPU,
     software={"packages": PACKAGES},
+    process={"environment": {"TRTLLM_NO_USAGE_STATS": "1"}},
     gpus=(gpu(0), gpu(1)),
     topology=Topology(pairs=(GPUPair(first=0, second=1, path="NV18", peer="OK"),)),
 )

@@ -10,14 +10,15 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
-from pdctl.doctor.advice.advice import advice, conclusion
+from pdctl.doctor.advice.advice import advice, conclusion, hindrances
 from pdctl.doctor.advice.finding import Finding
 from pdctl.doctor.inventory import UCX, Direct, GPUPair, Inventory, Topology
 from pdctl.doctor.report import report
 from pdctl.doctor.versions import PACKAGES as NAMES
-from pdctl.doctor.versions import SUPPORTED
+from pdctl.doctor.versions import READ, SUPPORTED
 from pdctl.paths import ROOT
-from pdserve.config import Deployment, Engine, Network, Prefill, Server
+from pdserve.config import Deployment, Engine, Gateway, Network, Prefill, Server
+from pdserve.config.llm_options import CacheTransceiverConfig, LlmOptions
 from pdserve.engines.tensorrt_llm import api
 from tests.unit.inventories import (
     HOSTS,
@@ -523,26 +524,152 @@ class TestMemory:
         assert one(LAPTOP, nixl, "KV caches here").found == "nixl over cma"
 
 
-class TestSoftware:
+class TestTensorRTLLM:
     @pytest.mark.parametrize(
         ("version", "fine"),
         [
             ("0.21.0", False),
             ("1.0.0", True),
+            ("1.0.3.2510", True),
             ("1.2.1", True),
             ("1.3.0rc25", True),
-            ("1.3.7", True),
-            ("1.4.0rc1", False),
-            ("2.0.0", False),
+            ("1.4.0rc1", True),
+            ("2.0.0", True),
         ],
     )
-    def test_tensorrt_llm(self, version: str, fine: bool) -> None:
+    def test_versions(self, version: str, fine: bool) -> None:
         host = differing(TWO_GPUS, software={"packages": PACKAGES | {"tensorrt_llm": version}})
-        assert list(problems(host, TENSORRT)) == [] if fine else ["tensorrt_llm"]
-        assert states(host, GPU).get("tensorrt_llm") == (None if fine else "note")
+        assert list(problems(host, TENSORRT)) == ([] if fine else ["tensorrt_llm"])
+        if not fine:
+            assert states(host, GPU)["tensorrt_llm"] == "note"
         ended = conclusion(host, GPU, advice(host, GPU))
         assert (ended.engines["tensorrt_llm"] == "") == fine
 
+    @pytest.mark.parametrize("deployment", [TENSORRT, GPU])
+    def test_a_version_that_was_not_read_is_a_note(self, deployment: Deployment) -> None:
+        """What is there decides: the engine looks for each name that it uses."""
+        packages = PACKAGES | {"tensorrt_llm": "2.0.0"}
+        found = one(
+            differing(TWO_GPUS, software={"packages": packages}), deployment, "tensorrt_llm"
+        )
+        assert found.state == "note"
+        assert found.found == f"2.0.0: newer than the versions that were read, {api.VERSIONS}"
+        assert "tensorrt_llm" not in states(TWO_GPUS, deployment)
+
+    @pytest.mark.parametrize(
+        ("why", "mend"),
+        [
+            ("cannot import name 'PartReasoningText' from 'openai.types'", "pip install -U openai"),
+            ("libcuda.so.1: cannot open shared object file", "--gpus all"),
+            ("tensorrt_llm 1.2.1 has no LLM.generate_async", "target gpu"),
+        ],
+    )
+    def test_its_own_error_is_shown_and_mended(self, why: str, mend: str) -> None:
+        host = differing(TWO_GPUS, software={"tensorrt_llm": why})
+        found = problems(host, TENSORRT)
+        assert list(found) == ["tensorrt_llm"]
+        assert found["tensorrt_llm"].found == f"1.3.0rc25: {why}"
+        assert mend in found["tensorrt_llm"].mend
+        assert "numpy" not in found["tensorrt_llm"].mend
+        ended = conclusion(host, TENSORRT, advice(host, TENSORRT))
+        assert ended.engines["tensorrt_llm"] == why
+
+    def test_an_import_that_takes_too_long_is_said(self) -> None:
+        host = differing(TWO_GPUS, unknown={"tensorrt_llm": "its import has not ended in 120 s"})
+        found = one(host, TENSORRT, "tensorrt_llm")
+        assert (found.state, found.found) == (
+            *("note", "not known: its import has not ended in 120 s"),
+        )
+        assert "import tensorrt_llm.llmapi" in found.mend
+        assert not problems(host, TENSORRT)
+
+    @pytest.mark.parametrize(
+        ("backend", "variables", "said"),
+        [
+            ("NIXL", {"TRTLLM_USE_UCX_KVCACHE": "1"}, "the deployment's backend is NIXL"),
+            ("DEFAULT", {"TRTLLM_USE_MPI_KVCACHE": "1"}, "the deployment's backend is DEFAULT"),
+            ("UCX", {"TRTLLM_USE_PY_NIXL_KVCACHE": "1"}, "the deployment's backend is UCX"),
+            ("NIXL", {"TRTLLM_USE_NIXL_KVCACHE": "1"}, ""),
+            ("NIXL", {"TRTLLM_USE_UCX_KVCACHE": "0"}, ""),
+            ("NIXL", {}, ""),
+        ],
+    )
+    def test_variables_that_choose_another_backend(
+        self, backend: Any, variables: dict[str, str], said: str
+    ) -> None:
+        options = LlmOptions(cache_transceiver_config=CacheTransceiverConfig(backend=backend))
+        engine = msgspec.structs.replace(TENSORRT.engine, tensorrt_llm=options)
+        deployment = msgspec.structs.replace(TENSORRT, engine=engine)
+        environment = TWO_GPUS.process.environment | variables
+        host = differing(TWO_GPUS, process={"environment": environment})
+        found = states(host, deployment)
+        assert found.get("transceiver") == ("note" if said else None)
+        if said:
+            finding = one(host, deployment, "transceiver")
+            [name] = variables
+            assert finding.found == f"{name}=1; {said}"
+            assert finding.mend.startswith(f"unset {name}")
+            assert ("backend:" in finding.mend) == (backend == "DEFAULT")
+        assert "transceiver" not in states(host, GPU)
+
+    @pytest.mark.parametrize(
+        ("version", "variables", "noted"),
+        [
+            ("1.3.0rc25", {}, True),
+            ("1.3.0rc25", {"TRTLLM_NO_USAGE_STATS": "0", "DO_NOT_TRACK": "no"}, True),
+            ("1.3.0rc25", {"TRTLLM_NO_USAGE_STATS": "1"}, False),
+            ("1.3.0rc25", {"TELEMETRY_DISABLED": "True"}, False),
+            ("1.3.0rc25", {"DO_NOT_TRACK": "1"}, False),
+            ("1.2.1", {}, False),
+        ],
+    )
+    def test_statistics_of_use(self, version: str, variables: dict[str, str], noted: bool) -> None:
+        host = differing(
+            TWO_GPUS,
+            software={"packages": PACKAGES | {"tensorrt_llm": version}},
+            process={"environment": variables},
+        )
+        found = states(host, TENSORRT)
+        assert found.get("statistics of use") == ("note" if noted else None)
+        if noted:
+            mend = one(host, TENSORRT, "statistics of use").mend
+            assert mend.startswith("TRTLLM_NO_USAGE_STATS=1")
+        assert "statistics of use" not in states(host, GPU)
+
+
+class TestChannel:
+    BLS = msgspec.structs.replace(CPU, gateway=Gateway(channel="bls"))
+
+    @pytest.mark.parametrize(
+        ("triton", "named"),
+        [
+            ("2.51.0", "Triton 2.51.0"),
+            ("2.70.0", "Triton 2.70.0"),
+            ("not known", "a Triton of a version not known"),
+            ("2.71.0", ""),
+            ("2.72.0dev", ""),
+        ],
+    )
+    def test_bls_has_a_minimum(self, triton: str, named: str) -> None:
+        """It is a note: 24.10 serves by BLS, until many requests are cancelled at once."""
+        host = differing(LAPTOP, software={"triton": triton})
+        found = [one for one in advice(host, self.BLS) if one.about == "gateway.channel"]
+        assert not problems(host, self.BLS)
+        assert [(one.state, one.found) for one in found] == [
+            ("note", f"bls, with {named}; the minimum is 2.71 (release 26.07)")
+        ] * bool(named)
+        for finding in found:
+            assert "gateway.channel: grpc" in finding.mend
+            assert "26.07" in finding.mend
+        assert found == hindrances(host, self.BLS), "`pdctl up` says so, too"
+        assert "gateway.channel" not in states(host, CPU)
+
+    def test_a_host_without_a_gateway_calls_nothing(self) -> None:
+        host = differing(LAPTOP, servers=(server("local", here=False),))
+        assert "gateway.channel" not in states(host, self.BLS)
+
+
+class TestSoftware:
     @pytest.mark.parametrize(
         ("changed", "about"),
         [
@@ -586,7 +713,46 @@ class TestSoftware:
                 assert SpecifierSet(versions) == SUPPORTED[name], name
         [versions] = re.findall(r'requires-python = "(.*)"', text)
         assert SpecifierSet(versions) == SUPPORTED["Python"]
-        assert SUPPORTED["tensorrt_llm"] is api.VERSIONS
+        assert READ["tensorrt_llm"] is api.VERSIONS
+
+    @pytest.mark.parametrize("name", ["numpy", "torch"])
+    @pytest.mark.parametrize(
+        "software",
+        [
+            {"triton": "2.71.0", "embedded": False},
+            {"triton": "2.51.0", "embedded": False},
+            {"triton": "2.51.0", "embedded": True, "packages": {"tensorrt_llm": "1.2.1"}},
+        ],
+        ids=["newer", "older", "TensorRT-LLM"],
+    )
+    def test_nothing_is_installed_over_what_an_image_was_built_against(
+        self, software: dict[str, Any], name: str
+    ) -> None:
+        """Whatever is wrong there, numpy and torch stay: TensorRT-LLM was built against them."""
+        packages = LAPTOP.software.packages | {"numpy": "1.24.4", "torch": "2.10.0a0"}
+        packages |= software.get("packages", {})
+        host = differing(LAPTOP, software=software | {"packages": packages})
+        found = problems(host, CPU)
+        assert set(found) == {"numpy", "torch"}
+        assert "pip" not in found[name].mend
+        assert f"built against {name} {packages[name]}" in found[name].mend
+        if name == "numpy":
+            host = differing(host, software={"packages": packages | {"numpy": "2.4.6"}})
+            assert all("pip" not in one.mend for one in problems(host, CPU).values())
+
+    def test_numpy_is_mended_beside_the_embedded_triton(self) -> None:
+        packages = LAPTOP.software.packages | {"numpy": "2.4.6"}
+        host = differing(LAPTOP, software={"packages": packages})
+        assert problems(host, CPU)["numpy"].mend == f"pip install 'numpy{SUPPORTED['numpy']}'"
+
+    @pytest.mark.parametrize("name", ["nixl-cu12", "cuda-bindings"])
+    def test_the_project_is_not_installed_anew_in_an_image(self, name: str) -> None:
+        """With its extras, pip would give numpy the version of the embedded Triton."""
+        packages = without(PACKAGES, name)
+        image = differing(ROCE, software={"packages": packages, "embedded": False})
+        assert one(image, PAIR, name).mend == f"pip install '{name}{SUPPORTED[name]}'"
+        here = differing(ROCE, software={"packages": packages})
+        assert "pdserve[" in one(here, PAIR, name).mend
 
 
 class TestServers:

@@ -21,13 +21,24 @@ from typer.testing import CliRunner
 from pdctl import cli, paths
 from pdctl.doctor.examination import Examination
 from pdctl.doctor.inventory import Direct, Gid, GPUNic, GPUPair, Inventory, RDMAPort, Topology
-from pdctl.doctor.probe import cma, command, gpus, rdma, software, system, ucx
+from pdctl.doctor.probe import (
+    cma,
+    command,
+    gpus,
+    host,
+    rdma,
+    software,
+    system,
+    tensorrt_llm,
+    ucx,
+)
 from pdctl.doctor.probe.host import probe
 from pdctl.doctor.probe.model import model
 from pdctl.doctor.probe.servers import servers
 from pdserve.config import Decode, Deployment, Engine, Network, Prefill, Server, Transfer
 from pdserve.engines.build import context_length
 from pdserve.errors import DeploymentError
+from tests.fakes import importing
 from tests.servers import free_ports
 
 OPEN_MODULE = """\
@@ -311,6 +322,106 @@ class TestGPUs:
     )
     def test_gpudirect(self, tmp_path: Path, files: dict[str, str], found: Direct) -> None:
         assert gpus.direct(written(tmp_path, files)) == found
+
+
+class TestTensorRTLLM:
+    """The import in a separate process, of the fake and of packages that cannot be used."""
+
+    def environment(self, folder: Path | str) -> dict[str, str]:
+        path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+        return dict(os.environ) | {"PYTHONPATH": path}
+
+    def package(self, folder: Path, code: str) -> dict[str, str]:
+        """Make a package whose llmapi runs some code when it is imported."""
+        written(
+            folder,
+            {
+                "tensorrt_llm/__init__.py": "__version__ = '1.2.1'\nprint('[TensorRT-LLM] 1.2.1')",
+                "tensorrt_llm/llmapi.py": code,
+            },
+        )
+        return self.environment(folder)
+
+    def test_one_that_can_be_used(self) -> None:
+        assert tensorrt_llm.fault(self.environment(importing.FAKES)) == ""
+
+    def test_its_own_error_is_the_reason(self, tmp_path: Path) -> None:
+        said = "cannot import name 'PartReasoningText' from 'openai.types.responses'"
+        environment = self.package(tmp_path, f'raise ImportError("""{said}\n(old)""")')
+        assert tensorrt_llm.fault(environment) == f"it cannot be imported: {said} (old)"
+
+    def test_an_error_of_any_kind_is_a_reason(self, tmp_path: Path) -> None:
+        environment = self.package(tmp_path, "raise RuntimeError('no CUDA device')")
+        found = tensorrt_llm.fault(environment)
+        assert found == "it cannot be imported: RuntimeError('no CUDA device')"
+
+    def test_a_crash_is_a_reason(self, tmp_path: Path) -> None:
+        environment = self.package(tmp_path, "import os; os.abort()")
+        found = tensorrt_llm.fault(environment)
+        assert found.startswith("its import ends the process: ")
+        assert found.endswith("ended by signal 6, Aborted")
+
+    def test_one_that_does_not_end_is_not_known(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tensorrt_llm, "TIMEOUT_S", 1.0)
+        environment = self.package(tmp_path, "import time; time.sleep(60)")
+        with pytest.raises(command.Unknown, match="its import has not ended in 1 s"):
+            tensorrt_llm.fault(environment)
+
+    @pytest.mark.parametrize("kind", ["tensorrt_llm", "torch"])
+    def test_it_is_imported_where_it_is_the_engine(
+        self, kind: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Others need not wait for it."""
+        installed = msgspec.structs.replace(software.software(), packages={"tensorrt_llm": "1.2.1"})
+        asked: list[str] = []
+
+        def fault(environment: Any) -> str:
+            asked.append(environment["UCX_IB_GID_INDEX"])
+            raise command.Unknown("its import has not ended in 120 s")
+
+        monkeypatch.setattr(host, "software", lambda: installed)
+        monkeypatch.setattr(tensorrt_llm, "fault", fault)
+        deployment = Deployment(
+            model="m",
+            servers=(Server("far", host="192.0.2.7"),),
+            engine=Engine(kind=kind),
+            transfer=Transfer(network=Network(devices=("lo",), gid_index=3)),
+        )
+        found = probe(deployment)
+        assert asked == ["3"] * (kind == "tensorrt_llm"), "in the servers' environment"
+        assert found.unknown.get("tensorrt_llm") == (
+            "its import has not ended in 120 s" if asked else None
+        )
+
+
+class TestTriton:
+    """The version of the Triton that would serve here, as files and variables tell it."""
+
+    @pytest.fixture
+    def image(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Put a tritonserver on PATH, as in NVIDIA's images."""
+        monkeypatch.delenv("TRITON_SERVER_VERSION", raising=False)
+        binary = written(tmp_path, {"bin/tritonserver": "#!/bin/sh\n"}) / "bin" / "tritonserver"
+        binary.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{binary.parent}:/usr/bin:/bin")
+        return tmp_path
+
+    def test_the_one_of_an_image(self, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is not taken for the one in the wheel, which is installed here as well."""
+        found = software.software()
+        assert (found.triton, found.embedded) == ("not known", False)
+        monkeypatch.setenv("TRITON_SERVER_VERSION", "2.71.0")
+        assert software.software().triton == "2.71.0"
+        written(image, {"TRITON_VERSION": "2.72.0\n"})
+        assert software.software().triton == "2.72.0"
+
+    def test_the_embedded_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TRITON_SERVER_VERSION", "2.71.0")
+        found = software.software()
+        if found.embedded:  # as in the set-up of this project
+            assert found.triton == "2.51.0"
 
 
 class TestCMA:

@@ -15,6 +15,10 @@ class Software(Struct, frozen=True, kw_only=True):
     """Installed packages among `versions.PACKAGES`."""
     torch_cuda: str
     """The CUDA version that torch is built for."""
+    embedded: bool = False
+    """Triton is the one that nvidia-pytriton carries."""
+    tensorrt_llm: str = ""
+    """Why the engine cannot use the installed tensorrt_llm; empty: it can, or was not tried."""
 
 
 class System(Struct, frozen=True, kw_only=True):
@@ -48,7 +52,7 @@ class Process(Struct, frozen=True, kw_only=True):
     private: tuple[str, ...] = ()
     """Namespaces that differ from the machine's own: ipc, pid."""
     environment: dict[str, str] = {}
-    """Variables that affect CUDA, torch and UCX."""
+    """Those of ``variables.VARIABLES`` that are set."""
 
 
 class GPU(Struct, frozen=True, kw_only=True):

@@ -21,13 +21,24 @@ SUPPORTED = {
         "nixl-cu12": ">=1.5.1,<2",
         "nixl-cu13": ">=1.5.1,<2",
         "cuda-bindings": ">=12.9,<14",
+        "tensorrt_llm": ">=1.0",
     }.items()
-} | {"tensorrt_llm": VERSIONS}
+}
+READ = {"tensorrt_llm": VERSIONS}
+"""Versions whose source was read, where later ones are taken as long as they have every name that
+is used."""
 PACKAGES = tuple(name for name in SUPPORTED if name not in ("Python", "glibc", "Triton"))
 NIXL = ("nixl-cu12", "nixl-cu13")
 """The packages, in the order in which they are tried."""
 NUMPY_1 = SpecifierSet("==2.51.*")
 """The Triton servers (24.10) whose stubs corrupt tensors under numpy 2."""
+BLS = SpecifierSet(">=2.71", prereleases=True)
+"""The Triton servers (26.07 and later) without the deadlock of decoupled BLS, and its use of memory
+that is freed already (python_backend#439)."""
+STATISTICS = SpecifierSet(">=1.3.dev0", prereleases=True)
+"""Versions of tensorrt_llm that send statistics of use unless told otherwise."""
+OPENAI = "1.108.1"
+"""The first openai with ``PartReasoningText``, which tensorrt_llm 1.2 imports."""
 DRIVERS = {12: 525, 13: 580}
 """The first driver for each CUDA version."""
 PYTRITON = {"0.7.0": "2.51.0"}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
+from pdctl.doctor.advice.channel import channel
 from pdctl.doctor.advice.finding import Finding
 from pdctl.doctor.advice.gpus import gpus
 from pdctl.doctor.advice.memory import memory
@@ -14,6 +15,7 @@ from pdctl.doctor.advice.network import network
 from pdctl.doctor.advice.rdma import rdma
 from pdctl.doctor.advice.servers import gateways, model, servers
 from pdctl.doctor.advice.software import engines, software
+from pdctl.doctor.advice.tensorrt_llm import tensorrt_llm
 from pdctl.doctor.advice.transports import transports
 from pdctl.doctor.advice.ways import WayName, ways
 from pdctl.doctor.inventory import Inventory
@@ -22,8 +24,10 @@ from pdserve.config import Deployment
 _BY_HAND = {
     "GPUs": "nvidia-smi (in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)",
     "GPU topology": "nvidia-smi topo -m",
+    "tensorrt_llm": "python3 -c 'import tensorrt_llm.llmapi'",
     "UCX": "pip install --force-reinstall --no-deps nixl-cu12, if nixl is wanted",
 }
+_COUNTED = {"tensorrt_llm": "nothing: it counts as one that can be used"}
 
 
 class Conclusion(Struct, frozen=True, kw_only=True):
@@ -45,6 +49,7 @@ def advice(inventory: Inventory, deployment: Deployment) -> list[Finding]:
     return [
         *_platform(inventory),
         *software(inventory, wanted),
+        *tensorrt_llm(inventory, wanted, deployment),
         *gpus(inventory, wanted),
         *rdma(inventory, wanted),
         *network(inventory, wanted, deployment.transfer.network),
@@ -52,6 +57,7 @@ def advice(inventory: Inventory, deployment: Deployment) -> list[Finding]:
         *transports(inventory, wanted),
         *servers(inventory, deployment),
         *gateways(deployment),
+        *channel(inventory, deployment),
         *model(inventory),
         *_unknown(inventory),
     ]
@@ -70,7 +76,8 @@ def hindrances(inventory: Inventory, deployment: Deployment) -> list[Finding]:
         *memory(inventory, wanted),
         *model(inventory),
     ]
-    return [finding for finding in judged if finding.state == "problem"] + [*gateways(deployment)]
+    problems = [finding for finding in judged if finding.state == "problem"]
+    return [*problems, *gateways(deployment), *channel(inventory, deployment)]
 
 
 def conclusion(inventory: Inventory, deployment: Deployment, findings: list[Finding]) -> Conclusion:
@@ -107,6 +114,6 @@ def _unknown(inventory: Inventory) -> Iterator[Finding]:
             about=what,
             state="note",
             found=f"not known: {why}",
-            unused="it counts as if there were none",
+            unused=_COUNTED.get(what, "it counts as if there were none"),
             mend=_BY_HAND.get(what, "see what this user may read of /proc and /sys"),
         )

@@ -14,11 +14,17 @@ _MENDS = {
     "Python": "make PYTHON=python3.12 setup",
     "glibc": "Ubuntu 22.04, Debian 12 or later; or NVIDIA's Triton image",
     "Triton": "make setup; or NVIDIA's Triton image",
+    "tensorrt_llm": "the Dockerfile's target gpu: docker build --target gpu .",
+}
+_EXTRAS = {
     "nixl-cu12": "pip install 'pdserve[nixl]' (CUDA 13: 'pdserve[nixl-cu13]')",
     "nixl-cu13": "pip install 'pdserve[nixl-cu13]'",
     "cuda-bindings": "pip install 'pdserve[cuda]'",
-    "tensorrt_llm": "the Dockerfile's target gpu: docker build --target gpu .",
 }
+"""Mends beside the embedded Triton. They also give numpy the version that its stubs need, which
+would break packages of an image that were built against another one."""
+_OF_THE_IMAGE = ("numpy", "torch")
+"""Packages that others in an image were built against: no version is installed over them."""
 _USES = {
     "torch": "engine torch",
     "nixl-cu12": "transport nixl: KV caches between hosts",
@@ -35,7 +41,7 @@ def software(inventory: Inventory, needs: Needs) -> Iterator[Finding]:
     yield Finding(about="versions", state="ok", found=", ".join(good))
     for name, version in found.items():
         if name not in fine:
-            yield _unfit(name, version, needed=_needed(name, needs))
+            yield _unfit(name, version, _mend(name, inventory), needed=_needed(name, needs))
     if needs.engine == "torch" and needs.gpus and not inventory.software.torch_cuda:
         yield Finding(
             about="torch",
@@ -82,13 +88,28 @@ def _needed(name: str, needs: Needs) -> bool:
     }.get(name, True)
 
 
-def _unfit(name: str, version: str, *, needed: bool) -> Finding:
+def _mend(name: str, inventory: Inventory) -> str:
+    software = inventory.software
+    if name in _MENDS:
+        return _MENDS[name]
+    if software.embedded and name in _EXTRAS:
+        return _EXTRAS[name]
+    image = "tensorrt_llm" in software.packages or not software.embedded
+    if image and name in _OF_THE_IMAGE and software.packages.get(name):
+        return (
+            f"another image, or `make setup` beside it: packages here were built against {name} "
+            f"{software.packages[name]}"
+        )
+    return f"pip install '{name}{SUPPORTED[name]}'"
+
+
+def _unfit(name: str, version: str, mend: str, *, needed: bool) -> Finding:
     return Finding(
         about=name,
         state="problem" if needed else "note" if version else "missing",
         found=f"{version}, not {SUPPORTED[name]}" if version else "not installed",
         unused=_USES.get(name, ""),
-        mend=_MENDS.get(name, f"pip install '{name}{SUPPORTED[name]}'"),
+        mend=mend,
     )
 
 
@@ -122,6 +143,7 @@ def engines(inventory: Inventory) -> dict[str, str]:
         else f"no {name} that is supported"
         for name in ("torch", "tensorrt_llm")
     }
+    lacks["tensorrt_llm"] = lacks["tensorrt_llm"] or software.tensorrt_llm
     no_cuda = "" if software.torch_cuda else "torch is built without CUDA"
     return {
         "torch on the CPU": lacks["torch"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,25 @@ class Unknown(Exception):
     """Something cannot be found out; the message says why."""
 
 
-def answer(*command: str, environment: Mapping[str, str] = os.environ) -> str:
+class Failed(Unknown):
+    """A command has ended with an error, or by a signal."""
+
+
+def answer(
+    *command: str,
+    environment: Mapping[str, str] = os.environ,
+    timeout_s: float | None = None,
+) -> str:
     """Return what it prints.
 
+    Args:
+        timeout_s: seconds that it may take; None: TIMEOUT_S.
+
     Raises:
-        Unknown: it is not installed, fails, or does not end in time.
+        Failed: it ends with an error.
+        Unknown: it is not installed, or does not end in time.
     """
+    within_s = TIMEOUT_S if timeout_s is None else timeout_s
     name = Path(command[0]).name
     try:
         done = subprocess.run(
@@ -31,14 +45,16 @@ def answer(*command: str, environment: Mapping[str, str] = os.environ) -> str:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=TIMEOUT_S,
+            timeout=within_s,
         )
     except subprocess.TimeoutExpired as error:
-        raise Unknown(f"{name} has not answered in {TIMEOUT_S:.0f} s") from error
+        raise Unknown(f"{name} has not answered in {within_s:.0f} s") from error
     except OSError as error:
         raise Unknown(f"{name}: {error.strerror}") from error
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         how = said[-1] if said else f"exit status {done.returncode}"
-        raise Unknown(f"{name}: {how}")
+        if done.returncode < 0:  # what it has printed need not say so
+            how = f"ended by signal {-done.returncode}, {signal.strsignal(-done.returncode)}"
+        raise Failed(f"{name}: {how}")
     return done.stdout

@@ -12,6 +12,7 @@ import msgspec
 import bootstrap
 from pdctl import network, paths
 from pdctl.doctor.inventory import GPU, Direct, Inventory, Process, System, Topology
+from pdctl.doctor.probe import tensorrt_llm
 from pdctl.doctor.probe.cma import cma
 from pdctl.doctor.probe.command import Unknown
 from pdctl.doctor.probe.gpus import direct, gpus, topology
@@ -68,6 +69,9 @@ def _known(what: str, found: Callable[[], T], otherwise: T, unknown: dict[str, s
 def probe(deployment: Deployment, root: Path = Path("/")) -> Inventory:
     """Return the whole inventory, in about a second; each probe ends after `command.TIMEOUT_S`.
 
+    Where the engine is TensorRT-LLM it is imported, too, which takes `tensorrt_llm.TIMEOUT_S` at
+    most.
+
     Args:
         root: folder of proc, sys and dev.
     """
@@ -79,8 +83,12 @@ def probe(deployment: Deployment, root: Path = Path("/")) -> Inventory:
         return _known(what, found, otherwise, unknown)
 
     devices: tuple[GPU, ...] = known("GPUs", lambda: gpus(root), ())
+    installed = software()
+    if deployment.engine.kind == "tensorrt_llm" and "tensorrt_llm" in installed.packages:
+        why = known("tensorrt_llm", lambda: tensorrt_llm.fault(environment), "")
+        installed = msgspec.structs.replace(installed, tensorrt_llm=why)
     return Inventory(
-        software=software(),
+        software=installed,
         system=known("system", lambda: system(root), System()),
         process=known("process", lambda: process(root, environment), Process()),
         gpus=devices,

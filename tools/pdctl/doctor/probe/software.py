@@ -19,10 +19,12 @@ _CUDA = re.compile(r"^cuda\b.*= '([\d.]+)'", re.MULTILINE)
 def software() -> Software:
     found = {name: _version(name) for name in PACKAGES}
     libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
+    server, embedded = _triton()
     return Software(
         python=platform.python_version(),
         glibc=libc.removeprefix("glibc "),
-        triton=_triton(),
+        triton=server,
+        embedded=embedded,
         packages={name: version for name, version in found.items() if version},
         torch_cuda=_torch_cuda(),
     )
@@ -46,16 +48,22 @@ def _version(package: str) -> str:
         return ""
 
 
-def _triton() -> str:
-    """Return Triton's version, which only a running server and a file in NVIDIA's images tell."""
+def _triton() -> tuple[str, bool]:
+    """Return Triton's version, and whether it is the one in the wheel.
+
+    Only a running server tells its version; NVIDIA's images have it in a file and in a variable.
+    """
     try:
-        binary = triton.locate().binary.resolve()
+        located = triton.locate()
     except ServerError:
-        return ""
-    file = binary.parents[1] / "TRITON_VERSION"
+        return "", False
+    file = located.binary.resolve().parents[1] / "TRITON_VERSION"
+    embedded = bool(located.flags)
     if file.exists():
-        return file.read_text().strip()
-    return PYTRITON.get(_version("nvidia-pytriton"), "not known")
+        return file.read_text().strip(), embedded
+    if embedded:
+        return PYTRITON.get(_version("nvidia-pytriton"), "not known"), True
+    return os.environ.get("TRITON_SERVER_VERSION", "not known"), False
 
 
 def _torch_cuda() -> str:

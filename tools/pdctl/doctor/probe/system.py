@@ -9,19 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pdctl.doctor.inventory import Process, System
+from pdctl.doctor.variables import VARIABLES
 
 # Bits of CapEff, and the inode numbers of the namespaces that the machine starts with: both are
 # the kernel's, the same everywhere (capability.h, proc_ns.h).
 _CAPABILITIES = {14: "IPC_LOCK", 19: "SYS_PTRACE"}
 _INITIAL = {"ipc": 0xEFFFFFFF, "pid": 0xEFFFFFFC}
-_VARIABLES = (
-    "CUDA_VISIBLE_DEVICES",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "UCX_IB_GID_INDEX",
-    "UCX_NET_DEVICES",
-    "UCX_TLS",
-)
 _GROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 
 
@@ -66,7 +59,7 @@ def process(root: Path, environment: Mapping[str, str]) -> Process:
             for name, initial in _INITIAL.items()
             if str((root / "proc/self/ns" / name).readlink()) != f"{name}:[{initial}]"
         ),
-        environment={name: environment[name] for name in _VARIABLES if name in environment},
+        environment={name: environment[name] for name in VARIABLES if name in environment},
     )
 
 
