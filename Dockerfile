@@ -27,8 +27,10 @@ ARG PYTHON_TAG=3.11-slim-bookworm
 # Accepted: 25.09 to 26.07, which have TensorRT-LLM 1.0.0 to 1.2.1. Tested: none. Read, in the
 # compatibility matrix of triton-inference-server/server: all of them have Python 3.12.3, and their
 # torch is NVIDIA's own. numpy may be 1 or 2, as TensorRT-LLM needs it: only the stubs of Triton
-# 24.10, which the wheel of target cpu carries, break with numpy 2; python_backend#384 has fixed
-# later ones.
+# 24.10, which the wheel of target cpu carries, break with numpy 2; python_backend#384 (24.11) has
+# fixed later ones. 26.07 is the default since it is the last one in that matrix, the first in which
+# decoupled BLS is mended (python_backend#439), and has the last stable TensorRT-LLM, 1.2.1. Nothing
+# is known of later ones; none is refused, and `pdctl doctor` says in the image what it lacks.
 ARG TRITON_TAG=26.07
 
 # ------------------------------------------------------------- environment, Triton, default model
@@ -59,13 +61,20 @@ RUN apt-get update \
 WORKDIR /opt/pdserve
 COPY LICENSE pyproject.toml requirements.txt ./
 COPY tools/constraints.py tools/
-# Install into the image's own Python, which its stub embeds. Its packages stay unchanged, above all
-# torch, numpy and transformers: TensorRT-LLM was built against them.
+# The image's own Python, which its stubs embed by `python3` on PATH: from 26.04 on it is the virtual
+# environment /opt/venv-tritonserver, before that the system's. In an image without that folder it
+# changes nothing. A login shell and `env -i` have another PATH, and find neither.
+ENV PATH=/opt/tritonserver/bin:/opt/venv-tritonserver/bin:${PATH}
+# Install into it. --break-system-packages is for the system's Python; a virtual environment takes it
+# as well. Its packages stay unchanged, above all torch, numpy and transformers: TensorRT-LLM was
+# built against them. But for openai: images from 26.03 on have 1.107.3, with which the import of
+# tensorrt_llm fails. 1.108.1 is the first that has the PartReasoningText which it wants; the next
+# major version may lack other names.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 tools/constraints.py requirements.txt > /tmp/constraints.txt \
     && python3 -m pip install --no-cache-dir --break-system-packages \
-        --constraint /tmp/constraints.txt hatchling jinja2 msgspec packaging psutil pyyaml rich \
-        tokenizers transformers "tritonclient[grpc]" typer uvloop \
+        --constraint /tmp/constraints.txt hatchling jinja2 msgspec "openai>=1.108.1,<2" \
+        packaging psutil pyyaml rich tokenizers transformers "tritonclient[grpc]" typer uvloop \
     && python3 -m pip install --no-cache-dir --break-system-packages \
         --no-deps --no-build-isolation --editable . \
     && rm /tmp/constraints.txt
@@ -78,7 +87,10 @@ COPY docker/deployment-gpu.yaml deployment.yaml
 COPY model_repository model_repository
 COPY python_backends python_backends
 COPY tools tools
-ENV PYTHONUNBUFFERED=1
+# Otherwise TensorRT-LLM 1.3 and later send statistics of use to NVIDIA: GPUs, options, the model's
+# architecture.
+ENV PYTHONUNBUFFERED=1 \
+    TRTLLM_NO_USAGE_STATS=1
 USER 10001:10001
 EXPOSE 8000 8001 8002
 STOPSIGNAL SIGTERM

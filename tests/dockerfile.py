@@ -72,7 +72,7 @@ class Stage:
         """Return the commands of RUN, HEALTHCHECK and CMD as words, without redirections."""
         lines = [re.sub(r"--mount=\S+", "", text) for text in self.all("RUN")]
         parts = [part for line in lines for part in line.split("&&")]
-        found = [shlex.split(re.sub(r">\s*\S+", "", part)) for part in parts]
+        found = [shlex.split(re.sub(r"\s>\s*\S+", "", part)) for part in parts]
         if self.all("CMD"):
             found += [self.health, self.list("CMD")]
         return found

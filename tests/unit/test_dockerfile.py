@@ -16,6 +16,7 @@ import typer
 import bootstrap
 from constraints import constraints
 from pdctl import cli, signals
+from pdctl.doctor import variables, versions
 from pdctl.paths import ROOT
 from pdserve import config
 from tests.dockerfile import FINAL, HOME, TEXT, files, placed, read
@@ -32,6 +33,8 @@ def name_of(package: str) -> str:
 
 
 PINNED = {name_of(line) for line in (ROOT / "requirements.txt").read_text().splitlines()}
+# What TensorRT-LLM lacks in its own image, in another version than there.
+OF_THE_IMAGE = {versions.OPENAI}
 
 
 def ignored(path: str) -> bool:
@@ -104,6 +107,9 @@ def test_every_command_exists(name: str) -> None:
         elif program in ("python3", ".venv/bin/python") and words[:2] == ["-m", "pip"]:
             packages = [word for word in words[3:] if not word.startswith("-")]
             packages = [word for word in packages if "/" not in word and word != "."]
+            if name == "gpu" and "." not in words:
+                assert set(packages) >= OF_THE_IMAGE
+                packages = sorted({*packages} - OF_THE_IMAGE)
             assert {name_of(package) for package in packages} <= PINNED
         elif program == "python3":
             assert {word for word in words if not word.startswith("-")} <= there
@@ -182,6 +188,27 @@ def test_tags_are_of_the_range_that_is_documented() -> None:
     assert (int(python[1]), int(python[2])) in bootstrap.SUPPORTED
     assert {STAGES[name].base for name in ("setup", "cpu")} == {"python:${PYTHON_TAG}"}
     assert STAGES["gpu"].base == "nvcr.io/nvidia/tritonserver:${TRITON_TAG}-trtllm-python-py3"
+
+
+def test_the_image_of_tensorrt_llm_keeps_its_python() -> None:
+    """From 26.04 on its packages are in a virtual environment, which is nothing before that."""
+    gpu = STAGES["gpu"]
+    path = gpu.environment["PATH"].split(":")
+    assert path == ["/opt/tritonserver/bin", "/opt/venv-tritonserver/bin", "${PATH}"]
+    words = [word for word, text in gpu.instructions if "PATH=" in text or "pip install" in text]
+    assert words == ["ENV", "RUN"], "the environment is chosen before anything is installed"
+    for text in gpu.all("RUN"):
+        assert text.count("--break-system-packages") == text.count("pip install")
+    (installed, project) = [words for words in gpu.commands if "pip" in words]
+    assert "--constraint" in installed
+    assert "--no-deps" in project, "pyproject.toml wants the embedded Triton's numpy"
+
+
+def test_no_statistics_of_use_are_sent() -> None:
+    for name, values in variables.NO_STATISTICS.items():
+        if name in STAGES["gpu"].environment:
+            assert STAGES["gpu"].environment[name] in values
+    assert "TRTLLM_NO_USAGE_STATS" in STAGES["gpu"].environment
 
 
 def test_nothing_is_kept_that_should_not_be() -> None:

@@ -559,7 +559,10 @@ class TestTensorRTLLM:
     @pytest.mark.parametrize(
         ("why", "mend"),
         [
-            ("cannot import name 'PartReasoningText' from 'openai.types'", "pip install -U openai"),
+            (
+                "cannot import name 'PartReasoningText' from 'openai.types'",
+                "pip install -U 'openai>=1.108.1,<2'",
+            ),
             ("libcuda.so.1: cannot open shared object file", "--gpus all"),
             ("tensorrt_llm 1.2.1 has no LLM.generate_async", "target gpu"),
         ],

@@ -37,8 +37,9 @@ BLS = SpecifierSet(">=2.71", prereleases=True)
 that is freed already (python_backend#439)."""
 STATISTICS = SpecifierSet(">=1.3.dev0", prereleases=True)
 """Versions of tensorrt_llm that send statistics of use unless told otherwise."""
-OPENAI = "1.108.1"
-"""The first openai with ``PartReasoningText``, which tensorrt_llm 1.2 imports."""
+OPENAI = "openai>=1.108.1,<2"
+"""The first openai with ``PartReasoningText``, which tensorrt_llm 1.2 imports, and those of its
+major version."""
 DRIVERS = {12: 525, 13: 580}
 """The first driver for each CUDA version."""
 PYTRITON = {"0.7.0": "2.51.0"}

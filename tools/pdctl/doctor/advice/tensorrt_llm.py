@@ -15,7 +15,7 @@ NAME = "tensorrt_llm"
 _MENDS = (
     (
         ("PartReasoningText", "openai"),
-        f"pip install -U openai (at least {OPENAI}), in the Python of Triton's stubs",
+        f"pip install -U '{OPENAI}'",
     ),
     (
         ("libcuda", "libnvidia-ml"),
