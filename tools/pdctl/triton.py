@@ -31,6 +31,12 @@ FORWARDED = "^traceparent$"
 """gRPC metadata that becomes a request parameter. Of HTTP's headers, generate passes on none."""
 
 
+IMAGE = Path("/opt/tritonserver/bin")
+"""Folder of ``tritonserver`` in NVIDIA's images."""
+IMAGE_PYTHON = Path("/opt/venv-tritonserver/bin")
+"""Folder of their Python since release 26.04."""
+
+
 @dataclass(frozen=True)
 class Triton:
     """A ``tritonserver`` and the files that it needs."""
@@ -52,6 +58,11 @@ def locate() -> Triton:
     packages = Path(sysconfig.get_path("purelib"))
     bundled = packages / "pytriton" / "tritonserver" / "bin" / "tritonserver"
     if not (bundled.is_file() and BACKENDS.is_dir()):
+        if (IMAGE / "tritonserver").is_file():  # a login shell resets PATH
+            folders = [str(folder) for folder in (IMAGE, IMAGE_PYTHON) if folder.is_dir()]
+            raise ServerError(
+                f"no tritonserver on PATH: run `export PATH={':'.join(folders)}:$PATH`"
+            )
         raise ServerError("no tritonserver on PATH and none set up here: run `make setup`")
     # The stub embeds this Python: the loader finds the library, and PATH the packages.
     library = sysconfig.get_config_var("LIBDIR")

@@ -591,7 +591,7 @@ class TestTensorRTLLM:
         [
             ("NIXL", {"TRTLLM_USE_UCX_KVCACHE": "1"}, "the deployment's backend is NIXL"),
             ("DEFAULT", {"TRTLLM_USE_MPI_KVCACHE": "1"}, "the deployment's backend is DEFAULT"),
-            ("UCX", {"TRTLLM_USE_PY_NIXL_KVCACHE": "1"}, "the deployment's backend is UCX"),
+            ("UCX", {"TRTLLM_USE_MOONCAKE_KVCACHE": "1"}, "the deployment's backend is UCX"),
             ("NIXL", {"TRTLLM_USE_NIXL_KVCACHE": "1"}, ""),
             ("NIXL", {"TRTLLM_USE_UCX_KVCACHE": "0"}, ""),
             ("NIXL", {}, ""),

@@ -353,7 +353,7 @@ class TestTensorRTLLM:
     def test_an_error_of_any_kind_is_a_reason(self, tmp_path: Path) -> None:
         environment = self.package(tmp_path, "raise RuntimeError('no CUDA device')")
         found = tensorrt_llm.fault(environment)
-        assert found == "it cannot be imported: RuntimeError('no CUDA device')"
+        assert found == "it cannot be used: RuntimeError('no CUDA device')"
 
     def test_a_crash_is_a_reason(self, tmp_path: Path) -> None:
         environment = self.package(tmp_path, "import os; os.abort()")

@@ -6,10 +6,9 @@ BACKENDS = {
     "TRTLLM_USE_MOONCAKE_KVCACHE": "MOONCAKE",
     "TRTLLM_USE_MPI_KVCACHE": "MPI",
     "TRTLLM_USE_NIXL_KVCACHE": "NIXL",
-    "TRTLLM_USE_PY_NIXL_KVCACHE": "NIXL",
     "TRTLLM_USE_UCX_KVCACHE": "UCX",
 }
-"""The transceiver backend that TensorRT-LLM takes for ``DEFAULT``, by the variable that is set
+"""The transceiver backend that TensorRT-LLM takes for ``DEFAULT``, by the variable that is 1
 (cpp/tensorrt_llm/common/envUtils.cpp)."""
 NO_STATISTICS = {
     "DO_NOT_TRACK": ("1",),

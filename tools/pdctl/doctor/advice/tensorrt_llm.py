@@ -56,14 +56,13 @@ def _unusable(version: str, why: str) -> Finding:
 def _backend(environment: Mapping[str, str], deployment: Deployment) -> Iterator[Finding]:
     configured = deployment.engine.tensorrt_llm.cache_transceiver_config.backend
     for name, chosen in BACKENDS.items():
-        value = environment.get(name, "")
-        if value in ("", "0") or chosen == configured:
+        if environment.get(name) != "1" or chosen == configured:
             continue
         decides = configured == "DEFAULT"
         yield Finding(
             about="transceiver",
             state="note",
-            found=f"{name}={value}; the deployment's backend is {configured}",
+            found=f"{name}=1; the deployment's backend is {configured}",
             used=f"{chosen}, in the servers that have this variable" if decides else configured,
             unused="links to engines whose servers have other variables" if decides else name,
             mend=f"unset {name}"

@@ -41,7 +41,7 @@ def main() -> None:
     except DeploymentError as error:
         why = str(error).removeprefix("engine tensorrt_llm: ")
     except Exception as error:  # a package may raise anything when it is imported
-        why = f"it cannot be imported: {error!r}"
+        why = f"it cannot be used: {error!r}"
     print(f"\n{_MARK}{' '.join(why.split())}", flush=True)
 
 
