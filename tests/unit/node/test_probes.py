@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
+from pdserve.config import Deployment, Gateway, Group, Prefill, Scenario, Server, Transfer
 from pdserve.errors import InstanceError
 from pdserve.node.probes import Limits, Probes
 from pdserve.rpc.messages import Connect, DecodeRequest, PrefillRequest
@@ -16,6 +18,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LIMITS = Limits(reply_s=6.0, first_token_s=8.0, idle_s=20.0)
+
+
+def test_limits_are_above_the_times_of_a_loaded_engine() -> None:
+    """The longest wait for a first token may be that of a scenario."""
+    one = Deployment(
+        model="m",
+        servers=(Server("local", prefill=("p",), decode=("d",)),),
+        gateway=Gateway(ttft_limit_ms=8000, stall_s=6),
+        prefill=Prefill(lease_s=5),
+        transfer=Transfer(timeout_s=5),
+        scenarios=(
+            Scenario("slow", (Group("g", prefill=("p",), decode=("d",)),), ttft_limit_ms=20_000),
+        ),
+    )
+    assert Limits.of(one) == Limits(reply_s=6, first_token_s=20, idle_s=40)
+    one = msgspec.structs.replace(one, transfer=Transfer(timeout_s=90))
+    assert Limits.of(one).idle_s == 180
 
 
 def links(site: Site) -> dict[str, Link]:
