@@ -56,7 +56,7 @@ def test_a_caller_that_dies_in_mid_stream(tmp_path: Path) -> None:
                 for _ in generate_stream(server, text_input=f"{number}", max_tokens=400):
                     pass
 
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        threads = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(4)]
         for thread in threads:
             thread.start()
         time.sleep(1)

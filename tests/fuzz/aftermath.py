@@ -54,7 +54,7 @@ def bystander(server: Running) -> Iterator[None]:
             except Exception as error:
                 failures.append(error)
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     try:
         yield

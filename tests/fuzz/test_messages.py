@@ -174,7 +174,7 @@ class Feeder:
         self._secret = key.load(Path(server.deployment.transfer.key_file))
         self._channels: dict[str, GrpcChannel] = {}
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self.said: dict[str, int] = {}
         """How often each kind of answer came."""
 

@@ -30,7 +30,7 @@ class Page(BaseHTTPRequestHandler):
 @pytest.fixture
 def page() -> Iterator[str]:
     with HTTPServer(("127.0.0.1", 0), Page) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
@@ -79,7 +79,7 @@ def garbage() -> Iterator[int]:
             self.wfile.write(b"SSH-2.0-something\r\n")
 
     with TCPServer(("127.0.0.1", 0), Answer) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server.server_address[1]
         server.shutdown()

@@ -268,7 +268,7 @@ class MidPull:
     def __init__(self, receiver: Receiver, handle: KVHandle, first_row: int = 0) -> None:
         self._gate = Gate([(first_row, handle.tokens)])
         self._result: TransferReport | BaseException | None = None
-        self._thread = threading.Thread(target=self._pull, args=(receiver, handle))
+        self._thread = threading.Thread(target=self._pull, args=(receiver, handle), daemon=True)
         self._thread.start()
         if not self._gate.reached.wait(LIMIT_S):
             raise AssertionError(f"the pull has not begun: {self._result}")

@@ -91,7 +91,7 @@ def test_calls_in_other_threads_count() -> None:
         Registry()
 
     with Recorder() as recorder:
-        thread = threading.Thread(target=work)
+        thread = threading.Thread(target=work, daemon=True)
         thread.start()
         begun.wait()
         layout.KVLayout(1, 1, 2, "float32").shape(3)

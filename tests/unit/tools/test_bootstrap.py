@@ -200,7 +200,7 @@ def test_one_set_up_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         with bootstrap.exclusive(tmp_path / "lock"):
             entered.set()
 
-    thread = threading.Thread(target=second)
+    thread = threading.Thread(target=second, daemon=True)
     with bootstrap.exclusive(tmp_path / "lock"):
         thread.start()
         assert not entered.wait(0.2)

@@ -208,7 +208,9 @@ def test_a_pull_that_takes_longer_than_its_lease(monkeypatch: pytest.MonkeyPatch
     puller.transport.links[0].nap_s = 0.003
     runs = [(row * 2, 1) for row in range(TOKENS)]  # 300 segments
     pulled: list[float] = []
-    pulling = threading.Thread(target=lambda: pulled.append(puller.pull(offer, runs).ms))
+    pulling = threading.Thread(
+        target=lambda: pulled.append(puller.pull(offer, runs).ms), daemon=True
+    )
     pulling.start()
     began, states = time.monotonic(), set()
     while pulling.is_alive():
@@ -234,7 +236,7 @@ def test_a_pull_that_waits_for_staging_shows_life(monkeypatch: pytest.MonkeyPatc
     puller.connect(sender)
     offer, began = sender.offer(until=time.monotonic() + 0.1), time.monotonic()
     with puller.staging.take(2, began + 1):
-        pulling = threading.Thread(target=puller.pull, args=(offer,))
+        pulling = threading.Thread(target=puller.pull, args=(offer,), daemon=True)
         pulling.start()
         while time.monotonic() < began + 0.8:
             sender.tick()
@@ -266,7 +268,7 @@ def test_a_lease_that_ends_beside_a_move_costs_no_other_pull() -> None:
             failures.append(error)
 
     link.before = lambda number: sender.end(followed, 0.0) if followed in sender.leased else None
-    thread = threading.Thread(target=follow)
+    thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     puller.pull(other)
     thread.join()

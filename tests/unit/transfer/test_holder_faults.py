@@ -89,7 +89,9 @@ def test_a_prefill_that_is_killed_or_stops(
             began = time.monotonic()
             transfer = pull.end()
         else:
-            watching = threading.Thread(target=_when_something_has_arrived, args=(puller, end))
+            watching = threading.Thread(
+                target=_when_something_has_arrived, args=(puller, end), daemon=True
+            )
             watching.start()
             try:
                 transfer = puller.receiver.pull(handle, [(0, tokens)])

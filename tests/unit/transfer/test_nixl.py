@@ -211,8 +211,8 @@ def test_threads_share_a_link(holder: Holder, receiver: Receiver) -> None:
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(pull, n)) for n in range(3)]
-    threads += [threading.Thread(target=guarded, args=(talk, n)) for n in range(2)]
+    threads = [threading.Thread(target=guarded, args=(pull, n), daemon=True) for n in range(3)]
+    threads += [threading.Thread(target=guarded, args=(talk, n), daemon=True) for n in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -298,7 +298,9 @@ def test_a_link_over_which_nothing_comes_is_not_taken_again() -> None:
 def test_decodes_that_connect_at_once_share_a_link() -> None:
     made, transport = holder(MemcpyTransport()), MemcpyTransport()
     receiver = new_receiver(transport)
-    threads = [threading.Thread(target=link_report, args=(receiver, made)) for _ in range(8)]
+    threads = [
+        threading.Thread(target=link_report, args=(receiver, made), daemon=True) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

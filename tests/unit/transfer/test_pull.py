@@ -172,7 +172,7 @@ def test_planes_are_taken_as_they_are_filled(way: str) -> None:
             offer.leased, TOKENS, LAYOUT.planes, 331, time.monotonic() + 60
         )
 
-    computing = threading.Thread(target=compute)
+    computing = threading.Thread(target=compute, daemon=True)
     computing.start()
     transfer = puller.pull(offer)
     computing.join()

@@ -132,7 +132,7 @@ class Worker:
         self.outcomes: list[tuple[str, str]] = []
         self.process = Process(_WORKER) if puller is None else None
         self._jobs, self._taker, self._row = jobs, puller, row
-        self._thread = threading.Thread(target=self._work)
+        self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
