@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 def main(model: str, runtime: str) -> None:
     from tensorrt_llm import LLM, DisaggregatedParams, SamplingParams
-    from tensorrt_llm.version import NEWEST
+    from tensorrt_llm.version import SINCE_1_3
 
     config: dict[str, Any] = {"backend": "UCX" if runtime == "CPP" else "NIXL"}
     llm = LLM(
@@ -38,7 +38,7 @@ def main(model: str, runtime: str) -> None:
             continue
         prompt, id_ = json.loads(line)
         params = DisaggregatedParams(request_type="context_only")
-        if NEWEST:
+        if SINCE_1_3:
             params.disagg_request_id = id_
         result = llm.generate_async(prompt, SamplingParams(end_id=2), disaggregated_params=params)
         link = result.result().disaggregated_params

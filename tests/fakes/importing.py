@@ -16,7 +16,7 @@ NAME = "tensorrt_llm"
 
 
 @contextmanager
-def tensorrt_llm(version: str = "1.3.0rc25", **environment: str) -> Iterator[ModuleType]:
+def tensorrt_llm(version: str = "1.4.0rc1", **environment: str) -> Iterator[ModuleType]:
     """Import it anew, in that version; afterwards ``sys.modules`` is as before."""
     variables = {"FAKE_TENSORRT_LLM_VERSION": version, **environment}
     before = _loaded()

@@ -54,7 +54,7 @@ class Bounds:
         """The longest time for which an instance may be idle while a request waits for it."""
         self.orphan = 2 * self.message + self.forward + self.pull + 2 * step + TICK_S
         if not calm:
-            self.orphan += plan.prefill.lease_s + QUIET_S + plan.timeout_s + ORPHAN_LOOK_S + answer
+            self.orphan += plan.prefill.kept_s + QUIET_S + plan.timeout_s + ORPHAN_LOOK_S + answer
         """The longest time for which an instance may hold something for nobody."""
         self.settles = self.orphan + QUIET_S + RECOVER_S
         """The longest time until nothing is held any more, once nobody asks."""

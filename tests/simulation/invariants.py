@@ -104,7 +104,7 @@ class Invariants:
             case State.PREFILLING:
                 latest = limit + bounds.forward + 2 * bounds.message + bounds.stall + follows
             case State.PREFILLED:
-                latest = since + plan.prefill.lease_s + bounds.asking
+                latest = since + plan.prefill.kept_s + bounds.asking
             case State.DECODING if not request.output:
                 latest = limit + bounds.local + 2 * bounds.message + bounds.stall
             case _:

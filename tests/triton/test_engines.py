@@ -362,7 +362,14 @@ def emulated_fake(
 
 @pytest.mark.parametrize(
     ("version", "transceiver"),
-    [("1.0.0", None), ("1.2.0", None), ("1.3.0rc25", "CPP"), ("1.3.0rc25", "PYTHON")],
+    [
+        ("1.0.0", None),
+        ("1.2.1", None),
+        ("1.3.0rc29", "PYTHON"),
+        ("1.4.0rc1", "CPP"),
+        ("1.4.0rc1", "PYTHON"),
+        ("1.4.0rc1", None),
+    ],
 )
 def test_each_version_and_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, transceiver: str | None
@@ -386,11 +393,11 @@ def test_versions_that_do_not_exchange(tmp_path: Path, monkeypatch: pytest.Monke
     """The error comes before any KV cache is computed in vain, and names both."""
     source = with_tensorrt_llm(tmp_path)
     model = source / "decode" / "1" / "model.py"
-    older = 'import os\n\nos.environ["FAKE_TENSORRT_LLM_VERSION"] = "1.2.0"\n'
+    older = 'import os\n\nos.environ["FAKE_TENSORRT_LLM_VERSION"] = "1.2.1"\n'
     model.write_text(older + model.read_text())
     with running(emulated_fake(tmp_path, monkeypatch), tmp_path, source) as server:
         wait_linked(server)
-        with pytest.raises(Refused, match=r"no decode reaches prefill_0.*is 1\.3\.0rc25:.*1\.2\.0"):
+        with pytest.raises(Refused, match=r"no decode reaches prefill_0.*is 1\.4\.0rc1:.*1\.2\.1"):
             generate(server, text_input=PROMPT, max_tokens=4)
 
 

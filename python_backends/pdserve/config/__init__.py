@@ -1,6 +1,7 @@
 """The configuration of a deployment: its file as types, read and checked."""
 
 from pdserve.config.deployment import (
+    EXTERNAL_LEASE_S,
     Decode,
     Deployment,
     Engine,
@@ -20,6 +21,7 @@ from pdserve.config.loading import load
 from pdserve.config.names import GATEWAY_MODELS, ROLES, Role
 
 __all__ = [
+    "EXTERNAL_LEASE_S",
     "GATEWAY_MODELS",
     "ROLES",
     "Decode",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from pdserve.config import addresses
@@ -14,6 +15,10 @@ Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=1e7)]
 TransportName = Literal["cuda_ipc", "shm", "nixl"]
+LEASE_S = 30.0
+EXTERNAL_LEASE_S = 60.0
+"""Default of TensorRT-LLM's ``kv_transfer_timeout_ms``. The time runs while a request waits in the
+queue of the other engine, too (NVIDIA/TensorRT-LLM#16872)."""
 Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,63}\Z")]
 
 
@@ -99,10 +104,16 @@ class Prefill(Struct, frozen=True, forbid_unknown_fields=True):
     batch_tokens: Count = 512
     """Prompts share a forward while their uncached tokens stay below this."""
     arena_mib: Count = 512
-    lease_s: Seconds = 30.0
-    """Seconds for which a KV cache waits for its decode."""
+    lease_s: Seconds | None = None
+    """Seconds for which a KV cache waits for its decode. None: 30, or 60 if the engine moves KV
+    caches itself."""
     tensor_parallel: Count = 1
     """Ranks that share the KV heads; each keeps its heads in a separate range."""
+
+    @property
+    def kept_s(self) -> float:
+        """Return ``lease_s``, or the default of the project's own engines."""
+        return LEASE_S if self.lease_s is None else self.lease_s
 
 
 class Decode(Struct, frozen=True, forbid_unknown_fields=True):
@@ -249,6 +260,11 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     transfer: Transfer = Transfer()
     scenarios: tuple[Scenario, ...] = ()
     """If empty, there is one scenario, the default, whose one group has every instance."""
+
+    def __post_init__(self) -> None:
+        if self.engine.external and self.prefill.lease_s is None:
+            prefill = msgspec.structs.replace(self.prefill, lease_s=EXTERNAL_LEASE_S)
+            msgspec.structs.force_setattr(self, "prefill", prefill)
 
     @property
     def served(self) -> tuple[Scenario, ...]:

@@ -1,8 +1,9 @@
 """The interface of engines that transfer KV caches by themselves.
 
 Their *link* is whatever the generation engine needs to find the context engine's KV cache; it is
-opaque and passed on unchanged. Every call runs in the instance's event loop, any number at a time;
-one that is cancelled is aborted in the engine.
+opaque and passed on unchanged. Every call runs in the instance's event loop, any number at a time.
+One that is cancelled is aborted in the engine as soon as no KV cache of it moves, and ends only
+then; cancelled again, it ends at once. What it holds in the engine stays taken until it has ended.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ class Asked(NamedTuple):
     ignore_eos: bool
     resumed_tokens: int
     """Number of the prompt's last tokens that are output already; see ``PrefillRequest``."""
+    tenant: str
+    """Only prompts of the same tenant may share cached prefixes. Empty: those that name none, and
+    those of scenarios whose tenants share theirs."""
 
 
 class Context(NamedTuple):
@@ -89,6 +93,8 @@ class ContextEngine(EngineTerms, Protocol):
     async def context(self, asked: Asked, keep: bool) -> Context:
         """Compute a prompt; ``keep`` its KV cache for a decode.
 
+        A call that is cancelled may still return, if the prompt was computed meanwhile.
+
         Raises:
             InvalidRequest: no such engine can compute the prompt.
             InstanceError: any other failure.
@@ -99,7 +105,9 @@ class GenerationEngine(EngineTerms, Protocol):
     """An engine that generates answers from links."""
 
     def generate(self, asked: Asked, first: int | None, link: bytes) -> AsyncGenerator[Piece, None]:
-        """Yield the answer after its first token, to its end; closing the generator aborts it.
+        """Yield the answer after its first token, to its end.
+
+        Closing the generator aborts the answer.
 
         Args:
             first: the first token, not to be repeated. None: there is no link, the engine computes

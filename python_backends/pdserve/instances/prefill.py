@@ -66,7 +66,7 @@ class PrefillInstance:
         self._engine = engine
         self._limits = limits
         self._metrics = metrics
-        self._exports = KVExports(holder, model.layout.planes, limits.lease_s)
+        self._exports = KVExports(holder, model.layout.planes, limits.kept_s)
         self._slots = SlotAdmission[HeldPrompt](limits.slots, self._places, self._sweep)
         self._trials = Trials()
         self._computation = PromptComputation(

@@ -68,7 +68,7 @@ class Scheduler:
         )
         rooms = Rooms(decodes, decode.blocks, decode.block_size, self._at_once)
         self._decode_stage = DecodeStage(
-            self.decodes, kv_links, calls, metrics, prefill.lease_s, rooms
+            self.decodes, kv_links, calls, metrics, prefill.kept_s, rooms
         )
         self._first_tokens = FirstTokens(self._decode_stage)
         self._prefill_stage = PrefillStage(

@@ -11,14 +11,22 @@ What computes is `pdserve`'s own engine: torch over the model's directory, on on
 ``dtype``; or the emulated one, if FAKE_TENSORRT_LLM_PROFILE names a timing profile, or the
 directory has a ``profile.yaml`` (next to a ``config.json`` with ``vocab_size``).
 
-The version whose API it has is FAKE_TENSORRT_LLM_VERSION: 1.0.0, 1.2.0 or 1.3.0rc25 (default). They
-differ in the fields of `DisaggregatedParams`, `CacheTransceiverConfig`, `KvCacheConfig`, in the
-parameters of `LLM.generate_async`, in the link, and in these:
+The version whose API it has is FAKE_TENSORRT_LLM_VERSION: 1.0.0, 1.2.1, 1.3.0rc29, 1.4.0rc1 (the
+default) or 1.5.0.dev0. They differ in the fields of `DisaggregatedParams`,
+`CacheTransceiverConfig`, `KvCacheConfig`, in the parameters of `LLM.generate_async`, in the link,
+and in these:
 
     1.0.0       a context request fails unless the overlap scheduler is disabled; a temperature
                 alone does not sample; a transfer has no time limit
+    1.2.1       a KV cache that nobody took in time is freed when the next context request comes,
+                not before (NVIDIA/TensorRT-LLM#12313)
     up to 1.2   what ends with its first token is not held for a generation engine
-    newest      the link is the Python transceiver's, unless that is configured otherwise
+    from 1.3    the link is the Python transceiver's, unless that is configured otherwise
+    1.5.0.dev0  stands for a version that nobody has read: `DisaggregatedParams` has a field that
+                only the library sets (``init=False``), as NVIDIA/TensorRT-LLM#16909 proposes
+
+An abort while a KV cache moves loses the context engine's blocks for good, as in the library; so
+does the abort of a context request that has been computed.
 
 KV caches move between processes of one host: the context engine listens on a port of loopback,
 writes what it is asked for to a file in /dev/shm, and frees it when it is told that it was read.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 from tensorrt_llm.bindings.executor import ContextPhaseParams, RequestType
-from tensorrt_llm.version import NEWEST, OLDEST
+from tensorrt_llm.version import OLDEST, SINCE_1_3, SINCE_1_4, UNRELEASED
 
 _TYPES = {
     "context_only": RequestType.REQUEST_TYPE_CONTEXT_ONLY,
@@ -27,13 +27,13 @@ class DisaggregatedParams:
 
     request_type: str | None = None
     first_gen_tokens: list[int] | None = None
-    if NEWEST:
+    if SINCE_1_3:
         first_gen_log_probs: list[Any] | None = None
         first_gen_logits: list[Any] | None = None
     ctx_request_id: int | None = None
     opaque_state: bytes | None = None
     draft_tokens: list[int] | None = None
-    if NEWEST:
+    if SINCE_1_3:
         disagg_request_id: int | None = None
         ctx_dp_rank: int | None = None
         ctx_info_endpoint: str | None = None
@@ -41,14 +41,22 @@ class DisaggregatedParams:
     if not OLDEST:
         multimodal_embedding_handles: list[dict[str, Any]] | None = None
         multimodal_hashes: list[list[int]] | None = None
-    if NEWEST:
+    if SINCE_1_3:
         mrope_position_ids_handle: dict[str, Any] | None = None
         mrope_position_deltas_handle: dict[str, Any] | None = None
+        ctx_usage: dict[str, Any] | None = None
+    if SINCE_1_4:
+        conversation_id: str | None = None
+    if UNRELEASED:
+        # A field that the library sets itself, and that no caller may give.
+        computed: dict[str, Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.request_type is not None:
             self.request_type = self.request_type.lower()
             self.get_request_type()
+        if UNRELEASED:
+            self.computed = {"since": self.request_type}
 
     def get_request_type(self) -> RequestType:
         """Return the request type. Raises ValueError: it is none of the three."""
@@ -63,7 +71,7 @@ class DisaggregatedParams:
         params = ContextPhaseParams(
             self.first_gen_tokens, self.ctx_request_id, self.opaque_state, self.draft_tokens
         )
-        if NEWEST:
+        if SINCE_1_3:
             if self.disagg_request_id is not None:
                 params.req_id = self.disagg_request_id
             params.ctx_dp_rank = self.ctx_dp_rank

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorrt_llm.version import NEWEST, OLDEST
+from tensorrt_llm.version import OLDEST, SINCE_1_3
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    if NEWEST:
+    if SINCE_1_3:
         thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib
 import json
+import operator
 import os
-import sys
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,74 +24,26 @@ from pdserve.config.llm_options import (
     LlmOptions,
 )
 from pdserve.engines import build
-from pdserve.engines.external import Asked
 from pdserve.engines.tensorrt_llm import api, link, sampling
-from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
 from pdserve.sampling import Sampling
-from tests.unit.inprocess import EOS, VOCABULARY, model
+from tests.unit.engines.llm import (
+    PROMPT,
+    SINCE_1_3,
+    VERSIONS,
+    answer,
+    deployment,
+    engine,
+    installed,
+    new_request,
+    runtime,
+)
+from tests.unit.inprocess import EOS, model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
-FAKES = Path(__file__).parents[2] / "fakes"
-VERSIONS = ("1.0.0", "1.2.0", "1.3.0rc25")
 # Each version, and both transceivers for the newest one.
-VARIANTS = [(version, None) for version in VERSIONS] + [("1.3.0rc25", "CPP")]
-PROMPT = np.arange(10, 42, dtype=np.int32)
-
-
-@contextmanager
-def installed(version: str) -> Iterator[Any]:
-    """Make ``import tensorrt_llm`` find the fake, in this version."""
-
-    def forget() -> None:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]:
-            del sys.modules[name]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FAKE_TENSORRT_LLM_VERSION", version)
-        patch.syspath_prepend(FAKES)
-        forget()
-        try:
-            yield patch
-        finally:
-            forget()
-
-
-def deployment(folder: Path, options: LlmOptions | None = None, **engine: Any) -> config.Deployment:
-    model(folder)
-    names = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "max_position_embeddings": 4096}
-    (folder / "config.json").write_text(json.dumps(names))
-    server = config.Server("local", prefill=("prefill_0",), decode=("decode_0",))
-    kind = config.Engine(kind="tensorrt_llm", tensorrt_llm=options or LlmOptions(), **engine)
-    return config.Deployment(
-        str(folder), (server,), kind, prefill=config.Prefill(slots=4, lease_s=1.0)
-    )
-
-
-def runtime(name: Any) -> LlmOptions:
-    return LlmOptions(CacheTransceiverConfig(transceiver_runtime=name))
-
-
-def engine(role: config.Role, wanted: config.Deployment) -> TensorRTLLM:
-    made = build.external(f"{role}_0", role, wanted)
-    assert isinstance(made, TensorRTLLM)
-    return made
-
-
-def new_request(max_tokens: int = 8, prompt: Any = PROMPT, **fields: Any) -> Asked:
-    return Asked(prompt, Sampling(), max_tokens, False, 0)._replace(**fields)
-
-
-async def answer(decode: TensorRTLLM, request: Asked, first: int | None, way: bytes) -> list[int]:
-    ids, reason = [], ""
-    async with aclosing(decode.generate(request, first, way)) as pieces:
-        async for piece in pieces:
-            assert not reason
-            ids += piece.ids
-            reason = piece.finish_reason
-    assert reason
-    return ids
+VARIANTS = [(version, None) for version in VERSIONS] + [("1.4.0rc1", "CPP")]
 
 
 @pytest.mark.parametrize(("version", "kind"), VARIANTS)
@@ -107,7 +60,7 @@ def test_context_and_generation(tmp_path: Path, version: str, kind: Any) -> None
             assert context.token == expected.token(PROMPT, 0)
             assert not context.eos
             fields = msgspec.msgpack.decode(context.link)
-            python = version == "1.3.0rc25" and kind is None
+            python = version in SINCE_1_3 and kind is None
             assert ("opaque_state" in fields) != python
             assert ("ctx_info_endpoint" in fields) == python
             ids = await answer(decode, request, context.token, context.link)
@@ -124,36 +77,36 @@ def test_context_and_generation(tmp_path: Path, version: str, kind: Any) -> None
         assert prefill.fingerprint == decode.fingerprint
 
 
-def test_ids_are_never_the_same(tmp_path: Path) -> None:
-    with installed("1.3.0rc25"):
-        prefill = engine("prefill", deployment(tmp_path))
+@pytest.mark.parametrize("version", SINCE_1_3, indirect=True)
+def test_ids_are_never_the_same(tmp_path: Path, version: str) -> None:
+    prefill = engine("prefill", deployment(tmp_path))
 
-        async def run() -> None:
-            made = [await prefill.context(new_request(1), keep=True) for _ in range(3)]
-            ids = [msgspec.msgpack.decode(one.link)["disagg_request_id"] for one in made]
-            assert len(set(ids)) == 3
-            assert all(1 << 40 <= one < 1 << 63 for one in ids)
-            await prefill.close()
+    async def run() -> None:
+        made = [await prefill.context(new_request(1), keep=True) for _ in range(3)]
+        ids = [msgspec.msgpack.decode(one.link)["disagg_request_id"] for one in made]
+        assert len(set(ids)) == 3
+        assert all(1 << 40 <= one < 1 << 63 for one in ids)
+        await prefill.close()
 
-        asyncio.run(run())
+    asyncio.run(run())
 
 
-def test_a_kv_cache_that_nobody_takes_is_let_go_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", VERSIONS[1:], indirect=True)
+def test_a_kv_cache_that_nobody_takes_is_let_go_of(tmp_path: Path, version: str) -> None:
     """The engine frees it after the lease, and a late request gets an error."""
-    with installed("1.3.0rc25"):
-        wanted = deployment(tmp_path)
-        prefill, decode = engine("prefill", wanted), engine("decode", wanted)
+    wanted = deployment(tmp_path)
+    prefill, decode = engine("prefill", wanted), engine("decode", wanted)
 
-        async def run() -> None:
-            context = await prefill.context(new_request(1), keep=True)
-            assert prefill.keeps_s == wanted.prefill.lease_s
-            await asyncio.sleep(prefill.keeps_s + 0.3)
-            with pytest.raises(errors.InstanceError):
-                await answer(decode, new_request(), context.token, context.link)
-            await prefill.close()
-            await decode.close()
+    async def run() -> None:
+        context = await prefill.context(new_request(1), keep=True)
+        assert prefill.keeps_s == wanted.prefill.lease_s
+        await asyncio.sleep(prefill.keeps_s + 0.3)
+        with pytest.raises(errors.InstanceError):
+            await answer(decode, new_request(), context.token, context.link)
+        await prefill.close()
+        await decode.close()
 
-        asyncio.run(run())
+    asyncio.run(run())
 
 
 def test_without_a_time_limit_it_is_kept_for_ever_and_that_is_said(
@@ -166,83 +119,79 @@ def test_without_a_time_limit_it_is_kept_for_ever_and_that_is_said(
         asyncio.run(prefill.close())
 
 
-def test_a_request_that_only_wants_its_first_token_leaves_nothing(tmp_path: Path) -> None:
-    with installed("1.3.0rc25"):
-        prefill = engine("prefill", deployment(tmp_path))
+def test_a_request_that_only_wants_its_first_token_leaves_nothing(
+    tmp_path: Path, version: str
+) -> None:
+    prefill = engine("prefill", deployment(tmp_path))
 
-        async def run() -> None:
-            context = await prefill.context(new_request(1), keep=False)
-            assert context.link == b""
-            assert context.token == model(tmp_path).token(PROMPT, 0)
-            await prefill.close()
+    async def run() -> None:
+        context = await prefill.context(new_request(1), keep=False)
+        assert context.link == b""
+        assert context.token == model(tmp_path).token(PROMPT, 0)
+        await prefill.close()
 
-        asyncio.run(run())
-
-
-def test_cancelled_is_aborted(tmp_path: Path) -> None:
-    with installed("1.3.0rc25"):
-        wanted = deployment(tmp_path)
-        Path(tmp_path / "profile.yaml").write_text("{speed: 1, decode: {base_ms: 5}}")
-        decode = engine("decode", wanted)
-        aborted = []
-        llm = decode._llm
-        begin = llm.generate_async
-
-        def generate_async(**arguments: Any) -> Any:
-            output = begin(**arguments)
-            abort = output.abort
-            output.abort = lambda: (aborted.append(output), abort())
-            return output
-
-        llm.generate_async = generate_async
-
-        async def run() -> None:
-            async with aclosing(decode.generate(new_request(500), None, b"")) as pieces:
-                async for _ in pieces:
-                    break
-            assert len(aborted) == 1
-            task = asyncio.create_task(
-                decode.context(new_request(1, np.arange(3, 900)), keep=False)
-            )
-            await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert len(aborted) == 2
-            await answer(decode, new_request(3), None, b"")
-            assert len(aborted) == 2, "a request that has ended is not aborted"
-            await decode.close()
-
-        asyncio.run(run())
+    asyncio.run(run())
 
 
-def test_a_closed_engine_refuses(tmp_path: Path) -> None:
-    with installed("1.3.0rc25"):
-        decode = engine("decode", deployment(tmp_path))
+def test_cancelled_is_aborted(tmp_path: Path, version: str) -> None:
+    wanted = deployment(tmp_path)
+    Path(tmp_path / "profile.yaml").write_text("{speed: 1, decode: {base_ms: 5}}")
+    decode = engine("decode", wanted)
+    aborted = []
+    llm = decode._llm
+    begin = llm.generate_async
 
-        async def run() -> None:
-            await decode.close()
-            with pytest.raises(errors.InstanceError, match="shutting down"):
-                await answer(decode, new_request(), None, b"")
+    def generate_async(**arguments: Any) -> Any:
+        output = begin(**arguments)
+        abort = output.abort
+        output.abort = lambda: (aborted.append(output), abort())
+        return output
 
-        asyncio.run(run())
+    llm.generate_async = generate_async
+
+    async def run() -> None:
+        async with aclosing(decode.generate(new_request(500), None, b"")) as pieces:
+            async for _ in pieces:
+                break
+        assert len(aborted) == 1
+        task = asyncio.create_task(decode.context(new_request(1, np.arange(3, 900)), keep=False))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(aborted) == 2
+        await answer(decode, new_request(3), None, b"")
+        assert len(aborted) == 2, "a request that has ended is not aborted"
+        await decode.close()
+
+    asyncio.run(run())
 
 
-def test_blocks_and_events_of_the_engine(tmp_path: Path) -> None:
-    pool = KvCacheConfig(event_buffer_max_size=64)
+def test_a_closed_engine_refuses(tmp_path: Path, version: str) -> None:
+    decode = engine("decode", deployment(tmp_path))
+
+    async def run() -> None:
+        await decode.close()
+        with pytest.raises(errors.InstanceError, match="shutting down"):
+            await answer(decode, new_request(), None, b"")
+
+    asyncio.run(run())
+
+
+def test_blocks_and_events_of_the_engine(tmp_path: Path, version: str) -> None:
+    pool = KvCacheConfig(event_buffer_max_size=64, enable_block_reuse=True)
     arguments = LlmArguments(enable_iter_perf_stats=True, kv_cache_config=pool)
-    with installed("1.3.0rc25"):
-        decode = engine("decode", deployment(tmp_path, LlmOptions(decode=arguments)))
+    decode = engine("decode", deployment(tmp_path, LlmOptions(decode=arguments)))
 
-        async def run() -> None:
-            await answer(decode, new_request(40), None, b"")
-            report = await decode.report()
-            assert set(report.blocks) == {"used", "free"}
-            assert report.blocks["free"] > 0
-            assert sum(report.events.values()) > 0
-            await decode.close()
+    async def run() -> None:
+        await answer(decode, new_request(40), None, b"")
+        report = await decode.report()
+        assert set(report.blocks) == {"used", "free"}
+        assert report.blocks["free"] > 0
+        assert sum(report.events.values()) > 0
+        await decode.close()
 
-        asyncio.run(run())
+    asyncio.run(run())
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -289,38 +238,34 @@ def test_penalties_count_the_answer_alone_where_that_can_be_said() -> None:
     assert "prompt_ignore_length" not in sampling.arguments(request, [EOS], sampling.NEEDED)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
 def test_what_is_given_is_taken_by_every_version(version: str) -> None:
-    with installed(version):
-        made = api.Api(())
-        sampling.check(made.sampling_fields)
-        request = new_request(sampling=Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
-        made.sampling_params(**sampling.arguments(request, [2, 3], made.sampling_fields))
+    made = api.Api(())
+    request = new_request(sampling=Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
+    made.sampling_params(**sampling.arguments(request, [2, 3], made.sampling_fields))
 
 
-def test_each_call_has_parameters_of_its_own(tmp_path: Path) -> None:
+def test_each_call_has_parameters_of_its_own(tmp_path: Path, version: str) -> None:
     """Parameters are not shared between calls, since context_only writes to them."""
-    with installed("1.3.0rc25"):
-        prefill = engine("prefill", deployment(tmp_path))
-        seen = []
-        begin = prefill._llm.generate_async
+    prefill = engine("prefill", deployment(tmp_path))
+    seen = []
+    begin = prefill._llm.generate_async
 
-        def generate_async(**arguments: Any) -> Any:
-            seen.append(arguments["sampling_params"])
-            return begin(**arguments)
+    def generate_async(**arguments: Any) -> Any:
+        seen.append(arguments["sampling_params"])
+        return begin(**arguments)
 
-        prefill._llm.generate_async = generate_async
+    prefill._llm.generate_async = generate_async
 
-        async def run() -> None:
-            request = new_request(5)
-            for _ in range(2):
-                await prefill.context(request, keep=True)
-            assert request.max_tokens == 5
-            await prefill.close()
+    async def run() -> None:
+        request = new_request(5)
+        for _ in range(2):
+            await prefill.context(request, keep=True)
+        assert request.max_tokens == 5
+        await prefill.close()
 
-        asyncio.run(run())
-        assert seen[0] is not seen[1]
-        assert [one.max_tokens for one in seen] == [1, 1]
+    asyncio.run(run())
+    assert seen[0] is not seen[1]
+    assert [one.max_tokens for one in seen] == [1, 1]
 
 
 # ----------------------------------------------------------------------------------------- the link
@@ -354,19 +299,71 @@ def test_invalid_links() -> None:
 # ------------------------------------------------------------------------------------------ the API
 
 
-@pytest.mark.parametrize("version", ["0.21.0", "1.4.0", "2.0", "main"])
-def test_versions_that_are_not_known(version: str) -> None:
-    with pytest.raises(errors.DeploymentError, match=rf"{version}; allowed: 1.0 up to 1.3.x"):
-        api.check_version(version)
+NEWER, UNKNOWN = ("1.4.0rc2", "1.4.0", "2.0"), ("main", "")
 
 
-@pytest.mark.parametrize("version", ["1.0.0", "1.0.0rc4", "1.1", "1.2.1", "1.3.0rc25", "1.3.9"])
-def test_versions_that_are_known(version: str) -> None:
-    if version == "1.0.0rc4":
-        with pytest.raises(errors.DeploymentError):
-            api.check_version(version)
-    else:
-        api.check_version(version)
+@pytest.mark.parametrize("number", [*NEWER, *UNKNOWN])
+def test_a_version_that_was_not_read_is_tried_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: str
+) -> None:
+    with installed("1.4.0rc1"):
+        monkeypatch.setattr(importlib.import_module("tensorrt_llm"), "__version__", number)
+        assert api.Api(()).version == number
+        assert f"tensorrt_llm {number!r} is none of the versions that were read" in caplog.text
+
+
+@pytest.mark.parametrize("number", ["1.0.0", "1.1", "1.2.1", "1.3.0rc29", "1.3.9", "1.4.0rc1"])
+def test_versions_that_were_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: str
+) -> None:
+    with installed("1.4.0rc1"):
+        monkeypatch.setattr(importlib.import_module("tensorrt_llm"), "__version__", number)
+        api.Api(())
+        assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "words"),
+    [
+        ("llmapi", "KvCacheConfig", "0.21.0 has no KvCacheConfig;"),
+        ("llmapi", "TorchLlmArgs", "0.21.0 has no TorchLlmArgs;"),
+        ("llmapi.LLM", "shutdown", "0.21.0 has no LLM.shutdown;"),
+        ("llmapi.RequestOutput", "abort", "0.21.0 has no RequestOutput.abort;"),
+    ],
+)
+def test_a_name_that_is_missing_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, where: str, name: str, words: str
+) -> None:
+    """Versions below 1.0 are refused for what they lack, and not for their number."""
+    with installed("1.4.0rc1"):
+        package = importlib.import_module("tensorrt_llm")
+        monkeypatch.setattr(package, "__version__", "0.21.0")
+        of = operator.attrgetter(where)(package)
+        for owner in of.__mro__ if isinstance(of, type) else (of,):
+            if name in vars(owner):
+                monkeypatch.delattr(owner, name)
+        with pytest.raises(errors.DeploymentError, match=words):
+            api.Api(())
+
+
+def test_all_fields_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass
+    class Few:
+        request_type: str | None = None
+        temperature: float = 1.0
+
+    def generate_async(self: Any, inputs: Any, sampling_params: Any, streaming: bool) -> None: ...
+
+    with installed("1.4.0rc1"):
+        llmapi = importlib.import_module("tensorrt_llm.llmapi")
+        monkeypatch.setattr(llmapi, "DisaggregatedParams", Few)
+        monkeypatch.setattr(llmapi.LLM, "generate_async", generate_async)
+        with pytest.raises(
+            errors.DeploymentError,
+            match=r"LLM\.generate_async\.disaggregated_params, "
+            r"DisaggregatedParams\.ctx_request_id;",
+        ):
+            api.Api(())
 
 
 def test_not_installed(tmp_path: Path) -> None:
@@ -375,7 +372,7 @@ def test_not_installed(tmp_path: Path) -> None:
 
 
 def test_gpus_and_mpi_before_the_import() -> None:
-    with installed("1.3.0rc25") as patch:
+    with installed("1.4.0rc1") as patch:
         for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_FD", "OMPI_MCA_orte_x", "ORTE_Y"):
             patch.setenv(name, "1")
         patch.setenv("OMPI_MCA_btl", "tcp")
@@ -390,10 +387,10 @@ def test_gpus_and_mpi_before_the_import() -> None:
 def test_what_this_version_does_not_have_is_refused(tmp_path: Path) -> None:
     options = LlmOptions(CacheTransceiverConfig(kv_cache_bounce_size_mb=64))
     with (
-        installed("1.2.0"),
+        installed("1.2.1"),
         pytest.raises(
             errors.DeploymentError,
-            match=r"kv_cache_bounce_size_mb: tensorrt_llm 1.2.0 has no such option; allowed: back",
+            match=r"kv_cache_bounce_size_mb: tensorrt_llm 1.2.1 has no such option; allowed: back",
         ),
     ):
         engine("prefill", deployment(tmp_path, options))
@@ -402,12 +399,12 @@ def test_what_this_version_does_not_have_is_refused(tmp_path: Path) -> None:
 def test_versions_and_layouts_that_cannot_exchange_differ(tmp_path: Path) -> None:
     prints = set()
     variants = [
-        ("1.2.0", LlmOptions()),
-        ("1.3.0rc25", LlmOptions()),
-        ("1.3.0rc25", runtime("CPP")),
-        ("1.3.0rc25", LlmOptions(prefill=LlmArguments(kv_cache_config=KvCacheConfig(dtype="fp8")))),
+        ("1.2.1", LlmOptions()),
+        ("1.4.0rc1", LlmOptions()),
+        ("1.4.0rc1", runtime("CPP")),
+        ("1.4.0rc1", LlmOptions(prefill=LlmArguments(kv_cache_config=KvCacheConfig(dtype="fp8")))),
         (
-            "1.3.0rc25",
+            "1.4.0rc1",
             LlmOptions(prefill=LlmArguments(kv_cache_config=KvCacheConfig(tokens_per_block=64))),
         ),
     ]
@@ -420,22 +417,21 @@ def test_versions_and_layouts_that_cannot_exchange_differ(tmp_path: Path) -> Non
     assert all(one.isascii() and len(one) <= 128 and " " not in one for one in prints)
 
 
-def test_stop_words_of_a_model_with_several_ends(tmp_path: Path) -> None:
+def test_stop_words_of_a_model_with_several_ends(tmp_path: Path, version: str) -> None:
     """The other end tokens are passed as stop tokens and end an answer, too."""
-    with installed("1.3.0rc25"):
-        expected = model(tmp_path)
-        wanted = deployment(tmp_path)
-        third = expected.token(PROMPT, 3)
-        ends = {"eos_token_id": [EOS, third]}
-        (tmp_path / "generation_config.json").write_text(json.dumps(ends))
-        decode = engine("decode", wanted)
+    expected = model(tmp_path)
+    wanted = deployment(tmp_path)
+    third = expected.token(PROMPT, 3)
+    ends = {"eos_token_id": [EOS, third]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+    decode = engine("decode", wanted)
 
-        async def run() -> None:
-            ids = await answer(decode, new_request(8), None, b"")
-            assert ids == [expected.token(PROMPT, i) for i in range(4)]
-            await decode.close()
+    async def run() -> None:
+        ids = await answer(decode, new_request(8), None, b"")
+        assert ids == [expected.token(PROMPT, i) for i in range(4)]
+        await decode.close()
 
-        asyncio.run(run())
+    asyncio.run(run())
 
 
 # ------------------------------------------------------------------------------------------ options

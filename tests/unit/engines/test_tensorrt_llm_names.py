@@ -24,7 +24,7 @@ from pdserve.config.llm_options import (
 from pdserve.engines.tensorrt_llm import api, sampling
 from pdserve.engines.tensorrtllm_backend import tensors
 from pdserve.sampling import Sampling
-from tests.unit.engines.test_tensorrt_llm import (
+from tests.unit.engines.llm import (
     VERSIONS,
     answer,
     deployment,

@@ -13,7 +13,7 @@ import pytest
 from tests.fakes.importing import tensorrt_llm
 
 CONFIGS = ("CacheTransceiverConfig", "KvCacheConfig", "TorchLlmArgs")
-VERSIONS = {(1, 0): "1.0.0", (1, 1): "1.0.0", (1, 2): "1.2.0"}
+VERSIONS = {(1, 0): "1.0.0", (1, 1): "1.0.0", (1, 2): "1.2.1", (1, 3): "1.3.0rc29"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def signatures(real: ModuleType) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the signatures of the library, and of the fake in the nearest version."""
     ours = _signatures(real)
     major, minor, *_ = real.__version__.split(".")
-    with tensorrt_llm(VERSIONS.get((int(major), int(minor)), "1.3.0rc25")) as fake:
+    with tensorrt_llm(VERSIONS.get((int(major), int(minor)), "1.4.0rc1")) as fake:
         return ours, _signatures(fake)
 
 

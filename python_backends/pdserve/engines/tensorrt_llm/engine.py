@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import secrets
 from collections import Counter
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from pdserve import config, errors
+from pdserve.config.llm_options import LlmArguments, LlmOptions
 from pdserve.engines import checkpoint
 from pdserve.engines.external import Asked, Context, FinishReason, Piece, Report
-from pdserve.engines.tensorrt_llm import sampling
+from pdserve.engines.tensorrt_llm import options, sampling
 from pdserve.engines.tensorrt_llm.api import Api
+from pdserve.engines.tensorrt_llm.drain import first_piece
 from pdserve.engines.tensorrt_llm.link import pack, unpack
 
 _log = logging.getLogger(__name__)
@@ -27,12 +28,6 @@ CONTEXT, GENERATION = "context_only", "generation_only"
 FIRST_ID, LAST_ID = 1 << 40, (1 << 63) - 1
 # Timeout for statistics and events that have arrived already; waiting is done elsewhere.
 LOOK_S = 0.01
-# docs/source/features/disagg-serving.md: context requests need the scheduler without overlap; 1.0
-# refuses them otherwise.
-DEFAULTS: dict[config.Role, dict[str, Any]] = {
-    "prefill": {"disable_overlap_scheduler": True},
-    "decode": {},
-}
 FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -52,29 +47,22 @@ class TensorRTLLM:
         self, name: str, role: config.Role, deployment: config.Deployment, context_length: int
     ) -> None:
         engine, limits = deployment.engine, getattr(deployment, role)
-        options = engine.tensorrt_llm
-        arguments = getattr(options, role)
+        wanted = engine.tensorrt_llm
+        arguments = getattr(wanted, role)
         self.context_length = min(context_length, arguments.max_seq_len or context_length)
         model = Path(deployment.model)
         self._eos_ids = checkpoint.eos_ids(model)
         self.vocabulary = checkpoint.vocabulary(model)
         self._api = api = Api(engine.gpus.get(name, ()))
-        sampling.check(api.sampling_fields)
-        lease_s = deployment.prefill.lease_s
-        transceiver = _transceiver(api, options.cache_transceiver_config, lease_s)
+        lease_s = deployment.prefill.kept_s
+        transceiver = options.transceiver(api, wanted.cache_transceiver_config, lease_s)
+        pool = options.pool(api, role, arguments.kv_cache_config)
+        others = options.arguments(api, role, arguments)
+        for warning in options.warnings(api, deployment, role, os.environ):
+            _log.warning("%s: %s", name, warning)
         self.keeps_s = lease_s if api.has_timeout else math.inf
-        if role == "prefill" and not api.has_timeout:
-            _log.warning(
-                "%s: tensorrt_llm %s keeps for ever what no decode takes; each such KV cache costs "
-                "a slot until the instance is restarted",
-                name,
-                api.version,
-            )
-        pool = msgspec.to_builtins(arguments.kv_cache_config)
-        link = {"version": api.version, **transceiver, "pool": pool.get("dtype", "auto")}
-        link["block"] = arguments.kv_cache_config.tokens_per_block
-        link["dtype"] = arguments.dtype
-        self.fingerprint = f"{api.version}:{checkpoint.fingerprint(model, repr(link))}"
+        self._drain_s = lease_s
+        self.fingerprint = _fingerprint(api.version, model, transceiver, wanted, arguments)
         try:
             self._llm: Any = api.llm(
                 model=str(model),
@@ -84,7 +72,7 @@ class TensorRTLLM:
                 max_batch_size=limits.slots,
                 kv_cache_config=api.kv_cache_config(**pool),
                 cache_transceiver_config=api.cache_transceiver_config(**transceiver),
-                **(DEFAULTS[role] | arguments.given()),
+                **others,
             )
         except (TypeError, ValueError) as error:
             raise errors.DeploymentError(f"engine tensorrt_llm, {name}: {error}") from error
@@ -100,7 +88,7 @@ class TensorRTLLM:
             params = self._api.disaggregated_params(request_type=CONTEXT, **self._new_id())
         output = self._begin(asked, params, streaming=False)
         try:
-            await output.aresult()
+            await first_piece(output.aresult(), self._drain_s if keep else 0.0)
         except Exception as error:
             raise errors.InstanceError(f"context_only: {error!r}") from error
         finally:
@@ -136,8 +124,13 @@ class TensorRTLLM:
             params = unpack(link, self._api.disaggregated_params, GENERATION)
         output = self._begin(asked, params, streaming=True)
         told = [] if first is None else [first]
+        parts = aiter(output)
         try:
-            async for part in output:
+            drain_s = 0.0 if first is None else self._drain_s
+            part, cancelled = await first_piece(anext(parts, None), drain_s)
+            if cancelled:
+                raise asyncio.CancelledError
+            while part is not None:
                 [completion] = part.outputs
                 reason = completion.finish_reason
                 if reason is not None and reason not in FINISHED:
@@ -151,6 +144,7 @@ class TensorRTLLM:
                 told += new
                 if new or reason is not None:
                     yield Piece(new, "" if reason is None else FINISHED[reason])
+                part = await anext(parts, None)
         except errors.PDServeError:
             raise
         except Exception as error:
@@ -163,6 +157,7 @@ class TensorRTLLM:
     def _begin(self, asked: Asked, params: Any, *, streaming: bool) -> Any:
         """Begin a request. Raises InvalidRequest or InstanceError."""
         arguments = sampling.arguments(asked, self._eos_ids, self._api.sampling_fields)
+        salt = {"cache_salt": asked.tenant} if asked.tenant and self._api.has_salts else {}
         try:
             # By keyword: the order of its parameters differs between versions.
             return self._llm.generate_async(
@@ -170,6 +165,7 @@ class TensorRTLLM:
                 sampling_params=self._api.sampling_params(**arguments),
                 streaming=streaming,
                 disaggregated_params=params,
+                **salt,
             )
         except (TypeError, ValueError) as error:
             raise errors.InvalidRequest(str(error)) from error
@@ -203,23 +199,22 @@ def _abort(output: Any) -> None:
         output.abort()
 
 
-def _transceiver(api: Api, wanted: Any, lease_s: float) -> dict[str, Any]:
-    """Return the keyword arguments of a CacheTransceiverConfig.
+def _fingerprint(
+    version: str, model: Path, transceiver: dict[str, Any], wanted: LlmOptions, of: LlmArguments
+) -> str:
+    """Return what two engines must have in common.
 
-    Raises:
-        DeploymentError: this version has no such option.
+    How experts are shared out is no part of it: it divides the MLPs among the ranks of tensor
+    parallelism, and leaves attention as it is (tensorrt_llm/mapping.py).
     """
-    options = {"backend": "DEFAULT", **msgspec.to_builtins(wanted)}
-    if api.has_timeout:  # otherwise a KV cache that no decode has taken is never freed
-        options["kv_transfer_timeout_ms"] = int(lease_s * 1e3)
-    if api.has_runtimes:
-        # "auto" depends on each server's environment, and only its log says what was chosen.
-        nixl = options["backend"] in ("DEFAULT", "NIXL")
-        options.setdefault("transceiver_runtime", "PYTHON" if nixl else "CPP")
-    for name in sorted(set(options) - api.transceiver_fields):
-        allowed = ", ".join(sorted(api.transceiver_fields))
-        raise errors.DeploymentError(
-            f"engine.tensorrt_llm.cache_transceiver_config.{name}: tensorrt_llm {api.version} has "
-            f"no such option; allowed: {allowed}"
-        )
-    return options
+    pool = of.kv_cache_config
+    layout = {
+        "version": version,
+        **transceiver,
+        "backend": options.backend(wanted.cache_transceiver_config, os.environ),
+        "pool": pool.dtype,
+        "block": pool.tokens_per_block,
+        "manager": pool.use_kv_cache_manager_v2,
+        "dtype": of.dtype,
+    }
+    return f"{version}:{checkpoint.fingerprint(model, repr(layout))}"

@@ -18,7 +18,7 @@ Plain = None | bool | int | float | str | bytes | list[Any] | dict[str, Any]
 
 
 def pack(params: Any) -> bytes:
-    """Encode the fields that are set.
+    """Encode the fields that are set and that a new DisaggregatedParams can be made with.
 
     Raises:
         HandleError: a field is no plain data, which this link cannot carry.
@@ -26,7 +26,7 @@ def pack(params: Any) -> bytes:
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(params):
         value = getattr(params, field.name)
-        if value is None:
+        if value is None or not field.init:
             continue
         fields[field.name] = value.value if isinstance(value, Enum) else value
     try:

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import Any
 
 from pdserve.engines.external import Asked
-from pdserve.errors import DeploymentError
 
 NEEDED = (
     "max_tokens", "end_id", "pad_id", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
@@ -15,16 +14,6 @@ NEEDED = (
 )  # fmt: skip
 # Newer versions only. Without it the prompt counts for presence and frequency, too.
 IGNORED_PROMPT = "prompt_ignore_length"
-
-
-def check(fields: Collection[str]) -> None:
-    """Check the fields of SamplingParams.
-
-    Raises DeploymentError if one that a request needs is missing.
-    """
-    missing = [name for name in NEEDED if name not in fields]
-    if missing:
-        raise DeploymentError(f"tensorrt_llm: SamplingParams has no {', '.join(missing)}")
 
 
 def arguments(asked: Asked, eos_ids: list[int], fields: Collection[str]) -> dict[str, Any]:

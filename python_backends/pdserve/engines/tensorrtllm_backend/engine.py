@@ -45,7 +45,7 @@ class BackendModel:
         # last token.
         self._cut_off = self._eos_ids[0]
         # How long an engine really keeps a KV cache can be neither set nor queried from here.
-        self.keeps_s = deployment.prefill.lease_s
+        self.keeps_s = deployment.prefill.kept_s
         self.context_length = context_length
         self.vocabulary = checkpoint.vocabulary(model)
         self.fingerprint = f"tensorrtllm:{checkpoint.fingerprint(model, '')}"

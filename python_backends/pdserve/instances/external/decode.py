@@ -16,6 +16,7 @@ from pdserve.instances import admission
 from pdserve.instances.acceptance import Trials, interval_s
 from pdserve.instances.accepted_call import AcceptedCall
 from pdserve.instances.decode import TICK_S
+from pdserve.instances.external.cancelling import cancelled
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
 from pdserve.instances.protocol import Send, Sent, sent_at_once
@@ -51,6 +52,12 @@ class _Call(AcceptedCall):
     sent: int
     """Number of tokens of the answer that have been sent, the prefill's first one included."""
     task: asyncio.Task[Reply] | None = field(default=None, repr=False, kw_only=True)
+    given_up: bool = field(default=False, kw_only=True)
+    """True if the last reply was sent, though the engine has not let go of the request yet."""
+
+    def tell(self, reply: Reply, last: bool) -> None:
+        if not self.given_up:
+            AcceptedCall.tell(self, reply, last)
 
 
 class ExternalDecode:
@@ -98,10 +105,7 @@ class ExternalDecode:
     async def close(self) -> None:
         self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
         await self._tasks.close()
-        tasks = [call.task for call in self._admission.open.values() if call.task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancelled([call.task for call in self._admission.open.values() if call.task])
         self._admission.watches.close(self._unwanted)
         await self._engine.close()
 
@@ -166,11 +170,11 @@ class ExternalDecode:
         call.task.add_done_callback(partial(self._ended, call))
 
     def release(self, request_id: str, send: Send) -> None:
-        """Give up a request."""
+        """Give up a request; its slot is free when the engine's call has ended."""
         call = self._admission.open.get(request_id)
         if call is not None:
-            assert call.task is not None
-            call.task.cancel()
+            # The reply comes after that to the release.
+            self._loop.call_soon(self._give_up, call)
         self._admission.watches.release(request_id)
         send(Released(), True)
 
@@ -190,6 +194,7 @@ class ExternalDecode:
             max_tokens=request.max_tokens,
             ignore_eos=request.ignore_eos,
             resumed_tokens=request.resumed_tokens,
+            tenant=request.tenant,
         )
         try:
             if request.suspect:
@@ -205,6 +210,13 @@ class ExternalDecode:
         except Exception as error:  # one failed answer may not end the instance
             return Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
         return Failed(errors.InstanceError.code, f"{self._name}: the answer has no end")
+
+    def _give_up(self, call: _Call) -> None:
+        assert call.task is not None
+        if not call.given_up and not call.task.done():
+            call.tell(self._unwanted, True)
+            call.given_up = True
+            call.task.cancel()
 
     def _ended(self, call: _Call, task: asyncio.Task[Reply]) -> None:
         # It may have been cancelled before its first step, where no handler in it runs.

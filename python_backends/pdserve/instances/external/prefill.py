@@ -4,13 +4,16 @@ This module counts slots for the engine, which would take any number of requests
 that it is busy. A request holds a slot:
 
     submit ──► COMPUTING ──► WAITING ──────────► over   a decode has taken the KV cache
-                  │             │ release
-                  │ release     ▼
-                  ▼           PINNED ──────────► over   the engine has let go of it by itself
-                over
+        release,  │             │ release
+        time-out  ▼             ▼
+              ANSWERED ─────► PINNED ──────────► over   the engine has let go of it by itself
+                  │
+                  └──────────────────────────► over   the engine's call has ended with nothing kept
 
 The engine offers no way to free a KV cache that no decode fetches; it does so after ``keeps_s``.
-Until then the slot stays taken, so that an accepted request always finds memory.
+Until then the slot stays taken, so that an accepted request always finds memory. A request that is
+given up while the engine computes is answered at once, but keeps its slot until the engine's call
+has ended, which may be later: see ``ContextEngine``.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pdserve import config, errors
 from pdserve.engines.external import Asked, Context, ContextEngine
 from pdserve.instances import admission
 from pdserve.instances.acceptance import Acceptance, Trials
+from pdserve.instances.external.cancelling import cancelled
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
 from pdserve.instances.prefill import TICK_S
@@ -52,6 +56,7 @@ from pdserve.supervision import Background
 
 class Phase(Enum):
     COMPUTING = "computing"
+    ANSWERED = "answered"
     WAITING = "waiting"
     PINNED = "pinned"
 
@@ -67,12 +72,13 @@ class _Held:
     phase: Phase = Phase.COMPUTING
     until: float = 0.0
     """Time at which the engine frees the KV cache by itself."""
-    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    task: asyncio.Task[Context] | None = field(default=None, repr=False)
+    limit: asyncio.TimerHandle | None = field(default=None, repr=False)
 
     @property
     def computing(self) -> bool:
         """Tell whether its first token is not known yet."""
-        return self.phase is Phase.COMPUTING
+        return self.phase in (Phase.COMPUTING, Phase.ANSWERED)
 
 
 class ExternalPrefill:
@@ -101,7 +107,7 @@ class ExternalPrefill:
         self._slots = SlotAdmission[_Held](limits.slots, self._places, self._sweep)
         self._reports = Reports(name, engine, metrics)
         self._trials = Trials()
-        self._unwanted = Failed(errors.Cancelled.code, "released")
+        self._unwanted: Reply = Failed(errors.Cancelled.code, "released")
         """Reply to a prompt that is given up."""
         self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
@@ -115,10 +121,7 @@ class ExternalPrefill:
     async def close(self) -> None:
         self._unwanted = Failed(errors.InstanceError.code, f"{self._name} is shutting down")
         await self._tasks.close()
-        tasks = [held.task for held in self._slots.held.values() if held.task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancelled([held.task for held in self._slots.held.values() if held.task])
         self._slots.watches.close(self._unwanted)
         await self._engine.close()
 
@@ -152,8 +155,11 @@ class ExternalPrefill:
         self._slots.take(held)
         self._ticks.wake()
         held.acceptance.begin(request.hurry or request.suspect)
-        held.task = asyncio.create_task(self._compute(held))
+        held.task = asyncio.create_task(self._compute(held.request))
         held.task.add_done_callback(partial(self._computed, held))
+        # Otherwise a gateway, told again and again that it is being computed, would wait for ever.
+        late = Failed(errors.Unavailable.code, f"{self._name}: no first token within its limit")
+        held.limit = self._loop.call_later(request.deadline_ms / 1e3, self._give_up, held, late)
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Report once when a slot is free for this gateway, which may be now."""
@@ -177,8 +183,8 @@ class ExternalPrefill:
         self._slots.watches.release(request_id)
         held = self._slots.held.get(request_id)
         if held is not None and held.computing:
-            assert held.task is not None
-            held.task.cancel()
+            # The reply comes after that to the release.
+            self._loop.call_soon(self._give_up, held, self._unwanted)
         elif held is not None:
             held.phase = Phase.PINNED
         self._slots.look(self._loop.time())
@@ -194,52 +200,64 @@ class ExternalPrefill:
 
     # ------------------------------------------------------------------ compute
 
-    async def _compute(self, held: _Held) -> None:
-        request = held.request
+    async def _compute(self, request: PrefillRequest) -> Context:
         asked = Asked(
             prompt=np.frombuffer(request.prompt, "<i4"),
             sampling=request.sampling,
             max_tokens=1,
             ignore_eos=request.ignore_eos,
             resumed_tokens=request.resumed_tokens,
+            tenant=request.tenant,
         )
         if request.suspect:
             await self._trials.begun()
-        try:
-            # Otherwise a gateway, told again and again that it is being computed, would wait for
-            # ever.
-            context = await asyncio.wait_for(
-                self._engine.context(asked, keep=not request.only), request.deadline_ms / 1e3
-            )
-        except asyncio.TimeoutError:
-            message = f"{self._name}: no first token within its limit"
-            self._end(held, Failed(errors.Unavailable.code, message))
-        except errors.PDServeError as error:
-            self._end(held, Failed(error.code, f"{self._name}: {error}"))
-        except Exception as error:  # one failed prompt may not end the instance
-            self._end(held, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
-        else:
-            self._hand_over(held, context)
+        return await self._engine.context(asked, keep=not request.only)
 
-    def _computed(self, held: _Held, task: asyncio.Task[None]) -> None:
-        if task.cancelled():  # perhaps before its first step, where no handler in it runs
-            self._end(held, self._unwanted)
-        elif (error := task.exception()) and self._slots.held.get(held.request.id) is held:
-            self._end(held, Failed(errors.InstanceError.code, f"{self._name}: {error!r}"))
-        self._slots.look(self._loop.time())
+    def _give_up(self, held: _Held, reply: Reply) -> None:
+        """Answer a request whose first token nobody wants any more; cancel the engine's call."""
+        if held.phase is Phase.COMPUTING:
+            assert held.task is not None
+            held.phase = Phase.ANSWERED
+            self._answer(held, reply)
+            held.task.cancel()
+        elif held.phase is Phase.WAITING:
+            held.phase = Phase.PINNED
 
-    def _hand_over(self, held: _Held, context: Context) -> None:
-        now = self._loop.time()
+    def _answer(self, held: _Held, reply: Reply) -> None:
+        """Send the last reply."""
         held.acceptance.end()
-        if context.link:
-            held.phase, held.until = Phase.WAITING, now + self._engine.keeps_s
+        if held.limit is not None:
+            held.limit.cancel()
+        held.send(reply, True)
+
+    def _computed(self, held: _Held, task: asyncio.Task[Context]) -> None:
+        """Answer a request, unless it was given up, and count what the engine keeps of it."""
+        now, link, reply = self._loop.time(), b"", self._unwanted
+        if task.cancelled():  # perhaps before its first step, where no handler in it runs
+            pass
+        elif isinstance(error := task.exception(), errors.PDServeError):
+            reply = Failed(error.code, f"{self._name}: {error}")
+        elif error is not None:  # one failed prompt may not end the instance
+            reply = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
+        else:
+            context = task.result()
+            link, reply = context.link, self._prefilled(held, context, now)
+        given_up = held.phase is Phase.ANSWERED
+        if link:
+            held.phase = Phase.PINNED if given_up else Phase.WAITING
+            held.until = now + self._engine.keeps_s
         else:
             del self._slots.held[held.request.id]
+        if not given_up:
+            self._answer(held, reply)
+        self._slots.look(now)
+
+    def _prefilled(self, held: _Held, context: Context, now: float) -> Prefilled:
         handle = ExternalHandle(
             epoch=self._epoch, prompt=digest(held.request.prompt), link=context.link
         )
         self._metrics.add(catalogue.STEPS, 1, instance=self._name)
-        prefilled = Prefilled(
+        return Prefilled(
             context.token,
             context.eos,
             seal(handle, self._key),
@@ -247,13 +265,6 @@ class ExternalPrefill:
             (now - held.began) * 1e3,
             unseen=True,
         )
-        held.send(prefilled, True)
-
-    def _end(self, held: _Held, reply: Reply) -> None:
-        """End a request that has failed or is unwanted before its first token."""
-        held.acceptance.end()
-        del self._slots.held[held.request.id]
-        held.send(reply, True)
 
     def _tick(self) -> bool:
         """End what is over, and set the metrics; return whether that may change by itself."""

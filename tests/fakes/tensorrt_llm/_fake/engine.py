@@ -22,7 +22,7 @@ from tensorrt_llm._fake.exchange import Cache, TransferError
 from tensorrt_llm._fake.faults import Faults
 from tensorrt_llm._fake.reports import Reports
 from tensorrt_llm._fake.work import Answer, Work
-from tensorrt_llm.version import NEWEST
+from tensorrt_llm.version import SINCE_1_3
 
 from pdserve.kvcache.block_pool import BlockPool
 from pdserve.transfer.scatter import scatter
@@ -89,7 +89,7 @@ class Engine:
         self._loop.call_soon_threadsafe(self._submit, work)
 
     def abort(self, work: Work) -> None:
-        """End a request soon. A request that has ended, or is in transfer, is not affected."""
+        """End a request soon; if its KV cache is being moved, the context's blocks are lost."""
         with suppress(RuntimeError):  # the engine is closed
             self._loop.call_soon_threadsafe(self._abort, work)
 
@@ -128,6 +128,8 @@ class Engine:
         elif work.room > self._blocks.blocks * self._blocks.block_size:
             reason = f"{work.room} tokens are more than the KV cache's {self.limits.pool_tokens}"
         else:
+            if work.kind == "context_only":
+                self._sender.sweep()
             self._waiting.append(work)
             self._stirred.set()
             return
@@ -135,6 +137,8 @@ class Engine:
 
     def _abort(self, work: Work) -> None:
         work.aborted = True
+        if work.kind == "context_only":
+            self._sender.strand(work.id)
         self._stirred.set()
 
     def _admit(self) -> None:
@@ -225,7 +229,7 @@ class Engine:
     def _hand_over(self, work: Work) -> None:
         """Hold the KV cache; nothing moves before a generation engine asks for it."""
         reason = work.reason or "length"
-        held = reason == "length" or NEWEST
+        held = reason == "length" or SINCE_1_3
         if held:
             self._sender.hold(work.id, partial(self._read, work), partial(self._free, work))
         self._end(work, Answer(work.unsent(), reason), held=held)
@@ -274,7 +278,7 @@ class Engine:
             await self._faults.meet("transfer")
             if work.link is None or work.first is None:
                 raise TransferError("the request has no link to a context engine")
-            moved = transceiver.pull(work.link, self.cache, len(work.prompt))
+            moved = transceiver.pull(work.link, self.cache, len(work.prompt), lambda: work.aborted)
             kv = await asyncio.wait_for(moved, self.limits.timeout_s)
             await asyncio.to_thread(self._write, work, kv)
         except Exception as error:  # one bad request must not end the engine

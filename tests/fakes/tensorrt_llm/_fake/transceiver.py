@@ -3,10 +3,12 @@
     generation                          context
     Ask: which request, my cache  --->  is it held, are the caches alike? writes a file
     reads it                      <---  Give: the file, or why not
-    Taken                         --->  removes it, frees the blocks
+    taken                         --->  removes it, frees the blocks
 
 One TCP connection of loopback each; a message is a line of JSON. If the connection ends before
-`Taken`, the KV cache stays held.
+`taken`, the KV cache stays held. If the generation request was aborted meanwhile, the line is
+`abandoned`, and the blocks are *stranded*: neither a time-out nor another pull frees them, as
+aborts in the middle of a transfer strand them in the library (ai-dynamo/dynamo#7489).
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tensorrt_llm._fake.exchange import Ask, Cache, Give, Link, TransferError, line_of
 from tensorrt_llm._fake.faults import Faults
+from tensorrt_llm.version import COLD_CLEANUP
 
 _numbers = itertools.count()
+TAKEN, ABANDONED = b"taken\n", b"abandoned\n"
 
 
 @dataclass(eq=False)
@@ -36,6 +40,7 @@ class _Held:
     timer: asyncio.TimerHandle | None = None
     sending: bool = False
     expired: bool = False
+    stranded: bool = False
 
 
 class Sender:
@@ -83,7 +88,22 @@ class Sender:
     def _expire(self, id_: int) -> None:
         held = self._held[id_]
         held.expired = True
-        if not held.sending:
+        if not COLD_CLEANUP:
+            self._let_go(id_)
+
+    def sweep(self) -> None:
+        """Free what has expired; called when the next context request comes."""
+        for id_ in list(self._held):
+            self._let_go(id_)
+
+    def strand(self, id_: int) -> None:
+        """Keep a KV cache for good, if there is one, since its request was aborted."""
+        if id_ in self._held:
+            self._held[id_].stranded = True
+
+    def _let_go(self, id_: int) -> None:
+        held = self._held[id_]
+        if held.expired and not held.sending and not held.stranded:
             self._free(id_)
 
     def _free(self, id_: int) -> None:
@@ -102,7 +122,7 @@ class Sender:
         held = self._held.get(ask.id)
         try:
             ask.cache.check(self._cache)
-            if held is None or held.sending:
+            if held is None or held.sending or held.expired or held.stranded:
                 raise TransferError(
                     f"request {ask.id} is not held: it was taken, has expired, or never was"
                 )
@@ -124,16 +144,27 @@ class Sender:
             await writer.drain()
         finally:
             _remove(file)
-            self._sent(ask.id, held, taken=bool(taken))
+            self._sent(ask.id, held, taken)
 
-    def _sent(self, id_: int, held: _Held, *, taken: bool) -> None:
+    def _sent(self, id_: int, held: _Held, taken: bytes) -> None:
         held.sending = False
-        if (taken or held.expired) and self._held.get(id_) is held:
+        if self._held.get(id_) is not held:
+            return
+        if taken == ABANDONED:
+            held.stranded = True
+        elif taken and not held.stranded:
             self._free(id_)
+        elif not COLD_CLEANUP:
+            self._let_go(id_)
 
 
-async def pull(link: Link, cache: Cache, tokens: int) -> NDArray[np.uint8]:
+async def pull(
+    link: Link, cache: Cache, tokens: int, aborted: Callable[[], bool]
+) -> NDArray[np.uint8]:
     """Return the KV cache of a prompt for a generation engine, [planes, tokens, row_bytes].
+
+    Args:
+        aborted: tells whether the request was aborted while its KV cache moved.
 
     Raises:
         TransferError: there is none to be had there.
@@ -158,7 +189,7 @@ async def pull(link: Link, cache: Cache, tokens: int) -> NDArray[np.uint8]:
                 f"the KV cache of request {link.id} is of {give.tokens} tokens, not {tokens}"
             )
         kv = await asyncio.to_thread(np.fromfile, give.file, np.uint8)
-        writer.write(b"taken\n")
+        writer.write(ABANDONED if aborted() else TAKEN)
         await writer.drain()
         return kv.reshape(cache.layout.shape(tokens))
     except (OSError, msgspec.MsgspecError) as error:

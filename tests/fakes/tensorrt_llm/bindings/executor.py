@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from tensorrt_llm.version import NEWEST
+from tensorrt_llm.version import SINCE_1_3
 
 
 class RequestType(IntEnum):
@@ -22,6 +22,6 @@ class ContextPhaseParams:
     req_id: int | None
     opaque_state: bytes | None = None
     draft_tokens: list[int] | None = None
-    if NEWEST:
+    if SINCE_1_3:
         ctx_dp_rank: int | None = None
         disagg_info_endpoint: str | None = None

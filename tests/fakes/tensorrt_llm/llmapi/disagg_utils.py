@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 
-from tensorrt_llm.version import NEWEST
+from tensorrt_llm.version import SINCE_1_3
 
 MIN_GLOBAL_ID = 1 << 40
 """Smaller ids are those of the engines."""
 
-if NEWEST:
+if SINCE_1_3:
     DISAGG_TIMESTAMP_BITS = 39
     DISAGG_NODE_ID_BITS = 8
     DISAGG_PROCESS_ID_BITS = 6

@@ -10,7 +10,7 @@ from msgspec import Struct
 from tensorrt_llm._fake.exchange import Cache, Link
 from tensorrt_llm.disaggregated_params import DisaggregatedParams
 from tensorrt_llm.llmapi.disagg_utils import MIN_GLOBAL_ID
-from tensorrt_llm.version import NEWEST
+from tensorrt_llm.version import SINCE_1_3, SINCE_1_4
 
 # Not the number of the request, which is valid in its own engine only.
 _FIRST_ID = 1000
@@ -48,24 +48,27 @@ class Links:
         Raises:
             ValueError: the Python transceiver's two sides have no common one.
         """
-        chosen = params.disagg_request_id if NEWEST and params is not None else None
+        chosen = params.disagg_request_id if SINCE_1_3 and params is not None else None
         if chosen is not None:
             return chosen
         if params is not None and self._runtime == "PYTHON":
             raise ValueError("the Python transceiver needs a disagg_request_id")
         return next(self._ids) % MIN_GLOBAL_ID
 
-    def made(self, id_: int, asked: DisaggregatedParams | None) -> DisaggregatedParams:
-        """Return the link to a KV cache of this engine, without its first token."""
+    def made(self, id_: int, asked: DisaggregatedParams | None, tokens: int) -> DisaggregatedParams:
+        """Return the link to a KV cache of so many tokens here, without its first token."""
         params = DisaggregatedParams(request_type="context_only", ctx_request_id=id_)
         if self._runtime == "CPP":
             params.opaque_state = msgspec.msgpack.encode(OpaqueState(self._address, self._cache))
         else:
             params.ctx_info_endpoint = self._address
             params.ctx_dp_rank = 0
-        if NEWEST and asked is not None:
+        if SINCE_1_3 and asked is not None:
             params.disagg_request_id = asked.disagg_request_id
             params.schedule_style = asked.schedule_style
+            params.ctx_usage = {"prompt_tokens": tokens, "cached_tokens": 0}
+        if SINCE_1_4 and asked is not None:
+            params.conversation_id = asked.conversation_id
         return params
 
     def found(self, params: DisaggregatedParams) -> Link:

@@ -20,7 +20,7 @@ from tensorrt_llm.llmapi.links import Links
 from tensorrt_llm.llmapi.llm_args import KvCacheConfig, TorchLlmArgs
 from tensorrt_llm.llmapi.requests import Rules, prompt_of, work_for
 from tensorrt_llm.sampling_params import SamplingParams
-from tensorrt_llm.version import NEWEST, OLDEST
+from tensorrt_llm.version import OLDEST, SINCE_1_3
 
 if TYPE_CHECKING:
     from tensorrt_llm.disaggregated_params import DisaggregatedParams
@@ -33,9 +33,9 @@ _LATER: dict[str, Any] = {
     **({} if OLDEST else {"trace_headers": None}),
     "_postproc_params": None,
     "scheduling_params": None,
-    **({"conversation_params": None} if NEWEST else {}),
+    **({"conversation_params": None} if SINCE_1_3 else {}),
     **({} if OLDEST else {"cache_salt": None}),
-    **({"priority": 0.5} if NEWEST else {}),
+    **({"priority": 0.5} if SINCE_1_3 else {}),
 }
 _PARAMETERS: dict[str, Any] = {
     "self": inspect.Parameter.empty,
@@ -176,7 +176,7 @@ class LLM:
             disaggregated,
             streaming=streaming,
             tokenizer=self.tokenizer,
-            handed_over=lambda: links.made(work.id, disaggregated),
+            handed_over=lambda: links.made(work.id, disaggregated, len(ids)),
             abort=lambda: engine.abort(work),
         )
         work.send = result._inbox.put

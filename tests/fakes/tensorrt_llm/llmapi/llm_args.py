@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 from tensorrt_llm.llmapi.strict import StrictBaseModel
-from tensorrt_llm.version import NEWEST, OLDEST
+from tensorrt_llm.version import OLDEST, SINCE_1_3
 
 Positive = Annotated[int, Meta(gt=0)]
 Fraction = Annotated[float, Meta(gt=0, le=1)]
@@ -23,13 +23,13 @@ class CacheTransceiverConfig(StrictBaseModel):
         backend: Literal["DEFAULT", "UCX", "NIXL", "MPI"] | None = None
     else:
         backend: Literal["DEFAULT", "UCX", "NIXL", "MOONCAKE", "MPI"] | None = None  # type: ignore[no-redef]
-    if NEWEST:
+    if SINCE_1_3:
         transceiver_runtime: Literal["CPP", "PYTHON", "auto"] | None = "auto"
     max_tokens_in_buffer: int | None = None
     if not OLDEST:
-        kv_transfer_timeout_ms: Positive | None = 60000 if NEWEST else None
+        kv_transfer_timeout_ms: Positive | None = 60000 if SINCE_1_3 else None
         kv_transfer_sender_future_timeout_ms: Positive | None = 1000
-    if NEWEST:
+    if SINCE_1_3:
         kv_transfer_poll_interval_ms: Positive | None = 5000
         kv_cache_bounce_size_mb: Annotated[int, Meta(ge=0)] = 0
         enable_pipelined_transfer: bool = False
@@ -56,7 +56,7 @@ class CacheTransceiverConfig(StrictBaseModel):
         backend = self._resolved
         if backend is None:
             return None
-        asked = self.transceiver_runtime if NEWEST else "CPP"
+        asked = self.transceiver_runtime if SINCE_1_3 else "CPP"
         possible = backend == "NIXL" and self._timeout_s is not None
         if asked == "PYTHON" and not possible:
             raise ValueError(
@@ -87,7 +87,7 @@ class KvCacheConfig(StrictBaseModel):
     tokens_per_block: Positive = 32
     if not OLDEST:
         max_gpu_total_bytes: int | None = 0
-    if NEWEST:
+    if SINCE_1_3:
         disk_cache_size: int | None = None
         disk_cache_path: str | None = None
         iteration_stats_interval: Positive = 1
@@ -97,6 +97,7 @@ class KvCacheConfig(StrictBaseModel):
             "auto"
         )
         block_reuse_config: Any = None
+        mamba_state_config: Any = None
 
 
 class TorchLlmArgs(StrictBaseModel):
@@ -146,7 +147,7 @@ class TorchLlmArgs(StrictBaseModel):
     postprocess_tokenizer_dir: str | None = None
     reasoning_parser: str | None = None
     guided_decoding_backend: Any = None
-    speculative_config: None = None
+    speculative_config: Any = None
     enable_lora: Literal[False] = False
     lora_config: None = None
     garbage_collection_gen0_threshold: int = 20000
@@ -154,6 +155,7 @@ class TorchLlmArgs(StrictBaseModel):
         perf_metrics_max_requests: int = 0
         otlp_traces_endpoint: str | None = None
         orchestrator_type: str | None = None
-    if NEWEST:
+    if SINCE_1_3:
+        enable_early_first_token_response: bool = False
         env_overrides: dict[str, str] | None = None
         max_stats_len: int = 1000

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tensorrt_llm._fake.work import Kind, Work
-from tensorrt_llm.version import NEWEST, OLDEST
+from tensorrt_llm.version import OLDEST, SINCE_1_3
 
 from pdserve.sampling import Sampling
 
@@ -114,7 +114,7 @@ def work_for(
     """
     if OLDEST and kind == "context_only" and rules.overlapped:
         raise ValueError("context_only needs disable_overlap_scheduler")
-    if NEWEST and params is not None and params.schedule_style:
+    if SINCE_1_3 and params is not None and params.schedule_style:
         raise NotImplementedError("generation-first scheduling: not in the fake")
     room = rules.max_seq_len - len(ids)
     if room < 1:

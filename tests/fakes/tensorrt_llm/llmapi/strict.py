@@ -22,11 +22,13 @@ class StrictBaseModel:
     """A base class; the annotations of a subclass are its fields, in order."""
 
     _fields: ClassVar[dict[str, Any]] = {}
+    model_fields: ClassVar[dict[str, Any]] = {}
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls) -> None:
         hints = typing.get_type_hints(cls, include_extras=True)
-        cls._fields = {name: hint for name, hint in hints.items() if not name.startswith("_")}
+        names = [name for name in hints if not name.startswith("_") and name != "model_fields"]
+        cls._fields = cls.model_fields = {name: hints[name] for name in names}
         cls.__signature__ = inspect.Signature(
             [
                 inspect.Parameter(
