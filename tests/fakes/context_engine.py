@@ -26,6 +26,8 @@ def main(model: str, runtime: str) -> None:
     from tensorrt_llm.version import SINCE_1_3
 
     config: dict[str, Any] = {"backend": "UCX" if runtime == "CPP" else "NIXL"}
+    if SINCE_1_3:
+        config["transceiver_runtime"] = runtime
     llm = LLM(
         model=model,
         skip_tokenizer_init=True,

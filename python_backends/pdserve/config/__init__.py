@@ -1,5 +1,6 @@
 """The configuration of a deployment: its file as types, read and checked."""
 
+from pdserve.config.backend_models import TritonModel
 from pdserve.config.deployment import (
     EXTERNAL_LEASE_S,
     Decode,
@@ -15,7 +16,6 @@ from pdserve.config.deployment import (
     Server,
     Transfer,
     TransportName,
-    TritonModel,
 )
 from pdserve.config.loading import load
 from pdserve.config.names import GATEWAY_MODELS, ROLES, Role

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from pdserve.config import addresses
+from pdserve.config import addresses, backend_models
 from pdserve.config.deployment import Deployment, Group
 from pdserve.config.llm_options import LlmOptions
 from pdserve.config.names import GATEWAY_MODELS, ROLES, Role
@@ -60,16 +60,12 @@ def _misfit(deployment: Deployment) -> Iterator[str]:
     instances: dict[str, Role] = {
         name: role for role in ROLES for name in deployment.instances(role)
     }
-    for field, kind, names in (
-        ("gpus", "tensorrt_llm", engine.gpus),
-        ("models", "tensorrtllm_backend", engine.models),
-    ):
-        if names and engine.kind != kind:
-            yield f"engine.{field} is of kind {kind}; this deployment's is {engine.kind}"
-        for name in names:
-            if name not in instances:
-                there_are = ", ".join(instances)
-                yield f"engine.{field}: there is no instance {name}; there are: {there_are}"
+    if engine.gpus and engine.kind != "tensorrt_llm":
+        yield f"engine.gpus is of kind tensorrt_llm; this deployment's is {engine.kind}"
+    for name in engine.gpus:
+        if name not in instances:
+            yield f"engine.gpus: there is no instance {name}; there are: {', '.join(instances)}"
+    yield from backend_models.problems(engine.kind, engine.models, instances)
     if engine.tensorrt_llm != LlmOptions() and engine.kind != "tensorrt_llm":
         yield f"engine.tensorrt_llm: this deployment's kind of engine is {engine.kind}"
     if engine.external:
@@ -81,11 +77,6 @@ def _external_misfit(deployment: Deployment, instances: dict[str, Role]) -> Iter
     engine, transfer = deployment.engine, deployment.transfer
     if transfer.strategy != "auto" or transfer.transports is not None:
         yield f"transfer: engine {engine.kind} moves KV caches itself: no strategy, no transports"
-    if engine.kind == "tensorrtllm_backend":
-        for name in instances:
-            if name not in engine.models:
-                yield f"engine.models: no model for {name}"
-        return
     yield from engine.tensorrt_llm.problems()
     for name, gpus in engine.gpus.items():
         role = instances[name]

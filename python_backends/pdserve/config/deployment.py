@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pdserve.config import addresses
+from pdserve.config.backend_models import TritonModel
 from pdserve.config.llm_options import LlmArguments, LlmOptions
 from pdserve.config.names import ROLES, Role
 
@@ -48,23 +49,12 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
         return self.http_port, self.grpc_port, self.metrics_port
 
 
-class TritonModel(Struct, frozen=True, forbid_unknown_fields=True):
-    """A model of an existing Triton server."""
-
-    address: Annotated[str, Meta(pattern=r"^[^\s/]+:[0-9]{1,5}\Z")]
-    """host:port of its gRPC endpoint."""
-    model: str
-
-    def __post_init__(self) -> None:
-        addresses.check_endpoint(self.address)
-
-
 class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     """How an instance computes."""
 
     kind: Literal["torch", "emulated", "tensorrt_llm", "tensorrtllm_backend"] = "torch"
-    """``tensorrt_llm``: its LLM API, in the instance's own process. ``tensorrtllm_backend``: a
-    model of the C++ backend in another Triton server, named in ``models``."""
+    """``tensorrt_llm``: its LLM API, in the instance's own process. ``tensorrtllm_backend``,
+    legacy (images up to 26.07): a model of the C++ backend in another Triton server."""
     device: Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)\Z")] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: Annotated[int, Meta(ge=0)] = 0
@@ -78,12 +68,12 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     that its server sees."""
     tensorrt_llm: LlmOptions = LlmOptions()
     models: dict[Name, TritonModel] = {}
-    """For ``tensorrtllm_backend``: the model that computes for each instance."""
+    """For ``tensorrtllm_backend``, legacy: the model that computes for each instance."""
 
     @property
     def external(self) -> bool:
         """Tell whether the engine transfers KV caches itself."""
-        return self.kind in ("tensorrt_llm", "tensorrtllm_backend")
+        return self.kind not in ("torch", "emulated")
 
     @property
     def gpu(self) -> int | None:

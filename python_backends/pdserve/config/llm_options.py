@@ -1,8 +1,9 @@
 """The TensorRT-LLM arguments that a deployment may set, by TensorRT-LLM's names.
 
 Source of names, defaults and bounds: ``tensorrt_llm/llmapi/llm_args.py``. TensorRT-LLM refuses
-unknown arguments only minutes into its start; here they are refused before. Versions differ in what
-they have: an engine refuses an argument that its version lacks when it starts. Arguments that
+unknown arguments only minutes into its start; here they are refused before. A test compares the
+names with the tables of the versions that were read (``llm_tables``). What not every version has is
+refused by an engine whose version lacks it, when it starts. Arguments that
 depend on how instances are linked are not options: the role, streaming, the timeout of a transfer.
 
 A value of type ``dict`` is passed on as it is; TensorRT-LLM checks what is in it.
@@ -34,6 +35,8 @@ class CacheTransceiverConfig(Struct, frozen=True, forbid_unknown_fields=True, om
     kv_transfer_poll_interval_ms: Count | None = None
     kv_cache_bounce_size_mb: Annotated[int, Meta(ge=0)] | None = None
     """Over 0: KV caches are gathered in a buffer, sent in one piece, and scattered."""
+    agent_bounce_buffer_enable: bool | None = None
+    agent_bounce_params: dict[str, str] | None = None
     enable_pipelined_transfer: bool | None = None
     """True: each chunk of a prompt is sent while the next is computed. TensorRT-LLM does so only
     where the generation engine asks first, and here the context comes first."""

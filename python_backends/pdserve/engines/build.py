@@ -6,6 +6,7 @@ Libraries that it does not need are not imported.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -18,11 +19,8 @@ from pdserve.engines.protocol import DecodeEngine, PrefillEngine
 from pdserve.errors import DeploymentError
 
 if TYPE_CHECKING:
+    from pdserve.engines.external import ExternalEngine
     from pdserve.engines.pytorch.model import TorchModel
-    from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
-    from pdserve.engines.tensorrtllm_backend.engine import BackendModel
-
-    ExternalEngine = TensorRTLLM | BackendModel
 
 
 def model(deployment: config.Deployment) -> EmulatedModel | TorchModel:
@@ -63,17 +61,14 @@ def decode(model: EmulatedModel | TorchModel, limits: config.Decode) -> DecodeEn
 def external(name: str, role: config.Role, deployment: config.Deployment) -> ExternalEngine:
     """Make an engine that transfers KV caches itself, for one instance.
 
+    It is that of the package with the name of its kind.
+
     Raises:
         DeploymentError: it is not available, or not with these options.
     """
-    length = context_length(deployment)
-    if deployment.engine.kind == "tensorrt_llm":
-        from pdserve.engines.tensorrt_llm.engine import TensorRTLLM
-
-        return TensorRTLLM(name, role, deployment, length)
-    from pdserve.engines.tensorrtllm_backend.engine import BackendModel
-
-    return BackendModel(name, deployment, length)
+    module = importlib.import_module(f"pdserve.engines.{deployment.engine.kind}.engine")
+    made: ExternalEngine = module.new(name, role, deployment, context_length(deployment))
+    return made
 
 
 def longest(deployment: config.Deployment) -> int:

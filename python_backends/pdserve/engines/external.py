@@ -117,3 +117,7 @@ class GenerationEngine(EngineTerms, Protocol):
             InvalidRequest, InstanceError: as in ``context``; also if the KV cache cannot be
                 fetched.
         """
+
+
+class ExternalEngine(ContextEngine, GenerationEngine, Protocol):
+    """An engine of either role."""

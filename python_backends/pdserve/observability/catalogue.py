@@ -202,7 +202,7 @@ KV_LEASES = Gauge(
     _instance_state,
     "KV caches",
     "The prefill holds this many KV caches in this state: allocated, leased, in_transfer, "
-    "quarantined or cached; with TensorRT-LLM computing, waiting or pinned.",
+    "quarantined or cached; with TensorRT-LLM computing, answered, waiting or pinned.",
 )
 KV_BLOCKS = Gauge(
     "pdserve_kv_blocks",

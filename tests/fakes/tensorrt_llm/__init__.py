@@ -22,8 +22,10 @@ and in these:
                 not before (NVIDIA/TensorRT-LLM#12313)
     up to 1.2   what ends with its first token is not held for a generation engine
     from 1.3    the link is the Python transceiver's, unless that is configured otherwise
+    from 1.4    the Python transceiver is the default, also where it cannot be
     1.5.0.dev0  stands for a version that nobody has read: `DisaggregatedParams` has a field that
-                only the library sets (``init=False``), as NVIDIA/TensorRT-LLM#16909 proposes
+                only the library sets (``init=False``), as NVIDIA/TensorRT-LLM#16909 proposes,
+                and a ``conversation_id``
 
 An abort while a KV cache moves loses the context engine's blocks for good, as in the library; so
 does the abort of a context request that has been computed.
@@ -51,8 +53,8 @@ takes ``seconds``, ``die`` ends the process.
 
 What it does not do: TensorRT engines, several GPUs, LoRA, beams, log probabilities, guided
 decoding, bad words, minimum lengths (all refused); reuse of cached blocks, overlap of computing and
-sending, layer-wise and pipelined transfers, generation-first scheduling, priorities (accepted, and
-without effect); a bounded number of transfers at once.
+sending, layer-wise and pipelined transfers, generation-first scheduling, priorities, salts,
+``prompt_ignore_length`` (accepted, and without effect); a bounded number of transfers at once.
 """
 
 from tensorrt_llm.disaggregated_params import DisaggregatedParams

@@ -38,16 +38,21 @@ class DisaggregatedParams:
         ctx_dp_rank: int | None = None
         ctx_info_endpoint: str | None = None
         schedule_style: DisaggScheduleStyle | None = None
+        ctx_usage: dict[str, Any] | None = None
+    if SINCE_1_4:
+        remote_tail_start: int | None = None
+        multimodal_positions: list[int] | None = None
+        multimodal_lengths: list[int] | None = None
+        orig_elapsed_s: float | None = None
     if not OLDEST:
         multimodal_embedding_handles: list[dict[str, Any]] | None = None
         multimodal_hashes: list[list[int]] | None = None
-    if SINCE_1_3:
         mrope_position_ids_handle: dict[str, Any] | None = None
         mrope_position_deltas_handle: dict[str, Any] | None = None
-        ctx_usage: dict[str, Any] | None = None
     if SINCE_1_4:
-        conversation_id: str | None = None
+        multimodal_input_layout: Any = None
     if UNRELEASED:
+        conversation_id: str | None = None
         # A field that the library sets itself, and that no caller may give.
         computed: dict[str, Any] | None = field(default=None, init=False)
 

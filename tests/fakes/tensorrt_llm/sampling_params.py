@@ -40,6 +40,8 @@ class SamplingParams:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    if not OLDEST:
+        prompt_ignore_length: int | None = None
     length_penalty: float | None = None
     early_stopping: int | None = None
     no_repeat_ngram_size: int | None = None
@@ -53,7 +55,8 @@ class SamplingParams:
     return_encoder_output: bool = False
     return_perf_metrics: bool = False
     additional_model_outputs: list[Any] | None = None
-    lookahead_config: Any = None
+    if not SINCE_1_3:
+        lookahead_config: Any = None
     guided_decoding: Any = None
     ignore_eos: bool = False
     detokenize: bool = True

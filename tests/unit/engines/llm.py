@@ -51,7 +51,8 @@ def deployment(folder: Path, options: LlmOptions | None = None, **engine: Any) -
     names = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps(names))
     server = config.Server("local", prefill=("prefill_0",), decode=("decode_0",))
-    kind = config.Engine(kind="tensorrt_llm", tensorrt_llm=options or LlmOptions(), **engine)
+    of = {"kind": "tensorrt_llm", "tensorrt_llm": options or LlmOptions(), **engine}
+    kind = config.Engine(**of)
     return config.Deployment(
         str(folder), (server,), kind, prefill=config.Prefill(slots=4, lease_s=1.0)
     )

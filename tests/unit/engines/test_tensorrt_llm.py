@@ -299,7 +299,7 @@ def test_invalid_links() -> None:
 # ------------------------------------------------------------------------------------------ the API
 
 
-NEWER, UNKNOWN = ("1.4.0rc2", "1.4.0", "2.0"), ("main", "")
+NEWER, UNKNOWN = ("1.4.0rc5", "1.4.0", "2.0"), ("main", "")
 
 
 @pytest.mark.parametrize("number", [*NEWER, *UNKNOWN])

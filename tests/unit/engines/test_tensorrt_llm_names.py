@@ -9,7 +9,6 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 import pytest
 
 from pdctl import network
@@ -21,9 +20,7 @@ from pdserve.config.llm_options import (
     LlmArguments,
     LlmOptions,
 )
-from pdserve.engines.tensorrt_llm import api, sampling
-from pdserve.engines.tensorrtllm_backend import tensors
-from pdserve.sampling import Sampling
+from pdserve.engines.tensorrt_llm import api, options, sampling
 from tests.unit.engines.llm import (
     VERSIONS,
     answer,
@@ -119,8 +116,9 @@ def test_what_is_used_of_the_api_is_in_the_table(
             one._llm = RecordingProxy("method of LLM", one._llm, notes)
 
         async def run() -> None:
-            context = await prefill.context(new_request(1), keep=True)
-            await answer(decode, new_request(), context.token, context.link)
+            request = new_request(tenant="alice")
+            context = await prefill.context(request, keep=True)
+            await answer(decode, request, context.token, context.link)
             for one in (prefill, decode):
                 await one.report()
                 await one.close()
@@ -131,6 +129,9 @@ def test_what_is_used_of_the_api_is_in_the_table(
 
     # an attribute of a request that has not ended; tests of cancellation read it
     notes["result"].add("abort")
+    notes["class"] |= {path.partition(".")[0] for path in api.NEEDED}
+    if not made.has_salts:
+        notes["argument of generate_async"].add("cache_salt")
     for kind, names in notes.items():
         assert names <= there[kind], kind
     for kind in (
@@ -161,23 +162,10 @@ def test_options_and_sampling_are_in_the_table() -> None:
         *CacheTransceiverConfig.__struct_fields__,
         "kv_transfer_timeout_ms",
     }
+    for path, names in api.NEEDED.items():
+        if path in there:
+            assert set(names) <= there[path], path
     assert there["SamplingParams"] == {*sampling.NEEDED, sampling.IGNORED_PROMPT}
-
-
-def test_tensors_are_in_the_table() -> None:
-    there = table()
-    sampled = new_request(sampling=Sampling(0.5, 3, 0.5, 1, 1.1, 0.1, 0.1))
-    given = {
-        *tensors.request(new_request(), [2, 3], streaming=True, link=b"x"),
-        *tensors.request(sampled, [2], streaming=False),
-    }
-    assert given == there["input tensor"]
-    assert there["output tensor"] == {tensors.IDS, tensors.LENGTH, tensors.LINK}
-    assert there["request parameter"] == {
-        tensors.REQUEST_TYPE,
-        tensors.CONTEXT,
-        tensors.GENERATION,
-    }
 
 
 def linked_by(given: config.Network) -> config.Deployment:
@@ -189,7 +177,8 @@ def linked_by(given: config.Network) -> config.Deployment:
 
 def test_variables_are_in_the_table() -> None:
     """The table lists the variables that are set for UCX and TensorRT-LLM anywhere in the code."""
-    there = table()["environment, set"]
+    there, read = table()["environment, set"], table()["environment, read"]
+    assert read == set(options.BACKENDS)
     everything = config.Network(("a",), 1, 2, 3, "eth0")
     assert there == {*network.variables(linked_by(everything)), *api.GPUS}
     listed = subprocess.run(
@@ -203,33 +192,7 @@ def test_variables_are_in_the_table() -> None:
     for name in listed:
         if (ROOT / name).suffix == ".py":
             used |= set(re.findall(r'"((?:TRTLLM|TLLM)_[A-Z0-9_]+)"', (ROOT / name).read_text()))
-    assert used <= there
-
-
-def test_shapes_of_the_tensors() -> None:
-    """Each tensor has a batch dimension, and the type that the backend's configuration gives it."""
-    request = new_request(sampling=Sampling(0.5, 3, 0.5, (1 << 64) - 1))
-    given = tensors.request(request, [2, 3, 4], streaming=True, link=bytes(range(9)))
-    assert all(tensor.shape[0] == 1 for tensor in given.values())
-    assert given["input_ids"].shape == (1, 32)
-    assert given["stop_words_list"].tolist() == [[[3, 4], [1, 2]]]
-    assert given["seed"].dtype == np.uint64
-    assert given["context_phase_params"].dtype == np.uint8
-    assert given["streaming"].dtype == np.bool_
-    for name in ("temperature", "runtime_top_p", "presence_penalty"):
-        assert given[name].dtype == np.float32
-    for name in ("input_ids", "input_lengths", "request_output_len", "end_id", "runtime_top_k"):
-        assert given[name].dtype == np.int32
-    endless = tensors.request(request._replace(ignore_eos=True), [2, 3], streaming=True)
-    assert not {"end_id", "stop_words_list"} & set(endless)
-
-
-def test_answers_are_read() -> None:
-    ids = np.array([[[5, 6, 7, 0]]], np.int32)
-    found = tensors.answer({"output_ids": ids, "sequence_length": np.array([[3]], np.int32)})
-    assert found == ([5, 6, 7], b"")
-    with pytest.raises(Exception, match="without output_ids or sequence_length"):
-        tensors.answer({"sequence_length": np.array([[3]], np.int32)})
+    assert used <= there | read
 
 
 def test_the_deployments_that_are_shown() -> None:
@@ -239,7 +202,6 @@ def test_the_deployments_that_are_shown() -> None:
     }
     assert kinds["one-host-two-gpus"] == kinds["two-hosts-roce"] == "tensorrt_llm"
     assert kinds["tp2-prefill-tp4-decode"] == "tensorrt_llm"
-    assert kinds["tensorrtllm-backend"] == "tensorrtllm_backend"
     roce = config.load(ROOT / "deployments" / "two-hosts-roce.yaml")
     assert network.variables(roce) == {
         "UCX_NET_DEVICES": "mlx5_0:1",

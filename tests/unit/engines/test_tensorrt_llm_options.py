@@ -15,7 +15,7 @@ from pdserve.config.llm_options import (
     LlmArguments,
     LlmOptions,
 )
-from pdserve.engines.tensorrt_llm import options
+from pdserve.engines.tensorrt_llm import api, options
 from tests.unit.engines.llm import (
     SINCE_1_3,
     answer,
@@ -119,9 +119,7 @@ def test_a_runtime_without_auto_is_left_to_the_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with installed("1.3.0rc29"):
-        monkeypatch.setattr(
-            "pdserve.engines.tensorrt_llm.api.Api.runtimes", frozenset({"CPP", "PYTHON"})
-        )
+        monkeypatch.setattr(api, "choices", lambda of, field: ("CPP", "PYTHON"))
         chosen = made("decode", deployment(tmp_path)).cache_transceiver_config
         assert chosen.transceiver_runtime == "auto", "the fake's default: nothing was given"
         with pytest.raises(errors.DeploymentError, match="has no auto; allowed: CPP, PYTHON"):

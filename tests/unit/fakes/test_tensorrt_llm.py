@@ -11,6 +11,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,8 @@ class Site:
         """Make an engine; `config` is a backend, or a transceiver's complete configuration."""
         if isinstance(config, str):
             config = {"backend": config}
+            if self.module.__version__ in SINCE_1_3:
+                config["transceiver_runtime"] = "auto"
         given = {
             "skip_tokenizer_init": True,
             "disable_overlap_scheduler": True,
@@ -193,8 +196,18 @@ def test_global_ids(newest: ModuleType) -> None:
         utils.get_global_disagg_request_id(256)
 
 
-def test_which_transceiver(newest: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = newest.llmapi.CacheTransceiverConfig
+def test_which_transceiver(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tensorrt_llm("1.3.0rc29") as module:
+        _which_transceiver(module.llmapi.CacheTransceiverConfig, monkeypatch)
+    monkeypatch.delenv("TRTLLM_USE_UCX_KVCACHE")
+    with tensorrt_llm("1.4.0rc1") as module:
+        make = partial(module.llmapi.CacheTransceiverConfig, transceiver_runtime="auto")
+        _which_transceiver(make, monkeypatch)
+        with pytest.raises(ValueError, match="UCX"):
+            assert module.llmapi.CacheTransceiverConfig(backend="UCX")._runtime
+
+
+def _which_transceiver(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make()._runtime is None
     assert make(backend="DEFAULT")._runtime == "PYTHON"
     assert make(backend="UCX")._runtime == "CPP"

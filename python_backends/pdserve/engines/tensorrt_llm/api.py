@@ -19,7 +19,7 @@ from pdserve.errors import DeploymentError
 
 _log = logging.getLogger(__name__)
 
-VERSIONS = SpecifierSet(">=1.0,<=1.4.0rc1", prereleases=True)
+VERSIONS = SpecifierSet(">=1.0,<=1.4.0rc4", prereleases=True)
 """Versions whose source was read; of another one only the names that are used are known."""
 # The classes that are used and, of each, the attributes, fields or parameters that every request
 # needs. Those that depend on options are checked where they are given.
@@ -84,6 +84,8 @@ class Api:
         self.pool_fields = field_names(self.kv_cache_config)
         self.transceiver_fields = field_names(self.cache_transceiver_config)
         self.request_fields = field_names(self.llm.generate_async)
+        self.runtimes = frozenset(choices(self.cache_transceiver_config, "transceiver_runtime"))
+        """Values of ``transceiver_runtime``; empty: there is no such choice."""
 
     @property
     def has_own_ids(self) -> bool:
@@ -99,13 +101,6 @@ class Api:
     def has_salts(self) -> bool:
         """Tell whether requests may name whose cached prefixes they share."""
         return "cache_salt" in self.request_fields
-
-    @property
-    def runtimes(self) -> frozenset[str]:
-        """Return the values of ``transceiver_runtime``; empty: there is no such choice."""
-        if "transceiver_runtime" not in self.transceiver_fields:
-            return frozenset()
-        return frozenset(choices(self.cache_transceiver_config, "transceiver_runtime"))
 
 
 def _is_of_a_job(variable: str) -> bool:
@@ -160,7 +155,8 @@ def field_names(of: Any) -> frozenset[str]:
 
 def choices(of: Any, field: str) -> Iterator[str]:
     """Yield the literal strings that a field of a pydantic model may have."""
-    todo = [inspect.signature(of).parameters[field].annotation]
+    parameter = inspect.signature(of).parameters.get(field)
+    todo = [parameter.annotation] if parameter else []
     while todo:
         kind = todo.pop()
         if typing.get_origin(kind) is typing.Literal:

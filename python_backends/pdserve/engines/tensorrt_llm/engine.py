@@ -31,6 +31,13 @@ LOOK_S = 0.01
 FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
+def new(
+    name: str, role: config.Role, deployment: config.Deployment, context_length: int
+) -> TensorRTLLM:
+    """Make the engine of an instance; see ``TensorRTLLM``."""
+    return TensorRTLLM(name, role, deployment, context_length)
+
+
 class TensorRTLLM:
     """One ``LLM`` in one role: a ``ContextEngine`` or a ``GenerationEngine``.
 

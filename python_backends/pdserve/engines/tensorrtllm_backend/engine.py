@@ -1,4 +1,4 @@
-"""A context or a generation model of the C++ backend, reached over gRPC.
+"""Legacy (images up to 26.07): a model of the C++ backend, reached over gRPC.
 
 Each request is a separate stream on one connection: ending the stream cancels that request and no
 other.
@@ -6,6 +6,7 @@ other.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -23,6 +24,24 @@ from pdserve.engines import checkpoint
 from pdserve.engines.external import Asked, Context, Piece, Report
 from pdserve.engines.tensorrtllm_backend import tensors
 from pdserve.engines.tensorrtllm_backend.tensors import Answer, Tensors
+
+_log = logging.getLogger(__name__)
+
+
+def new(
+    name: str,
+    role: config.Role,  # noqa: ARG001 - the model has it
+    deployment: config.Deployment,
+    context_length: int,
+) -> BackendModel:
+    """Make the engine of an instance; see ``BackendModel``."""
+    _log.warning(
+        "%s: engine.kind tensorrtllm_backend is legacy: Triton's images later than 26.07 have no "
+        "such backend, and docs/tensorrt-llm.md says how to move to tensorrt_llm. Tenants share "
+        "cached prefixes if enable_kv_cache_reuse is true in the model",
+        name,
+    )
+    return BackendModel(name, deployment, context_length)
 
 
 class BackendModel:

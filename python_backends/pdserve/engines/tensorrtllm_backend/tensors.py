@@ -1,4 +1,4 @@
-"""The backend's tensors: those of a request, and those of a response.
+"""Legacy: the C++ backend's tensors, those of a request and those of a response.
 
 Source of names, types and shapes:
 ``triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/config.pbtxt``.

@@ -10,7 +10,7 @@ from msgspec import Struct
 from tensorrt_llm._fake.exchange import Cache, Link
 from tensorrt_llm.disaggregated_params import DisaggregatedParams
 from tensorrt_llm.llmapi.disagg_utils import MIN_GLOBAL_ID
-from tensorrt_llm.version import SINCE_1_3, SINCE_1_4
+from tensorrt_llm.version import SINCE_1_3, UNRELEASED
 
 # Not the number of the request, which is valid in its own engine only.
 _FIRST_ID = 1000
@@ -67,7 +67,7 @@ class Links:
             params.disagg_request_id = asked.disagg_request_id
             params.schedule_style = asked.schedule_style
             params.ctx_usage = {"prompt_tokens": tokens, "cached_tokens": 0}
-        if SINCE_1_4 and asked is not None:
+        if UNRELEASED and asked is not None:
             params.conversation_id = asked.conversation_id
         return params
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 from tensorrt_llm.llmapi.strict import StrictBaseModel
-from tensorrt_llm.version import OLDEST, SINCE_1_3
+from tensorrt_llm.version import OLDEST, SINCE_1_3, SINCE_1_4
 
 Positive = Annotated[int, Meta(gt=0)]
 Fraction = Annotated[float, Meta(gt=0, le=1)]
@@ -24,7 +24,9 @@ class CacheTransceiverConfig(StrictBaseModel):
     else:
         backend: Literal["DEFAULT", "UCX", "NIXL", "MOONCAKE", "MPI"] | None = None  # type: ignore[no-redef]
     if SINCE_1_3:
-        transceiver_runtime: Literal["CPP", "PYTHON", "auto"] | None = "auto"
+        transceiver_runtime: Literal["CPP", "PYTHON", "auto"] | None = (
+            "PYTHON" if SINCE_1_4 else "auto"
+        )
     max_tokens_in_buffer: int | None = None
     if not OLDEST:
         kv_transfer_timeout_ms: Positive | None = 60000 if SINCE_1_3 else None
@@ -33,6 +35,8 @@ class CacheTransceiverConfig(StrictBaseModel):
         kv_transfer_poll_interval_ms: Positive | None = 5000
         kv_cache_bounce_size_mb: Annotated[int, Meta(ge=0)] = 0
         enable_pipelined_transfer: bool = False
+        agent_bounce_buffer_enable: bool = False
+        agent_bounce_params: dict[str, str] | None = None
 
     @property
     def _timeout_s(self) -> float | None:
@@ -75,7 +79,8 @@ class KvCacheConfig(StrictBaseModel):
     sink_token_length: int | None = None
     free_gpu_memory_fraction: Fraction | None = 0.9
     host_cache_size: int | None = None
-    onboard_blocks: bool = True
+    if not SINCE_1_3:
+        onboard_blocks: bool = True
     cross_kv_cache_fraction: float | None = None
     secondary_offload_min_priority: int | None = None
     event_buffer_max_size: int = 0
@@ -86,7 +91,7 @@ class KvCacheConfig(StrictBaseModel):
     dtype: str = "auto"
     tokens_per_block: Positive = 32
     if not OLDEST:
-        max_gpu_total_bytes: int | None = 0
+        max_gpu_total_bytes: int = 0
     if SINCE_1_3:
         disk_cache_size: int | None = None
         disk_cache_path: str | None = None
@@ -112,7 +117,7 @@ class TorchLlmArgs(StrictBaseModel):
     dtype: str = "auto"
     revision: str | None = None
     tokenizer_revision: str | None = None
-    backend: Literal["pytorch"] | None = "pytorch"
+    backend: Literal["pytorch"] | None = "pytorch" if SINCE_1_3 else None
     pipeline_parallel_size: Positive = 1
     context_parallel_size: Positive = 1
     gpus_per_node: Any = None
@@ -121,17 +126,18 @@ class TorchLlmArgs(StrictBaseModel):
     moe_config: Any = None
     enable_attention_dp: bool = False
     attention_dp_config: Any = None
-    max_batch_size: Positive | None = 2048
+    max_batch_size: Positive | None = 2048 if SINCE_1_3 else None
     max_num_tokens: Positive | None = 8192
     max_seq_len: Positive | None = None
-    max_input_len: Positive | None = 1024
-    max_beam_width: Positive | None = 1
+    max_input_len: Positive | None = 1024 if SINCE_1_3 else None
+    max_beam_width: Positive | None = 1 if SINCE_1_3 else None
     kv_cache_config: KvCacheConfig | None = None
     cache_transceiver_config: CacheTransceiverConfig | None = None
     enable_chunked_prefill: bool = False
     disable_overlap_scheduler: bool = False
     scheduler_config: Any = None
-    sampler_type: Any = "auto"
+    if not SINCE_1_3:
+        sampler_type: Any = "auto"
     attn_backend: str = "TRTLLM"
     cuda_graph_config: Any = None
     torch_compile_config: Any = None

@@ -76,7 +76,7 @@ def sampling_of(params: SamplingParams) -> Sampling:
     Raises:
         NotImplementedError: the fake cannot.
     """
-    asked = [name for name in _REFUSED if getattr(params, name)]
+    asked = [name for name in _REFUSED if getattr(params, name, None)]
     if asked or params.best_of != 1:
         raise NotImplementedError(f"{', '.join(asked) or 'best_of'}: not in the fake")
     chosen = Sampling(
