@@ -44,9 +44,26 @@ class World:
     decoding: int = 0
     hangs: bool = False
     """No context is ever answered."""
+    drains: bool = False
+    """A call that is cancelled ends only when it is computed, or its KV cache has moved."""
     context_failures: list[BaseException] = field(default_factory=list)
     generation_failures: list[BaseException] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
+
+    async def take(self, seconds: float) -> bool:
+        """Wait; tell whether the caller has been cancelled meanwhile, which it survived."""
+        task = asyncio.ensure_future(asyncio.sleep(seconds))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not self.drains:
+                raise
+            await task
+            return True
+        else:
+            return False
+        finally:
+            task.cancel()
 
     def token(self, asked: Asked, new: int) -> int:
         return self.model.next(asked.prompt, asked.resumed_tokens, new)
@@ -67,7 +84,7 @@ class ScriptedContext:
         world.computing += 1
         world.most = max(world.most, world.computing)
         try:
-            await asyncio.sleep(1e6 if world.hangs else PREFILL_S)
+            await world.take(1e6 if world.hangs else PREFILL_S)
         finally:
             world.computing -= 1
         if world.context_failures:
@@ -104,10 +121,12 @@ class ScriptedGeneration:
             if first is None:
                 await asyncio.sleep(PREFILL_S)
             else:
-                await asyncio.sleep(TRANSFER_S)
+                unwanted = await world.take(TRANSFER_S)
                 if link not in world.kept:
                     raise InstanceError(f"no KV cache {link!r}")
                 world.kept.pop(link).cancel()
+                if unwanted:
+                    raise asyncio.CancelledError
                 assert first == world.token(asked, 0)
             for position in range(0 if first is None else 1, asked.max_tokens):
                 await asyncio.sleep(STEP_S)

@@ -15,6 +15,7 @@ from pdserve.errors import HandleError, InstanceError
 from pdserve.instances.external.handle import ExternalHandle, digest
 from pdserve.kvcache.handle import seal, unseal
 from pdserve.rpc.messages import (
+    Accepted,
     Busy,
     DecodeRequest,
     Failed,
@@ -144,6 +145,83 @@ async def test_cancelled_at_every_stage(tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
             assert site.world.computing == site.world.decoding == 0
             await site.idle(KEEPS_S + 0.1)
+
+
+@virtual
+async def test_a_context_that_is_given_up_keeps_its_slot_until_the_engine_lets_go(
+    tmp_path: Path,
+) -> None:
+    """It is answered at once; its slot is taken while it is computed, and then for the lease."""
+    async with ExternalSite(tmp_path, prefill={"slots": 1, "batch": 1}) as site:
+        site.world.drains = True
+        prefill, client = site.p[0], DirectClient()
+        prefill.submit(PrefillRequest("one", site.prompt(5), Sampling(), "", 1e4), client.send)
+        await asyncio.sleep(PREFILL_S / 2)
+        prefill.release("one", client.send)
+        await asyncio.sleep(0.001)
+        assert [type(reply) for reply in client.replies] == [Accepted, Released, Failed]
+        prefill.release("one", client.send)
+
+        def refused() -> bool:
+            other = DirectClient()
+            two = PrefillRequest("two", site.prompt(5), Sampling(), "", 1e4)
+            prefill.submit(two, other.send)
+            return [type(reply) for reply in other.replies] == [Busy]
+
+        for seconds, kept in ((PREFILL_S / 4, 0), (PREFILL_S, 1), (KEEPS_S - 2 * PREFILL_S, 1)):
+            await asyncio.sleep(seconds)
+            assert len(site.world.kept) == kept
+            assert refused()
+        await asyncio.sleep(2 * PREFILL_S)
+        assert not refused()
+        assert client.replies[3:] == [Released()], "it has ended once"
+
+
+@virtual
+async def test_a_generation_that_is_given_up_keeps_its_slot_until_the_transfer_is_over(
+    tmp_path: Path,
+) -> None:
+    async with ExternalSite(tmp_path, decode={"slots": 1}) as site:
+        site.world.drains = True
+        prompt = site.prompt(12)
+        made = await prefilled(site, prompt)
+        await site.kv_links.connect_now(site.instances[0][0], site.instances[1][0])
+        decode, client = site.d[0], DirectClient()
+        request = asks(site, prompt, made.handle, made.token)
+        decode.submit(request, client.send)
+        await asyncio.sleep(TRANSFER_S / 2)
+        decode.release(request.id, client.send)
+        await asyncio.sleep(TRANSFER_S / 4)
+        assert [type(reply) for reply in client.replies] == [Released, Failed]
+        assert len(site.world.kept) == 1
+        other = DirectClient()
+        decode.submit(asks(site, prompt, b"", None), other.send)
+        assert [type(reply) for reply in other.replies] == [Busy]
+        await asyncio.sleep(TRANSFER_S)
+        assert not site.world.kept
+        assert len(client.replies) == 2, "it has ended once"
+        decode.submit(asks(site, prompt, b"", None), other.send)
+        assert len(other.replies) == 1, "it has been accepted"
+
+
+@virtual
+async def test_closing_does_not_wait_for_transfers(tmp_path: Path) -> None:
+    async with ExternalSite(tmp_path) as site:
+        site.world.drains = site.world.hangs = True
+        client = DirectClient()
+        for number in range(2):
+            request = PrefillRequest(f"{number}", site.prompt(5), Sampling(), "", 1e4)
+            site.p[0].submit(request, client.send)
+        await asyncio.sleep(0.001)
+        site.p[0].release("0", client.send)
+        await asyncio.sleep(0.001)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await site.p[0].close()
+        assert loop.time() - began < 1
+        ends = [type(reply) for reply in client.replies if not isinstance(reply, Accepted)]
+        assert ends == [Released, Failed, Failed]
+        assert site.world.computing == 0
 
 
 @virtual
