@@ -199,7 +199,7 @@ def test_global_ids(newest: ModuleType) -> None:
 def test_which_transceiver(monkeypatch: pytest.MonkeyPatch) -> None:
     with tensorrt_llm("1.3.0rc29") as module:
         _which_transceiver(module.llmapi.CacheTransceiverConfig, monkeypatch)
-    monkeypatch.delenv("TRTLLM_USE_UCX_KVCACHE")
+    monkeypatch.delenv("TRTLLM_USE_UCX_KVCACHE", raising=False)
     with tensorrt_llm("1.4.0rc1") as module:
         make = partial(module.llmapi.CacheTransceiverConfig, transceiver_runtime="auto")
         _which_transceiver(make, monkeypatch)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 async def first_piece(piece: Awaitable[T], drain_s: float) -> tuple[T, bool]:
-    """Wait for a piece; if cancelled, for up to ``drain_s`` seconds more.
+    """Wait for a piece; if cancelled, for up to ``drain_s`` seconds more; 0: not at all.
 
     Returns the piece, and whether the wait was cancelled.
 
@@ -25,18 +25,19 @@ async def first_piece(piece: Awaitable[T], drain_s: float) -> tuple[T, bool]:
         CancelledError: it was cancelled and nothing came in time, or it was cancelled twice.
         Exception: what ``piece`` raises.
     """
+    if not drain_s:
+        return await piece, False
     task = asyncio.ensure_future(piece)
     try:
         return await asyncio.shield(task), False
     except asyncio.CancelledError:
         await asyncio.wait({task}, timeout=drain_s)
         if not task.done():
-            if drain_s:
-                _log.warning(
-                    "a request that was given up had no piece within %g s and is aborted: if its "
-                    "KV cache was moving, its context engine may have lost blocks",
-                    drain_s,
-                )
+            _log.warning(
+                "a request that was given up had no piece within %g s and is aborted: if its "
+                "KV cache was moving, its context engine may have lost blocks",
+                drain_s,
+            )
             raise
         return task.result(), True
     finally:

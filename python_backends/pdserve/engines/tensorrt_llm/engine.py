@@ -47,7 +47,7 @@ class TensorRTLLM:
         context_length: context length of the model.
 
     Raises:
-        DeploymentError: it is not installed, has an unknown version, or refuses its arguments.
+        DeploymentError: it is not installed, lacks a name that is used, or refuses its arguments.
     """
 
     def __init__(
