@@ -57,7 +57,7 @@ class Limits:
         gateway = deployment.gateway
         ttft_limits = [scenario.ttft_limit_ms or 0 for scenario in deployment.served]
         first_token_s = max(gateway.ttft_limit_ms, *ttft_limits) / 1e3
-        held_s = max(deployment.prefill.lease_s, deployment.transfer.timeout_s)
+        held_s = max(deployment.prefill.kept_s, deployment.transfer.timeout_s)
         return cls(gateway.stall_s, first_token_s, 2 * max(first_token_s, held_s))
 
 

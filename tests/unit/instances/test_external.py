@@ -205,6 +205,16 @@ async def test_a_generation_that_is_given_up_keeps_its_slot_until_the_transfer_i
 
 
 @virtual
+async def test_engines_are_told_whose_prompt_it_is(tmp_path: Path) -> None:
+    """The engines keep their tenants' cached prefixes apart, in both roles."""
+    async with ExternalSite(tmp_path) as site:
+        request = site.request(tenant="alice")
+        assert await site.answer(request) == site.expected(request)
+        assert [asked.tenant for asked in site.world.asked] == ["alice", "alice"]
+        await site.idle()
+
+
+@virtual
 async def test_closing_does_not_wait_for_transfers(tmp_path: Path) -> None:
     async with ExternalSite(tmp_path) as site:
         site.world.drains = site.world.hangs = True
