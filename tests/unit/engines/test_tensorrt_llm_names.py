@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from pdctl import network
+from pdctl.doctor import variables
 from pdctl.paths import ROOT
 from pdserve import config
 from pdserve.config.llm_options import (
@@ -178,7 +179,8 @@ def linked_by(given: config.Network) -> config.Deployment:
 def test_variables_are_in_the_table() -> None:
     """The table lists the variables that are set for UCX and TensorRT-LLM anywhere in the code."""
     there, read = table()["environment, set"], table()["environment, read"]
-    assert read == set(options.BACKENDS)
+    assert options.BACKENDS == variables.BACKENDS
+    assert read == {*variables.BACKENDS, *variables.NO_STATISTICS}
     everything = config.Network(("a",), 1, 2, 3, "eth0")
     assert there == {*network.variables(linked_by(everything)), *api.GPUS}
     listed = subprocess.run(
