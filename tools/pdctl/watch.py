@@ -150,6 +150,8 @@ class WatchedServer:
     async def _load(self, model: str) -> None:
         load = partial(self.server.load, model, self.deployment.engine.load_s)
         loading = asyncio.ensure_future(asyncio.to_thread(load))
+        # A cancelled repair leaves it behind, and nothing else would take its error.
+        loading.add_done_callback(lambda done: done.cancelled() or done.exception())
         given_up = GivenUp(self.token or "")
         while not (await asyncio.wait([loading], timeout=LOOK_S))[0]:
             given_up.end([model])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ import msgspec
 import psutil
 import pytest
 
-from pdctl import footprint, watchers
+from pdctl import footprint, private, watchers
+from pdctl import started as records
 from pdctl.stubs import Stubs
+from pdctl.watch import WatchedServer
 from pdserve.node.health import Life
 from pdserve.node.watchdog import SERVER
 from tests.servers import default_deployment
@@ -100,6 +105,44 @@ def test_it_looks_after_nothing_that_does_not_run(tmp_path: Path) -> None:
     found = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert found.returncode == 1
     assert "server local has not been started" in found.stderr
+
+
+def test_the_load_of_a_cancelled_repair_fails_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repair is cancelled when its server is restarted, which breaks off the load."""
+    deployment = default_deployment("emulated")
+    (spec,) = deployment.servers
+    folder = tmp_path / spec.name
+    (folder / "models").mkdir(parents=True)
+    (folder / "models" / "deployment.yaml").write_bytes(msgspec.yaml.encode(deployment))
+    (folder / "token").write_text(footprint.new_token("local"))
+    private.write(folder / "kv.key", bytes(32))
+    records.note(folder, records.Started("", deployment.model, "", spec))
+    watched = WatchedServer(folder)
+    begun, broken = threading.Event(), threading.Event()
+    said: list[dict[str, Any]] = []
+
+    def load(model: str, timeout_s: float) -> None:
+        begun.set()
+        broken.wait(10)
+        raise ConnectionError("no answer in HTTP")
+
+    monkeypatch.setattr(watched.server, "load", load)
+
+    async def cancelled() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, about: said.append(about))
+        repair = asyncio.create_task(watched.restore("prefill_0"))
+        await asyncio.to_thread(begun.wait, 10)
+        repair.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await repair
+        broken.set()
+        await asyncio.sleep(0.2)  # until the loop has heard of it
+        gc.collect()
+
+    asyncio.run(cancelled())
+    assert said == []
 
 
 class TestStubs:
