@@ -11,6 +11,7 @@ _STARVED = re.compile(
     r"Stub process '[^']+' is not healthy|Failed to obtain the health mutex"
     r"|boost::interprocess::lock_exception"
 )
+_REFUSED = re.compile(r"failed to load '[^']+' version \d+: [^\n]*\bDeploymentError: ")
 _NOISE = ("CudaDriverHelper",)
 LINES = 15
 
@@ -21,8 +22,11 @@ def loaded(text: str) -> set[str]:
 
 
 def starved(text: str) -> bool:
-    """Tell whether the server ended because a loading process gave no sign of life in time."""
-    return _STARVED.search(text) is not None
+    """Tell whether the server ended because a loading process gave no sign of life in time.
+
+    A model that refuses its deployment would do so at the next start, too, whatever else is said.
+    """
+    return _STARVED.search(text) is not None and _REFUSED.search(text) is None
 
 
 def relevant(text: str) -> list[str]:

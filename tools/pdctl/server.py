@@ -1,7 +1,7 @@
 """One server of a deployment: starts it, waits for it, stops it.
 
 Its files are in its folder ``<run>/<name>/``: ``models/`` (its repository),
-``log`` (and ``log.old``, of the start before), ``token`` (marks its processes and shared
+``log`` (and OLD_LOGS, of the starts before), ``token`` (marks its processes and shared
 memory, see footprint.py), ``key`` (for the calls that change what it runs), perhaps
 ``shared-memory.key`` (see protocols.py), ``kv.key`` (its copy of the deployment's, see keys.py),
 ``started`` (how it was started, see started.py), and the files of its watchdog (see watchers.py).
@@ -42,6 +42,9 @@ from pdctl.repository import models, render
 from pdserve.config import Deployment
 from pdserve.config import Server as Spec
 from pdserve.transfer import key as kv_key
+
+OLD_LOGS = ("log.old", "log.old.2", "log.old.3")
+"""Names of the logs of the starts before, the latest first."""
 
 _log = logging.getLogger(__name__)
 
@@ -243,8 +246,10 @@ class Server(Endpoint):
 
     def _new_log(self) -> IO[bytes]:
         try:
-            if self.log.exists():
-                self.log.replace(self.folder / "log.old")
+            logs = [self.log, *(self.folder / name for name in OLD_LOGS)]
+            for older, newer in zip(logs[:0:-1], logs[-2::-1], strict=True):
+                if newer.exists():
+                    newer.replace(older)
             return private.opened(self.log)
         except OSError as error:  # a server without a log is better than none
             _log.warning("%s: nothing is logged: %s", self.log, error.strerror)

@@ -11,6 +11,9 @@ from typing import Any
 from pdserve.errors import DeploymentError
 
 SAMPLE_BYTES = 1 << 16
+# Types of rotary embedding whose frequencies change with the length of the sequence, after K has
+# been stored.
+REFUSED_ROPES = ("dynamic", "longrope")
 
 
 def fingerprint(path: Path, about: str) -> str:
@@ -87,7 +90,12 @@ def eos_ids(path: Path) -> list[int]:
 
 
 def check_attention(path: Path, configuration: Mapping[str, Any]) -> None:
-    """Refuse a model whose scores are biased by distance (ALiBi). Raises DeploymentError.
+    """Refuse a model whose positions do not allow that K is stored and read as it is.
+
+    Its scores are biased by distance (ALiBi), or it has one of REFUSED_ROPES.
+
+    Raises:
+        DeploymentError.
 
     Args:
         configuration: contents of config.json, or the configuration of a GGUF file.
@@ -100,3 +108,18 @@ def check_attention(path: Path, configuration: Mapping[str, Any]) -> None:
             f"{path}: a {kind} model with position biases (ALiBi), which is not served: its "
             "scores depend on how far apart two tokens are"
         )
+    for rope in _ropes(configuration):
+        if rope in REFUSED_ROPES:
+            raise DeploymentError(f"{path}: rotary embedding of type {rope} is not served")
+
+
+def _ropes(configuration: Mapping[str, Any]) -> list[Any]:
+    """Return the types of rotary embedding: one, or one for each type of layer.
+
+    transformers 5 writes ``rope_parameters``; before, the name was ``rope_scaling``, and at first
+    its key was ``type``.
+    """
+    sections = [configuration.get(name) for name in ("rope_parameters", "rope_scaling")]
+    known = [section for section in sections if isinstance(section, Mapping)]
+    layers = [one for section in known for one in section.values() if isinstance(one, Mapping)]
+    return [section.get("rope_type", section.get("type")) for section in (*known, *layers)]

@@ -777,6 +777,11 @@ class TestServers:
         host = differing(LAPTOP, model="/models/m is not there")
         assert problems(host, CPU)["model"].found.startswith("/models/m")
 
+    def test_a_model_in_order_is_said(self) -> None:
+        (told,) = (found for found in advice(LAPTOP, CPU) if found.about == "model")
+        assert told.state == "ok"
+        assert told.found.startswith("/models/m: its files are whole")
+
     def test_no_gateway_at_all_is_said(self) -> None:
         mute = msgspec.structs.replace(
             CPU, servers=tuple(msgspec.structs.replace(one, gateway=False) for one in CPU.servers)

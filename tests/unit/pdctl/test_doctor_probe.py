@@ -602,6 +602,30 @@ class TestModel:
         with pytest.raises(DeploymentError, match=r"position biases \(ALiBi\)"):
             context_length(deployment)
 
+    @pytest.mark.parametrize(
+        "rope",
+        [
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}},
+            {"text_config": {"rope_scaling": {"rope_type": "dynamic"}}},
+        ],
+    )
+    def test_a_rotary_embedding_that_is_not_served(
+        self, deployment: Deployment, tmp_path: Path, rope: dict[str, Any]
+    ) -> None:
+        """The engine refuses it by the same function when it loads the model."""
+        (tmp_path / "config.json").write_text(json.dumps(rope))
+        assert model(deployment) == f"{tmp_path}: rotary embedding of type dynamic is not served"
+
+    def test_a_rotary_embedding_that_is_served(
+        self, deployment: Deployment, tmp_path: Path
+    ) -> None:
+        names = {"rope_scaling": None, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}
+        (tmp_path / "config.json").write_text(json.dumps(names))
+        assert model(deployment) == ""
+
     def test_a_file_that_is_no_gguf(self, deployment: Deployment, tmp_path: Path) -> None:
         one = msgspec.structs.replace(deployment, model=str(tmp_path / "config.json"))
         assert "no GGUF" in model(one)

@@ -311,6 +311,15 @@ class TestFootprint:
 
 
 class TestLog:
+    def test_logs_of_the_last_starts_are_kept(self, tmp_path: Path) -> None:
+        server = Server(DEPLOYMENT, SPEC, tmp_path)
+        server.folder.mkdir()
+        for start in range(6):
+            with server._new_log() as file:
+                file.write(f"{start}".encode())
+        kept = {path.name: path.read_text() for path in server.folder.iterdir()}
+        assert kept == {"log": "5", "log.old": "4", "log.old.2": "3", "log.old.3": "2"}
+
     def test_a_failed_model(self) -> None:
         text = (
             'E1122 15:37:06.12793 561 server.cc:24] "CudaDriverHelper has not been initialized."\n'

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 # Options of an attention layer that change its result and are not supported.
 REFUSED_OPTIONS = ("sliding_window", "softcap", "s_aux", "position_bias")
-# Types of rotary embedding whose frequencies change with the length of the sequence, after K has
-# been stored.
-REFUSED_ROPES = ("dynamic", "longrope")
 
 
 class TorchModel:
@@ -96,9 +93,6 @@ class TorchModel:
 
     def _probe(self, path: str, config: PretrainedConfig, dtype: str) -> KVLayout:
         """Determine the KV layout: run two tokens, and look at what the layers hand over."""
-        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-        if rope in REFUSED_ROPES:
-            raise DeploymentError(f"{path}: rotary embedding of type {rope} is not served")
         probe = _Probe(self.context_length)
         try:
             self.forward([0, 0], [0, 1], None, probe)

@@ -58,7 +58,7 @@ def advice(inventory: Inventory, deployment: Deployment) -> list[Finding]:
         *servers(inventory, deployment),
         *gateways(deployment),
         *channel(inventory, deployment),
-        *model(inventory),
+        *model(inventory, deployment),
         *_unknown(inventory),
     ]
 
@@ -74,7 +74,7 @@ def hindrances(inventory: Inventory, deployment: Deployment) -> list[Finding]:
         *software(inventory, wanted),
         *gpus(inventory, wanted),
         *memory(inventory, wanted),
-        *model(inventory),
+        *model(inventory, deployment),
     ]
     problems = [finding for finding in judged if finding.state == "problem"]
     return [*problems, *gateways(deployment), *channel(inventory, deployment)]
