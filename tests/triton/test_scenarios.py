@@ -434,7 +434,7 @@ def test_pdctl_reload(server: Running, tmp_path: Path) -> None:
         length: int = answer.stats["output_tokens"]
         return length
 
-    assert pdctl_reload(server, tmp_path, "--check", **wanted) == (0, said)
+    assert pdctl_reload(server, tmp_path, "--check", **wanted) == (0, f"would be {said}")
     assert tokens() == 5
     assert pdctl_reload(server, tmp_path, **wanted) == (0, said)
     assert tokens() == 6, "it ends when every gateway has applied it"
@@ -459,11 +459,16 @@ def test_pdctl_reload_names_servers_that_come_go_and_change(
     more = config.Server(name="more", http_port=1, grpc_port=2, metrics_port=3)
     moved = msgspec.structs.replace(local, metrics_port=4)
     _, said = pdctl_reload(server, tmp_path, "--check", servers=(moved, more))
+    restart = (
+        "local has to be restarted, since its own ports or instances change; gateways use the new "
+        "ones from the reload on"
+    )
     assert said.splitlines() == [
-        "taken over by local:",
-        f"  servers.local.metrics_port: {local.metrics_port} -> 4",
+        "would be taken over by local:",
         "  servers.more: added",
-        "local has to be restarted, since its own ports or instances change",
+        "waits for a restart of local:",
+        f"  servers.local.metrics_port: {local.metrics_port} -> 4",
+        restart,
         "more does not run on this machine",
     ]
 

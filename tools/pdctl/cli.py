@@ -23,7 +23,7 @@ from pdctl.doctor.report import report
 from pdctl.errors import ServerError
 from pdctl.output import Output
 from pdctl.overview import page
-from pdctl.reload import Reload, plan
+from pdctl.reload import Reload, differing, plan
 from pdctl.repository import models
 from pdctl.server import Server
 from pdctl.signals import Interrupted, interruptible
@@ -100,6 +100,8 @@ def up(
     for server in servers:
         if (pid := server.pid) is not None:
             out.print(f"{server.spec.name} runs already (process {pid})")
+            for line in differing(server):
+                out.print(line, markup=False)
     starting.start(servers, keep=False, timeout=timeout)
     fleet.watch(servers, held=False, wanted=watch)
 
@@ -125,7 +127,7 @@ def serve(
 @app.command()
 def down(file: File = paths.DEPLOYMENT, only: Only = None) -> None:
     """Stop the servers, and remove their processes and shared memory."""
-    servers = _servers(file, only)
+    servers = _servers(file, only, left=True)
     pids = {server.spec.name: server.pid for server in servers}
     fleet.stop(servers)
     for name, pid in pids.items():
@@ -135,7 +137,7 @@ def down(file: File = paths.DEPLOYMENT, only: Only = None) -> None:
 @app.command()
 def status(file: File = paths.DEPLOYMENT, only: Only = None, as_json: Json = False) -> None:
     """Show servers, models, ports and counters; exit status 3 unless all are ready and watched."""
-    found = [status_of(server) for server in _servers(file, only)]
+    found = [status_of(server) for server in _servers(file, only, left=True)]
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -256,7 +258,7 @@ def reload_command(
     """Apply a changed deployment to running servers, and report what needs a restart."""
     servers = _servers(file, only)
     reloads = [Reload(server) for server in servers if server.pid is not None]
-    for line in plan(servers, reloads):
+    for line in plan(servers, reloads, check=check):
         out.print(line, markup=False)
     if not check:
         for one in reloads:
@@ -279,9 +281,12 @@ def render_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None
             out.print(f"{server.spec.name}: {server.repository} ({names})")
 
 
-def _servers(file: Path, only: str | None = None) -> list[Server]:
+def _servers(file: Path, only: str | None = None, *, left: bool = False) -> list[Server]:
+    """Return the servers of a deployment; also those that it has lost, but that run, if `left`."""
     deployment = config.load(file)
     servers = [Server(deployment, spec, file=file) for spec in deployment.servers]
+    if left:
+        servers += fleet.left_behind(servers)
     found = [server for server in servers if only in (None, server.spec.name)]
     if not found:
         names = ", ".join(server.spec.name for server in servers)
@@ -300,6 +305,12 @@ def _gateway(servers: list[Server]) -> Server:
         if server.ready("pdserve"):
             return server
     names = ", ".join(f"{server.spec.name} ({server.http})" for server in gateways)
+    for server in gateways:
+        if reason := watchers.repairing(server.folder):
+            raise ServerError(
+                f"no gateway is ready: {names}; the watchdog of {server.spec.name} is repairing "
+                f"it ({reason}): ask again, `pdctl status` shows its state"
+            )
     raise ServerError(f"no gateway is ready: {names}; `pdctl up` starts them")
 
 

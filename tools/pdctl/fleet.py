@@ -91,6 +91,29 @@ def watch(servers: Sequence[Server], *, held: bool, wanted: bool = True) -> None
         wait()
 
 
+def left_behind(servers: Sequence[Server]) -> list[Server]:
+    """Return servers that run, or are repaired, here by the deployment's file, which lost them.
+
+    Args:
+        servers: one or more servers of the deployment.
+    """
+    first = servers[0]
+    run = first.folder.parent
+    known = (one.started for one in (first, *first.others()) if not one.foreign)
+    files = {first.file, *(started.file for started in known if started)} - {""}
+    named = {spec.name for spec in first.deployment.servers}
+    found = []
+    for folder in sorted(record.parent for record in run.glob("*/started")):
+        started = records.noted(folder)
+        if started is None or started.file not in files or folder.name in named:
+            continue
+        left = Server(first.deployment, started.spec, run)
+        left.file = started.file
+        if left.token is not None and (left.pid is not None or watchers.watched(folder)):
+            found.append(left)
+    return found
+
+
 def stop(servers: Sequence[Server], *, own: bool = False) -> None:
     """Stop the servers, all at the same time; see ``Server.stop``."""
     if servers:

@@ -21,8 +21,9 @@ def page(entry: dict[str, Any]) -> Group:
     lines = [
         f"[bold]{entry['server']}[/bold] {entry['state']}{process}",
         f"  HTTP {entry['http']}, gRPC {entry['grpc']}, metrics {entry['metrics']}",
+        f"  model {escape(entry['model'])}, engine {entry['engine']}",
     ]
-    if entry["pid"]:
+    if entry["pid"] or entry["watchdog"]:
         lines.append(f"  {escape(_watchdog(entry))}")
     tables = []
     for rows in (_models(entry), summary(entry["values"])):

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from pdctl import private
+from pdctl import fleet, private
 from pdctl.errors import ServerError
 from pdctl.server import Server
 from pdctl.status import scrape
 from pdserve import config
 from pdserve.config.reloading import changes, taken_over
+from pdserve.errors import DeploymentError
 
 TIMEOUT_S = 10.0
 _GATEWAYS = ("pdserve", "scheduler")
@@ -33,8 +34,12 @@ class Reload:
         self.before = config.load(self._file)
         # What waits for a restart stays as it was, so that reloaded models agree with the others.
         self._after = taken_over(self.before, server.deployment)
-        self.taken = changes(self.before, self._after)
-        self.waiting = changes(self._after, server.deployment)
+        applied = changes(self.before, self._after)
+        self._applies = bool(applied)
+        # Gateways use the new values for this server, which keeps its own until a restart.
+        self.own = [line for line in applied if line.startswith(f"servers.{self.name}.")]
+        self.taken = [line for line in applied if line not in self.own]
+        self.waiting = [*self.own, *changes(self._after, server.deployment)]
         self._counted: dict[str, float] = {}
 
     def begin(self) -> None:
@@ -52,7 +57,7 @@ class Reload:
             ServerError: a gateway has refused it, or has not answered.
         """
         deadline = time.monotonic() + TIMEOUT_S
-        missing = set(_GATEWAYS if self.server.spec.gateway and self.taken else ())
+        missing = set(_GATEWAYS if self.server.spec.gateway and self._applies else ())
         while missing:
             time.sleep(0.2)
             for series, count in self._count().items():
@@ -74,21 +79,51 @@ class Reload:
         return {name: value for name, value in series.items() if "_reloads_total" in name}
 
 
-def plan(servers: Sequence[Server], reloads: Sequence[Reload]) -> Iterator[str]:
-    """Return in lines what will change, and what will not."""
-    if not any(one.taken or one.waiting for one in reloads):
+def plan(servers: Sequence[Server], reloads: Sequence[Reload], *, check: bool) -> Iterator[str]:
+    """Return in lines what will change, and what will not.
+
+    Args:
+        check: nothing is going to be reloaded.
+    """
+    if not reloads:
+        yield "nothing to reload: no server runs"
+    elif not any(one.taken or one.waiting for one in reloads):
         yield "nothing changes in the running servers"
-    yield from _alike("taken over by", {one.name: one.taken for one in reloads})
+    taken = "would be taken over by" if check else "taken over by"
+    yield from _alike(taken, {one.name: one.taken for one in reloads})
     yield from _alike("waits for a restart of", {one.name: one.waiting for one in reloads})
     for one in reloads:
-        if any(line.startswith(f"servers.{one.name}.") for line in one.taken):
-            yield f"{one.name} has to be restarted, since its own ports or instances change"
+        if one.own:
+            yield (
+                f"{one.name} has to be restarted, since its own ports or instances change; "
+                "gateways use the new ones from the reload on"
+            )
     running = {one.name for one in reloads}
     for server in servers:
         if server.spec.name not in running:
             yield f"{server.spec.name} does not run on this machine"
-    for name, pid in _left_behind(reloads).items():
-        yield f"{name} is not in the deployment any more, and runs on (process {pid})"
+    for left in fleet.left_behind(servers):
+        name = left.spec.name
+        yield (
+            f"{name} is not in the deployment any more, and runs on (process {left.pid}): "
+            f"`pdctl down --server {name}` stops it"
+        )
+
+
+def differing(server: Server) -> Iterator[str]:
+    """Return in lines how a running server differs from its deployment; none: it does not."""
+    try:
+        one = Reload(server)
+    except DeploymentError:  # it cannot be told, and it runs on as it is
+        return
+    lines = [*one.taken, *one.waiting]
+    if lines:
+        yield f"{one.name} has other values than {server.file}:"
+        yield from (f"  {line}" for line in lines)
+    if one.waiting:
+        yield f"`pdctl down --server {one.name}` first: they take effect at its next start"
+    elif lines:
+        yield "`pdctl reload` applies them"
 
 
 def _alike(what: str, lines: Mapping[str, list[str]]) -> Iterator[str]:
@@ -100,16 +135,3 @@ def _alike(what: str, lines: Mapping[str, list[str]]) -> Iterator[str]:
         if alike:
             yield f"{what} {', '.join(names)}:"
             yield from (f"  {line}" for line in alike)
-
-
-def _left_behind(reloads: Sequence[Reload]) -> dict[str, int]:
-    """Return running servers that the deployment no longer has, with their process."""
-    found = {}
-    for one in reloads:
-        wanted = {spec.name for spec in one.server.deployment.servers}
-        for spec in one.before.servers:
-            left = Server(one.before, spec, one.server.folder.parent)
-            left.file = one.server.file
-            if spec.name not in wanted and left.pid is not None and not left.foreign:
-                found[spec.name] = left.pid
-    return found

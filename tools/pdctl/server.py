@@ -10,6 +10,7 @@ A repair reads these files, and writes none.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -39,8 +40,10 @@ from pdctl.guard import Guard
 from pdctl.loading import GivenUp
 from pdctl.paths import MODEL_REPOSITORY, RUN
 from pdctl.repository import models, render
+from pdserve import config
 from pdserve.config import Deployment
 from pdserve.config import Server as Spec
+from pdserve.errors import DeploymentError
 from pdserve.transfer import key as kv_key
 
 OLD_LOGS = ("log.old", "log.old.2", "log.old.3")
@@ -92,6 +95,14 @@ class Server(Endpoint):
     def started(self) -> records.Started | None:
         """Return the latest start; None: never started, or stopped in good order."""
         return None if self.token is None else records.noted(self.folder)
+
+    @property
+    def running(self) -> Deployment:
+        """Return the deployment that its models read; if it has not been started, as given."""
+        if self.started is not None:
+            with contextlib.suppress(DeploymentError):
+                return config.load(self.repository / "deployment.yaml")
+        return self.deployment
 
     def others(self) -> Iterator[Server]:
         """Return the other servers of its deployment, except foreign ones."""

@@ -54,7 +54,8 @@ def start(servers: list[Server], *, keep: bool, timeout: float | None) -> None:
     with Progress(*columns, console=out, disable=not out.is_terminal, transient=True) as bar:
         total = sum(len(list(models(server.spec))) for server in servers)
         task = bar.add_task("starting", total=total, loading="")
-        ready: dict[str, set[str]] = {}
+        # What has run before is not loaded now.
+        ready = {server.spec.name: set(dict(models(server.actual))) for server in before}
 
         def progress(server: Server, loaded: set[str], loading: set[str]) -> None:
             if not out.is_terminal:

@@ -19,18 +19,24 @@ _SAMPLE = re.compile(r"^(pdserve_\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
 def status(server: Server) -> dict[str, Any]:
     """Return a server's state: stopped, starting, ready, or unhealthy (a model is not ready).
 
+    One whose process is gone is unhealthy as long as a watchdog repairs it.
+
     A server of another host is asked at its ports, and is ready, unhealthy or unreachable.
 
-    Keys: server, state, pid, watchdog (its report; None: there is none), unwatched (it is meant to
-    run without), http, grpc, metrics, models (name to state), versions (of a model that has
-    several, each one's state), values (the pdserve_* series without the buckets of histograms).
+    Keys: server, state, pid, model and engine (by which it runs), watchdog (its report; None: there
+    is none), unwatched (it is meant to run without), http, grpc, metrics, models (name to state),
+    versions (of a model that has several, each one's state), values (the pdserve_* series without
+    the buckets of histograms).
     """
-    pid, started = server.pid, server.started
+    pid, started, running = server.pid, server.started, server.running
+    watchdog = _watchdog(server.folder)
     found: dict[str, Any] = {
         "server": server.spec.name,
-        "state": "stopped",
+        "state": "stopped" if watchdog is None else "unhealthy",
         "pid": pid,
-        "watchdog": _watchdog(server.folder) if pid is not None else None,
+        "model": running.model,
+        "engine": running.engine.kind,
+        "watchdog": watchdog,
         "unwatched": started is not None and not started.watched,
         "http": server.http,
         "grpc": server.grpc,

@@ -178,6 +178,18 @@ def reported(folder: Path) -> dict[str, Any] | None:
     return state if state["pid"] == found else None
 
 
+def repairing(folder: Path) -> str:
+    """Return what the watchdog of a folder repairs, with the reason of each; empty: nothing."""
+    with contextlib.suppress(ServerError):
+        things = (reported(folder) or {}).get("things", {})
+        return "; ".join(
+            f"{thing}: {health['reason']}"
+            for thing, health in things.items()
+            if health["state"] in ("failed", "repairing")
+        )
+    return ""
+
+
 def _mark(folder: Path) -> str:
     return f"{folder}:{footprint.token(folder)}"
 

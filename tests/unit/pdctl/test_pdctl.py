@@ -489,6 +489,8 @@ class TestVersions:
             "server": "local",
             "state": "ready",
             "pid": None,
+            "model": "/models/m",
+            "engine": "torch",
             "watchdog": None,
             "unwatched": False,
             "models": {"decode_0": "READY", "decode_1": "READY"},
