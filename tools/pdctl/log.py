@@ -11,7 +11,10 @@ _STARVED = re.compile(
     r"Stub process '[^']+' is not healthy|Failed to obtain the health mutex"
     r"|boost::interprocess::lock_exception"
 )
-_REFUSED = re.compile(r"failed to load '[^']+' version \d+: [^\n]*\bDeploymentError: ")
+_REFUSED = re.compile(
+    r"(?:failed to load '[^']+' version \d+|Failed to initialize Python stub): "
+    r"[^\n]*\bDeploymentError: "
+)
 _NOISE = ("CudaDriverHelper",)
 LINES = 15
 
