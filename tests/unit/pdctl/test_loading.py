@@ -100,7 +100,7 @@ def test_what_a_starved_server_says(line: str) -> None:
     said = "DeploymentError: /m: rotary embedding of type dynamic is not served"
     for refused in (
         f'pb_stub.cc:366] "Failed to initialize Python stub: {said}\\n\\nAt:',
-        f"model_lifecycle.cc:642] \"failed to load 'prefill_0' version 1: Internal: {said}\\n\\nAt:",
+        f"lifecycle.cc:642] \"failed to load 'prefill_0' version 1: Internal: {said}\\n\\nAt:",
     ):
         text = f"I1 hello\n{line}\nE1122 15:37:06.4 5618 {refused}\n"
         assert not log.starved(text), "the next start would fail, too"
