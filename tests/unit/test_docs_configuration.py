@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+
 from pdctl.paths import ROOT
 from pdserve import config
 
@@ -18,6 +20,13 @@ SECTIONS = {
 }
 ELSEWHERE = {"model", "scenarios"}
 """Fields of the file itself; the fields of scenarios are described in docs/scenarios.md."""
+
+
+def rows() -> list[list[str]]:
+    """Return the cells of each row."""
+    start = TEXT.index("| field | default |")
+    lines = TEXT[start : TEXT.index("\n\n", start)].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
 def named() -> set[str]:
@@ -50,3 +59,21 @@ def test_every_field_is_named() -> None:
     assert set(config.Deployment.__struct_fields__) - ELSEWHERE <= {
         section.removesuffix("[]") for section in SECTIONS
     }
+
+
+def test_each_row_has_one_field_and_says_what_it_is() -> None:
+    heading, _, *below = rows()
+    for cells in (heading, *below):
+        assert len(cells) == 3
+        assert cells[2], cells
+    for field, *_ in below:
+        assert re.fullmatch(r"`[^`]+`", field), field
+
+
+def test_defaults_are_those_of_the_code() -> None:
+    said = {field.strip("`"): default for field, default, _ in rows()[2:]}
+    for section, struct in SECTIONS.items():
+        for field in msgspec.structs.fields(struct):
+            if isinstance(field.default, bool | int | float | str):
+                wanted = msgspec.json.encode(field.default).decode().strip('"')
+                assert said[f"{section}.{field.name}"] == wanted.removesuffix(".0"), field.name
