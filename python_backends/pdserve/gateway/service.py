@@ -200,7 +200,15 @@ class Service:
             raise errors.InvalidRequest(
                 f"the prompt has {len(prompt)} tokens; at most {most} are allowed"
             )
-        ttft_limit_ms = asked.ttft_limit_ms or terms.ttft_limit_ms or limits.ttft_limit_ms
+        ttft_limit_ms, ttft_limit_of = next(
+            (limit, whose)
+            for limit, whose in (
+                (asked.ttft_limit_ms, "the request"),
+                (terms.ttft_limit_ms, f"the scenario {terms.name}"),
+                (limits.ttft_limit_ms, "the gateway"),
+            )
+            if limit is not None
+        )
         return Request(
             id=request_id,
             prompt=prompt.astype("<i4").tobytes(),
@@ -214,6 +222,7 @@ class Service:
             scenario=terms.name,
             priority=terms.priority if asked.priority is None else asked.priority,
             ttft_limit_s=ttft_limit_ms / 1e3,
+            ttft_limit_of=ttft_limit_of,
             time_limit_s=asked.timeout_us / 1e6 or math.inf,
         )
 

@@ -256,6 +256,8 @@ def late(what: str, request: Request, takes: float = 0.0) -> errors.Late:
     waited = asyncio.get_running_loop().time() - request.waiting_since
     more = f"; a prefill would take {takes * 1e3:.0f} ms" if takes else ""
     limit = f"the TTFT limit of {request.ttft_limit_s * 1e3:g} ms"
+    if request.ttft_limit_of:
+        limit += f" of {request.ttft_limit_of}"
     if request.deadline == request.ends_by:
         limit = f"its time limit of {request.time_limit_s:g} s"
     elif request.output:

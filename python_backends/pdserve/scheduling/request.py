@@ -100,6 +100,8 @@ class Request:
     priority: int = 0
     """Among waiting requests the one with the highest priority goes first."""
     ttft_limit_s: float = 60.0
+    ttft_limit_of: str = ""
+    """What sets this limit, for errors: the request itself, a scenario, the gateway."""
     time_limit_s: float = math.inf
     """Seconds from its arrival to its end."""
     trace: str = ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -123,6 +124,34 @@ async def test_who_closes_the_answer_cancels_the_request(tmp_path: Path) -> None
                 break
         await site.idle()
         assert site.total("pdserve_requests_total", outcome="cancelled") == 1
+        await served.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "of_scenario", "said"),
+    [
+        (5, 6, "5 ms of the request"),
+        (None, 6, "6 ms of the scenario s"),
+        (None, None, "7 ms of the gateway"),
+    ],
+)
+@virtual
+async def test_an_error_says_whose_limit_has_passed(
+    tmp_path: Path, asked: int | None, of_scenario: int | None, said: str
+) -> None:
+    async with Site(tmp_path, profile=TIMES) as site:
+        served, request = new_service(site), site.request(max_tokens=6)
+        wanted = deployment(GROUP)
+        replace = msgspec.structs.replace
+        served.take(
+            replace(
+                wanted,
+                gateway=replace(wanted.gateway, ttft_limit_ms=7),
+                scenarios=(replace(wanted.scenarios[0], ttft_limit_ms=of_scenario),),
+            )
+        )
+        with pytest.raises(Unavailable, match=f"within the TTFT limit of {said} "):
+            await parts(served, request, ttft_limit_ms=asked)
         await served.close()
 
 

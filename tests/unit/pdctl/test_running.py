@@ -135,6 +135,20 @@ class TestLeftBehind:
         assert host.pdctl("down") == 0
         assert host.processes["more"].poll() is None
 
+    def test_a_dead_server_of_this_name_leads_to_no_other_deployment(
+        self, host: Host, deployment: Deployment
+    ) -> None:
+        """Its record names the file of a deployment whose other server runs."""
+        host.start(with_more(deployment))
+        host.processes["local"].kill()
+        host.processes["local"].wait()
+        host.file = host.file.with_name("mine.yaml")
+        ports = dict(zip(("http_port", "grpc_port", "metrics_port"), free_ports(3), strict=True))
+        ours = (msgspec.structs.replace(deployment.servers[0], **ports),)
+        host.write(msgspec.structs.replace(deployment, model="/models/mine", servers=ours))
+        assert host.pdctl("down") == 0
+        assert host.processes["more"].poll() is None
+
 
 class TestUp:
     @pytest.fixture(autouse=True)
