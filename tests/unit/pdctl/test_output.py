@@ -74,7 +74,7 @@ def test_a_run_folder_that_cannot_be_written(
 
 
 def test_a_mistake_in_the_code_is_not_hidden(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(cli, "_servers", broken)
