@@ -18,6 +18,8 @@ import tritonclient.grpc as grpc
 
 from pdctl.paths import MODEL_REPOSITORY
 from pdserve import config
+from pdserve.observability.catalogue import METRICS
+from pdserve.observability.metrics import Gauge
 from tests.clients import (
     Answer,
     Refused,
@@ -479,3 +481,32 @@ def test_what_waits_for_a_restart_is_said(server: Running) -> None:
     assert "prefill.slots: 8 -> 9" in words
     assert "decode.slots: 64 -> 9" in words
     generate(server, text_input="Hello")
+
+
+def test_gauges_of_what_is_gone_vanish(server: Running) -> None:
+    """Those of a group that the deployment lacks, and of an instance whose model is unloaded."""
+    names = {metric.name for metric in METRICS.values() if isinstance(metric, Gauge)}
+
+    def shown(**labels: str) -> set[str]:
+        found = (sample for sample in metrics(server) if labels.items() <= sample.labels.items())
+        return names & {sample.name for sample in found}
+
+    generate(server, text_input="Hello", scenario="code")
+    wait_until(lambda: "pdserve_waiting_requests" in shown(group="code"), 2)
+    wait_until(lambda: "pdserve_kv_link_latency_seconds" in shown(decode="decode_2"), 2)
+    host = server.servers[0]
+    fewer = msgspec.structs.replace(
+        server.deployment.servers[0],
+        prefill=("prefill_0", "prefill_1"),
+        decode=("decode_0", "decode_1"),
+    )
+    change(server, servers=(fewer,), scenarios=SCENARIOS[:1])
+    wait_until(lambda: not shown(group="code"), 5, lambda: str(shown(group="code")))
+    assert shown(group="chat_a")
+    host.unload("decode_2")  # which the gateways have let go of, so that its process ends
+    try:
+        wait_until(lambda: not shown(instance="decode_2") | shown(decode="decode_2"), 5)
+        assert shown(instance="decode_1")
+    finally:
+        host.load("decode_2", 60)
+    wait_until(lambda: "pdserve_slots" in shown(instance="decode_2"), 5)

@@ -59,6 +59,10 @@ class Group:
         """Return the number of requests that it serves."""
         return len(self._open)
 
+    def show(self, gateway: str) -> None:
+        """Set the metrics of the requests that wait."""
+        self._scheduler.show(gateway, self.name)
+
     def update(self, prefills: dict[_Key, Instance], decodes: dict[_Key, Instance]) -> None:
         """Replace the instances; see ``Scheduler.update``."""
         before, self.instances = self.instances, prefills | decodes
@@ -144,13 +148,20 @@ class Groups:
             if instance == name:
                 reached.lose(epoch)
 
+    def show(self) -> None:
+        """Set the metrics of the requests that wait in each group."""
+        for group in (*self._retired, *self._current.values()):
+            group.show(self._gateway)
+
     async def sweep(self) -> None:
         """Close groups and instances that are in no deployment and serve no request any more.
 
-        Groups forget the instances that have left them.
+        Groups forget the instances that have left them. The gauges of a closed group vanish.
         """
         for group in [group for group in self._retired if not group.open]:
             self._retired.remove(group)
+            if group.name not in self._current:
+                self._metrics.drop(gateway=self._gateway, group=group.name)
             group.update({}, {})  # so that instances that stay do not call it any more
         for group in self._current.values():
             group.forget()

@@ -95,6 +95,11 @@ class Service:
             self._metrics,
         )
 
+    def show(self) -> None:
+        """Set the metrics of what this gateway holds at the moment."""
+        self._metrics.set(catalogue.OPEN_REQUESTS, self._open, gateway=self._name)
+        self._groups.show()
+
     async def sweep(self) -> None:
         """Close what is in no deployment any more; see ``Groups.sweep``."""
         await self._groups.sweep()

@@ -19,14 +19,18 @@ class AcceptedCall:
     request: DecodeRequest
     send: Send
     _: KW_ONLY
-    arrived: bool = False
-    """True if the prompt's K and V are in this decode."""
+    arrived_at: float | None = None
+    """Time (``loop.time()``) since which the prompt's K and V are in this decode."""
     unsent: list[int] = field(default_factory=list)
     sent_at: float = 0.0
     transfer: TransferReport | None = None
     """Report of the KV cache's transfer, until it has been sent."""
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
     """Timer of the acceptance, unless another reply is sent before."""
+
+    @property
+    def arrived(self) -> bool:
+        return self.arrived_at is not None
 
     @property
     def on_trial(self) -> bool:

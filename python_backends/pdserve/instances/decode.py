@@ -38,6 +38,7 @@ from pdserve.rpc.messages import (
     NotConnected,
     Released,
     Reply,
+    Tokens,
     Watch,
 )
 from pdserve.supervision import Background
@@ -168,7 +169,7 @@ class DecodeInstance:
             resumed_tokens=request.resumed_tokens,
         )
         call = ReservedCall(request, send, reserved, sequence)
-        self._admission.take_in(call)
+        self._admission.take_in(call, self._loop.time())
         self._ticks.wake()
         if request.suspect:
             self._trials.begin(partial(self._try, call, handle))
@@ -228,7 +229,7 @@ class DecodeInstance:
 
     def _arrived(self, call: ReservedCall, transfer: TransferReport | Exception) -> None:
         if not isinstance(transfer, Exception):
-            call.arrived = True
+            call.arrived_at = self._loop.time()
             self._blocks.arrived(call.reserved, call.sequence.prompt)
         call.stuck = isinstance(transfer, Stuck)
         if call.released:
@@ -259,14 +260,18 @@ class DecodeInstance:
         elif not call.stuck:
             self._blocks.free(call.reserved)
         reply = reply or Failed(errors.Cancelled.code, "released")
-        self._admission.end(call, reply, self._loop.time())
+        now = self._loop.time()
+        if isinstance(reply, Tokens) and call.arrived_at is not None:
+            self._metrics.observe(catalogue.DECODE, now - call.arrived_at, instance=self._name)
+        self._admission.end(call, reply, now)
 
     # ------------------------------------------------------------------ metrics
 
     def _tick(self) -> bool:
         """Set the metrics; return whether they may change by themselves."""
         used, watches = len(self._admission.open), self._admission.watches
-        show(self._metrics, self._name, used, self._limits.slots, watches)
+        seconds = self._admission.seconds.drain(self._loop.time())
+        show(self._metrics, self._name, used, self._limits.slots, watches, seconds)
         pool = self._blocks.pool
         for state, blocks in (
             ("used", pool.used_blocks),

@@ -156,7 +156,7 @@ class PrefillInstance:
             salt=request.tenant,
             deadline=now + request.deadline_ms / 1e3,
         )
-        self._slots.take(held)
+        self._slots.take(held, now)
         self._ticks.wake()
         if request.layered:
             held.acceptance.say(self._exports.open_early(held))
@@ -209,9 +209,10 @@ class PrefillInstance:
 
     def _take_back(self, held: HeldPrompt) -> None:
         """Free what is held for a request that was transferred, was released, failed or expired."""
-        del self._slots.held[held.request.id]
+        now = self._loop.time()
+        self._slots.give_back(held, now)
         self._stir()
-        self._exports.leases.give_back(held.leased, self._loop.time())
+        self._exports.leases.give_back(held.leased, now)
 
     def _end_leases(self, now: float) -> None:
         leases = self._exports.leases
@@ -240,8 +241,10 @@ class PrefillInstance:
 
     def _tick(self) -> bool:
         """End leases, and set the metrics; return whether any of that may change by itself."""
-        self._end_leases(self._loop.time())
+        now = self._loop.time()
+        self._end_leases(now)
         used, watches = len(self._slots.held), self._slots.watches
-        show(self._metrics, self._name, used, self._limits.slots, watches)
+        seconds = self._slots.seconds.drain(now)
+        show(self._metrics, self._name, used, self._limits.slots, watches, seconds)
         self._exports.show(self._metrics, self._name)
         return bool(used or watches or self._exports.leases.quarantined)

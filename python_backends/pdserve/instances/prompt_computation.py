@@ -115,9 +115,12 @@ class PromptComputation:
             return
         finally:
             self._exports.unpin(sources)
+            seconds = loop.time() - began
+            self._metrics.add(catalogue.BUSY_SECONDS, seconds, instance=self._name)
         self._metrics.add(catalogue.STEPS, 1, instance=self._name)
-        ms = (loop.time() - began) * 1e3
+        ms = seconds * 1e3
         for held, token in zip(batch, tokens, strict=True):
+            self._metrics.observe(catalogue.PREFILL, seconds, instance=self._name)
             if held.cancelled:
                 self._end(held, _RELEASED)
             else:

@@ -18,6 +18,7 @@ from pdserve.instances.acceptance import AFTER_S
 from pdserve.instances.accepted_call import AcceptedCall
 from pdserve.instances.protocol import Send
 from pdserve.instances.slot_watches import WATCHED_S, RoomWatches
+from pdserve.instances.slots import TimeIntegral
 from pdserve.rpc.messages import (
     SUSPECT,
     Accepted,
@@ -46,6 +47,7 @@ class RoomAdmission(Generic[C]):
         self.open: dict[str, C] = {}
         """The open requests, by their ids."""
         self.watches = RoomWatches(self.room)
+        self.seconds = TimeIntegral()
         self._limits = limits
         self._blocks = blocks
 
@@ -68,9 +70,10 @@ class RoomAdmission(Generic[C]):
         self.watches.refused()
         return Busy(reason, self.room())
 
-    def take_in(self, call: C) -> None:
+    def take_in(self, call: C, now: float) -> None:
         """Accept a request, and tell its gateway: at once if that is urgent, else after AFTER_S."""
         self.open[call.request.id] = call
+        self.seconds.change(len(self.open), now)
         if call.request.suspect or call.request.hurry:
             self._accept(call)
         else:
@@ -107,6 +110,7 @@ class RoomAdmission(Generic[C]):
     def end(self, call: C, reply: Reply, now: float) -> None:
         """Send the last reply of a request, whose blocks are free again."""
         del self.open[call.request.id]
+        self.seconds.change(len(self.open), now)
         if isinstance(reply, Tokens):
             reply = msgspec.structs.replace(reply, room=self.room())
         call.tell(reply, True)

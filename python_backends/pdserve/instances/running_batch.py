@@ -55,14 +55,27 @@ class RunningBatch:
 
     async def run(self) -> None:
         """Run until cancelled."""
+        loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
             self._work.clear()
             while self.calls or self._local_prefill:
+                began = loop.time()
                 await self._local_prefill.turn()
                 if batch := self._batch():
+                    stepped = loop.time()
                     await self._step(batch)
-                self._metrics.add(catalogue.STEPS, 1, instance=self._name)
+                    self._count(len(batch), loop.time() - stepped)
+                seconds = loop.time() - began
+                self._metrics.add(catalogue.BUSY_SECONDS, seconds, instance=self._name)
+
+    def _count(self, batch: int, seconds: float) -> None:
+        """Count a step, with what a line through times of steps over sizes of batches needs."""
+        name = self._name
+        self._metrics.add(catalogue.STEPS, 1, instance=name)
+        self._metrics.add(catalogue.STEP_SEQUENCES, batch, instance=name)
+        self._metrics.add(catalogue.STEP_SEQUENCES_SQUARED, batch * batch, instance=name)
+        self._metrics.add(catalogue.STEP_SEQUENCE_SECONDS, batch * seconds, instance=name)
 
     def _batch(self) -> list[ReservedCall]:
         for call in [call for call in self.calls.values() if call.released]:

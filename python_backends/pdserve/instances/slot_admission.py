@@ -1,7 +1,7 @@
 """The slots of a prefill: which offers get one, and which gateways wait for one.
 
-A request holds a slot from its acceptance until the instance removes it from ``held``. Requests
-whose first token is not known yet are limited further, by the places in the next forward.
+A request holds a slot from its acceptance until the instance gives it back. Requests whose first
+token is not known yet are limited further, by the places in the next forward.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from pdserve import errors
 from pdserve.instances.protocol import Send
 from pdserve.instances.slot_watches import WATCHED_S, SlotWatches
+from pdserve.instances.slots import TimeIntegral
 from pdserve.rpc.messages import SUSPECT, Busy, Failed, PrefillRequest, Watch
 
 
@@ -38,7 +39,7 @@ class SlotAdmission(Generic[H]):
     Args:
         slots: the number of slots.
         places: returns the number of further requests for which the next forward has room.
-        sweep: called with the time before slots are counted: takes out of ``held`` what is over,
+        sweep: called with the time before slots are counted: gives back the slots of what is over,
             and tells whether there may be memory for another request.
     """
 
@@ -48,6 +49,7 @@ class SlotAdmission(Generic[H]):
         self.held: dict[str, H] = {}
         """The requests that hold a slot, by their ids."""
         self.watches = SlotWatches()
+        self.seconds = TimeIntegral()
         self._slots = slots
         self._places = places
         self._sweep = sweep
@@ -69,10 +71,16 @@ class SlotAdmission(Generic[H]):
             return Busy(SUSPECT)
         return None
 
-    def take(self, held: H) -> None:
+    def take(self, held: H, now: float) -> None:
         """Give a slot to a request that has not been refused."""
         self.watches.took(held.request.gateway)
         self.held[held.request.id] = held
+        self.seconds.change(len(self.held), now)
+
+    def give_back(self, held: H, now: float) -> None:
+        """Free the slot of a request."""
+        del self.held[held.request.id]
+        self.seconds.change(len(self.held), now)
 
     def reject(self, request: PrefillRequest, message: str, send: Send) -> None:
         """Answer a request that can never be served, and with which its gateway has had a turn."""

@@ -32,6 +32,10 @@ def _scenario_group(scenario: str, group: str) -> tuple[str, str]:
     return scenario, group
 
 
+def _scenario_group_source(scenario: str, group: str, source: str) -> tuple[str, str, str]:
+    return scenario, group, source
+
+
 def _gateway(gateway: str) -> tuple[str]:
     return (gateway,)
 
@@ -42,6 +46,10 @@ def _gateway_outcome(gateway: str, outcome: str) -> tuple[str, str]:
 
 def _group_state(gateway: str, group: str, state: str) -> tuple[str, str, str]:
     return gateway, group, state
+
+
+def _group_role(gateway: str, group: str, role: str) -> tuple[str, str, str]:
+    return gateway, group, role
 
 
 def _phase_reason(phase: str, reason: str) -> tuple[str, str]:
@@ -110,27 +118,54 @@ OPEN_REQUESTS = Gauge(
 )
 TTFT = Histogram(
     "pdserve_ttft_seconds",
-    _scenario,
+    _scenario_group,
     "seconds",
     "This is the time from a request's arrival to its first token.",
     SECONDS,
 )
 TPOT = Histogram(
     "pdserve_tpot_seconds",
-    _scenario,
+    _scenario_group,
     "seconds",
     "This is the mean time per output token of a request after its first token.",
     SECONDS,
 )
 E2E = Histogram(
     "pdserve_e2e_seconds",
-    _scenario,
+    _scenario_group,
     "seconds",
     "This is the time from a request's arrival to its last token.",
     SECONDS,
 )
 
+PROMPT_TOKENS = Counter(
+    "pdserve_prompt_tokens_total",
+    _scenario_group_source,
+    "tokens",
+    "The prompt tokens of finished requests are summed by their source: cached if their K and V "
+    "were there already, computed otherwise.",
+)
+OUTPUT_TOKENS = Counter(
+    "pdserve_output_tokens_total",
+    _scenario_group,
+    "tokens",
+    "The tokens of answers are summed, those of answers that did not finish included.",
+)
+
 # Forwarding, counted by gateways.
+WAITING_REQUESTS = Gauge(
+    "pdserve_waiting_requests",
+    _group_role,
+    "requests",
+    "This many requests wait at the gateway for an instance of this role.",
+)
+OLDEST_WAITING = Gauge(
+    "pdserve_oldest_waiting_seconds",
+    _group_role,
+    "seconds",
+    "The request that waits longest at the gateway for an instance of this role has waited this "
+    "long; 0: none waits.",
+)
 FORWARD_ATTEMPTS = Counter(
     "pdserve_forward_attempts_total",
     _none,
@@ -176,11 +211,57 @@ STEPS = Counter(
     "steps",
     "Each forward of a prefill and each step of a decode is counted.",
 )
+STEP_SEQUENCES = Counter(
+    "pdserve_step_sequences_total",
+    _instance,
+    "sequences",
+    "The sequences in each step of a decode are summed; divided by the steps they are the mean "
+    "batch.",
+)
+STEP_SEQUENCES_SQUARED = Counter(
+    "pdserve_step_sequences_squared_total",
+    _instance,
+    "sequences squared",
+    "The squares of the numbers of sequences in each step of a decode are summed.",
+)
+STEP_SEQUENCE_SECONDS = Counter(
+    "pdserve_step_sequence_seconds_total",
+    _instance,
+    "seconds",
+    "The time of each step of a decode is summed, multiplied by its number of sequences.",
+)
 SLOTS = Gauge(
     "pdserve_slots",
     _instance_state,
     "slots",
     "The instance has this many slots in this state: used or free.",
+)
+SLOT_SECONDS = Counter(
+    "pdserve_slot_seconds_total",
+    _instance,
+    "seconds",
+    "The times for which requests hold a slot of the instance are summed while they hold it.",
+)
+BUSY_SECONDS = Counter(
+    "pdserve_busy_seconds_total",
+    _instance,
+    "seconds",
+    "The time is summed in which the instance's engine computes, whatever the size of its batch.",
+)
+PREFILL = Histogram(
+    "pdserve_prefill_seconds",
+    _instance,
+    "seconds",
+    "This is the time in which a prefill computed one prompt, waiting and transfer apart.",
+    SECONDS,
+)
+DECODE = Histogram(
+    "pdserve_decode_seconds",
+    _instance,
+    "seconds",
+    "This is the time from the moment at which a decode had a prompt's KV cache to the end of its "
+    "answer.",
+    SECONDS,
 )
 SLOT_WATCHES = Gauge(
     "pdserve_slot_watches",

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec
 
 P = ParamSpec("P")
-Kind = Literal["counter", "gauge"]
+Kind = Literal["counter", "gauge", "gone"]
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -71,7 +71,7 @@ class Histogram(Metric[P]):
 
 
 class Change(NamedTuple):
-    """A series' step (counter) or new value (gauge)."""
+    """A series' step (counter), its new value (gauge), or its end (gone)."""
 
     kind: Kind
     name: str
@@ -96,7 +96,8 @@ class _Observed:
 class Registry:
     """The counts of one process since it last published to Triton.
 
-    ``add``, ``set`` and ``observe`` take a metric, a value and the metric's labels.
+    ``add``, ``set`` and ``observe`` take a metric, a value and the metric's labels; ``drop`` ends
+    gauges.
 
     Raises:
         TypeError: a label is missing or not declared.
@@ -116,6 +117,13 @@ class Registry:
     def set(self, gauge: Gauge[P], value: float, *labels: P.args, **named: P.kwargs) -> None:
         """Set a gauge to ``value``."""
         self._levels[gauge, gauge.labels(*labels, **named)] = value
+
+    def drop(self, **labels: str) -> None:
+        """End the gauges that have all of these values of labels: what they measure is gone."""
+        wanted = labels.items()
+        for gauge, values in list(self._levels):
+            if wanted <= dict(_labels(gauge, values)).items():
+                del self._levels[gauge, values]
 
     def observe(
         self, histogram: Histogram[P], value: float, *labels: P.args, **named: P.kwargs
@@ -141,6 +149,9 @@ class Registry:
             for suffix, added, step in _steps(histogram, observed):
                 name = f"{histogram.name}_{suffix}"
                 yield Change("counter", name, histogram.help_text, (*labels, *added), step)
+        for key in [key for key in self._published if key not in self._levels]:
+            gauge, values = key
+            yield Change("gone", gauge.name, "", _labels(gauge, values), self._published.pop(key))
         for key, value in self._levels.items():
             if self._published.get(key) != value:
                 self._published[key] = value

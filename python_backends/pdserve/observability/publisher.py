@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from pdserve import supervision
@@ -22,13 +23,19 @@ class Publisher:
 
     Args:
         family: Triton's ``MetricFamily``.
+        look: called before each publication, to set gauges.
     """
 
-    def __init__(self, registry: Registry, family: Any) -> None:
+    def __init__(
+        self, registry: Registry, family: Any, look: Callable[[], None] = lambda: None
+    ) -> None:
         self._registry = registry
+        self._look = look
         self._family = family
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, Labels], Any] = {}
+        self._gauges: dict[tuple[str, Labels], Change] = {}
+        """The gauges that Triton shows, with their values."""
         self._owed: dict[tuple[str, Labels], Change] = {}
         """Changes that Triton has not accepted."""
 
@@ -36,11 +43,20 @@ class Publisher:
         """Publish until cancelled, in another thread: each call waits for the server."""
         await supervision.repeat("publishing metrics", self._turn)
 
+    async def close(self) -> None:
+        """Publish for the last time, and end all gauges, since their process ends."""
+        self._registry.drop()
+        await self._publish_changes()
+
     async def _turn(self) -> float:
+        self._look()
+        await self._publish_changes()
+        return PUBLISH_S
+
+    async def _publish_changes(self) -> None:
         changes = list(self._registry.drain())
         if changes or self._owed:
             await asyncio.get_running_loop().run_in_executor(None, self._publish, changes)
-        return PUBLISH_S
 
     def _publish(self, changes: list[Change]) -> None:
         failed_before = {change.name for change in self._owed.values()}
@@ -59,6 +75,9 @@ class Publisher:
             _log.error("%s cannot be published: %r", name, failed[name])
 
     def _hand_over(self, change: Change) -> None:
+        if change.kind == "gone":
+            self._end(change)
+            return
         metric = self._metrics.get(change.key)
         if metric is None:
             metric = self._metrics[change.key] = self._metric(change)
@@ -66,6 +85,19 @@ class Publisher:
             metric.increment(change.value)
         else:
             metric.set(change.value)
+            self._gauges[change.key] = change
+
+    def _end(self, gone: Change) -> None:
+        """End a gauge. Triton's family keeps its series, so it is made anew with the others."""
+        self._gauges.pop(gone.key, None)
+        if gone.key not in self._metrics:
+            return
+        for key in [key for key in self._metrics if key[0] == gone.name]:
+            del self._metrics[key]
+        del self._families[gone.name]
+        for key, change in self._gauges.items():
+            if key[0] == gone.name:
+                self._hand_over(change)
 
     def _metric(self, change: Change) -> Any:
         family = self._families.get(change.name)

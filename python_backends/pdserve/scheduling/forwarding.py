@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from pdserve import errors
+from pdserve.observability import catalogue
+from pdserve.observability.metrics import Registry
 from pdserve.scheduling.candidates import Candidates, Rank
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.load import Load
@@ -94,6 +96,16 @@ class Forwarding(Generic[T]):
         self._failure = None
         self._queue.wake()
         self._lookers.wake()
+
+    def show(self, metrics: Registry, gateway: str, group: str) -> None:
+        """Set the metrics of the requests that wait for an instance, or for room in one."""
+        labels = {"gateway": gateway, "group": group, "role": self._role}
+        waiting = len(self._queue) + len(self._lookers)
+        metrics.set(catalogue.WAITING_REQUESTS, waiting, **labels)
+        now = asyncio.get_running_loop().time()
+        joined = [queue.oldest for queue in (self._queue, self._lookers)]
+        oldest = min((time for time in joined if time is not None), default=now)
+        metrics.set(catalogue.OLDEST_WAITING, now - oldest, **labels)
 
     @property
     def congested(self) -> bool:

@@ -24,16 +24,23 @@ def final_state(state: State, error: BaseException) -> State:
 
 
 def account(request: Request, metrics: Registry) -> None:
-    """Count a request that has ended, by its outcome, and observe its latencies."""
-    scenario = request.scenario
+    """Count a request that has ended, by its outcome; its tokens; and observe its latencies."""
+    scenario, group = request.scenario, request.group
     outcome = request.finish_reason or request.state.name.lower()
     metrics.add(catalogue.REQUESTS, 1, scenario=scenario, outcome=outcome)
     if request.first_token:
         ttft = request.first_token - request.arrived
-        metrics.observe(catalogue.TTFT, ttft, scenario=scenario)
+        metrics.observe(catalogue.TTFT, ttft, scenario=scenario, group=group)
+    if request.output_tokens:
+        metrics.add(catalogue.OUTPUT_TOKENS, request.output_tokens, scenario=scenario, group=group)
     if request.state is State.FINISHED:
+        cached = request.cached_tokens
+        for source, tokens in (("cached", cached), ("computed", request.prompt_tokens - cached)):
+            metrics.add(
+                catalogue.PROMPT_TOKENS, tokens, scenario=scenario, group=group, source=source
+            )
         e2e = request.ended - request.arrived
-        metrics.observe(catalogue.E2E, e2e, scenario=scenario)
+        metrics.observe(catalogue.E2E, e2e, scenario=scenario, group=group)
         if request.output_tokens > 1:
             tpot = (request.ended - request.first_token) / (request.output_tokens - 1)
-            metrics.observe(catalogue.TPOT, tpot, scenario=scenario)
+            metrics.observe(catalogue.TPOT, tpot, scenario=scenario, group=group)

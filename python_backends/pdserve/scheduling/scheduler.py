@@ -112,6 +112,11 @@ class Scheduler:
         ):
             self._decode_stage.let_go_of(instance.name)
 
+    def show(self, gateway: str, group: str) -> None:
+        """Set the metrics of the requests that wait."""
+        self.prefills.show(self._metrics, gateway, group)
+        self.decodes.show(self._metrics, gateway, group)
+
     def links_changed(self) -> None:
         """Wake the queues: their first requests may be able to use an instance or a pair of them
         that they could not use before."""

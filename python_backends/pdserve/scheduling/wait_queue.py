@@ -24,15 +24,23 @@ class WaitQueue:
     def __init__(self) -> None:
         self._standing: list[tuple[Order, int, QueuePlace]] = []
         self._joined = itertools.count()
-        self._members = 0
+        self._members: dict[QueuePlace, float] = {}
+        """Every request that has joined and not left, with the time when it joined; the one that
+        joined first comes first."""
 
     def __len__(self) -> int:
         """Return the number of requests that have joined and not left."""
-        return self._members
+        return len(self._members)
+
+    @property
+    def oldest(self) -> float | None:
+        """Return the time (``loop.time()``) at which the first of them joined; None: none waits."""
+        return next(iter(self._members.values()), None)
 
     def join(self, order: Order) -> QueuePlace:
-        self._members += 1
-        return QueuePlace(self, (order, next(self._joined)))
+        place = QueuePlace(self, (order, next(self._joined)))
+        self._members[place] = asyncio.get_running_loop().time()
+        return place
 
     def wake(self, behind: QueuePlace | None = None) -> None:
         """Let the first request in the queue try, or the first behind another."""
@@ -44,8 +52,8 @@ class WaitQueue:
     def stand(self, place: QueuePlace) -> None:
         insort(self._standing, (*place.key, place))
 
-    def leave(self) -> None:
-        self._members -= 1
+    def leave(self, place: QueuePlace) -> None:
+        del self._members[place]
         self.wake()
 
 
@@ -88,4 +96,4 @@ class QueuePlace:
 
     def leave(self) -> None:
         """Leave the queue, with or without an instance; the next request tries."""
-        self._queue.leave()
+        self._queue.leave(self)

@@ -128,7 +128,6 @@ class GatewayModel(ABC):
                 continue
             task = self._serving[key] = asyncio.create_task(self._serve(key, request))
             task.add_done_callback(partial(self._end, key))
-        self._count_open()
 
     async def _serve(self, key: str, request: Any) -> Any:
         """Serve a request, and return the last response. Raises whatever has failed."""
@@ -151,13 +150,9 @@ class GatewayModel(ABC):
         else:
             response = task.result()
         self._outbox(key).send(key, response, last=True)
-        self._count_open()
 
     def _outbox(self, key: str) -> Outbox:
         return self._outboxes[int(key) % OUTBOXES]
-
-    def _count_open(self) -> None:
-        self._metrics.set(catalogue.OPEN_REQUESTS, len(self._serving), gateway=self._name)
 
     def _client_gone(self, key: str) -> None:
         self._loop.call(self._abandon, key)
@@ -206,9 +201,9 @@ class GatewayModel(ABC):
             random.Random(secrets.randbits(128)),
             self.scheduler,
         )
+        self._publisher = Publisher(self._metrics, pb_utils.MetricFamily, self._service.show)
         self._always.start(
-            Publisher(self._metrics, pb_utils.MetricFamily).run(),
-            repeat("the look at the deployment", self._reload),
+            self._publisher.run(), repeat("the look at the deployment", self._reload)
         )
 
     async def _reload(self) -> float:
@@ -257,3 +252,4 @@ class GatewayModel(ABC):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._service.close()
+        await self._publisher.close()

@@ -97,6 +97,7 @@ class InstanceModel(ABC):
     async def _close(self) -> None:
         await self._publishing.close()
         await self._instance.close()
+        await self._publisher.close()
         await asyncio.sleep(0)  # its last replies are sent in the next turn of the loop
 
     def _accept(self, requests: list[Any]) -> None:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import msgspec
+import pytest
 
 from pdserve import config
 from pdserve.errors import PDServeError
@@ -282,3 +283,46 @@ async def test_a_loss_is_heard_at_every_place_of_an_instance() -> None:
     assert [len(channel.lost) for channel in channels] == [0, 1, 0, 2]
     groups.lose("nobody", b"an epoch")
     await groups.close()
+
+
+@virtual
+async def test_the_requests_that_wait_are_shown_by_group_and_role(tmp_path: Path) -> None:
+    """A request that no prefill has room for, and one that no decode has room for."""
+    async with Site(
+        tmp_path, prefills=2, decodes=2, profile=PROFILE, prefill={"slots": 1}, decode={"slots": 1}
+    ) as site:
+        connected = ConnectedGroups(site)
+        one = config.Group("a", ("prefill_0",), ("decode_0",))
+        two = config.Group("b", ("prefill_1",), ("decode_1",))
+        groups = connected.groups.take(deployment(one, two))
+        shown: dict[tuple[str, str, str], float] = {}
+
+        def look() -> dict[tuple[str, str, str], float]:
+            connected.groups.show()
+            for change in site.metrics.drain():
+                labels = dict(change.labels)
+                if "role" in labels:
+                    key = change.name, labels["group"], labels["role"]
+                    shown[key] = change.value
+                    if change.kind == "gone":
+                        del shown[key]
+            return shown
+
+        waiting, oldest = "pdserve_waiting_requests", "pdserve_oldest_waiting_seconds"
+        assert set(look().values()) == {0}
+        requests = [site.request(max_tokens=50) for _ in range(3)]
+        answers = [asyncio.create_task(serve(groups["a"], request)) for request in requests]
+        await asyncio.sleep(0.3)
+        assert shown[waiting, "a", "decode"] == 0, "as it was at the last look"
+        look()
+        assert shown[waiting, "a", "decode"] + shown[waiting, "a", "prefill"] == 2
+        ages = shown[oldest, "a", "decode"], shown[oldest, "a", "prefill"]
+        assert max(ages) == pytest.approx(0.3, abs=0.05)
+        assert shown[waiting, "b", "prefill"] == shown[oldest, "b", "decode"] == 0
+        await asyncio.gather(*answers)
+        assert set(look().values()) == {0}
+        connected.groups.take(deployment(two))
+        await asyncio.sleep(0.1)
+        await connected.groups.sweep()
+        assert {group for _, group, _ in look()} == {"b"}, "those of a group that is gone vanish"
+        await connected.groups.close()

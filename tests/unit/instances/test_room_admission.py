@@ -54,7 +54,7 @@ class Decode(RoomAdmission[AcceptedCall]):
         if refusal is not None:
             return refusal
         call = AcceptedCall(request, lambda reply, _: self.replies.append((name, reply)))
-        self.take_in(call)
+        self.take_in(call, 0.0)
         return call
 
     def accepted(self, name: str, **fields: bool) -> AcceptedCall:
@@ -98,7 +98,7 @@ async def test_a_suspect_is_on_trial_until_its_first_tokens_are_sent() -> None:
     decode = Decode(3)
     call = decode.accepted("a", suspect=True)
     assert decode.offer("b", suspect=True) == Busy(SUSPECT, Room(2, 10))
-    call.arrived, call.transfer = True, REPORT
+    call.arrived_at, call.transfer = 0.0, REPORT
     assert decode.offer("b", suspect=True) == Busy(SUSPECT, Room(2, 10))
     decode.look("w")
     decode.replies.clear()

@@ -31,15 +31,15 @@ class Slots(SlotAdmission[Held]):
         return self.batch - sum(one.computing for one in self.held.values())
 
     def _over(self, now: float) -> bool:
-        for name, one in list(self.held.items()):
+        for one in list(self.held.values()):
             if now >= one.until:
-                del self.held[name]
+                self.give_back(one, now)
         return self.memory
 
     def offer(self, request: PrefillRequest, now: float = 0.0) -> Reply | None:
         refusal = self.refusal(request, now)
         if refusal is None:
-            self.take(Held(request))
+            self.take(Held(request), now)
         return refusal
 
 
@@ -137,3 +137,14 @@ async def test_any_history() -> None:
             assert len(computing) <= slots.batch
             assert sum(one.request.suspect for one in computing) <= 1
             assert not slots.watches or slots.free() == len(slots.watches.kept)
+
+
+def test_slot_seconds_are_counted_while_slots_are_held() -> None:
+    slots = Slots(2, 2)
+    slots.offer(request("a"), 10.0)
+    slots.offer(request("b"), 12.0)
+    assert slots.seconds.drain(13.0) == 3 + 1
+    slots.give_back(slots.held["a"], 15.0)
+    assert slots.seconds.drain(16.0) == 2 + 3
+    slots.give_back(slots.held["b"], 16.0)
+    assert slots.seconds.drain(20.0) == 0

@@ -47,36 +47,54 @@ def test_gauges_are_drained_when_they_change() -> None:
     assert drained(registry) == {}
 
 
+def test_gauges_that_are_dropped_end_once() -> None:
+    registry = Registry()
+    for instance in ("p", "q"):
+        registry.set(catalogue.SLOTS, 1, instance=instance, state="used")
+        registry.set(catalogue.SLOT_WATCHES, 0, instance=instance)
+    assert len(drained(registry)) == 4
+    registry.drop(instance="p", state="used")
+    registry.drop(instance="r")
+    [change] = registry.drain()
+    assert change[:2] == ("gone", "pdserve_slots")
+    assert change.labels == (("instance", "p"), ("state", "used"))
+    assert not list(registry.drain())
+    registry.set(catalogue.SLOTS, 1, instance="p", state="used")
+    assert [change.kind for change in registry.drain()] == ["gauge"], "it is there again"
+    registry.drop()
+    assert [change.kind for change in registry.drain()] == ["gone"] * 4
+
+
 @pytest.mark.parametrize(
     ("value", "first"),
     [(0.0, 0.001), (0.001, 0.001), (0.0011, 0.0025), (0.3, 0.5), (60.0, 60.0), (61.0, None)],
 )
 def test_histogram_buckets_are_cumulative(value: float, first: float | None) -> None:
     registry = Registry()
-    registry.observe(catalogue.TTFT, value, scenario="a")
+    registry.observe(catalogue.TTFT, value, scenario="a", group="g")
     found = drained(registry)
-    scenario = ("scenario", "a")
+    labels = ("scenario", "a"), ("group", "g")
     bounds = [*(bound for bound in SECONDS if first is not None and bound >= first), "+Inf"]
     assert found == {
-        **{("pdserve_ttft_seconds_bucket", (scenario, ("le", str(bound)))): 1 for bound in bounds},
-        ("pdserve_ttft_seconds_sum", (scenario,)): value,
-        ("pdserve_ttft_seconds_count", (scenario,)): 1,
+        **{("pdserve_ttft_seconds_bucket", (*labels, ("le", str(bound)))): 1 for bound in bounds},
+        ("pdserve_ttft_seconds_sum", labels): value,
+        ("pdserve_ttft_seconds_count", labels): 1,
     }
 
 
 def test_histogram_adds_up() -> None:
     registry = Registry()
-    scenario = ("scenario", "a")
+    labels = ("scenario", "a"), ("group", "g")
     values = [0.0007, 0.004, 0.004, 0.2, 70.0]
     for value in values:
-        registry.observe(catalogue.E2E, value, scenario="a")
+        registry.observe(catalogue.E2E, value, scenario="a", group="g")
     found = drained(registry)
-    assert found["pdserve_e2e_seconds_count", (scenario,)] == 5
-    assert found["pdserve_e2e_seconds_sum", (scenario,)] == pytest.approx(sum(values))
+    assert found["pdserve_e2e_seconds_count", labels] == 5
+    assert found["pdserve_e2e_seconds_sum", labels] == pytest.approx(sum(values))
     for bound in SECONDS:
         below = sum(value <= bound for value in values)
-        assert found.get(("pdserve_e2e_seconds_bucket", (scenario, ("le", str(bound)))), 0) == below
-    assert found["pdserve_e2e_seconds_bucket", (scenario, ("le", "+Inf"))] == 5
+        assert found.get(("pdserve_e2e_seconds_bucket", (*labels, ("le", str(bound)))), 0) == below
+    assert found["pdserve_e2e_seconds_bucket", (*labels, ("le", "+Inf"))] == 5
 
 
 def test_no_bucket_is_ahead_of_a_higher_one() -> None:
@@ -85,7 +103,7 @@ def test_no_bucket_is_ahead_of_a_higher_one() -> None:
     told = dict.fromkeys([*map(str, SECONDS), "+Inf"], 0.0)
     for values in ([0.3, 0.0007], [0.004, 70.0, 0.0001]):
         for value in values:
-            registry.observe(catalogue.E2E, value, scenario="a")
+            registry.observe(catalogue.E2E, value, scenario="a", group="g")
         for change in registry.drain():
             if change.name == "pdserve_e2e_seconds_bucket":
                 told[change.labels[-1][1]] += change.value

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from contextlib import suppress
+from weakref import WeakSet
 
 import pytest
 
@@ -26,6 +27,8 @@ class Server:
         self.refuses: set[str] = set()
         self.made: list[str] = []
         self.values: defaultdict[str, float] = defaultdict(float)
+        self.objects: WeakSet[Series] = WeakSet()
+        """Triton shows a series as long as there is an object of it."""
 
     def __call__(self, name: str, description: str, kind: str) -> Family:
         self.take(f"family {name}")
@@ -42,7 +45,9 @@ class Family:
         self.server, self.name = server, name
 
     def Metric(self, labels: dict[str, str]) -> Series:  # noqa: N802 - Triton's name
-        return Series(self.server, self.name, " ".join((self.name, *labels.values())))
+        series = Series(self.server, self.name, " ".join((self.name, *labels.values())))
+        self.server.objects.add(series)
+        return series
 
 
 class Series:
@@ -66,7 +71,7 @@ async def publish(publisher: Publisher, seconds: float) -> None:
 def count(registry: Registry) -> None:
     registry.add(catalogue.REQUESTS, 1, scenario="a", outcome="stop")
     registry.set(catalogue.SLOTS, 2, instance="p", state="used")
-    registry.observe(catalogue.TTFT, 0.3, scenario="a")
+    registry.observe(catalogue.TTFT, 0.3, scenario="a", group="g")
     registry.add(catalogue.STEPS, 3, instance="p")
 
 
@@ -78,8 +83,8 @@ def published(server: Server) -> dict[str, float]:
 ALL = {
     "pdserve_requests_total a stop": 1,
     "pdserve_steps_total p": 3,
-    "pdserve_ttft_seconds_count a": 1,
-    "pdserve_ttft_seconds_sum a": 0.3,
+    "pdserve_ttft_seconds_count a g": 1,
+    "pdserve_ttft_seconds_sum a g": 0.3,
     "pdserve_slots p used": 2,
 }
 
@@ -134,3 +139,40 @@ async def test_what_is_not_taken_is_published_later() -> None:
     await publishing
     again = {"pdserve_requests_total a stop": 2, "pdserve_slots p used": 1}
     assert published(server) == ALL | again
+
+
+@virtual
+async def test_gauges_of_what_is_gone_vanish() -> None:
+    server, registry = Server(), Registry()
+    publisher = Publisher(registry, server)
+
+    def shown() -> set[str]:
+        return {series.text for series in server.objects if series.name == SLOTS}
+
+    for instance in ("p", "q"):
+        registry.set(catalogue.SLOTS, 1, instance=instance, state="used")
+        registry.set(catalogue.SLOTS, 3, instance=instance, state="free")
+    await publish(publisher, PUBLISH_S / 2)
+    assert len(shown()) == 4
+    registry.drop(instance="p", state="used")
+    await publish(publisher, PUBLISH_S / 2)
+    assert shown() == {f"{SLOTS} p free", f"{SLOTS} q used", f"{SLOTS} q free"}
+    registry.set(catalogue.SLOTS, 1, instance="p", state="used")
+    await publish(publisher, PUBLISH_S / 2)
+    assert len(shown()) == 4, "it is shown again once it is set again"
+    registry.add(catalogue.STEPS, 2, instance="p")
+    await publisher.close()
+    assert not shown()
+    assert server.values["pdserve_steps_total p"] == 2, "what was counted last is published"
+
+
+@virtual
+async def test_a_look_comes_before_each_publication() -> None:
+    server, registry = Server(), Registry()
+    waiting = iter(range(1, 100))
+
+    def look() -> None:
+        registry.set(catalogue.SLOT_WATCHES, next(waiting), instance="p")
+
+    await publish(Publisher(registry, server, look), 2.5 * PUBLISH_S)
+    assert server.values["pdserve_slot_watches p"] == 3

@@ -163,6 +163,23 @@ async def test_stats_add_up(tmp_path: Path) -> None:
         assert count("pdserve_ttft_seconds_sum") == pytest.approx(
             sum(r.stats()["ms"]["ttft"] for r in requests) / 1e3, abs=1e-4
         )
+        prompts = sum(request.prompt_tokens for request in requests)
+        cached = sum(request.cached_tokens for request in requests)
+        assert count("pdserve_prompt_tokens_total", source="cached", group="default") == cached
+        assert count("pdserve_prompt_tokens_total", source="computed") == prompts - cached
+        answers = sum(request.output_tokens for request in requests)
+        assert count("pdserve_output_tokens_total", group="default") == answers
+        steps = count("pdserve_steps_total", instance="prefill_0")
+        assert count("pdserve_busy_seconds_total", instance="prefill_0") == pytest.approx(
+            steps * 0.020, abs=1e-3
+        )
+        assert count("pdserve_prefill_seconds_count", instance="prefill_0") == 5
+        assert count("pdserve_prefill_seconds_sum") == pytest.approx(5 * 0.020, abs=1e-3)
+        assert count("pdserve_decode_seconds_count", instance="decode_0") == 5
+        decoded = sum(10.0 * (request.output_tokens - 1) for request in requests) / 1e3
+        assert count("pdserve_decode_seconds_sum") == pytest.approx(decoded, rel=0.2)
+        assert decoded <= count("pdserve_slot_seconds_total", instance="decode_0") <= 1.5 * decoded
+        assert count("pdserve_slot_seconds_total", instance="prefill_0") >= 5 * 0.020
 
 
 @virtual

@@ -181,3 +181,18 @@ def test_who_has_been_promised_an_answer_goes_first() -> None:
     begun.add(bytes(4))
     assert begun.order < request(0.0, priority=99).order
     assert begun.deadline == 1000.0 + RECOVER_S
+
+
+@virtual
+async def test_the_oldest_is_who_joined_first_and_is_still_there() -> None:
+    line = WaitQueue()
+    assert line.oldest is None
+    began = asyncio.get_running_loop().time()
+    first = line.join((False, 5.0))
+    await asyncio.sleep(2)
+    second = line.join((False, 1.0))
+    assert line.oldest == began
+    first.leave()
+    assert line.oldest == pytest.approx(began + 2)
+    second.leave()
+    assert line.oldest is None

@@ -21,9 +21,10 @@ from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, 
 from pdserve.instances.external.reports import Reports
 from pdserve.instances.protocol import Send, Sent, sent_at_once
 from pdserve.instances.room_admission import RoomAdmission
-from pdserve.instances.slots import show
+from pdserve.instances.slots import TimeIntegral, show
 from pdserve.instances.ticks import Ticks
 from pdserve.kvcache.handle import unseal
+from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import (
     MAX_TOKENS,
@@ -89,6 +90,7 @@ class ExternalDecode:
         """Names of the prefills that it is connected to, by epoch."""
         # The engine manages its blocks itself, so their number is not limited.
         self._admission = RoomAdmission[_Call](limits, lambda: MAX_TOKENS)
+        self._busy = TimeIntegral()
         self._reports = Reports(name, engine, metrics)
         self._trials = Trials()
         self._unwanted = Failed(errors.Cancelled.code, "released")
@@ -164,7 +166,8 @@ class ExternalDecode:
         now = self._loop.time()
         sent = 0 if request.first_token is None else 1
         call = _Call(request, send, now, sent, sent_at=now)
-        self._admission.take_in(call)
+        self._admission.take_in(call, now)
+        self._busy.change(1, now)
         self._ticks.wake()
         call.task = asyncio.create_task(self._run(call, link))
         call.task.add_done_callback(partial(self._ended, call))
@@ -226,13 +229,17 @@ class ExternalDecode:
             reply = Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
         else:
             reply = task.result()
-        self._admission.end(call, reply, self._loop.time())
+        now = self._loop.time()
+        if isinstance(reply, Tokens) and call.arrived_at is not None:
+            self._metrics.observe(catalogue.DECODE, now - call.arrived_at, instance=self._name)
+        self._admission.end(call, reply, now)
+        self._busy.change(min(1, len(self._admission.open)), now)
 
     def _append(self, call: _Call, piece: Piece) -> Tokens | None:
         """Add new tokens to the answer; return the last reply if they end it."""
         request, now = call.request, self._loop.time()
         if not call.arrived:
-            call.arrived = True
+            call.arrived_at = now
             first = (
                 next(iter(piece.ids), -1) if request.first_token is None else request.first_token
             )
@@ -253,5 +260,7 @@ class ExternalDecode:
     def _tick(self) -> bool:
         """Set the metrics; return whether they may change by themselves."""
         used, watches = len(self._admission.open), self._admission.watches
-        show(self._metrics, self._name, used, self._limits.slots, watches)
+        now = self._loop.time()
+        seconds, busy = self._admission.seconds.drain(now), self._busy.drain(now)
+        show(self._metrics, self._name, used, self._limits.slots, watches, seconds, busy)
         return bool(used or watches)

@@ -37,7 +37,7 @@ from pdserve.instances.external.reports import Reports
 from pdserve.instances.prefill import TICK_S
 from pdserve.instances.protocol import Send, Sent, sent_at_once
 from pdserve.instances.slot_admission import SlotAdmission
-from pdserve.instances.slots import show
+from pdserve.instances.slots import TimeIntegral, show
 from pdserve.instances.ticks import Ticks
 from pdserve.kvcache.handle import EPOCH_BYTES, seal
 from pdserve.observability import catalogue
@@ -105,6 +105,7 @@ class ExternalPrefill:
         self._metrics = metrics
         self._epoch = secrets.token_bytes(EPOCH_BYTES)
         self._slots = SlotAdmission[_Held](limits.slots, self._places, self._sweep)
+        self._busy = TimeIntegral()
         self._reports = Reports(name, engine, metrics)
         self._trials = Trials()
         self._unwanted: Reply = Failed(errors.Cancelled.code, "released")
@@ -152,7 +153,8 @@ class ExternalPrefill:
             send(refusal, True)
             return
         held = _Held(request, send, Acceptance(send), now)
-        self._slots.take(held)
+        self._slots.take(held, now)
+        self._busy.change(1, now)
         self._ticks.wake()
         held.acceptance.begin(request.hurry or request.suspect)
         held.task = asyncio.create_task(self._compute(held.request))
@@ -168,14 +170,17 @@ class ExternalPrefill:
 
     def _places(self) -> int:
         """Return the number of further prompts that may be computed at once."""
-        computing = sum(held.computing for held in self._slots.held.values())
-        return self._limits.batch - computing
+        return self._limits.batch - self._computing
+
+    @property
+    def _computing(self) -> int:
+        return sum(held.computing for held in self._slots.held.values())
 
     def _sweep(self, now: float) -> bool:
         """End what the engine has freed by itself; it always finds memory for another prompt."""
         for held in list(self._slots.held.values()):
             if not held.computing and now >= held.until:
-                del self._slots.held[held.request.id]
+                self._slots.give_back(held, now)
         return True
 
     def release(self, request_id: str, send: Send) -> None:
@@ -192,10 +197,10 @@ class ExternalPrefill:
 
     def transferred(self, request_id: str, send: Send) -> None:
         """Note that a decode has the KV cache."""
-        held = self._slots.held.get(request_id)
+        held, now = self._slots.held.get(request_id), self._loop.time()
         if held is not None and held.phase is Phase.WAITING:
-            del self._slots.held[request_id]
-        self._slots.look(self._loop.time())
+            self._slots.give_back(held, now)
+        self._slots.look(now)
         send(Released(), True)
 
     # ------------------------------------------------------------------ compute
@@ -247,7 +252,8 @@ class ExternalPrefill:
             held.phase = Phase.PINNED if given_up else Phase.WAITING
             held.until = now + self._engine.keeps_s
         else:
-            del self._slots.held[held.request.id]
+            self._slots.give_back(held, now)
+        self._busy.change(min(1, self._computing), now)
         if not given_up:
             self._answer(held, reply)
         self._slots.look(now)
@@ -257,20 +263,24 @@ class ExternalPrefill:
             epoch=self._epoch, prompt=digest(held.request.prompt), link=context.link
         )
         self._metrics.add(catalogue.STEPS, 1, instance=self._name)
+        seconds = now - held.began
+        self._metrics.observe(catalogue.PREFILL, seconds, instance=self._name)
         return Prefilled(
             context.token,
             context.eos,
             seal(handle, self._key),
             context.cached,
-            (now - held.began) * 1e3,
+            seconds * 1e3,
             unseen=True,
         )
 
     def _tick(self) -> bool:
         """End what is over, and set the metrics; return whether that may change by itself."""
-        self._slots.look(self._loop.time())
+        now = self._loop.time()
+        self._slots.look(now)
         used, watches = len(self._slots.held), self._slots.watches
-        show(self._metrics, self._name, used, self._limits.slots, watches)
+        seconds, busy = self._slots.seconds.drain(now), self._busy.drain(now)
+        show(self._metrics, self._name, used, self._limits.slots, watches, seconds, busy)
         phases = [held.phase for held in self._slots.held.values()]
         for phase in Phase:
             count = phases.count(phase)
