@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from pdctl import fleet, links, paths, private, probe, starting, watchers
+from pdctl import fleet, links, paths, private, probe, ratio, starting, watchers
 from pdctl.chat import Question, ask
 from pdctl.console import err, out
 from pdctl.doctor import examination
@@ -70,6 +70,7 @@ Watched = Annotated[
     bool,
     typer.Option("--watch/--no-watch", help="Watch the servers, and repair what fails in them."),
 ]
+Window = Annotated[float, typer.Option(help="Seconds of load to look at.", min=5, max=3600)]
 MaxTokens = Annotated[int, typer.Option(help="Maximum tokens of the answer.", min=1, max=INT32)]
 
 
@@ -167,6 +168,43 @@ def links_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None:
         out.print(links.table(found))
     if not all(link.transport for link in found):
         raise typer.Exit(NOT_READY)
+
+
+@app.command("ratio")
+def ratio_command(
+    file: File = paths.DEPLOYMENT,
+    window: Window = 60,
+    as_json: Json = False,
+) -> None:
+    """Say which ratio of prefills and decodes each group should have by its load; change nothing.
+
+    The instances of each role must complete 100 requests in the window.
+    """
+    servers = _servers(file)
+    samples = []
+    with out.status("looking at the load") as shown:
+        for left in range(ratio.SAMPLES - 1, -1, -1):
+            samples.append(ratio.Sample([_scraped(server) for server in servers]))
+            between = window / (ratio.SAMPLES - 1)
+            shown.update(f"looking at the load: {left * between:.0f} s more")
+            time.sleep(between if left else 0)
+    found = ratio.ratios(config.load(file), samples)
+    if as_json:
+        print(json.dumps([one.row() for one in found], indent=2))
+    else:
+        out.print(ratio.table(found))
+
+
+def _scraped(server: Server) -> dict[str, float]:
+    """Return a server's series.
+
+    Raises:
+        ServerError: it does not answer; its load is unknown then, and not zero.
+    """
+    try:
+        return scrape(server)
+    except OSError as error:
+        raise ServerError(f"{server.spec.name}: its load is unknown: {error}") from error
 
 
 @app.command("probe")

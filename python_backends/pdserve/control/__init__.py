@@ -1,0 +1,1 @@
+"""Groups that keep themselves in shape: what is observed of them, and pure decisions."""
