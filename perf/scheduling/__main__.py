@@ -31,7 +31,7 @@ from perf.scheduling.servers import PREFILLS, Layout, Offers
 from perf.scheduling.workload import PROMPT_TOKEN_S, Ask
 
 UNLOADED, CROWD = 20, 400
-PUBLISHED_S = 0.6
+PUBLISHED_S = 1.2
 """Seconds within which a gateway has published its counts to Triton."""
 WIDTH = 170
 console = Console()

@@ -121,7 +121,7 @@ class Offers(NamedTuple):
 
     @classmethod
     def of(cls, server: Running) -> Offers:
-        """Read the offers of all gateways, which publish them four times a second."""
+        """Read the offers of all gateways, which publish them twice a second."""
         samples = [sample for gateway in gateways(server) for sample in metrics(gateway)]
 
         def total(name: str) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pdserve.observability.metrics import Counter, Gauge, Histogram, Metric
+from pdserve.observability.metrics import Counter, Gauge, Histogram, Metric, Summary
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -248,20 +248,18 @@ BUSY_SECONDS = Counter(
     "seconds",
     "The time is summed in which the instance's engine computes, whatever the size of its batch.",
 )
-PREFILL = Histogram(
+PREFILL = Summary(
     "pdserve_prefill_seconds",
     _instance,
     "seconds",
     "This is the time in which a prefill computed one prompt, waiting and transfer apart.",
-    SECONDS,
 )
-DECODE = Histogram(
+DECODE = Summary(
     "pdserve_decode_seconds",
     _instance,
     "seconds",
     "This is the time from the moment at which a decode had a prompt's KV cache to the end of its "
     "answer.",
-    SECONDS,
 )
 SLOT_WATCHES = Gauge(
     "pdserve_slot_watches",

@@ -70,6 +70,15 @@ class Histogram(Metric[P]):
         self.bounds = (*map(str, buckets), "+Inf")
 
 
+class Summary(Histogram[P]):
+    """Values by their sum and their number alone, which take two series."""
+
+    def __init__(
+        self, name: str, labels: Callable[P, tuple[str, ...]], unit: str, help_text: str
+    ) -> None:
+        super().__init__(name, labels, unit, help_text, ())
+
+
 class Change(NamedTuple):
     """A series' step (counter), its new value (gauge), or its end (gone)."""
 
@@ -136,8 +145,20 @@ class Registry:
         observed.values[bisect_left(histogram.buckets, value)] += 1
         observed.sum += value
 
-    def drain(self) -> Iterator[Change]:
-        """Yield what has changed since the last call."""
+    def drain(self, *, counts: bool = True) -> Iterator[Change]:
+        """Yield what has changed since the last call: gauges, and the rest where ``counts``."""
+        if counts:
+            yield from self._drain_counts()
+        for key in [key for key in self._published if key not in self._levels]:
+            gauge, values = key
+            yield Change("gone", gauge.name, "", _labels(gauge, values), self._published.pop(key))
+        for key, value in self._levels.items():
+            if self._published.get(key) != value:
+                self._published[key] = value
+                gauge, values = key
+                yield Change("gauge", gauge.name, gauge.help_text, _labels(gauge, values), value)
+
+    def _drain_counts(self) -> Iterator[Change]:
         counts, self._counts = self._counts, {}
         histograms, self._observed = self._observed, {}
         for (counter, values), count in counts.items():
@@ -149,14 +170,6 @@ class Registry:
             for suffix, added, step in _steps(histogram, observed):
                 name = f"{histogram.name}_{suffix}"
                 yield Change("counter", name, histogram.help_text, (*labels, *added), step)
-        for key in [key for key in self._published if key not in self._levels]:
-            gauge, values = key
-            yield Change("gone", gauge.name, "", _labels(gauge, values), self._published.pop(key))
-        for key, value in self._levels.items():
-            if self._published.get(key) != value:
-                self._published[key] = value
-                gauge, values = key
-                yield Change("gauge", gauge.name, gauge.help_text, _labels(gauge, values), value)
 
 
 def _labels(metric: Metric[Any], values: tuple[str, ...]) -> Labels:
@@ -168,6 +181,8 @@ def _steps(histogram: Histogram[Any], observed: _Observed) -> Iterator[tuple[str
     below = list(accumulate(observed.values))
     yield "count", (), below[-1]
     yield "sum", (), observed.sum
+    if not histogram.buckets:
+        return
     # The page may be read between two steps: no bucket may ever be ahead of a higher one.
     for bound, values in zip(reversed(histogram.bounds), reversed(below), strict=True):
         if values:

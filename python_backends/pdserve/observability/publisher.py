@@ -11,12 +11,14 @@ from pdserve import supervision
 from pdserve.observability.metrics import Change, Labels, Registry
 
 PUBLISH_S = 0.25
+COUNTS_EVERY = 2
+"""Counters and histograms, which change with every request, are published every so many turns."""
 
 _log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Publishes a registry's changes every PUBLISH_S seconds.
+    """Publishes a registry's gauges every PUBLISH_S seconds, the rest less often.
 
     A change that Triton does not accept stops no other: it is logged once, and tried again with the
     next ones until Triton accepts it.
@@ -31,6 +33,7 @@ class Publisher:
     ) -> None:
         self._registry = registry
         self._look = look
+        self._turns = 0
         self._family = family
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, Labels], Any] = {}
@@ -46,15 +49,16 @@ class Publisher:
     async def close(self) -> None:
         """Publish for the last time, and end all gauges, since their process ends."""
         self._registry.drop()
-        await self._publish_changes()
+        await self._publish_changes(counts=True)
 
     async def _turn(self) -> float:
         self._look()
-        await self._publish_changes()
+        await self._publish_changes(counts=self._turns % COUNTS_EVERY == 0)
+        self._turns += 1
         return PUBLISH_S
 
-    async def _publish_changes(self) -> None:
-        changes = list(self._registry.drain())
+    async def _publish_changes(self, *, counts: bool) -> None:
+        changes = list(self._registry.drain(counts=counts))
         if changes or self._owed:
             await asyncio.get_running_loop().run_in_executor(None, self._publish, changes)
 

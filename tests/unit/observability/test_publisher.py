@@ -12,7 +12,7 @@ import pytest
 
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
-from pdserve.observability.publisher import PUBLISH_S, Publisher
+from pdserve.observability.publisher import COUNTS_EVERY, PUBLISH_S, Publisher
 from tests.unit.inprocess import virtual
 
 REQUESTS, SLOTS = "pdserve_requests_total", "pdserve_slots"
@@ -115,7 +115,7 @@ async def test_a_metric_that_is_not_taken_stops_no_other(
         await asyncio.sleep(PUBLISH_S / 2)
         assert published(server) == others
         registry.add(catalogue.STEPS, 1, instance="p")
-        await asyncio.sleep(PUBLISH_S)
+        await asyncio.sleep(COUNTS_EVERY * PUBLISH_S)
         steps = others["pdserve_steps_total p"] + 1
         assert published(server) == others | {"pdserve_steps_total p": steps}, (
             "nor does it delay any"
@@ -131,7 +131,7 @@ async def test_what_is_not_taken_is_published_later() -> None:
     server.refuses = {REQUESTS, SLOTS}
     publishing = asyncio.create_task(publish(Publisher(registry, server), 5 * PUBLISH_S))
     count(registry)
-    await asyncio.sleep(1.5 * PUBLISH_S)
+    await asyncio.sleep(2.5 * PUBLISH_S)
     registry.add(catalogue.REQUESTS, 1, scenario="a", outcome="stop")
     registry.set(catalogue.SLOTS, 1, instance="p", state="used")
     await asyncio.sleep(PUBLISH_S)
@@ -176,3 +176,16 @@ async def test_a_look_comes_before_each_publication() -> None:
 
     await publish(Publisher(registry, server, look), 2.5 * PUBLISH_S)
     assert server.values["pdserve_slot_watches p"] == 3
+
+
+@virtual
+async def test_gauges_are_published_more_often_than_the_rest() -> None:
+    server, registry = Server(), Registry()
+    publishing = asyncio.create_task(publish(Publisher(registry, server), 10 * PUBLISH_S))
+    await asyncio.sleep(0.5 * PUBLISH_S)
+    count(registry)
+    await asyncio.sleep(PUBLISH_S)
+    assert published(server) == {"pdserve_slots p used": 2}
+    await asyncio.sleep((COUNTS_EVERY - 1) * PUBLISH_S)
+    assert published(server) == ALL
+    await publishing
