@@ -127,7 +127,7 @@ class Site:
         async def read() -> tuple[Parameters, Prompt]:
             return _ASKED, prompt
 
-        return self._service.answer(request_id, read, Trace(""), in_text=False)
+        return self._service.answer(request_id, read, Trace(""))
 
     async def close(self) -> None:
         await self._service.close()

@@ -142,7 +142,7 @@ class Client:
         """Ask, and hear the answer. Raises: Left, and whatever the service raises."""
         asked, service = self.asked, self.gateway.service
         self.deployment = self.gateway.deployment
-        answer = service.answer(str(asked.number), self._read, Trace(""), in_text=asked.in_text)
+        answer = service.answer(str(asked.number), self._read, Trace(""))
         with service.admitted():
             async with aclosing(answer) as parts:
                 count = 0
@@ -166,7 +166,9 @@ class Client:
         asked = self.asked
         given = {"max_tokens": asked.max_tokens, "stop": self.stop, **asked.fields}
         ids = np.frombuffer(asked.prompt, "<i4")
-        return Parameters(**{**NOTHING, **given}), Prompt(ids, beginning=self.beginning)
+        return Parameters(**{**NOTHING, **given}), Prompt(
+            ids, beginning=self.beginning, in_text=asked.in_text
+        )
 
 
 def brief(request: Request) -> str:

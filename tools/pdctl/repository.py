@@ -25,6 +25,11 @@ def models(server: Server) -> Iterator[tuple[str, str]]:
     yield from ((name, "decode") for name in server.decode)
 
 
+def processes(server: Server) -> Iterator[tuple[str, str]]:
+    """Return the same, without the ensemble, which Triton runs without a process for it."""
+    return (model for model in models(server) if model[0] != names.ENSEMBLE)
+
+
 def render(deployment: Deployment, server: Server, source: Path, target: Path) -> None:
     """Write a server's repository to ``target``, in place of whatever was there.
 

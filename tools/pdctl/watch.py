@@ -20,7 +20,7 @@ from pdctl import footprint, keys, private, questions, watchers
 from pdctl import started as records
 from pdctl.errors import ServerError, Stopped
 from pdctl.loading import GivenUp
-from pdctl.repository import GATEWAY_MODELS, models
+from pdctl.repository import GATEWAY_MODELS, processes
 from pdctl.server import Server
 from pdctl.status import scrape
 from pdctl.stubs import Stubs
@@ -61,7 +61,7 @@ class WatchedServer:
         self._file = DeploymentFile(folder / "models" / "deployment.yaml")
         # A deployment that has been reloaded may have other ports and instances for it, or none.
         self.server = Server(self._file.deployment, started.spec, folder.parent)
-        self.models = dict(models(started.spec))
+        self.models = dict(processes(started.spec))
         self.key = key.load(keys.copy(folder))
         self._stubs = self._new_stubs()
         self._telling: set[asyncio.Task[None]] = set()

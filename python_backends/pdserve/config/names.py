@@ -6,4 +6,6 @@ from typing import Literal, get_args
 
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = get_args(Role)
-GATEWAY_MODELS = ("pdserve", "scheduler", "tokenizer", "detokenizer")
+ENSEMBLE = "ensemble"
+"""The model that Triton itself makes of tokenizer, scheduler and detokenizer; it has no process."""
+GATEWAY_MODELS = ("pdserve", "scheduler", "tokenizer", "detokenizer", ENSEMBLE)

@@ -63,6 +63,16 @@ def scalar(tensors: Tensors, name: str) -> Any:
     return tensor.reshape(-1)[0].item() if tensor.dtype != object else tensor.reshape(-1)[0]
 
 
+def needed(tensors: Tensors, name: str) -> NDArray[Any]:
+    """Return tensor ``name``. Raises InvalidRequest: it is not given.
+
+    Triton checks only the number of inputs.
+    """
+    if name not in tensors:
+        raise InvalidRequest(f"{name} is missing; every request needs it")
+    return tensors[name]
+
+
 def parse(
     tensors: Tensors, extra: Mapping[str, Any], max_stop_words: int, inputs: Collection[str]
 ) -> Parameters:

@@ -23,6 +23,7 @@ from pdserve.observability.metrics import Registry
 from pdserve.scheduling.outcome import final_state
 from pdserve.scheduling.request import Request, State
 from pdserve.scheduling.scheduler import Scheduler
+from pdserve.text.excerpts import Excerpt, Excerpts
 from pdserve.text.stream import TextStream
 from pdserve.text.vocabulary import Vocabulary
 
@@ -39,6 +40,10 @@ class Prompt(NamedTuple):
     """Text that is sent before the answer: the prompt, if the client asks for it."""
     beginning: str = ""
     """Beginning of the text, which the rules of scenarios match."""
+    in_text: bool = False
+    """True if a part is sent only when it has text; otherwise, when it has tokens."""
+    model: str = ""
+    """Triton model that the client called, if it is not the gateway's own."""
 
 
 class Part(NamedTuple):
@@ -50,6 +55,8 @@ class Part(NamedTuple):
     """``stop`` or ``length`` in the last part; empty in the others."""
     stats: str = ""
     """The request's statistics as JSON, in the last part; empty in the others."""
+    excerpt: Excerpt | None = None
+    """The ids by which this part can be decoded alone, if the prompt is ``in_text``."""
 
 
 class Service:
@@ -133,15 +140,12 @@ class Service:
         request_id: str,
         read: Callable[[], Awaitable[tuple[Parameters, Prompt]]],
         trace: Trace,
-        *,
-        in_text: bool,
     ) -> AsyncGenerator[Part, None]:
         """Serve one request. Closing the iterator early cancels it.
 
         Args:
             request_id: unique among the open requests of this gateway.
             read: returns the parameters and the prompt; its errors are raised here.
-            in_text: whether a part is sent only when it has text; otherwise, when it has tokens.
 
         Yields:
             The parts of the answer: if it is streamed, one as tokens come; the last part has a
@@ -154,7 +158,8 @@ class Service:
         scenario = self._router.default
         try:
             asked, prompt = await read()
-            about = Asked(asked.scenario, asked.tenant, self._name, prompt.beginning)
+            model = prompt.model or self._name
+            about = Asked(asked.scenario, asked.tenant, model, prompt.beginning)
             scenario = self._router.scenario(about)
             request = self._request(request_id, asked, prompt.ids, scenario.terms)
         except BaseException as error:  # its scheduler would count it otherwise
@@ -164,8 +169,9 @@ class Service:
         self._metrics.add(catalogue.ROUTED_REQUESTS, 1, scenario=request.scenario, group=group.name)
         text = TextStream(self._vocabulary, asked.stop)
         trace.carry(request)
-        reads_text = in_text or bool(asked.stop)
-        piece, ids, told = prompt.echo, list[int](), 0
+        excerpts = Excerpts(self._vocabulary, text) if prompt.in_text else None
+        reads_text = prompt.in_text or bool(asked.stop)
+        echo, piece, ids, told = prompt.echo, "", list[int](), 0
         with group.serving(request) as scheduler:
             async with aclosing(scheduler.run(request)) as chunks:
                 async for chunk in chunks:
@@ -175,16 +181,19 @@ class Service:
                         if text.stopped:
                             request.end_answer(text.tokens_used)
                     last = chunk.finish_reason or request.answer_ended
-                    if asked.stream and not last and (piece or not in_text):
-                        yield Part(piece, ids)
+                    if asked.stream and not last and (echo or piece or not prompt.in_text):
+                        excerpt = excerpts and excerpts.part(echo, ids, piece)
+                        yield Part(echo + piece, ids, excerpt=excerpt)
                         told += len(ids)
-                        piece, ids = "", []
+                        echo, piece, ids = "", "", []
         if _within_limits(request, scenario.terms):
             self._metrics.add(catalogue.GOOD_REQUESTS, 1, scenario=request.scenario)
         if reads_text and not text.stopped:
             piece += text.finish()
+        ids = ids[: request.output_tokens - told]
         stats = msgspec.json.encode(request.stats()).decode()
-        yield Part(piece, ids[: request.output_tokens - told], request.finish_reason, stats)
+        excerpt = excerpts and excerpts.part(echo, ids, piece)
+        yield Part(echo + piece, ids, request.finish_reason, stats, excerpt)
 
     def _count(self, scenario: str, state: State) -> None:
         """Count a request that ends in ``state`` before its group's scheduler has it."""

@@ -43,6 +43,16 @@ class TextStream:
         self._held: list[_Part] = []
         self._ended = False
 
+    @property
+    def settled(self) -> bool:
+        """Tell whether nothing is held back: all text of the ids so far has been returned."""
+        return not self._held and self._decoder.settled
+
+    @property
+    def needed(self) -> list[int]:
+        """Return the ids so far that later text depends on, where nothing is held back."""
+        return self._decoder.needed
+
     def push(self, ids: Sequence[int]) -> str:
         """Return the text that has become final with these ids; often it is empty.
 
@@ -143,8 +153,13 @@ class _Bytes:
     """A byte-level vocabulary: tokens are bytes, and the answer is their UTF-8 text."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
+        self.needed: list[int] = []
         self._token = vocabulary.token
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def settled(self) -> bool:
+        return not self._utf8.getstate()[0]
 
     def step(self, token_id: int) -> list[_Part]:
         token = self._token(token_id)
@@ -188,10 +203,15 @@ class _Pieces:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._before: list[int] = []
+        self.needed: list[int] = []
+        """The last id before the run, if there is any."""
         self._run: list[int] = []
         self._within: list[tuple[int, _Part]] = []
         """Special tokens, each with the number of the run's ids before it."""
+
+    @property
+    def settled(self) -> bool:
+        return not self._run
 
     def step(self, token_id: int) -> list[_Part]:
         token = self._vocabulary.token(token_id)
@@ -223,12 +243,12 @@ class _Pieces:
     def finish(self) -> list[_Part]:
         parts = self.pending()
         if self._run:
-            self._before, self._run, self._within = self._run[-1:], [], []
+            self.needed, self._run, self._within = self._run[-1:], [], []
         return parts
 
     def _text(self, run: list[int]) -> str:
         """Return the text that a run adds to the text before it."""
         if not run:
             return ""
-        before = self._vocabulary.decode(self._before)
-        return self._vocabulary.decode(self._before + run)[len(before) :]
+        before = self._vocabulary.decode(self.needed)
+        return self._vocabulary.decode(self.needed + run)[len(before) :]

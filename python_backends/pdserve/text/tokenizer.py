@@ -48,6 +48,10 @@ class Tokenizer(Vocabulary):
         """Return the ids of a plain prompt, int32 ``[tokens]``, with the model's special tokens."""
         return self._ids(text, special=True)
 
+    def encode_prompt(self, prompt: str | Conversation) -> NDArray[np.int32]:
+        """Return the ids of what ``parse_prompt`` returns; raises like ``render``."""
+        return self.encode(prompt) if isinstance(prompt, str) else self.encode_chat(prompt)
+
     def encode_chat(self, conversation: Conversation) -> NDArray[np.int32]:
         """Return the ids of a conversation, int32 ``[tokens]``; raises like ``render``."""
         return self._ids(self.render(conversation), special=False)
@@ -153,3 +157,8 @@ def parse_prompt(data: bytes, chat: bool) -> str | Conversation:
             f"text_input[{len(turns) - 1}].role is 'assistant'; the last role is user or system"
         )
     return conversation
+
+
+def beginning(prompt: str | Conversation) -> str:
+    """Return the text that rules of scenarios match: the prompt, or a conversation's first turn."""
+    return prompt if isinstance(prompt, str) else prompt[0]["content"]

@@ -21,7 +21,7 @@ from pdserve.config.reloading import DeploymentFile, changes, taken_over
 from pdserve.engines import build, checkpoint
 from pdserve.gateway import parameters, tracing
 from pdserve.gateway.parameters import Parameters
-from pdserve.gateway.service import Prompt, Service
+from pdserve.gateway.service import Part, Prompt, Service
 from pdserve.gateway.trace_context import Trace
 from pdserve.node import failure_notice
 from pdserve.observability import catalogue
@@ -53,7 +53,6 @@ class GatewayModel(ABC):
     """A Triton model in front of the schedulers. Subclasses read prompts and write answers."""
 
     prompt_input: str
-    answers_in_text: bool
     scheduler: type[Scheduler] = Scheduler
     """Class of the scheduler of a group."""
     _readiness: Readiness | None = None
@@ -100,8 +99,12 @@ class GatewayModel(ABC):
         """Return a request's prompt. Raises InvalidRequest if it has none."""
 
     @abstractmethod
-    def outputs(self, text: str, ids: list[int]) -> list[Any]:
-        """Return the tensors of one response."""
+    def outputs(self, part: Part) -> list[Any]:
+        """Return the tensors of one response, without ``finish_reason`` and ``stats``."""
+
+    def allowed(self, inputs: parameters.Tensors) -> list[str]:
+        """Return the names that the error of an unknown field has, of a request with ``inputs``."""
+        return self._inputs
 
     def execute(self, requests: list[Any]) -> None:
         """Begin to serve each request, without waiting."""
@@ -164,10 +167,10 @@ class GatewayModel(ABC):
     async def _answer(self, key: str, request: Any, trace: Trace) -> Any:
         """Send all responses but the last, which is returned."""
         read = partial(self._read, request)
-        answer = self._service.answer(key, read, trace, in_text=self.answers_in_text)
+        answer = self._service.answer(key, read, trace)
         async with aclosing(answer) as parts:
             async for part in parts:
-                outputs = self.outputs(part.text, part.ids)
+                outputs = self.outputs(part)
                 if part.finish_reason:
                     reason = backend.text("finish_reason", part.finish_reason)
                     stats = backend.text("stats", part.stats)
@@ -179,10 +182,10 @@ class GatewayModel(ABC):
     async def _read(self, request: Any) -> tuple[Parameters, Prompt]:
         """Read parameters and prompt. Raises InvalidRequest if the request can never be served."""
         inputs = backend.tensors(request)
-        if self.prompt_input not in inputs:  # Triton checks only the number of inputs
-            raise errors.InvalidRequest(f"{self.prompt_input} is missing; every request needs it")
+        parameters.needed(inputs, self.prompt_input)
         most = self.deployment.gateway.max_stop_words
-        asked = parameters.parse(inputs, backend.parameters(request), most, self._inputs)
+        given = backend.parameters(request)
+        asked = parameters.parse(inputs, given, most, self.allowed(inputs))
         neutral.check(inputs, self._end_ids, self.vocabulary.size)
         if own := request.timeout():
             asked = replace(asked, timeout_us=own)

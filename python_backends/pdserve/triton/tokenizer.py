@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pdserve.errors import InvalidRequest
 from pdserve.gateway.parameters import scalar
 from pdserve.text.tokenizer import Tokenizer, parse_prompt
-from pdserve.triton import backend, stub
+from pdserve.triton import backend, neutral, prompts, stub
 
 
 class TritonPythonModel:
@@ -31,12 +30,7 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         inputs = backend.tensors(request)
-        data: bytes = scalar(inputs, "text_input")
-        if len(data) > self._most:
-            raise InvalidRequest(f"text_input: {len(data)} bytes; at most {self._most} are allowed")
-        prompt = parse_prompt(data, bool(scalar(inputs, "chat")))
-        if isinstance(prompt, str):
-            ids = self._tokenizer.encode(prompt)
-        else:
-            ids = self._tokenizer.encode_chat(prompt)
+        data = prompts.text(inputs, self._most)
+        neutral.check(inputs, (), 0)
+        ids = self._tokenizer.encode_prompt(parse_prompt(data, bool(scalar(inputs, "chat"))))
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids[np.newaxis])])

@@ -60,12 +60,12 @@ async def parts(
     of: Service, request: Request, *, in_text: bool = False, echo: str = "", **fields: Any
 ) -> list[Part]:
     """Return the parts of the answer to the prompt of ``request``, which is not sent itself."""
-    prompt = Prompt(np.frombuffer(request.prompt, "<i4"), echo)
+    prompt = Prompt(np.frombuffer(request.prompt, "<i4"), echo, in_text=in_text)
 
     async def read() -> tuple[Parameters, Prompt]:
         return parameters(max_tokens=request.max_tokens, **fields), prompt
 
-    answer = of.answer("1", read, Trace(""), in_text=in_text)
+    answer = of.answer("1", read, Trace(""))
     async with aclosing(answer) as found:
         return [part async for part in found]
 
@@ -118,7 +118,7 @@ async def test_who_closes_the_answer_cancels_the_request(tmp_path: Path) -> None
         async def read() -> tuple[Parameters, Prompt]:
             return parameters(max_tokens=100), prompt
 
-        async with aclosing(served.answer("1", read, Trace(""), in_text=False)) as found:
+        async with aclosing(served.answer("1", read, Trace(""))) as found:
             async for part in found:
                 assert part.ids
                 break
@@ -175,7 +175,7 @@ async def test_a_request_that_ends_while_it_is_read_is_counted(
             assert error is not None
             raise error
 
-        answer = served.answer("1", read, Trace(""), in_text=True)
+        answer = served.answer("1", read, Trace(""))
         reading = asyncio.ensure_future(anext(answer))
         await asyncio.sleep(0.1)
         if error is None:
@@ -206,12 +206,12 @@ async def test_what_can_never_be_served_is_rejected(
                 gateway=config.Gateway(default_scenario="s", strict=True),
             )
         )
-        prompt = Prompt(np.arange(3, 23, dtype=np.int32))
+        prompt = Prompt(np.arange(3, 23, dtype=np.int32), in_text=True)
 
         async def read() -> tuple[Parameters, Prompt]:
             return parameters(**fields), prompt
 
-        async with aclosing(served.answer("1", read, Trace(""), in_text=True)) as found:
+        async with aclosing(served.answer("1", read, Trace(""))) as found:
             with pytest.raises(kind):
                 await anext(found)
         assert site.total("pdserve_requests_total", outcome="rejected", scenario="s") == 1

@@ -42,7 +42,7 @@ DEPLOYMENT = Deployment(
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     folder = tmp_path / "model_repository"
-    for name in ("pdserve", "scheduler", "tokenizer", "detokenizer", "prefill", "decode"):
+    for name in (*config.GATEWAY_MODELS, "prefill", "decode"):
         (folder / name / "1" / "__pycache__").mkdir(parents=True)
         (folder / name / "1" / "model.py").write_text(f"# {name}")
         (folder / name / "config.pbtxt").write_text(

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from pdserve.errors import DeploymentError, InvalidRequest, Unsupported
 from pdserve.text import vocabulary
+from pdserve.text.excerpts import Excerpt, Excerpts
 from pdserve.text.stream import TextStream
 from pdserve.text.tokenizer import Tokenizer
 
@@ -583,3 +584,64 @@ def test_a_finished_stream_refuses_ids(subject: Subject) -> None:
 def test_an_empty_stop_string_is_refused(subject: Subject) -> None:
     with pytest.raises(InvalidRequest, match=r"stop_words\[1\] is empty"):
         TextStream(subject.ours, ["x", ""])
+
+
+# --- excerpts ------------------------------------------------------------------------------------
+
+
+def excerpts(
+    subject: Subject, parts: Iterable[list[int]], stop: Sequence[str]
+) -> list[tuple[str, Excerpt]]:
+    """Return the text of each part of an answer, and its excerpt; the last part ends the answer."""
+    answer, used = TextStream(subject.ours, stop), 0
+    made = Excerpts(subject.ours, answer)
+    found = []
+    for ids in parts:
+        text = answer.push(ids)
+        if answer.stopped:
+            return [*found, (text, made.part("", ids[: answer.tokens_used - used], text))]
+        found.append((text, made.part("", ids, text)))
+        used += len(ids)
+    text = answer.finish()
+    return [*found, (text, made.part("", [], text))]
+
+
+def alone(subject: Subject, excerpt: Excerpt) -> str:
+    return subject.ours.decode(excerpt.ids)[excerpt.start : excerpt.end]
+
+
+@given(st.data())
+def test_an_excerpt_has_the_text_of_its_part(subject: Subject, data: st.DataObject) -> None:
+    ids = data.draw(answers(subject))
+    text = subject.ours.decode(ids) or "x"
+    cuts = st.tuples(st.integers(0, len(text) - 1), st.integers(1, 8))
+    special = st.sampled_from(sorted(set(subject.theirs.all_special_tokens)))
+    words = st.one_of(
+        cuts.map(lambda cut: text[cut[0] : cut[0] + cut[1]]),
+        cuts.map(lambda cut: text[cut[0] : cut[0] + cut[1]] + "☃"),
+        special.map(lambda token: token + "x"),
+    )
+    stop = data.draw(st.lists(words, max_size=3))
+    for text, excerpt in excerpts(subject, pushes(data, ids), stop):
+        assert alone(subject, excerpt) == text
+
+
+def test_an_excerpt_begins_where_nothing_was_held_back(subject: Subject) -> None:
+    text = "hello world " * 40
+    ids = subject.ours.encode(text).tolist()
+    needed = 0 if subject.ours.byte_level else 1
+    for _, excerpt in excerpts(subject, [[token_id] for token_id in ids], ())[2:-1]:
+        assert len(excerpt.ids) == 1 + needed
+    held = [excerpt for _, excerpt in excerpts(subject, [[i] for i in ids], [text[:30] + "!"])]
+    assert max(len(excerpt.ids) for excerpt in held) > 5
+    assert sum(excerpt.end - excerpt.start for excerpt in held) == len(subject.ours.decode(ids))
+
+
+def test_text_that_is_in_no_ids_is_not_counted(subject: Subject) -> None:
+    answer = TextStream(subject.ours)
+    made = Excerpts(subject.ours, answer)
+    ids = subject.ours.encode("hello").tolist()
+    first = made.part("Echo: ", [], "")
+    second = made.part("", ids, answer.push(ids))
+    assert (first.before, alone(subject, first)) == ("Echo: ", "")
+    assert (second.before, alone(subject, second)) == ("", subject.ours.decode(ids))

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pdctl.doctor.inventory import Server
-from pdctl.repository import models
+from pdctl.repository import processes
 from pdserve.config import ROLES, Deployment, TransportName
 
 _MODEL_SHM_MIB = 1
-"""Shared memory that Triton takes for each model at its start."""
+"""Shared memory that Triton takes for each model's process at its start."""
 
 
 class Needs(NamedTuple):
@@ -63,7 +63,7 @@ def needs(deployment: Deployment, servers: Sequence[Server]) -> Needs:
         ),
         arena_mib=arena,
         shm_mib=sum(
-            len(list(models(server))) * _MODEL_SHM_MIB + len(server.prefill) * shared
+            len(list(processes(server))) * _MODEL_SHM_MIB + len(server.prefill) * shared
             for server in deployment.servers
             if server.name in to_start
         ),
