@@ -10,7 +10,7 @@ import triton_python_backend_utils as pb_utils
 
 from pdserve.gateway.parameters import scalar
 from pdserve.text.tokenizer import Tokenizer, parse_prompt
-from pdserve.triton import backend, neutral, prompts, stub
+from pdserve.triton import backend, prompts, stub
 
 
 class TritonPythonModel:
@@ -31,6 +31,5 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         inputs = backend.tensors(request)
         data = prompts.text(inputs, self._most)
-        neutral.check(inputs, (), 0)
         ids = self._tokenizer.encode_prompt(parse_prompt(data, bool(scalar(inputs, "chat"))))
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids[np.newaxis])])
