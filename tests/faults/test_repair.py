@@ -17,7 +17,7 @@ import pytest
 from pdctl import fleet, footprint, links, watchers
 from pdctl.server import Server
 from pdctl.status import scrape, status
-from tests.clients import wait_until
+from tests.clients import generate, wait_until
 from tests.faults.serving import (
     KNOWN_S,
     RELOADED_S,
@@ -74,6 +74,8 @@ def test_a_dead_stub_is_not_ready_and_then_replaced(one_server: Running, model: 
     assert one.pid == before, "the other models of the server keep serving"
     assert serves(one_server)
     assert f"{model} has failed: its process is gone" in said(one)
+    answer = generate(one_server, "ensemble", text_input="a", max_tokens=2)
+    assert answer.stats["output_tokens"] == 2, "the ensemble is loaded again with its step"
 
 
 def test_a_stopped_stub_is_replaced(one_server: Running) -> None:

@@ -355,6 +355,7 @@ def nothing_leaks(emulated_server: Running) -> Iterator[None]:
     """Check that afterwards nothing is in use, and that no process has more files open."""
     burst(emulated_server)
     burst(emulated_server, "scheduler", input_ids=[1, 2, 3])
+    burst(emulated_server, "ensemble")
     wait_idle(emulated_server, 2)
     before = files(emulated_server)
     yield
@@ -434,11 +435,52 @@ def test_an_instance_ignores_an_id_that_is_not_utf8(emulated_server: Running, mo
     assert "reply" in str(answer)
 
 
-def test_bad_ones_beside_good_ones_harm_none(emulated_server: Running) -> None:
-    expected = burst(emulated_server)
+def through(model: str, cases: list[Bad]) -> list[Bad]:
+    """Return the requests to pdserve as requests to this model."""
+    return [bad._replace(model=model) for bad in cases if bad.model == "pdserve"]
+
+
+def test_the_ensemble_says_what_pdserve_says(emulated_server: Running) -> None:
+    """Triton puts a preface before the error of a step."""
+    cases = [bad for bad in VALUES + TENSORS if bad.name != "text-missing"]
+    ours = over_grpc(emulated_server, *through("pdserve", cases))
+    theirs = over_grpc(emulated_server, *through("ensemble", cases))
+
+    assert len(theirs) >= 55
+    for bad, one, other in zip(through("ensemble", cases), ours, theirs, strict=True):
+        of_triton = str(one).replace("'pdserve'", "'ensemble'")
+        assert isinstance(other, Refused), bad.name
+        assert str(other) in (f"in ensemble 'ensemble', {one}", of_triton), bad.name
+
+
+def test_the_ensemble_says_it_over_http(emulated_server: Running) -> None:
+    for bad in BODIES:
+        if bad.path == GENERATE and bad.name != "nothing-given":
+            status, one = post(emulated_server, bad.path, bad.body, TIMEOUT_S)
+            path = bad.path.replace("pdserve", "ensemble")
+            other = post(emulated_server, path, bad.body, TIMEOUT_S)
+            of_triton = one["error"].replace("'pdserve'", "'ensemble'")
+            said = other[1]["error"]
+            assert other[0] == status, (bad.name, other)
+            assert said in (f"in ensemble 'ensemble', {one['error']}", of_triton), bad.name
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": 1}], ids=["nothing", "something-else"])
+def test_the_ensemble_misses_a_prompt(emulated_server: Running, fields: dict[str, Any]) -> None:
+    """A request whose required input is missing would be answered with nothing at all."""
+    (refused,) = over_grpc(emulated_server, Bad("", {"text_input": None, **fields}, (), "ensemble"))
+    assert isinstance(refused, Refused)
+    check(str(refused), ("in ensemble 'ensemble'", "missing required input(s) ['text_input']"))
+
+
+@pytest.mark.parametrize("model", ["pdserve", "ensemble"])
+def test_bad_ones_beside_good_ones_harm_none(emulated_server: Running, model: str) -> None:
+    expected = burst(emulated_server, model)
     with ThreadPoolExecutor(2) as pool:
-        good = [pool.submit(burst, emulated_server) for _ in range(4)]
-        refused = over_grpc(emulated_server, *VALUES, *TENSORS, *VALUES)
+        good = [pool.submit(burst, emulated_server, model) for _ in range(4)]
+        others = [bad for bad in VALUES + TENSORS if bad.model != "pdserve"]
+        bad = [*through(model, VALUES + TENSORS), *others, *through(model, VALUES)]
+        refused = over_grpc(emulated_server, *bad)
 
     assert [answers.result() for answers in good] == 4 * [expected]
     assert all(isinstance(error, Refused) for error in refused)

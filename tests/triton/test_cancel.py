@@ -56,7 +56,7 @@ LONG = 160
 class Client(Protocol):
     """One streaming request to the scheduler, which its client can leave."""
 
-    def __init__(self, server: Running, **inputs: Any) -> None: ...
+    def __init__(self, server: Running, model: str = "", **inputs: Any) -> None: ...
 
     def token(self) -> float:
         """Wait for the next response; return when it came."""
@@ -71,7 +71,7 @@ class GrpcCancel:
     timeout: float | None = None
     model = "scheduler"
 
-    def __init__(self, server: Running, **inputs: Any) -> None:
+    def __init__(self, server: Running, model: str = "", **inputs: Any) -> None:
         self._arrived: queue.Queue[tuple[float, Any]] = queue.Queue()
         self._client = grpc.InferenceServerClient(server.grpc)
         self._client.start_stream(
@@ -79,7 +79,7 @@ class GrpcCancel:
             stream_timeout=self.timeout,
         )
         tensors = [tensor(name, value) for name, value in _streamed(inputs).items()]
-        self._client.async_stream_infer(self.model, tensors)
+        self._client.async_stream_infer(model or self.model, tensors)
 
     def token(self) -> float:
         at, error = self._arrived.get(timeout=30)
@@ -116,10 +116,10 @@ class GrpcTimeout(GrpcCancel):
 class HttpClose:
     """A client that closes its socket in the middle of ``generate_stream``."""
 
-    def __init__(self, server: Running, **inputs: Any) -> None:
+    def __init__(self, server: Running, model: str = "scheduler", **inputs: Any) -> None:
         self._connection = connect(server)
         self._connection.request(
-            "POST", "/v2/models/scheduler/generate_stream", json.dumps(_streamed(inputs))
+            "POST", f"/v2/models/{model}/generate_stream", json.dumps(_streamed(inputs))
         )
         self._response: Any = None
 
@@ -306,6 +306,29 @@ def test_over_http_with_its_first_response_at_the_latest(one_slot: Running) -> N
     busy.leave()
 
     wait_idle(one_slot, 5 * PREFILL_TOKEN_S + FREED_S + SHOWN_S)
+
+
+@WAYS
+def test_through_the_ensemble_it_is_not_noticed(one_slot: Running, way: type[Client]) -> None:
+    """Triton tells a cancellation to the step that begins next, and to none that runs already.
+
+    So the answer is computed to its end, which is the limit of the ensemble (see
+    docs/architecture.md), and afterwards nothing is held.
+    """
+    tokens = 100
+    began = time.monotonic()
+    leaving = way(one_slot, "ensemble", text_input="a", max_tokens=tokens, ignore_eos=True)
+    leaving.token()
+    leaving.token()
+    left = leaving.leave()
+
+    time.sleep(FREED_S + SHOWN_S)
+    assert open_requests(one_slot) == 1
+    wait_until(lambda: open_requests(one_slot) == 0, 3 * tokens * STEP_S)
+    ended = time.monotonic()
+    print(f"left after {left - began:.1f} s, ended after {ended - began:.1f} s")
+    assert ended - began > (tokens - 2) * STEP_S
+    wait_idle(one_slot, SHOWN_S)
 
 
 def open_requests(server: Running) -> float:

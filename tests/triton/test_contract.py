@@ -66,7 +66,9 @@ def over_grpc(server: Running, model: str = "pdserve", **asked: Any) -> Answer:
     return asyncio.run(run())
 
 
-def over_callbacks(server: Running, request_id: str = "", **inputs: Any) -> Answer:
+def over_callbacks(
+    server: Running, model: str = "pdserve", request_id: str = "", **inputs: Any
+) -> Answer:
     """Return one answer, by tritonclient's client with threads and callbacks."""
     arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
     tensors = [tensor(name, value) for name, value in inputs.items()]
@@ -74,7 +76,7 @@ def over_callbacks(server: Running, request_id: str = "", **inputs: Any) -> Answ
     with grpc.InferenceServerClient(server.grpc) as client:
         client.start_stream(lambda result, error: arrived.put((result, error)))
         client.async_stream_infer(
-            "pdserve", tensors, request_id=request_id, enable_empty_final_response=True
+            model, tensors, request_id=request_id, enable_empty_final_response=True
         )
         while not final:
             result, error = arrived.get(timeout=60)
@@ -102,6 +104,13 @@ ROUTES = [
 ]
 
 
+@pytest.fixture(params=["pdserve", "ensemble"])
+def model(request: pytest.FixtureRequest) -> str:
+    """The contract is one for both."""
+    name: str = request.param
+    return name
+
+
 def same_shape(value: Any, shape: Any) -> bool:
     if isinstance(shape, dict):
         return value.keys() == shape.keys() and all(
@@ -113,8 +122,10 @@ def same_shape(value: Any, shape: Any) -> bool:
 # ---------------------------------------------------------------------------------------- responses
 
 
-def test_generate_is_exactly_one_response_with_everything(emulated_server: Running) -> None:
-    answer = generate(emulated_server, text_input=PROMPT, max_tokens=TOKENS)
+def test_generate_is_exactly_one_response_with_everything(
+    emulated_server: Running, model: str
+) -> None:
+    answer = generate(emulated_server, model, text_input=PROMPT, max_tokens=TOKENS)
 
     assert answer.text
     assert answer.finish_reason == "length"
@@ -129,8 +140,10 @@ def test_generate_is_exactly_one_response_with_everything(emulated_server: Runni
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_stream_ends_with_reason_and_stats(emulated_server: Running, route: Any) -> None:
-    answer = route(emulated_server, text_input=PROMPT, max_tokens=TOKENS, stream=True)
+def test_a_stream_ends_with_reason_and_stats(
+    emulated_server: Running, model: str, route: Any
+) -> None:
+    answer = route(emulated_server, model=model, text_input=PROMPT, max_tokens=TOKENS, stream=True)
 
     *others, last = answer.parts
     assert others
@@ -141,17 +154,24 @@ def test_a_stream_ends_with_reason_and_stats(emulated_server: Running, route: An
 
 
 @pytest.mark.parametrize("route", [pytest.param(over_http, id="generate"), *ROUTES])
-def test_without_stream_there_is_one_response(emulated_server: Running, route: Any) -> None:
-    answer = route(emulated_server, text_input=PROMPT, max_tokens=TOKENS)
+def test_without_stream_there_is_one_response(
+    emulated_server: Running, model: str, route: Any
+) -> None:
+    answer = route(emulated_server, model=model, text_input=PROMPT, max_tokens=TOKENS)
 
     assert len(answer.parts) == 1
 
 
 @pytest.mark.parametrize("route", [pytest.param(over_http, id="generate"), *ROUTES])
 def test_the_request_id_comes_back_with_every_response(
-    emulated_server: Running, route: Any
+    emulated_server: Running, model: str, route: Any
 ) -> None:
-    asked = {"text_input": PROMPT, "max_tokens": 4, "stream": route is not over_http}
+    asked = {
+        "model": model,
+        "text_input": PROMPT,
+        "max_tokens": 4,
+        "stream": route is not over_http,
+    }
     answer = route(emulated_server, request_id="question-7", **asked)
 
     assert {part.id for part in answer.parts} == {"question-7"}
@@ -198,20 +218,20 @@ INPUTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", [*INPUTS, "all"])
-def test_every_input_is_accepted(emulated_server: Running, name: str) -> None:
+def test_every_input_is_accepted(emulated_server: Running, model: str, name: str) -> None:
     inputs = INPUTS if name == "all" else {"max_tokens": TOKENS, name: INPUTS[name]}
 
     for answer in (
-        generate(emulated_server, text_input=PROMPT, **inputs),
-        over_grpc(emulated_server, text_input=PROMPT, **inputs),
+        generate(emulated_server, model, text_input=PROMPT, **inputs),
+        over_grpc(emulated_server, model, text_input=PROMPT, **inputs),
     ):
         assert answer.stats["output_tokens"] == TOKENS
 
 
 def test_every_input_of_the_contract_is_in_the_model_s_configuration(
-    emulated_server: Running,
+    emulated_server: Running, model: str
 ) -> None:
-    with urllib.request.urlopen(f"{emulated_server.http}/v2/models/pdserve") as answer:
+    with urllib.request.urlopen(f"{emulated_server.http}/v2/models/{model}") as answer:
         described = json.load(answer)
 
     of_tensorrt_llm = {*NEUTRAL, "random_seed", "end_id", "pad_id", "accumulate_tokens"}
@@ -233,18 +253,20 @@ def test_every_input_of_the_contract_is_in_the_model_s_configuration(
     ],
 )
 def test_routing_is_accepted_as_fields_and_as_parameters(
-    emulated_server: Running, routing: dict[str, Any]
+    emulated_server: Running, model: str, routing: dict[str, Any]
 ) -> None:
     for route in (over_http, over_grpc):
-        answer = route(emulated_server, text_input=PROMPT, max_tokens=2, **routing)
+        answer = route(emulated_server, model=model, text_input=PROMPT, max_tokens=2, **routing)
         assert answer.finish_reason == "length"
 
 
-def test_a_tenant_s_prompt_is_reused_for_that_tenant_alone(emulated_server: Running) -> None:
-    prompt = "one two three four five " * 20
+def test_a_tenant_s_prompt_is_reused_for_that_tenant_alone(
+    emulated_server: Running, model: str
+) -> None:
+    prompt = f"one two three four {model} " * 20
 
     def cached(**routing: Any) -> int:
-        answer = over_grpc(emulated_server, text_input=prompt, max_tokens=2, **routing)
+        answer = over_grpc(emulated_server, model, text_input=prompt, max_tokens=2, **routing)
         count: int = answer.stats["cached_tokens"]
         return count
 
@@ -254,8 +276,8 @@ def test_a_tenant_s_prompt_is_reused_for_that_tenant_alone(emulated_server: Runn
     assert cached(tenant="second") == 0
 
 
-def test_defaults(emulated_server: Running) -> None:
-    answer = generate(emulated_server, text_input=PROMPT)
+def test_defaults(emulated_server: Running, model: str) -> None:
+    answer = generate(emulated_server, model, text_input=PROMPT)
 
     assert answer.stats["output_tokens"] == 128
     assert not answer.text.startswith(PROMPT)
@@ -268,15 +290,15 @@ def test_max_tokens_defaults_to_what_the_context_leaves(emulated_server: Running
 
 
 @pytest.mark.parametrize("words", ["", [""], []], ids=["empty", "one-empty", "none"])
-def test_empty_stop_words_stop_nothing(emulated_server: Running, words: Any) -> None:
+def test_empty_stop_words_stop_nothing(emulated_server: Running, model: str, words: Any) -> None:
     for fields in ({"stop_words": words}, {"stop_words": words, "bad_words": ""}):
-        answer = generate(emulated_server, text_input=PROMPT, max_tokens=TOKENS, **fields)
+        answer = generate(emulated_server, model, text_input=PROMPT, max_tokens=TOKENS, **fields)
         assert answer.finish_reason == "length"
 
 
 @pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
 def test_a_stop_string_ends_the_answer_and_is_not_in_it(
-    emulated_server: Running, streamed: bool
+    emulated_server: Running, model: str, streamed: bool
 ) -> None:
     text = generate(emulated_server, text_input=PROMPT, max_tokens=40).text
     # The stop string spans two tokens; nearly all tokens of the emulated engine are words.
@@ -284,6 +306,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(
     word = text[space - 2 : space + 3]
     answer = over_grpc(
         emulated_server,
+        model,
         text_input=PROMPT,
         max_tokens=40,
         stop_words=["\u0000never", word],
@@ -297,17 +320,28 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(
 
 
 @pytest.mark.parametrize("route", [over_http, over_grpc], ids=["http", "grpc"])
-def test_the_prompt_is_echoed_only_when_asked_for(emulated_server: Running, route: Any) -> None:
+def test_the_prompt_is_echoed_only_when_asked_for(
+    emulated_server: Running, model: str, route: Any
+) -> None:
     def text(**asked: Any) -> str:
-        answer: Answer = route(emulated_server, text_input=PROMPT, max_tokens=4, **asked)
+        answer: Answer = route(
+            emulated_server, model=model, text_input=PROMPT, max_tokens=4, **asked
+        )
         return answer.text
 
     assert text(exclude_input_in_output=False) == PROMPT + text()
     assert text(exclude_input_in_output=True) == text()
 
 
-def test_the_end_of_text_token_ends_an_answer_unless_it_is_ignored(torch_server: Running) -> None:
-    asked = {"text_input": "Answer with one word: is water wet?", "chat": True, "max_tokens": 60}
+def test_the_end_of_text_token_ends_an_answer_unless_it_is_ignored(
+    torch_server: Running, model: str
+) -> None:
+    asked = {
+        "model": model,
+        "text_input": "Answer with one word: is water wet?",
+        "chat": True,
+        "max_tokens": 60,
+    }
     answer = generate(torch_server, **asked)
     longer = generate(torch_server, **asked, ignore_eos=True)
 
@@ -336,7 +370,7 @@ CHATS = [
 
 @pytest.mark.parametrize(("text", "conversation"), CHATS)
 def test_chat_is_rendered_as_transformers_does(
-    emulated_server: Running, reference: Reference, text: str, conversation: Any
+    emulated_server: Running, reference: Reference, model: str, text: str, conversation: Any
 ) -> None:
     turns = conversation or [{"role": "user", "content": text}]
     expected = reference.tokenizer.apply_chat_template(
@@ -345,7 +379,7 @@ def test_chat_is_rendered_as_transformers_does(
     status, answer = post(
         emulated_server, "/v2/models/tokenizer/generate", {"text_input": text, "chat": True}
     )
-    chatted = generate(emulated_server, text_input=text, chat=True, max_tokens=TOKENS)
+    chatted = generate(emulated_server, model, text_input=text, chat=True, max_tokens=TOKENS)
     by_ids = generate(emulated_server, "scheduler", input_ids=expected, max_tokens=TOKENS)
 
     assert (status, answer.get("input_ids")) == (200, expected)

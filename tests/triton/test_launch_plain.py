@@ -79,3 +79,4 @@ def test_the_repository_as_it_stands_loads_and_answers(plain: Running) -> None:
     assert answer.stats["decode"] == "decode"
     assert "".join(part.text for part in parts) == answer.text
     assert len(parts) > 1
+    assert generate(plain, "ensemble", **asked).text == answer.text

@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 
-@pytest.mark.parametrize("kind", ["concurrency", "request-rate"])
-def test_perf_analyzer_measures_every_request(emulated_server: Running, kind: Kind) -> None:
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("pdserve", "concurrency"), ("pdserve", "request-rate"), ("ensemble", "concurrency")],
+)
+def test_perf_analyzer_measures_every_request(
+    emulated_server: Running, model: str, kind: Kind
+) -> None:
     workload = Workload(requests=12, prompt_tokens=20, output_tokens=5)
-    answers = perf_analyzer.run(emulated_server.grpc, "pdserve", workload, kind, 4)
+    answers = perf_analyzer.run(emulated_server.grpc, model, workload, kind, 4)
     assert len(answers) >= 12
     assert {answer.tokens for answer in answers} == {5}
     assert all(answer.sent < answer.responses[0] <= answer.responses[-1] for answer in answers)

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.triton
 END_ID = 2
 """The end-of-text id of the served model."""
 WITHIN_S = 30
+MODELS = ("pdserve", "ensemble")
+"""The second is the name that these clients have by default."""
 
 
 def prepare_tensor(name: str, data: np.ndarray[Any, Any]) -> grpc.InferInput:
@@ -39,16 +41,22 @@ def prepare_tensor(name: str, data: np.ndarray[Any, Any]) -> grpc.InferInput:
     return made
 
 
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 def streamed(
-    server: Running, inputs: list[grpc.InferInput], request_id: str = "1"
+    server: Running, model: str, inputs: list[grpc.InferInput], request_id: str = "1"
 ) -> Iterator[grpc.InferResult]:
     """Yield every result of one request, up to the final flag. Raises: InferenceServerException."""
     arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client = grpc.InferenceServerClient(server.grpc)
-    assert client.is_model_ready("pdserve")
+    assert client.is_model_ready(model)
     client.start_stream(callback=lambda result, error: arrived.put((result, error)))
     outputs = [grpc.InferRequestedOutput("text_output")]
-    client.async_stream_infer("pdserve", inputs, outputs=outputs, request_id=request_id)
+    client.async_stream_infer(model, inputs, outputs=outputs, request_id=request_id)
     try:
         while True:
             result, error = arrived.get(timeout=WITHIN_S)
@@ -90,9 +98,11 @@ class TestEndToEndClient:
         return [prepare_tensor(name, value) for name, value in given.items()]
 
     @pytest.mark.parametrize("streaming", [True, False])
-    def test_it_reads_its_answer(self, emulated_server: Running, streaming: bool) -> None:
+    def test_it_reads_its_answer(
+        self, emulated_server: Running, model: str, streaming: bool
+    ) -> None:
         text = ""
-        for result in streamed(emulated_server, self.inputs(streaming=streaming)):
+        for result in streamed(emulated_server, model, self.inputs(streaming=streaming)):
             output = result.as_numpy("text_output")
             if output is not None:
                 text += output[0].decode("utf-8")
@@ -100,9 +110,11 @@ class TestEndToEndClient:
         assert text
         assert plain.stats["output_tokens"] == 12
 
-    def test_the_seed_of_either_name_is_the_same(self, emulated_server: Running) -> None:
+    def test_the_seed_of_either_name_is_the_same(
+        self, emulated_server: Running, model: str
+    ) -> None:
         seed = {"random_seed": np.array([[7]], dtype=np.uint64)}
-        results = streamed(emulated_server, self.inputs(streaming=False, **seed))
+        results = streamed(emulated_server, model, self.inputs(streaming=False, **seed))
         text = "".join(result.as_numpy("text_output")[0].decode() for result in results)
         plain = generate(
             emulated_server, text_input="The sea is", max_tokens=12, temperature=1.0, seed=7
@@ -122,15 +134,15 @@ class TestEndToEndClient:
         ],
     )
     def test_what_is_not_there_is_refused_by_name(
-        self, emulated_server: Running, name: str, value: np.ndarray[Any, Any]
+        self, emulated_server: Running, model: str, name: str, value: np.ndarray[Any, Any]
     ) -> None:
         with pytest.raises(InferenceServerException, match=f"INVALID_ARG: {name}: .*; allowed: "):
-            list(streamed(emulated_server, self.inputs(streaming=True, **{name: value})))
+            list(streamed(emulated_server, model, self.inputs(streaming=True, **{name: value})))
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("connector", ["llama_index", "langchain"])
-def test_connectors(emulated_server: Running, connector: str, stream: bool) -> None:
+def test_connectors(emulated_server: Running, model: str, connector: str, stream: bool) -> None:
     """Both connectors make the same inputs, and read each response from its JSON."""
     given = {
         "text_input": np.array([["The sea is"]]).astype(object),
@@ -147,7 +159,7 @@ def test_connectors(emulated_server: Running, connector: str, stream: bool) -> N
         "stream": np.array([[stream]], dtype=bool),
     }
     text = ""
-    for result in streamed(emulated_server, [prepare_tensor(*one) for one in given.items()]):
+    for result in streamed(emulated_server, model, [prepare_tensor(*one) for one in given.items()]):
         raw = result.get_response(as_json=True)
         if "outputs" in raw:
             message = ModelInferResponse()
@@ -170,7 +182,7 @@ def test_connectors(emulated_server: Running, connector: str, stream: bool) -> N
     ],
     ids="-".join,
 )
-@pytest.mark.parametrize("model", ["pdserve", "scheduler"])
+@pytest.mark.parametrize("model", [*MODELS, "scheduler"])
 def test_over_http(emulated_server: Running, model: str, fields: dict[str, Any]) -> None:
     prompt: dict[str, Any] = {"text_input": "What is machine learning?"}
     if model == "scheduler":

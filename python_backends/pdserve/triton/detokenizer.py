@@ -1,4 +1,4 @@
-"""Triton model ``detokenizer``: converts the token ids of an answer, or of a part of it, to text."""
+"""Triton model ``detokenizer``: converts token ids, of an answer or a part of one, to text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class TritonPythonModel:
         start, end = _span(inputs["text_span"].reshape(-1).tolist(), len(text))
         data = (scalar(inputs, "text_before") or b"") + text[start:end].encode()
         # Without a batch dimension, as pdserve sends the parts of an answer.
-        return pb_utils.InferenceResponse([pb_utils.Tensor("text_output", np.array([data], object))])
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor("text_output", np.array([data], object))]
+        )
 
 
 def _span(given: list[int], characters: int) -> tuple[int, int]:
@@ -50,6 +52,6 @@ def _span(given: list[int], characters: int) -> tuple[int, int]:
     start, end = given
     if not 0 <= start <= end <= characters:
         raise InvalidRequest(
-            f"text_span: {start}, {end}; allowed: start and end in a text of {characters} characters"
+            f"text_span: {start}, {end}; allowed: start and end within {characters} characters"
         )
     return start, end

@@ -9,7 +9,10 @@ NO_TOKENS = "text_input: no tokens; at least 1 is needed"
 
 
 def text(inputs: Tensors, most: int) -> bytes:
-    """Return ``text_input``. Raises InvalidRequest: it is missing, or has more bytes than ``most``.
+    """Return ``text_input``.
+
+    Raises:
+        InvalidRequest: it is missing, or has more bytes than ``most``.
     """
     needed(inputs, "text_input")
     data: bytes = scalar(inputs, "text_input")
