@@ -97,18 +97,20 @@ def median(values: Iterable[float]) -> float:
     return round(statistics.median(values), 3)
 
 
-def ttft(server: MeasuredServer, requests: int, seed: int) -> Summary:
+def ttft(server: MeasuredServer, requests: int, seed: int, model: str = "pdserve") -> Summary:
     """Measure one stream of requests, one after another."""
     workload = Workload(requests, PROMPT_TOKENS, OUTPUT_TOKENS, seed=seed)
-    return summarize(perf_analyzer.run(server.grpc, "pdserve", workload, "concurrency", 1))
+    return summarize(perf_analyzer.run(server.grpc, model, workload, "concurrency", 1))
 
 
-def cost(server: MeasuredServer, requests: int, stream: bool, seed: int) -> Cost:
+def cost(
+    server: MeasuredServer, requests: int, stream: bool, seed: int, model: str = "pdserve"
+) -> Cost:
     """Measure the CPU time of the server's processes, including those that idle."""
     measured = client.run(
         Load(
             address=server.grpc,
-            model="pdserve",
+            model=model,
             streams=CPU_STREAMS,
             requests=requests // CPU_STREAMS,
             prompt_tokens=PROMPT_TOKENS,

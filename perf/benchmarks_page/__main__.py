@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": request_path.cpu,
     "baselines": request_path.baselines,
     "load": request_path.load,
+    "ensemble": request_path.ensemble,
     "channels": request_path.channels,
     "prefill": engine.prefill,
     "decode step": engine.decode_step,

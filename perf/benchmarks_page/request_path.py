@@ -1,8 +1,9 @@
-"""Tables of the cost of a request on its path: overhead.json, load.json, channels.json."""
+"""Tables of the cost of a request on its path: overhead, load, ensemble and channels.json."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from perf.benchmarks_page.markdown import number, table
@@ -75,6 +76,27 @@ def baselines() -> str:
 
 def load() -> str:
     return _levels(Result("load").results["levels"])
+
+
+def ensemble() -> str:
+    models = {one["model"]: one for one in Result("ensemble").results["models"]}
+
+    def row(what: str, values: Callable[[dict[str, Any]], list[float]]) -> tuple[str, ...]:
+        ours, theirs = (statistics.median(values(models[name])) for name in ("pdserve", "ensemble"))
+        return (what, number(ours), number(theirs), f"{theirs / ours:.2f} x")
+
+    def cpu(stream: bool) -> Callable[[dict[str, Any]], list[float]]:
+        return lambda one: [run["total_ms"] for run in one["cost"] if run["stream"] is stream]
+
+    rows = [
+        row(
+            "time to first token, one request at a time, median, ms",
+            lambda one: [run["ttft_ms"]["p50"] for run in one["ttft"]],
+        ),
+        row("CPU time of a request, 8 at a time, streamed, ms", cpu(stream=True)),
+        row("CPU time of a request, 8 at a time, not streamed, ms", cpu(stream=False)),
+    ]
+    return table(("what", "`pdserve`", "`ensemble`", "ratio"), rows)
 
 
 def _levels(levels: list[dict[str, Any]]) -> str:

@@ -187,7 +187,7 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     """Prefix of the prompt's text; for a conversation, of its first turn. It never matches token
     ids."""
     tenant: str | None = None
-    model: Literal["pdserve", "scheduler"] | None = None
+    model: Literal["pdserve", "scheduler", "ensemble"] | None = None
     """The Triton model that was called."""
 
     def __post_init__(self) -> None:
