@@ -96,7 +96,7 @@ class ClientRequest(NamedTuple):
 
 @st.composite
 def client_requests(draw: st.DrawFn) -> ClientRequest:
-    model = draw(st.sampled_from(["pdserve"] * 3 + ["scheduler", "tokenizer"]))
+    model = draw(st.sampled_from(["pdserve"] * 3 + ["ensemble", "scheduler", "tokenizer"]))
     needed = "input_ids" if model == "scheduler" else "text_input"
     names = draw(st.lists(st.sampled_from([*VALUES]), max_size=4, unique=True))
     names = [] if model == "tokenizer" else names

@@ -96,6 +96,7 @@ VALUES = [
     Bad("id-negative", {"input_ids": [3, -1]}, ("input_ids: -1", "0 to 49151"), "scheduler"),
     Bad("id-unknown", {"input_ids": [49152]}, ("input_ids: 49152", "0 to 49151"), "scheduler"),
     Bad("too-many-ids", {"input_ids": [5] * 8192}, ("8192 tokens", "at most 8191"), "scheduler"),
+    Bad("chat-with-ids", {"chat": True}, ("chat", "together with text_input"), "scheduler"),
     Bad("text-missing", {"text_input": None, "top_k": 1}, ("text_input is missing",)),
     Bad("ids-missing", {"input_ids": None, "top_k": 1}, ("input_ids is missing",), "scheduler"),
     Bad("unknown-model", {}, ("nope", "not found"), "nope"),
@@ -291,6 +292,13 @@ BODIES = [
         400,
         ("output_ids: a batch of 2", "one prompt"),
         "/v2/models/detokenizer/infer",
+    ),
+    Body(
+        "detokenizer-span",
+        {"output_ids": [28, 29], "text_span": [1, 9]},
+        400,
+        ("text_span: 1, 9", "within 2 characters"),
+        "/v2/models/detokenizer/generate",
     ),
     Body("tokenizer-empty", {"text_input": ""}, 400, ("empty",), "/v2/models/tokenizer/generate"),
     Body(

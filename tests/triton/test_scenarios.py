@@ -56,6 +56,7 @@ SCENARIOS = (
             config.Rule(prefix="def "),
             config.Rule(tenant="acme"),
             config.Rule(model="scheduler", tenant="night"),
+            config.Rule(model="ensemble", tenant="dusk"),
         ),
         max_tokens=5,
         ttft_limit_ms=300,
@@ -154,12 +155,24 @@ def group_of(answer: Answer) -> str:
         ({"text_input": "def f(x):", "chat": True}, "code"),
     ],
 )
-def test_by_label_rule_or_default(server: Running, fields: dict[str, Any], group: str) -> None:
-    answer = generate(server, **{"text_input": "Hello", "max_tokens": 2, **fields})
+@pytest.mark.parametrize("model", ["pdserve", "ensemble"])
+def test_by_label_rule_or_default(
+    server: Running, model: str, fields: dict[str, Any], group: str
+) -> None:
+    answer = generate(server, model, **{"text_input": "Hello", "max_tokens": 2, **fields})
     assert group_of(answer).startswith(group)
 
 
-def test_a_conversation_is_known_by_its_first_turn(server: Running) -> None:
+def test_rules_see_the_model_that_was_asked(server: Running) -> None:
+    def group(model: str) -> str:
+        return group_of(generate(server, model, text_input="a", tenant="dusk", max_tokens=2))
+
+    assert group("ensemble") == "code"
+    assert group("pdserve").startswith("chat")
+
+
+@pytest.mark.parametrize("model", ["pdserve", "ensemble"])
+def test_a_conversation_is_known_by_its_first_turn(server: Running, model: str) -> None:
     def conversation(*contents: str) -> str:
         roles = ("system", "user")
         turns = zip(roles, contents, strict=True)
@@ -167,7 +180,7 @@ def test_a_conversation_is_known_by_its_first_turn(server: Running) -> None:
 
     for contents, group in ((("def x", "Hello"), "code"), (("Hello", "def x"), "chat")):
         asked = {"text_input": conversation(*contents), "chat": True, "max_tokens": 2}
-        assert group_of(generate(server, **asked)).startswith(group)
+        assert group_of(generate(server, model, **asked)).startswith(group)
 
 
 def test_token_ids_are_routed_by_all_but_the_prefix(server: Running) -> None:

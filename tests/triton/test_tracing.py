@@ -173,6 +173,12 @@ def test_grpc_parameter_of_the_scheduler(server: Running, collector: Collector) 
     assert attributes(root)["pdserve.gateway"] == "scheduler"
 
 
+def test_through_the_ensemble(server: Running, collector: Collector) -> None:
+    generate(server, "ensemble", **ASKED, parameters={"traceparent": traceparent(trace_id(10))})
+    [root] = collector.wait(trace_id(10), 8)["request"]
+    assert attributes(root)["pdserve.gateway"] == "scheduler"
+
+
 def test_refused_request(server: Running, collector: Collector) -> None:
     given = {"traceparent": traceparent(trace_id(6))}
     with pytest.raises(Refused, match="temperature") as caught:

@@ -15,7 +15,7 @@ _REFUSED = re.compile(
     r"(?:failed to load '[^']+' version \d+|Failed to initialize Python stub): "
     r"[^\n]*\bDeploymentError: "
 )
-_NOISE = ("CudaDriverHelper",)
+_NOISE = ("CudaDriverHelper", "unable to create stream for ensemble")
 LINES = 15
 
 

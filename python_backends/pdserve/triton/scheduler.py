@@ -51,8 +51,9 @@ class TritonPythonModel(GatewayModel):
             data = prompts.text(inputs, self.deployment.gateway.max_prompt_bytes)
             begins = beginning(parse_prompt(data, bool(scalar(inputs, "chat"))))
             return Prompt(ids, prompts.echo(inputs), begins, in_text=True, model=ENSEMBLE)
-        for name in inputs.keys() & set(OF_TEXT):
-            raise InvalidRequest(f"{name} is allowed only together with text_input")
+        for name in OF_TEXT:
+            if name in inputs:
+                raise InvalidRequest(f"{name} is allowed only together with text_input")
         return Prompt(ids)
 
     def outputs(self, part: Part) -> list[Any]:

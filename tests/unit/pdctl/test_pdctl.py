@@ -320,6 +320,15 @@ class TestLog:
         kept = {path.name: path.read_text() for path in server.folder.iterdir()}
         assert kept == {"log": "5", "log.old": "4", "log.old.2": "3", "log.old.3": "2"}
 
+    def test_what_is_always_there_without_a_gpu_is_no_reason(self) -> None:
+        text = (
+            'E1122 15:37:06.12793 561 server.cc:24] "CudaDriverHelper has not been initialized."\n'
+            'E1122 15:37:06.12794 561 ensemble_scheduler.cc:9] "unable to create stream for '
+            'ensemble: CUDA driver version is insufficient for CUDA runtime version"\n'
+            'E1122 15:37:06.12795 561 main.cc:9] "no port"\n'
+        )
+        assert log.relevant(text) == ['"no port"']
+
     def test_a_failed_model(self) -> None:
         text = (
             'E1122 15:37:06.12793 561 server.cc:24] "CudaDriverHelper has not been initialized."\n'
