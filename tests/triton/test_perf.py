@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +15,11 @@ from perf.load import BASELINES
 from perf.perf_analyzer import Workload
 from perf.serving import deployment, serving
 
+from pdserve import connections
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from perf.perf_analyzer import Kind
 
     from tests.servers import Running
@@ -38,6 +46,35 @@ def test_perf_analyzer_that_fails_says_why(emulated_server: Running) -> None:
         perf_analyzer.run(
             emulated_server.grpc, "no_such_model", Workload(1, 5, 5), "concurrency", 1
         )
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("genai-perf") is None, reason="no genai-perf on PATH")
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("model", ["ensemble", "pdserve"])
+def test_genai_perf_measures_every_request(
+    emulated_server: Running, tmp_path: Path, model: str, streaming: bool
+) -> None:
+    """It is no dependency, since it needs 0.9 GiB: ``pip install genai-perf==0.0.16`` elsewhere."""
+    line = [
+        *("genai-perf", "profile", "-m", model, "-u", emulated_server.grpc),
+        *("--endpoint-type", "kserve", "--backend", "tensorrtllm"),
+        *("--tokenizer", emulated_server.deployment.model, "--num-dataset-entries", "10"),
+        *("--synthetic-input-tokens-mean", "30", "--output-tokens-mean", "16"),
+        *("--concurrency", "2", "--request-count", "12", "--artifact-dir", str(tmp_path)),
+        *(("--streaming",) if streaming else ()),
+    ]
+    path = f"{perf_analyzer.BUNDLED.parent}:{os.environ['PATH']}"
+    environment = {**connections.without_proxies(os.environ), "PATH": path, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        line, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [exported] = tmp_path.rglob("profile_export_genai_perf.json")
+    measured = json.loads(exported.read_text())
+    assert measured["request_count"]["avg"] >= 12
+    assert measured["output_sequence_length"]["avg"] > 10
+    assert ("inter_token_latency" in measured) is streaming
 
 
 @pytest.mark.parametrize("stream", [True, False])
