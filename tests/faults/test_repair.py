@@ -6,6 +6,7 @@ All models are in one server; triton-inference-server/server#7230, #8604 and #78
 from __future__ import annotations
 
 import contextlib
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ import pytest
 from pdctl import fleet, footprint, links, watchers
 from pdctl.server import Server
 from pdctl.status import scrape, status
-from tests.clients import generate, wait_until
+from tests.clients import Part, Refused, generate, generate_stream, wait_idle, wait_until
 from tests.faults.serving import (
     KNOWN_S,
     RELOADED_S,
     RESTARTED_S,
+    STEP_MS,
     STOPPED_S,
     leader,
     on_this_machine,
@@ -76,6 +78,36 @@ def test_a_dead_stub_is_not_ready_and_then_replaced(one_server: Running, model: 
     assert f"{model} has failed: its process is gone" in said(one)
     answer = generate(one_server, "ensemble", text_input="a", max_tokens=2)
     assert answer.stats["output_tokens"] == 2, "the ensemble is loaded again with its step"
+
+
+def test_an_answer_whose_detokenizer_dies_ends_with_an_error(one_server: Running) -> None:
+    """Afterwards the scheduler's part of it ends, too, and the ensemble answers again."""
+    one = one_server.servers[0]
+    asked = {"text_input": "a", "max_tokens": 200, "ignore_eos": True}
+    struck: list[float] = []
+
+    def heard() -> Iterator[Part]:
+        for number, part in enumerate(
+            generate_stream(one_server, "ensemble", stream=True, **asked)
+        ):
+            yield part
+            if number == 4:
+                stub(one, "detokenizer").kill()
+                struck.append(time.monotonic())
+
+    with pytest.raises(Refused, match=r"^in ensemble 'ensemble', ") as refused:
+        list(heard())
+    told_s = time.monotonic() - struck[0]
+    print(f"told after {told_s:.1f} s: {refused.value}")
+    assert told_s < on_this_machine(KNOWN_S)
+
+    def answers() -> bool:
+        with contextlib.suppress(Refused):
+            return generate(one_server, "ensemble", text_input="a", max_tokens=2).text != ""
+        return False
+
+    wait_until(answers, on_this_machine(RELOADED_S), lambda: said(one))
+    wait_idle(one_server, on_this_machine(200 * STEP_MS / 1e3))
 
 
 def test_a_stopped_stub_is_replaced(one_server: Running) -> None:
