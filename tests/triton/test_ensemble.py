@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.clients import Answer, ask, connected, generate_stream
+from tests.clients import Answer, ask, connected, generate_stream, post
 from tests.corpus import Prompt, corpus
 
 if TYPE_CHECKING:
@@ -90,6 +90,15 @@ def test_over_http(emulated_server: Running, reference: Reference) -> None:
         one = Answer(list(generate_stream(emulated_server, "pdserve", **asked)))
         other = Answer(list(generate_stream(emulated_server, "ensemble", **asked)))
         assert other.text == one.text, prompt.name
+
+
+def test_an_id_without_a_token_has_no_text(emulated_server: Running) -> None:
+    """A model may have more ids than its vocabulary, and no answer fails for one of them."""
+    ids = {"output_ids": [28, 60_000, 29], "text_span": [1, 2], "text_before": "echo "}
+    path = "/v2/models/detokenizer/generate"
+    status, part = post(emulated_server, path, ids)
+    _, whole = post(emulated_server, path, {"output_ids": [28, 29]})
+    assert (status, part["text_output"]) == (200, "echo " + whole["text_output"][1:2])
 
 
 @pytest.mark.parametrize(
