@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.triton
 
-IN_FLIGHT = 16
 
-
-async def answers(server: Running, model: str, prompts: list[Prompt], **asked: Any) -> list[Answer]:
-    places = asyncio.Semaphore(IN_FLIGHT)
+async def answers(
+    server: Running, model: str, prompts: list[Prompt], in_flight: int = 16, **asked: Any
+) -> list[Answer]:
+    places = asyncio.Semaphore(in_flight)
     async with connected(server) as client:
 
         async def one(prompt: Prompt) -> Answer:
@@ -113,4 +113,4 @@ def test_of_the_model(
 ) -> None:
     """A seed makes the tokens of all requests the same, whatever else is computed with them."""
     prompts = corpus(reference.encode, count, longest)
-    compared(torch_server, prompts, max_tokens=tokens, temperature=1.2, seed=7)
+    compared(torch_server, prompts, in_flight=4, max_tokens=tokens, temperature=1.2, seed=7)
