@@ -69,7 +69,7 @@ def main(
 ) -> None:
     """Measure what the ensemble costs beside pdserve, with emulated engines that take no time."""
     record = Record("ensemble-quick" if quick else "ensemble")
-    models = measure(1, 80) if quick else measure(5, 400)
+    models = measure(1, 80) if quick else measure(3, 200)
     show(models)
     console.print(record.write({"models": models}))
 

@@ -169,7 +169,7 @@ class Service:
         self._metrics.add(catalogue.ROUTED_REQUESTS, 1, scenario=request.scenario, group=group.name)
         text = TextStream(self._vocabulary, asked.stop)
         trace.carry(request)
-        excerpts = Excerpts(self._vocabulary, text)
+        excerpts = Excerpts(self._vocabulary, text) if prompt.in_text else None
         reads_text = prompt.in_text or bool(asked.stop)
         echo, piece, ids, told = prompt.echo, "", list[int](), 0
         with group.serving(request) as scheduler:
@@ -182,7 +182,7 @@ class Service:
                             request.end_answer(text.tokens_used)
                     last = chunk.finish_reason or request.answer_ended
                     if asked.stream and not last and (echo or piece or not prompt.in_text):
-                        excerpt = excerpts.part(echo, ids, piece) if prompt.in_text else None
+                        excerpt = excerpts.part(echo, ids, piece) if excerpts else None
                         yield Part(echo + piece, ids, excerpt=excerpt)
                         told += len(ids)
                         echo, piece, ids = "", "", []
@@ -192,7 +192,7 @@ class Service:
             piece += text.finish()
         ids = ids[: request.output_tokens - told]
         stats = msgspec.json.encode(request.stats()).decode()
-        excerpt = excerpts.part(echo, ids, piece) if prompt.in_text else None
+        excerpt = excerpts.part(echo, ids, piece) if excerpts else None
         yield Part(echo + piece, ids, request.finish_reason, stats, excerpt)
 
     def _count(self, scenario: str, state: State) -> None:
