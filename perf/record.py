@@ -15,6 +15,8 @@ from typing import Any
 import msgspec
 import psutil
 
+from pdctl.doctor.probe.command import Unknown
+from pdctl.doctor.probe.gpus import gpus
 from pdctl.paths import ROOT
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,9 +26,10 @@ PACKAGES = ("grpcio", "msgspec", "numpy", "tokenizers", "torch", "tritonclient")
 class Record:
     """One run of one measurement; make it when the run begins."""
 
-    def __init__(self, name: str) -> None:
-        """Begin the record of a run; ``name`` is that of its file in ``perf/results``."""
+    def __init__(self, name: str, folder: Path = RESULTS) -> None:
+        """Begin the record of a run; ``name`` is that of its file in ``folder``."""
         self._name = name
+        self._folder = folder
         self._load = os.getloadavg()
         self._began = time.time()
 
@@ -42,7 +45,7 @@ class Record:
             "versions": _versions(),
             "results": results,
         }
-        path = RESULTS / f"{self._name}.json"
+        path = self._folder / f"{self._name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(msgspec.json.format(msgspec.json.encode(document)) + b"\n")
         return path
@@ -64,18 +67,35 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "kernel": platform.release(),
+        **_gpus(),
     }
 
 
+def _gpus() -> dict[str, Any]:
+    """Return the GPUs and their driver; nothing on a machine without any."""
+    try:
+        found = gpus(Path("/"))
+    except Unknown as error:
+        return {"gpus": f"unknown: {error}"}
+    if not found:
+        return {}
+    names = [f"{one.name}, {one.memory_mib} MiB" for one in found]
+    return {"gpus": names, "driver": found[0].driver}
+
+
+def _commit() -> str:
+    """Return the commit of this checkout; empty: it is a copy without its history, or no git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
 def _versions() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
-        "pdserve": commit.stdout.strip() or "not committed",
+        "pdserve": _commit() or "not committed",
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pdserve.transfer import arrays
 from pdserve.transfer.consumer.strategies import Move, segments
 from pdserve.transfer.protocol import Spans
 
@@ -28,12 +29,11 @@ def spanning(move: Move, block: int, handshake: Callable[[], object]) -> int:
 
     Return their number.
     """
-    assert isinstance(move.pool, np.ndarray)  # it is not on a device
     nbytes = block * len(move.planes) * move.pool.shape[2]
     starts = np.arange(0, len(move.tokens) // block, dtype=np.int64) * nbytes
     spans = np.empty((len(starts), 3), np.int64)
     spans[:, 0] = move.parts[0].offset + starts
-    spans[:, 1] = move.pool.ctypes.data + starts[::-1]
+    spans[:, 1] = arrays.address(move.pool) + starts[::-1]
     spans[:, 2] = nbytes
     return _one_by_one(move, spans, handshake)
 

@@ -1,6 +1,8 @@
 """The other process, perhaps on another host: a prefill's memory, full of `layouts.pattern`.
 
-    python -m perf.transfer.holding ADDRESS TRANSPORT BYTES LAYOUT
+    python -m perf.transfer.holding ADDRESS TRANSPORT[,TRANSPORT] BYTES LAYOUT
+
+With `cuda_ipc` the memory is on the first GPU.
 
 It prints the port that it listens on, serves one connection and ends with it. A question is a byte,
 then perhaps a number; the answer to GRANT is a sealed handle of a KV cache of that many tokens.
@@ -18,6 +20,8 @@ from multiprocessing.connection import Client, Connection, Listener
 import numpy as np
 
 from pdserve.kvcache.sharding import Sharding
+from pdserve.transfer import arrays
+from pdserve.transfer.arrays import Array
 from pdserve.transfer.endpoint import Terms
 from pdserve.transfer.lease.table import LeaseTable
 from pdserve.transfer.producer.holder import Holder
@@ -39,6 +43,10 @@ def terms(layout: str) -> Terms:
 def transport(name: str) -> Transport:
     if name == "shm":
         return ShmTransport()
+    if name == "cuda_ipc":
+        from pdserve.transfer.transports.cuda_ipc.transport import CudaIpcTransport  # noqa: PLC0415 - see below
+
+        return CudaIpcTransport()
     from pdserve.transfer.transports.nixl.transport import NixlTransport  # noqa: PLC0415 - shm needs no NIXL
 
     return NixlTransport()
@@ -58,7 +66,8 @@ class Holding:
     ) -> None:
         """Start the process.
 
-        `command` is the beginning of its command line, to run it on another host.
+        `command` is the beginning of its command line, to run it on another host; `transport` may
+        be several, separated by commas.
         """
         module = [sys.executable, "-m", __name__, address, transport, str(nbytes), layout]
         self._process = subprocess.Popen(
@@ -66,6 +75,15 @@ class Holding:
         )
         assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self._process.kill()
+        self._process.wait(END_S)
 
     def close(self) -> None:
         """Wait until it ends, which it does when nothing is connected any more, and removes its
@@ -122,21 +140,35 @@ def _serve(pipe: Connection, holder: Holder, raw: RawHolder | None) -> None:
             pipe.send_bytes(holder.handle(0, int(question[1:]), slot, nonce, expires))
 
 
-def main() -> None:
-    address, name, nbytes, layout = sys.argv[1:]
-    holder = Holder(
-        "perf",
-        f"pdserve-perf-{os.getpid()}",
-        int(nbytes),
-        4,
-        terms(layout),
-        [transport(name)],
-    )
-    try:
-        data = holder.data
-        assert isinstance(data, np.ndarray)  # it is not on a device
+def _on_device(nbytes: int) -> Array:
+    """Return memory of the first GPU that other processes can map."""
+    # The package's own tensors, as in `plane.holder`; a holder in host memory needs neither.
+    from pdserve.transfer.transports.cuda_ipc.calls import load  # noqa: PLC0415
+    from pdserve.transfer.transports.cuda_ipc.memory import DeviceMemory  # noqa: PLC0415
+
+    return arrays.seen(DeviceMemory(load(), nbytes).memory)
+
+
+def _fill(data: Array) -> None:
+    if isinstance(data, np.ndarray):
         data[:] = pattern(len(data))
-        raw = None if name == "shm" else RawHolder(data)
+        return
+    import torch  # noqa: PLC0415 - see above
+
+    data.copy_(torch.from_numpy(pattern(len(data))))
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    address, names, size, layout = sys.argv[1:]
+    used, nbytes = names.split(","), int(size)
+    data = _on_device(nbytes) if "cuda_ipc" in used else None
+    transports = [transport(name) for name in used]
+    region = f"pdserve-perf-{os.getpid()}"
+    holder = Holder("perf", region, nbytes, 4, terms(layout), transports, data)
+    try:
+        _fill(holder.data)
+        raw = RawHolder(arrays.memory(holder.data)) if "nixl" in used else None
         with Listener((address, 0)) as listener:
             print(listener.address[1], flush=True)
             with listener.accept() as pipe:

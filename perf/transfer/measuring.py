@@ -27,6 +27,7 @@ from pdserve.transfer.consumer.peers import Peer
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.consumer.strategies import Move, Part
+from pdserve.transfer.protocol import Memory
 from pdserve.transfer.scatter import Runs, scatter
 from perf.baselines import blockwise
 from perf.transfer.holding import ANSWER_S, DESCRIBE, GRANT, RAW, READY, Control, terms, transport
@@ -109,7 +110,7 @@ class Bench:
         if spec.transport == "nixl":
             # Registered separately: raw NIXL shares nothing with ours.
             self._raw_pool = aligned((self._pool.size,))
-            self._raw = RawReader(control.ask(RAW + b"1"), self._raw_pool)
+            self._raw = RawReader(control.ask(RAW + b"1"), Memory.of(self._raw_pool))
             control.ask(RAW + b"0")
 
     def tokens(self, mib: int, block: int) -> int:

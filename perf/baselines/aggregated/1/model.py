@@ -14,6 +14,7 @@ from pdserve.engines import build
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.kvcache.block_pool import BlockPool, BlockTable
 from pdserve.scheduling.request import Chunk, Request, State
+from pdserve.transfer import arrays
 from pdserve.triton import pdserve
 
 
@@ -113,19 +114,14 @@ class Aggregated:
         jobs = [
             PrefillJob(
                 tokens=one.sequence.prompt,
-                kv=np.zeros(
-                    (layout.layers * 2, len(one.sequence.prompt), layout.row_bytes), np.uint8
-                ),
+                kv=arrays.like(self._decode.pool, layout.shape(len(one.sequence.prompt))),
                 sampling=one.request.sampling,
             )
             for one in batch
         ]
         firsts = await self._prefill.prefill(jobs)
         for opened, job, first in zip(batch, jobs, firsts, strict=True):
-            start = 0
-            for row, rows in opened.sequence.rows(len(job.tokens)):
-                self._decode.pool[:, row : row + rows] = job.kv[:, start : start + rows]
-                start += rows
+            arrays.scatter(job.kv, self._decode.pool, opened.sequence.rows(len(job.tokens)))
             self._decode.joined(opened.sequence)
             self._running.append(opened)
             self._append(opened, first, 0.0)
