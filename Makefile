@@ -7,7 +7,8 @@ SERVERS := tests/faults tests/hosts tests/fuzz tests/triton
 SLOWEST := --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-full fuzz lint format bench bench-transfer bench-scheduling clean
+.PHONY: help setup demo serve test test-full fuzz lint format bench bench-transfer bench-scheduling
+.PHONY: gpu-wheels gpu-setup test-gpu bench-gpu clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,18 @@ bench-transfer: setup ## Measure KV transfers by every strategy, against memcpy 
 
 bench-scheduling: setup ## Compare scheduling policies, on servers with emulated engines
 	@$(BIN)/python -m perf.scheduling $(ARGS)
+
+gpu-wheels: setup ## Gather what the GPU suite needs where there is torch, and no package index
+	@$(BIN)/python tools/gpu_wheels.py $(ARGS)
+
+gpu-setup: # As setup; with the archives of gpu-wheels on a machine without an index
+	@$(PYTHON) tools/gpu_setup.py
+
+test-gpu: gpu-setup ## Check the parts that need a GPU, or smaller ones on a CPU; ARGS="--part exact"
+	@$(BIN)/python -m perf.gpu test $(ARGS)
+
+bench-gpu: gpu-setup ## Measure on a GPU (transfers, engine, serving), or in small sizes on a CPU
+	@$(BIN)/python -m perf.gpu bench $(ARGS)
 
 clean: ## Stop the servers, then remove all generated files
 	@if [ -x $(BIN)/pdctl ]; then $(BIN)/pdctl down; fi

@@ -15,6 +15,7 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 import venv
@@ -82,10 +83,11 @@ def embed(packages: Path) -> None:
 def check() -> None:
     """Raises SetupError: what the suite needs cannot be imported, or its servers not be started."""
     python = VENV / "bin" / "python"
-    for name, command in {
+    commands: dict[str, list[str | Path]] = {
         "a package": [python, "-c", f"import {', '.join(NEEDED)}"],
         "tritonserver": [_triton() / "bin" / "tritonserver", "--help"],
-    }.items():
+    }
+    for name, command in commands.items():
         done = subprocess.run(command, capture_output=True, text=True, timeout=TRY_S, check=False)
         # The help of tritonserver ends with an exit status of its own.
         if done.returncode and "--model-repository" not in done.stdout + done.stderr:
@@ -101,7 +103,7 @@ def _triton() -> Path:
 
 def unresolved(program: Path) -> str:
     """Return the lines of the loader about libraries that it does not find."""
-    library = bootstrap.sysconfig.get_config_var("LIBDIR") or ""
+    library = sysconfig.get_config_var("LIBDIR") or ""
     path = ":".join(filter(None, (library, os.environ.get("LD_LIBRARY_PATH"))))
     environment = {**os.environ, "LD_TRACE_LOADED_OBJECTS": "1", "LD_LIBRARY_PATH": path}
     done = subprocess.run(

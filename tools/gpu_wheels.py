@@ -45,7 +45,8 @@ EMBEDDED = "libpython"
 # by torch. Accelerate and gguf are left out: only GGUF files need them.
 PACKAGES = (
     *("annotated-doc", "anyio", "certifi", "click", "grpcio", "h11", "httpcore2", "httpx2"),
-    *("huggingface-hub", "idna", "markdown-it-py", "mdurl", "msgspec", "numpy", "packaging"),
+    *("huggingface-hub", "idna", "markdown-it-py", "mdurl", "ml-dtypes", "msgspec", "numpy"),
+    "packaging",
     *("protobuf", "psutil", "pygments", "python-rapidjson", "pyyaml", "regex", "rich"),
     *("safetensors", "shellingham", "tokenizers", "tqdm", "transformers", "tritonclient"),
     *("truststore", "typer", "uvloop"),

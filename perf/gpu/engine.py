@@ -1,4 +1,4 @@
-"""Part `engine`: steps of the torch engine against what memory and arithmetic of the device allow."""
+"""Part `engine`: steps of the torch engine against the rates of memory and arithmetic."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(outcome: Outcome, scale: Scale) -> None:
     place, shape = Place(scale), SHAPES[scale.served]
     rates = roofline.measured(scale, place)
     outcome.data("rates", rates)
-    print(f"memory {rates.bytes_per_s / 1e9:.0f} GB/s, {rates.flop_per_s / 1e12:.2f} TFLOP/s")
+    print(f"memory {rates.bytes_per_s / 1e9:.1f} GB/s, {rates.flop_per_s / 1e9:.0f} GFLOP/s")
     folder = model.made(scale.served, scale.dtype, scale.device)
     loaded = TorchModel(str(folder), scale.device, scale.dtype, 0)
     rows = [_prompt(scale, place, loaded, rates, tokens) for tokens in scale.steps.prompts]

@@ -16,7 +16,6 @@ from tests.servers import Running
 
 from pdserve.sampling import Sampling
 from perf.budgets import Budget
-from perf.gpu.model import SHAPES
 from perf.gpu.outcome import Outcome
 from perf.gpu.reference import OneModel, Transformers
 from perf.gpu.scale import Scale
@@ -28,10 +27,10 @@ ROUNDING = {"float32": 0.01, "bfloat16": 0.25, "float16": 0.05}
 token is some 3 of them away from the largest."""
 
 
-def run(outcome: Outcome, scale: Scale, server: Running, shape: str) -> None:
-    """Compare answers of a running server, whose model has the shape, with those of one model."""
+def run(outcome: Outcome, scale: Scale, server: Running) -> None:
+    """Compare answers of a running server with those of one model."""
     sizes, folder = scale.serving, Path(server.deployment.model)
-    asks = prompts(sizes.exact, sizes.long_prompt, SHAPES[shape].vocabulary, seed=1)
+    asks = prompts(sizes.exact, sizes.long_prompt, seed=1)
     sampled = asyncio.run(_all(server, asks, sizes.exact_output, sampled=True))
     alone = asyncio.run(_each(server, asks, sizes.exact_output))
     together = asyncio.run(_all(server, asks, sizes.exact_output, sampled=False))

@@ -18,7 +18,6 @@ from tests.servers import Running
 
 from pdserve.errors import PDServeError
 from perf.budgets import Budget
-from perf.gpu.model import SHAPES
 from perf.gpu.outcome import Outcome
 from perf.gpu.place import Place
 from perf.gpu.scale import Scale
@@ -57,18 +56,25 @@ def run(outcome: Outcome, scale: Scale, server: Running) -> None:
 
 def pulls(outcome: Outcome, scale: Scale) -> None:
     """Kill a holder while its KV caches are pulled, with no server around it."""
-    place, tokens = Place(scale), max(scale.transfers.tokens)
+    place = Place(scale)
     before = place.free_bytes()
+    if _killed(outcome, scale, place):
+        _memory(outcome, place, "a prefill killed during pulls", before)
+
+
+def _killed(outcome: Outcome, scale: Scale, place: Place) -> bool:
+    """Kill a holder; return whether the receiver has given up its memory."""
+    tokens = max(scale.transfers.tokens)
     name = "shm" if scale.gpu is None else "cuda_ipc"
     bench = Bench(place, name, LAYOUT, tokens, nixl=False)
     bench.connect(name)
-    way = bench.ways(name, tokens, 0)["handed over"]
+    work = bench.ways(name, tokens, 0)["handed over"].work
     ended: list[str] = []
 
     def pull() -> None:
         try:
             while True:
-                way.work()
+                work()
         except (PDServeError, OSError, EOFError) as error:
             ended.append(f"{type(error).__name__}")
         except BaseException as error:
@@ -85,11 +91,10 @@ def pulls(outcome: Outcome, scale: Scale) -> None:
     wrong += [] if ended else [f"the pull has not ended within {ENDED_S:g} s"]
     outcome.check("a prefill killed during pulls: the pull ends once, with an error", wrong)
     outcome.target(Budget("pull ended after the kill", round(taken, 3), "s", "at most", ENDED_S))
-    if wrong:
-        return
+    if not ended:
+        return False
     bench.close()
-    del bench, way
-    _memory(outcome, place, "a prefill killed during pulls", before)
+    return True
 
 
 def _fault(
@@ -130,8 +135,7 @@ def _fault(
 async def _struck(scale: Scale, server: Running, strike: Callable[[], object]) -> list[End]:
     """Return how requests have ended in the midst of which the fault struck."""
     sizes = scale.serving
-    vocabulary = SHAPES[scale.small].vocabulary
-    asks = prompts(2 * sizes.streams, sizes.long_prompt, vocabulary, seed=int(time.monotonic()))
+    asks = prompts(2 * sizes.streams, sizes.long_prompt, seed=int(time.monotonic()))
     first = [asyncio.ensure_future(asked(server, ask, sizes.output)) for ask in asks[::2]]
     await asyncio.sleep(SETTLE_S)
     second = [asyncio.ensure_future(asked(server, ask, sizes.output)) for ask in asks[1::2]]

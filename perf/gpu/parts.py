@@ -34,7 +34,7 @@ def _exact(outcome: Outcome, scale: Scale, _: bool) -> None:
     from perf.gpu import exact, server
 
     with server.serving(scale, scale.small, each=1, baseline=False) as running:
-        exact.run(outcome, scale, running, scale.small)
+        exact.run(outcome, scale, running)
 
 
 def _serving(outcome: Outcome, scale: Scale, _: bool) -> None:

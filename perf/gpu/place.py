@@ -46,7 +46,7 @@ class Place:
     def same(self, one: Array, other: Array) -> bool:
         """Tell whether two arrays of one shape hold the same bytes."""
         if self._torch is None:
-            return np.array_equal(one, other)  # type: ignore[arg-type]
+            return np.array_equal(one, other)
         return bool(self._torch.equal(one, other))
 
     def copy(self, target: Array, source: Array) -> None:
@@ -54,7 +54,7 @@ class Place:
         if self._torch is None:
             np.copyto(target, source)  # type: ignore[arg-type]
         else:
-            target.copy_(source)  # type: ignore[union-attr]
+            target.copy_(source)  # type: ignore[union-attr, arg-type]
 
     def sync(self) -> None:
         """Wait until all work of this process is complete."""
@@ -87,7 +87,7 @@ class Place:
         if self._torch is None:
             return self.ms(work, repeats)
         work()
-        taken = []
+        taken: list[float] = []
         for _ in range(repeats):
             begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

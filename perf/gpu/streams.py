@@ -18,6 +18,8 @@ from perf.answers import Answer
 from perf.client import STREAMS_PER_CONNECTION, message, one_stream
 
 LIMIT_S = 300.0
+BYTES = 256
+"""Tokens of the tokenizer of `perf.gpu.model`, whose last one ends a text."""
 
 
 def texts(count: int, tokens: int, seed: int) -> list[str]:
@@ -26,11 +28,11 @@ def texts(count: int, tokens: int, seed: int) -> list[str]:
     return ["".join(rng.choices(string.ascii_letters, k=tokens)) for _ in range(count)]
 
 
-def prompts(count: int, longest: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """Return token ids, of lengths from 1 to `longest` that are even on a logarithmic scale."""
+def prompts(count: int, longest: int, seed: int) -> list[list[int]]:
+    """Return token ids of bytes, of lengths from 1 to `longest`, even on a logarithmic scale."""
     rng = random.Random(seed)
     lengths = [round(longest ** (n / max(count - 1, 1))) for n in range(count)]
-    return [[rng.randrange(vocabulary) for _ in range(length)] for length in lengths]
+    return [[rng.randrange(BYTES) for _ in range(length)] for length in lengths]
 
 
 async def timed(

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from pdserve.engines import build
 from pdserve.engines.protocol import DecodeSequence, PrefillJob
 from pdserve.kvcache.block_pool import BlockPool, BlockTable
 from pdserve.scheduling.request import Chunk, Request, State
+from pdserve.text.vocabulary import Vocabulary
 from pdserve.transfer import arrays
 from pdserve.triton import pdserve
 
@@ -21,9 +23,14 @@ from pdserve.triton import pdserve
 class TritonPythonModel(pdserve.TritonPythonModel):
     """The pdserve model, with one engine in place of the scheduler."""
 
+    def read(self, model: Path) -> Vocabulary:
+        # The engine is loaded here, since the time in which the loop has to begin is bounded.
+        self._aggregated = Aggregated(self.deployment)
+        return super().read(model)
+
     async def _start(self) -> None:
         await super()._start()
-        aggregated = Aggregated(self.deployment)
+        aggregated = self._aggregated
         self._service._router.default.next_group = lambda: aggregated  # type: ignore[assignment]
         self._always.start(aggregated.compute())
 
