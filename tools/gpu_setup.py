@@ -28,7 +28,7 @@ ARCHIVES = CACHE / "gpu-wheels"
 EMBEDDED = "libpython"
 NEEDED = (
     *("google.protobuf", "msgspec", "numpy", "psutil", "rich", "safetensors", "tokenizers"),
-    *("torch", "transformers", "tritonclient.grpc.aio", "typer", "uvloop", "yaml"),
+    *("torch", "transformers", "tritonclient.grpc.aio", "uvloop", "yaml"),
 )
 TRY_S = 300
 

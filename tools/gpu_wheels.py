@@ -41,15 +41,13 @@ GLIBC = 35
 EMBEDDED = "libpython"
 """Name of the archive with the library that the stub embeds."""
 
-# What is imported in the processes of a server, of pdctl and of the suite, and is not brought along
-# by torch. Accelerate and gguf are left out: only GGUF files need them.
+# What is imported in the processes of a server and of the suite, and is not brought along by torch.
+# Left out are accelerate and gguf, for GGUF files only, and typer, for command lines.
 PACKAGES = (
-    *("annotated-doc", "anyio", "certifi", "click", "grpcio", "h11", "httpcore2", "httpx2"),
-    *("huggingface-hub", "idna", "markdown-it-py", "mdurl", "ml-dtypes", "msgspec", "numpy"),
-    "packaging",
-    *("protobuf", "psutil", "pygments", "python-rapidjson", "pyyaml", "regex", "rich"),
-    *("safetensors", "shellingham", "tokenizers", "tqdm", "transformers", "tritonclient"),
-    *("truststore", "typer", "uvloop"),
+    *("anyio", "certifi", "grpcio", "h11", "httpcore2", "httpx2", "huggingface-hub", "idna"),
+    *("ml-dtypes", "msgspec", "numpy", "packaging", "protobuf", "psutil", "python-rapidjson"),
+    *("pyyaml", "regex", "rich", "safetensors", "tokenizers", "tqdm", "transformers"),
+    *("tritonclient", "truststore", "uvloop"),
 )
 UNUSED = (
     *("*/tests/*", "*/_tests/*", "*.pyi", "*.pyx", "*.pxd", "*.c", "*.h", "*.a", "*.la", "*.f90"),

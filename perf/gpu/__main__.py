@@ -7,15 +7,14 @@ the CPU, in smaller sizes, and their results go to .cache/gpu-suite.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
-
-import typer
+from typing import Literal
 
 from pdctl.paths import ROOT
 from pdserve.transfer.protocol import Unreachable
@@ -45,9 +44,12 @@ def run(part: str, scale: Scale, folder: Path, kind: Kind, limit_s: float) -> bo
     command = [sys.executable, "-u", "-m", "perf.gpu.one", part, scale.name, str(folder), kind]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
-        return process.wait(limit_s) == 0
+        status = process.wait(limit_s)
+        if status not in (0, 1):
+            report.broken(part, folder, f"its process ended with {status}")
+        return status == 0
     except subprocess.TimeoutExpired:
-        report.late(part, folder, limit_s)
+        report.broken(part, folder, f"it was ended after {limit_s:g} s")
         return False
     finally:
         # Its servers end with it, whatever ends it.
@@ -60,47 +62,48 @@ def run(part: str, scale: Scale, folder: Path, kind: Kind, limit_s: float) -> bo
                     continue
 
 
-def main(
-    kind: Annotated[str, typer.Argument(help="test: what is right or wrong; bench: measurements")],
-    part: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
-    again: Annotated[bool, typer.Option("--again", help="run parts that are done, too")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder of the results; see docs/gpu.md")] = None,
-    smallest: Annotated[
-        bool, typer.Option("--smallest", help="without a GPU: sizes of CI")
-    ] = False,
-) -> None:
-    """Run the parts that check something, or those that measure; ends with 1 if one has failed."""
-    if kind not in ("test", "bench"):
-        raise typer.BadParameter(f"{kind}; there are test and bench")
-    if unknown := set(part or ()) - set(PARTS):
-        raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join(PARTS)}")
-    scale, lacking = chosen(smallest)
-    folder = out or (Path(os.environ.get("OUT") or RESULTS) if not lacking else SCRATCH)
+def _arguments() -> argparse.Namespace:
+    """Return the arguments; argparse, since typer needs more than the suite's archives hold."""
+    parser = argparse.ArgumentParser(prog="python -m perf.gpu", description=__doc__)
+    parser.add_argument("kind", choices=("test", "bench"), help="what is right, or how fast it is")
+    parser.add_argument("--part", action="append", choices=tuple(PARTS), help="may be repeated")
+    parser.add_argument("--again", action="store_true", help="run parts that are done, too")
+    parser.add_argument("--out", type=Path, help="folder of the results; see docs/gpu.md")
+    parser.add_argument("--smallest", action="store_true", help="without a GPU: the sizes of CI")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the parts that check something, or those that measure; return 1 if one has failed."""
+    asked = _arguments()
+    kind: Kind = asked.kind
+    scale, lacking = chosen(asked.smallest)
+    usual = SCRATCH if lacking else Path(os.environ.get("OUT") or RESULTS)
+    folder: Path = asked.out or usual
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [
-        name
-        for name, one in PARTS.items()
-        if (name in part if part else (one.checks if kind == "test" else one.measures))
+    wanted = asked.part or [
+        name for name, one in PARTS.items() if (one.checks if kind == "test" else one.measures)
     ]
     failed = []
     for name in wanted:
-        if not again and finished(name, scale.name, kind, folder):
+        if not asked.again and finished(name, scale.name, kind, folder):
             print(f"{name}: done already; --again runs it again", flush=True)
             continue
         began = time.monotonic()
         print(f"{name}: {PARTS[name].about} ...", flush=True)
-        right = run(name, scale, folder, kind, PARTS[name].limit_s)  # type: ignore[arg-type]
-        print(f"{name}: {'right' if right else 'FAILED'}, {time.monotonic() - began:.0f} s")
+        right = run(name, scale, folder, kind, PARTS[name].limit_s)
+        taken = time.monotonic() - began
+        print(f"{name}: {'right' if right else 'FAILED'}, {taken:.0f} s", flush=True)
         if not right:
             failed.append(name)
         report.write(folder, wanted)
     print(report.write(folder, wanted))
     if lacking:
-        print(f"Not shown, for there is no GPU ({lacking}): CUDA IPC, GPU engines, their rates.")
+        print(f"Not shown, for there is no GPU ({lacking}): CUDA IPC, engines on a GPU, its rates.")
     if failed:
         print(f"failed: {', '.join(failed)}")
-        raise typer.Exit(1)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

@@ -5,6 +5,7 @@ The folder has Hugging Face's form, so that it is loaded as any other model is.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -112,7 +113,7 @@ def _tokenizer(folder: Path) -> None:
 def _weights(shape: Shape, dtype: torch.dtype, device: str, folder: Path) -> None:
     torch.manual_seed(0)
     index: dict[str, str] = {}
-    parts = [_ends(shape, dtype, device), *_layers(shape, dtype, device)]
+    parts = itertools.chain([_ends(shape, dtype, device)], _layers(shape, dtype, device))
     for number, tensors in enumerate(parts, 1):
         name = f"model-{number:05d}-of-{shape.layers + 1:05d}.safetensors"
         save_file({key: one.cpu() for key, one in tensors.items()}, folder / name, {"format": "pt"})

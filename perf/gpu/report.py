@@ -18,12 +18,15 @@ def write(folder: Path, parts: Sequence[str]) -> Path:
     return path
 
 
-def late(part: str, folder: Path, limit_s: float) -> None:
-    """Note in a part's results that it was ended for its limit."""
+def broken(part: str, folder: Path, reason: str) -> None:
+    """Note in a part's results that its process did not end by itself."""
     path = folder / f"gpu-{part}.json"
-    document = msgspec.json.decode(path.read_bytes())
+    try:
+        document = msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.MsgspecError):
+        return  # it has not even begun
     document["results"]["state"] = "failed"
-    document["results"]["failures"].append(f"ended after {limit_s:g} s")
+    document["results"]["failures"].append(reason)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(document)) + b"\n")
 
 

@@ -139,11 +139,12 @@ def targets(points: list[Point], gpu: bool) -> list[Budget]:
     large = [point for point in points if point.mib >= LARGE_MIB]
     made = []
     for name, limit in (("pull", PULL), ("fused scatter", SCATTER)):
-        rates = [p.ways["copy"] / p.ways[name] for p in large if name in p.ways]
+        rates = [(p.ways["copy"] / p.ways[name], p.mib) for p in large if name in p.ways]
         if rates:
-            what = f"{name} from {LARGE_MIB} MiB on, share of the copy's rate, worst"
+            worst, mib = min(rates)
+            what = f"{name} from {LARGE_MIB} MiB on, share of the copy's rate, worst ({mib:g} MiB)"
             bound = limit if gpu else None
-            made.append(Budget(what, round(min(rates), 3), "", "at least", bound))
+            made.append(Budget(what, round(worst, 3), "", "at least", bound))
     whole = [p for p in points if (p.layout, p.tokens) == (MEASURED[0], WHOLE_TOKENS)]
     for name in ("handed over", "pull, then scatter"):
         made += [

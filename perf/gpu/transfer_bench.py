@@ -105,7 +105,9 @@ class Bench:
         if link.data is not None:
             ways["fused scatter"] = Way(partial(strategies.mapped, move), arrived)
         else:
-            ways["a descriptor per block"] = Way(partial(strategies.direct, move), arrived)
+            many = move.segments > handshakes
+            direct = partial(strategies.direct, move)
+            ways["a descriptor per block"] = Way(direct, arrived, slow=many)
         if link.transport != "shm":
             room = self._rooms[name]
             pull = partial(self._pull, link, room, nbytes)
