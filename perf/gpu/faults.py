@@ -68,7 +68,7 @@ def _killed(outcome: Outcome, scale: Scale, place: Place) -> bool:
     """Kill a holder; return whether the receiver has given up its memory."""
     tokens = max(scale.transfers.tokens)
     name = "shm" if scale.gpu is None else "cuda_ipc"
-    bench = Bench(place, name, LAYOUT, tokens, nixl=False)
+    bench = Bench(place, name, LAYOUT, tokens)
     bench.connect(name)
     work = bench.ways(name, tokens, 0)["handed over"].work
     ended: list[str] = []

@@ -85,4 +85,5 @@ def serving(scale: Scale, shape: str, *, each: int, baseline: bool) -> Iterator[
         finally:
             with contextlib.suppress(ServerError):
                 watchers.end(server.folder)  # otherwise it would start the server again
+            server.kill()  # one whose processes were killed takes its whole time-out to end
             server.stop()

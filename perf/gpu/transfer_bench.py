@@ -54,20 +54,20 @@ class Bench:
     """The receiving end for one layout.
 
     Args:
-        name: transport that is measured.
-        nixl: whether the holder offers NIXL, too.
+        name: transport that the holder offers; NIXL's memory is on the device of the place.
         most: tokens of the largest KV cache.
 
     Raises:
         Unreachable: the transport does not reach the other process.
     """
 
-    def __init__(self, place: Place, name: str, layout: str, most: int, nixl: bool) -> None:
+    def __init__(self, place: Place, name: str, layout: str, most: int) -> None:
         self._place = place
         self._name = layout
         self._layout = LAYOUTS[layout]
         nbytes = self._layout.nbytes(most)
-        offered = f"{name},nixl" if nixl else name
+        # Only what CUDA IPC can export is on the device.
+        offered = "cuda_ipc,nixl" if name == "nixl" and place.gpu is not None else name
         self.holding = Holding([], os.environ, "127.0.0.1", offered, nbytes, layout)
         self._control = Control("127.0.0.1", self.holding.port)
         self._pool = place.empty(*self._layout.shape(most))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import pytest
 from perf.gpu import engine, exact, faults, report, server, serving, transfer
-from perf.gpu.outcome import Outcome, finished, read
+from perf.gpu.outcome import Outcome, finished
 from perf.gpu.scale import SMALLEST
 
 if TYPE_CHECKING:
@@ -71,27 +70,3 @@ def test_faults_end_requests_once(tmp_path: Path, running: Running) -> None:
     faults.run(outcome, SMALLEST, running)
     assert outcome.end(), outcome.results.failures
     assert {"prefill killed", "decode killed", "context lost"} <= set(outcome.results.data)
-
-
-def test_a_part_with_anything_wrong_has_failed(tmp_path: Path) -> None:
-    outcome = made("exact", tmp_path)
-    outcome.check("nothing", [])
-    outcome.check("tokens", ["7 of 8 tokens"])
-    assert not outcome.end()
-    assert not finished("exact", SMALLEST.name, "bench", tmp_path)
-    found = read("exact", tmp_path)
-    assert found is not None
-    assert found.results.failures == ["tokens: 1 wrong: 7 of 8 tokens"]
-
-
-def test_a_part_that_was_interrupted_or_is_old_is_run_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    outcome = made("engine", tmp_path)
-    assert not finished("engine", SMALLEST.name, "bench", tmp_path)
-    assert outcome.end()
-    assert finished("engine", SMALLEST.name, "bench", tmp_path)
-    assert not finished("engine", "gpu", "bench", tmp_path)
-    later = time.time() + 24 * 3600
-    monkeypatch.setattr(time, "time", lambda: later)
-    assert not finished("engine", SMALLEST.name, "bench", tmp_path)
