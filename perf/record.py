@@ -26,10 +26,14 @@ PACKAGES = ("grpcio", "msgspec", "numpy", "tokenizers", "torch", "tritonclient")
 class Record:
     """One run of one measurement; make it when the run begins."""
 
-    def __init__(self, name: str, folder: Path = RESULTS) -> None:
-        """Begin the record of a run; ``name`` is that of its file in ``folder``."""
+    def __init__(self, name: str, folder: Path | None = None) -> None:
+        """Begin the record of a run; ``name`` is that of its file in ``folder``.
+
+        Args:
+            folder: None: ``perf/results``.
+        """
         self._name = name
-        self._folder = folder
+        self._folder = folder or RESULTS
         self._load = os.getloadavg()
         self._began = time.time()
 
