@@ -20,7 +20,7 @@ from pdctl.paths import ROOT
 from pdserve.transfer.protocol import Unreachable
 from pdserve.transfer.transports.cuda_ipc.calls import load
 from perf.gpu import report
-from perf.gpu.outcome import finished
+from perf.gpu.outcome import finished, keep
 from perf.gpu.parts import PARTS
 from perf.gpu.scale import CPU, GPU, SMALLEST, Scale
 from perf.record import RESULTS
@@ -86,7 +86,9 @@ def main() -> int:
     ]
     failed = []
     for name in wanted:
-        if not asked.again and finished(name, scale.name, kind, folder):
+        found = [one for one in (folder, SCRATCH) if finished(name, scale.name, kind, one)]
+        if found and not asked.again:
+            keep(name, found[0], folder)
             print(f"{name}: done already; --again runs it again", flush=True)
             continue
         began = time.monotonic()
@@ -94,7 +96,9 @@ def main() -> int:
         right = run(name, scale, folder, kind, PARTS[name].limit_s)
         taken = time.monotonic() - began
         print(f"{name}: {'right' if right else 'FAILED'}, {taken:.0f} s", flush=True)
-        if not right:
+        if right:
+            keep(name, folder, SCRATCH)
+        else:
             failed.append(name)
         report.write(folder, wanted)
     print(report.write(folder, wanted))

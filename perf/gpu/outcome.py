@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from msgspec import Struct
 from perf.budgets import Budget
 from perf.record import Record
 
+PACKAGES = ("cuda-bindings", "nixl-cu12", "nixl-cu13", "nvidia-pytriton", "transformers")
 FRESH_S = 6 * 3600.0
 """Age up to which a finished part is not run again, in seconds."""
 
@@ -57,6 +60,7 @@ class Outcome:
         self.results = Results(scale, kind)
         self._record = Record(f"gpu-{part}", folder)
         self._began = time.monotonic()
+        self.results.data["packages"] = _packages()
         self._save()
 
     def check(self, what: str, wrong: Sequence[object]) -> None:
@@ -107,6 +111,24 @@ class Outcome:
     def _save(self) -> None:
         self.results.seconds = round(time.monotonic() - self._began, 1)
         self._record.write(self.results)
+
+
+def _packages() -> dict[str, str]:
+    """Return the versions of installed packages that a record has not."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def keep(part: str, folder: Path, elsewhere: Path) -> None:
+    """Copy the results of a finished part to another folder."""
+    if folder != elsewhere:
+        elsewhere.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / f"gpu-{part}.json", elsewhere)
 
 
 def read(part: str, folder: Path) -> File | None:

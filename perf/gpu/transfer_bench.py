@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ from pdserve.transfer.protocol import Link
 from pdserve.transfer.scatter import Runs
 from perf.baselines import blockwise
 from perf.gpu.place import Place
+from perf.gpu.transfer_contents import Contents, shuffled
 from perf.transfer.holding import (
     ANSWER_S,
     DESCRIBE,
@@ -32,7 +32,7 @@ from perf.transfer.holding import (
     terms,
     transport,
 )
-from perf.transfer.layouts import LAYOUTS, pattern
+from perf.transfer.layouts import LAYOUTS
 from perf.transfer.raw import RawReader
 
 BLOCK = 16
@@ -70,8 +70,7 @@ class Bench:
         offered = "cuda_ipc,nixl" if name == "nixl" and place.gpu is not None else name
         self.holding = Holding([], os.environ, "127.0.0.1", offered, nbytes, layout)
         self._control = Control("127.0.0.1", self.holding.port)
-        self._pool = place.empty(*self._layout.shape(most))
-        self._sent = place.load(pattern(nbytes))
+        self._contents = Contents(place, self._layout, most)
         self._receivers: dict[str, Receiver] = {}
         self._rooms: dict[str, Array] = {}
         self._raw: RawReader | None = None
@@ -81,10 +80,12 @@ class Bench:
 
         Its staging buffers have room for the largest KV cache, so that one pull can take it.
         """
-        buffers = max(-(-len(self._sent) // plane.PIECE), 2)
+        buffers = max(-(-len(self._contents.sent) // plane.PIECE), 2)
         memory = self._place.empty(buffers, plane.PIECE)
         agreed = terms(self._name)
-        made = Receiver(agreed, [transport(name)], self._pool, Staging(memory), timeout_s=ANSWER_S)
+        made = Receiver(
+            agreed, [transport(name)], self._contents.pool, Staging(memory), timeout_s=ANSWER_S
+        )
         began = time.perf_counter()
         made.connect(self._control.ask(DESCRIBE))
         taken = (time.perf_counter() - began) * 1e3
@@ -98,9 +99,9 @@ class Bench:
 
     def ways(self, name: str, tokens: int, handshakes: int) -> dict[str, Way]:
         """Return the ways over a link that has been made, for a KV cache of `tokens` tokens."""
-        link, runs = self.link(name), shuffled(tokens)
+        link, runs = self.link(name), shuffled(tokens, BLOCK)
         move, nbytes = self._move(link, tokens, runs), self._layout.nbytes(tokens)
-        arrived = partial(self._in_pool, tokens, runs)
+        arrived = partial(self._contents.in_pool, tokens, runs)
         ways = {"handed over": Way(partial(self._handed_over, name, tokens, runs), arrived)}
         if link.data is not None:
             ways["fused scatter"] = Way(partial(strategies.mapped, move), arrived)
@@ -111,25 +112,25 @@ class Bench:
         if link.transport != "shm":
             room = self._rooms[name]
             pull = partial(self._pull, link, room, nbytes)
-            ways["pull"] = Way(pull, partial(self._in_room, room, nbytes))
+            ways["pull"] = Way(pull, partial(self._contents.arrived, room, nbytes))
             both = partial(self._pull_and_scatter, link, room, tokens, runs)
             ways["pull, then scatter"] = Way(both, arrived)
         if move.segments <= handshakes:
             per_block = partial(blockwise.per_plane, move, self.handshake)
             ways["a handshake per block"] = Way(per_block, arrived, slow=True)
         spanning = partial(blockwise.spanning, move, BLOCK, self.handshake)
-        whole = partial(self._spans_in_pool, tokens)
+        whole = partial(self._contents.in_spans, tokens, BLOCK)
         ways["a handshake per block of all layers"] = Way(spanning, whole, slow=True)
         return ways
 
     def local(self, tokens: int) -> dict[str, Way]:
         """Return the ways within the device: their rates are what the others are compared with."""
-        nbytes, runs = self._layout.nbytes(tokens), shuffled(tokens)
-        target, source = self._pool.reshape(-1)[:nbytes], self._sent[:nbytes]
-        scattered = partial(self._scatter, self._sent, tokens, runs)
+        nbytes, runs = self._layout.nbytes(tokens), shuffled(tokens, BLOCK)
+        target, source = self._contents.flat[:nbytes], self._contents.sent[:nbytes]
+        scattered = partial(self._scatter, self._contents.sent, tokens, runs)
         return {
             "copy": Way(partial(self._place.copy, target, source), None),
-            "scatter": Way(scattered, partial(self._in_pool, tokens, runs)),
+            "scatter": Way(scattered, partial(self._contents.in_pool, tokens, runs)),
         }
 
     def raw(self, tokens: int) -> Way:
@@ -137,7 +138,7 @@ class Bench:
         nbytes = self._layout.nbytes(tokens)
         if self._raw is None:
             way = self._control.ask(RAW + b"1")
-            self._raw = RawReader(way, arrays.memory(self._pool.reshape(-1)))
+            self._raw = RawReader(way, arrays.memory(self._contents.flat))
             self._control.ask(RAW + b"0")
         reader = self._raw
 
@@ -146,7 +147,7 @@ class Bench:
             reader.read(nbytes)
             self._control.ask(RAW + b"0")
 
-        return Way(read, partial(self._in_room, self._pool.reshape(-1), nbytes))
+        return Way(read, partial(self._contents.arrived, self._contents.flat, nbytes))
 
     def handshake(self) -> bytes:
         """Ask the holder something, and wait for its answer."""
@@ -162,7 +163,7 @@ class Bench:
             length=tokens,
             tokens=range(tokens),
             planes=range(self._layout.planes),
-            pool=self._pool,
+            pool=self._contents.pool,
             runs=runs,
             deadline=time.monotonic() + 10 * ANSWER_S,
         )
@@ -178,38 +179,11 @@ class Bench:
 
     def _scatter(self, source: Array, tokens: int, runs: Runs) -> None:
         cache = source[: self._layout.nbytes(tokens)].reshape(self._layout.shape(tokens))
-        arrays.scatter(cache, self._pool, runs)
+        arrays.scatter(cache, self._contents.pool, runs)
 
     def _pull_and_scatter(self, link: Link, room: Array, tokens: int, runs: Runs) -> None:
         self._pull(link, room, self._layout.nbytes(tokens))
         self._scatter(room, tokens, runs)
-
-    def _in_pool(self, tokens: int, runs: Runs) -> bool:
-        sent = self._sent[: self._layout.nbytes(tokens)].reshape(self._layout.shape(tokens))
-        start, right = 0, True
-        for first, rows in runs:
-            arrived = self._pool[:, first : first + rows]
-            right = right and self._place.same(arrived, sent[:, start : start + rows])
-            start += rows
-        return self._cleared(self._pool, right)
-
-    def _in_room(self, room: Array, nbytes: int) -> bool:
-        right = self._place.same(room[:nbytes], self._sent[:nbytes])
-        return self._cleared(room, right)
-
-    def _spans_in_pool(self, tokens: int) -> bool:
-        nbytes = self._layout.nbytes(tokens)
-        shape = tokens // BLOCK, BLOCK * self._layout.bytes_per_token
-        arrived = self._pool.reshape(-1)[:nbytes].reshape(shape)
-        sent = self._sent[:nbytes].reshape(shape)
-        pairs = zip(reversed(range(len(arrived))), range(len(sent)), strict=True)
-        right = all(self._place.same(arrived[there], sent[here]) for there, here in pairs)
-        return self._cleared(self._pool, right)
-
-    def _cleared(self, memory: Array, right: bool) -> bool:
-        memory[:] = 0
-        self._place.sync()
-        return right
 
     def close(self) -> None:
         """Close the links; the holder ends with them."""
@@ -217,10 +191,3 @@ class Bench:
             receiver.close()
         self._control.close()
         self.holding.close()
-
-
-def shuffled(tokens: int) -> Runs:
-    """Return runs of one block each, in random order, the same for the same number of tokens."""
-    firsts = list(range(0, tokens, BLOCK))
-    random.Random(tokens).shuffle(firsts)
-    return [(first, BLOCK) for first in firsts]

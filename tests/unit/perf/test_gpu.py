@@ -16,7 +16,7 @@ from perf.gpu.model import SHAPES
 from perf.gpu.outcome import Outcome, Rows, finished, read
 from perf.gpu.parts import PARTS
 from perf.gpu.roofline import Rates
-from perf.gpu.scale import CPU, GPU, SMALLEST
+from perf.gpu.scale import CPU, GPU, SMALLEST, Scale
 from perf.gpu.transfer import MEASURED, Point, targets
 
 from pdctl.paths import ROOT
@@ -102,9 +102,9 @@ def test_a_part_that_fails_does_not_stop_the_others(
 ) -> None:
     ran = []
 
-    def run(part: str, *_: object) -> bool:
+    def run(part: str, scale: Scale, folder: Path, *_: object) -> bool:
         ran.append(part)
-        return part != "transfer"
+        return Outcome(part, scale.name, "test", folder).end("x" if part == "transfer" else "")
 
     monkeypatch.setattr(suite, "run", run)
     assert run_suite("test") == 1
@@ -119,16 +119,22 @@ def test_a_part_that_is_done_is_skipped_unless_asked_for(
 ) -> None:
     ran = []
 
-    def run(part: str, *_: object) -> bool:
+    def run(part: str, scale: Scale, folder: Path, *_: object) -> bool:
         ran.append(part)
-        return True
+        return Outcome(part, scale.name, "bench", folder).end()
 
     monkeypatch.setattr(suite, "run", run)
-    Outcome("engine", CPU.name, "bench", tmp_path).end()
-    assert run_suite("bench", "--part", "engine") == 0
-    assert not ran
-    assert run_suite("bench", "--part", "engine", "--again") == 0
+    asked = ("bench", "--part", "engine")
+    assert run_suite(*asked) == 0
+    assert run_suite(*asked) == 0
     assert ran == ["engine"]
+    # Results that are expected elsewhere than those of the first run are found, and put there.
+    out = tmp_path / "out"
+    assert run_suite(*asked, "--out", str(out)) == 0
+    assert ran == ["engine"]
+    assert finished("engine", CPU.name, "bench", out)
+    assert run_suite(*asked, "--again") == 0
+    assert ran == ["engine", "engine"]
 
 
 def test_a_part_has_a_limit_of_time(tmp_path: Path) -> None:

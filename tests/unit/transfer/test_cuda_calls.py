@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pdserve.transfer.protocol import Memory, TransferError, Unreachable
+from pdserve.transfer.transports.cuda_ipc import calls
 from pdserve.transfer.transports.cuda_ipc.calls import handle_bytes, handle_of, load
 from pdserve.transfer.transports.cuda_ipc.link import CudaIpcWay
 from pdserve.transfer.transports.cuda_ipc.memory import DeviceMemory
@@ -45,6 +46,41 @@ def holder(tmp_path: Path) -> Iterator[Holder]:
 def pair(tmp_path: Path, holder: Holder) -> Iterator[Pair]:
     with paired(tmp_path, holder) as made:
         yield made
+
+
+class Clock:
+    """A clock that ticks whenever it is asked."""
+
+    def __init__(self, tick_s: float) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+        self._tick_s = tick_s
+
+    def monotonic(self) -> float:
+        self.now += self._tick_s
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("ends_at", "pauses"), [(0.9 * calls.SPIN_S, False), (0.1, True)])
+def test_only_a_long_wait_for_the_device_sleeps(
+    ends_at: float, pauses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(5e-6)
+    monkeypatch.setattr(calls, "time", clock)
+    assert calls.until(lambda: clock.now >= ends_at, deadline=1.0)
+    assert bool(clock.pauses) == pauses
+    assert clock.now < ends_at + 1e-3
+
+
+def test_a_wait_for_the_device_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(5e-6)
+    monkeypatch.setattr(calls, "time", clock)
+    assert not calls.until(lambda: False, deadline=0.05)
+    assert 0.05 <= clock.now < 0.051
 
 
 # ------------------------------------------------------------------------------------------- errors

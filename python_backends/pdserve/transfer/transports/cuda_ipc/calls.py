@@ -26,7 +26,10 @@ HANDLE_BYTES = 64
 """CUDA_IPC_HANDLE_SIZE: bytes of a handle of memory or of an event."""
 UUID_BYTES = 16
 
-# Interval of looks at the device, growing from the first value to the second.
+SPIN_S = 2e-3
+"""Time for which the device is asked without a pause: by its memory's rate a copy of 512 MiB within
+it takes 0.3 ms, and the shortest sleep is some 75 us, of which 50 are the timer's slack."""
+# Interval of looks at the device afterwards, growing from the first value to the second.
 _LOOK_S = (20e-6, 500e-6)
 
 _HINTS = {
@@ -168,11 +171,14 @@ def until(
     done: Callable[[], bool], deadline: float, alive: Callable[[], None] = lambda: None
 ) -> bool:
     """Poll until `done`; False: it was not by `deadline` (seconds on CLOCK_MONOTONIC)."""
+    began = time.monotonic()
     pause, longest = _LOOK_S
     while not done():
-        if time.monotonic() >= deadline:
+        now = time.monotonic()
+        if now >= deadline:
             return False
         alive()
-        time.sleep(pause)
-        pause = min(pause * 2, longest)
+        if now - began >= SPIN_S:
+            time.sleep(pause)
+            pause = min(pause * 2, longest)
     return True
