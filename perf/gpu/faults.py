@@ -32,7 +32,10 @@ REPAIRED_S = 240.0
 BACK_S = 60.0
 SLACK_MIB = 1024
 """What allocators may keep in addition: a process of the suite has several times as much."""
-SETTLE_S = 1.0
+PULLS_S = 1.0
+"""Time for which KV caches are pulled before their holder is killed."""
+BEGUN_S = 0.3
+"""Time after which the first requests are being answered."""
 
 
 def run(outcome: Outcome, scale: Scale, server: Running) -> None:
@@ -84,7 +87,7 @@ def _killed(outcome: Outcome, scale: Scale, place: Place) -> bool:
 
     thread = threading.Thread(target=pull, daemon=True)
     thread.start()
-    time.sleep(SETTLE_S)
+    time.sleep(PULLS_S)
     bench.holding.kill()
     killed = time.monotonic()
     thread.join(ENDED_S)
@@ -110,7 +113,9 @@ def _fault(
     place, (one,) = Place(scale), server.servers
     wait_idle(server, BACK_S)
     before, repaired = place.free_bytes(), repairs(one)
-    ends = asyncio.run(_struck(scale, server, strike))
+    ends, opened = asyncio.run(_struck(scale, server, strike))
+    if not opened:
+        outcome.not_shown(f"{name}: all requests had ended before")
     wrong = [
         f"{end.ends} ends, {len(end.tokens)} tokens {end.error}" for end in ends if end.ends != 1
     ]
@@ -125,8 +130,9 @@ def _fault(
         name,
         {
             "requests": len(ends),
+            "being answered when it struck": opened,
             "failed": failed,
-            "continued elsewhere": retried,
+            "more than one attempt": retried,
             "repaired after the last end, s": round(time.monotonic() - began, 1),
         },
     )
@@ -134,15 +140,21 @@ def _fault(
     _memory(outcome, place, name, before)
 
 
-async def _struck(scale: Scale, server: Running, strike: Callable[[], object]) -> list[End]:
-    """Return how requests have ended in the midst of which the fault struck."""
+async def _struck(
+    scale: Scale, server: Running, strike: Callable[[], object]
+) -> tuple[list[End], int]:
+    """Return how requests have ended, and how many were being answered when the fault struck.
+
+    As many again are sent at that moment.
+    """
     sizes = scale.serving
     asks = prompts(2 * sizes.streams, sizes.long_prompt, seed=int(time.monotonic()))
-    first = [asyncio.ensure_future(asked(server, ask, sizes.output)) for ask in asks[::2]]
-    await asyncio.sleep(SETTLE_S)
-    second = [asyncio.ensure_future(asked(server, ask, sizes.output)) for ask in asks[1::2]]
+    tasks = [asyncio.ensure_future(asked(server, ask, sizes.fault_output)) for ask in asks[::2]]
+    await asyncio.sleep(BEGUN_S)
+    opened = sum(not task.done() for task in tasks)
+    tasks += [asyncio.ensure_future(asked(server, ask, sizes.fault_output)) for ask in asks[1::2]]
     await asyncio.to_thread(strike)
-    return list(await asyncio.gather(*first, *second))
+    return list(await asyncio.gather(*tasks)), opened
 
 
 def _memory(outcome: Outcome, place: Place, name: str, before: int) -> None:

@@ -30,6 +30,8 @@ class Serving(Struct, frozen=True):
     exact: int
     """Number of prompts whose answers are compared."""
     exact_output: int
+    fault_output: int
+    """Tokens of the answers in whose midst a process is killed: more than half a second of them."""
 
 
 class Steps(Struct, frozen=True):
@@ -74,7 +76,7 @@ GPU = Scale(
     served="8b",
     small="1b",
     transfers=Transfers((128, 1024, 4096, 32768), 7, 20_000),
-    serving=Serving(32, 3, 512, 128, 4096, 12, 24, 48),
+    serving=Serving(32, 3, 512, 128, 4096, 12, 24, 48, 256),
     steps=Steps((1, 8, 64), 1024, (512, 4096), 7, 8192, 4096),
 )
 CPU = Scale(
@@ -84,7 +86,7 @@ CPU = Scale(
     served="tiny",
     small="tiny",
     transfers=Transfers((128, 1024), 3, 512),
-    serving=Serving(8, 2, 64, 16, 256, 4, 8, 16),
+    serving=Serving(8, 2, 64, 16, 256, 4, 8, 16, 600),
     steps=Steps((1, 8), 64, (128,), 3, 1024, 64),
 )
 SMALLEST = Scale(
@@ -94,7 +96,7 @@ SMALLEST = Scale(
     served="tiny",
     small="tiny",
     transfers=Transfers((32,), 1, 128),
-    serving=Serving(2, 1, 16, 8, 64, 2, 3, 6),
+    serving=Serving(2, 1, 16, 8, 64, 2, 3, 6, 1000),
     steps=Steps((1, 2), 16, (32,), 1, 256, 8),
 )
 SCALES = {scale.name: scale for scale in (GPU, CPU, SMALLEST)}
