@@ -68,13 +68,19 @@ class Holding:
 
         `command` is the beginning of its command line, to run it on another host; `transport` may
         be several, separated by commas.
+
+        Raises:
+            ChildProcessError: it has ended before it listened.
         """
         module = [sys.executable, "-m", __name__, address, transport, str(nbytes), layout]
         self._process = subprocess.Popen(
             [*command, *module], env=environment, stdout=subprocess.PIPE, text=True
         )
         assert self._process.stdout is not None
-        self.port = int(self._process.stdout.readline())
+        port = self._process.stdout.readline()
+        if not port:
+            raise ChildProcessError(f"the holder has ended with {self._process.wait(END_S)}")
+        self.port = int(port)
 
     @property
     def pid(self) -> int:

@@ -1,12 +1,15 @@
-"""Tests that the GPU suite notices bytes that are not those that were sent."""
+"""Tests that the GPU suite notices bytes that were not sent, and a holder that does not begin."""
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import pytest
 from perf.gpu.place import Place
 from perf.gpu.scale import SMALLEST
 from perf.gpu.transfer_contents import Contents, shuffled
+from perf.transfer.holding import Holding
 
 from pdserve.kvcache.layout import KVLayout
 from pdserve.transfer.scatter import scatter
@@ -67,3 +70,9 @@ def test_blocks_of_all_planes_come_in_reverse(contents: Contents) -> None:
     assert contents.in_spans(TOKENS, BLOCK)
     contents.flat[:nbytes] = blocks.reshape(-1)
     assert not contents.in_spans(TOKENS, BLOCK)
+
+
+def test_a_holder_that_does_not_begin_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ChildProcessError, match="ended with 1"):
+        Holding([], os.environ, "127.0.0.1", "shm", 1 << 20, "no such layout")
+    assert "no such layout" in capfd.readouterr().err
