@@ -1,0 +1,1 @@
+"""A store for many hosts, in etcd; needs the extra `pdserve[etcd]`."""
