@@ -136,7 +136,7 @@ class Leadership:
 
         Raises:
             Fenced: somebody else leads, or has written since; nothing was written.
-            Unreachable: it may have been written; `generation` tells.
+            StoreUnreachable: it may have been written; `generation` tells.
         """
         if generation:
             known = Compare(GENERATION, "value", str(generation).encode())

@@ -11,7 +11,7 @@ class StoreError(PDServeError):
     code = "UNAVAILABLE"
 
 
-class Unreachable(StoreError):
+class StoreUnreachable(StoreError):
     """The store did not answer in time; what was to be written may have been written."""
 
 

@@ -34,7 +34,7 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class KeyChange:
     """A key was put or deleted."""
 
     kind: Literal["PUT", "DELETE"]
@@ -84,7 +84,7 @@ class Lease:
 class Store(Protocol):
     """Every call ends within a bound of its implementation.
 
-    A prefix is empty or ends with a slash (`keys.check_prefix`). All methods raise `Unreachable`
+    A prefix is empty or ends with a slash (`keys.check_prefix`). All methods raise `StoreUnreachable`
     and `Refused`.
     """
 
@@ -92,7 +92,7 @@ class Store(Protocol):
         """Return all entries under a prefix, and the revision to watch from: this one + 1."""
         ...
 
-    def watch_prefix(self, prefix: str, revision: int) -> AsyncIterator[Change]:
+    def watch_prefix(self, prefix: str, revision: int) -> AsyncIterator[KeyChange]:
         """Yield each change under a prefix, in order, from this revision on.
 
         It does not end by itself. After any error list again, and take the difference: a watch

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from pdserve.control.store.errors import StoreError
 from pdserve.control.store.keys import check_prefix
-from pdserve.control.store.protocol import Change, Store
+from pdserve.control.store.protocol import KeyChange, Store
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class View(Generic[T]):
     def _hear(self) -> None:
         self._heard = asyncio.get_running_loop().time()
 
-    def _change(self, change: Change) -> None:
+    def _change(self, change: KeyChange) -> None:
         if change.kind == "PUT":
             self._apply({change.key: change.value}, frozenset())
         else:

@@ -19,10 +19,11 @@ CONNECT_S = 2.0
 MAX_MESSAGE = 64 << 20
 """Bytes of a listing; gRPC's own bound is 4 MiB."""
 
+_State = grpc.ChannelConnectivity
 _OPTIONS = {
     "grpc.initial_reconnect_backoff_ms": 100,
-    "grpc.min_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 1000,
+    "grpc.min_reconnect_backoff_ms": int(CONNECT_S * 1000),  # in fact the limit of an attempt
     "grpc.keepalive_time_ms": 10_000,
     "grpc.keepalive_timeout_ms": 3000,
     "grpc.max_receive_message_length": MAX_MESSAGE,
@@ -33,7 +34,7 @@ _OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Address:
+class EtcdAddress:
     """How an etcd cluster is reached, and as whom.
 
     Attributes:
@@ -87,14 +88,26 @@ def _read(path: Path) -> bytes:
         raise DeploymentError(f"etcd: {error}") from error
 
 
-class Client(aetcd.Client):  # type: ignore[misc]
+async def _ready(channel: rpc.Channel) -> None:
+    """Return when a channel is connected.
+
+    Raises:
+        aetcd.ConnectionFailedError: it has failed to; gRPC itself would try again and again.
+    """
+    while (state := channel.get_state(try_to_connect=True)) is not _State.READY:
+        if state is _State.TRANSIENT_FAILURE:
+            raise aetcd.ConnectionFailedError("no connection")
+        await channel.wait_for_state_change(state)
+
+
+class EtcdClient(aetcd.Client):  # type: ignore[misc]
     """A connection to one member of a cluster, whichever answers first in turn.
 
     Attributes:
         endpoint: to which it is connected; before that, which are tried.
     """
 
-    def __init__(self, address: Address, first: int, timeout_s: float) -> None:
+    def __init__(self, address: EtcdAddress, first: int, timeout_s: float) -> None:
         super().__init__(timeout=timeout_s, options=_OPTIONS)
         self._address = address
         ends = address.endpoints
@@ -121,10 +134,10 @@ class Client(aetcd.Client):  # type: ignore[misc]
                     else rpc.secure_channel(endpoint, credentials, options=[*_OPTIONS.items()])
                 )
                 try:
-                    await asyncio.wait_for(channel.channel_ready(), CONNECT_S)
+                    await asyncio.wait_for(_ready(channel), CONNECT_S)
                     await self._log_in(channel)
                 except (asyncio.TimeoutError, aetcd.ConnectionFailedError) as error:
-                    reasons.append(f"{endpoint}: {error or 'no connection'}")
+                    reasons.append(f"{endpoint}: {error or f'no answer within {CONNECT_S} s'}")
                     await channel.close()
                 except BaseException:
                     await channel.close()

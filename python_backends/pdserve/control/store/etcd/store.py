@@ -14,11 +14,11 @@ from typing import Any, NoReturn, TypeVar
 import aetcd
 from aetcd import rpc
 
-from pdserve.control.store.errors import Compacted, LeaseLost, Refused, Unreachable
-from pdserve.control.store.etcd.client import Address, Client
+from pdserve.control.store.errors import Compacted, LeaseLost, Refused, StoreUnreachable
+from pdserve.control.store.etcd.client import EtcdAddress, EtcdClient
 from pdserve.control.store.keys import check_key, check_prefix, check_transaction, is_key
 from pdserve.control.store.protocol import (
-    Change,
+    KeyChange,
     Compare,
     Delete,
     Entry,
@@ -44,7 +44,7 @@ class EtcdStore:
         call_s: see `CALL_S`.
     """
 
-    def __init__(self, address: Address, deployment: str, call_s: float = CALL_S) -> None:
+    def __init__(self, address: EtcdAddress, deployment: str, call_s: float = CALL_S) -> None:
         if "/" in deployment:
             raise Refused(f"deployment {deployment!r}: a slash is not allowed")
         self._root = f"/pdserve/{check_key(deployment)}/".encode()
@@ -54,8 +54,8 @@ class EtcdStore:
         self._client = self._new_client()
         self._closing: set[asyncio.Task[None]] = set()
 
-    def _new_client(self) -> Client:
-        client = Client(self._address, self._connections, self._call_s)
+    def _new_client(self) -> EtcdClient:
+        client = EtcdClient(self._address, self._connections, self._call_s)
         self._connections += 1
         return client
 
@@ -72,7 +72,7 @@ class EtcdStore:
         )
         return Listing(found.header.revision, tuple(entries))
 
-    async def watch_prefix(self, prefix: str, revision: int) -> AsyncIterator[Change]:
+    async def watch_prefix(self, prefix: str, revision: int) -> AsyncIterator[KeyChange]:
         """See `Store.watch_prefix`.
 
         This uses etcd's stream and not aetcd's watcher, which does not tell its users of a stream
@@ -81,7 +81,7 @@ class EtcdStore:
         start = self._key(check_prefix(prefix))
         what = f"watching {prefix!r} from revision {revision}"
 
-        async def begin(client: Client) -> tuple[Client, Any]:
+        async def begin(client: EtcdClient) -> tuple[EtcdClient, Any]:
             await client.connect()
             call = rpc.WatchStub(client.channel).Watch(metadata=client.metadata)
             request = rpc.WatchCreateRequest(
@@ -102,7 +102,7 @@ class EtcdStore:
                     key = self._name(event.kv.key)
                     if is_key(key):
                         kind = "DELETE" if event.type else "PUT"
-                        yield Change(kind, key, event.kv.mod_revision, event.kv.value)
+                        yield KeyChange(kind, key, event.kv.mod_revision, event.kv.value)
         finally:
             call.cancel()
 
@@ -117,7 +117,7 @@ class EtcdStore:
         )
         first = operations[0].key if operations else compare[0].key if compare else ""
 
-        async def work(client: Client) -> rpc.TxnResponse:
+        async def work(client: EtcdClient) -> rpc.TxnResponse:
             await client.connect()
             return await client.kvstub.Txn(request, metadata=client.metadata)
 
@@ -134,14 +134,14 @@ class EtcdStore:
         what = f"keeping lease {lease:x} alive"
         reply = await self._call(what, lambda client: client.refresh_lease(lease))
         if reply is None:
-            raise Unreachable(f"etcd: {what}: no answer")
+            raise StoreUnreachable(f"etcd: {what}: no answer")
         if reply.TTL <= 0:  # how etcd says that there is no such lease
             raise LeaseLost(f"etcd: lease {lease:x} has ended")
 
     async def revoke(self, lease: int) -> None:
         """See `Store.revoke`."""
 
-        async def work(client: Client) -> None:
+        async def work(client: EtcdClient) -> None:
             try:
                 await client.revoke_lease(lease)
             except aetcd.ClientError as error:
@@ -155,13 +155,13 @@ class EtcdStore:
         await self._client.close()
         await asyncio.gather(*self._closing)
 
-    async def _call(self, what: str, work: Callable[[Client], Awaitable[T]]) -> T:
+    async def _call(self, what: str, work: Callable[[EtcdClient], Awaitable[T]]) -> T:
         """Do something on a connection within the time of a call.
 
         It is done once more if etcd does not know this client's token, as after a restart.
 
         Raises:
-            Unreachable, Refused, LeaseLost: with what was to be done.
+            StoreUnreachable, Refused, LeaseLost: with what was to be done.
         """
         client = self._client
         for again in True, False:
@@ -172,7 +172,7 @@ class EtcdStore:
                 task.cancel()
             if not task.done() or task.cancelled():
                 client = self._give_up(client)
-                raise Unreachable(
+                raise StoreUnreachable(
                     f"etcd: {what}: no answer from {client.endpoint} within {self._call_s} s"
                 )
             if (error := task.exception()) is None:
@@ -185,17 +185,17 @@ class EtcdStore:
                 raise error
         raise AssertionError("the second time returns or raises")
 
-    def _fail(self, what: str, client: Client, error: BaseException) -> NoReturn:
+    def _fail(self, what: str, client: EtcdClient, error: BaseException) -> NoReturn:
         code = _code(error)
         text = f"etcd: {what}, at {client.endpoint}: {error_text(error)}"
         if code is _Code.NOT_FOUND and "lease" in text:
             raise LeaseLost(text) from error
         if code in (None, _Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED, _Code.CANCELLED):
             self._give_up(client)
-            raise Unreachable(text) from error
+            raise StoreUnreachable(text) from error
         raise Refused(text) from error
 
-    async def _read(self, what: str, client: Client, call: Any) -> rpc.WatchResponse:
+    async def _read(self, what: str, client: EtcdClient, call: Any) -> rpc.WatchResponse:
         """Return the next message of a watch; there may be none for any time."""
         task = asyncio.ensure_future(call.read())
         try:
@@ -203,14 +203,14 @@ class EtcdStore:
         finally:
             task.cancel()
         if task.cancelled():  # by `_give_up`, on account of another call
-            raise Unreachable(f"etcd: {what}: the connection to {client.endpoint} was given up")
+            raise StoreUnreachable(f"etcd: {what}: the connection to {client.endpoint} was given up")
         if (error := task.exception()) is not None:
             self._fail(what, client, error)
         if not isinstance(reply := task.result(), rpc.WatchResponse):
-            raise Unreachable(f"etcd: {what}: {client.endpoint} has ended it")
+            raise StoreUnreachable(f"etcd: {what}: {client.endpoint} has ended it")
         return reply
 
-    def _give_up(self, client: Client) -> Client:
+    def _give_up(self, client: EtcdClient) -> EtcdClient:
         """Have all calls use another connection from now on; returns it."""
         if client is self._client:
             self._client = self._new_client()

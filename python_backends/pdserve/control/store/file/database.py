@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pdserve.control.store.errors import Compacted, LeaseLost, Refused, StoreError, Unreachable
-from pdserve.control.store.file.liveness import Holder, is_dead, sweep
-from pdserve.control.store.protocol import Change, Compare, Delete, Entry, Listing, Put
+from pdserve.control.store.errors import Compacted, LeaseLost, Refused, StoreError, StoreUnreachable
+from pdserve.control.store.file.liveness import LivenessLock, is_dead, sweep
+from pdserve.control.store.protocol import KeyChange, Compare, Delete, Entry, Listing, Put
 
 BUSY_S = 2.0
 """Seconds that a writer waits for another one."""
@@ -62,7 +62,7 @@ class Database:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self.path.chmod(0o600)
             sweep(self._holders)
-            self._holder = Holder(self._holders)
+            self._holder = LivenessLock(self._holders)
         except OSError as error:
             raise Refused(f"store {folder}: {error}") from error
         self._connection = sqlite3.connect(
@@ -107,7 +107,7 @@ class Database:
             )
             return Listing(revision, tuple(Entry(*row) for row in rows))
 
-    def changes(self, prefix: str, start: int) -> tuple[list[Change], int]:
+    def changes(self, prefix: str, start: int) -> tuple[list[KeyChange], int]:
         """Return the changes under a prefix from a revision on, and the next one to ask for.
 
         Raises:
@@ -125,7 +125,7 @@ class Database:
                 f"WHERE revision >= :start AND {_UNDER} ORDER BY revision, key",
                 {"prefix": prefix, "start": start},
             )
-            return [Change(*row) for row in rows], revision + 1
+            return [KeyChange(*row) for row in rows], revision + 1
 
     def transact(
         self, compare: Sequence[Compare], operations: Sequence[Put | Delete]
@@ -242,6 +242,6 @@ class Database:
             yield
         except sqlite3.OperationalError as error:
             busy = "locked" in str(error) or "busy" in str(error)
-            raise (Unreachable if busy else Refused)(f"store {self.path}: {error}") from error
+            raise (StoreUnreachable if busy else Refused)(f"store {self.path}: {error}") from error
         except sqlite3.Error as error:
             raise Refused(f"store {self.path}: {error}") from error

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 
-class Holder:
+class LivenessLock:
     """The sign that this process is alive; its `name` is never used twice."""
 
     def __init__(self, folder: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from pdserve import pools
-from pdserve.control.store.errors import StoreError, Unreachable
+from pdserve.control.store.errors import StoreError, StoreUnreachable
 from pdserve.control.store.file.database import BUSY_S, Database
 from pdserve.control.store.keys import check_prefix, check_transaction
-from pdserve.control.store.protocol import Change, Compare, Delete, Lease, Listing, Put
+from pdserve.control.store.protocol import KeyChange, Compare, Delete, Lease, Listing, Put
 
 _log = logging.getLogger(__name__)
 
@@ -61,12 +61,12 @@ class FileStore:
 
         return await self._call(work)
 
-    async def watch_prefix(self, prefix: str, revision: int) -> AsyncIterator[Change]:
+    async def watch_prefix(self, prefix: str, revision: int) -> AsyncIterator[KeyChange]:
         """See `Store.watch_prefix`; a change is seen `POLL_S` later."""
         check_prefix(prefix)
         seen = 0
 
-        def work() -> tuple[list[Change], int]:
+        def work() -> tuple[list[KeyChange], int]:
             self._reap()
             if seen and seen == self._database.revisions()[0] + 1:
                 return [], seen
@@ -110,6 +110,8 @@ class FileStore:
         """See `Store.close`."""
         try:
             await self._call(self._database.close)
+        except StoreUnreachable as error:
+            _log.warning("%s", error)
         finally:
             self._pool.shutdown(wait=False)
 
@@ -121,8 +123,11 @@ class FileStore:
             _log.warning("leases of ended processes are not ended: %s", error)
 
     async def _call(self, work: Callable[[], T]) -> T:
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except RuntimeError as error:  # how a pool says that it has been shut down
+            raise StoreUnreachable(f"store {self._folder}: it has been closed") from error
         try:
             return await asyncio.wait_for(future, CALL_S)
         except asyncio.TimeoutError:
-            raise Unreachable(f"store {self._folder}: no answer within {CALL_S} s") from None
+            raise StoreUnreachable(f"store {self._folder}: no answer within {CALL_S} s") from None
