@@ -48,13 +48,16 @@ class Candidate:
 
         While the store cannot be reached it is tried again and again.
         """
+        said = ""
         try:
             while True:
                 try:
                     if leadership := await self.attempt():
                         return leadership
+                    said = ""
                 except StoreError as error:
-                    _log.warning("no election: %s", error)
+                    if said != (said := str(error)):
+                        _log.warning("no election: %s", said)
                 await asyncio.sleep(LOOK_S)
         finally:
             await self._withdraw()

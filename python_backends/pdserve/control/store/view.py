@@ -94,11 +94,14 @@ class View(Generic[T]):
 
     async def run(self) -> None:
         """Follow the store until cancelled; its errors are logged, and change nothing here."""
+        said = ""
         while True:
             try:
                 await self._follow()
+                said = ""
             except StoreError as error:
-                _log.warning("prefix %r: %s", self._prefix, error)
+                if said != (said := str(error)):
+                    _log.warning("prefix %r: %s", self._prefix, said)
                 await asyncio.sleep(RETRY_S)
 
     async def _follow(self) -> None:

@@ -6,6 +6,8 @@ killed. If a test that kills it fails, repeat the test with another version befo
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import importlib.util
 import os
 import shutil
@@ -13,11 +15,14 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 START_S = 30.0
+LIMIT_S = 60.0
 
 
 def program() -> str | None:
@@ -33,6 +38,22 @@ def program() -> str | None:
 
 MISSING = None if importlib.util.find_spec("aetcd") and program() else "aetcd or etcd is missing"
 needs_etcd = pytest.mark.skipif(MISSING is not None, reason=f"{MISSING}: see pyproject, extra dev")
+
+
+@functools.cache
+def loop() -> asyncio.AbstractEventLoop:
+    """Return the loop of all tests that use gRPC, which leaves a reader in each loop it was in."""
+    return asyncio.new_event_loop()
+
+
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test in that loop."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        loop().run_until_complete(asyncio.wait_for(test(*args, **kwargs), LIMIT_S))
+
+    return run
 
 
 def free_port() -> int:

@@ -28,7 +28,7 @@ class Model:
         self.changes: list[KeyChange] = []
         self.leases: set[int] = set()
         self.granted = 0
-        self.changed = asyncio.Condition()
+        self.changed = asyncio.Event()
 
     def write(self, operations: Sequence[Put | Delete]) -> int:
         """Do operations as one transaction."""
@@ -81,8 +81,7 @@ class ModelStore:
                 if change.key.startswith(prefix):
                     yield change
             revision = model.revision + 1
-            async with model.changed:
-                await model.changed.wait()
+            await model.changed.wait()
 
     async def transact(
         self, compare: Sequence[Compare], operations: Sequence[Put | Delete]
@@ -94,7 +93,7 @@ class ModelStore:
             if (getattr(entry, one.field) if entry else absent) != one.equals:
                 return None
         revision = self.model.write(operations)
-        await self._notify()
+        self._notify()
         return revision
 
     async def grant(self, ttl_s: float) -> Lease:
@@ -109,12 +108,12 @@ class ModelStore:
 
     async def revoke(self, lease: int) -> None:
         self.model.end(lease)
-        await self._notify()
+        self._notify()
 
     async def close(self) -> None:
         for lease in self._leases & self.model.leases:
             await self.revoke(lease)
 
-    async def _notify(self) -> None:
-        async with self.model.changed:
-            self.model.changed.notify_all()
+    def _notify(self) -> None:
+        self.model.changed.set()
+        self.model.changed = asyncio.Event()

@@ -88,7 +88,7 @@ class Database:
         """End the leases of this connection, then the connection."""
         self._holder.close()
         with suppress(sqlite3.Error, StoreError):
-            self.reap()
+            self.reap(BUSY_S)
         self._connection.close()
 
     def revisions(self) -> tuple[int, int]:
@@ -156,18 +156,26 @@ class Database:
         with self._errors(), self._transaction("IMMEDIATE"):
             self._end(lease)
 
-    def reap(self) -> None:
-        """End the leases of dead processes."""
+    def reap(self, wait_s: float = 0.0) -> None:
+        """End the leases of dead processes.
+
+        Args:
+            wait_s: how long to wait for another writer; 0: a reader does not wait.
+        """
         with self._errors():
             run = self._connection.execute
             names = [name for (name,) in run("SELECT DISTINCT holder FROM leases")]
             if not (dead := [name for name in names if is_dead(self._holders, name)]):
                 return
-            with self._transaction("IMMEDIATE"):
-                for name in dead:
-                    rows = run("SELECT id FROM leases WHERE holder = ?", (name,)).fetchall()
-                    for (lease,) in rows:
-                        self._end(lease)
+            run(f"PRAGMA busy_timeout = {round(wait_s * 1000)}")
+            try:
+                with self._transaction("IMMEDIATE"):
+                    for name in dead:
+                        rows = run("SELECT id FROM leases WHERE holder = ?", (name,)).fetchall()
+                        for (lease,) in rows:
+                            self._end(lease)
+            finally:
+                run(f"PRAGMA busy_timeout = {round(BUSY_S * 1000)}")
 
     def compact(self, revision: int) -> None:
         """Forget the changes up to a revision."""

@@ -45,7 +45,7 @@ def is_dead(folder: Path, name: str) -> bool:
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others may ask at the same time
         path.unlink(missing_ok=True)
     except BlockingIOError:
         return False

@@ -34,6 +34,7 @@ class FileStore:
         self._pool = pools.started(1, "store")
         self._folder = folder
         self._database: Database
+        self._said = ""
 
     @classmethod
     async def opened(cls, folder: Path) -> FileStore:
@@ -85,7 +86,7 @@ class FileStore:
         check_transaction(compare, operations)
 
         def work() -> int | None:
-            self._database.reap()
+            self._database.reap(BUSY_S)
             return self._database.transact(compare, operations)
 
         return await self._call(work)
@@ -120,7 +121,9 @@ class FileStore:
         try:
             self._database.reap()
         except StoreError as error:
-            _log.warning("leases of ended processes are not ended: %s", error)
+            if self._said != (said := str(error)):
+                _log.warning("leases of ended processes are not ended: %s", said)
+            self._said = said
 
     async def _call(self, work: Callable[[], T]) -> T:
         try:
