@@ -56,13 +56,13 @@ class LeasedKeys:
         """Hold the keys under this lease; returns when it is lost."""
         self._put.clear()
         alive = asyncio.ensure_future(kept_alive(self._store, lease, ttl_s))
+        alive.add_done_callback(lambda _: self._changed.set())
         try:
             while not alive.done():
                 self._changed.clear()
                 await self._write(lease)
-                changed = asyncio.ensure_future(self._changed.wait())
-                await asyncio.wait((alive, changed), return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
+                if not alive.done():
+                    await self._changed.wait()
         finally:
             alive.cancel()
 

@@ -84,8 +84,8 @@ class Lease:
 class Store(Protocol):
     """Every call ends within a bound of its implementation.
 
-    A prefix is empty or ends with a slash (`keys.check_prefix`). All methods raise `StoreUnreachable`
-    and `Refused`.
+    A prefix is empty or ends with a slash (`keys.check_prefix`). All methods raise
+    `StoreUnreachable` and `Refused`.
     """
 
     async def list_prefix(self, prefix: str) -> Listing:

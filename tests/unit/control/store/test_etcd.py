@@ -25,7 +25,7 @@ import pytest
 
 from pdserve.control.store import view as view_module
 from pdserve.control.store.election import Candidate
-from pdserve.control.store.errors import LeaseLost, Refused, StoreUnreachable
+from pdserve.control.store.errors import Compacted, LeaseLost, Refused, StoreUnreachable
 from pdserve.control.store.keys import MAX_OPERATIONS
 from pdserve.control.store.leased import LeasedKeys
 from pdserve.control.store.protocol import Delete, Put, Store, put
@@ -290,6 +290,21 @@ async def test_a_view_follows_an_etcd_that_is_killed(etcd: EtcdServer) -> None:
 
 
 @in_loop
+async def test_no_deletion_is_lost_by_compaction(shared_etcd: EtcdServer) -> None:
+    """etcd 3.5.1 would accept a watch from a compacted deletion on, and leave it out."""
+    async with opened(shared_etcd, name="compaction") as store:
+        await put(store, "a", b"")
+        revision = await store.transact((), [Delete("a")])
+        assert revision
+        await store._client.compact(revision)
+        with pytest.raises(Compacted, match=f"compacted up to {revision}"):
+            await anext(store.watch_prefix("", revision))
+        await put(store, "a", b"")
+        async with aclosing(store.watch_prefix("", revision + 1)) as changes:
+            assert (await anext(changes)).kind == "PUT"
+
+
+@in_loop
 async def test_10_bounds_of_leases_and_transactions(shared_etcd: EtcdServer) -> None:
     async with opened(shared_etcd, name="ten") as store:
         assert (await store.grant(1)).ttl_s >= 2
@@ -316,9 +331,10 @@ async def test_deployments_do_not_see_each_other(shared_etcd: EtcdServer) -> Non
 
 @in_loop
 async def test_keys_that_others_wrote_are_left_out(shared_etcd: EtcdServer) -> None:
-    async with opened(shared_etcd, name="strange") as store, aclosing(
-        store.watch_prefix("", 1)
-    ) as changes:
+    async with (
+        opened(shared_etcd, name="strange") as store,
+        aclosing(store.watch_prefix("", 1)) as changes,
+    ):
         await store._client.put(b"/pdserve/strange/../a", b"")
         await store._client.put(b"/pdserve/strange/\xff", b"")
         await put(store, "b", b"")
@@ -344,5 +360,3 @@ async def test_a_candidate_finds_out_that_its_lost_attempt_was_taken(
         leadership = await candidate.attempt()
         assert leadership is not None
         assert await leadership.write(0, []) == 1
-
-

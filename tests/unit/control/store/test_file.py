@@ -128,6 +128,11 @@ async def test_no_file_can_be_read_by_others(tmp_path: Path) -> None:
     assert {*modes.values()} == {0o600}
 
 
+async def fill(store: FileStore) -> None:
+    for number in range(10):
+        await put(store, f"large/{number}", bytes(100_000))
+
+
 @real
 async def test_a_full_disk_stops_writing_and_not_reading(tmp_path: Path) -> None:
     """A limit on the size of this process's files has the same effect as a full disk."""
@@ -137,8 +142,7 @@ async def test_a_full_disk_stops_writing_and_not_reading(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
         try:
             with pytest.raises(Refused, match=r"store\.sqlite: "):
-                for number in range(10):
-                    await put(store, f"large/{number}", bytes(100_000))
+                await fill(store)
             with pytest.raises(Refused, match=r"store\.sqlite: "):
                 await put(reader, "large/x", bytes(200_000))
             listing = await reader.list_prefix("")

@@ -28,12 +28,12 @@ def test_no_key_leads_out_of_its_deployment(key: str) -> None:
     assert not is_key(key)
     with pytest.raises(Refused, match="is invalid; allowed are at most 256 characters"):
         check_key(key)
-    with pytest.raises(Refused, match="key .* is invalid"):
+    with pytest.raises(Refused, match=r"key .* is invalid"):
         check_transaction((), [Put(key, b"")])
-    with pytest.raises(Refused, match="key .* is invalid"):
+    with pytest.raises(Refused, match=r"key .* is invalid"):
         check_transaction([Compare(key, "value", b"")], ())
     if key:
-        with pytest.raises(Refused, match="prefix .* is invalid"):
+        with pytest.raises(Refused, match=r"prefix .* is invalid"):
             check_prefix(f"{key}/")
 
 
@@ -60,5 +60,5 @@ def test_transactions_have_bounds() -> None:
         check_transaction((), [puts[0], Delete("a/0")])
     half = bytes(MAX_BYTES // 2)
     check_transaction((), [Put("a", half), Put("b", half)])
-    with pytest.raises(Refused, match="1048577 bytes of values .* key 'a'; at most 1048576"):
+    with pytest.raises(Refused, match=r"1048577 bytes of values .* key 'a'; at most 1048576"):
         check_transaction((), [Put("a", half), Put("b", half + b"1")])

@@ -134,13 +134,13 @@ async def test_tls_and_users(secure_etcd: EtcdServer, certificates: Path) -> Non
 
     await enable_users(secure_etcd, certificates)
     nobody = EtcdStore(address(secure_etcd, certificates), "mine")
-    with pytest.raises(Refused, match="permission denied|user name is empty"):
+    with pytest.raises(Refused, match=r"permission denied|user name is empty"):
         await put(nobody, "a", b"2")
     await nobody.close()
     wrong_user = EtcdStore(
         address(secure_etcd, certificates, user="pdserve", password="wrong"), "mine"
     )
-    with pytest.raises(Refused, match="user 'pdserve': .*authentication failed"):
+    with pytest.raises(Refused, match=r"user 'pdserve': .*authentication failed"):
         await wrong_user.list_prefix("")
     await wrong_user.close()
 

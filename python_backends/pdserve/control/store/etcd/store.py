@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import aetcd
 from aetcd import rpc
@@ -18,10 +18,10 @@ from pdserve.control.store.errors import Compacted, LeaseLost, Refused, StoreUnr
 from pdserve.control.store.etcd.client import EtcdAddress, EtcdClient
 from pdserve.control.store.keys import check_key, check_prefix, check_transaction, is_key
 from pdserve.control.store.protocol import (
-    KeyChange,
     Compare,
     Delete,
     Entry,
+    KeyChange,
     Lease,
     Listing,
     Put,
@@ -32,6 +32,9 @@ CALL_S = 5.0
 
 T = TypeVar("T")
 _Code = rpc.StatusCode
+_NO_ANSWER = None, _Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED, _Code.CANCELLED, _Code.INTERNAL
+# The last one is how gRPC says that a call on which something is written has ended.
+_ERRORS = aetcd.ClientError, rpc.AioRpcError, rpc.BaseError, asyncio.InvalidStateError
 
 
 class EtcdStore:
@@ -76,7 +79,9 @@ class EtcdStore:
         """See `Store.watch_prefix`.
 
         This uses etcd's stream and not aetcd's watcher, which does not tell its users of a stream
-        that ends without an error, nor of a watch that etcd cancels.
+        that ends without an error, nor of a watch that etcd cancels. It begins one revision
+        earlier: etcd 3.5.1 accepts a watch from exactly the revision up to which it has compacted,
+        and leaves out the deletions at that revision.
         """
         start = self._key(check_prefix(prefix))
         what = f"watching {prefix!r} from revision {revision}"
@@ -85,7 +90,7 @@ class EtcdStore:
             await client.connect()
             call = rpc.WatchStub(client.channel).Watch(metadata=client.metadata)
             request = rpc.WatchCreateRequest(
-                key=start, range_end=_range_end(start), start_revision=revision
+                key=start, range_end=_range_end(start), start_revision=max(1, revision - 1)
             )
             await call.write(rpc.WatchRequest(create_request=request))
             return client, call
@@ -100,8 +105,8 @@ class EtcdStore:
                     raise Refused(f"etcd: {what}: {reply.cancel_reason or 'cancelled'}")
                 for event in reply.events:
                     key = self._name(event.kv.key)
-                    if is_key(key):
-                        kind = "DELETE" if event.type else "PUT"
+                    if event.kv.mod_revision >= revision and is_key(key):
+                        kind: Literal["PUT", "DELETE"] = "DELETE" if event.type else "PUT"
                         yield KeyChange(kind, key, event.kv.mod_revision, event.kv.value)
         finally:
             call.cancel()
@@ -177,20 +182,19 @@ class EtcdStore:
                 )
             if (error := task.exception()) is None:
                 return task.result()
-            if isinstance(error, (aetcd.ClientError, rpc.AioRpcError)):
-                if not (again and _token_is_old(error)):
-                    self._fail(what, client, error)
-                client = self._give_up(client)
-            else:
-                raise error
+            if not (again and _token_is_old(error)):
+                self._fail(what, client, error)
+            client = self._give_up(client)
         raise AssertionError("the second time returns or raises")
 
     def _fail(self, what: str, client: EtcdClient, error: BaseException) -> NoReturn:
+        if not isinstance(error, _ERRORS):
+            raise error
         code = _code(error)
         text = f"etcd: {what}, at {client.endpoint}: {error_text(error)}"
         if code is _Code.NOT_FOUND and "lease" in text:
             raise LeaseLost(text) from error
-        if code in (None, _Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED, _Code.CANCELLED):
+        if code in _NO_ANSWER:
             self._give_up(client)
             raise StoreUnreachable(text) from error
         raise Refused(text) from error
@@ -203,7 +207,9 @@ class EtcdStore:
         finally:
             task.cancel()
         if task.cancelled():  # by `_give_up`, on account of another call
-            raise StoreUnreachable(f"etcd: {what}: the connection to {client.endpoint} was given up")
+            raise StoreUnreachable(
+                f"etcd: {what}: the connection to {client.endpoint} was given up"
+            )
         if (error := task.exception()) is not None:
             self._fail(what, client, error)
         if not isinstance(reply := task.result(), rpc.WatchResponse):

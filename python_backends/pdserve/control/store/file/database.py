@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pdserve.control.store.errors import Compacted, LeaseLost, Refused, StoreError, StoreUnreachable
 from pdserve.control.store.file.liveness import LivenessLock, is_dead, sweep
-from pdserve.control.store.protocol import KeyChange, Compare, Delete, Entry, Listing, Put
+from pdserve.control.store.protocol import Compare, Delete, Entry, KeyChange, Listing, Put
 
 BUSY_S = 2.0
 """Seconds that a writer waits for another one."""
@@ -22,7 +22,7 @@ HISTORY = 1000
 """Revisions whose changes are kept at least; up to twice as many are."""
 SCHEMA = 1
 
-_TABLES = f"""
+_TABLES = """
 CREATE TABLE IF NOT EXISTS state (revision INTEGER NOT NULL, compacted INTEGER NOT NULL);
 INSERT INTO state SELECT 1, 1 WHERE NOT EXISTS (SELECT * FROM state);
 CREATE TABLE IF NOT EXISTS entries (
@@ -35,7 +35,6 @@ CREATE TABLE IF NOT EXISTS changes (
     PRIMARY KEY (revision, key)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS leases (id INTEGER PRIMARY KEY AUTOINCREMENT, holder TEXT NOT NULL);
-PRAGMA user_version = {SCHEMA};
 """
 _UNDER = "key >= :prefix AND key < :prefix || char(1114111)"
 
@@ -81,7 +80,9 @@ class Database:
             raise Refused(f"store {self.path} has version {version}; this program reads {SCHEMA}")
         if version == 0:
             run("PRAGMA journal_mode = WAL")
-            self._connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}COMMIT;")
+            self._connection.executescript(
+                f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;"
+            )
         run("PRAGMA synchronous = FULL")  # a commit outlives a loss of power
 
     def close(self) -> None:
@@ -222,7 +223,8 @@ class Database:
                 self.check_lease(operation.lease)
             run(
                 "INSERT INTO entries VALUES (:key, :value, :now, :now, :lease) "
-                "ON CONFLICT (key) DO UPDATE SET value = :value, mod_revision = :now, lease = :lease",
+                "ON CONFLICT (key) DO UPDATE "
+                "SET value = :value, mod_revision = :now, lease = :lease",
                 {"key": key, "value": value, "now": revision, "lease": operation.lease},
             )
         elif run("DELETE FROM entries WHERE key = ?", (key,)).rowcount:

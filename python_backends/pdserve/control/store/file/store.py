@@ -12,7 +12,7 @@ from pdserve import pools
 from pdserve.control.store.errors import StoreError, StoreUnreachable
 from pdserve.control.store.file.database import BUSY_S, Database
 from pdserve.control.store.keys import check_prefix, check_transaction
-from pdserve.control.store.protocol import KeyChange, Compare, Delete, Lease, Listing, Put
+from pdserve.control.store.protocol import Compare, Delete, KeyChange, Lease, Listing, Put
 
 _log = logging.getLogger(__name__)
 
