@@ -96,9 +96,11 @@ class EtcdStore:
             return client, call
 
         client, call = await self._call(what, begin)
+        limit_s: float | None = self._call_s
         try:
             while True:
-                reply = await self._read(what, client, call)
+                reply = await self._read(what, client, call, limit_s)
+                limit_s = None  # etcd has said that it watches; there may be nothing for any time
                 if reply.compact_revision:
                     raise Compacted(f"etcd: {what}: compacted up to {reply.compact_revision}")
                 if reply.canceled:
@@ -169,14 +171,16 @@ class EtcdStore:
             StoreUnreachable, Refused, LeaseLost: with what was to be done.
         """
         client = self._client
+        clock = asyncio.get_running_loop()
+        until = clock.time() + self._call_s
         for again in True, False:
             task = asyncio.ensure_future(work(client))
             try:
-                await asyncio.wait((task,), timeout=self._call_s)
+                await asyncio.wait((task,), timeout=until - clock.time())
             finally:
                 task.cancel()
             if not task.done() or task.cancelled():
-                client = self._give_up(client)
+                self._give_up(client)
                 raise StoreUnreachable(
                     f"etcd: {what}: no answer from {client.endpoint} within {self._call_s} s"
                 )
@@ -199,13 +203,20 @@ class EtcdStore:
             raise StoreUnreachable(text) from error
         raise Refused(text) from error
 
-    async def _read(self, what: str, client: EtcdClient, call: Any) -> rpc.WatchResponse:
-        """Return the next message of a watch; there may be none for any time."""
+    async def _read(
+        self, what: str, client: EtcdClient, call: Any, limit_s: float | None
+    ) -> rpc.WatchResponse:
+        """Return the next message of a watch."""
         task = asyncio.ensure_future(call.read())
         try:
-            await asyncio.wait((task,))
+            await asyncio.wait((task,), timeout=limit_s)
         finally:
             task.cancel()
+        if not task.done():
+            self._give_up(client)
+            raise StoreUnreachable(
+                f"etcd: {what}: no answer from {client.endpoint} within {limit_s} s"
+            )
         if task.cancelled():  # by `_give_up`, on account of another call
             raise StoreUnreachable(
                 f"etcd: {what}: the connection to {client.endpoint} was given up"
