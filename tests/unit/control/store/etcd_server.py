@@ -98,12 +98,22 @@ class EtcdServer:
         raise RuntimeError(f"etcd does not start:\n{self._log.read_text()[-2000:]}")
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal."""
+        """Send a signal; if it stops the server, return when all its threads have stopped."""
         assert self.process is not None
         self.process.send_signal(number)
+        stats = [*Path(f"/proc/{self.process.pid}/task").glob("*/stat")]
+        while number == signal.SIGSTOP and not all(_is_stopped(one) for one in stats):
+            time.sleep(0.01)
 
     def kill(self) -> None:
         """Kill it, whether it runs or is stopped."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+
+
+def _is_stopped(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # the thread has ended
+        return True
