@@ -291,7 +291,15 @@ class Machine(RuleBasedStateMachine):
         self.note()
         self.run(dead.close())
         self.note()
+        self.run(self.reaped(client))
         self.list(client, "")
+
+    async def reaped(self, client: int) -> None:
+        """Wait until the end of a holder is noticed; another client may be about to write it."""
+        while (
+            await self.real[client].list_prefix("")
+        ).revision < self.model.revision + self.offset:
+            await asyncio.sleep(0.01)
 
     @rule(client=clients)
     def reopen(self, client: int) -> None:

@@ -18,6 +18,8 @@ from pdserve.control.store.protocol import Compare, Delete, Entry, KeyChange, Li
 
 BUSY_S = 2.0
 """Seconds that a writer waits for another one."""
+READER_S = 0.25
+"""Seconds that a reader waits for a writer, before it reads what there is."""
 HISTORY = 1000
 """Revisions whose changes are kept at least; up to twice as many are."""
 SCHEMA = 1
@@ -157,11 +159,11 @@ class Database:
         with self._errors(), self._transaction("IMMEDIATE"):
             self._end(lease)
 
-    def reap(self, wait_s: float = 0.0) -> None:
+    def reap(self, wait_s: float = READER_S) -> None:
         """End the leases of dead processes.
 
         Args:
-            wait_s: how long to wait for another writer; 0: a reader does not wait.
+            wait_s: how long to wait for another writer, which often does the same.
         """
         with self._errors():
             run = self._connection.execute
