@@ -308,7 +308,7 @@ def test_over_http_with_its_first_response_at_the_latest(one_slot: Running) -> N
     wait_idle(one_slot, 5 * PREFILL_TOKEN_S + FREED_S + SHOWN_S)
 
 
-@WAYS
+@pytest.mark.parametrize("way", [GrpcCancel, HttpClose])
 def test_through_the_ensemble_it_is_not_noticed(one_slot: Running, way: type[Client]) -> None:
     """Triton tells a cancellation to the step that begins next, and to none that runs already.
 

@@ -47,13 +47,16 @@ def compared(server: Running, prompts: list[Prompt], **asked: Any) -> list[Answe
     return streamed
 
 
-def test_of_random_tokens(emulated_server: Running, reference: Reference) -> None:
+@pytest.mark.parametrize(
+    "count", [pytest.param(60, id="60"), pytest.param(200, id="200", marks=pytest.mark.full)]
+)
+def test_of_random_tokens(emulated_server: Running, reference: Reference, count: int) -> None:
     """The emulated engine draws any token of the vocabulary, parts of characters among them."""
-    prompts = corpus(reference.encode, 200, 2000)
+    prompts = corpus(reference.encode, count, 2000)
     found = compared(emulated_server, prompts, max_tokens=100)
 
     assert sum(len(answer.parts) for answer in found) > 2 * len(prompts)
-    assert sum("\ufffd" in answer.text for answer in found) > 20
+    assert sum("\ufffd" in answer.text for answer in found) > count // 10
 
 
 @pytest.mark.parametrize("stop", [["é"], ["的"], [" the"], ["\ufffd"], [" the", "的", "\ufffd"]])
