@@ -107,7 +107,7 @@ def test_an_id_without_a_token_has_no_text(emulated_server: Running) -> None:
 @pytest.mark.parametrize(
     ("count", "longest", "tokens"),
     [
-        pytest.param(12, 100, 12, id="12-prompts"),
+        pytest.param(6, 60, 8, id="6-prompts"),
         pytest.param(200, 2000, 32, id="200-prompts", marks=pytest.mark.full),
     ],
 )
