@@ -17,6 +17,7 @@ import tritonclient.grpc as grpc
 import tritonclient.grpc.aio as aio
 
 from pdctl import footprint
+from pdserve.observability.publisher import COUNTS_EVERY, PUBLISH_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -245,6 +246,11 @@ class Sample:
     name: str
     labels: dict[str, str]
     value: float
+
+
+def wait_counted() -> None:
+    """Wait until what has been counted so far is on the servers' pages of metrics."""
+    time.sleep((COUNTS_EVERY + 1) * PUBLISH_S)
 
 
 def metrics(server: Running) -> list[Sample]:

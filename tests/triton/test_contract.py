@@ -30,6 +30,7 @@ from tests.clients import (
     post,
     stream,
     tensor,
+    wait_counted,
     wait_until,
 )
 from tests.servers import emulated_deployment, running
@@ -471,6 +472,7 @@ def test_the_metrics_of_the_contract_are_there(emulated_server: Running) -> None
             and sample.labels == {"scenario": "default", "outcome": outcome}
         )
 
+    wait_counted()
     before = counted("length")
     generate(emulated_server, text_input=PROMPT, max_tokens=TOKENS)
     wait_until(lambda: counted("length") == before + 1, 1.0)
@@ -481,8 +483,8 @@ def test_the_metrics_of_the_contract_are_there(emulated_server: Running) -> None
     for sample in metrics(emulated_server):
         found.setdefault(sample.name, set()).add(tuple(sorted(sample.labels)))
     for name in ("pdserve_ttft_seconds", "pdserve_tpot_seconds", "pdserve_e2e_seconds"):
-        assert found[f"{name}_bucket"] == {("le", "scenario")}
-        assert found[f"{name}_sum"] == found[f"{name}_count"] == {("scenario",)}
+        assert found[f"{name}_bucket"] == {("group", "le", "scenario")}
+        assert found[f"{name}_sum"] == found[f"{name}_count"] == {("group", "scenario")}
     assert found["pdserve_kv_transfer_seconds_bucket"] == {("le",)}
     assert found["pdserve_kv_transfer_bytes_total"] == {("transport",)}
     assert "pdserve_forward_attempts_total" in found

@@ -29,6 +29,7 @@ from tests.clients import (
     metrics,
     stream,
     tensor,
+    wait_counted,
     wait_idle,
     wait_until,
 )
@@ -197,12 +198,14 @@ def test_shares(server: Running) -> None:
 
 
 def test_unknown_labels_are_counted_or_refused(server: Running) -> None:
+    wait_counted()
     before = counted(server, "pdserve_unknown_scenario_requests_total").total()
     generate(server, text_input="Hello", scenario="prose")
     wait_until(
         lambda: counted(server, "pdserve_unknown_scenario_requests_total").total() == before + 1, 2
     )
     change(server, gateway=config.Gateway(default_scenario="chat", strict=True))
+    wait_counted()
     refused = counted(server, "pdserve_requests_total", "outcome", scenario="chat")["rejected"]
     with pytest.raises(Refused) as caught:
         generate(server, text_input="Hello", scenario="prose")
@@ -268,6 +271,7 @@ def test_metrics_say_scenario_and_group(server: Running) -> None:
             counted(server, "pdserve_good_requests_total", "scenario"),
         ]
 
+    wait_counted()
     before = seen()
     for scenario in ("code", "chat", "code"):
         generate(server, text_input="Hello", max_tokens=3, scenario=scenario, ignore_eos=True)
