@@ -108,7 +108,7 @@ def test_an_id_without_a_token_has_no_text(emulated_server: Running) -> None:
     ("count", "longest", "tokens"),
     [
         pytest.param(6, 60, 8, id="6-prompts"),
-        pytest.param(200, 2000, 32, id="200-prompts", marks=pytest.mark.full),
+        pytest.param(200, 300, 16, id="200-prompts", marks=pytest.mark.full),
     ],
 )
 def test_of_the_model(
