@@ -29,7 +29,7 @@ class Rows(Struct):
 
 
 class Results(Struct):
-    """What a part has found so far."""
+    """The results of a part so far."""
 
     scale: str
     kind: str

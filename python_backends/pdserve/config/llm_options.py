@@ -89,7 +89,7 @@ class LlmArguments(Struct, frozen=True, forbid_unknown_fields=True, omit_default
     cuda_graph_config: Names | UnsetType | None = UNSET
     """Null: no CUDA graphs."""
     speculative_config: Names | None = None
-    """Of ``decode`` alone."""
+    """A prefill is refused that has it: only the decode side speculates."""
     enable_iter_perf_stats: bool | None = None
     """True: the state of the pool is published, as ``pdserve_kv_blocks``."""
     trust_remote_code: bool | None = None

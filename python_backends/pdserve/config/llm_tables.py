@@ -33,7 +33,7 @@ class Field(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
 
 
 class Declared(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a class declares. Not ``complete``: it may have more than was read."""
+    """The declarations of a class; it may have more than were read unless they are ``complete``."""
 
     complete: bool = True
     fields: dict[str, Field] = {}

@@ -22,16 +22,16 @@ PRESSED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What was seen of a group in one window."""
+    """The state and the work of a group in one window."""
 
     prefills: int
     decodes: int
     decode_slots: int
     """Slots of one decode."""
     prefill_work: Work
-    """Of all prefills together."""
+    """The work of all prefills together."""
     decode_work: Work
-    """Of all decodes together."""
+    """The work of all decodes together."""
     waiting: float
     """Mean number of requests that waited at gateways for a prefill."""
     leased: float

@@ -11,7 +11,7 @@ a step's time grows with its batch."""
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one instance did in a window, by its counters; times in seconds."""
+    """The work of an instance in a window, by its counters; times are in seconds."""
 
     completed: float = 0.0
     """Number of prompts computed by a prefill, or of answers completed by a decode."""

@@ -39,7 +39,7 @@ class LeasedKeys:
 
     @property
     def written(self) -> bool:
-        """Whether the store has taken all the keys, as far as is known."""
+        """Tell whether the store has taken all the keys, as far as is known."""
         return self._put == self._values
 
     async def run(self) -> None:

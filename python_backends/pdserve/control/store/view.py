@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Difference:
-    """What a view has learned at once."""
+    """The changes that a view has learned at once."""
 
     put: frozenset[str] = frozenset()
     """Keys with a new value."""
