@@ -3,8 +3,8 @@
 Source of names, defaults and bounds: ``tensorrt_llm/llmapi/llm_args.py``. TensorRT-LLM refuses
 unknown arguments only minutes into its start; here they are refused before. A test compares the
 names with the tables of the versions that were read (``llm_tables``). What not every version has is
-refused by an engine whose version lacks it, when it starts. Arguments that
-depend on how instances are linked are not options: the role, streaming, the timeout of a transfer.
+refused by an engine whose version lacks it, when it starts. Arguments that depend on how instances
+are linked are not options: the role, streaming, the timeout of a transfer.
 
 A value of type ``dict`` is passed on as it is; TensorRT-LLM checks what is in it.
 """
@@ -20,6 +20,14 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Size = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Names = dict[str, Any]
+BACKEND_VARIABLES = {
+    "TRTLLM_USE_NIXL_KVCACHE": "NIXL",
+    "TRTLLM_USE_UCX_KVCACHE": "UCX",
+    "TRTLLM_USE_MOONCAKE_KVCACHE": "MOONCAKE",
+    "TRTLLM_USE_MPI_KVCACHE": "MPI",
+}
+"""The transceiver's backend that each variable chooses where the option is ``DEFAULT``: the first
+one that is "1" counts, and NIXL if there is none (cpp/tensorrt_llm/common/envUtils.cpp)."""
 
 
 class CacheTransceiverConfig(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

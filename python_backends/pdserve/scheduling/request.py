@@ -101,7 +101,7 @@ class Request:
     """Among waiting requests the one with the highest priority goes first."""
     ttft_limit_s: float = 60.0
     ttft_limit_of: str = ""
-    """Who sets this limit, as errors name it: the request itself, a scenario or the gateway."""
+    """Errors name this as the one that sets the limit: the request, a scenario or the gateway."""
     time_limit_s: float = math.inf
     """Seconds from its arrival to its end."""
     trace: str = ""

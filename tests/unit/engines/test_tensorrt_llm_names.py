@@ -16,12 +16,13 @@ from pdctl.doctor import variables
 from pdctl.paths import ROOT
 from pdserve import config
 from pdserve.config.llm_options import (
+    BACKEND_VARIABLES,
     CacheTransceiverConfig,
     KvCacheConfig,
     LlmArguments,
     LlmOptions,
 )
-from pdserve.engines.tensorrt_llm import api, options, sampling
+from pdserve.engines.tensorrt_llm import api, sampling
 from tests.unit.engines.llm import (
     VERSIONS,
     answer,
@@ -179,8 +180,7 @@ def linked_by(given: config.Network) -> config.Deployment:
 def test_variables_are_in_the_table() -> None:
     """The table lists the variables that are set for UCX and TensorRT-LLM anywhere in the code."""
     there, read = table()["environment, set"], table()["environment, read"]
-    assert options.BACKENDS == variables.BACKENDS
-    assert read == {*variables.BACKENDS, *variables.NO_STATISTICS}
+    assert read == {*BACKEND_VARIABLES, *variables.NO_STATISTICS}
     everything = config.Network(("a",), 1, 2, 3, "eth0")
     assert there == {*network.variables(linked_by(everything)), *api.GPUS}
     listed = subprocess.run(

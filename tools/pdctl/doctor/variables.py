@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-BACKENDS = {
-    "TRTLLM_USE_MOONCAKE_KVCACHE": "MOONCAKE",
-    "TRTLLM_USE_MPI_KVCACHE": "MPI",
-    "TRTLLM_USE_NIXL_KVCACHE": "NIXL",
-    "TRTLLM_USE_UCX_KVCACHE": "UCX",
-}
-"""The transceiver backend that TensorRT-LLM takes for ``DEFAULT``, by the variable that is 1
-(cpp/tensorrt_llm/common/envUtils.cpp)."""
+from pdserve.config.llm_options import BACKEND_VARIABLES
+
 NO_STATISTICS = {
     "DO_NOT_TRACK": ("1",),
     "TELEMETRY_DISABLED": ("1", "true"),
@@ -23,6 +17,6 @@ VARIABLES = (
     "UCX_IB_GID_INDEX",
     "UCX_NET_DEVICES",
     "UCX_TLS",
-    *BACKENDS,
+    *BACKEND_VARIABLES,
     *NO_STATISTICS,
 )

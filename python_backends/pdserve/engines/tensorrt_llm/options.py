@@ -8,7 +8,12 @@ from typing import Any
 import msgspec
 
 from pdserve import config
-from pdserve.config.llm_options import CacheTransceiverConfig, KvCacheConfig, LlmArguments
+from pdserve.config.llm_options import (
+    BACKEND_VARIABLES,
+    CacheTransceiverConfig,
+    KvCacheConfig,
+    LlmArguments,
+)
 from pdserve.engines.tensorrt_llm.api import Api
 from pdserve.errors import DeploymentError
 
@@ -19,14 +24,6 @@ DEFAULTS: dict[config.Role, dict[str, Any]] = {
     "decode": {},
 }
 WHERE = "engine.tensorrt_llm"
-# The backend that each variable chooses where the option is DEFAULT; the first one that is "1"
-# counts, and NIXL if there is none.
-BACKENDS = {
-    "TRTLLM_USE_NIXL_KVCACHE": "NIXL",
-    "TRTLLM_USE_UCX_KVCACHE": "UCX",
-    "TRTLLM_USE_MOONCAKE_KVCACHE": "MOONCAKE",
-    "TRTLLM_USE_MPI_KVCACHE": "MPI",
-}
 
 
 def transceiver(api: Api, wanted: CacheTransceiverConfig, lease_s: float) -> dict[str, Any]:
@@ -86,11 +83,11 @@ def backend(wanted: CacheTransceiverConfig, environment: Mapping[str, str]) -> s
     """Return the backend that is used in this environment."""
     if wanted.backend != "DEFAULT":
         return wanted.backend
-    return next((BACKENDS[name] for name in _chosen(environment)), "NIXL")
+    return next((BACKEND_VARIABLES[name] for name in _chosen(environment)), "NIXL")
 
 
 def _chosen(environment: Mapping[str, str]) -> list[str]:
-    return [name for name in BACKENDS if environment.get(name) == "1"]
+    return [name for name in BACKEND_VARIABLES if environment.get(name) == "1"]
 
 
 def warnings(
@@ -100,7 +97,7 @@ def warnings(
     options = deployment.engine.tensorrt_llm
     used = backend(options.cache_transceiver_config, environment)
     for name in _chosen(environment):
-        if BACKENDS[name] != used:
+        if BACKEND_VARIABLES[name] != used:
             yield f"{name} is set, but the backend of the cache transceiver is {used}"
         elif options.cache_transceiver_config.backend == "DEFAULT":
             yield (

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pdctl.doctor.advice.finding import Finding
 from pdctl.doctor.advice.needs import Needs
 from pdctl.doctor.inventory import Inventory
-from pdctl.doctor.variables import BACKENDS, NO_STATISTICS
+from pdctl.doctor.variables import NO_STATISTICS
 from pdctl.doctor.versions import OPENAI, READ, STATISTICS, SUPPORTED, within
 from pdserve.config import Deployment
+from pdserve.config.llm_options import BACKEND_VARIABLES
 
 NAME = "tensorrt_llm"
 _MENDS = (
@@ -55,7 +56,7 @@ def _unusable(version: str, why: str) -> Finding:
 
 def _backend(environment: Mapping[str, str], deployment: Deployment) -> Iterator[Finding]:
     configured = deployment.engine.tensorrt_llm.cache_transceiver_config.backend
-    for name, chosen in BACKENDS.items():
+    for name, chosen in BACKEND_VARIABLES.items():
         if environment.get(name) != "1" or chosen == configured:
             continue
         decides = configured == "DEFAULT"
