@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,8 @@ class Publisher:
         """The gauges that Triton shows, with their values."""
         self._owed: dict[tuple[str, Labels], Change] = {}
         """Changes that Triton has not accepted."""
+        # A publication goes on in its thread when ``run`` is cancelled.
+        self._lock = threading.Lock()
 
     async def run(self) -> None:
         """Publish until cancelled, in another thread: each call waits for the server."""
@@ -63,6 +66,10 @@ class Publisher:
             await asyncio.get_running_loop().run_in_executor(None, self._publish, changes)
 
     def _publish(self, changes: list[Change]) -> None:
+        with self._lock:
+            self._publish_alone(changes)
+
+    def _publish_alone(self, changes: list[Change]) -> None:
         failed_before = {change.name for change in self._owed.values()}
         for change in changes:
             owed = self._owed.get(change.key)

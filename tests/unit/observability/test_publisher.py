@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import defaultdict
 from contextlib import suppress
 from weakref import WeakSet
@@ -13,7 +14,7 @@ import pytest
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.observability.publisher import COUNTS_EVERY, PUBLISH_S, Publisher
-from tests.unit.inprocess import virtual
+from tests.unit.inprocess import real, virtual
 
 REQUESTS, SLOTS = "pdserve_requests_total", "pdserve_slots"
 
@@ -189,3 +190,28 @@ async def test_gauges_are_published_more_often_than_the_rest() -> None:
     await asyncio.sleep((COUNTS_EVERY - 1) * PUBLISH_S)
     assert published(server) == ALL
     await publishing
+
+
+@real
+async def test_a_publication_that_is_under_way_at_the_end_counts_once() -> None:
+    """It goes on in its thread when ``run`` is cancelled, and ``close`` publishes after it."""
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(Server):
+        def take(self, what: str) -> None:
+            began.set()
+            assert go_on.wait(10)
+
+    server, registry = Slow(), Registry()
+    publisher = Publisher(registry, server)
+    registry.add(catalogue.STEPS, 3, instance="p")
+    running = asyncio.create_task(publisher.run())
+    assert await asyncio.to_thread(began.wait, 10)
+    running.cancel()
+    await asyncio.wait({running})
+    registry.add(catalogue.STEPS, 1, instance="p")
+    closing = asyncio.create_task(publisher.close())
+    await asyncio.sleep(0.05)
+    go_on.set()
+    await asyncio.wait_for(closing, 10)
+    assert published(server) == {"pdserve_steps_total p": 4}
