@@ -63,6 +63,15 @@ class InstanceEnded(InstanceError):
     """An instance that had been answering has ended, or the connection to it has."""
 
 
+class Drained(InstanceError):
+    """An instance gave up an accepted request, since its drain has a time limit.
+
+    Another goes on with the request; clients never see this error.
+    """
+
+    code = "DRAINED"
+
+
 class Suspected(PDServeError):
     """The request was open on so many instances when they ended that it is not tried again."""
 

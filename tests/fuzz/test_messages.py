@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from hypothesis import strategies as st
 
+from pdserve.control.assignment import FIRST
 from pdserve.rpc import messages
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.client import NoAnswer
@@ -263,18 +264,18 @@ class Feeder:
             case "unsealed":
                 return message
             case "garbage":
-                return seal.close(secrets.token_bytes(one.place % 100))
+                return seal.close(secrets.token_bytes(one.place % 100), FIRST)
             case "cut":
-                return seal.close(message[: one.place % len(message)])
+                return seal.close(message[: one.place % len(message)], FIRST)
             case "altered":
-                sealed = bytearray(seal.close(message))
+                sealed = bytearray(seal.close(message, FIRST))
                 sealed[one.place % len(sealed)] ^= 1 + one.place % 255
                 return bytes(sealed)
             case "other key":
-                return Seal(bytes(32), one.model).close(message)
+                return Seal(bytes(32), one.model).close(message, FIRST)
             case "other instance":
-                return Seal(self._secret, "prefill_7").close(message)
-        return seal.close(message)
+                return Seal(self._secret, "prefill_7").close(message, FIRST)
+        return seal.close(message, FIRST)
 
     async def _close(self) -> None:
         for channel in self._channels.values():

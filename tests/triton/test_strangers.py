@@ -14,6 +14,7 @@ from pdctl import fleet
 from pdctl.server import Server
 from pdserve.config import Deployment, Gateway
 from pdserve.config import Server as Spec
+from pdserve.control.assignment import FIRST
 from pdserve.rpc import messages
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.messages import Describe, Described, Failed, PrefillRequest, Release, Released
@@ -67,7 +68,7 @@ def refusals(server: Running, model: str) -> float:
 def test_a_stranger_is_told_nothing(emulated_server: Running, model: str) -> None:
     own = Seal(secret(emulated_server.deployment), model)
     message = messages.encode(PROMPT)
-    sealed = own.close(message)
+    sealed = own.close(message, FIRST)
     strange = [
         b"",
         b"\xff" * 9,
@@ -78,14 +79,14 @@ def test_a_stranger_is_told_nothing(emulated_server: Running, model: str) -> Non
         messages.encode(Describe("stranger")),
         sealed[:-1],
         sealed[:20] + b"\0" + sealed[21:],
-        Seal(secret(emulated_server.deployment), "prefill_0").close(message),
-        Seal(secrets.token_bytes(32), model).close(message),
+        Seal(secret(emulated_server.deployment), "prefill_0").close(message, FIRST),
+        Seal(secrets.token_bytes(32), model).close(message, FIRST),
     ]
     before, logged = refusals(emulated_server, model), len(emulated_server.servers[0].read_log())
     assert first_replies(emulated_server, model, *strange) == [REFUSED] * len(strange)
-    assert first_replies(emulated_server, model, own.close(messages.encode(Release("it")))) == [
-        Released()
-    ]
+    assert first_replies(
+        emulated_server, model, own.close(messages.encode(Release("it")), FIRST)
+    ) == [Released()]
     for _ in range(100):
         if refusals(emulated_server, model) == before + len(strange):
             break
@@ -102,7 +103,7 @@ def test_a_stranger_is_told_nothing(emulated_server: Running, model: str) -> Non
 
 def test_a_message_to_one_prefill_is_none_to_another(emulated_server: Running) -> None:
     own = Seal(secret(emulated_server.deployment), "prefill_1")
-    describe = own.close(messages.encode(Describe("it")))
+    describe = own.close(messages.encode(Describe("it")), FIRST)
     assert first_replies(emulated_server, "prefill_0", describe) == [REFUSED]
     [described] = first_replies(emulated_server, "prefill_1", describe)
     assert isinstance(described, Described)

@@ -12,6 +12,9 @@ Number = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 
 FIRST = 1
 """The number of the first assignment, which deployment.yaml gives."""
+ANY = 0
+"""Stands for the number of a message to an instance whatever its assignment. Messages that can
+begin something are not accepted under it."""
 
 
 class Assignment(Struct, frozen=True, forbid_unknown_fields=True):

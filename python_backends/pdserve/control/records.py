@@ -30,13 +30,15 @@ T = TypeVar("T", bound=Struct)
 
 
 class Phase(Enum):
-    """What an instance does with requests.
+    """What an instance does with requests (``pdserve.instances.assigned``).
 
     ::
 
-        UNASSIGNED ──► SERVING ──► DRAINING ──► DRAINED
-             ▲            ▲                        │
-             └────────────┴──── another assignment ┘
+                   Assign               Drain              nothing held
+        UNASSIGNED ──────► SERVING ────────────► DRAINING ──────────────► DRAINED
+             ▲              ▲   ▲      Resume       │                      │   │
+             │              │   └───────────────────┴──────────────────────┘   │
+             └──────────────┴──────────────── Assign ──────────────────────────┘
     """
 
     UNASSIGNED = "unassigned"

@@ -52,7 +52,8 @@ class ReservedCall(AcceptedCall):
     _: KW_ONLY
     stuck: bool = False
     """True if something may still be written to its blocks, which are not reused then."""
-    released: bool = False
+    given_up: Reply | None = None
+    """The last reply to it, if it is not wanted any more."""
 
     @property
     def local(self) -> bool:

@@ -21,7 +21,7 @@ from pdserve.instances.acceptance import Trials
 from pdserve.instances.accepted_call import ReservedCall
 from pdserve.instances.kv_imports import KVImports, Threads
 from pdserve.instances.local_prefill import LocalPrefill
-from pdserve.instances.protocol import Send, Sent, sent_at_once
+from pdserve.instances.protocol import RELEASED, Send, Sent, sent_at_once
 from pdserve.instances.room_admission import RoomAdmission
 from pdserve.instances.running_batch import RunningBatch
 from pdserve.instances.slots import show
@@ -39,6 +39,7 @@ from pdserve.rpc.messages import (
     Released,
     Reply,
     Tokens,
+    Unlink,
     Watch,
 )
 from pdserve.supervision import Background
@@ -193,10 +194,40 @@ class DecodeInstance:
         """Give up a request; what a step or a pull still uses is freed after it."""
         call = self._admission.open.get(request_id)
         if call is not None:
-            call.released = True
+            call.given_up = call.given_up or RELEASED
             self._batch.wake()
         self._admission.watches.release(request_id)
         send(Released(), True)
+
+    # ---------------------------------------------------------------- assignment
+
+    @property
+    def used(self) -> int:
+        """Return the number of slots that requests hold."""
+        return len(self._admission.open)
+
+    @property
+    def leases(self) -> int:
+        """Return 0: a decode lends no KV cache."""
+        return 0
+
+    @property
+    def memory(self) -> bytes:
+        """Return nothing: no other instance links to a decode's pool."""
+        return b""
+
+    def assign(self, number: int) -> None:
+        """Do nothing: a decode makes no handles."""
+
+    def end_watches(self, reply: Reply) -> None:
+        """End all watches: there will be no room for them."""
+        self._admission.watches.close(reply)
+
+    def end_all(self, failed: Failed) -> None:
+        """Give up all requests; what a step or a pull still uses is freed after it."""
+        for call in self._admission.open.values():
+            call.given_up = call.given_up or failed
+        self._batch.wake()
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Report once that a request has ended since; at once if none is open."""
@@ -227,12 +258,16 @@ class DecodeInstance:
 
         self._kv_imports.connect(request.endpoint, done)
 
+    def unlink(self, request: Unlink, send: Send) -> None:
+        """Refuse: its links end with its process."""
+        send(Failed(errors.Unsupported.code, f"{self._name} closes no link by message"), True)
+
     def _arrived(self, call: ReservedCall, transfer: TransferReport | Exception) -> None:
         if not isinstance(transfer, Exception):
             call.arrived_at = self._loop.time()
             self._blocks.arrived(call.reserved, call.sequence.prompt)
         call.stuck = isinstance(transfer, Stuck)
-        if call.released:
+        if call.given_up:
             self._end(call, None)
         elif isinstance(transfer, Exception):
             self._end(call, Failed(errors.HandleError.code, f"{self._name}: {transfer}"))
@@ -259,7 +294,7 @@ class DecodeInstance:
             self._blocks.park(call.reserved, known)
         elif not call.stuck:
             self._blocks.free(call.reserved)
-        reply = reply or Failed(errors.Cancelled.code, "released")
+        reply = reply or call.given_up or RELEASED
         now = self._loop.time()
         if isinstance(reply, Tokens) and call.arrived_at is not None:
             self._metrics.observe(catalogue.DECODE, now - call.arrived_at, instance=self._name)

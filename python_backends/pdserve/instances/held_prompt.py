@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pdserve.engines.protocol import PrefillJob
 from pdserve.instances.acceptance import Acceptance
 from pdserve.instances.protocol import Send
-from pdserve.rpc.messages import PrefillRequest
+from pdserve.rpc.messages import PrefillRequest, Reply
 from pdserve.transfer.producer.kv_range import KVRange
 from pdserve.transfer.producer.lease_manager import LeasedRange
 
@@ -27,4 +27,5 @@ class HeldPrompt:
     """Time after which its first token is useless."""
     computing: bool = True
     """True if its first token is not known yet."""
-    cancelled: bool = False
+    given_up: Reply | None = None
+    """The reply to it, if its first token is not wanted any more."""

@@ -50,6 +50,13 @@ class KVExports:
         """Tell whether so many ranges are quarantined that no more may follow."""
         return len(self.leases.quarantined) >= MAX_QUARANTINED
 
+    @property
+    def open(self) -> int:
+        """Return the number of KV caches that a decode may still read."""
+        counts = self.leases.counts()
+        states = State.LEASED, State.IN_TRANSFER, State.QUARANTINED
+        return sum(counts[state][0] for state in states)
+
     def nbytes(self, tokens: int) -> int:
         """Return the bytes of the KV cache of so many tokens."""
         return tokens * self.holder.token_bytes

@@ -77,7 +77,7 @@ class LocalPrefill:
 
         No step of the engine may run meanwhile.
         """
-        for prompt in [each for each in self._waiting if each.call.released]:
+        for prompt in [each for each in self._waiting if each.call.given_up]:
             self._end(prompt, errors.Cancelled("released"))
         room = self._turn_tokens
         while self._waiting and (room == self._turn_tokens or self._left(self._waiting[0]) <= room):

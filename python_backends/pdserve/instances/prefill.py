@@ -19,7 +19,7 @@ from pdserve.instances.acceptance import Acceptance, Trials
 from pdserve.instances.held_prompt import HeldPrompt
 from pdserve.instances.kv_exports import KVExports
 from pdserve.instances.prompt_computation import PromptComputation
-from pdserve.instances.protocol import Send, Sent, sent_at_once
+from pdserve.instances.protocol import RELEASED, Send, Sent, sent_at_once
 from pdserve.instances.slot_admission import SlotAdmission
 from pdserve.instances.slots import show
 from pdserve.instances.ticks import Ticks
@@ -175,11 +175,46 @@ class PrefillInstance:
         self._slots.watches.release(request_id)
         held = self._slots.held.get(request_id)
         if held is not None:
-            if held.computing:
-                self._computation.cancel(held)
-            else:
-                self._take_back(held)
+            self._give_up(held, RELEASED)
         send(Released(), True)
+
+    def _give_up(self, held: HeldPrompt, reply: Failed) -> None:
+        if held.computing:
+            self._computation.give_up(held, reply)
+        else:
+            self._take_back(held)
+
+    # ---------------------------------------------------------------- assignment
+
+    @property
+    def used(self) -> int:
+        """Return the number of slots that requests hold."""
+        return len(self._slots.held)
+
+    @property
+    def leases(self) -> int:
+        """Return the number of KV caches that a decode may still read."""
+        return self._exports.open
+
+    @property
+    def memory(self) -> bytes:
+        """Return the epoch of the arena."""
+        return self._exports.holder.epoch
+
+    def assign(self, number: int) -> None:
+        """Name this assignment in handles and in the endpoint from now on."""
+        self._exports.holder.assign(number)
+
+    def end_watches(self, reply: Reply) -> None:
+        """End all watches: nothing will become free for them."""
+        self._slots.watches.close(reply)
+
+    def end_all(self, failed: Failed) -> None:
+        """Give up all requests; KV caches that a decode is pulling are freed after that."""
+        for held in list(self._slots.held.values()):
+            if not held.given_up:
+                self._give_up(held, failed)
+        self._ticks.wake()
 
     def _places(self) -> int:
         """Return the number of further prompts that the next forward has room for."""

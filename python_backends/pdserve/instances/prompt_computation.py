@@ -18,7 +18,6 @@ from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Failed, Reply
 
-_RELEASED = Failed(errors.Cancelled.code, "released")
 _LATE = Failed(errors.Unavailable.code, "too late to begin with it")
 
 
@@ -74,8 +73,8 @@ class PromptComputation:
 
     def _try(self, held: HeldPrompt) -> None:
         self._on_trial = None
-        if held.cancelled:
-            self._end(held, _RELEASED)
+        if held.given_up:
+            self._end(held, held.given_up)
         else:
             self._add(held)
 
@@ -83,12 +82,12 @@ class PromptComputation:
         self.pending.append(held)
         self._work.set()
 
-    def cancel(self, held: HeldPrompt) -> None:
+    def give_up(self, held: HeldPrompt, reply: Reply) -> None:
         """Give up a prompt: now if it is pending, and otherwise after its trial or forward."""
-        held.cancelled = True
+        held.given_up = reply
         if held in self.pending:
             self.pending.remove(held)
-            self._end(held, _RELEASED)
+            self._end(held, reply)
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -121,8 +120,8 @@ class PromptComputation:
         ms = seconds * 1e3
         for held, token in zip(batch, tokens, strict=True):
             self._metrics.observe(catalogue.PREFILL, seconds, instance=self._name)
-            if held.cancelled:
-                self._end(held, _RELEASED)
+            if held.given_up:
+                self._end(held, held.given_up)
             else:
                 self._done(held, token, ms)
 

@@ -10,11 +10,13 @@ from pdserve.rpc.messages import (
     Connect,
     DecodeRequest,
     Describe,
+    Failed,
     PrefillRequest,
     Release,
     Reply,
     Request,
     Transferred,
+    Unlink,
     Watch,
 )
 
@@ -24,6 +26,10 @@ Send = Callable[[Reply, bool], None]
 
 Sent = Callable[[Callable[[], None]], None]
 """Calls a function in the event loop, once the server has all replies that were sent before."""
+
+
+RELEASED = Failed(errors.Cancelled.code, "released")
+"""The last reply to a request that its gateway has released."""
 
 
 def sent_at_once(then: Callable[[], None]) -> None:
@@ -53,6 +59,30 @@ class Instance(Protocol):
         Args:
             stream: the gateway's connection.
         """
+
+    @property
+    def used(self) -> int:
+        """Return the number of slots that requests hold."""
+
+    @property
+    def leases(self) -> int:
+        """Return the number of KV caches that a decode may still read, quarantined ones included.
+
+        Each of them that no decode has begun to read holds a slot, too.
+        """
+
+    @property
+    def memory(self) -> bytes:
+        """Return the epoch of the memory that decodes link to; empty: there is none."""
+
+    def assign(self, number: int) -> None:
+        """Name this assignment in handles and in the endpoint from now on; it holds nothing."""
+
+    def end_watches(self, reply: Reply) -> None:
+        """End all watches with this reply."""
+
+    def end_all(self, failed: Failed) -> None:
+        """Give up all requests, soon; those that are not answered yet get this reply."""
 
 
 class PrefillRole(Instance, Protocol):
@@ -86,6 +116,9 @@ class DecodeRole(Instance, Protocol):
     def connect(self, request: Connect, send: Send) -> None:
         """Connect to a prefill; ``send`` gets how it is reached, or the error."""
 
+    def unlink(self, request: Unlink, send: Send) -> None:
+        """Close the link to a prefill; ``send`` gets ``Unlinked`` once nothing uses it."""
+
 
 def dispatch(instance: PrefillRole | DecodeRole, request: Request, stream: str, send: Send) -> None:
     """Hand a request to an instance.
@@ -111,6 +144,8 @@ def dispatch(instance: PrefillRole | DecodeRole, request: Request, stream: str, 
             instance.transferred(request.id, send)
         case Connect() if instance.role == "decode":
             instance.connect(request, send)
+        case Unlink() if instance.role == "decode":
+            instance.unlink(request, send)
         case _:
             kind = type(instance).__name__
             raise errors.InstanceError(f"a {type(request).__name__} came to a {kind}")

@@ -23,7 +23,7 @@ class RunningBatch:
 
     Args:
         admission: of the instance, by which replies with tokens are made and sent.
-        end: called with each request that has ended, and its last reply; None: it was released.
+        end: called with each request that has ended, and its last reply; None: it was given up.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class RunningBatch:
         self._metrics.add(catalogue.STEP_SEQUENCE_SECONDS, batch * seconds, instance=name)
 
     def _batch(self) -> list[ReservedCall]:
-        for call in [call for call in self.calls.values() if call.released]:
+        for call in [call for call in self.calls.values() if call.given_up]:
             self._end(call, None)
         return list(self.calls.values())
 
@@ -97,7 +97,7 @@ class RunningBatch:
 
     def append(self, call: ReservedCall, token: int, now: float, interval: float) -> None:
         """Add a token to an answer; send all new ones if ``interval`` seconds have passed."""
-        if call.released:
+        if call.given_up:
             return
         request, sequence = call.request, call.sequence
         sequence.tokens.append(token)

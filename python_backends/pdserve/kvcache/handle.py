@@ -1,4 +1,4 @@
-"""The KV handle, version 3: identifies a KV cache, its model, and until when it may be pulled.
+"""The KV handle, version 4: identifies a KV cache, its model, and until when it may be pulled.
 
 It is the only part of a KV cache that travels with a request; the bytes stay where they are until
 the decode pulls them (`pdserve.transfer`), and how the holder's memory is reached is sent once,
@@ -15,6 +15,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from pdserve.control.assignment import Number
 from pdserve.errors import HandleError
 from pdserve.kvcache.layout import KVLayout
 from pdserve.kvcache.sharding import Sharding
@@ -38,7 +39,7 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     A handle with a field that violates its constraint is refused when it is opened.
     """
 
-    version: Literal[3] = 3
+    version: Literal[4] = 4
     """The first field, so that a handle of another version is refused for its version."""
     fingerprint: Fingerprint
     layout: KVLayout
@@ -46,6 +47,8 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Layout of the KV cache over the holder's ranks."""
     tokens: Annotated[int, Meta(ge=1, le=1 << 24)]
     epoch: Epoch
+    number: Number
+    """Number of the holder's assignment."""
     offset: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     """Bytes from the start of the holder's data."""
     lease: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]

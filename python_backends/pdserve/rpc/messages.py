@@ -1,11 +1,16 @@
-"""The messages between the scheduler and the instances, version 6.
+"""The messages to the instances of a deployment and from them, version 7.
 
 A message is msgpack in one UINT8 tensor: ``request`` to the instance; from it ``reply``, any number
 of replies with the ids of the calls that they belong to, and the epoch of the process that sends
-them. A request travels sealed (``pdserve.rpc.seal``). Nothing here is part of the public contract;
-both ends of a deployment run the same version, and a message of another version is refused. An
-unknown field is ignored, so that an optional one may be added without a new version. Token ids are
-little-endian int32 bytes: ``numpy.frombuffer(ids, "<i4")``.
+them. A request travels sealed (``pdserve.rpc.seal``), with the number of the assignment that it is
+for: an instance that has another one answers ``Reassigned``. Gateways send the messages that serve
+requests; the node agent those of the control plane, which are bound to one process by its epoch
+(`pdserve.node.epoch`), and to its present assignment by ``number``.
+
+Nothing here is part of the public contract; both ends of a deployment run the same version, and a
+message of another version is refused. An unknown field is ignored, so that an optional one may be
+added without a new version. Token ids are little-endian int32 bytes:
+``numpy.frombuffer(ids, "<i4")``.
 """
 
 from __future__ import annotations
@@ -13,16 +18,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from pdserve.control.assignment import Assignment, Number
+from pdserve.control.records import Phase
 from pdserve.errors import InstanceError, InvalidRequest
+from pdserve.kvcache.handle import EPOCH_BYTES, Epoch
 from pdserve.sampling import Sampling
 from pdserve.transfer.reports import LinkReport, TransferReport
 
-VERSION = 6
+VERSION = 7
 
 MAX_BESIDE_PROMPT = 2 << 20
 """Maximum bytes of a request without its prompt: a sealed endpoint, or the link of an external
@@ -42,6 +50,7 @@ Token = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 """A token id; the instance checks it against its vocabulary."""
 Ids = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1 << 31)]
+Seconds = Annotated[float, Meta(ge=0, le=1 << 20)]
 Sealed = Annotated[bytes, Meta(max_length=MAX_BESIDE_PROMPT - (1 << 10))]
 Label = Annotated[str, Meta(max_length=128)]
 Version = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -167,6 +176,63 @@ class Connect(Struct, frozen=True, tag="connect"):
     version: Version = VERSION
 
 
+class Inspect(Struct, frozen=True, tag="inspect"):
+    """Ask an instance what it is; it answers ``Inspected``, as to the other messages below."""
+
+    id: Id
+    version: Version = VERSION
+
+
+class Drain(Struct, frozen=True, tag="drain"):
+    """Accept no request any more, and finish those that are here."""
+
+    id: Id
+    epoch: Epoch
+    """Epoch of the process."""
+    number: Number
+    """Number of its present assignment."""
+    within_s: Seconds
+    """Seconds after which what is left ends with the code of ``errors.Drained``. Of several drains
+    the earliest end counts."""
+    version: Version = VERSION
+
+
+class Resume(Struct, frozen=True, tag="resume"):
+    """Serve again under the same assignment, after a drain or in its middle."""
+
+    id: Id
+    epoch: Epoch
+    number: Number
+    version: Version = VERSION
+
+
+class Assign(Struct, frozen=True, tag="assign"):
+    """Take another assignment, with a higher number; the instance must hold nothing."""
+
+    id: Id
+    epoch: Epoch
+    number: Number
+    """Number of its present assignment."""
+    assignment: Assignment
+    version: Version = VERSION
+
+
+class Unlink(Struct, frozen=True, tag="unlink"):
+    """Close a decode's link to the memory of a prefill, which is about to be released.
+
+    Pulls in progress on it end first, or fail within a bound. A link that another process of that
+    name has, or the same process under a higher number, stays.
+    """
+
+    id: Id
+    prefill: Label
+    epoch: Epoch
+    """Epoch of the memory (``Inspected.memory``)."""
+    number: Number
+    """Number of the assignment under which the prefill has had it."""
+    version: Version = VERSION
+
+
 SUSPECT = "suspect"
 """Reason of a ``Busy``: there is room, but not for another request that is ``suspect``."""
 
@@ -258,7 +324,51 @@ class Released(Struct, frozen=True, tag="released"):
     """Nothing is held for the request."""
 
 
-Request = PrefillRequest | DecodeRequest | Watch | Release | Transferred | Describe | Connect
+class Reassigned(Struct, frozen=True, tag="reassigned"):
+    """The instance has another assignment, or serves no new request under this one.
+
+    Nothing is held for the call.
+    """
+
+    assignment: Assignment
+    """The present one."""
+    phase: Phase
+
+
+class Inspected(Struct, frozen=True, tag="inspected"):
+    """What an instance is, and what it holds."""
+
+    assignment: Assignment
+    phase: Phase
+    epoch: Epoch
+    used: Count
+    """Slots that requests hold."""
+    leases: Count
+    """KV caches that a decode may still read, those in quarantine included."""
+    kind: Literal["prefill", "decode", "flexible"]
+    """Its fixed role, or that it can have either."""
+    memory: Annotated[bytes, Meta(max_length=EPOCH_BYTES)] = b""
+    """Epoch of the memory that decodes link to; empty: it has none."""
+
+
+class Unlinked(Struct, frozen=True, tag="unlinked"):
+    """There is no such link any more."""
+
+
+Request = (
+    PrefillRequest
+    | DecodeRequest
+    | Watch
+    | Release
+    | Transferred
+    | Describe
+    | Connect
+    | Inspect
+    | Drain
+    | Resume
+    | Assign
+    | Unlink
+)
 Reply = (
     Busy
     | Freed
@@ -270,6 +380,9 @@ Reply = (
     | NotConnected
     | Described
     | Connected
+    | Reassigned
+    | Inspected
+    | Unlinked
 )
 
 

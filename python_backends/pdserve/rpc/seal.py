@@ -1,8 +1,9 @@
 """Messages to an instance with a MAC: only senders with the deployment's key are accepted.
 
-A sealed message is 16 bytes of MAC (keyed BLAKE2b) and the message. The MAC's key is derived from
-the deployment's key and the instance's name, so that a message to one instance is not valid for
-another.
+A sealed message is 16 bytes of MAC (keyed BLAKE2b), 8 bytes of a number, little-endian, and the
+message. The number is that of the assignment under which the sender knows the instance
+(``pdserve.control.assignment``). The MAC covers both; its key is derived from the deployment's key
+and the instance's name, so that a message to one instance is not valid for another.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from hmac import compare_digest
 from pdserve.errors import PDServeError
 
 MAC_BYTES = 16
+NUMBER_BYTES = 8
 _PERSON = b"pdserve message"
 
 LOG_EVERY_S = 10.0
@@ -40,12 +42,13 @@ class Seal:
         own = hashlib.blake2b(instance.encode(), key=key, person=_PERSON).digest()
         self._keyed = hashlib.blake2b(digest_size=MAC_BYTES, key=own, person=_PERSON)
 
-    def close(self, message: bytes) -> bytes:
-        """Return the message, preceded by its MAC."""
-        return self._mac(message) + message
+    def close(self, message: bytes, number: int) -> bytes:
+        """Return the message, preceded by its MAC and the number of an assignment, or ANY."""
+        body = number.to_bytes(NUMBER_BYTES, "little") + message
+        return self._mac(body) + body
 
-    def open(self, data: memoryview, most: int) -> memoryview:
-        """Return the message, after its MAC has been verified.
+    def open(self, data: memoryview, most: int) -> tuple[int, memoryview]:
+        """Return the number and the message, after their MAC has been verified.
 
         Args:
             most: maximum bytes of a message; of a longer one not even the MAC is computed.
@@ -54,14 +57,16 @@ class Seal:
             Unsealed: the message is cut short, altered, too long, for another instance or under
                 another key.
         """
-        mac, message = bytes(data[:MAC_BYTES]), data[MAC_BYTES:]
-        if len(message) > most or not compare_digest(mac, self._mac(message)):
+        mac, body = bytes(data[:MAC_BYTES]), data[MAC_BYTES:]
+        if not NUMBER_BYTES <= len(body) <= NUMBER_BYTES + most:
             raise Unsealed
-        return message
+        if not compare_digest(mac, self._mac(body)):
+            raise Unsealed
+        return int.from_bytes(body[:NUMBER_BYTES], "little"), body[NUMBER_BYTES:]
 
-    def _mac(self, message: bytes | memoryview) -> bytes:
+    def _mac(self, body: bytes | memoryview) -> bytes:
         keyed = self._keyed.copy()
-        keyed.update(message)
+        keyed.update(body)
         return keyed.digest()
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from pdserve.control.assignment import Number
 from pdserve.kvcache.handle import Epoch, Fingerprint
 from pdserve.kvcache.layout import KVLayout
 from pdserve.kvcache.sharding import Sharding
@@ -30,12 +31,14 @@ class Terms:
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A holder's description. Sealed like a handle (`pdserve.kvcache.handle.seal`)."""
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     name: Annotated[str, Meta(max_length=128)]
     """Name of the holder's instance."""
     host: Annotated[str, Meta(max_length=128)]
     """`host_id` of the holder's host."""
     epoch: Epoch
+    number: Number
+    """Number of the holder's assignment."""
     fingerprint: Fingerprint
     layout: KVLayout
     slots: Annotated[int, Meta(ge=1, le=1 << 20)]

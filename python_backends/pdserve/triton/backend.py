@@ -33,6 +33,11 @@ def deployment_path(args: dict[str, str]) -> Path:
     return Path(args["model_repository"]).parent / "deployment.yaml"
 
 
+def folder(args: dict[str, str]) -> Path:
+    """Return the folder of this server, which ``pdctl`` has made; the repository is in it."""
+    return deployment_path(args).parent.parent
+
+
 def deployment(args: dict[str, str]) -> config.Deployment:
     return config.load(deployment_path(args))
 

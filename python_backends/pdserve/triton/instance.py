@@ -14,9 +14,13 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors
+from pdserve.control.assignment import FIRST, Assignment
 from pdserve.engines.timed import Timed
-from pdserve.instances.protocol import DecodeRole, PrefillRole, dispatch
+from pdserve.instances.assigned import Assigned
+from pdserve.instances.protocol import DecodeRole, PrefillRole
 from pdserve.node import epoch
+from pdserve.node.assignment_file import ASSIGNMENTS, AssignmentFile
+from pdserve.node.first_assignments import first_assignments
 from pdserve.node.probes import Limits
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
@@ -28,7 +32,7 @@ from pdserve.rpc.server import Answers, Call
 from pdserve.supervision import Background
 from pdserve.transfer import key
 from pdserve.triton import former, stub
-from pdserve.triton.backend import LoopThread, deployment, own_heartbeat
+from pdserve.triton.backend import LoopThread, deployment, folder, own_heartbeat
 from pdserve.triton.outbox import Outbox
 from pdserve.triton.readiness import Readiness
 
@@ -58,16 +62,23 @@ class InstanceModel(ABC):
         self._name, asked = args["model_name"], deployment(args)
         self._metrics = Registry()
         former.retire(self._metrics, former.page(asked, self._name), self._name)
-        secret = key.of(asked)
+        secret, own = key.of(asked), epoch.of(os.getpid())
         self._seal, self._refusals = Seal(secret, self._name), Refusals()
-        self._instance = self.make(self._name, asked, secret, self._metrics)
-        self._longest = messages.longest(self._instance.context_length)
+        role = self.make(self._name, asked, secret, self._metrics)
+        self._longest = messages.longest(role.context_length)
+        file = AssignmentFile(folder(args) / ASSIGNMENTS, self._name)
+        # A reload may have taken it out of the deployment.
+        unknown = Assignment(FIRST, role.role)
+        assignment = first_assignments(asked).get(self._name, unknown)
+        if (kept := file.read()) is not None and kept.role == role.role:
+            assignment = kept
+        self._instance = Assigned(self._name, role.role, assignment, role, own, file.write)
         self._publisher = Publisher(self._metrics, pb_utils.MetricFamily)
         self._publishing = Background()
         self._keys = itertools.count()
         self._heartbeat = own_heartbeat(args, threads=2)
         self._outbox = Outbox(ORPHAN_LOOK_S, self._sender_dead, self._heartbeat, thread=1)
-        self._answers = Answers(self._send, epoch.of(os.getpid()))
+        self._answers = Answers(self._send, own)
         self._loop = LoopThread(self._heartbeat)
         self._loop.run(self._start())
         self._readiness = Readiness(
@@ -113,7 +124,7 @@ class InstanceModel(ABC):
                 continue
             self._answers.open(call)
             try:
-                self._submit(call, self._opened(request))
+                self._submit(call, *self._opened(request))
             except Unsealed as error:
                 self._answers.reply(call, Failed(error.code, str(error)), True)
                 self._metrics.add(catalogue.UNSEALED_MESSAGES, 1, instance=self._name)
@@ -127,8 +138,8 @@ class InstanceModel(ABC):
                 failed = Failed(errors.InstanceError.code, told)
                 self._answers.reply(call, failed, True)
 
-    def _opened(self, request: Any) -> memoryview:
-        """Return a request's message.
+    def _opened(self, request: Any) -> tuple[int, memoryview]:
+        """Return the number of the assignment that a request is for, and its message.
 
         Raises Unsealed if it is not from this deployment to this instance.
         """
@@ -138,9 +149,9 @@ class InstanceModel(ABC):
             raise Unsealed from error
         return self._seal.open(data, self._longest)
 
-    def _submit(self, call: Call, data: memoryview) -> None:
+    def _submit(self, call: Call, number: int, data: memoryview) -> None:
         send = partial(self._answers.reply, call)
-        dispatch(self._instance, messages.decode_request(data), call.stream, send)
+        self._instance.handle(number, messages.decode_request(data), call.stream, send)
 
     def _send(self, key: str, data: bytes | None, last: bool) -> None:
         response = None

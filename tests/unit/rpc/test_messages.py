@@ -113,16 +113,16 @@ def test_what_is_no_message_is_refused(data: bytes) -> None:
 
 def test_another_version_is_told_before_its_fields() -> None:
     newer = {"type": "decode", "version": 9, "max_tokens": "many", "new": 1}
-    with pytest.raises(InstanceError, match=r"version 9; .* version 6"):
+    with pytest.raises(InstanceError, match=r"version 9; .* version 7"):
         messages.decode_request(msgspec.msgpack.encode(newer))
 
 
 def test_a_message_of_the_version_before_is_refused_by_its_version() -> None:
     for before in (
-        {"type": "join", "id": "call", "description": b"x", "version": 5},
-        {"type": "watch", "id": "call", "gateway": "pdserve", "version": 5},
+        {"type": "join", "id": "call", "description": b"x", "version": 6},
+        {"type": "watch", "id": "call", "gateway": "pdserve", "version": 6},
     ):
-        with pytest.raises(InstanceError, match=r"version 5; .* version 6"):
+        with pytest.raises(InstanceError, match=r"version 6; .* version 7"):
             messages.decode_request(msgspec.msgpack.encode(before))
 
 
@@ -180,4 +180,5 @@ def _bounded(kind: inspect.Type) -> bool:
         return kind.max_length is not None or kind.pattern is not None
     if isinstance(kind, inspect.BytesType):
         return kind.max_length is not None
-    return isinstance(kind, inspect.StructType | inspect.BoolType | inspect.NoneType)
+    finite = inspect.LiteralType | inspect.EnumType | inspect.BoolType | inspect.NoneType
+    return isinstance(kind, inspect.StructType | finite)

@@ -280,5 +280,5 @@ async def test_message_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_messages_of_this_version_are_understood() -> None:
     release = messages.Release("7")
     assert messages.decode_request(messages.encode(release)) == release
-    with pytest.raises(errors.InstanceError, match=r"message version 1; .* speaks version 6"):
+    with pytest.raises(errors.InstanceError, match=r"message version 1; .* speaks version 7"):
         messages.decode_request(messages.encode(messages.Release("7", version=1)))

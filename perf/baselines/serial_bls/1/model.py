@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from pdserve.control.assignment import FIRST
 from pdserve.errors import InstanceError
 from pdserve.gateway import parameters
 from pdserve.rpc import messages
@@ -90,7 +91,7 @@ class TritonPythonModel:
         )
 
     def _call(self, model: str, message: messages.Request) -> Iterator[messages.Reply]:
-        data = np.frombuffer(self._seals[model].close(messages.encode(message)), np.uint8)
+        data = np.frombuffer(self._seals[model].close(messages.encode(message), FIRST), np.uint8)
         request = pb_utils.InferenceRequest(
             model_name=model,
             request_id=message.id,

@@ -19,7 +19,7 @@ from pdserve.instances.decode import TICK_S
 from pdserve.instances.external.cancelling import cancelled
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
-from pdserve.instances.protocol import Send, Sent, sent_at_once
+from pdserve.instances.protocol import RELEASED, Send, Sent, sent_at_once
 from pdserve.instances.room_admission import RoomAdmission
 from pdserve.instances.slots import TimeIntegral, show
 from pdserve.instances.ticks import Ticks
@@ -36,6 +36,8 @@ from pdserve.rpc.messages import (
     Released,
     Reply,
     Tokens,
+    Unlink,
+    Unlinked,
     Watch,
 )
 from pdserve.supervision import Background
@@ -86,14 +88,14 @@ class ExternalDecode:
         self._limits = limits
         self._key = key
         self._metrics = metrics
-        self._prefills: dict[bytes, str] = {}
-        """Names of the prefills that it is connected to, by epoch."""
+        self._prefills: dict[bytes, ExternalEndpoint] = {}
+        """The prefills that it is connected to, by epoch."""
         # The engine manages its blocks itself, so their number is not limited.
         self._admission = RoomAdmission[_Call](limits, lambda: MAX_TOKENS)
         self._busy = TimeIntegral()
         self._reports = Reports(name, engine, metrics)
         self._trials = Trials()
-        self._unwanted = Failed(errors.Cancelled.code, "released")
+        self._unwanted = RELEASED
         """Reply to a request that is given up."""
         self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
@@ -125,13 +127,18 @@ class ExternalDecode:
                     f"{holder.name} is {holder.fingerprint}; this instance "
                     f"{self._engine.fingerprint}"
                 )
+            known = self._prefills.get(holder.epoch)
+            if known is not None and known.number > holder.number:
+                raise errors.HandleError(
+                    f"{holder.name} has assignment {known.number}, not {holder.number} any more"
+                )
         except errors.HandleError as error:
             send(Failed(error.code, f"{self._name}: {error}"), True)
             return
-        former = [epoch for epoch, name in self._prefills.items() if name == holder.name]
+        former = [epoch for epoch, one in self._prefills.items() if one.name == holder.name]
         for epoch in former:
             del self._prefills[epoch]
-        self._prefills[holder.epoch] = holder.name
+        self._prefills[holder.epoch] = holder
         link = LinkReport(self._transport, "", 0.0, UNKNOWN_RATE, {}, False)
         send(Connected(holder.name, link, 0, self._admission.room()), True)
 
@@ -152,9 +159,15 @@ class ExternalDecode:
         if request.handle:
             try:
                 handle = unseal(request.handle, ExternalHandle, self._key)
-                if handle.epoch not in self._prefills:
+                prefill = self._prefills.get(handle.epoch)
+                if prefill is None or prefill.number < handle.number:
                     send(NotConnected(), True)
                     return
+                if prefill.number != handle.number:
+                    raise errors.HandleError(
+                        f"the handle is of assignment {handle.number} of {prefill.name}, "
+                        f"which has {prefill.number}"
+                    )
                 if handle.prompt != digest(request.prompt):
                     raise errors.HandleError("the handle is of another prompt")
                 if not handle.link:
@@ -177,9 +190,43 @@ class ExternalDecode:
         call = self._admission.open.get(request_id)
         if call is not None:
             # The reply comes after that to the release.
-            self._loop.call_soon(self._give_up, call)
+            self._loop.call_soon(self._give_up, call, self._unwanted)
         self._admission.watches.release(request_id)
         send(Released(), True)
+
+    @property
+    def used(self) -> int:
+        """Return the number of slots that requests hold."""
+        return len(self._admission.open)
+
+    @property
+    def leases(self) -> int:
+        """Return 0: a decode lends no KV cache."""
+        return 0
+
+    @property
+    def memory(self) -> bytes:
+        """Return nothing: no other instance links to a decode's pool."""
+        return b""
+
+    def assign(self, number: int) -> None:
+        """Do nothing: a decode makes no handles."""
+
+    def end_watches(self, reply: Reply) -> None:
+        """End all watches: there will be no room for them."""
+        self._admission.watches.close(reply)
+
+    def end_all(self, failed: Failed) -> None:
+        """Give up all requests; their slots are free when the engine's calls have ended."""
+        for call in list(self._admission.open.values()):
+            self._give_up(call, failed)
+
+    def unlink(self, request: Unlink, send: Send) -> None:
+        """Forget a prefill; the engine's own links are not known here."""
+        known = self._prefills.get(request.epoch)
+        if known is not None and known.number <= request.number:
+            del self._prefills[request.epoch]
+        send(Unlinked(), True)
 
     def watch(self, request: Watch, stream: str, send: Send) -> None:
         """Report once that a request has ended since; at once if none is open."""
@@ -214,10 +261,10 @@ class ExternalDecode:
             return Failed(errors.InstanceError.code, f"{self._name}: {error!r}")
         return Failed(errors.InstanceError.code, f"{self._name}: the answer has no end")
 
-    def _give_up(self, call: _Call) -> None:
+    def _give_up(self, call: _Call, reply: Failed) -> None:
         assert call.task is not None
         if not call.given_up and not call.task.done():
-            call.tell(self._unwanted, True)
+            call.tell(reply, True)
             call.given_up = True
             call.task.cancel()
 

@@ -28,6 +28,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from pdserve import config, errors
+from pdserve.control.assignment import FIRST
 from pdserve.engines.external import Asked, Context, ContextEngine
 from pdserve.instances import admission
 from pdserve.instances.acceptance import Acceptance, Trials
@@ -35,7 +36,7 @@ from pdserve.instances.external.cancelling import cancelled
 from pdserve.instances.external.handle import ExternalEndpoint, ExternalHandle, digest
 from pdserve.instances.external.reports import Reports
 from pdserve.instances.prefill import TICK_S
-from pdserve.instances.protocol import Send, Sent, sent_at_once
+from pdserve.instances.protocol import RELEASED, Send, Sent, sent_at_once
 from pdserve.instances.slot_admission import SlotAdmission
 from pdserve.instances.slots import TimeIntegral, show
 from pdserve.instances.ticks import Ticks
@@ -104,11 +105,12 @@ class ExternalPrefill:
         self._key = key
         self._metrics = metrics
         self._epoch = secrets.token_bytes(EPOCH_BYTES)
+        self._number = FIRST
         self._slots = SlotAdmission[_Held](limits.slots, self._places, self._sweep)
         self._busy = TimeIntegral()
         self._reports = Reports(name, engine, metrics)
         self._trials = Trials()
-        self._unwanted: Reply = Failed(errors.Cancelled.code, "released")
+        self._unwanted: Reply = RELEASED
         """Reply to a prompt that is given up."""
         self._ticks = Ticks(TICK_S, self._tick)
         self._tasks = Background()
@@ -134,7 +136,10 @@ class ExternalPrefill:
     def describe(self, send: Send) -> None:
         """Send the prefill's name and epoch; how its memory is reached is up to the engine."""
         described = ExternalEndpoint(
-            name=self._name, epoch=self._epoch, fingerprint=self._engine.fingerprint
+            name=self._name,
+            epoch=self._epoch,
+            number=self._number,
+            fingerprint=self._engine.fingerprint,
         )
         send(Described(seal(described, self._key)), True)
 
@@ -194,6 +199,34 @@ class ExternalPrefill:
             held.phase = Phase.PINNED
         self._slots.look(self._loop.time())
         send(Released(), True)
+
+    @property
+    def used(self) -> int:
+        """Return the number of slots that requests hold."""
+        return len(self._slots.held)
+
+    @property
+    def leases(self) -> int:
+        """Return the number of KV caches that the engine keeps for decodes."""
+        return sum(not held.computing for held in self._slots.held.values())
+
+    @property
+    def memory(self) -> bytes:
+        """Return the epoch under which decodes know the engine."""
+        return self._epoch
+
+    def assign(self, number: int) -> None:
+        """Name this assignment in handles and in the endpoint from now on."""
+        self._number = number
+
+    def end_watches(self, reply: Reply) -> None:
+        """End all watches: nothing will become free for them."""
+        self._slots.watches.close(reply)
+
+    def end_all(self, failed: Failed) -> None:
+        """Give up all requests; the engine frees by itself what no decode has fetched."""
+        for held in list(self._slots.held.values()):
+            self._give_up(held, failed)
 
     def transferred(self, request_id: str, send: Send) -> None:
         """Note that a decode has the KV cache."""
@@ -260,7 +293,10 @@ class ExternalPrefill:
 
     def _prefilled(self, held: _Held, context: Context, now: float) -> Prefilled:
         handle = ExternalHandle(
-            epoch=self._epoch, prompt=digest(held.request.prompt), link=context.link
+            epoch=self._epoch,
+            number=self._number,
+            prompt=digest(held.request.prompt),
+            link=context.link,
         )
         self._metrics.add(catalogue.STEPS, 1, instance=self._name)
         seconds = now - held.began

@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 
 from pdserve import pools
+from pdserve.control.assignment import FIRST
 from pdserve.errors import InstanceEnded, InstanceError
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
@@ -25,12 +26,16 @@ class BlsChannel:
 
     Args:
         key: key of the deployment, with which messages are sealed.
+        number: number of the assignment that the instance has, or ANY.
     """
 
-    def __init__(self, pb_utils: ModuleType, model: str, key: bytes, threads: int) -> None:
+    def __init__(
+        self, pb_utils: ModuleType, model: str, key: bytes, threads: int, number: int = FIRST
+    ) -> None:
         self._pb = pb_utils
         self._model = model
         self._seal = Seal(key, model)
+        self._number = number
         self._threads = pools.started(threads, f"bls-{model}")
         self._stream = uuid.uuid4().hex
         self._calls = Calls()
@@ -42,7 +47,8 @@ class BlsChannel:
             replies = self._calls.open(call)
             replies.fail(InstanceError(f"{self._model}: the channel is closed"))
             return replies
-        task = asyncio.create_task(self._run(call, self._seal.close(messages.encode(request))))
+        sealed = self._seal.close(messages.encode(request), self._number)
+        task = asyncio.create_task(self._run(call, sealed))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return self._calls.open(call)

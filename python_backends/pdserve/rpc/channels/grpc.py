@@ -19,6 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from pdserve import errors
 from pdserve.connections import GRPC_OPTIONS
+from pdserve.control.assignment import FIRST
 from pdserve.errors import InstanceEnded, InstanceError
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
@@ -37,12 +38,14 @@ class GrpcChannel:
 
     Args:
         key: key of the deployment, with which messages are sealed.
+        number: number of the assignment that the instance has, or ANY.
     """
 
-    def __init__(self, address: str, model: str, key: bytes) -> None:
+    def __init__(self, address: str, model: str, key: bytes, number: int = FIRST) -> None:
         self._address = address
         self._model = model
         self._seal = Seal(key, model)
+        self._number = number
         self._calls = Calls()
         self._stream = ""
         self._outgoing: Outgoing | None = None
@@ -50,7 +53,7 @@ class GrpcChannel:
         self._closed = False
 
     def open(self, call: str, request: Request) -> Replies:
-        return self.send(call, self._seal.close(messages.encode(request)))
+        return self.send(call, self._seal.close(messages.encode(request), self._number))
 
     def send(self, call: str, payload: bytes) -> Replies:
         """Send a request that has been encoded and sealed already; otherwise like ``open``."""

@@ -88,7 +88,8 @@ class Peers:
         failed only until there is a new one, since a request may be waiting for that.
 
         Raises:
-            HandleError: the endpoint is forged, or belongs to another model.
+            HandleError: the endpoint is forged, belongs to another model, or to a former
+                assignment.
             Unreachable: no transport reaches it; the message has every reason.
         """
         holder = unseal(data, Endpoint, self._terms.key)
@@ -109,6 +110,12 @@ class Peers:
                 for one in former:
                     del self._peers[one.holder.epoch]
                 self._peers[holder.epoch] = peer
+            elif holder.number < peer.holder.number:
+                raise HandleError(
+                    f"{holder.name} has assignment {peer.holder.number}, "
+                    f"not {holder.number} any more"
+                )
+            peer.holder = holder  # the same memory, perhaps under another assignment
         return holder.name, peer.report
 
     def _connected(self, holder: Endpoint, former: Peer | None) -> Peer:

@@ -26,7 +26,7 @@ from pdserve.transfer.consumer.peers import NoLink, Peer, Peers
 from pdserve.transfer.consumer.probe import Probe
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.consumer.strategies import Move, Part
-from pdserve.transfer.endpoint import Terms, host_id
+from pdserve.transfer.endpoint import Endpoint, Terms, host_id
 from pdserve.transfer.lease.remote import RemoteLease
 from pdserve.transfer.lease.words import Pull
 from pdserve.transfer.protocol import Link, TransferError, Transport
@@ -93,14 +93,15 @@ class Receiver:
         """Check a handle by itself, and return it.
 
         Raises:
-            HandleError: it is forged, altered, expired, of another model, or beyond its holder's
-                memory.
-            NoLink: there is no link to its holder yet.
+            HandleError: it is forged, altered, expired, of another model, of a former assignment
+                of its holder, or beyond its holder's memory.
+            NoLink: there is no link to its holder under this assignment yet.
         """
         handle = unseal(data, KVHandle, self._terms.key)
         handle.check(self._terms.fingerprint, self._terms.layout, self._terms.sharding)
         end = handle.offset + handle.nbytes
         peer = self.peers.find(handle.epoch)
+        _check_number(handle, peer.holder)
         if handle.lease >= peer.holder.slots:
             raise HandleError(
                 f"KV handle names lease slot {handle.lease}; "
@@ -241,3 +242,14 @@ class Receiver:
     def close(self) -> None:
         """Close the links to all holders."""
         self.peers.close()
+
+
+def _check_number(handle: KVHandle, holder: Endpoint) -> None:
+    """Raises NoLink: the link is to a former assignment; HandleError: the handle is of one."""
+    if handle.number > holder.number:
+        raise NoLink(f"there is no link to assignment {handle.number} of {holder.name} yet")
+    if handle.number < holder.number:
+        raise HandleError(
+            f"KV handle is of assignment {handle.number} of {holder.name}, "
+            f"which has {holder.number} now"
+        )

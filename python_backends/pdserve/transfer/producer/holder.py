@@ -8,6 +8,9 @@ import secrets
 import threading
 from collections.abc import Sequence
 
+import msgspec
+
+from pdserve.control.assignment import FIRST
 from pdserve.errors import DeploymentError
 from pdserve.kvcache.handle import EPOCH_BYTES, KVHandle, seal
 from pdserve.supervision import Thread
@@ -69,19 +72,18 @@ class Holder:
         """Bytes of a token in the data, over all planes and parts."""
         self._transports = transports
         ways = self._offer()
-        self._endpoint = seal(
-            Endpoint(
-                name=name,
-                host=host_id(),
-                epoch=self.epoch,
-                fingerprint=terms.fingerprint,
-                layout=terms.layout,
-                slots=slots,
-                data_bytes=data_bytes,
-                ways=ways,
-            ),
-            terms.key,
+        self._described = Endpoint(
+            name=name,
+            host=host_id(),
+            epoch=self.epoch,
+            number=FIRST,
+            fingerprint=terms.fingerprint,
+            layout=terms.layout,
+            slots=slots,
+            data_bytes=data_bytes,
+            ways=ways,
         )
+        self.assign(FIRST)
         self._closing = threading.Event()
         self._thread = Thread(target=self._progress, name="progress", daemon=True)
         # Shared memory needs no progress of its holder.
@@ -111,6 +113,12 @@ class Holder:
         tokens = nbytes // self.token_bytes
         return KVRange(self.data[offset : offset + nbytes], layout, sharding, tokens)
 
+    def assign(self, number: int) -> None:
+        """Name this assignment of its instance in handles and in the endpoint from now on."""
+        self._number = number
+        described = msgspec.structs.replace(self._described, number=number)
+        self._endpoint = seal(described, self._terms.key)
+
     @property
     def endpoint(self) -> bytes:
         """Return the sealed `Endpoint` for receivers."""
@@ -125,6 +133,7 @@ class Holder:
                 sharding=self._terms.sharding,
                 tokens=tokens,
                 epoch=self.epoch,
+                number=self._number,
                 offset=offset,
                 lease=lease,
                 nonce=nonce,
