@@ -26,7 +26,6 @@ from pdctl.status import scrape
 from pdctl.stubs import Stubs
 from pdserve.config import Deployment
 from pdserve.config.reloading import DeploymentFile
-from pdserve.control.assignment import FIRST
 from pdserve.errors import DeploymentError, InstanceError
 from pdserve.node import failure_notice, heartbeat
 from pdserve.node.health import Life
@@ -35,7 +34,6 @@ from pdserve.node.probes import Limits, Probes
 from pdserve.node.watchdog import SERVER, Check, Dismissed, NotRestored, Watchdog
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.client import Channel
-from pdserve.rpc.messages import Reassigned
 from pdserve.transfer import key
 
 # The intervals of probes, and the time for an answer.
@@ -196,29 +194,14 @@ class Channels:
 
     def __init__(self, watched: WatchedServer) -> None:
         self._tended = watched
-        self._numbers: dict[str, int] = {}
-        """Numbers of assignments that instances have told."""
         self._made: dict[str, Channel] = {}
-        self._closing: set[asyncio.Task[None]] = set()
 
     def __call__(self, instance: str) -> Channel:
         address = self._address(instance)
         name = f"{address}/{instance}"
         if name not in self._made:
-            number = self._numbers.get(instance, FIRST)
-            self._made[name] = GrpcChannel(address, instance, self._tended.key, number)
+            self._made[name] = GrpcChannel(address, instance, self._tended.key)
         return self._made[name]
-
-    def reassigned(self, instance: str, reply: Reassigned) -> None:
-        """Open the next channel under the assignment that an instance has; close the former one."""
-        if self._numbers.get(instance, FIRST) == reply.assignment.number:
-            return
-        self._numbers[instance] = reply.assignment.number
-        former = self._made.pop(f"{self._address(instance)}/{instance}", None)
-        if former is not None:
-            task = asyncio.create_task(former.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
 
     def _address(self, instance: str) -> str:
         """Raises InstanceError: the instance no longer exists."""
@@ -275,8 +258,7 @@ async def watch(folder: Path) -> None:
         return list(watched.deployment.instances("prefill"))
 
     limits = Limits.of(watched.deployment)
-    channels = Channels(watched)
-    probes = Probes(channels, prefills, watched.steps, limits, channels.reassigned)
+    probes = Probes(Channels(watched), prefills, watched.steps, limits)
     watchdog = Watchdog(
         watched,
         list(watched.models),

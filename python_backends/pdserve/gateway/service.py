@@ -238,7 +238,8 @@ class Service:
             sampling=parameters.sampling(asked.sampling, msgspec.structs.asdict(terms.sampling)),
             stream=asked.stream or bool(asked.stop),
             ignore_eos=asked.ignore_eos,
-            tenant="" if terms.shared_prefixes else asked.tenant,
+            # An instance that has moved between scenarios shares no prefix of the other one.
+            salt=f"{terms.name}/{'' if terms.shared_prefixes else asked.tenant}",
             scenario=terms.name,
             priority=terms.priority if asked.priority is None else asked.priority,
             ttft_limit_s=ttft_limit_ms / 1e3,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pdserve.config import Deployment
-from pdserve.errors import Drained, InstanceError
+from pdserve.errors import InstanceError
 from pdserve.rpc.client import Channel, Replies
 from pdserve.rpc.messages import (
     Accepted,
@@ -21,11 +21,9 @@ from pdserve.rpc.messages import (
     DecodeRequest,
     Describe,
     Described,
-    Failed,
     NotConnected,
     Prefilled,
     PrefillRequest,
-    Reassigned,
     Release,
     Released,
     Reply,
@@ -67,12 +65,10 @@ class Probes:
     """Probes of instances, which hold nothing for them afterwards.
 
     Args:
-        channel: returns the channel to an instance, under the number of its assignment.
+        channel: returns the channel to an instance.
         prefills: returns the names of the current prefills.
         steps: returns how many forwards or steps of its model an instance has made so far.
         limits: time limits of replies and steps.
-        reassigned: called with an instance that has another assignment than its channel, or serves
-            no more; that is no failure, and its probe is not done.
     """
 
     def __init__(
@@ -81,9 +77,7 @@ class Probes:
         prefills: Callable[[], Sequence[str]],
         steps: Callable[[str], Awaitable[float]],
         limits: Limits,
-        reassigned: Callable[[str, Reassigned], None],
     ) -> None:
-        self._reassigned = reassigned
         self._channel = channel
         self._prefills = prefills
         self._steps = steps
@@ -104,23 +98,16 @@ class Probes:
         return False
 
     async def prefill(self, instance: str) -> bool:
-        """Compute one token; False: the prefill is busy, or serves no more.
-
-        Raises InstanceError if it has failed.
-        """
+        """Compute one token; False: the prefill is busy. Raises InstanceError if it has failed."""
         request = self._prompt(only=True)
-        try:
-            with self._asked(instance, request) as replies:
-                computed = await self._computed(instance, replies)
-        except Drained:
-            self._busy.pop(instance, None)
-            return False
+        with self._asked(instance, request) as replies:
+            computed = await self._computed(instance, replies)
         return await self._computes(instance, computed is not None)
 
     async def decode(self, instance: str) -> bool:
         """Decode one token after a prefill's.
 
-        False: the decode is busy or serves no more, or no prefill has one to give.
+        False: the decode is busy, or no prefill has one to give.
 
         Raises:
             InstanceError: the decode has failed.
@@ -135,11 +122,7 @@ class Probes:
                 return False  # the prefill's own probe reports it
             if computed is None:
                 return False
-            try:
-                goes_on = await self._goes_on(instance, prefill, computed)
-            except Drained:
-                self._busy.pop(instance, None)
-                return False
+            goes_on = await self._goes_on(instance, prefill, computed)
             if goes_on and computed.unseen:
                 await self._ask(prefill, Transferred(request.id), Released)
             return goes_on
@@ -147,7 +130,7 @@ class Probes:
     async def _computed(self, instance: str, replies: Replies) -> Prefilled | None:
         limit = self._limits.first_token_s
         try:
-            reply = await asyncio.wait_for(self._end(instance, replies), limit)
+            reply = await asyncio.wait_for(self._end(replies), limit)
         except asyncio.TimeoutError as error:  # it has only reported its acceptance
             raise InstanceError(f"{instance} computed no token within {limit:g} s") from error
         if isinstance(reply, Prefilled | Busy):
@@ -178,13 +161,13 @@ class Probes:
             first_token=computed.token,
             handle=computed.handle,
             sampling=Sampling(),
-            tenant=TENANT,
+            salt=TENANT,
             max_tokens=2,
             ignore_eos=True,
             min_interval_ms=0,
         )
         with self._asked(decode, request) as replies:
-            reply = await self._end(decode, replies)
+            reply = await self._end(replies)
         if isinstance(reply, NotConnected):
             # The next probe will tell; a pair that cannot be connected has not failed.
             with contextlib.suppress(InstanceError):
@@ -195,17 +178,10 @@ class Probes:
             return await self._computes(decode, isinstance(reply, Tokens))
         raise InstanceError(f"{decode} answered {reply} to a KV cache of {prefill}")
 
-    async def _end(self, instance: str, replies: Replies) -> Reply:
-        """Return the first reply that is neither an acceptance nor tokens with more to come.
-
-        Raises Drained: the instance has another assignment, or serves no more.
-        """
+    async def _end(self, replies: Replies) -> Reply:
+        """Return the first reply that is neither an acceptance nor tokens with more to come."""
         while True:
             reply = await replies.get(self._limits.reply_s)
-            if isinstance(reply, Reassigned):
-                self._reassigned(instance, reply)
-            if isinstance(reply, Reassigned) or _drained(reply):
-                raise Drained(f"{instance} serves no more under this assignment")
             unfinished = isinstance(reply, Tokens) and not reply.finish_reason
             if not isinstance(reply, Accepted) and not unfinished:
                 return reply
@@ -217,8 +193,6 @@ class Probes:
             reply = await replies.get(self._limits.reply_s)
         finally:
             channel.forget(request.id)
-        if isinstance(reply, Reassigned):
-            self._reassigned(instance, reply)
         if not isinstance(reply, wanted):
             raise InstanceError(f"{instance} answered {reply} to {request}")
         return reply
@@ -240,14 +214,10 @@ class Probes:
             id=self._id(),
             prompt=PROMPT,
             sampling=Sampling(),
-            tenant=TENANT,
+            salt=TENANT,
             deadline_ms=self._limits.first_token_s * 1e3,
             only=only,
         )
 
     def _id(self) -> str:
         return f"{self._stream}-{next(self._ids)}"
-
-
-def _drained(reply: Reply) -> bool:
-    return isinstance(reply, Failed) and reply.code == Drained.code

@@ -151,7 +151,7 @@ class DecodeStage:
             short: largest number of uncached tokens that a decode should compute.
             congested: a decode without open requests should compute the prompt whatever its length.
         """
-        told = digests(request.so_far, request.tenant)
+        told = digests(request.so_far, request.salt)
         cached = self._prefixes.cached(told) if request.tokens_so_far > short else NOTHING
 
         async def ask(decode: Instance, _hurry: bool) -> Offered | None:
@@ -175,7 +175,7 @@ class DecodeStage:
     def decoded(self, request: Request, decode: Instance) -> None:
         """Note that a decode has cached a finished answer, but for its last token."""
         if self._members.get(decode.name) is decode and not request.sampling.reproducible:
-            told = digests(request.so_far, request.tenant)
+            told = digests(request.so_far, request.salt)
             self._prefixes.stored(decode.name, b"".join(told))
 
     def let_go(self, taken: Offered) -> None:
@@ -280,7 +280,7 @@ class DecodeStage:
             first_token=token,
             handle=handle,
             sampling=request.sampling,
-            tenant=request.tenant,
+            salt=request.salt,
             max_tokens=request.max_tokens - request.output_tokens + told,
             ignore_eos=request.ignore_eos,
             min_interval_ms=0.0 if request.stream else UNREAD_INTERVAL_MS,

@@ -158,7 +158,7 @@ class PrefillStage:
         now = asyncio.get_running_loop().time()
         result, name = computed.result, taken.instance.name
         self._latency.saw(tokens - result.cached_tokens, now - offered)
-        told = digests(request.so_far, request.tenant)
+        told = digests(request.so_far, request.salt)
         if self._members.get(name) is taken.instance:
             self._prefixes.correct(name, told, result.cached_tokens, cached.tokens(name))
             self._prefixes.stored(name, result.stored)
@@ -173,7 +173,7 @@ class PrefillStage:
             id=self._calls.new(request),
             prompt=request.so_far,
             sampling=request.sampling,
-            tenant=request.tenant,
+            salt=request.salt,
             deadline_ms=(request.deadline - now) * 1e3,
             resumed_tokens=request.output_tokens,
             gateway=self._calls.gateway,
@@ -243,7 +243,7 @@ class PrefillStage:
         """Return how many of the request's tokens each prefill is believed to have cached."""
         if request.sampling.reproducible:  # it is computed from the first token
             return NOTHING
-        return self._prefixes.cached(digests(request.so_far, request.tenant))
+        return self._prefixes.cached(digests(request.so_far, request.salt))
 
 
 def prefill_load(load: Load) -> float:

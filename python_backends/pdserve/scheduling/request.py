@@ -96,7 +96,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stream: bool = False
     ignore_eos: bool = False
-    tenant: str = ""
+    salt: str = ""
+    """Only prompts of one salt share cached prefixes."""
     scenario: str = "default"
     group: str = "default"
     priority: int = 0

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 
 from pdserve.config import Deployment, Gateway, Group, Prefill, Scenario, Server, Transfer
-from pdserve.control.assignment import ANY, Assignment
 from pdserve.errors import InstanceError
 from pdserve.node.probes import Limits, Probes
-from pdserve.rpc.messages import (
-    Assign,
-    Connect,
-    DecodeRequest,
-    Drain,
-    PrefillRequest,
-    Reassigned,
-    Request,
-)
-from tests.unit.inprocess import Link, Site, process, virtual
+from pdserve.rpc.messages import Connect, DecodeRequest, PrefillRequest
+from tests.unit.inprocess import Link, Site, virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,10 +51,7 @@ def probes(site: Site) -> Probes:
     async def steps(instance: str) -> float:
         return site.total("pdserve_steps_total", instance=instance)
 
-    def reassigned(instance: str, reply: Reassigned) -> None:
-        links(site)[instance].number = reply.assignment.number
-
-    return Probes(links(site).__getitem__, lambda: names, steps, LIMITS, reassigned)
+    return Probes(links(site).__getitem__, lambda: names, steps, LIMITS)
 
 
 @virtual
@@ -203,30 +191,3 @@ async def test_given_up_it_leaves_nothing_behind(tmp_path: Path) -> None:
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(probe.decode("decode_0"), limit)
             await site.idle(2)
-
-
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-@virtual
-async def test_an_instance_that_drains_or_is_reassigned_has_not_failed(
-    tmp_path: Path, role: Literal["prefill", "decode"]
-) -> None:
-    async with Site(tmp_path) as site:
-        probe, name = probes(site), f"{role}_0"
-        ask = getattr(probe, role)
-
-        def control(request: Request) -> None:
-            site.assigned[name].handle(ANY, request, "agent", lambda *_: None)
-
-        assert await ask(name)
-        control(Drain("drain", process(name), 1, 60.0))
-        for _ in range(8):  # for longer than a busy instance may make no step
-            assert not await ask(name)
-            assert not await probe.alive(name)
-            await asyncio.sleep(LIMITS.idle_s / 4)
-        wanted = Assignment(2, role)
-        control(Assign("assign", process(name), 1, wanted))
-        assert not await ask(name), "it learns the number"
-        for _ in range(3):  # a decode is connected anew
-            done = await ask(name)
-        assert done
-        await site.idle()
