@@ -373,8 +373,7 @@ class Site:
             )
             for i, (engine, receiver) in enumerate(zip(self.d_engines, self.receivers, strict=True))
         ]
-        self.assigned = {one._name: assigned(one._name, one) for one in self._engine_instances()}
-        """The instances under their assignments, by name."""
+        self._assign()
         if self.linked:
             for receiver in self.receivers:
                 for holder in self.holders:
@@ -393,6 +392,10 @@ class Site:
                     await instance.close()
         for engine_instance in self._engine_instances():
             await engine_instance.close()
+
+    def _assign(self) -> None:
+        self.assigned = {one._name: assigned(one._name, one) for one in (*self.p, *self.d)}
+        """The instances under their assignments, by name."""
 
     def _connect(self) -> None:
         self.p_links = [self._link(p._name, self.seed + i) for i, p in enumerate(self.p)]
