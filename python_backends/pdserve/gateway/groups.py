@@ -14,6 +14,7 @@ from pdserve.control.assignment import ANY, FIRST
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.client import Channel
 from pdserve.rpc.messages import Inspect, Inspected, Reassigned
+from pdserve.scheduling import ramp
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Request
@@ -246,6 +247,8 @@ class Groups:
                 instance = Instance(name, self._connect(name, server, number))
                 instance.reassigned = partial(self._tell, name)
                 self._instances[key] = instance
+                if self._current:  # the others have requests already
+                    ramp.begin(instance.load)
             elif instance.left:
                 instance.back()
             found[key] = instance

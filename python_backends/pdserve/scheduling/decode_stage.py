@@ -17,6 +17,7 @@ from pdserve.scheduling.circuit_breaker import CircuitBreaker
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
+from pdserve.scheduling.load import decode_load
 from pdserve.scheduling.offering import Calls, Offered, offer
 from pdserve.scheduling.pairs import Pairs
 from pdserve.scheduling.prefix_directory import NOTHING, PrefixDirectory, digests
@@ -163,7 +164,7 @@ class DecodeStage:
                 return None
             uncached = request.tokens_so_far - cached.tokens(decode.name)
             if uncached <= short or (congested and not decode.load.open):
-                return decode.load.open
+                return decode_load(decode.load)
             return None
 
         def special() -> list[Instance]:
@@ -217,7 +218,8 @@ class DecodeStage:
         return linked
 
     def _other(self, prefill: Instance, decode: Instance) -> float | None:
-        return None if self._kv_links.table.refusal(prefill.name, decode.name) else decode.load.open
+        refused = self._kv_links.table.refusal(prefill.name, decode.name)
+        return None if refused else decode_load(decode.load)
 
     def _rank(self, request: Request, prefill: Instance) -> Rank:
         """Rank the decodes that are linked to a prefill, or all if none is linked."""
@@ -236,7 +238,7 @@ class DecodeStage:
         if request.ends["decode"] and not admits(decode, request, "decode", now):
             return None
         transfer_s = self._kv_links.table.transfer_s(*pair, request.prompt_tokens)
-        return decode.load.open + math.floor(transfer_s / STREAM_S)
+        return decode_load(decode.load) + math.floor(transfer_s / STREAM_S)
 
     async def _hand_over(
         self,

@@ -17,7 +17,7 @@ from pdserve.scheduling.decode_stage import DecodeStage
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.kv_links import KVLinks
-from pdserve.scheduling.load import Load
+from pdserve.scheduling.load import prefill_load
 from pdserve.scheduling.offering import Calls, Offered, failure, offer
 from pdserve.scheduling.prefix_directory import NOTHING, SOME, Cached, PrefixDirectory, digests
 from pdserve.scheduling.request import RECOVER_S, Request, State
@@ -244,11 +244,6 @@ class PrefillStage:
         if request.sampling.reproducible:  # it is computed from the first token
             return NOTHING
         return self._prefixes.cached(digests(request.so_far, request.salt))
-
-
-def prefill_load(load: Load) -> float:
-    """Return a prefill's load: the tokens that it computes for this gateway, then open calls."""
-    return load.tokens + load.open / (load.open + 1)
 
 
 def late(what: str, request: Request, takes: float = 0.0) -> errors.Late:

@@ -22,9 +22,10 @@ from pdserve.scheduling.first_token import FirstTokens
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
+from pdserve.scheduling.load import decode_load, prefill_load
 from pdserve.scheduling.offering import Calls, Offered, failure
 from pdserve.scheduling.outcome import account, final_state
-from pdserve.scheduling.prefill_stage import Computed, PrefillStage, late, prefill_load
+from pdserve.scheduling.prefill_stage import Computed, PrefillStage, late
 from pdserve.scheduling.request import FINAL, Chunk, FinishReason, Request, State
 from pdserve.scheduling.rooms import KNOWN_S, Rooms
 
@@ -67,7 +68,7 @@ class Scheduler:
         )
         slots = decode.slots
         self.decodes = Forwarding[Offered](
-            decodes, "decode", lambda of: of.open, calls.gateway, slots, slots, rng
+            decodes, "decode", decode_load, calls.gateway, slots, slots, rng
         )
         rooms = Rooms(decodes, decode.blocks, decode.block_size, self._at_once)
         self._decode_stage = DecodeStage(

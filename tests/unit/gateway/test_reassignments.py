@@ -15,6 +15,7 @@ from pdserve.control.assignment import ANY, Assignment
 from pdserve.gateway.assignments import ASK_S, Assignments
 from pdserve.rpc.messages import Assign, DecodeRequest, Drain, Inspected, PrefillRequest, Resume
 from pdserve.scheduling.kv_links import JOIN_S, ROUND_S
+from pdserve.scheduling.ramp import RAMP_S
 from pdserve.scheduling.request import State
 from tests.unit.gateway.test_groups import ConnectedGroups, deployment, serve
 from tests.unit.inprocess import Site, process, virtual
@@ -287,4 +288,50 @@ async def test_a_gateway_is_told_once_and_asks_no_more_often_than_it_must(tmp_pa
         assert control.changes <= 3
         await asyncio.sleep(5.0)
         assert len(links["prefill_0"].of(PrefillRequest)) == refused[0]
+        await control.close()
+
+
+@virtual
+async def test_an_empty_newcomer_does_not_attract_everything(tmp_path: Path) -> None:
+    """Mooncake#3688: the part of the others' load that it has grows for a bounded time."""
+    roomy = {"blocks": 10_000}
+    async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, decode=roomy) as site:
+        control = Controlled(site, A)
+        control.drain("decode_0")
+        await control.drained("decode_0")
+        running = []
+        for _ in range(24):
+            running += tasks(control["a"], [site.request(max_tokens=2000)])
+            await asyncio.sleep(0.05)
+        control.assign("decode_0", 2, "a")
+        while "decode_0" not in control.members("a"):
+            await asyncio.sleep(0.01)
+        decodes = {one.name: one.load for one in control["a"].instances.values()}
+        new, old = decodes["decode_0"], decodes["decode_1"]
+        parts = []
+        for second in range(6):
+            for _ in range(10):
+                running += tasks(control["a"], [site.request(max_tokens=2000)])
+                await asyncio.sleep(0.1)
+            parts.append(new.open / old.open)
+            assert new.open <= old.open * min((second + 1.0) / RAMP_S, 1.0) + 1
+        assert 0 < parts[0] < 0.3
+        assert parts == sorted(parts)
+        assert parts[-1] > 0.9
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await control.close()
+
+
+@virtual
+async def test_a_newcomer_is_offered_what_waits_for_busy_others(tmp_path: Path) -> None:
+    async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES, prefill={"slots": 1}) as site:
+        control = Controlled(site, A)
+        control.drain("prefill_0")
+        await control.drained("prefill_0")
+        control.assign("prefill_0", 2, "a")
+        requests = [site.request() for _ in range(20)]
+        await asyncio.gather(*tasks(control["a"], requests))
+        assert sum(one.prefill == "prefill_0" for one in requests) >= 8
         await control.close()
