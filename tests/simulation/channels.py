@@ -78,6 +78,8 @@ class Life:
         self.assigned = assigned
         self.memory = memory
         self._answers = Answers(self._send)
+        self.number = 0
+        """Number of the assignment that the latest request was for."""
         self._keys = itertools.count()
         self._callers: dict[str, tuple[Connection, str]] = {}
 
@@ -85,6 +87,7 @@ class Life:
         """Handle a request as the Triton model around an instance does."""
         ours = Call(f"{next(self._keys)}", f"{connection.id}/{call}")
         self._callers[ours.key] = connection, call
+        self.number = number
         self._answers.open(ours)
         reply = partial(self._reply, connection, ours)
         try:

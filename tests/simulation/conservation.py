@@ -87,7 +87,7 @@ class Conservation:
             call
             for gateway in self._world.gateways
             if gateway is not None
-            for wire in gateway.wires.values()
+            for wire in gateway.channels
             for call in wire.calls._replies
         }
         for life in self._world.workers.lives:
@@ -163,7 +163,8 @@ class Conservation:
                 f"{name}: suspect at {one.name}": one.suspect,
             }
         tasks = [repr(task.get_coro()) for task in gateway.process.tasks]
-        others = [task for task in tasks if "KVLinks" not in task and "repeat" not in task]
+        lasting = "KVLinks", "repeat", "Assignments"
+        others = [task for task in tasks if not any(one in task for one in lasting)]
         return counts | {f"{name}: tasks": others}
 
     def _at_worker(self, life: Life) -> dict[str, object]:

@@ -87,6 +87,11 @@ class Deployments:
         for name, instance in open_.items():
             used = name in wanted or instance.load.open or instance.load.offers
             self._expect(bool(used), f"{gateway.name} keeps its channel to {name}, which has left")
+        used = {one for group in gateway.all_groups for one in group.instances.values()}
+        for one in gateway.service._groups._instances.values():
+            idle = one not in used and not (one.load.open or one.load.offers)
+            told = f"{gateway.name} keeps its channel to {one.name} under a former assignment"
+            self._expect(not idle, told)
         for name in wanted:
             self._expect(name in open_, f"{gateway.name} has no channel to {name}")
         for name, scheduler in gateway.groups.items():

@@ -53,10 +53,16 @@ def wrong(client: Client, world: World) -> str:
             nbytes = len(request.prompt) // 4 * 128 * plan.profile["layers"]
             return "" if nbytes > plan.arena_bytes - PAGE else "it is not too large"
         case errors.Unavailable():
-            return "all was well" if plan.calm else ""
+            return _wrong_refusal(error, calm=plan.calm)
         case errors.InstanceError() | errors.Suspected():
             return _wrong_failure(client, request, world)
     return "no error that a client may see"
+
+
+def _wrong_refusal(error: errors.Unavailable, *, calm: bool) -> str:
+    if "have left" in f"{error}":
+        return "it has been moved too often"
+    return "all was well" if calm else ""
 
 
 def _wrong_leave(client: Client) -> str:

@@ -27,6 +27,7 @@ Kind = Literal[
     "bad join",  # what has arrived in a decode is not what it should be
     "leave",  # an instance leaves the group of a gateway, and joins it again
     "take",  # a gateway has other scenarios and groups for a while
+    "move",  # an instance is drained, and gets another assignment
 ]
 
 
@@ -117,6 +118,8 @@ def forgive(life: Life) -> None:
 async def _to_worker(world: World, worker: Worker, fault: Fault) -> None:
     workers, life = world.workers, worker.life
     match fault.kind:
+        case "move":
+            await world.moves.move(worker, fault.other, fault.lasts)
         case "part":
             workers.part(fault.one, fault.other, fault.lasts)
             await asyncio.sleep(fault.lasts)
@@ -126,9 +129,10 @@ async def _to_worker(world: World, worker: Worker, fault: Fault) -> None:
             silently = fault.kind == "vanish"
             await workers.kill(worker, silently)
             for gateway in world.gateways:
-                connection = gateway and gateway.wires[worker.name].connection
-                if connection and connection.life is life and not silently:
-                    connection.break_("connection reset")
+                for wire in gateway.to(worker.name) if gateway else ():
+                    connection = wire.connection
+                    if connection and connection.life is life and not silently:
+                        connection.break_("connection reset")
             await asyncio.sleep(fault.lasts)
             workers.start(worker)
         case "stop":
@@ -143,7 +147,7 @@ async def _to_gateway(world: World, gateway: Gateway, fault: Fault) -> None:
     match fault.kind:
         case "kill":
             world.gateways[gateway.number] = None
-            for wire in gateway.wires.values():
+            for wire in gateway.channels:
                 wire.lose()
             await gateway.process.end()
             await asyncio.sleep(fault.lasts)
@@ -157,10 +161,12 @@ async def _to_gateway(world: World, gateway: Gateway, fault: Fault) -> None:
             gateway.process.begin(gateway.take(int(fault.other), fault.lasts))
             await asyncio.sleep(fault.lasts)
         case "cut":
-            gateway.wires[fault.other].cut_until = world.loop.time() + fault.lasts
+            for wire in gateway.to(fault.other):
+                wire.cut_until = world.loop.time() + fault.lasts
             await asyncio.sleep(fault.lasts)
         case _:
-            gateway.wires[fault.other].lose()
+            for wire in gateway.to(fault.other):
+                wire.lose()
 
 
 async def _stop(process: Any, seconds: float) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from perf.baselines.policies import SCHEDULERS
 
+from pdserve.control.assignment import ANY
 from pdserve.gateway.service import Service
 from pdserve.observability.metrics import Registry
 from pdserve.supervision import repeat
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from pdserve import config
+    from pdserve.gateway.groups import Group
     from pdserve.scheduling.instance import Instance
     from pdserve.scheduling.request import Chunk, Request
     from pdserve.scheduling.scheduler import Scheduler
@@ -42,6 +44,8 @@ class Gateway:
         self.metrics = Registry()
         self.wires: dict[str, Wire] = {}
         """The latest channel to each worker, by the worker's name."""
+        self.channels: list[Wire] = []
+        """All channels that are not closed, those of former assignments included."""
         self.clients: dict[str, Client] = {}
         """Its clients, by the ids of their requests."""
         self.members: dict[Scheduler, frozenset[str]] = {}
@@ -59,7 +63,10 @@ class Gateway:
         """The schedulers of its groups, by name."""
         self.deployment = world.plan.deployment()
         self.service = self.process.run(self._start)
+        assignments: Any = self.service.assignments
+        assignments.take = partial(self._reassigned, assignments.take)
         self._note_groups()
+        self.process.begin(assignments.follow())
         self.process.begin(repeat("the sweep", self._sweep))
 
     def _start(self) -> Service:
@@ -82,11 +89,19 @@ class Gateway:
         wire.sent = partial(world.sent, self, wire)
         wire.got = partial(world.got, self, wire)
         wire.broke = partial(world.broke, self, wire)
+        self.channels = [one for one in self.channels if not one.closed]
+        self.channels.append(wire)
         if before is not None:
-            world.invariants.deployments.connects(self, before)
             wire.cut_until = before.cut_until
-        self.wires[name] = wire
+        if number != ANY:
+            if before is not None and before.number == number:
+                world.invariants.deployments.connects(self, before)
+            self.wires[name] = wire
         return wire
+
+    def to(self, name: str) -> list[Wire]:
+        """Return its channels to a worker."""
+        return [wire for wire in self.channels if wire.worker.name == name]
 
     def _observed(self) -> type[Scheduler]:
         """Make the class of its schedulers, which report what they do."""
@@ -125,8 +140,13 @@ class Gateway:
     @property
     def schedulers(self) -> list[Scheduler]:
         """Return the schedulers of its groups, and those that still serve what they have begun."""
+        return [one._scheduler for one in self.all_groups]
+
+    @property
+    def all_groups(self) -> list[Group]:
+        """Return its groups, and those that still serve what they have begun."""
         groups = self.service._groups
-        return [one._scheduler for one in (*groups._current.values(), *groups._retired)]
+        return [*groups._current.values(), *groups._retired]
 
     @property
     def instances(self) -> dict[str, Instance]:
@@ -150,12 +170,16 @@ class Gateway:
         self._change(0, self._away)
 
     def _change(self, layout: int, away: set[str]) -> None:
-        self._layout, self._away, before = layout, away, self.groups
-        self.deployment = self._world.plan.deployment(layout, away)
-        self.service.take(self.deployment)
-        self._note_groups()
+        self._layout, self._away = layout, away
         self._world.note(f"{self.name} serves by layout {layout} without {sorted(away)}")
+        self.service.take(self._world.plan.deployment(layout, away))
+
+    def _reassigned(self, take: Callable[..., Any], wanted: config.Deployment) -> Any:
+        """Take a deployment with the assignments of its instances, and note its groups."""
+        before, (self.deployment, groups) = self.groups, take(wanted)
+        self._note_groups()
         self._world.invariants.deployments.taken(self, before)
+        return self.deployment, groups
 
     def _note_groups(self) -> None:
         current = self.service._groups._current

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from pdserve.control.records import Phase
 from pdserve.instances.prefill import PrefillInstance
 from pdserve.observability import catalogue
 from pdserve.rpc.messages import DecodeRequest, PrefillRequest
@@ -151,11 +152,13 @@ class Invariants:
             return
         for call in offers:
             self.shared[gateway, call.split("-")[1]].append(worker)
-        if offers and gateway.instances[worker].breaker.reopens <= now:
+        there = gateway.instances.get(worker)
+        if offers and there is not None and there.breaker.reopens <= now:
             self._failed_at[gateway, worker] = now
 
     def begun(self, life: Life) -> None:
         """Check from now on that a new prefill begins to compute no prompt after its limit."""
+        self._under_its_assignment(life)
         prefill = life.instance
         if not isinstance(prefill, PrefillInstance):
             return
@@ -170,6 +173,21 @@ class Invariants:
             return held, sources
 
         computation._next_batch = batch  # type: ignore[method-assign]
+
+    def _under_its_assignment(self, life: Life) -> None:
+        """Check from now on that an instance takes no request for another assignment."""
+        instance: Any = life.instance
+        submit = instance.submit
+
+        def checked(request: Any, send: Any) -> None:
+            one = life.assigned
+            told = f"{instance._name} with {one.assignment} takes a request for {life.number}"
+            self.expect(life.number == one.assignment.number, told)
+            told = f"{instance._name} takes a request while it is {one.phase.value}"
+            self.expect(one.phase is Phase.SERVING, told)
+            submit(request, send)
+
+        instance.submit = checked
 
     def accepted(self, client: Client) -> None:
         """Note that a prefill has taken a client's request."""

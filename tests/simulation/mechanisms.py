@@ -11,8 +11,12 @@ from typing import Any
 from unittest import mock
 
 from pdserve import config
+from pdserve.gateway.assignments import Assignments
 from pdserve.gateway.groups import Group, Groups
 from pdserve.gateway.router import Asked, Router, Scenario
+from pdserve.instances.assigned import Assigned
+from pdserve.instances.decode import DecodeInstance
+from pdserve.instances.prefill import PrefillInstance
 from pdserve.instances.prompt_computation import PromptComputation
 from pdserve.instances.slot_watches import SlotWatches
 from pdserve.scheduling import scheduler
@@ -41,6 +45,13 @@ def _always(*_: object) -> bool:
     return True
 
 
+def _stays(instance: Instance, reply: Any) -> None:
+    try:
+        _HEARD(instance, reply)
+    finally:
+        instance.left = False
+
+
 def _time_goes_by(line: Any) -> None:
     line._timer = None
 
@@ -63,6 +74,7 @@ def _reached_anew(
     return _REACH(groups, deployment, role, names, numbers)
 
 
+_HEARD = Instance.heard
 _GROUP, _REACH = Groups._group, Groups._reach
 
 MECHANISMS: dict[str, Patches] = {
@@ -112,6 +124,21 @@ MECHANISMS: dict[str, Patches] = {
     "reservation": ((SlotWatches, "admits", lambda _, gateway, free: free > 0),),
     # A request that has waited for longer goes first.
     "order": ((Request, "order", property(lambda request: (False, -request.arrived))),),
+    # An instance refuses what is for another assignment, and all while it drains.
+    "assignment": ((Assigned, "_accepts", _always),),
+    # What is left at the end of a drain's time is given up.
+    "end of a drain": (
+        (PrefillInstance, "end_all", _nothing),
+        (DecodeInstance, "end_all", _nothing),
+    ),
+    # A gateway takes another assignment from a reply.
+    "reassigned": ((Assignments, "told", _nothing),),
+    # A gateway asks an instance that has left whether it serves again.
+    "asking": ((Assignments, "follow", _never),),
+    # An instance that has left is offered nothing.
+    "left": ((Instance, "heard", _stays),),
+    # What an instance gives up in its drain is no failure.
+    "free moves": ((scheduler, "MOVES", 0),),
     # A prompt whose limit has passed is not computed.
     "limit in the prefill": ((PromptComputation, "_give_up_late", _nothing),),
 }

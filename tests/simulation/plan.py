@@ -10,7 +10,7 @@ import msgspec
 
 from pdserve import config
 from pdserve.config import checks
-from tests.simulation import asking, faults, layouts
+from tests.simulation import asking, faults, layouts, moves
 from tests.simulation.layouts import Names
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def draw(seed: int) -> Plan:
         if plan.policy == "on_demand" and prefills + decodes > 2
     ]
     drawn = tuple(sorted((*drawn, *leaves), key=lambda fault: fault.at))
-    return _grouped(replace(plan, requests=asking.answered(requests, seed), faults=drawn))
+    return _moved(_grouped(replace(plan, requests=asking.answered(requests, seed), faults=drawn)))
 
 
 def _grouped(plan: Plan) -> Plan:
@@ -214,3 +214,13 @@ def _grouped(plan: Plan) -> Plan:
         requests=requests,
         faults=tuple(sorted((*plan.faults, *takes), key=lambda fault: fault.at)),
     )
+
+
+def _moved(plan: Plan) -> Plan:
+    """Draw the moves of instances; deployments do not change in such a world."""
+    rng = random.Random(f"{plan.seed} moves")
+    drawn = moves.draw(plan, plan.requests[-1].at + 0.2, rng)
+    if not drawn or plan.policy != "on_demand" or rng.random() < 0.6:
+        return plan
+    others = [one for one in plan.faults if one.kind not in ("leave", "take")]
+    return replace(plan, faults=tuple(sorted((*others, *drawn), key=lambda fault: fault.at)))

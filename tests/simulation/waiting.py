@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from pdserve.control.records import Phase
 from pdserve.instances.prefill import PrefillInstance
 from pdserve.scheduling.request import State
 from pdserve.scheduling.suspicion import admits
@@ -105,6 +106,9 @@ class Waiting:
         if (
             life is None
             or not life.process.runs
+            or life.assigned.phase is not Phase.SERVING
+            or life.assigned.assignment.number != wire.number
+            or instance.left
             or instance.load.offers
             or now < instance.breaker.reopens
             or instance.name in scheduler._kv_links.table.avoided

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from pdserve.control.assignment import FIRST, Assignment
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.kv_exports import MAX_QUARANTINED
 from pdserve.instances.prefill import PrefillInstance
 from pdserve.kvcache.sharding import Sharding
+from pdserve.node.first_assignments import first_assignments
 from pdserve.observability.metrics import Registry
 from pdserve.transfer.consumer.probe import Probe
 from pdserve.transfer.consumer.receiver import Receiver
@@ -31,7 +31,7 @@ from tests.unit.inprocess import EOS, Decode, Model, Prefill, assigned, model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pdserve.config import Role
+    from pdserve.control.assignment import Assignment
     from tests.simulation.plan import Plan
 
 STAGING = 8, 2048
@@ -51,8 +51,10 @@ class Workers:
     def __init__(self, plan: Plan, loop: Loop, begun: Callable[[Life], None]) -> None:
         self._begun = begun
         self.model = _model(msgspec.json.encode(plan.profile))
-        self.prefills = [_worker("prefill", i) for i in range(plan.prefills)]
-        self.decodes = [_worker("decode", i) for i in range(plan.decodes)]
+        first = first_assignments(plan.deployment())
+        prefills, decodes = plan.names.by_role["prefill"], plan.names.by_role["decode"]
+        self.prefills = [Worker(name, first[name]) for name in prefills]
+        self.decodes = [Worker(name, first[name]) for name in decodes]
         self._plan = plan
         self._loop = loop
         self._by_name = {worker.name: worker for worker in self}
@@ -146,10 +148,6 @@ class Workers:
     @property
     def _terms(self) -> Terms:
         return Terms(self.model.fingerprint, self.model.layout, b"k" * 32, Sharding())
-
-
-def _worker(role: Role, number: int) -> Worker:
-    return Worker(f"{role}_{number}", Assignment(FIRST, role))
 
 
 @lru_cache(None)

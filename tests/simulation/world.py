@@ -26,6 +26,7 @@ from tests.simulation.clients import Client, Told, brief
 from tests.simulation.gateways import Gateway
 from tests.simulation.invariants import Broken, Invariants
 from tests.simulation.loop import Loop
+from tests.simulation.moves import Moves
 from tests.simulation.plan import Plan
 from tests.simulation.workers import Workers
 
@@ -63,6 +64,7 @@ class World:
         self.gateways: list[Gateway | None] = []
         self.clients: list[Client] = []
         self.invariants = Invariants(self)
+        self.moves = Moves(self)
         self._trace = trace
 
     # --------------------------------------------- from its beginning to its end
@@ -115,7 +117,7 @@ class World:
         for life in self.workers.lives:
             faults.forgive(life)
         for gateway in filter(None, self.gateways):
-            for wire in gateway.wires.values():
+            for wire in gateway.channels:
                 life = wire.connection and wire.connection.life
                 if life and not life.process.alive:  # the worker has vanished
                     wire.lose()
