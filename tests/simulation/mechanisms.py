@@ -15,8 +15,6 @@ from pdserve.gateway.assignments import Assignments
 from pdserve.gateway.groups import Group, Groups
 from pdserve.gateway.router import Asked, Router, Scenario
 from pdserve.instances.assigned import Assigned
-from pdserve.instances.decode import DecodeInstance
-from pdserve.instances.prefill import PrefillInstance
 from pdserve.instances.prompt_computation import PromptComputation
 from pdserve.instances.slot_watches import SlotWatches
 from pdserve.scheduling import scheduler
@@ -126,19 +124,12 @@ MECHANISMS: dict[str, Patches] = {
     "order": ((Request, "order", property(lambda request: (False, -request.arrived))),),
     # An instance refuses what is for another assignment, and all while it drains.
     "assignment": ((Assigned, "_accepts", _always),),
-    # What is left at the end of a drain's time is given up.
-    "end of a drain": (
-        (PrefillInstance, "end_all", _nothing),
-        (DecodeInstance, "end_all", _nothing),
-    ),
     # A gateway takes another assignment from a reply.
     "reassigned": ((Assignments, "told", _nothing),),
     # A gateway asks an instance that has left whether it serves again.
     "asking": ((Assignments, "follow", _never),),
     # An instance that has left is offered nothing.
     "left": ((Instance, "heard", _stays),),
-    # What an instance gives up in its drain is no failure.
-    "free moves": ((scheduler, "MOVES", 0),),
     # A prompt whose limit has passed is not computed.
     "limit in the prefill": ((PromptComputation, "_give_up_late", _nothing),),
 }
