@@ -27,7 +27,8 @@ BACKEND_VARIABLES = {
     "TRTLLM_USE_MPI_KVCACHE": "MPI",
 }
 """The transceiver's backend that each variable chooses where the option is ``DEFAULT``: the first
-one that is "1" counts, and NIXL if there is none (cpp/tensorrt_llm/common/envUtils.cpp)."""
+one that is "1" counts, and NIXL if there is none
+(tensorrt_llm/_torch/pyexecutor/kv_cache_transceiver.py)."""
 
 
 class CacheTransceiverConfig(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
