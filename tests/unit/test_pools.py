@@ -104,7 +104,9 @@ async def test_a_call_by_bls_that_cannot_be_handed_over_fails() -> None:
     pb_utils: Any = mock.Mock(
         InferenceRequest=mock.Mock(return_value=request), TritonModelException=ValueError
     )
-    channel: Any = BlsChannel(pb_utils, "decode_0", b"k" * 32, 1)
+    may_call = asyncio.Event()
+    may_call.set()
+    channel: Any = BlsChannel(pb_utils, "decode_0", b"k" * 32, 1, may_call)
     channel._threads.shutdown()
     channel._threads = Refusing(1)
     replies = channel.open("a", Describe("a"))

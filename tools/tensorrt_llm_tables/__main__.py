@@ -11,7 +11,7 @@ from tensorrt_llm_tables.reading import CLASSES, read, text
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table of a source, or write it. Returns 1 if the source lacks something."""
+    """Print the table of a source, or write it. Returns 1 if it can be neither read nor written."""
     parser = argparse.ArgumentParser(
         prog="python -m tensorrt_llm_tables",
         description="Read the names of TensorRT-LLM's API from its source, without importing it.",
@@ -43,7 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(text(table))
         return 0
     target = given.folder / f"{table.version}.json"
-    target.write_text(text(table))
+    try:
+        target.write_text(text(table))
+    except OSError as error:
+        print(f"{target}: {error.strerror}", file=sys.stderr)
+        return 1
     print(target)
     return 0
 

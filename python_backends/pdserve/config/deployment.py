@@ -289,9 +289,11 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
 
 FORMER_KEYS = {
     "gateway.policy": (
-        "a gateway forwards on demand; the policies that this is compared with are in "
-        "perf/baselines, and perf.scheduling chooses among them"
+        "this key was removed: a gateway forwards on demand; the policies that this is compared "
+        "with are in perf/baselines, and perf.scheduling chooses among them"
     ),
-    "gateway.report_ms": "it belonged to policies that are in perf/baselines now",
+    "gateway.report_ms": (
+        "this key was removed: it belonged to policies that are in perf/baselines now"
+    ),
 }
 """Keys of earlier versions, with the explanation for the error on each."""

@@ -46,20 +46,20 @@ class _Loader(yaml.SafeLoader):
 def decode(
     data: bytes,
     type: type[T],  # noqa: A002 - as msgspec.yaml.decode has it
-    former: Mapping[str, str] = MappingProxyType({}),
+    explained: Mapping[str, str] = MappingProxyType({}),
 ) -> T:
     """Read a document as this type.
 
     Args:
-        former: keys of earlier versions, by their place (``gateway.policy``, ``servers[].policy``),
-            with the explanation for the error on each.
+        explained: keys that are not allowed, by their place (``gateway.policy``,
+            ``servers[].policy``), with the explanation for the error on each.
 
     Raises:
         msgspec.MsgspecError: it is not YAML, a key is duplicate or unknown, or a value has a wrong
             type.
     """
     info = inspect.type_info(type)
-    keys = _Keys(info, former)
+    keys = _Keys(info, explained)
     root = None
     try:
         loader = _Loader(data)
@@ -143,16 +143,16 @@ def _pair(
 
 @dataclass(frozen=True)
 class _Keys:
-    """The keys that a document may have, and those of earlier versions."""
+    """The keys that a document may have, and explanations of others."""
 
     document: inspect.Type
-    former: Mapping[str, str]
+    explained: Mapping[str, str]
 
     def meant(self, place: str, key: str, fields: list[str]) -> str:
         """Return what the writer of an unknown key may have meant."""
-        former = self.former.get(_NUMBER.sub("[]", place.removeprefix("$.")))
-        if former is not None:
-            return f"this key was removed: {former}; "
+        explanation = self.explained.get(_NUMBER.sub("[]", place.removeprefix("$.")))
+        if explanation is not None:
+            return f"{explanation}; "
         homes = sorted(set(_homes(key, self.document, "")))
         close = homes or difflib.get_close_matches(key, fields, n=1)
         return f"did you mean {' or '.join(close)}? " if close else ""

@@ -27,7 +27,8 @@ BACKEND_VARIABLES = {
     "TRTLLM_USE_MPI_KVCACHE": "MPI",
 }
 """The transceiver's backend that each variable chooses where the option is ``DEFAULT``: the first
-one that is "1" counts, and NIXL if there is none (cpp/tensorrt_llm/common/envUtils.cpp)."""
+one that is "1" counts, and NIXL if there is none
+(tensorrt_llm/_torch/pyexecutor/kv_cache_transceiver.py)."""
 
 
 class CacheTransceiverConfig(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -174,3 +175,18 @@ class LlmOptions(Struct, frozen=True, forbid_unknown_fields=True):
                 "kv_cache_bounce_size_mb, and prefill.enable_chunked_prefill without pipeline or "
                 "context parallelism"
             )
+
+
+def _elsewhere() -> Iterator[tuple[str, str]]:
+    where = "engine.tensorrt_llm"
+    yield f"{where}.cache_transceiver_config.kv_transfer_timeout_ms", "set prefill.lease_s, seconds"
+    for role in ("prefill", "decode"):
+        yield f"{where}.{role}.tensor_parallel_size", f"set {role}.tensor_parallel"
+        yield f"{where}.{role}.max_batch_size", f"set {role}.slots"
+        yield f"{where}.{role}.model", "set model"
+        yield f"{where}.{role}.backend", "it is always pytorch"
+        yield f"{where}.{role}.cache_transceiver_config", f"set {where}.cache_transceiver_config"
+
+
+ELSEWHERE = dict(_elsewhere())
+"""Arguments of TensorRT-LLM that other keys set, by their place, with what to do."""

@@ -12,6 +12,7 @@ import msgspec
 
 from pdserve.config import addresses, checks, documents
 from pdserve.config.deployment import FORMER_KEYS, Deployment
+from pdserve.config.llm_options import ELSEWHERE
 from pdserve.errors import DeploymentError
 
 
@@ -23,7 +24,7 @@ def load(path: Path) -> Deployment:
             message names it.
     """
     try:
-        deployment = documents.decode(path.read_bytes(), Deployment, FORMER_KEYS)
+        deployment = documents.decode(path.read_bytes(), Deployment, FORMER_KEYS | ELSEWHERE)
     except OSError as error:
         raise DeploymentError(f"{path}: {error.strerror}") from error
     except msgspec.MsgspecError as error:

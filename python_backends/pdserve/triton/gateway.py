@@ -28,7 +28,7 @@ from pdserve.node import failure_notice
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
 from pdserve.observability.publisher import Publisher
-from pdserve.rpc.channels.bls import BlsChannel
+from pdserve.rpc.channels import bls
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.client import Channel
 from pdserve.scheduling.scheduler import Scheduler
@@ -81,8 +81,8 @@ class GatewayModel(ABC):
         self._key = key.of(self.deployment)
         self._always = Background()
         # async_exec of BLS occupies a thread of the default pool until the first response.
-        bls = self.deployment.gateway.channel == "bls"
-        self._loop = LoopThread(self._heartbeat, BLS_THREADS if bls else ASIDE)
+        self._bls = self.deployment.gateway.channel == "bls"
+        self._loop = LoopThread(self._heartbeat, BLS_THREADS if self._bls else ASIDE)
         self._loop.run(self._start())
         self._readiness = Readiness(self._name, self._heartbeat)
         self._heartbeat.loaded()
@@ -123,6 +123,7 @@ class GatewayModel(ABC):
     # ------------------------------------------------------------------ serving
 
     def _accept(self, requests: list[Any]) -> None:
+        self._loaded.set()
         for request in requests:
             key = str(next(self._ids))
             try:
@@ -195,6 +196,7 @@ class GatewayModel(ABC):
     # -------------------------------------------------------- beginning and end
 
     async def _start(self) -> None:
+        self._loaded, self._waits = asyncio.Event(), False
         self._service = Service(
             self._name,
             self.deployment,
@@ -237,10 +239,22 @@ class GatewayModel(ABC):
             log(f"{self._name}: deployment: {what}: {'; '.join(lines)}")
 
     def _channel(self, name: str, server: config.Server, number: int) -> Channel:
-        if self.deployment.gateway.channel == "bls":
-            threads = 1 if number == ANY else BLS_THREADS
-            return BlsChannel(pb_utils, name, self._key, threads, number)
-        return GrpcChannel(f"{server.host}:{server.grpc_port}", name, self._key, number)
+        address = f"{server.host}:{server.grpc_port}"
+        if not self._bls:
+            return GrpcChannel(address, name, self._key, number)
+        if not self._waits:  # the instances are in this model's own server
+            self._waits = True
+            self._always.start(self._wait_loaded(address))
+        threads = 1 if number == ANY else BLS_THREADS
+        return bls.BlsChannel(pb_utils, name, self._key, threads, self._loaded, number)
+
+    async def _wait_loaded(self, address: str) -> None:
+        """Allow BLS calls once the server says that it has loaded this model.
+
+        A request says it, too: where a server may not connect to itself, the first one does.
+        """
+        await bls.loaded(address, self._name)
+        self._loaded.set()
 
     def _lose(self, notice: str) -> Any:
         """Handle a watchdog's notice of a process that is gone, or its check of this gateway.

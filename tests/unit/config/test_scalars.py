@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -11,6 +12,7 @@ from msgspec import Struct, inspect
 from pdserve import config
 from pdserve.config import documents
 from pdserve.config.deployment import FORMER_KEYS
+from pdserve.config.llm_options import ELSEWHERE
 from pdserve.engines.emulated import Profile
 from pdserve.errors import DeploymentError
 
@@ -202,8 +204,9 @@ def test_former_keys_are_found_at_any_number_and_hide_no_key_of_today() -> None:
     former = {"servers[].color": "servers have none"}
     document = DEPLOYMENT.replace("name: ", "color: red, name: ", 1)
     assert document != DEPLOYMENT
-    with pytest.raises(msgspec.ValidationError, match=r"servers\[0\]`.*: servers have none; allow"):
+    with pytest.raises(msgspec.ValidationError, match=r"servers\[0\]`.*; servers have none; allow"):
         documents.decode(document.encode(), config.Deployment, former)
-    for place in FORMER_KEYS:
-        section, key = place.split(".")
-        assert key not in getattr(config.Deployment("m", ()), section).__struct_fields__
+    for place in (*FORMER_KEYS, *ELSEWHERE):
+        section, key = place.rsplit(".", 1)
+        of = operator.attrgetter(section)(config.Deployment("m", ()))
+        assert key not in of.__struct_fields__

@@ -442,7 +442,19 @@ def test_stop_words_of_a_model_with_several_ends(tmp_path: Path, version: str) -
     [
         ("tensorrt_llm: {prefill: {max_token: 3}}", "max_token"),
         ("tensorrt_llm: {cache_transceiver_config: {backend: nixl}}", "nixl"),
-        ("tensorrt_llm: {cache_transceiver_config: {kv_transfer_timeout_ms: 5}}", "timeout_ms"),
+        (
+            "tensorrt_llm: {cache_transceiver_config: {kv_transfer_timeout_ms: 5}}",
+            "'kv_transfer_timeout_ms'.*; set prefill.lease_s, seconds; allowed: ",
+        ),
+        (
+            "tensorrt_llm: {decode: {tensor_parallel_size: 2}}",
+            "'tensor_parallel_size'.*; set decode.tensor_parallel; allowed: ",
+        ),
+        (
+            "tensorrt_llm: {prefill: {max_batch_size: 2}}",
+            "'max_batch_size'.*; set prefill.slots; allowed: ",
+        ),
+        ("tensorrt_llm: {decode: {backend: pytorch}}", "'backend'.*; it is always pytorch; allow"),
         ("tensorrt_llm: {decode: {kv_cache_config: {tokens_per_block: 64}}}", "tokens_per_block"),
         ("tensorrt_llm: {decode: {dtype: float16}}", "dtype is auto of prefill and float16"),
         (

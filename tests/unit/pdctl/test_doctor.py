@@ -639,6 +639,15 @@ class TestTensorRTLLM:
             assert mend.startswith("TRTLLM_NO_USAGE_STATS=1")
         assert "statistics of use" not in states(host, GPU)
 
+    @pytest.mark.parametrize(("lease_s", "noted"), [(None, False), (60.0, False), (59.9, True)])
+    def test_a_lease_that_is_shorter_than_its_own(self, lease_s: float | None, noted: bool) -> None:
+        deployment = msgspec.structs.replace(TENSORRT, prefill=Prefill(lease_s=lease_s))
+        assert states(TWO_GPUS, deployment).get("prefill.lease_s") == ("note" if noted else None)
+        if noted:
+            assert "59.9 s" in one(TWO_GPUS, deployment, "prefill.lease_s").found
+        short = msgspec.structs.replace(GPU, prefill=Prefill(lease_s=lease_s))
+        assert "prefill.lease_s" not in states(TWO_GPUS, short)
+
 
 class TestChannel:
     BLS = msgspec.structs.replace(CPU, gateway=Gateway(channel="bls"))

@@ -288,6 +288,14 @@ def test_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tree(tmp_path)), "--commit", "c0ffee", "--folder", str(tmp_path / "none")]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"{tmp_path}/none/9.9.9rc1.json: No such file or directory\n"
+
+
 def test_a_part_of_a_source(tmp_path: Path) -> None:
     folder = tree(tmp_path)
     (folder / "tensorrt_llm/executor/result.py").unlink()

@@ -10,9 +10,13 @@ import asyncio
 import uuid
 from types import ModuleType
 
+import grpc
+import grpc.aio
 import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from pdserve import pools
+from pdserve.connections import GRPC_OPTIONS
 from pdserve.control.assignment import FIRST
 from pdserve.errors import InstanceEnded, InstanceError
 from pdserve.rpc import messages
@@ -20,23 +24,55 @@ from pdserve.rpc.client import Calls, Replies
 from pdserve.rpc.messages import Request
 from pdserve.rpc.seal import Seal
 
+LOOK_S = 0.1
+"""Interval at which a model asks whether it has been loaded, in seconds."""
+ANSWER_S = 2.0
+"""Seconds for which it waits for the answer."""
+
+
+async def loaded(address: str, model: str) -> None:
+    """Return once the server at ``address`` (host:port) says that it has loaded a model.
+
+    The model has to wait for that before its first BLS call: such a call before its own
+    ``initialize`` has returned can crash Triton 24.10 with a segmentation fault, seen in 2 of 5
+    starts of a busy machine.
+    """
+    asked = service_pb2.ModelReadyRequest(name=model)
+    async with grpc.aio.insecure_channel(address, options=GRPC_OPTIONS) as connection:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
+        while True:
+            try:
+                if (await stub.ModelReady(asked, timeout=ANSWER_S)).ready:
+                    return
+            except grpc.RpcError:
+                pass  # the port is not open yet
+            await asyncio.sleep(LOOK_S)
+
 
 class BlsChannel:
     """A channel to Triton model ``model`` of this server; ``pb_utils`` is the stub's module.
 
     Args:
         key: key of the deployment, with which messages are sealed.
+        may_call: set once calls may be sent; see ``loaded``. Those before wait for it.
         number: number of the assignment that the instance has, or ANY.
     """
 
     def __init__(
-        self, pb_utils: ModuleType, model: str, key: bytes, threads: int, number: int = FIRST
+        self,
+        pb_utils: ModuleType,
+        model: str,
+        key: bytes,
+        threads: int,
+        may_call: asyncio.Event,
+        number: int = FIRST,
     ) -> None:
         self._pb = pb_utils
         self._model = model
         self._seal = Seal(key, model)
         self._number = number
         self._threads = pools.started(threads, f"bls-{model}")
+        self._may_call = may_call
         self._stream = uuid.uuid4().hex
         self._calls = Calls()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,6 +107,7 @@ class BlsChannel:
     async def _run(self, call: str, payload: bytes) -> None:
         loop = asyncio.get_running_loop()
         try:
+            await self._may_call.wait()
             request = self._pb.InferenceRequest(
                 model_name=self._model,
                 request_id=f"{self._stream}/{call}",

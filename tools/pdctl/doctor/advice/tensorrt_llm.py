@@ -9,7 +9,7 @@ from pdctl.doctor.advice.needs import Needs
 from pdctl.doctor.inventory import Inventory
 from pdctl.doctor.variables import NO_STATISTICS
 from pdctl.doctor.versions import OPENAI, READ, STATISTICS, SUPPORTED, within
-from pdserve.config import Deployment
+from pdserve.config import EXTERNAL_LEASE_S, Deployment
 from pdserve.config.llm_options import BACKEND_VARIABLES
 
 NAME = "tensorrt_llm"
@@ -45,6 +45,7 @@ def tensorrt_llm(inventory: Inventory, needs: Needs, deployment: Deployment) -> 
         environment = inventory.process.environment
         yield from _backend(environment, deployment)
         yield from _statistics(environment, version)
+        yield from _lease(deployment)
 
 
 def _unusable(version: str, why: str) -> Finding:
@@ -68,6 +69,20 @@ def _backend(environment: Mapping[str, str], deployment: Deployment) -> Iterator
             unused="links to engines whose servers have other variables" if decides else name,
             mend=f"unset {name}"
             + (f", and cache_transceiver_config: {{backend: {chosen}}}" if decides else ""),
+        )
+
+
+def _lease(deployment: Deployment) -> Iterator[Finding]:
+    lease_s = deployment.prefill.kept_s
+    if lease_s < EXTERNAL_LEASE_S:
+        yield Finding(
+            about="prefill.lease_s",
+            state="note",
+            found=f"{lease_s:g} s",
+            used="as the time limit of a transfer, too, which runs while a request waits in the "
+            "decode's queue",
+            unused="KV caches of requests that wait there longer: they are computed again",
+            mend=f"prefill.lease_s: {EXTERNAL_LEASE_S:g}, the default, or more",
         )
 
 
