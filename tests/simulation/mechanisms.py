@@ -130,6 +130,8 @@ MECHANISMS: dict[str, Patches] = {
     "asking": ((Assignments, "follow", _never),),
     # An instance that has left is offered nothing.
     "left": ((Instance, "heard", _stays),),
+    # What an instance gives up in its drain is no failure.
+    "free moves": ((scheduler, "MOVES", 0),),
     # A prompt whose limit has passed is not computed.
     "limit in the prefill": ((PromptComputation, "_give_up_late", _nothing),),
 }
