@@ -152,15 +152,16 @@ class _Draft:
             group = self.cluster.groups.get(tide.group)
             if group is None:
                 continue
-            out = due(tide, self.cluster.now)
+            out, told = due(tide, self.cluster.now), None
             if tide.volume:
-                out = self._by_volume(group)
+                out, told = self._by_volume(group)
             other = tide.to if tide.to in self.cluster.groups else tide.group
-            if self._calm(tide.group) and self._calm(other):
-                not_before = dict(self.memory.not_before)
-                found = turn_of_tide(self.cluster, tide, out, self.policy, not_before)
-                if found is not None:
-                    self._begin(found)
+            if not (self._calm(tide.group) and self._calm(other)):
+                continue
+            found = turn_of_tide(self.cluster, tide, out, self.policy, self.memory.not_before)
+            if found is not None:
+                self.events += [told] if told else []
+                self._begin(found)
 
     def ratio(self, group: Group, before: GroupMemory) -> None:
         """Change a group's ratio, or tell why not."""
@@ -182,19 +183,18 @@ class _Draft:
             self.events.append(narrate.held(self.cluster.now, group.name, verdict))
         self._remember(group.name, known)
 
-    def _by_volume(self, group: Group) -> bool:
-        """Return whether equation (2) wants a group to be out; unknown: as it is."""
+    def _by_volume(self, group: Group) -> tuple[bool, Event | None]:
+        """Return whether equation (2) wants a group out, and what to tell; unknown: as it is."""
         is_out, known = group.share == 0, self.memory.of(group.name)
         found = volume(self.cluster, group, self.memory)
         if found is None or wanted_out(found, is_out) == is_out:
             self._remember(group.name, replace(known, spare_since=None))
-            return is_out
+            return is_out, None
         since = self.cluster.now if known.spare_since is None else known.spare_since
         self._remember(group.name, replace(known, spare_since=since))
         if self.cluster.now - since < (IN_S if is_out else OUT_S):
-            return is_out
-        self.events.append(narrate.needed(self.cluster.now, group, found, is_out))
-        return not is_out
+            return is_out, None
+        return not is_out, narrate.needed(self.cluster.now, group, found, is_out)
 
     def _free(self, group: str) -> bool:
         """Tell whether nothing changes a group, and there is room for another transaction."""

@@ -18,8 +18,8 @@ COMPLETIONS = 100
 CALM_GAIN, PRESSED_GAIN = 0.08, 0.03
 """Smallest gain for which a change is worth its cost: when no request waits long, and when the
 oldest has waited for ``PRESSED`` of its limit."""
-SIGMAS = 2.0
-"""A calm group also needs a gain of so many standard deviations of the measured rates."""
+SIGMAS, PRESSED_SIGMAS = 2.5, 1.0
+"""The gain also has to be so many standard deviations of the measured rates."""
 PRESSED = 0.5
 
 
@@ -135,7 +135,7 @@ def advise(seen: Observation, limits: Limits = Limits(), last: int = 0) -> Advic
     present = throughput(*now, *known)
     gain = throughput(prefills, decodes, *known) / present - 1 if present else math.inf
     back = (prefills - seen.prefills) * last < 0
-    needed = PRESSED_GAIN if seen.pressed and not back else calm_gain(seen.noise)
+    needed = needed_gain(seen.noise, seen.pressed and not back)
     if gain < needed:
         few = f"{prefills}:{decodes} would gain {gain:.1%}, of {needed:.0%} needed"
         return Advice(*now, few, gain, known)
@@ -144,8 +144,10 @@ def advise(seen: Observation, limits: Limits = Limits(), last: int = 0) -> Advic
     return Advice(prefills, decodes, f"{gain:.0%} more requests per second", gain, known)
 
 
-def calm_gain(noise: float) -> float:
-    """Return the gain that a group needs for a change while no request waits long."""
+def needed_gain(noise: float, pressed: bool) -> float:
+    """Return the gain that a change needs with this noise of the measured rates."""
+    if pressed:
+        return max(PRESSED_GAIN, PRESSED_SIGMAS * noise)
     return max(CALM_GAIN, SIGMAS * noise)
 
 

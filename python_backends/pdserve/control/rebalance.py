@@ -20,6 +20,7 @@ from pdserve.control.ratio import Advice, Limits, Observation, advise
 from pdserve.control.transaction import Kind, Transaction
 from pdserve.control.window import WINDOW_S, observation
 
+PRESSED_WINDOW_S = 60.0
 CALM_TICKS = 2
 """Ticks in a row that have to ask for the same direction; one is enough under pressure."""
 STEP = 4
@@ -73,6 +74,12 @@ def rebalance(
     seen = observation(
         memory.window, len(prefills), len(decodes), group.decode_slots, group.limit_s
     )
+    if seen.pressed and PRESSED_WINDOW_S < WINDOW_S:
+        last = memory.window.last.at
+        short = replace(memory.window, ticks=tuple(t for t in memory.window.ticks if t.at > last - PRESSED_WINDOW_S))
+        newer = observation(short, len(prefills), len(decodes), group.decode_slots, group.limit_s)
+        if min(newer.prefill_work.completed, newer.decode_work.completed) >= 100:
+            seen = newer
     advice = advise(seen, shape.limits, _recent(cluster, memory))
     wish = _sign(advice.prefills - seen.prefills)
     wished = memory.wished + 1 if wish and wish == memory.wish else abs(wish)

@@ -6,6 +6,8 @@ in the same transaction.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from msgspec.structs import replace
 
 from pdserve.control.assignment import Assignment
@@ -24,7 +26,7 @@ def due(tide: Tide, now: float) -> bool:
 
 
 def turn_of_tide(
-    cluster: Cluster, tide: Tide, out: bool, policy: Policy, not_before: dict[str, float]
+    cluster: Cluster, tide: Tide, out: bool, policy: Policy, not_before: Mapping[str, float]
 ) -> Transaction | None:
     """Return what brings a tide's instances where they should be; None: they are there, or must
     stay where they are.

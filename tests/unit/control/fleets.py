@@ -177,7 +177,7 @@ class Fleet:
         """Let each member work for some time, at 80 % of what it can do."""
         for name in self.seen:
             given = self.desired(name).assignment
-            if given.group != GROUP:
+            if not given.group:
                 continue
             rate = 0.8 * (prefill_rate if given.role == "prefill" else decode_rate)
             slot_s = 0.8 * SLOTS if given.role == "decode" else 1.0
