@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ class Agents:
     broken: set[str] = field(default_factory=set)
     """Instances whose process cannot be loaded."""
     stuck: set[str] = field(default_factory=set)
-    """Instances that cannot take another assignment."""
+    """Instances that cannot take another role."""
 
     def look(self, name: str) -> None:
         """Notice soon that something may have to be done with an instance."""
@@ -87,19 +88,8 @@ class Agents:
                 one.process = "loading"
                 self._load(one)
             return
+        self._accept(one, wanted)
         number = one.assignment.number if one.assignment else 0
-        leaves = wanted.assignment.number > number or wanted.state != "serving"
-        if one.phase is Phase.SERVING and leaves:
-            one.phase = Phase.DRAINING
-            world.changed()
-            one.drain_until = world.now + self.times.drain_s
-            world.at(one.drain_until, partial(self._hand_off, one, one.drain_until))
-            world._empty(one)
-        elif one.phase in (Phase.DRAINING, Phase.DRAINED) and not leaves:
-            one.phase = Phase.SERVING
-            world.changed()
-            if wanted.assignment.group:
-                world.dispatch(wanted.assignment.group)
         if one.phase in (Phase.DRAINED, Phase.UNASSIGNED):
             if wanted.state == "absent":
                 self._busy(one, self.times.load_s / 4, self._unloaded)
@@ -107,20 +97,36 @@ class Agents:
                 self._busy(one, self.times.switch_s, partial(self._assigned, wanted.assignment))
         world.changed()
 
+    def _accept(self, one: Instance, wanted: DesiredInstance) -> None:
+        """Let an instance drain, or serve again."""
+        world, number = self.world, one.assignment.number if one.assignment else 0
+        leaves = wanted.assignment.number > number or wanted.state != "serving"
+        if one.phase is Phase.SERVING and leaves:
+            one.phase = Phase.DRAINING
+            world.changed()
+            one.drain_until = world.now + self.times.drain_s
+            world.at(one.drain_until, partial(self._hand_off, one, one.drain_until))
+            world.empty(one)
+        elif one.phase in (Phase.DRAINING, Phase.DRAINED) and not leaves:
+            one.phase = Phase.SERVING
+            world.changed()
+            if wanted.assignment.group:
+                world.dispatch(wanted.assignment.group)
+
     def _hand_off(self, one: Instance, until: float) -> None:
         """Let what is left of a drain go on elsewhere: its time is over."""
         if one.phase is Phase.DRAINING and one.drain_until == until:
             self.world.requeue(one)
-            self.world._empty(one)
+            self.world.empty(one)
 
-    def _busy(self, one: Instance, seconds: float, then: object) -> None:
+    def _busy(self, one: Instance, seconds: float, then: Callable[[Instance], None]) -> None:
         epoch = one.epoch
         one.busy_until = self.world.now + seconds
 
         def end() -> None:
             if one.epoch == epoch:
                 one.busy_until = 0.0
-                then(one)  # type: ignore[operator]
+                then(one)
                 self._again(one)
 
         self.world.at(one.busy_until, end)
@@ -149,9 +155,7 @@ class Agents:
         one.process, one.assignment, one.phase = "absent", None, Phase.UNASSIGNED
 
     def _assigned(self, assignment: Assignment, one: Instance) -> None:
-        if one.name in self.stuck and assignment.role != "none":
-            self.broken.discard(one.name)
-            one.reason = "it cannot take this role"
+        if one.name in self.stuck and one.assignment and assignment.role != one.assignment.role:
             return
         self._serve(one, assignment)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from msgspec import Struct
 
@@ -85,7 +84,7 @@ class Controller:
         self.soon = False
         if self.world.now < self.down_until:
             return
-        found = decide(self._cluster(), self.policy, self.memory)
+        found = decide(self.cluster(), self.policy, self.memory)
         self.memory = found.memory
         writes = {write.key: write.record for write in found.writes}
         assert len(writes) == len(found.writes) <= 120
@@ -109,7 +108,7 @@ class Controller:
             self.world.changed()
             self.agents.look(name)
 
-    def _cluster(self) -> Cluster:
+    def cluster(self) -> Cluster:
         world, store = self.world, self.store
         members = {}
         for name, one in world.instances.items():
@@ -157,12 +156,3 @@ class Controller:
         oldest_s = world.now - line.waiting[0].arrived if line.waiting else 0.0
         seen = Line(float(len(line.waiting)), 0.0, oldest_s, float(line.routed))
         return Load(EPOCH + world.now, instances, {"gateway": seen})
-
-
-def not_a_number(load: Load) -> Load:
-    """Return a sample all of whose counters are no numbers."""
-    broken = {
-        name: None if one is None else replace(one, work=replace(one.work, completed=math.nan))
-        for name, one in load.instances.items()
-    }
-    return replace(load, instances=broken)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pdserve.control.assignment import Assignment
@@ -22,7 +22,7 @@ from tests.control_model.requests import Load, Request, arrivals
 from tests.control_model.world import Result, World
 
 GROUP = "chat"
-TTFT_S, TPOT_S = 12.0, 0.050
+TTFT_S, TPOT_S = 8.0, 0.050
 """Limits of both latencies. A step with a full batch takes 36 ms."""
 TAIL_S = 120.0
 """Time after the last arrival in which what is left ends."""

@@ -116,7 +116,7 @@ class World:
             prefill.advance(self.now)
             prefill.leased.remove(request)
             self._pull(decode, request)
-            self._empty(prefill)
+            self.empty(prefill)
         while line.waiting and (prefill := self._freest(group, "prefill")) is not None:
             prefill.advance(self.now)
             prefill.queue.append(line.waiting.popleft())
@@ -189,7 +189,7 @@ class World:
             self._ended(request)
             self._schedule(instance)
         self.dispatch(group)
-        self._empty(instance)
+        self.empty(instance)
 
     def _ended(self, request: Request) -> None:
         request.done = self.now
@@ -200,7 +200,7 @@ class World:
         else:
             self.result.late += 1
 
-    def _empty(self, instance: Instance) -> None:
+    def empty(self, instance: Instance) -> None:
         """Notice that an instance that drains holds nothing any more."""
         if instance.phase is Phase.DRAINING and not instance.used and not instance.leased:
             instance.phase = Phase.DRAINED

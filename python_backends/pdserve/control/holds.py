@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pdserve.control.cluster import Cluster, Group, Member
 from pdserve.control.memory import GroupMemory
-from pdserve.control.window import WINDOW_S
+from pdserve.control.window import WINDOW_S, Window
 
-COOLDOWN_S = WINDOW_S
-"""Time after a change in which the ratio stays: the window has then seen nothing of before."""
 COVERED = 0.75
 """Part of its time that a window has to cover."""
 STALE_S = WINDOW_S / 4
@@ -28,15 +26,20 @@ def disturbed(group: Group, members: list[Member]) -> tuple[str, str] | None:
     return None
 
 
-def unready(cluster: Cluster, memory: GroupMemory) -> tuple[str, str] | None:
-    """Return why what was observed does not suffice."""
-    window = memory.window
-    if memory.changed_at is not None and cluster.now - memory.changed_at < COOLDOWN_S:
-        return "cooldown", f"it was changed less than {COOLDOWN_S:g} s ago"
+def unready(
+    cluster: Cluster, memory: GroupMemory, window: Window, length_s: float
+) -> tuple[str, str] | None:
+    """Return why what was observed does not suffice.
+
+    Args:
+        length_s: length of the window; it must not have seen the time before the last change.
+    """
+    if memory.changed_at is not None and cluster.now - memory.changed_at < length_s:
+        return "cooldown", f"it was changed less than {length_s:g} s ago"
     if window.last is None or cluster.now - window.last.at > STALE_S:
         return "unknown", "there is no recent sample"
     if window.unknown:
         return "unknown", f"{', '.join(window.unknown[:8])} did not answer, or stands still"
-    if window.seconds < COVERED * WINDOW_S:
-        return "window", f"its window covers less than {COVERED * WINDOW_S:g} s"
+    if window.seconds < COVERED * length_s:
+        return "window", f"its window covers less than {COVERED * length_s:g} s"
     return None

@@ -18,7 +18,7 @@ COMPLETIONS = 100
 CALM_GAIN, PRESSED_GAIN = 0.08, 0.03
 """Smallest gain for which a change is worth its cost: when no request waits long, and when the
 oldest has waited for ``PRESSED`` of its limit."""
-SIGMAS, PRESSED_SIGMAS = 2.5, 1.0
+SIGMAS, PRESSED_SIGMAS = 3.0, 1.0
 """The gain also has to be so many standard deviations of the measured rates."""
 PRESSED = 0.5
 

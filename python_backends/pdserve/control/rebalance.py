@@ -16,11 +16,13 @@ from pdserve.control.loss import loss
 from pdserve.control.memory import GroupMemory
 from pdserve.control.moves import turn
 from pdserve.control.policy import Bounds, Policy
-from pdserve.control.ratio import Advice, Limits, Observation, advise
+from pdserve.control.ratio import COMPLETIONS, PRESSED, Advice, Limits, Observation, advise
 from pdserve.control.transaction import Kind, Transaction
-from pdserve.control.window import WINDOW_S, observation
+from pdserve.control.window import WINDOW_S, Window, observation
 
-PRESSED_WINDOW_S = 60.0
+PRESSED_WINDOW_S = 30.0
+"""Length of the window, and of the cooldown, while requests wait long: what was before them tells
+little of now."""
 CALM_TICKS = 2
 """Ticks in a row that have to ask for the same direction; one is enough under pressure."""
 STEP = 4
@@ -67,19 +69,33 @@ def rebalance(
         return _pinned(cluster, group, shape, memory)
     if policy.ratio == "never":
         return Verdict(memory, hold="never", reason="control.ratio is never")
-    if hold := unready(cluster, memory):
+    window, length_s = _window(memory, group)
+    if hold := unready(cluster, memory, window, length_s):
         return Verdict(replace(memory, wished=0), hold=hold[0], reason=hold[1])
     if not new:
         return Verdict(memory)
-    seen = observation(
-        memory.window, len(prefills), len(decodes), group.decode_slots, group.limit_s
-    )
-    if seen.pressed and PRESSED_WINDOW_S < WINDOW_S:
-        last = memory.window.last.at
-        short = replace(memory.window, ticks=tuple(t for t in memory.window.ticks if t.at > last - PRESSED_WINDOW_S))
-        newer = observation(short, len(prefills), len(decodes), group.decode_slots, group.limit_s)
-        if min(newer.prefill_work.completed, newer.decode_work.completed) >= 100:
-            seen = newer
+    seen = observation(window, len(prefills), len(decodes), group.decode_slots, group.limit_s)
+    return _by_load(cluster, group, policy, memory, shape, seen)
+
+
+def _window(memory: GroupMemory, group: Group) -> tuple[Window, float]:
+    """Return the window to decide by, and its length in seconds."""
+    if memory.window.oldest_s > PRESSED * group.limit_s:
+        recent = memory.window.recent(PRESSED_WINDOW_S)
+        if recent.completed >= COMPLETIONS:
+            return recent, PRESSED_WINDOW_S
+    return memory.window, WINDOW_S
+
+
+def _by_load(
+    cluster: Cluster,
+    group: Group,
+    policy: Policy,
+    memory: GroupMemory,
+    shape: _Shape,
+    seen: Observation,
+) -> Verdict:
+    """Return the change that the load asks for."""
     advice = advise(seen, shape.limits, _recent(cluster, memory))
     wish = _sign(advice.prefills - seen.prefills)
     wished = memory.wished + 1 if wish and wish == memory.wish else abs(wish)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 from pdserve.control.assignment import Role
@@ -57,6 +57,24 @@ class Window:
     def seconds(self) -> float:
         """Return the time that its ticks cover."""
         return sum(tick.seconds for tick in self.ticks)
+
+    @property
+    def oldest_s(self) -> float:
+        """Return how long the oldest request had waited at its end; 0 if no time is covered."""
+        return self.ticks[-1].oldest_s if self.ticks else 0.0
+
+    @property
+    def completed(self) -> float:
+        """Return the completions of the role that has fewer of them."""
+        return min(
+            sum(tick.prefill.completed for tick in self.ticks),
+            sum(tick.decode.completed for tick in self.ticks),
+        )
+
+    def recent(self, seconds: float) -> Window:
+        """Return its last part."""
+        first = self.ticks[-1].at - seconds if self.ticks else 0.0
+        return replace(self, ticks=tuple(tick for tick in self.ticks if tick.at > first))
 
     @property
     def arrivals(self) -> float:

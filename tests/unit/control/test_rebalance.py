@@ -10,7 +10,7 @@ import pytest
 
 from pdserve.control.cluster import Line
 from pdserve.control.decide import TICK_S
-from pdserve.control.holds import COOLDOWN_S
+from pdserve.control.window import WINDOW_S as COOLDOWN_S
 from pdserve.control.memory import Memory
 from pdserve.control.policy import Bounds
 from pdserve.control.records import PINS, Phase, Pin
