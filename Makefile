@@ -24,7 +24,7 @@ serve: setup ## Start the servers and stay until Ctrl-C
 
 test: setup ## Run every test that is not marked full; ARGS=... are passed to pytest
 ifeq ($(strip $(ARGS)),)
-	@$(BIN)/pytest -m "not full" --numprocesses 2 --dist worksteal tests/unit tests/simulation
+	@$(BIN)/pytest -m "not full" --numprocesses 2 --dist worksteal tests/unit tests/simulation tests/control_model
 	@$(BIN)/pytest -m "not full and not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(SLOWEST) $(SERVERS)
 	@$(BIN)/pytest -m "not full and alone" $(SLOWEST) $(SERVERS)
 else

@@ -97,12 +97,13 @@ def _hidden(group: Group | None) -> bool:
 def _recall(transaction: Transaction, cluster: Cluster, policy: Policy) -> str:
     """Return why members that drain for another ratio should serve again.
 
-    When a member is lost, the ratio that was decided upon is that of another group.
+    When a member is lost meanwhile, the ratio was decided upon for another group.
     """
     if transaction.kind not in (Kind.RATIO, Kind.PIN):
         return ""
     for member in cluster.of(transaction.group):
-        if loss(member, cluster.now, policy) is not None:
+        lost = loss(member, cluster.now, policy)
+        if lost is not None and lost.declared >= transaction.began:
             return f"{member.name} is lost"
     return ""
 

@@ -14,6 +14,8 @@ class Loss:
 
     since: float
     """When it was first seen to fail."""
+    declared: float
+    """When that sufficed for it to be lost."""
     reason: str
 
 
@@ -26,10 +28,10 @@ def loss(member: Member, now: float, policy: Policy) -> Loss | None:
     seen = member.observed
     if member.agent and seen is not None and seen.state == "failed":
         since = now if member.failed_since is None else member.failed_since
-        return Loss(since, f"its agent's repairs did not help: {seen.reason}"[:512])
+        return Loss(since, since, f"its agent's repairs did not help: {seen.reason}"[:512])
     if not member.agent and member.silent_since is not None:
         silent_s = now - member.silent_since
         if silent_s >= policy.lost_s:
             why = f"its agent is gone, and no probe was answered for {silent_s:.0f} s"
-            return Loss(member.silent_since, why)
+            return Loss(member.silent_since, member.silent_since + policy.lost_s, why)
     return None

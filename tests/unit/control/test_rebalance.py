@@ -10,7 +10,6 @@ import pytest
 
 from pdserve.control.cluster import Line
 from pdserve.control.decide import TICK_S
-from pdserve.control.window import WINDOW_S as COOLDOWN_S
 from pdserve.control.memory import Memory
 from pdserve.control.policy import Bounds
 from pdserve.control.records import PINS, Phase, Pin
@@ -106,9 +105,9 @@ def test_nothing_changes_again_before_a_window_has_passed() -> None:
     assert not fleet.busy
     again = first_change(fleet)
     assert again is not None
-    assert again >= COOLDOWN_S - 2 * TICK_S
+    assert again >= WINDOW_S - 2 * TICK_S
     held = [one.text for one in fleet.events if one.what == "hold"]
-    assert f"it was changed less than {COOLDOWN_S:g} s ago" in held
+    assert f"it was changed less than {WINDOW_S:g} s ago" in held
 
 
 def kill(fleet: Fleet) -> None:

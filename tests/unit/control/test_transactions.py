@@ -205,6 +205,19 @@ def test_a_lost_member_recalls_those_that_drain() -> None:
     assert fleet.transaction().moves[0].reason == "p0 is lost"
 
 
+def test_a_member_that_was_lost_before_recalls_nobody() -> None:
+    """Without a spare the group is balanced without it, after a window."""
+    fleet = Fleet(4, 4)
+    fleet.observe("p0", state="failed", reason="killed")
+    fleet.facts["p0"] = {"failed_since": fleet.now}
+    fleet.decide()
+    fleet.store[PINS + GROUP] = Pin(4, 3)
+    fleet.decide(61)
+    [donor] = fleet.steps()
+    fleet.decide(1)
+    assert fleet.steps() == {donor: Step.DRAIN}
+
+
 def test_a_donor_that_is_lost_is_abandoned_and_replaced() -> None:
     fleet = Fleet(4, 4, spares=1)
     fleet.store[PINS + GROUP] = Pin(5, 3)
