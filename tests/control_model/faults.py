@@ -178,7 +178,7 @@ def lying_sensor(seed: int) -> Outcome:
         "nan": not_a_number,
         "zero": _frozen(),
         "reset": _reset,
-        "stale": _stale(),
+        "stale": _stale,
         "silent": _no,
     }
     run.world.at(300, partial(_lie, run, lies[kind]))

@@ -81,7 +81,11 @@ def following(move: Move, member: Member | None, around: Around) -> Next | None:
     if member is None:
         return Next(Step.ABANDONED, reason="nothing is known of it any more")
     why = loss(member, around.now, around.policy)
-    if why is not None and not (member.agent and move.step in _CAN_RETURN):
+    if why is not None and move.step in (Step.START, Step.CHANGE):
+        # It keeps its old place: a member is missed there, a spare is one again when it is back.
+        step = Step.RETURN if member.agent else Step.ABANDONED
+        return Next(step, again(move.was, member), why.reason)
+    if why is not None:
         return Next(Step.ABANDONED, reason=why.reason)
     return _STEPS[move.step](move, member, around)
 
@@ -132,11 +136,8 @@ def _change(move: Move, member: Member, around: Around) -> Next | None:
 
 
 def _return(move: Move, member: Member, around: Around) -> Next | None:
-    failed = member.observed is not None and member.observed.state == "failed"
-    reason = member.observed.reason if failed and member.observed else _late(move, around)
-    if failed or reason:
-        return Next(Step.RETURN, again(move.was, member), reason or "it failed")
-    return None
+    reason = _late(move, around)
+    return Next(Step.RETURN, again(move.was, member), reason) if reason else None
 
 
 def _back(move: Move, member: Member, around: Around) -> Next | None:
@@ -147,8 +148,6 @@ def _back(move: Move, member: Member, around: Around) -> Next | None:
     return None
 
 
-_CAN_RETURN = (Step.START, Step.CHANGE)
-"""Here a failure says that the new state cannot be had; the old one may be."""
 _STEPS = {
     Step.UNPUBLISH: _unpublish,
     Step.DRAIN: _drain,
