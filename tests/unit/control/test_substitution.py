@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdserve.control.records import DESIRED_INSTANCES, Phase
+from pdserve.control.records import Phase
 from pdserve.control.transaction import Kind, Step
 from tests.unit.control.fleets import GROUP, Fleet
 
@@ -217,9 +217,16 @@ def test_an_operators_drain_takes_a_member_out_and_its_end_brings_it_back() -> N
     assert fleet.desired("p1").state == "serving"
 
 
-def test_an_instance_of_which_nothing_is_desired_is_left_alone() -> None:
-    fleet = fleet_of(4, 4)
-    fleet.observe("p0", state="failed")
-    cluster = fleet.cluster()
-    del fleet.store[DESIRED_INSTANCES + "p0"]
-    assert cluster.members["p0"].desired is not None
+def test_a_spare_that_is_lost_while_it_joins_is_no_member() -> None:
+    """Otherwise the group would have one too many once both are back."""
+    fleet = fleet_of(4, 4, spares=1)
+    break_down(fleet, "d1")
+    fleet.decide()
+    fleet.facts["s0"] = {"agent": False, "silent_since": fleet.now}
+    fleet.decide(LOST_S)
+    assert not fleet.busy
+    assert fleet.desired("s0").assignment.group == ""
+    fleet.facts.clear()
+    fleet.obey()
+    fleet.decide(1)
+    assert fleet.roles() == (4, 4)
