@@ -47,7 +47,8 @@ class Step(Enum):
     BACK = "back"
     """It is again what it was."""
     ABANDONED = "abandoned"
-    """It is neither. Its agent still makes it what is desired; if it is lost, it is replaced."""
+    """Its way back takes too long, or it is lost. Its agent makes it what is desired once it can; a
+    member that is lost is replaced."""
 
     @property
     def forward(self) -> bool:
