@@ -45,6 +45,9 @@ class Agents:
     stuck: set[str] = field(default_factory=set)
     """Instances that cannot take another role."""
 
+    def __post_init__(self) -> None:
+        self.world.on_drained = self.look
+
     def look(self, name: str) -> None:
         """Notice soon that something may have to be done with an instance."""
         self.world.at(self.world.now + LOOK_S, partial(self._reconcile, name))

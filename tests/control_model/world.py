@@ -64,6 +64,8 @@ class World:
         self.now = 0.0
         self.result = Result()
         self.on_change: Callable[[], None] = lambda: None
+        self.on_drained: Callable[[str], None] = lambda _: None
+        """Called with the name of an instance that has been drained."""
         self.serves: dict[str, bool] = {}
         """By instance: whether desired state lets gateways send it requests; default: yes."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -205,3 +207,4 @@ class World:
         if instance.phase is Phase.DRAINING and not instance.used and not instance.leased:
             instance.phase = Phase.DRAINED
             self.changed()
+            self.on_drained(instance.name)
