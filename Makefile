@@ -8,7 +8,7 @@ SLOWEST := --durations=15
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-full fuzz lint format bench bench-transfer bench-scheduling
-.PHONY: gpu-wheels gpu-setup test-gpu bench-gpu clean
+.PHONY: control-model gpu-wheels gpu-setup test-gpu bench-gpu clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ serve: setup ## Start the servers and stay until Ctrl-C
 
 test: setup ## Run every test that is not marked full; ARGS=... are passed to pytest
 ifeq ($(strip $(ARGS)),)
-	@$(BIN)/pytest -m "not full" --numprocesses 2 --dist worksteal tests/unit tests/simulation
+	@$(BIN)/pytest -m "not full" --numprocesses 2 --dist worksteal tests/unit tests/simulation tests/control_model
 	@$(BIN)/pytest -m "not full and not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(SLOWEST) $(SERVERS)
 	@$(BIN)/pytest -m "not full and alone" $(SLOWEST) $(SERVERS)
 else
@@ -36,6 +36,10 @@ test-full: setup ## Run every test
 
 fuzz: setup ## Send random requests and messages to a server; ARGS="--fuzz-count 20000 --fuzz-seconds 900"
 	@$(BIN)/pytest tests/fuzz --fuzz-seconds 900 $(ARGS)
+
+control-model: setup ## Live through 200 seeds of the control plane's trials in a queue model
+	@$(BIN)/python -m tests.control_model --seeds 0:200 --jobs 2 $(ARGS)
+	@$(BIN)/python -m tests.control_model --regret --seeds 0:20 --jobs 2
 
 lint: setup ## Run ruff, mypy, the contracts on imports, hadolint on the Dockerfile, docs/benchmarks.md
 	$(BIN)/ruff check
