@@ -24,8 +24,9 @@ from pdserve.observability.metrics import Registry
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
+from pdserve.scheduling.load import prefill_load
 from pdserve.scheduling.offering import Offered
-from pdserve.scheduling.prefill_stage import Computed, PrefillStage, prefill_load
+from pdserve.scheduling.prefill_stage import Computed, PrefillStage
 from pdserve.scheduling.request import Chunk, Request
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.scheduling.wait_queue import Order

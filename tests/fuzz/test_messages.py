@@ -84,7 +84,7 @@ anything = {
     "sampling": st.builds(
         Sampling, floats, integers, floats, st.none() | integers, floats, floats, floats
     ),
-    "tenant": texts,
+    "salt": texts,
     "gateway": texts,
     "trace": texts,
     "deadline_ms": floats,
@@ -105,7 +105,7 @@ prefills = st.builds(
     id=uuids,
     prompt=tokens,
     sampling=sampling,
-    tenant=labels,
+    salt=labels,
     deadline_ms=st.floats(0, 1000),
     gateway=labels,
     hurry=booleans,
@@ -120,7 +120,7 @@ decodes = st.builds(
     first_token=st.none() | st.integers(0, 40_000),
     handle=st.just(b"") | st.just(REAL),
     sampling=sampling,
-    tenant=labels,
+    salt=labels,
     max_tokens=st.integers(1, 64),
     ignore_eos=booleans,
     min_interval_ms=st.floats(0, 5),

@@ -182,6 +182,7 @@ class ExternalSite(Site):
             instance.start()
         self.limits = limits_p, limits_d
         self.besides = []
+        self._assign()
         self._connect()
         return self
 

@@ -27,9 +27,8 @@ class Asked(NamedTuple):
     ignore_eos: bool
     resumed_tokens: int
     """Number of the prompt's last tokens that are output already; see ``PrefillRequest``."""
-    tenant: str
-    """Only prompts of the same tenant may share cached prefixes. Empty: those that name none, and
-    those of scenarios whose tenants share theirs."""
+    salt: str
+    """Only prompts of the same salt may share cached prefixes."""
 
 
 class Context(NamedTuple):

@@ -157,7 +157,7 @@ class DecodeInstance:
             send(Failed(error.code, f"{self._name}: {error}"), True)
             return
         # A prompt computed together with others has different bits.
-        salt = None if request.sampling.reproducible else request.tenant
+        salt = None if request.sampling.reproducible else request.salt
         reserved = self._blocks.reserve(prompt, length, salt)
         if reserved is None:
             send(self._admission.busy("blocks"), True)

@@ -153,7 +153,7 @@ class PrefillInstance:
             leased=leased,
             kv=kv,
             job=PrefillJob(tokens, kv.whole, request.sampling, kv.publish, request.resumed_tokens),
-            salt=request.tenant,
+            salt=request.salt,
             deadline=now + request.deadline_ms / 1e3,
         )
         self._slots.take(held, now)

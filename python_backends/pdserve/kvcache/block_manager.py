@@ -40,7 +40,7 @@ class BlockManager:
     def reserve(self, prompt: Tokens, length: int, salt: str | None) -> ReservedBlocks | None:
         """Reserve room for `length` tokens that begin with `prompt`; None if there is none now.
 
-        Prefixes are shared only between prompts of the same `salt` (tenant).
+        Prefixes are shared only between prompts of the same `salt`.
         """
         found = None if salt is None else self._index.find(prompt, salt)
         if found is not None:

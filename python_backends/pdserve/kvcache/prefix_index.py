@@ -45,7 +45,7 @@ def shorten(digests: Iterable[bytes]) -> bytes:
 class PrefixIndex(Generic[T]):
     """KV caches (ranges, block tables: T, by identity) by the digests of their blocks (`chain`).
 
-    Prompts of two salts (tenants) never share. Pass `remove` to the arena or pool as `on_free`, so
+    Prompts of two salts never share. Pass `remove` to the arena or pool as `on_free`, so
     that a freed or evicted KV cache is never found.
     """
 

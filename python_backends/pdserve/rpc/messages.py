@@ -53,6 +53,7 @@ Milliseconds = Annotated[float, Meta(ge=0, le=1 << 31)]
 Seconds = Annotated[float, Meta(ge=0, le=1 << 20)]
 Sealed = Annotated[bytes, Meta(max_length=MAX_BESIDE_PROMPT - (1 << 10))]
 Label = Annotated[str, Meta(max_length=128)]
+Salt = Annotated[str, Meta(max_length=256)]
 Version = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 
 
@@ -71,7 +72,8 @@ class PrefillRequest(Struct, frozen=True, tag="prefill"):
     id: Id
     prompt: Ids
     sampling: Sampling
-    tenant: Label
+    salt: Salt
+    """Only prompts of one salt share cached prefixes: those of one scenario and tenant."""
     deadline_ms: Milliseconds
     """Milliseconds from now after which the first token is useless."""
     resumed_tokens: Count = 0
@@ -133,7 +135,7 @@ class DecodeRequest(Struct, frozen=True, tag="decode"):
     handle: Sealed
     """A sealed ``KVHandle``; empty: the decode computes the prompt itself."""
     sampling: Sampling
-    tenant: Label
+    salt: Salt
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     """Number of tokens to generate, the first one included."""
     ignore_eos: bool

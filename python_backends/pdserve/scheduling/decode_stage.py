@@ -17,6 +17,7 @@ from pdserve.scheduling.circuit_breaker import CircuitBreaker
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
+from pdserve.scheduling.load import decode_load
 from pdserve.scheduling.offering import Calls, Offered, offer
 from pdserve.scheduling.pairs import Pairs
 from pdserve.scheduling.prefix_directory import NOTHING, PrefixDirectory, digests
@@ -151,7 +152,7 @@ class DecodeStage:
             short: largest number of uncached tokens that a decode should compute.
             congested: a decode without open requests should compute the prompt whatever its length.
         """
-        told = digests(request.so_far, request.tenant)
+        told = digests(request.so_far, request.salt)
         cached = self._prefixes.cached(told) if request.tokens_so_far > short else NOTHING
 
         async def ask(decode: Instance, _hurry: bool) -> Offered | None:
@@ -163,7 +164,7 @@ class DecodeStage:
                 return None
             uncached = request.tokens_so_far - cached.tokens(decode.name)
             if uncached <= short or (congested and not decode.load.open):
-                return decode.load.open
+                return decode_load(decode.load)
             return None
 
         def special() -> list[Instance]:
@@ -175,7 +176,7 @@ class DecodeStage:
     def decoded(self, request: Request, decode: Instance) -> None:
         """Note that a decode has cached a finished answer, but for its last token."""
         if self._members.get(decode.name) is decode and not request.sampling.reproducible:
-            told = digests(request.so_far, request.tenant)
+            told = digests(request.so_far, request.salt)
             self._prefixes.stored(decode.name, b"".join(told))
 
     def let_go(self, taken: Offered) -> None:
@@ -217,7 +218,8 @@ class DecodeStage:
         return linked
 
     def _other(self, prefill: Instance, decode: Instance) -> float | None:
-        return None if self._kv_links.table.refusal(prefill.name, decode.name) else decode.load.open
+        refused = self._kv_links.table.refusal(prefill.name, decode.name)
+        return None if refused else decode_load(decode.load)
 
     def _rank(self, request: Request, prefill: Instance) -> Rank:
         """Rank the decodes that are linked to a prefill, or all if none is linked."""
@@ -236,7 +238,7 @@ class DecodeStage:
         if request.ends["decode"] and not admits(decode, request, "decode", now):
             return None
         transfer_s = self._kv_links.table.transfer_s(*pair, request.prompt_tokens)
-        return decode.load.open + math.floor(transfer_s / STREAM_S)
+        return decode_load(decode.load) + math.floor(transfer_s / STREAM_S)
 
     async def _hand_over(
         self,
@@ -256,6 +258,8 @@ class DecodeStage:
             await asyncio.wait_for(
                 self._kv_links.connect_now(prefill, decode), min(left, LINK_WAIT_S)
             )
+        except errors.Drained:
+            raise
         except (errors.InstanceError, asyncio.TimeoutError) as error:
             self.not_handed_over(prefill.name, decode.name)
             self._check_reach(prefill)
@@ -278,7 +282,7 @@ class DecodeStage:
             first_token=token,
             handle=handle,
             sampling=request.sampling,
-            tenant=request.tenant,
+            salt=request.salt,
             max_tokens=request.max_tokens - request.output_tokens + told,
             ignore_eos=request.ignore_eos,
             min_interval_ms=0.0 if request.stream else UNREAD_INTERVAL_MS,
@@ -292,6 +296,8 @@ class DecodeStage:
         until = request.ends_by if told else request.deadline
         try:
             taken = await offer(request, decode, message, until)
+        except errors.Drained:
+            raise
         except errors.InstanceError:
             self._kv_links.forget(decode)
             self._prefixes.forget(decode.name)

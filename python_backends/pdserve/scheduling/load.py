@@ -12,7 +12,7 @@ class Load:
         changed: called after each change.
     """
 
-    __slots__ = ("_changed", "asked", "computed", "offers", "open", "refused", "tokens")
+    __slots__ = ("_changed", "asked", "computed", "offers", "open", "refused", "share", "tokens")
 
     def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
         self._changed = changed
@@ -24,6 +24,8 @@ class Load:
         """Number of open calls that wait for nothing but a decode."""
         self.tokens = 0
         """Number of prompt tokens that it is computing, cached ones left out."""
+        self.share = 1.0
+        """The part of the others' load with which it counts as equally loaded; see ``ramp``."""
         self.asked = self.refused = 0.0
         """Time of the last offer, and of the last refusal as busy (``loop.time()``)."""
 
@@ -36,6 +38,11 @@ class Load:
     def add_tokens(self, tokens: int) -> None:
         """Add prompt tokens to be computed; a negative number takes them off."""
         self.tokens += tokens
+        self._changed()
+
+    def give_share(self, share: float) -> None:
+        """Change its share, above 0 and at most 1."""
+        self.share = share
         self._changed()
 
     def offer(self, now: float) -> None:
@@ -53,3 +60,13 @@ class Load:
         """Note that the instance has refused an offer as busy."""
         self.refused = now
         self._changed()
+
+
+def prefill_load(load: Load) -> float:
+    """Return a prefill's load: the tokens that it computes for this gateway, then open calls."""
+    return (load.tokens + load.open / (load.open + 1)) / load.share
+
+
+def decode_load(load: Load) -> float:
+    """Return a decode's load: its open streams."""
+    return load.open / load.share

@@ -17,7 +17,7 @@ from pdserve.scheduling.decode_stage import DecodeStage
 from pdserve.scheduling.forwarding import Forwarding
 from pdserve.scheduling.instance import Call, Instance
 from pdserve.scheduling.kv_links import KVLinks
-from pdserve.scheduling.load import Load
+from pdserve.scheduling.load import prefill_load
 from pdserve.scheduling.offering import Calls, Offered, failure, offer
 from pdserve.scheduling.prefix_directory import NOTHING, SOME, Cached, PrefixDirectory, digests
 from pdserve.scheduling.request import RECOVER_S, Request, State
@@ -158,7 +158,7 @@ class PrefillStage:
         now = asyncio.get_running_loop().time()
         result, name = computed.result, taken.instance.name
         self._latency.saw(tokens - result.cached_tokens, now - offered)
-        told = digests(request.so_far, request.tenant)
+        told = digests(request.so_far, request.salt)
         if self._members.get(name) is taken.instance:
             self._prefixes.correct(name, told, result.cached_tokens, cached.tokens(name))
             self._prefixes.stored(name, result.stored)
@@ -173,7 +173,7 @@ class PrefillStage:
             id=self._calls.new(request),
             prompt=request.so_far,
             sampling=request.sampling,
-            tenant=request.tenant,
+            salt=request.salt,
             deadline_ms=(request.deadline - now) * 1e3,
             resumed_tokens=request.output_tokens,
             gateway=self._calls.gateway,
@@ -190,6 +190,8 @@ class PrefillStage:
         except errors.Late as error:
             what = self.forwarding.all_failed() or f"no answer of {prefill.name}"
             raise late(what, request) from error
+        except errors.Drained:
+            raise
         except errors.InstanceError:
             self._metrics.add(catalogue.RETRIES, 1, phase="offer", reason="error")
             self._kv_links.forget(prefill)
@@ -223,7 +225,9 @@ class PrefillStage:
                     raise errors.InstanceError(f"{prefill.name}: the handle was lost on the way")
                 return Computed(prefill, call, reply, handle, decode, self.forwarding)
             error = failure(reply)
-            if isinstance(error, errors.InstanceError):
+            if isinstance(error, errors.Drained):
+                pass
+            elif isinstance(error, errors.InstanceError):
                 call.blame()
             elif isinstance(error, errors.Unavailable):
                 error = late("no first token", request)
@@ -239,12 +243,7 @@ class PrefillStage:
         """Return how many of the request's tokens each prefill is believed to have cached."""
         if request.sampling.reproducible:  # it is computed from the first token
             return NOTHING
-        return self._prefixes.cached(digests(request.so_far, request.tenant))
-
-
-def prefill_load(load: Load) -> float:
-    """Return a prefill's load: the tokens that it computes for this gateway, then open calls."""
-    return load.tokens + load.open / (load.open + 1)
+        return self._prefixes.cached(digests(request.so_far, request.salt))
 
 
 def late(what: str, request: Request, takes: float = 0.0) -> errors.Late:

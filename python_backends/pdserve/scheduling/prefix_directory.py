@@ -77,7 +77,7 @@ NOTHING = Cached([], {})
 class PrefixDirectory:
     """Knows which instances have which prefixes cached, as chained hashes.
 
-    Equal hashes mean equal prefixes of one tenant.
+    Equal hashes mean equal prefixes of one salt.
     """
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class PrefixDirectory:
         self._lives[name] = self._lives.get(name, 0) + 1
 
 
-def digests(ids: bytes, tenant: str) -> Iterator[bytes]:
+def digests(ids: bytes, salt: str) -> Iterator[bytes]:
     """Return the hashes of a prompt's prefixes, as instances report them.
 
     The last token is left out, since it is always computed.
@@ -137,4 +137,4 @@ def digests(ids: bytes, tenant: str) -> Iterator[bytes]:
         ids: little-endian int32.
     """
     tokens: Any = np.frombuffer(ids, "<i4")
-    return (digest[:SHORT_BYTES] for digest in chain(tokens, tenant, len(tokens) - 1))
+    return (digest[:SHORT_BYTES] for digest in chain(tokens, salt, len(tokens) - 1))

@@ -118,7 +118,7 @@ def test_what_is_used_of_the_api_is_in_the_table(
             one._llm = RecordingProxy("method of LLM", one._llm, notes)
 
         async def run() -> None:
-            request = new_request(tenant="alice")
+            request = new_request(salt="alice")
             context = await prefill.context(request, keep=True)
             await answer(decode, request, context.token, context.link)
             for one in (prefill, decode):

@@ -65,7 +65,7 @@ def test_tenants_share_no_cached_prefix(tmp_path: Path, version: str) -> None:
 
     async def run() -> None:
         for tenant in ("alice", ""):
-            request = new_request(tenant=tenant)
+            request = new_request(salt=tenant)
             context = await prefill.context(request, keep=True)
             await answer(decode, request, context.token, context.link)
             await answer(decode, request, None, b"")

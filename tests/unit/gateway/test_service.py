@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 
 from pdserve import config
+from pdserve.control.assignment import ANY, Assignment
 from pdserve.errors import InstanceError, InvalidRequest, NotFound, Unavailable
 from pdserve.gateway import service
 from pdserve.gateway.parameters import Parameters
 from pdserve.gateway.service import Part, Prompt, Service
 from pdserve.gateway.trace_context import Trace
+from pdserve.rpc.messages import Assign, Drain
 from pdserve.text import vocabulary
 from tests.servers import default_deployment
 from tests.unit.gateway.test_groups import ConnectedGroups, deployment
-from tests.unit.inprocess import Site, virtual
+from tests.unit.inprocess import Site, process, virtual
 
 if TYPE_CHECKING:
     from pdserve.scheduling.request import Request
@@ -229,3 +231,53 @@ async def test_open_requests_are_bounded(tmp_path: Path) -> None:
         with served.admitted():
             pass
         await served.close()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@virtual
+async def test_no_prefix_is_found_after_a_move_to_another_scenario(
+    tmp_path: Path, shared: bool
+) -> None:
+    """The instances keep their memory, and so do the gateways' directories until they hear."""
+    async with Site(tmp_path, prefills=2, decodes=2, profile=TIMES) as site:
+        connected, rng = ConnectedGroups(site), random.Random(1)
+        chat = config.Scenario("s", (GROUP,), shared_prefixes=shared)
+        other = config.Group("b", ("prefill_1",), ("decode_1",))
+        code = config.Scenario("code", (other,), shared_prefixes=shared)
+        wanted = msgspec.structs.replace(deployment(GROUP, other), scenarios=(chat, code))
+        served = Service("pdserve", wanted, WORDS, 2048, connected._connect, site.metrics, rng)
+        following = asyncio.create_task(served.assignments.follow())
+        request = site.request(100, max_tokens=2)
+
+        async def cached(scenario: str) -> tuple[str, int]:
+            found = await parts(served, request, scenario=scenario, tenant="acme")
+            stats = json.loads(found[-1].stats)
+            return stats["prefill"], stats["cached_tokens"]
+
+        assert await cached("s") == ("prefill_0", 0)
+        assert await cached("s") == ("prefill_0", 96)
+
+        def control(message: Any) -> None:
+            instance = site.assigned["prefill_0"]
+            instance.handle(ANY, message, "agent", lambda reply, _: replies.append(reply))
+
+        replies: list[Any] = []
+        control(Drain("drain", process("prefill_0"), 1, 60.0))
+        await asyncio.sleep(0.1)
+        control(Assign("assign", process("prefill_0"), 1, Assignment(2, "prefill", "b")))
+        assert replies[-1].assignment.number == 2
+        wanted = msgspec.structs.replace(
+            wanted,
+            scenarios=(chat, msgspec.structs.replace(code, groups=(_without(other),))),
+        )
+        served.take(wanted)
+        await asyncio.sleep(5.0)
+        assert await cached("code") == ("prefill_0", 0)
+        assert await cached("code") == ("prefill_0", 96)
+        following.cancel()
+        await served.close()
+
+
+def _without(group: config.Group) -> config.Group:
+    """Leave the group nothing but what moves to it."""
+    return msgspec.structs.replace(group, prefill=())

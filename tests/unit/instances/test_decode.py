@@ -71,7 +71,7 @@ class Client:
             first_token=result.token,
             handle=result.handle,
             sampling=Sampling(),
-            tenant="",
+            salt="",
             max_tokens=max_tokens,
             ignore_eos=fields.get("ignore_eos", False),
             min_interval_ms=min_interval_ms,

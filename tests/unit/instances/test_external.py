@@ -208,9 +208,9 @@ async def test_a_generation_that_is_given_up_keeps_its_slot_until_the_transfer_i
 async def test_engines_are_told_whose_prompt_it_is(tmp_path: Path) -> None:
     """The engines keep their tenants' cached prefixes apart, in both roles."""
     async with ExternalSite(tmp_path) as site:
-        request = site.request(tenant="alice")
+        request = site.request(salt="alice")
         assert await site.answer(request) == site.expected(request)
-        assert [asked.tenant for asked in site.world.asked] == ["alice", "alice"]
+        assert [asked.salt for asked in site.world.asked] == ["alice", "alice"]
         await site.idle()
 
 
@@ -341,7 +341,7 @@ def asks(site: ExternalSite, prompt: bytes, handle: bytes, first: int | None = 5
         first_token=first,
         handle=handle,
         sampling=Sampling(),
-        tenant="",
+        salt="",
         max_tokens=8,
         ignore_eos=False,
         min_interval_ms=0.0,

@@ -52,7 +52,7 @@ class LocalClient(Client):
             first_token=None,
             handle=b"",
             sampling=fields.pop("sampling", Sampling()),
-            tenant=fields.pop("tenant", ""),
+            salt=fields.pop("salt", ""),
             max_tokens=max_tokens,
             ignore_eos=False,
             min_interval_ms=fields.pop("min_interval_ms", 0.0),
@@ -319,7 +319,7 @@ async def test_cached_prefix_is_not_computed(tmp_path: Path) -> None:
         assert client.cached("a") == 64
         assert client.first_at("a") - began == pytest.approx(0.010)
         assert client.tokens("a") == client.expected(prompt)
-        client.compute("other", site.prompt(10, prefix), tenant="other")
+        client.compute("other", site.prompt(10, prefix), salt="other")
         client.compute("whole", prompt)
         await asyncio.sleep(0.3)
         assert client.cached("other") == 0, "tenants share nothing"

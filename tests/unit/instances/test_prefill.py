@@ -37,7 +37,7 @@ class Client:
 
     def submit(self, name: str, prompt: int | bytes = 20, **fields: object) -> None:
         data = self.site.prompt(prompt) if isinstance(prompt, int) else prompt
-        request = {"sampling": Sampling(), "tenant": "", "deadline_ms": 60_000.0, **fields}
+        request = {"sampling": Sampling(), "salt": "", "deadline_ms": 60_000.0, **fields}
         self.site.p[0].submit(
             PrefillRequest(id=name, prompt=data, **request),  # type: ignore[arg-type]
             lambda reply, last: self.replies.append((name, reply, last)),
@@ -255,11 +255,11 @@ async def test_tenants_do_not_share(tmp_path: Path) -> None:
         prompt = site.prompt(100)
         cached = {}
         for tenant in ("", "acme", "umbrella", "acme", ""):
-            request = site.request(prompt, tenant=tenant)
+            request = site.request(prompt, salt=tenant)
             assert await site.answer(request) == site.expected(request)
             cached.setdefault(tenant, []).append(request.cached_tokens)
         assert cached == {"": [0, 96], "acme": [0, 96], "umbrella": [0]}
-        burst = [site.request(site.prompt(50), tenant=t) for t in ("x", "y")]
+        burst = [site.request(site.prompt(50), salt=t) for t in ("x", "y")]
         burst[1].prompt = burst[0].prompt
         await asyncio.gather(*map(site.answer, burst))
         assert [one.cached_tokens for one in burst] == [0, 0]
@@ -275,7 +275,7 @@ async def test_what_is_cached_is_told(tmp_path: Path) -> None:
         prompts = [site.prompt(40, system), site.prompt(200, system), site.prompt(10)]
         known: set[bytes] = set()
         for number, prompt in enumerate(prompts):
-            client.submit(str(number), prompt, tenant="acme")
+            client.submit(str(number), prompt, salt="acme")
             await asyncio.sleep(0.05)
             [*_, result] = client.of(str(number))
             assert isinstance(result, Prefilled)

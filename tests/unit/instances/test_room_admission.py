@@ -43,7 +43,7 @@ class Decode(RoomAdmission[AcceptedCall]):
             first_token=7,
             handle=b"handle",
             sampling=Sampling(),
-            tenant="",
+            salt="",
             max_tokens=4,
             ignore_eos=False,
             min_interval_ms=0.0,

@@ -39,7 +39,7 @@ BAD_REQUESTS = [
     *((PREFILL, "id", value) for value in ("", "x" * 257)),
     *((PREFILL, "deadline_ms", value) for value in (-1.0, math.nan, math.inf, -math.inf, 1e10)),
     *((PREFILL, "resumed_tokens", value) for value in (-1, 1 << 40)),
-    (PREFILL, "tenant", "x" * 129),
+    (PREFILL, "salt", "x" * 257),
     (PREFILL, "gateway", "x" * 129),
     (PREFILL, "trace", "x" * 129),
     *((DECODE, "max_tokens", value) for value in (-39, 0, 1 << 40, -(1 << 63), (1 << 64) - 1)),

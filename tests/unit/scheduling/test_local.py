@@ -103,7 +103,7 @@ async def test_cached_prompts_are_not_worth_the_way(tmp_path: Path) -> None:
             turn = site.request(before.so_far + site.prompt(10))
             assert await site.answer(turn) == site.expected(turn)
             assert (turn.prefill, turn.decode, turn.cached_tokens) == ("", before.decode, 192)
-        stranger = site.request(first.so_far + site.prompt(10), tenant="another")
+        stranger = site.request(first.so_far + site.prompt(10), salt="another")
         assert await site.answer(stranger) == site.expected(stranger)
         assert stranger.prefill == "prefill_0", (
             "a tenant that does not share its prefix cannot use it"

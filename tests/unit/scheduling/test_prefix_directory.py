@@ -201,7 +201,7 @@ async def test_what_was_evicted_is_found_out(tmp_path: Path) -> None:
         site.p_links[1 - home].broken = None
         known = site.scheduler._prefill_stage._prefixes
         request = site.request(site.prompt(5, system), max_tokens=1)
-        blocks = list(digests(request.prompt, request.tenant))
+        blocks = list(digests(request.prompt, request.salt))
         assert known.cached(blocks).some == {first.prefill: 640}
         await serve(site, request)
         assert (request.prefill, request.cached_tokens) == (first.prefill, 0)
@@ -216,7 +216,7 @@ async def test_an_answer_that_found_less_corrects_the_belief(tmp_path: Path) -> 
         await serve(site, request)
         again = site.request(request.prompt + site.prompt(40), max_tokens=1)
         prefill_stage = site.scheduler._prefill_stage
-        blocks, known = list(digests(again.prompt, again.tenant)), prefill_stage._prefixes
+        blocks, known = list(digests(again.prompt, again.salt)), prefill_stage._prefixes
         known.stored("prefill_1", b"".join(blocks[:11]))  # which is wrong
         expected = asyncio.create_task(site.answer(again))
         await asyncio.sleep(0.001)
@@ -258,16 +258,16 @@ async def test_tenants_never_share(tmp_path: Path) -> None:
     """The same prompt of another tenant is not steered, and finds no prefix."""
     async with Site(tmp_path, prefills=2, profile=LINEAR) as site:
         opening = site.prompt(320)
-        mine = site.request(site.prompt(5, opening), max_tokens=1, tenant="a")
+        mine = site.request(site.prompt(5, opening), max_tokens=1, salt="a")
         await serve(site, mine)
         theirs = [
-            site.request(site.prompt(5, opening), max_tokens=1, tenant=tenant)
+            site.request(site.prompt(5, opening), max_tokens=1, salt=tenant)
             for tenant in ("b", "c", "")
         ]
         await serve(site, *theirs)
         assert [one.cached_tokens for one in theirs] == [0, 0, 0]
         assert len({one.prefill for one in theirs}) == 2, "nothing steers them to one prefill"
-        again = site.request(site.prompt(9, opening), max_tokens=1, tenant="a")
+        again = site.request(site.prompt(9, opening), max_tokens=1, salt="a")
         await serve(site, again)
         assert (again.prefill, again.cached_tokens) == (mine.prefill, 320)
         await site.idle()

@@ -63,7 +63,7 @@ class TritonPythonModel:
             first_token=result.token,
             handle=result.handle,
             sampling=sampling,
-            tenant=asked.tenant,
+            salt=asked.tenant,
             max_tokens=max_tokens,
             ignore_eos=asked.ignore_eos,
             min_interval_ms=0.0 if asked.stream else WHOLE_ANSWER_MS,

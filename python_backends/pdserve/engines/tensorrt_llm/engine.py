@@ -167,7 +167,7 @@ class TensorRTLLM:
     def _begin(self, asked: Asked, params: Any, *, streaming: bool) -> Any:
         """Begin a request. Raises InvalidRequest or InstanceError."""
         arguments = sampling.arguments(asked, self._eos_ids, self._api.sampling_fields)
-        salt = {"cache_salt": asked.tenant} if asked.tenant and self._api.has_salts else {}
+        salt = {"cache_salt": asked.salt} if asked.salt and self._api.has_salts else {}
         try:
             # By keyword: the order of its parameters differs between versions.
             return self._llm.generate_async(

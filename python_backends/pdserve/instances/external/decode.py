@@ -244,7 +244,7 @@ class ExternalDecode:
             max_tokens=request.max_tokens,
             ignore_eos=request.ignore_eos,
             resumed_tokens=request.resumed_tokens,
-            tenant=request.tenant,
+            salt=request.salt,
         )
         try:
             if request.suspect:

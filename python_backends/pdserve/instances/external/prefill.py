@@ -245,7 +245,7 @@ class ExternalPrefill:
             max_tokens=1,
             ignore_eos=request.ignore_eos,
             resumed_tokens=request.resumed_tokens,
-            tenant=request.tenant,
+            salt=request.salt,
         )
         if request.suspect:
             await self._trials.begun()
