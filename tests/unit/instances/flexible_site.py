@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from pdserve import config
+from pdserve import config, pools
 from pdserve.control.assignment import ANY, FIRST, Assignment
 from pdserve.instances.assigned import Assigned
 from pdserve.instances.protocol import DecodeRole, PrefillRole
@@ -57,7 +57,7 @@ def deployment(folder: Path, model: Path, engine: config.Engine, **sections: Any
         model=str(model),
         servers=(server,),
         engine=engine,
-        transfer=config.Transfer(key_file=str(folder / "kv.key"), staging_mib=8),
+        transfer=config.Transfer(key_file=str(folder / "kv.key"), staging_mib=16),
         **sections,
     )
 
@@ -128,6 +128,8 @@ class FlexibleSite:
         self._ids = map(str, itertools.count())
 
     async def __aenter__(self) -> Self:
+        # As in a server: work goes to a thread that has waited long, not always to the same.
+        asyncio.get_running_loop().set_default_executor(pools.started(8, "aside"))
         for one in self.all.values():
             one.assigned.start()
         return self
