@@ -31,11 +31,14 @@ class Pairs(Generic[V]):
         """Remove the value of a pair and return it; None: it had none."""
         if pair not in self.known:
             return None
+        value = self.known.pop(pair)
+        if pair[::-1] in self.known:  # both have changed roles
+            return value
         for one, other in (pair, pair[::-1]):
             del self._others[one][other]
             if not self._others[one]:
                 del self._others[one]
-        return self.known.pop(pair)
+        return value
 
     def others(self, name: str) -> Collection[str]:
         """Return the names of the instances that form a pair with this one that has a value."""
