@@ -21,6 +21,7 @@ from pdserve.instances.prefill import PrefillInstance
 from pdserve.instances.protocol import DecodeRole, PrefillRole
 from pdserve.observability.metrics import Registry
 from pdserve.transfer import plane
+from pdserve.transfer.consumer.peers import Rates
 
 
 class RoleFactory:
@@ -49,6 +50,8 @@ class RoleFactory:
         self.engine: Timed | None = None
         """Engine of the present instance; None: there is no instance, or its engine batches by
         itself, so that it has no call to wait for."""
+        self._rates: Rates = {}
+        """Measured by one decode, for the next one."""
         self._lent: Lent | None = None
         if deployment.engine.external:
             # Where its role may change, the arguments of both are equal (`config.flexible`).
@@ -97,7 +100,7 @@ class RoleFactory:
         limits = deployment.decode
         self.engine = engine = TimedDecode(build.decode(model, limits))
         terms = plane.terms(deployment, model.fingerprint, model.layout)
-        receiver = plane.receiver(deployment, terms, engine.pool)
+        receiver = plane.receiver(deployment, terms, engine.pool, self._rates)
         pulls = deployment.transfer.pulls
         turn_tokens = deployment.prefill.batch_tokens
         return DecodeInstance(

@@ -29,15 +29,12 @@ class Pairs(Generic[V]):
 
     def pop(self, pair: Pair) -> V | None:
         """Remove the value of a pair and return it; None: it had none."""
-        if pair not in self.known:
-            return None
-        value = self.known.pop(pair)
-        if pair[::-1] in self.known:  # both have changed roles
-            return value
-        for one, other in (pair, pair[::-1]):
-            del self._others[one][other]
-            if not self._others[one]:
-                del self._others[one]
+        value = self.known.pop(pair, None)
+        if value is not None and pair[::-1] not in self.known:  # the roles of both may have changed
+            for one, other in (pair, pair[::-1]):
+                del self._others[one][other]
+                if not self._others[one]:
+                    del self._others[one]
         return value
 
     def others(self, name: str) -> Collection[str]:

@@ -66,8 +66,8 @@ def aligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     It is a mapping of its own, so that it goes back to the system with its last array: the heap of
     each thread would keep up to 64 MiB of what was freed. A page that was never written to makes a
     first arrival 20 times slower. Copying into numpy's own memory, which begins 16 bytes after a
-    page, takes twice as long (glibc's memcpy on an AMD EPYC, in pieces of 8 KiB to 1 MiB: those of a
-    scatter); without huge pages a scatter of 44 MiB takes 15 % longer.
+    page, takes twice as long (glibc's memcpy on an AMD EPYC, in pieces of 8 KiB to 1 MiB, those of
+    a scatter); without huge pages a scatter of 44 MiB takes 15 % longer.
     """
     nbytes = math.prod(shape)
     if not nbytes:

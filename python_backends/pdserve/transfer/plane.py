@@ -10,6 +10,7 @@ from pdserve.kvcache.sharding import sharding_for
 from pdserve.transfer import arrays, key
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.consumer.cost_model import Strategy
+from pdserve.transfer.consumer.peers import Rates
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.endpoint import Terms
@@ -73,8 +74,14 @@ def _nothing() -> None:
     """Host memory is freed with its last array."""
 
 
-def receiver(deployment: Deployment, terms: Terms, pool: Array) -> Receiver:
-    """Make the receiver for a decode's pool, uint8 [planes, rows, row_bytes]."""
+def receiver(
+    deployment: Deployment, terms: Terms, pool: Array, rates: Rates | None = None
+) -> Receiver:
+    """Make the receiver for a decode's pool, uint8 [planes, rows, row_bytes].
+
+    Args:
+        rates: what its process has measured before; see `Peers`.
+    """
     wanted = deployment.transfer
     strategy: Strategy | None = None
     if wanted.strategy == "whole" or wanted.strategy == "direct":
@@ -89,4 +96,5 @@ def receiver(deployment: Deployment, terms: Terms, pool: Array) -> Receiver:
         rdma_only=wanted.require == "rdma",
         strategy=strategy,
         timeout_s=wanted.timeout_s,
+        rates=rates,
     )

@@ -8,7 +8,6 @@ from pdserve.observability.metrics import Registry
 from pdserve.rpc.messages import Connected
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
-from pdserve.scheduling.pairs import Pairs
 from pdserve.transfer.reports import LinkReport
 from tests.unit.inprocess import virtual
 
@@ -17,16 +16,6 @@ CONNECTED = Connected("a", LinkReport("shm", "", 1e-6, 1e9, {}, False), 128)
 
 def instance(name: str) -> Instance:
     return Instance(name, cast("Any", None))
-
-
-def test_two_that_have_changed_roles_are_a_pair_both_ways() -> None:
-    pairs = Pairs[int]()
-    pairs["a", "b"], pairs["b", "a"], pairs["a", "c"] = 1, 2, 3
-    assert pairs.pop(("a", "b")) == 1
-    assert set(pairs.others("a")) == {"b", "c"}
-    pairs.drop("a")
-    assert not pairs.known
-    assert not [*pairs.others("b"), *pairs.others("c")]
 
 
 @virtual

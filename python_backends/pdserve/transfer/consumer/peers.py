@@ -26,6 +26,9 @@ _log = logging.getLogger(__name__)
 # The transport that UCX falls back to where it finds no RDMA device, or may not use it. Within one
 # host it copies (cma) instead.
 WITHOUT_RDMA = "tcp"
+Rates = dict[tuple[str, str], float]
+"""Bytes per second of copies out of mapped memory, by transport and detail. It is of this host, and
+so alike whoever holds it: it is measured once."""
 UNLINKED_S = 30.0
 """Seconds after `unlink` for which that holder is not connected again: a connect that was sent
 before may come after it, and would keep the memory that is being given back."""
@@ -64,6 +67,7 @@ class Peers:
         probe: measures new links, by the staging buffers.
         rdma_only: refuse a network link that is not RDMA.
         clock: by which `unlink` waits.
+        rates: what is known of mapped memory, and what is measured here.
     """
 
     def __init__(
@@ -75,11 +79,13 @@ class Peers:
         probe: Probe,
         rdma_only: bool,
         clock: Clock = time,
+        rates: Rates | None = None,
     ) -> None:
         self._terms = terms
         self._probe = probe
         self._rdma_only = rdma_only
         self._clock = clock
+        self._rates: Rates = {} if rates is None else rates
         self._peers: dict[bytes, Peer] = {}
         self._unlinked: dict[bytes, tuple[int, float]] = {}
         """For each holder that was unlinked, up to which assignment, and until when it is not
@@ -198,9 +204,10 @@ class Peers:
         Measured only if there is no peer `like` this one.
         """
         if link.data is not None:
-            if like is not None:
-                return like.report.bytes_per_s, None
-            return self._probe.mapped(link, holder.data_bytes), None
+            over = link.transport, link.detail
+            if over not in self._rates:
+                self._rates[over] = self._probe.mapped(link, holder.data_bytes)
+            return self._rates[over], None
         if like is not None and like.cost_model is not None:
             self._probe.once(link, holder.data_bytes)
             cost_model = like.cost_model

@@ -23,7 +23,7 @@ from pdserve.transfer.arrays import Array
 from pdserve.transfer.clock import Clock
 from pdserve.transfer.consumer import strategies
 from pdserve.transfer.consumer.cost_model import Seen, Strategy
-from pdserve.transfer.consumer.peers import NoLink, Peer, Peers
+from pdserve.transfer.consumer.peers import NoLink, Peer, Peers, Rates
 from pdserve.transfer.consumer.probe import Probe
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.consumer.strategies import Move, Part
@@ -47,6 +47,7 @@ class Receiver:
         timeout_s: seconds of one pull, the wait for planes that are still being computed included.
         clock: by which leases end, and threads wait.
         probe: measures new links; None: as `Probe` does by itself.
+        rates: see `Peers`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Receiver:
         timeout_s: float = 30.0,
         clock: Clock = time,
         probe: Probe | None = None,
+        rates: Rates | None = None,
     ) -> None:
         self._terms = terms
         self._pool = pool
@@ -70,7 +72,14 @@ class Receiver:
         self._timeout_s = timeout_s
         self._clock = clock
         self.peers = Peers(
-            terms, transports, pool, staging, probe or Probe(staging, clock), rdma_only, clock
+            terms,
+            transports,
+            pool,
+            staging,
+            probe or Probe(staging, clock),
+            rdma_only,
+            clock,
+            rates,
         )
         layout, sharding = terms.layout, terms.sharding
         self._row_bytes = sharding.row_bytes(layout)
