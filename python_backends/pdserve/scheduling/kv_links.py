@@ -80,6 +80,8 @@ class KVLinks:
         self._next, self._turn_at = 0, 0.0
         """Index of the prefill that is asked next, and the time of the next turn."""
         self._take(prefills, decodes)
+        self._owners = dict(self._members)
+        """For each name the instance of which something may be known, even after it has left."""
         self.table = LinkTable(_names(prefills), _names(decodes))
 
     def _take(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> None:
@@ -98,9 +100,11 @@ class KVLinks:
             for pair, task in self._linking.items():
                 if gone.name in pair:
                     task.cancel()
-            if gone.name in self._members:
-                self.table.drop(gone.name)
         new = after.difference(before)
+        for one in new:
+            if self._owners.get(one.name, one) is not one:
+                self.table.drop(one.name)
+            self._owners[one.name] = one
         self.table.update(_names(prefills), _names(decodes), [one.name for one in new])
         if new:
             asyncio.get_running_loop().call_later(JOIN_S, self._joined, new)
@@ -116,6 +120,7 @@ class KVLinks:
         """Forget an instance that has left and serves no request, unless its name is taken."""
         if instance.name not in self._members:
             self.table.drop(instance.name)
+            self._owners.pop(instance.name, None)
 
     async def run(self) -> None:
         """Connect the planned pairs that have no link, until cancelled."""

@@ -10,6 +10,7 @@ from pdserve.kvcache.sharding import sharding_for
 from pdserve.transfer import arrays, key
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.consumer.cost_model import Strategy
+from pdserve.transfer.consumer.peers import Rates
 from pdserve.transfer.consumer.receiver import Receiver
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.endpoint import Terms
@@ -55,21 +56,32 @@ def holder(deployment: Deployment, name: str, terms: Terms, slots: int) -> Holde
         DeploymentError: there is not enough memory, or no transport can export it.
     """
     data_bytes = deployment.prefill.arena_mib << 20
-    data = None
+    data, free = None, _nothing
     if deployment.engine.gpu is not None:
         from pdserve.transfer.transports.cuda_ipc.calls import load
         from pdserve.transfer.transports.cuda_ipc.memory import DeviceMemory
 
         try:
-            data = arrays.seen(DeviceMemory(load(), data_bytes, deployment.engine.gpu).memory)
+            memory = DeviceMemory(load(), data_bytes, deployment.engine.gpu)
+            data, free = arrays.seen(memory.memory), memory.free
         except Unreachable as error:
             raise DeploymentError(f"prefill.arena_mib {data_bytes >> 20}: {error}") from error
     ways = transports(deployment)
-    return Holder(name, region_name(name), data_bytes, slots, terms, ways, data)
+    return Holder(name, region_name(name), data_bytes, slots, terms, ways, data, free)
 
 
-def receiver(deployment: Deployment, terms: Terms, pool: Array) -> Receiver:
-    """Make the receiver for a decode's pool, uint8 [planes, rows, row_bytes]."""
+def _nothing() -> None:
+    """Host memory is freed with its last array."""
+
+
+def receiver(
+    deployment: Deployment, terms: Terms, pool: Array, rates: Rates | None = None
+) -> Receiver:
+    """Make the receiver for a decode's pool, uint8 [planes, rows, row_bytes].
+
+    Args:
+        rates: what its process has measured before; see `Peers`.
+    """
     wanted = deployment.transfer
     strategy: Strategy | None = None
     if wanted.strategy == "whole" or wanted.strategy == "direct":
@@ -84,4 +96,5 @@ def receiver(deployment: Deployment, terms: Terms, pool: Array) -> Receiver:
         rdma_only=wanted.require == "rdma",
         strategy=strategy,
         timeout_s=wanted.timeout_s,
+        rates=rates,
     )

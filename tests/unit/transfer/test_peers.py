@@ -462,3 +462,22 @@ def test_reports_travel_as_messages() -> None:
         "nixl", "rc_mlx5/mlx5_0:1", 3e-6, 2e10, {"shm": "another host"}, fallback=False
     )
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=LinkReport) == made
+
+
+def test_mapped_memory_is_measured_once() -> None:
+    """A decode that has just got its role links to many prefills at once."""
+    holders = [holder(ShmTransport(), name=f"prefill_{number}") for number in range(3)]
+    receiver = new_receiver(ShmTransport())
+    with mock.patch.object(Probe, "mapped", return_value=4e9) as measured:
+        assert {link_report(receiver, one).bytes_per_s for one in holders} == {4e9}
+        assert measured.call_count == 1
+        receiver.close()
+        # The next receiver of the process may know it, too.
+        rates = receiver.peers._rates
+        pool, staging = (np.zeros(shape, np.uint8) for shape in (LAYOUT.shape(ROWS), (2, 4096)))
+        receiver = Receiver(terms(), [ShmTransport()], pool, Staging(staging), rates=rates)
+        assert link_report(receiver, holders[0]).bytes_per_s == 4e9
+        assert measured.call_count == 1
+    receiver.close()
+    for one in holders:
+        one.close()

@@ -18,11 +18,12 @@ from contextlib import suppress
 from pdserve.errors import HandleError
 from pdserve.kvcache.handle import KVHandle, unseal
 from pdserve.kvcache.sharding import routes
+from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.clock import Clock
 from pdserve.transfer.consumer import strategies
 from pdserve.transfer.consumer.cost_model import Seen, Strategy
-from pdserve.transfer.consumer.peers import NoLink, Peer, Peers
+from pdserve.transfer.consumer.peers import NoLink, Peer, Peers, Rates
 from pdserve.transfer.consumer.probe import Probe
 from pdserve.transfer.consumer.staging import Staging
 from pdserve.transfer.consumer.strategies import Move, Part
@@ -46,6 +47,7 @@ class Receiver:
         timeout_s: seconds of one pull, the wait for planes that are still being computed included.
         clock: by which leases end, and threads wait.
         probe: measures new links; None: as `Probe` does by itself.
+        rates: see `Peers`.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Receiver:
         timeout_s: float = 30.0,
         clock: Clock = time,
         probe: Probe | None = None,
+        rates: Rates | None = None,
     ) -> None:
         self._terms = terms
         self._pool = pool
@@ -69,7 +72,14 @@ class Receiver:
         self._timeout_s = timeout_s
         self._clock = clock
         self.peers = Peers(
-            terms, transports, pool, staging, probe or Probe(staging, clock), rdma_only
+            terms,
+            transports,
+            pool,
+            staging,
+            probe or Probe(staging, clock),
+            rdma_only,
+            clock,
+            rates,
         )
         layout, sharding = terms.layout, terms.sharding
         self._row_bytes = sharding.row_bytes(layout)
@@ -88,6 +98,14 @@ class Receiver:
     def connect(self, data: bytes) -> tuple[str, LinkReport]:
         """Connect to a holder; see `Peers.connect`."""
         return self.peers.connect(data)
+
+    def unlink(self, epoch: bytes, number: int, within_s: float) -> None:
+        """Close the link to a holder; see `Peers.unlink`."""
+        self.peers.unlink(epoch, number, within_s)
+
+    def linked(self, name: str) -> bool:
+        """Tell whether there is a link to a holder of this name."""
+        return self.peers.linked(name)
 
     def open(self, data: bytes) -> KVHandle:
         """Check a handle by itself, and return it.
@@ -142,7 +160,10 @@ class Receiver:
             ValueError: the runs do not have as many rows as there are tokens, or are not in the
                 pool.
         """
-        peer = self.peers.find(handle.epoch)
+        with self.peers.pulling(handle.epoch) as peer:
+            return self._pull(peer, handle, runs, first)
+
+    def _pull(self, peer: Peer, handle: KVHandle, runs: Runs, first: int) -> TransferReport:
         began = self._clock.monotonic()
         lease = RemoteLease(peer.link, handle, self._terms.layout.planes, self._clock)
         try:
@@ -240,8 +261,10 @@ class Receiver:
         return strategy, expected_s
 
     def close(self) -> None:
-        """Close the links to all holders."""
+        """Close the links to all holders, and let go of the pool and the staging buffers."""
         self.peers.close()
+        self._pool = arrays.like(self._pool, (0, 0, 0))
+        self._staging.close()
 
 
 def _check_number(handle: KVHandle, holder: Endpoint) -> None:

@@ -1,0 +1,1 @@
+"""Measures instances that change roles, on real servers under load."""
