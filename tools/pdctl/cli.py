@@ -21,6 +21,7 @@ from pdctl.console import err, out
 from pdctl.doctor import examination
 from pdctl.doctor.report import report
 from pdctl.errors import ServerError
+from pdctl.log import Following
 from pdctl.output import Output
 from pdctl.overview import page
 from pdctl.reload import Reload, differing, plan
@@ -104,7 +105,7 @@ def up(
             for line in differing(server):
                 out.print(line, markup=False)
     starting.start(servers, keep=False, timeout=timeout)
-    fleet.watch(servers, held=False, wanted=watch)
+    fleet.watch(servers, wanted=watch)
 
 
 @app.command()
@@ -113,10 +114,13 @@ def serve(
 ) -> None:
     """Start the servers and stay until Ctrl-C; they end when this command ends."""
     with starting.held(_servers(file, only), timeout) as servers:
-        fleet.watch(servers, held=True, wanted=watch)
+        logs = [Following(server.folder / "watch.log") for server in servers]
+        fleet.watch(servers, wanted=watch)
         try:
             out.print("Ctrl-C ends it.")
             while True:
+                for log in logs:
+                    out.print(log.new(), end="", markup=False, highlight=False)
                 for server in servers:
                     if not watchers.watched(server.folder) and server.pid is None:
                         server.check_alive()

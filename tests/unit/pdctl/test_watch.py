@@ -53,16 +53,16 @@ class TestWatchers:
         watchers.end(folder)
 
     def test_one_at_a_time(self, folder: Path) -> None:
-        watchers.start(folder, held=False)
+        watchers.start(folder)
         found = watchers.pid(folder)
         assert found is not None
-        watchers.start(folder, held=False)
+        watchers.start(folder)
         assert watchers.pid(folder) == found
 
     def test_ended_it_is_gone(self, folder: Path) -> None:
         """A watchdog that has only just been started must not begin to work afterwards."""
         for _ in range(5):
-            watchers.start(folder, held=False)
+            watchers.start(folder)
             found = watchers.pid(folder)
             assert found is not None
             watchers.end(folder)
@@ -70,7 +70,7 @@ class TestWatchers:
             assert psutil.Process(found).status() == psutil.STATUS_ZOMBIE
 
     def test_a_stopped_one_can_be_ended(self, folder: Path) -> None:
-        watchers.start(folder, held=False)
+        watchers.start(folder)
         found = watchers.pid(folder)
         assert found is not None
         os.kill(found, signal.SIGSTOP)
@@ -83,7 +83,7 @@ class TestWatchers:
         watchers.end(folder)
 
     def test_report(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        watchers.start(folder, held=False)
+        watchers.start(folder)
         assert watchers.reported(folder) is None, "it has not reported anything yet"
         found = watchers.pid(folder)
         monkeypatch.setattr(watchers.os, "getpid", lambda: found)
@@ -91,7 +91,7 @@ class TestWatchers:
         assert watchers.reported(folder) == {"pid": found, "at": 1.5}
         watchers.end(folder)
         assert watchers.reported(folder) is None
-        watchers.start(folder, held=False)
+        watchers.start(folder)
         assert watchers.reported(folder) is None, "the report of a dead watchdog does not count"
 
 
