@@ -15,6 +15,9 @@ between two answers: an agent that was killed in the middle goes on where the in
 
 An instance that has a higher number than is desired of it, or another assignment under the same
 number, is left alone: whoever desires that is out of date, and sees it by what the agent reports.
+A prefill that stays one keeps its memory, and its links with it. An instance that could not take
+the memory of its role has none (UNASSIGNED), and is loaded again. What waits for an answer that does
+not come is ``late``; it then goes on only where that harms nobody.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class Action(Enum):
     DRAIN = "drain"
     RESUME = "resume"
     UNLINK = "unlink"
-    """Have every decode close its link to the memory of this prefill."""
+    """Have every decode close its link to the memory of this prefill, which is about to go."""
     ASSIGN = "assign"
     UNLOAD = "unload"
     REMOVE = "remove"
@@ -89,8 +92,8 @@ class Seen:
     phase: Phase = Phase.UNASSIGNED
     unlinked: bool = False
     """No decode has a link to its memory any more, or it has no such memory."""
-    silent: bool = False
-    """It has been asked, and has not answered for long."""
+    late: bool = False
+    """What has been waited for, an answer or an end, has not come in its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +113,11 @@ def next_action(desired: DesiredInstance | None, seen: Seen) -> Next:
         desired: None: nothing is known to be desired of it, and it stays as it is.
     """
     if desired is None:
-        return _NOTHING
+        return Next(Action.INSPECT) if _unknown(seen) else _NOTHING
     if desired.state == "absent":
         return Next(_leave(seen))
     if reason := _impossible(desired.assignment, seen.kind):
-        return Next(Action.NOTHING, reason)
+        return Next(Action.INSPECT) if _unknown(seen) else Next(Action.NOTHING, reason)
     if seen.presence is Presence.BUSY:
         return Next(Action.WAIT)
     if seen.presence is not Presence.LOADED:
@@ -123,10 +126,11 @@ def next_action(desired: DesiredInstance | None, seen: Seen) -> Next:
         return Next(Action.INSPECT)
     has, wanted = seen.assignment, desired.assignment
     if has.number < wanted.number:
-        return Next(_change(seen))
+        links = has.role != wanted.role
+        return Next(_emptied(seen, Action.ASSIGN, links=links))
     if has != wanted:
         return Next(Action.NOTHING, f"it has assignment {has}, and {wanted} is out of date")
-    return Next(_stay(desired, seen.phase))
+    return Next(_stay(desired, seen))
 
 
 def duty(desired: DesiredInstance | None, seen: Seen) -> Duty:
@@ -145,34 +149,46 @@ def _impossible(wanted: Assignment, kind: Kind) -> str:
     return f"its role is {kind} for ever, and cannot be {wanted.role}"
 
 
+def _unknown(seen: Seen) -> bool:
+    return seen.presence is Presence.LOADED and seen.assignment is None
+
+
 def _leave(seen: Seen) -> Action:
     if seen.presence is Presence.ABSENT:
         return Action.NOTHING
     if seen.presence is Presence.UNLOADED:
         return Action.REMOVE
-    if seen.presence is Presence.BUSY or seen.silent:
+    if seen.presence is Presence.BUSY:
         return Action.UNLOAD  # it holds nothing that could be waited for
-    return Action.INSPECT if seen.assignment is None else _emptied(seen, Action.UNLOAD)
+    if seen.assignment is None:
+        return Action.UNLOAD if seen.late else Action.INSPECT
+    # Its process ends, and so its memory is nobody else's: a link to it reads nothing.
+    return _emptied(seen, Action.UNLOAD, links=not seen.late)
 
 
-def _change(seen: Seen) -> Action:
-    return _emptied(seen, Action.ASSIGN)
+def _emptied(seen: Seen, then: Action, *, links: bool) -> Action:
+    """Return the next step to where nobody has anything there any more, and then this one.
 
-
-def _emptied(seen: Seen, then: Action) -> Action:
-    """Return the next step to where nobody has anything there any more, and then this one."""
+    Args:
+        links: links to its memory count.
+    """
     if seen.phase is Phase.SERVING:
         return Action.DRAIN
     if seen.phase is Phase.DRAINING:
         return Action.WAIT
-    return then if seen.unlinked or seen.phase is Phase.UNASSIGNED else Action.UNLINK
+    if seen.phase is Phase.DRAINED and links and not seen.unlinked:
+        return Action.UNLINK
+    return then
 
 
-def _stay(desired: DesiredInstance, phase: Phase) -> Action:
+def _stay(desired: DesiredInstance, seen: Seen) -> Action:
+    phase = seen.phase
+    if phase is Phase.UNASSIGNED:
+        if desired.assignment.role == "none":
+            return Action.NOTHING
+        return Action.UNLOAD if seen.late else Action.WAIT
     if desired.state == "draining":
         if phase is Phase.SERVING:
             return Action.DRAIN
         return Action.WAIT if phase is Phase.DRAINING else Action.NOTHING
-    if phase in (Phase.DRAINING, Phase.DRAINED):
-        return Action.RESUME
-    return Action.NOTHING
+    return Action.NOTHING if phase is Phase.SERVING else Action.RESUME

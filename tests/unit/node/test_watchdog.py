@@ -393,7 +393,7 @@ class TestDuties:
             async with watched(server) as watchdog:
                 watchdog.set_duty(model, Duty.DRAINING)
                 server.lives[model] = life
-                await asyncio.sleep(100)
+                await asyncio.sleep(20)
                 assert len(server.times("withdraw", model)) == 1
                 assert not server.times("restore", model)
                 assert not server.times("withdraw", SERVER)
@@ -405,7 +405,7 @@ class TestDuties:
         async with watched(server, ["one"]) as watchdog:
             watchdog.set_duty("one", Duty.ABSENT)
             server.lives["one"] = Life.GONE
-            await asyncio.sleep(100)
+            await asyncio.sleep(20)
             assert not server.times("withdraw", "one")
             watchdog.set_duty("one", Duty.REPAIRED)
             await asyncio.sleep(1)
@@ -423,7 +423,7 @@ class TestDuties:
             assert tries > 3
             assert watchdog.health["one"].backoff.tries >= 3
             watchdog.set_duty("one", Duty.ABSENT)
-            await asyncio.sleep(100)
+            await asyncio.sleep(20)
             assert len(server.times("restore", "one")) == tries
             assert not watchdog.repairs("one")
 
