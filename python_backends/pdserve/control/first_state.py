@@ -1,0 +1,22 @@
+"""The state that a deployment begins with, as its file has it."""
+
+from __future__ import annotations
+
+from pdserve.config import ROLES, Deployment
+from pdserve.control.assignment import FIRST, Assignment
+
+
+def assignments(deployment: Deployment) -> dict[str, Assignment]:
+    """Return the first assignment of every instance; a spare has neither role nor group."""
+    homes = {
+        name: group.name
+        for scenario in deployment.served
+        for group in scenario.groups
+        for name in (*group.prefill, *group.decode)
+    }
+    found = {}
+    for role in ROLES:
+        for name in deployment.instances(role):
+            group = homes.get(name, "")
+            found[name] = Assignment(FIRST, role if group else "none", group)
+    return found
