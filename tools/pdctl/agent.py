@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pdctl import agents, private, server_logs, watchers
 from pdctl.errors import ServerError
+from pdctl.host_control import HostControl
 from pdctl.watch import watch
 from pdctl.watched_server import WatchedServer
 from pdserve.errors import DeploymentError
@@ -43,6 +44,8 @@ class Agent:
         self._run = run
         self._stays = stays
         self._tasks: dict[Path, asyncio.Task[None]] = {}
+        self._controls: dict[str, HostControl] = {}
+        self._following: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
         """Watch until there is nothing to watch."""
@@ -75,7 +78,7 @@ class Agent:
         with server_logs.of_server(folder):
             while True:
                 try:
-                    await _watched(folder)
+                    await self._watched(folder)
                     return
                 except (ServerError, DeploymentError) as error:
                     _log.error("%s", error)
@@ -87,29 +90,38 @@ class Agent:
                 if folder not in set(watchers.wanted(self._run)):
                     return
 
+    async def _watched(self, folder: Path) -> None:
+        """Watch a server until it is stopped, or is not to be watched any more.
 
-async def _watched(folder: Path) -> None:
-    """Watch a server until it is stopped, or is not to be watched any more.
+        Raises:
+            ServerError, DeploymentError: it cannot be watched.
+        """
+        watched = WatchedServer(folder)
+        with watchers.held(folder) as hold:
+            if hold is None:
+                return  # another agent watches it, or a command has just asked who does
+            watching = asyncio.create_task(watch(watched, self._control(watched)))
+            try:
+                while not (await asyncio.wait([watching], timeout=LOOK_S))[0]:
+                    if not hold.wanted():
+                        _log.info("ends: it is not to be watched any more")
+                        return
+                await watching
+            except Dismissed as error:
+                _log.info("ends: %s", error)
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
 
-    Raises:
-        ServerError, DeploymentError: it cannot be watched.
-    """
-    watched = WatchedServer(folder)
-    with watchers.held(folder) as hold:
-        if hold is None:
-            return  # another agent watches it, or a command has just asked who does
-        watching = asyncio.create_task(watch(watched))
-        try:
-            while not (await asyncio.wait([watching], timeout=LOOK_S))[0]:
-                if not hold.wanted():
-                    _log.info("ends: it is not to be watched any more")
-                    return
-            await watching
-        except Dismissed as error:
-            _log.info("ends: %s", error)
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+    def _control(self, watched: WatchedServer) -> HostControl | None:
+        """Return what is desired of a server's instances; None: its deployment is static."""
+        control = watched.deployment.control
+        if control is None:
+            return None
+        if control.id not in self._controls:
+            made = self._controls[control.id] = HostControl(control, self._run, watched.key)
+            self._following.append(asyncio.create_task(made.run()))
+        return self._controls[control.id]
 
 
 def main() -> None:

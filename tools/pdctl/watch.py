@@ -12,11 +12,17 @@ from typing import Any
 
 from pdctl import questions, watchers
 from pdctl.channels import Channels
+from pdctl.host_control import HostControl
+from pdctl.instance_models import InstanceModels
+from pdctl.instances import Instances
+from pdctl.repository import INSTANCES
 from pdctl.watched_server import WatchedServer
 from pdserve.node import failure_notice, heartbeat
+from pdserve.node.assignments import Assignments
+from pdserve.node.first_assignments import first_assignments
 from pdserve.node.liveness import Liveness, Read
 from pdserve.node.probes import Limits, Probes
-from pdserve.node.watchdog import SERVER, Check, Watchdog
+from pdserve.node.watchdog import SERVER, Check, Dismissed, Watchdog
 
 # The intervals of probes, and the time for an answer.
 ALIVE_EVERY_S, ALIVE_WITHIN_S = 1.0, heartbeat.STILL_S
@@ -27,20 +33,20 @@ REPORT_S, REFRESH_S = 0.5, 2.0
 _log = logging.getLogger(__name__)
 
 
-async def watch(watched: WatchedServer) -> None:
-    """Watch a server until cancelled.
+async def watch(watched: WatchedServer, control: HostControl | None) -> None:
+    """Watch a server until cancelled, and make its instances what is desired of them.
+
+    Args:
+        control: None: the deployment is static, and its instances stay as they are.
 
     Raises:
         Dismissed: it has been stopped.
     """
     await watched.begun()
-
-    def prefills() -> list[str]:
-        return list(watched.deployment.instances("prefill"))
-
     limits = Limits.of(watched.deployment)
-    channels = Channels(watched)
-    probes = Probes(channels, prefills, watched.steps, limits)
+    assignments = Assignments(first_assignments(watched.deployment))
+    channels = Channels(watched, assignments)
+    probes = Probes(channels, assignments, watched.steps, limits)
     watchdog = Watchdog(
         watched,
         list(watched.models),
@@ -49,12 +55,26 @@ async def watch(watched: WatchedServer) -> None:
         load_s=watched.deployment.engine.load_s,
     )
 
+    models = InstanceModels(watched, watchdog, channels)
+    works = [asyncio.create_task(report(watched, watchdog))]
+    instances = None
+    if control is not None:
+        instances = Instances(watched, models, channels, assignments, control)
+        works.append(asyncio.create_task(instances.run()))
+        control.watches(watched.server.name, os.getpid())
     _log.info("watches %s (process %d)", watched.server.name, os.getpid())
-    reporting = asyncio.create_task(report(watched, watchdog))
     try:
         await watchdog.run()
+    except Dismissed:
+        if instances is not None:
+            instances.report_stopped()
+        raise
     finally:
-        reporting.cancel()
+        for work in works:
+            work.cancel()
+        await asyncio.gather(*works, return_exceptions=True)
+        if control is not None:
+            control.leaves(watched.server.name)
         await channels.close()
 
 
@@ -66,9 +86,9 @@ def checks(watched: WatchedServer, probes: Probes, limits: Limits) -> Iterator[C
     # A model whose threads are stuck has a check of its own.
     yield _alive(SERVER, lambda: [beats._replace(turns=0) for beats in of_all()], live)
     for model, template in watched.models.items():
-        if template in ("prefill", "decode"):
+        if template in INSTANCES:
             alive = partial(probes.alive, model)
-            computes = partial(getattr(probes, template), model)
+            computes = partial(probes.computes, model)
             yield Check(model, computes, PROBE_EVERY_S, limits.first_token_s + 3 * limits.reply_s)
         elif template in ("pdserve", "scheduler"):
             alive = partial(

@@ -111,6 +111,18 @@ class WatchedServer:
             raise Dismissed(f"server {self.folder.name} has been stopped")
         return self._stubs.look()
 
+    def life(self, model: str) -> Life:
+        """Return how the process of a model is."""
+        return self._stubs.life(model)
+
+    def epoch(self, model: str) -> bytes | None:
+        """Return the epoch of a model's latest process; None: none was seen."""
+        return self._stubs.epoch(model)
+
+    def kill(self, model: str) -> None:
+        """End the process of a model."""
+        self._stubs.kill(model)
+
     async def withdraw(self, thing: str) -> None:
         if thing == SERVER:
             await asyncio.to_thread(self.server.kill)

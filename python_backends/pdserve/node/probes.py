@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import itertools
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from pdserve.config import Deployment
 from pdserve.errors import InstanceError
+from pdserve.node.assignments import Assignments
 from pdserve.rpc.client import Channel, Replies
 from pdserve.rpc.messages import (
     Accepted,
@@ -24,6 +25,7 @@ from pdserve.rpc.messages import (
     NotConnected,
     Prefilled,
     PrefillRequest,
+    Reassigned,
     Release,
     Released,
     Reply,
@@ -38,6 +40,10 @@ PROMPT = (1).to_bytes(4, "little")
 TENANT = "probe"
 
 R = TypeVar("R", bound=Reply)
+
+
+class _Reassigned(Exception):
+    """The instance has another assignment, or serves no request under the one that it has."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Probes:
 
     Args:
         channel: returns the channel to an instance.
-        prefills: returns the names of the current prefills.
+        assignments: says which prefills there are; an instance that has another assignment is noted
+            there, and has not failed.
         steps: returns how many forwards or steps of its model an instance has made so far.
         limits: time limits of replies and steps.
     """
@@ -74,12 +81,12 @@ class Probes:
     def __init__(
         self,
         channel: Callable[[str], Channel],
-        prefills: Callable[[], Sequence[str]],
+        assignments: Assignments,
         steps: Callable[[str], Awaitable[float]],
         limits: Limits,
     ) -> None:
         self._channel = channel
-        self._prefills = prefills
+        self._assignments = assignments
         self._steps = steps
         self._limits = limits
         self._busy: dict[str, tuple[float, float]] = {}
@@ -97,22 +104,39 @@ class Probes:
         await self._ask(instance, Release(self._id()), Released)
         return False
 
-    async def prefill(self, instance: str) -> bool:
-        """Compute one token; False: the prefill is busy. Raises InstanceError if it has failed."""
+    async def computes(self, instance: str) -> bool:
+        """Check that an instance does what its role is.
+
+        False: it could not be seen, since it is busy, has no role or another one than was known, or
+        no prefill has anything to decode.
+
+        Raises:
+            InstanceError: it has failed.
+        """
+        assignment = self._assignments.of(instance)
+        role = "none" if assignment is None else assignment.role
+        try:
+            if role == "prefill":
+                return await self._prefill(instance)
+            return role == "decode" and await self._decode(instance)
+        except _Reassigned:
+            return False
+
+    async def _prefill(self, instance: str) -> bool:
+        """Compute one token; False: the prefill is busy."""
         request = self._prompt(only=True)
         with self._asked(instance, request) as replies:
             computed = await self._computed(instance, replies)
         return await self._computes(instance, computed is not None)
 
-    async def decode(self, instance: str) -> bool:
+    async def _decode(self, instance: str) -> bool:
         """Decode one token after a prefill's.
 
         False: the decode is busy, or no prefill has one to give.
-
-        Raises:
-            InstanceError: the decode has failed.
         """
-        prefills = self._prefills()
+        prefills = self._assignments.prefills(instance)
+        if not prefills:
+            return False
         prefill = prefills[next(self._turns) % len(prefills)]
         request = self._prompt(only=False)
         with self._asked(prefill, request) as replies:
@@ -135,6 +159,7 @@ class Probes:
             raise InstanceError(f"{instance} computed no token within {limit:g} s") from error
         if isinstance(reply, Prefilled | Busy):
             return None if isinstance(reply, Busy) else reply
+        self._check_number(instance, reply)
         raise InstanceError(f"{instance} answered {reply} to a prompt")
 
     async def _computes(self, instance: str, shown: bool) -> bool:
@@ -176,7 +201,14 @@ class Probes:
             return False
         if isinstance(reply, Tokens | Busy):
             return await self._computes(decode, isinstance(reply, Tokens))
+        self._check_number(decode, reply)
         raise InstanceError(f"{decode} answered {reply} to a KV cache of {prefill}")
+
+    def _check_number(self, instance: str, reply: Reply) -> None:
+        """Raises _Reassigned: that is what the reply says."""
+        if isinstance(reply, Reassigned):
+            self._assignments.take(instance, reply.assignment)
+            raise _Reassigned
 
     async def _end(self, replies: Replies) -> Reply:
         """Return the first reply that is neither an acceptance nor tokens with more to come."""

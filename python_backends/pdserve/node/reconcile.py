@@ -16,8 +16,8 @@ between two answers: an agent that was killed in the middle goes on where the in
 An instance that has a higher number than is desired of it, or another assignment under the same
 number, is left alone: whoever desires that is out of date, and sees it by what the agent reports.
 A prefill that stays one keeps its memory, and its links with it. An instance that could not take
-the memory of its role has none (UNASSIGNED), and is loaded again. What waits for an answer that does
-not come is ``late``; it then goes on only where that harms nobody.
+the memory of its role has none (UNASSIGNED), and is loaded again. An answer or an end that does not
+come is ``late``, and is waited for no more where that harms nobody.
 """
 
 from __future__ import annotations

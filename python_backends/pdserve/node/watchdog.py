@@ -138,6 +138,9 @@ class Watchdog:
         """Tell whether a thing, or the whole server, is being repaired."""
         return SERVER in self._repairs or thing in self._repairs
 
+    def duty(self, model: str) -> Duty:
+        return self._duties[model]
+
     def set_duty(self, model: str, duty: Duty) -> None:
         """Say what is to be done for a model from now on; its repair ends if it is given up."""
         if self._duties[model] is duty:
@@ -159,11 +162,11 @@ class Watchdog:
                 if life is Life.STOPPED and not self.repairs(thing):
                     since = self._stopped.setdefault(thing, loop.time())
                     if loop.time() - since >= STOPPED_S:
-                        self._failed(thing, f"its process has been stopped for {STOPPED_S:g} s")
+                        self.fail(thing, f"its process has been stopped for {STOPPED_S:g} s")
                     continue
                 self._stopped.pop(thing, None)
                 if life is Life.GONE:
-                    self._failed(thing, "its process is gone")
+                    self.fail(thing, "its process is gone")
             await asyncio.sleep(LOOK_S)
 
     async def _ask(self, check: Check) -> None:
@@ -187,7 +190,7 @@ class Watchdog:
                 health.to(State.LATE, now())
                 if misses == check.misses:
                     misses = 0
-                    self._failed(check.thing, f"{problem}, {check.misses} times in a row")
+                    self.fail(check.thing, f"{problem}, {check.misses} times in a row")
             else:
                 misses = 0
                 health.answered = now()
@@ -230,7 +233,8 @@ class Watchdog:
 
     # ---------------------------------------------------------------- repairing
 
-    def _failed(self, thing: str, reason: str) -> None:
+    def fail(self, thing: str, reason: str) -> None:
+        """Have a thing repaired that has failed for this reason, unless it is already."""
         if self.repairs(thing):
             return
         if thing in self._whole and self._duties[thing] is Duty.REPAIRED:
@@ -288,7 +292,7 @@ class Watchdog:
             return
         if error is not None:
             what = "too slow" if isinstance(error, asyncio.TimeoutError) else repr(error)
-            self._failed(SERVER, f"the repair of {thing} has failed: {what}")
+            self.fail(SERVER, f"the repair of {thing} has failed: {what}")
             return
         if self._duties[thing] is Duty.DRAINING:
             self.set_duty(thing, Duty.ABSENT)

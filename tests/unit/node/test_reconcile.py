@@ -45,9 +45,7 @@ class Instance:
         presence = self.presence
         if presence is not Presence.LOADED or not self.known:
             return Seen(presence, self.kind)
-        return Seen(
-            presence, self.kind, self.assignment, self.phase, self.links == 0, self.late
-        )
+        return Seen(presence, self.kind, self.assignment, self.phase, self.links == 0, self.late)
 
     def serving(self) -> Phase:
         return Phase.UNASSIGNED if self.assignment.role == "none" else Phase.SERVING
