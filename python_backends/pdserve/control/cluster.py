@@ -65,6 +65,8 @@ class Member:
     """Since when no probe was answered, neither one of the controller nor one of a gateway: the
     later of both times. None: one of the two is answered, or has not been made."""
     lent: Lent | None = None
+    drain: bool = False
+    """An operator drains it: there is a key ``drains/NAME``."""
 
     @property
     def group(self) -> str:

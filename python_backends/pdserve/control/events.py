@@ -15,7 +15,8 @@ What = Literal[
     "end",  # a transaction is over
     "hold",  # why a group's ratio is not changed; only when the reason has changed
     "lost",  # a member was declared lost
-    "found",  # a member that was lost is back, and nobody has taken its place
+    "drain",  # an operator drains a member
+    "found",  # a member serves again that was lost or drained
     "short",  # what should happen cannot: no spare, the budget
     "volume",  # equation (2) says that a group is, or is not, needed
 ]

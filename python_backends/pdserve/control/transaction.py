@@ -9,7 +9,7 @@ Each instance that it moves goes through these steps by itself::
                     ▼    ▼       ▼
                  RESUME  └───► RETURN ──► BACK      RESUME: its old assignment, same number
                     └──────────────────► BACK       RETURN: what it was, under a higher number
-            any step: it is lost, or a way back took too long ──► LOST
+            any step: it is lost, or a way back took too long ──► ABANDONED
 
 Each step is stored in the same fenced write as the desired state that it is about, so the record
 and what runs never contradict each other: another controller finds the step, and what it waits for.
@@ -46,12 +46,17 @@ class Step(Enum):
     """It says that it is again what it was, under a higher number."""
     BACK = "back"
     """It is again what it was."""
-    LOST = "lost"
-    """It is neither; whoever looks for lost members finds it."""
+    ABANDONED = "abandoned"
+    """It is neither. Its agent still makes it what is desired; if it is lost, it is replaced."""
+
+    @property
+    def forward(self) -> bool:
+        """Tell whether it is on the way there, not back."""
+        return self in (Step.UNPUBLISH, Step.DRAIN, Step.START, Step.CHANGE, Step.DONE)
 
     @property
     def over(self) -> bool:
-        return self in (Step.DONE, Step.BACK, Step.LOST)
+        return self in (Step.DONE, Step.BACK, Step.ABANDONED)
 
 
 class Kind(Enum):
@@ -83,7 +88,7 @@ class Move(Struct, frozen=True, forbid_unknown_fields=True):
     took: dict[str, float] = {}
     """Seconds of each step that is over, by its value."""
     reason: Text = ""
-    """Why it went back, or is lost."""
+    """Why it went back, or was abandoned."""
 
 
 class Transaction(Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +101,8 @@ class Transaction(Struct, frozen=True, forbid_unknown_fields=True):
     reason: Text
     other: Label = ""
     """Another group that it changes, too: the one that instances are lent to or from."""
+    pool: Label = ""
+    """For those that go out: where they go, be it a group or not."""
     lost: Label = ""
     """For a substitution: the member that is replaced."""
     failed: Moment = 0.0
