@@ -68,6 +68,7 @@ class World:
         """By instance: whether desired state lets gateways send it requests; default: yes."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._ids = itertools.count()
+        self._members: dict[tuple[str, str], list[Instance]] = {}
 
     def at(self, when: float, do: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._ids), do))
@@ -87,15 +88,24 @@ class World:
         self.dispatch(group)
 
     def members(self, group: str, role: str) -> list[Instance]:
-        return [
-            one
-            for one in self.instances.values()
-            if one.serving
-            and one.assignment is not None
-            and one.assignment.group == group
-            and one.assignment.role == role
-            and self.serves.get(one.name, True)
-        ]
+        """Return who serves a group in a role."""
+        found = self._members.get((group, role))
+        if found is None:
+            found = self._members[group, role] = [
+                one
+                for one in self.instances.values()
+                if one.serving
+                and one.assignment is not None
+                and one.assignment.group == group
+                and one.assignment.role == role
+                and self.serves.get(one.name, True)
+            ]
+        return found
+
+    def changed(self) -> None:
+        """Notice that an instance has another phase, assignment or desired state."""
+        self._members.clear()
+        self.on_change()
 
     def dispatch(self, group: str) -> None:
         """Give what waits to who has room."""
@@ -194,4 +204,4 @@ class World:
         """Notice that an instance that drains holds nothing any more."""
         if instance.phase is Phase.DRAINING and not instance.used and not instance.leased:
             instance.phase = Phase.DRAINED
-            self.on_change()
+            self.changed()
