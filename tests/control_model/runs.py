@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from pdserve.control.assignment import Assignment
 from pdserve.control.events import Event
 from pdserve.control.policy import Policy
-from pdserve.control.records import DESIRED_GROUPS, DESIRED_INSTANCES, DesiredGroup, DesiredInstance, Phase
+from pdserve.control.records import (
+    DESIRED_GROUPS,
+    DESIRED_INSTANCES,
+    DesiredGroup,
+    DesiredInstance,
+    Phase,
+)
 from tests.control_model.agents import Agents, Times
 from tests.control_model.control import Controller
 from tests.control_model.instances import Instance

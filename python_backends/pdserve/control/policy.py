@@ -20,7 +20,7 @@ class Bounds:
     """With one of a role, a failure stops the group. A group with fewer keeps what it has."""
     least_decode: int = 2
     most: int | None = None
-    """Largest number of its instances, those on their way to it included; None: no limit."""
+    """Largest number of instances that it has with those lent to it; None: no limit."""
 
 
 @dataclass(frozen=True, slots=True)

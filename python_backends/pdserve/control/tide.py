@@ -47,6 +47,9 @@ def turn_of_tide(
         going, coming = (here, []) if out else ([], lent)
     else:
         going, coming = _some(tide, out, here, lent, policy.bounds_of(group.name))
+    most = policy.bounds_of(tide.to).most if tide.to in cluster.groups else None
+    if most is not None:
+        going = going[: max(0, most - len(cluster.of(tide.to)))]
     ready = [one for one in going if one.serving and not_before.get(one.name, 0) <= cluster.now]
     back = [one for one in coming if not_before.get(one.name, 0) <= cluster.now]
     back = _affordable(cluster, back, policy)
