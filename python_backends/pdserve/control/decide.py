@@ -111,7 +111,9 @@ class _Draft:
             self.writes[TRANSACTIONS + name] = None if over else found.transaction
             self.events += narrate.steps(self.cluster.now, found)
             for _, after in found.stepped:
-                if after.step is Step.RETURN:
+                if after.step is Step.RETURN or (
+                    after.step is Step.RESUME and after.took["drain"] > self.policy.drain_s
+                ):
                     self._put_off(after.instance)
 
     def marks(self) -> None:
