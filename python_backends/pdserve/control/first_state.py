@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pdserve.config import ROLES, Deployment
 from pdserve.control.assignment import FIRST, Assignment
+from pdserve.control.reconciling import First
+from pdserve.control.records import DesiredGroup
 
 
 def assignments(deployment: Deployment) -> dict[str, Assignment]:
@@ -20,3 +22,13 @@ def assignments(deployment: Deployment) -> dict[str, Assignment]:
             group = homes.get(name, "")
             found[name] = Assignment(FIRST, role if group else "none", group)
     return found
+
+
+def first(deployment: Deployment) -> First:
+    """Return the first state of groups and instances."""
+    groups = {
+        group.name: DesiredGroup(scenario.name, group.share)
+        for scenario in deployment.served
+        for group in scenario.groups
+    }
+    return First(groups, assignments(deployment))

@@ -89,6 +89,13 @@ class Pin(Struct, frozen=True, forbid_unknown_fields=True):
     decodes: Count
 
 
+class DrainOrder(Struct, frozen=True, forbid_unknown_fields=True):
+    """An operator's order to drain an instance, and to keep it so."""
+
+    since: Annotated[float, Meta(ge=0)]
+    """Seconds since 1970."""
+
+
 class Lent(Struct, frozen=True, forbid_unknown_fields=True):
     """An instance that has gone to a pool with the tide, and comes back."""
 
