@@ -11,20 +11,25 @@ from pdserve.control.stored import Stored
 
 
 class Observer:
-    """Remembers since when instances fail.
-
-    Attributes:
-        silent: since when no probe of an instance was answered, for those that were probed.
-    """
+    """Remembers since when instances fail."""
 
     def __init__(self) -> None:
-        self.silent: dict[str, float] = {}
         self._failed: dict[str, float] = {}
 
     def cluster(
-        self, now: float, deployment: Deployment, stored: Stored, loads: Mapping[str, Load]
+        self,
+        now: float,
+        deployment: Deployment,
+        stored: Stored,
+        loads: Mapping[str, Load],
+        silent: Mapping[str, float],
     ) -> Cluster:
-        """Return what is known now, in seconds since 1970."""
+        """Return what is known now.
+
+        Args:
+            now: seconds since 1970.
+            silent: since when no probe of an instance was answered, of those that are silent.
+        """
         servers = {name: server.name for name, server in _servers(deployment)}
         watched = {server for agent in stored.agents.values() for server in agent.servers}
         failed = {name for name, seen in stored.observed.items() if seen.state == "failed"}
@@ -36,7 +41,7 @@ class Observer:
                 observed=stored.observed.get(name),
                 agent=server in watched,
                 failed_since=self._failed.get(name),
-                silent_since=self.silent.get(name),
+                silent_since=silent.get(name),
                 lent=stored.lent.get(name),
                 drain=name in stored.drains,
             )

@@ -3,7 +3,8 @@
 The file has the first state and the bounds, the store the assignments. What the file adds is taken
 up with its first assignment, and what it has no more is forgotten; an assignment in the store stays
 as it is, whatever the file has of that instance. An instance that says that it has a higher number
-than the store is right: the store was made anew, or put back from a copy.
+than the store is right: the store was made anew, or put back from a copy. A value of the desired
+state that cannot be read is written again.
 """
 
 from __future__ import annotations
@@ -49,6 +50,16 @@ def changes(first: First, stored: Stored) -> Changes:
             new.append(name)
     if new:
         found.why.append(f"desired state of {', '.join(new)}")
+    for prefix, values in (
+        (records.DESIRED_INSTANCES, stored.desired),
+        (records.DESIRED_GROUPS, stored.groups),
+        (records.TRANSACTIONS, stored.transactions),
+        (records.LENT, stored.lent),
+    ):
+        for key in stored.invalid:
+            if key.startswith(prefix) and key not in found.writes:
+                found.writes[key] = values.get(key.removeprefix(prefix))
+                found.why.append(f"{key} could not be read")
     _gone(first, stored, found)
     return found
 

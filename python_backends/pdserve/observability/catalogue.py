@@ -380,7 +380,7 @@ CONTROL_STORE_AGE = Gauge(
     "pdserve_control_store_age_seconds",
     _none,
     "seconds",
-    "The store has answered this controller so long ago; -1: it has never.",
+    "The store has answered this controller so long ago; -1: it has not, or it does not lead.",
 )
 CONTROL_GENERATION = Gauge(
     "pdserve_control_generation",
