@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-import psutil
 import pytest
 
-from pdctl import fleet, footprint, watchers
+from pdctl import watchers
 from pdserve.control.assignment import FIRST
 from tests.clients import wait_until
 from tests.faults.desires import Desires, controlled
 from tests.faults.load import Load
-from tests.faults.serving import all_in_one, on_this_machine, repairs, said, stub, watched, whole
+from tests.faults.serving import all_in_one, on_this_machine, repairs, said, watched, whole
 from tests.servers import Running
 
 pytestmark = [pytest.mark.triton, pytest.mark.alone]
@@ -60,7 +59,9 @@ def test_an_instance_leaves_and_comes_back(server: Running, desires: Desires) ->
         time.sleep(3)
         back_s = desires.make("decode_1", FIRST, "decode")
         time.sleep(1)
-    print(f"\nleft after {left_s:.2f} s, came back within {back_s:.2f} s; {len(load.streams)} streams")
+    print(
+        f"\nleft after {left_s:.2f} s, came back within {back_s:.2f} s; {len(load.streams)} streams"
+    )
     assert not load.lost
     assert not load.wrong
     assert repairs(one) == repaired, said(one)

@@ -113,7 +113,7 @@ class Control(Struct, frozen=True, forbid_unknown_fields=True):
     id: Name
     """Identifies the deployment in its store; no other one may have it there."""
     etcd: Etcd | None = None
-    """None: a file of this host, ``control/ID`` in the folder of the servers' folders."""
+    """None: a file of this host, ``control-ID`` in the folder of the servers' folders."""
     ratio: Literal["never", "advise", "act"] = "advise"
     """``advise``: what would be done is an event, and is not done."""
     groups: dict[Name, GroupBounds] = {}

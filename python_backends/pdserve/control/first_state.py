@@ -9,7 +9,10 @@ from pdserve.control.records import DesiredGroup
 
 
 def assignments(deployment: Deployment) -> dict[str, Assignment]:
-    """Return the first assignment of every instance; a spare has neither role nor group."""
+    """Return the first assignment of every instance.
+
+    A spare has no group, and no role either if it can have both.
+    """
     homes = {
         name: group.name
         for scenario in deployment.served
@@ -20,7 +23,8 @@ def assignments(deployment: Deployment) -> dict[str, Assignment]:
     for role in ROLES:
         for name in deployment.instances(role):
             group = homes.get(name, "")
-            found[name] = Assignment(FIRST, role if group else "none", group)
+            unassigned = not group and name in deployment.flexible
+            found[name] = Assignment(FIRST, "none" if unassigned else role, group)
     return found
 
 
