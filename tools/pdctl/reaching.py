@@ -9,10 +9,11 @@ import grpc
 
 from pdctl import questions
 from pdserve.config import Deployment, Server
+from pdserve.control.assignment import ANY
 from pdserve.errors import InstanceError
 from pdserve.node import failure_notice
 from pdserve.rpc.channels.grpc import GrpcChannel
-from pdserve.rpc.messages import Release, Released
+from pdserve.rpc.messages import Inspect, Inspected
 
 WITHIN_S = 2.0
 """Seconds for an answer."""
@@ -52,10 +53,10 @@ class Reaching:
 
         The channel is closed afterwards, since a stream keeps a model that is being unloaded.
         """
-        channel = GrpcChannel(_address(server), name, self._key)
+        channel = GrpcChannel(_address(server), name, self._key, ANY)
         call = uuid.uuid4().hex
         try:
-            return isinstance(await channel.open(call, Release(call)).get(WITHIN_S), Released)
+            return isinstance(await channel.open(call, Inspect(call)).get(WITHIN_S), Inspected)
         except InstanceError:
             return False
         finally:
