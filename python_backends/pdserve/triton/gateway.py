@@ -61,9 +61,8 @@ class GatewayModel(ABC):
 
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
-        path = backend.deployment_path(args)
-        self._run = path.parents[2]
-        self._file = DeploymentFile(path)
+        self._file = DeploymentFile(backend.deployment_path(args))
+        self._run = backend.folder(args).resolve().parent
         self.deployment = self._file.deployment
         self.vocabulary = self.read(Path(self.deployment.model))
         self._end_ids = checkpoint.known_eos_ids(Path(self.deployment.model))
