@@ -34,14 +34,20 @@ LEAST = 10.0
 
 def deployment() -> Deployment:
     """Return 200 instances in 5 groups on 25 servers, each with a gateway."""
-    servers, names = [], []
+    servers = []
     for number in range(SERVERS):
         own = [f"i_{number}_{place}" for place in range(EACH)]
-        names += own
-        roles = {"prefill": tuple(own[: EACH // 2]), "decode": tuple(own[EACH // 2 :])}
         port = PORT + 3 * number
-        ports = {"http_port": port, "grpc_port": port + 1, "metrics_port": port + 2}
-        servers.append(Server(f"s_{number}", **ports, **roles))
+        servers.append(
+            Server(
+                f"s_{number}",
+                http_port=port,
+                grpc_port=port + 1,
+                metrics_port=port + 2,
+                prefill=tuple(own[: EACH // 2]),
+                decode=tuple(own[EACH // 2 :]),
+            )
+        )
     groups = []
     for number in range(GROUPS):
         own_servers = servers[number::GROUPS]

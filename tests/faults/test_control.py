@@ -20,7 +20,7 @@ from pdserve.config import Server as Spec
 from pdserve.control import event_log, stores
 from pdserve.control.events import Event
 from pdserve.control.records import Phase
-from pdserve.control.store.protocol import Store
+from pdserve.control.store.protocol import Delete, Put, Store
 from pdserve.control.stored import Stored, read
 from tests.clients import wait_until
 from tests.faults.load import Load
@@ -94,12 +94,11 @@ class Plane:
         found = event_log.decoded(self.stored.events)
         return [event for _, event in found if event.what == what]
 
-    def pin(self, ratio: str) -> None:
-        async def work(store: Store) -> None:
-            order = orders.pin(self.running.deployment, await self._read(store), "default", ratio)
-            await store.transact((), (order,))
+    def order(self, one: Put | Delete) -> None:
+        self.do(lambda store: store.transact((), (one,)))
 
-        self.do(work)
+    def pin(self, ratio: str) -> None:
+        self.order(orders.pin(self.running.deployment, self.stored, "default", ratio))
 
     def ratio(self) -> tuple[int, int]:
         """Return how many instances serve in each role, by what they say of themselves."""
@@ -138,7 +137,7 @@ def plane(_running: Running) -> Iterator[Plane]:
             made.start()
             made.pin("3:3")
             made.wait(3, 3, 30)
-            made.do(lambda store: store.transact((), (orders.unpin(made.stored, "default"),)))
+            made.order(orders.unpin(made.stored, "default"))
     finally:
         controllers.end(made.folder)
 

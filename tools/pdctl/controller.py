@@ -79,10 +79,10 @@ async def control(folder: Path) -> None:
         controller.show()
         return page.page()
 
-    controllers.begun()
     server = await _serving(shown, section.metrics_port)
     try:
         await _claimed(store, stores.identity(section, secret))
+        controllers.begun()
         _log.info("begins (process %d)", os.getpid())
         await controller.run()
     finally:
@@ -101,6 +101,7 @@ async def _claimed(store: Store, own: Identity) -> None:
         except StoreError as error:
             if said != (said := str(error)):
                 _log.warning("%s", said)
+            controllers.begun()  # it waits for its store, and whoever has started it need not
             await asyncio.sleep(RETRY_S)
         else:
             return

@@ -67,11 +67,10 @@ class Desired:
     def _told(self, _: Difference) -> None:
         view = self._view
         assert view is not None
-        # A key that is deleted is one of an instance or group that is in no deployment any more. If
-        # all of them are, the store was emptied or made anew, and what is known stays.
-        if view.deleted != view.values.keys():
-            for key in list(view.deleted):
-                view.forget(key)
+        # No lease ends these keys: the leader has deleted what is in no deployment any more. If the
+        # store was emptied, what is known of instances stays all the same, by their numbers.
+        for key in list(view.deleted):
+            view.forget(key)
         instances, groups = {}, {}
         for key, record in view.values.items():
             if isinstance(record, DesiredInstance):
