@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -208,9 +210,15 @@ def test_gateways_and_instances_go_on_without_store_and_controller(plane: Plane)
 
 def test_two_controllers_on_one_host_change_each_instance_once(plane: Plane) -> None:
     numbers = {name: one.assignment.number for name, one in plane.stored.desired.items()}
-    other = plane.run / "other"
-    other.mkdir(exist_ok=True)
-    plane.pin("4:2")
-    plane.wait(4, 2, 30)
+    command = [sys.executable, "-m", "pdctl.controller", str(plane.folder)]
+    other = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        log = plane.folder / "controller.log"
+        wait_until(lambda: f"process {other.pid}" in log.read_text(), on_this_machine(10))
+        plane.pin("4:2")
+        plane.wait(4, 2, 30)
+    finally:
+        other.terminate()
+        assert other.wait(on_this_machine(10)) == 0
     after = {name: one.assignment.number for name, one in plane.stored.desired.items()}
     assert sorted(after[name] - numbers[name] for name in numbers) == [0, 0, 0, 0, 0, 1]

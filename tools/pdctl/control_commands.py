@@ -167,5 +167,6 @@ def _show(number: int, event: Event, as_json: bool) -> None:
         return
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.at))
     inputs = ", ".join(f"{name} {value:.4g}" for name, value in event.numbers.items())
-    line = f"{when} {event.what:7} {event.group or '-'}: {event.text}"
+    whose = f" {', '.join(event.instances)}" if event.instances else ""
+    line = f"{when} {event.what:7} {event.group or '-'}{whose}: {event.text}"
     out.print(line + (f" ({inputs})" if inputs else ""), markup=False, soft_wrap=True)

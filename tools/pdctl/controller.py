@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from pdctl import controllers, private
 from pdctl.reaching import Reaching
+from pdctl.signals import ENDING
 from pdserve.config import Deployment
 from pdserve.config.reloading import DeploymentFile, taken_over
 from pdserve.control import stores
@@ -130,10 +130,11 @@ async def _serving(page: Callable[[], str], port: int) -> asyncio.Server | None:
 
 
 async def _until_told(folder: Path) -> None:
-    """Run until SIGTERM, or until whoever holds it has ended."""
+    """Run until told to end by a signal, or until whoever holds it has ended."""
     loop = asyncio.get_running_loop()
     told = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, told.set)
+    for number in ENDING:
+        loop.add_signal_handler(number, told.set)
     if os.environ.pop(controllers.HELD, None):
         loop.add_reader(sys.stdin.fileno(), told.set)
     working = asyncio.ensure_future(control(folder))

@@ -76,7 +76,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
             _change(change),
             one["why"] or "-",
         )
-    instances = Table("instance", "group", "role", "number", "desired", "observed", "holds")
+    instances = Table("instance", "group", "role", "number", "desired", "observed", "slots + leases")
     for name, one in found["instances"].items():
         instances.add_row(name, one["group"] or "-", one["role"], *_states(one))
     return [shown, instances]
@@ -100,7 +100,7 @@ def _states(one: dict[str, Any]) -> tuple[str, str, str, str]:
     observed, held = "unknown", "-"
     if seen is not None:
         observed = seen["phase"] if seen["state"] == "ready" else seen["state"]
-        held = f"{seen['used']} slots, {seen['leases']} leases"
+        held = f"{seen['used']} + {seen['leases']}"
         if seen["reason"]:
             observed += f": {seen['reason']}"
     if not one["agent"]:
