@@ -76,7 +76,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
             _change(change),
             one["why"] or "-",
         )
-    instances = Table("instance", "group", "role", "number", "desired", "observed", "slots + leases")
+    instances = Table(
+        "instance", "group", "role", "number", "desired", "observed", "slots + leases"
+    )
     for name, one in found["instances"].items():
         instances.add_row(name, one["group"] or "-", one["role"], *_states(one))
     return [shown, instances]

@@ -28,7 +28,7 @@ from pdserve.observability.metrics import Registry
 
 _log = logging.getLogger(__name__)
 
-AGAIN_S = 0.5
+AGAIN_S = 2.0
 """Seconds after which what has not ended is cancelled again."""
 
 
@@ -114,7 +114,8 @@ class Controller:
             while works:  # before 3.12 asyncio.wait_for may lose a cancellation
                 for work in works:
                     work.cancel()
-                _, works = await asyncio.wait(works, timeout=AGAIN_S)
+                ended, works = await asyncio.wait(works, timeout=AGAIN_S)
+                await asyncio.gather(*ended, return_exceptions=True)
 
     def show(self) -> None:
         """Set the metrics of what it is at the moment."""
