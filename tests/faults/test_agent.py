@@ -77,9 +77,7 @@ def test_an_instance_leaves_and_comes_back(server: Running, desires: Desires) ->
         time.sleep(3)
         back_s = desires.make("decode_1", FIRST, "decode")
         time.sleep(1)
-    print(
-        f"\nleft after {left_s:.2f} s, came back within {back_s:.2f} s; {len(load.streams)} streams"
-    )
+    print(f"\nleft after {left_s:.2f} s, came back after {back_s:.2f} s")
     assert not load.lost
     assert not load.wrong
     assert repairs(one) == repaired, said(one)
@@ -93,7 +91,7 @@ def test_a_server_that_starts_again_does_not_load_what_has_left(
     before = one.pid
     one.kill()
     wait_until(lambda: one.pid not in (None, before) and one.ready(), on_this_machine(15))
-    assert "prefill_1" not in one.index() or not one.ready("prefill_1")
+    assert not one.ready("prefill_1")
     assert serves(server)
     seen = desires.seen("prefill_1")
     assert seen is not None

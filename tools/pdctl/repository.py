@@ -24,8 +24,9 @@ def models(server: Server) -> Iterator[tuple[str, str]]:
     """Return every model of a server: its name, and its source folder in ``model_repository/``."""
     if server.gateway:
         yield from ((name, name) for name in GATEWAY_MODELS)
-    yield from ((name, "prefill") for name in server.prefill)
-    yield from ((name, "decode") for name in server.decode)
+    for role in names.ROLES:
+        for name in getattr(server, role):
+            yield name, names.FLEXIBLE if name in server.flexible else role
 
 
 def processes(server: Server) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from pdserve.config import addresses, backend_models, control_checks
+from pdserve.config import addresses, backend_models, control_checks, flexible
 from pdserve.config.deployment import Deployment, Group
 from pdserve.config.llm_options import LlmOptions
 from pdserve.config.names import GATEWAY_MODELS, ROLES, Role
@@ -23,6 +23,7 @@ def problems(deployment: Deployment) -> Iterator[str]:
         if deployment.scenarios:
             yield from _misplaced(role, instances, groups, spares)
     yield from _misfit(deployment)
+    yield from flexible.problems(deployment)
     slots, batch = deployment.prefill.slots, deployment.prefill.batch
     if batch > slots and batch != type(deployment.prefill)().batch:
         yield f"prefill.batch: {batch}; allowed: 1 to prefill.slots, {slots}"

@@ -40,6 +40,9 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
     that user, KV caches included."""
     prefill: tuple[Name, ...] = ()
     decode: tuple[Name, ...] = ()
+    flexible: tuple[Name, ...] = ()
+    """Those of its instances that may change roles while they run; the list in which one stands
+    is its first role. The others keep their role."""
 
     def __post_init__(self) -> None:
         addresses.resolved(self.host)
@@ -299,6 +302,11 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
         arguments: LlmArguments = getattr(self.engine.tensorrt_llm, role)
         tensor_parallel: int = getattr(self, role).tensor_parallel
         return tensor_parallel * arguments.pipeline_parallel_size * arguments.context_parallel_size
+
+    @property
+    def flexible(self) -> frozenset[str]:
+        """Return the instances that may change roles while they run."""
+        return frozenset(name for server in self.servers for name in server.flexible)
 
     def instances(self, role: Role) -> dict[str, Server]:
         """Return every instance of a role, with its server."""

@@ -213,4 +213,5 @@ class EmulatedDecode:
         return [self._model.next(one.prompt, one.resumed_tokens, len(one.tokens)) for one in batch]
 
     def close(self) -> None:
-        """Do nothing: there is nothing to free."""
+        """Let go of the pool."""
+        self.pool = aligned((0, 0, 0))

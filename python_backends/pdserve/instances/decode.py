@@ -40,6 +40,7 @@ from pdserve.rpc.messages import (
     Reply,
     Tokens,
     Unlink,
+    Unlinked,
     Watch,
 )
 from pdserve.supervision import Background
@@ -259,8 +260,15 @@ class DecodeInstance:
         self._kv_imports.connect(request.endpoint, done)
 
     def unlink(self, request: Unlink, send: Send) -> None:
-        """Refuse: its links end with its process."""
-        send(Failed(errors.Unsupported.code, f"{self._name} closes no link by message"), True)
+        """Close the link to a prefill; ``send`` gets ``Unlinked`` once nothing uses it."""
+
+        def done(error: errors.PDServeError | None) -> None:
+            if error is None:
+                send(Unlinked(), True)
+            else:
+                send(Failed(error.code, f"{self._name}: {error}"), True)
+
+        self._kv_imports.unlink(request.prefill, request.epoch, request.number, done)
 
     def _arrived(self, call: ReservedCall, transfer: TransferReport | Exception) -> None:
         if not isinstance(transfer, Exception):

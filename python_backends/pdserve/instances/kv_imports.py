@@ -31,6 +31,8 @@ NICENESS = 5
 FOLLOWERS = 16
 # Below this many bytes a copy costs less than handing it to another thread.
 INLINE_PULL = 256 << 10
+UNLINK_S = 5.0
+"""Seconds for pulls that are in progress when their link is to be closed."""
 
 
 class KVImports:
@@ -59,6 +61,8 @@ class KVImports:
         self._puller = threads(pulls, "pull", _step_back)
         self._follower = threads(FOLLOWERS, "follow", _step_back)
         self._connector = threads(1, "connect", _step_back)
+        # Not the connector's thread: connects wait for each other, some for seconds.
+        self._unlinker = threads(1, "unlink", _step_back)
         self._links: dict[str, tuple[str, str, str, str]] = {}
         """Labels of the link to each prefill, for metrics."""
         self._tasks = Background()
@@ -101,6 +105,37 @@ class KVImports:
         else:
             self._publish(prefill, link)
             done((prefill, link))
+
+    def unlink(
+        self,
+        prefill: str,
+        epoch: bytes,
+        number: int,
+        done: Callable[[errors.PDServeError | None], None],
+    ) -> None:
+        """Close the link to a prefill; `done` is called when nothing uses it, or gets the error."""
+        self._tasks.start(self._unlink(prefill, epoch, number, done))
+
+    async def _unlink(
+        self,
+        prefill: str,
+        epoch: bytes,
+        number: int,
+        done: Callable[[errors.PDServeError | None], None],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        unlink = self._receiver.unlink
+        try:
+            await loop.run_in_executor(self._unlinker, unlink, epoch, number, UNLINK_S)
+        except errors.PDServeError as error:
+            done(error)
+        except Exception as error:  # otherwise the caller would wait in vain
+            done(errors.InstanceError(f"{error!r}"))
+        else:
+            if not self._receiver.linked(prefill):
+                self._links.pop(prefill, None)
+                self._metrics.drop(prefill=prefill, decode=self._name)
+            done(None)
 
     def pull(
         self,
@@ -165,7 +200,7 @@ class KVImports:
         """Stop all pulls and connects: pulls fail as their links close."""
         await self._tasks.close()
         self._receiver.close()
-        for threads in (self._puller, self._follower, self._connector):
+        for threads in (self._puller, self._follower, self._connector, self._unlinker):
             threads.shutdown(wait=True, cancel_futures=True)
 
     def _publish(self, prefill: str, link: LinkReport) -> None:

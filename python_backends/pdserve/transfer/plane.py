@@ -55,17 +55,22 @@ def holder(deployment: Deployment, name: str, terms: Terms, slots: int) -> Holde
         DeploymentError: there is not enough memory, or no transport can export it.
     """
     data_bytes = deployment.prefill.arena_mib << 20
-    data = None
+    data, free = None, _nothing
     if deployment.engine.gpu is not None:
         from pdserve.transfer.transports.cuda_ipc.calls import load
         from pdserve.transfer.transports.cuda_ipc.memory import DeviceMemory
 
         try:
-            data = arrays.seen(DeviceMemory(load(), data_bytes, deployment.engine.gpu).memory)
+            memory = DeviceMemory(load(), data_bytes, deployment.engine.gpu)
+            data, free = arrays.seen(memory.memory), memory.free
         except Unreachable as error:
             raise DeploymentError(f"prefill.arena_mib {data_bytes >> 20}: {error}") from error
     ways = transports(deployment)
-    return Holder(name, region_name(name), data_bytes, slots, terms, ways, data)
+    return Holder(name, region_name(name), data_bytes, slots, terms, ways, data, free)
+
+
+def _nothing() -> None:
+    """Host memory is freed with its last array."""
 
 
 def receiver(deployment: Deployment, terms: Terms, pool: Array) -> Receiver:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors
 from pdserve.control.assignment import FIRST, Assignment
-from pdserve.engines.timed import Timed
 from pdserve.instances.assigned import Assigned
 from pdserve.instances.protocol import DecodeRole, PrefillRole
+from pdserve.instances.role_factory import RoleFactory
 from pdserve.node import epoch
 from pdserve.node.assignment_file import ASSIGNMENTS, AssignmentFile
 from pdserve.node.first_assignments import first_assignments
@@ -40,22 +39,16 @@ from pdserve.triton.readiness import Readiness
 ORPHAN_LOOK_S = 1.0
 
 
-class InstanceModel(ABC):
-    """A Triton model around one instance, which a subclass makes.
+class InstanceModel:
+    """A Triton model around one instance.
 
     Input ``request`` and output ``reply`` are UINT8 [-1]; see ``pdserve.rpc.messages``. A request
     is sealed (``pdserve.rpc.seal``); an unsealed one is refused unread.
     """
 
-    engine: Timed | None = None
-    """The engine, set by `make`; None: it batches by itself, so that it has no call to wait for."""
+    kind: ClassVar[Literal["prefill", "decode", "flexible"]]
+    """The instance's fixed role, or that it can have either."""
     _readiness: Readiness | None = None
-
-    @abstractmethod
-    def make(
-        self, name: str, deployment: config.Deployment, secret: bytes, metrics: Registry
-    ) -> PrefillRole | DecodeRole:
-        """Make the instance and load its model."""
 
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
@@ -64,15 +57,15 @@ class InstanceModel(ABC):
         former.retire(self._metrics, former.page(asked, self._name), self._name)
         secret, own = key.of(asked), epoch.of(os.getpid())
         self._seal, self._refusals = Seal(secret, self._name), Refusals()
-        role = self.make(self._name, asked, secret, self._metrics)
-        self._longest = messages.longest(role.context_length)
         file = AssignmentFile(folder(args) / ASSIGNMENTS, self._name)
-        # A reload may have taken it out of the deployment.
-        unknown = Assignment(FIRST, role.role)
-        assignment = first_assignments(asked).get(self._name, unknown)
-        if (kept := file.read()) is not None and kept.role == role.role:
-            assignment = kept
-        self._instance = Assigned(self._name, role.role, assignment, role, own, file.write)
+        assignment = self._first_assignment(asked, file.read())
+        role = assignment.role
+        self._factory = RoleFactory(self._name, asked, secret, self._metrics, role)
+        self._longest = messages.longest(self._factory.context_length)
+        make = self._make if self.kind == "flexible" else None
+        self._instance = Assigned(
+            self._name, self.kind, assignment, self._factory.make(role), own, file.write, make
+        )
         self._publisher = Publisher(self._metrics, pb_utils.MetricFamily)
         self._publishing = Background()
         self._keys = itertools.count()
@@ -82,9 +75,24 @@ class InstanceModel(ABC):
         self._loop = LoopThread(self._heartbeat)
         self._loop.run(self._start())
         self._readiness = Readiness(
-            self._name, self._heartbeat, self.engine, Limits.of(asked).idle_s
+            self._name, self._heartbeat, lambda: self._factory.engine, Limits.of(asked).idle_s
         )
         self._heartbeat.loaded()
+
+    def _first_assignment(
+        self, deployment: config.Deployment, kept: Assignment | None
+    ) -> Assignment:
+        """Return the assignment that was kept, else the deployment's."""
+        if kept is not None and self.kind in ("flexible", kept.role):
+            return kept
+        # A reload may have taken it out of the deployment.
+        unknown = Assignment(FIRST, "none" if self.kind == "flexible" else self.kind)
+        return first_assignments(deployment).get(self._name, unknown)
+
+    async def _make(self, assignment: Assignment) -> PrefillRole | DecodeRole | None:
+        """Make the role instance in another thread: heartbeats and metrics go on meanwhile."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, self._factory.make, assignment.role)
 
     def is_ready(self) -> bool:
         """Tell whether it can be used; see ``readiness``."""
@@ -108,6 +116,7 @@ class InstanceModel(ABC):
     async def _close(self) -> None:
         await self._publishing.close()
         await self._instance.close()
+        await self._factory.close()
         await self._publisher.close()
         await asyncio.sleep(0)  # its last replies are sent in the next turn of the loop
 

@@ -14,9 +14,12 @@ their balancer at once, and servers that start one after another would wait for 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from pdserve.engines.timed import Timed
 from pdserve.node.heartbeat import Heartbeat
+
+Engine = Callable[[], Timed | None]
 
 _log = logging.getLogger(__name__)
 
@@ -26,12 +29,13 @@ class Readiness:
 
     Args:
         heartbeat: counts the model's threads, each of which has to turn.
-        engine: the model's engine; None: it has none, or one that batches by itself.
+        engine: returns the model's present engine; None: it has none, or one that batches by
+            itself.
         call_s: seconds that a call of the engine lasts at most.
     """
 
     def __init__(
-        self, name: str, heartbeat: Heartbeat, engine: Timed | None = None, call_s: float = 0.0
+        self, name: str, heartbeat: Heartbeat, engine: Engine = lambda: None, call_s: float = 0.0
     ) -> None:
         self._name = name
         self._heartbeat = heartbeat
@@ -48,6 +52,7 @@ class Readiness:
         return not obstacle
 
     def _hangs(self) -> str:
-        if self._engine is None or (lasted_s := self._engine.lasted_s) <= self._call_s:
+        engine = self._engine()
+        if engine is None or (lasted_s := engine.lasted_s) <= self._call_s:
             return ""
         return f"its engine has been busy with one call for {lasted_s:.1f} s"

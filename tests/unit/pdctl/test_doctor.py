@@ -523,6 +523,14 @@ class TestMemory:
         assert one(host, nixl, "KV caches here").found == "nixl over tcp"
         assert one(LAPTOP, nixl, "KV caches here").found == "nixl over cma"
 
+    def test_each_flexible_instance_may_need_an_arena(self) -> None:
+        [server] = CPU.servers
+        flexible = msgspec.structs.replace(server, flexible=server.decode)
+        deployment = msgspec.structs.replace(CPU, servers=(flexible,))
+        host = differing(LAPTOP, system={"shm_mib": 64, "shm_free_mib": 64})
+        found = problems(host, deployment)["/dev/shm"].found
+        assert found == "64 of 64 MiB free; 2,056 needed"
+
 
 class TestTensorRTLLM:
     @pytest.mark.parametrize(
@@ -638,6 +646,15 @@ class TestTensorRTLLM:
             mend = one(host, TENSORRT, "statistics of use").mend
             assert mend.startswith("TRTLLM_NO_USAGE_STATS=1")
         assert "statistics of use" not in states(host, GPU)
+
+    def test_what_flexible_instances_cost(self) -> None:
+        [server, *others] = TENSORRT.servers
+        flexible = msgspec.structs.replace(server, flexible=server.decode)
+        deployment = msgspec.structs.replace(TENSORRT, servers=(flexible, *others))
+        found = one(TWO_GPUS, deployment, "flexible instances")
+        assert (found.state, found.found) == ("note", ", ".join(server.decode))
+        assert "overlap scheduler" in found.unused
+        assert "flexible instances" not in states(TWO_GPUS, TENSORRT)
 
 
 class TestChannel:

@@ -42,7 +42,7 @@ DEPLOYMENT = Deployment(
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     folder = tmp_path / "model_repository"
-    for name in (*config.GATEWAY_MODELS, "prefill", "decode"):
+    for name in (*config.GATEWAY_MODELS, "prefill", "decode", "flexible"):
         (folder / name / "1" / "__pycache__").mkdir(parents=True)
         (folder / name / "1" / "model.py").write_text(f"# {name}")
         (folder / name / "config.pbtxt").write_text(
@@ -66,6 +66,18 @@ class TestRender:
     def test_a_worker_has_no_gateway(self) -> None:
         worker = Spec(name="worker", gateway=False, decode=("decode_0",))
         assert list(models(worker)) == [("decode_0", "decode")]
+
+    def test_instances_that_may_change_roles_have_a_template_of_their_own(
+        self, source: Path, tmp_path: Path
+    ) -> None:
+        flexible = msgspec.structs.replace(SPEC, flexible=("prefill_1", "decode_0"))
+        assert dict(models(flexible)).items() >= {
+            ("prefill_0", "prefill"),
+            ("prefill_1", "flexible"),
+            ("decode_0", "flexible"),
+        }
+        render(DEPLOYMENT, flexible, source, tmp_path / "models")
+        assert (tmp_path / "models" / "decode_0" / "1" / "model.py").read_text() == "# flexible"
 
     def test_deployment_beside_the_models(self, source: Path, tmp_path: Path) -> None:
         render(DEPLOYMENT, SPEC, source, tmp_path / "models")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from pdserve.control.assignment import FIRST
 from pdserve.engines.timed import TimedDecode, TimedPrefill
 from pdserve.node import heartbeat
 from pdserve.node.probes import Limits
@@ -106,8 +107,8 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[
             delattr(sys.modules["pdserve.triton"], name.rpartition(".")[2])
 
 
-MODELS = [("prefill", "prefill_0"), ("decode", "decode_0"), ("pdserve", "pdserve"),
-          ("scheduler", "scheduler")]  # fmt: skip
+MODELS = [("prefill", "prefill_0"), ("decode", "decode_0"), ("flexible", "decode_0"),
+          ("pdserve", "pdserve"), ("scheduler", "scheduler")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("module", "name"), MODELS)
@@ -159,7 +160,11 @@ def test_a_prefill_whose_engine_does_not_return_is_not_ready(
     request = PrefillRequest("1", prompt, Sampling(), "", 60_000)
     replies: list[Any] = []
     assert model.is_ready()
-    model._loop.call(model._instance.submit, request, lambda reply, _: replies.append(reply))
+
+    def send(reply: Any, _last: bool) -> None:
+        replies.append(reply)
+
+    model._loop.call(model._instance.handle, FIRST, request, "stream", send)
     wait_until(lambda: model.is_ready() is False, 5)
     assert "prefill_0 is not ready: its engine has been busy with one call for " in caplog.text
     wait_until(model.is_ready, 5)

@@ -84,6 +84,10 @@ class TorchDecode:
             begin += len(chunk)
         return tokens
 
+    def close(self) -> None:
+        """Let go of the pool."""
+        self.pool, self._pool = arrays.like(self.pool, (0, 0, 0)), self._pool.new_empty(0)
+
     def _forward(self, batch: Sequence[DecodeSequence], fixed: bool) -> list[int]:
         pad = FIXED_ROWS - len(batch) if fixed else 0
         runs = [sequence.rows(sequence.length) for sequence in batch]

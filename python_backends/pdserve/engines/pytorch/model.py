@@ -91,6 +91,11 @@ class TorchModel:
         logits: Tensor = output.logits[0]
         return logits
 
+    def reclaim(self) -> None:
+        """Give back to the device what PyTorch has kept of memory that is not used any more."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _probe(self, path: str, config: PretrainedConfig, dtype: str) -> KVLayout:
         """Determine the KV layout: run two tokens, and look at what the layers hand over."""
         probe = _Probe(self.context_length)

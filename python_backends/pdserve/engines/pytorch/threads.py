@@ -17,6 +17,7 @@ class ThreadedPrefill:
     """Implements ``PrefillEngine``."""
 
     def __init__(self, model: TorchModel) -> None:
+        self._model = model
         self._compute = TorchPrefill(model)
         self._thread = pools.started(1, "prefill")
 
@@ -31,12 +32,14 @@ class ThreadedPrefill:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._model.reclaim()
 
 
 class ThreadedDecode:
     """Implements ``DecodeEngine``."""
 
     def __init__(self, model: TorchModel, blocks: int, block_size: int) -> None:
+        self._model = model
         self._compute = TorchDecode(model, blocks, block_size)
         self._thread = pools.started(1, "decode")
 
@@ -58,3 +61,5 @@ class ThreadedDecode:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._compute.close()
+        self._model.reclaim()

@@ -61,6 +61,9 @@ class TensorRTLLM:
         self._eos_ids = checkpoint.eos_ids(model)
         self.vocabulary = checkpoint.vocabulary(model)
         self._api = api = Api(engine.gpus.get(name, ()))
+        slots = limits.slots
+        if name in deployment.flexible:  # it stays as it is when the role changes
+            slots = max(deployment.prefill.slots, deployment.decode.slots)
         lease_s = deployment.prefill.kept_s
         transceiver = options.transceiver(api, wanted.cache_transceiver_config, lease_s)
         pool = options.pool(api, role, arguments.kv_cache_config)
@@ -76,7 +79,7 @@ class TensorRTLLM:
                 backend="pytorch",
                 skip_tokenizer_init=True,
                 tensor_parallel_size=limits.tensor_parallel,
-                max_batch_size=limits.slots,
+                max_batch_size=slots,
                 kv_cache_config=api.kv_cache_config(**pool),
                 cache_transceiver_config=api.cache_transceiver_config(**transceiver),
                 **others,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pdserve.errors import HandleError, PDServeError
 from pdserve.kvcache.handle import unseal
 from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
+from pdserve.transfer.clock import Clock
 from pdserve.transfer.consumer.cost_model import CostModel
 from pdserve.transfer.consumer.probe import LARGE, Probe
 from pdserve.transfer.consumer.staging import Staging
@@ -23,6 +26,10 @@ _log = logging.getLogger(__name__)
 # The transport that UCX falls back to where it finds no RDMA device, or may not use it. Within one
 # host it copies (cma) instead.
 WITHOUT_RDMA = "tcp"
+UNLINKED_S = 30.0
+"""Seconds after `unlink` for which that holder is not connected again: a connect that was sent
+before may come after it, and would keep the memory that is being given back."""
+_LOOK_S = 0.005
 
 
 class NoLink(PDServeError):
@@ -40,6 +47,8 @@ class Peer:
     """None: its memory is mapped, so there is nothing to choose."""
     failed: bool = False
     """True if the link has failed; its report is kept."""
+    pulls: int = 0
+    """Number of pulls in progress."""
 
     def over_the_same(self, link: Link) -> bool:
         """Tell whether a link has this peer's transport, and so the same measurements."""
@@ -54,6 +63,7 @@ class Peers:
         pool: memory that pulls arrive in, besides the staging buffers.
         probe: measures new links, by the staging buffers.
         rdma_only: refuse a network link that is not RDMA.
+        clock: by which `unlink` waits.
     """
 
     def __init__(
@@ -64,12 +74,19 @@ class Peers:
         staging: Staging,
         probe: Probe,
         rdma_only: bool,
+        clock: Clock = time,
     ) -> None:
         self._terms = terms
         self._probe = probe
         self._rdma_only = rdma_only
+        self._clock = clock
         self._peers: dict[bytes, Peer] = {}
+        self._unlinked: dict[bytes, tuple[int, float]] = {}
+        """For each holder that was unlinked, up to which assignment, and until when it is not
+        connected again."""
         self._connecting = threading.Lock()
+        self._changing = threading.Lock()
+        """Held for moments, while peers come and go or a pull begins or ends."""
         self._transports: list[Transport] = []
         self._unfit: dict[str, str] = {}
         for transport in transports:
@@ -90,7 +107,7 @@ class Peers:
         Raises:
             HandleError: the endpoint is forged, belongs to another model, or to a former
                 assignment.
-            Unreachable: no transport reaches it; the message has every reason.
+            Unreachable: no transport reaches it, or it was unlinked; the message has every reason.
         """
         holder = unseal(data, Endpoint, self._terms.key)
         terms = self._terms
@@ -100,6 +117,7 @@ class Peers:
                 f"this instance {terms.fingerprint!r} in {terms.layout}"
             )
         with self._connecting:
+            self._check_unlinked(holder)
             peer = self._peers.get(holder.epoch)
             if peer is None or peer.failed:
                 former = [p for p in self._peers.values() if p.holder.name == holder.name]
@@ -107,9 +125,16 @@ class Peers:
                     if not one.failed:
                         self.leave(one)
                 peer = self._connected(holder, peer)
-                for one in former:
-                    del self._peers[one.holder.epoch]
-                self._peers[holder.epoch] = peer
+                with self._changing:
+                    for one in former:
+                        self._peers.pop(one.holder.epoch, None)
+                    self._peers[holder.epoch] = peer
+                try:
+                    self._check_unlinked(holder)  # which may have come meanwhile
+                except Unreachable:
+                    self._peers.pop(holder.epoch, None)
+                    self.leave(peer)
+                    raise
             elif holder.number < peer.holder.number:
                 raise HandleError(
                     f"{holder.name} has assignment {peer.holder.number}, "
@@ -117,6 +142,14 @@ class Peers:
                 )
             peer.holder = holder  # the same memory, perhaps under another assignment
         return holder.name, peer.report
+
+    def _check_unlinked(self, holder: Endpoint) -> None:
+        number, until = self._unlinked.get(holder.epoch, (0, 0.0))
+        if holder.number <= number and (left := until - self._clock.monotonic()) > 0:
+            raise Unreachable(
+                f"{holder.name} was unlinked, since it gives its memory back; it is not connected "
+                f"again for {left:.0f} s"
+            )
 
     def _connected(self, holder: Endpoint, former: Peer | None) -> Peer:
         refused = dict(self._unfit)
@@ -181,6 +214,51 @@ class Peers:
         if peer is None or peer.failed:
             raise NoLink(f"there is no link to holder {epoch.hex()}, or it has failed")
         return peer
+
+    def linked(self, name: str) -> bool:
+        """Tell whether there is a link to a holder of this name."""
+        return any(peer.holder.name == name for peer in list(self._peers.values()))
+
+    @contextmanager
+    def pulling(self, epoch: bytes) -> Iterator[Peer]:
+        """Give the peer of an epoch for a pull, for which `unlink` waits.
+
+        Raises:
+            NoLink: see `find`.
+        """
+        with self._changing:
+            peer = self.find(epoch)
+            peer.pulls += 1
+        try:
+            yield peer
+        finally:
+            with self._changing:
+                peer.pulls -= 1
+
+    def unlink(self, epoch: bytes, number: int, within_s: float) -> None:
+        """Close the link to a holder and forget it; it is no error if there is none.
+
+        No pull over it begins any more. Those in progress may end; what is left after ``within_s``
+        seconds fails by the end of the link, at the latest when it looks at its lease again.
+
+        Args:
+            number: the link stays if it is to a later assignment of the holder.
+
+        Raises:
+            Stuck: a device does not end a copy; see `Link.close`.
+        """
+        began = self._clock.monotonic()
+        with self._changing:
+            known = {key: entry for key, entry in self._unlinked.items() if entry[1] > began}
+            self._unlinked = {**known, epoch: (number, began + UNLINKED_S)}
+            peer = self._peers.get(epoch)
+            if peer is None or peer.holder.number > number:
+                return
+            del self._peers[epoch]
+            peer.failed = True
+        while peer.pulls and self._clock.monotonic() < began + within_s:
+            self._clock.sleep(_LOOK_S)
+        peer.link.close()
 
     def leave(self, peer: Peer) -> None:
         """Close a link that has failed; a new one may be made."""

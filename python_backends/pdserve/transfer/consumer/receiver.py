@@ -18,6 +18,7 @@ from contextlib import suppress
 from pdserve.errors import HandleError
 from pdserve.kvcache.handle import KVHandle, unseal
 from pdserve.kvcache.sharding import routes
+from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.clock import Clock
 from pdserve.transfer.consumer import strategies
@@ -69,7 +70,7 @@ class Receiver:
         self._timeout_s = timeout_s
         self._clock = clock
         self.peers = Peers(
-            terms, transports, pool, staging, probe or Probe(staging, clock), rdma_only
+            terms, transports, pool, staging, probe or Probe(staging, clock), rdma_only, clock
         )
         layout, sharding = terms.layout, terms.sharding
         self._row_bytes = sharding.row_bytes(layout)
@@ -88,6 +89,14 @@ class Receiver:
     def connect(self, data: bytes) -> tuple[str, LinkReport]:
         """Connect to a holder; see `Peers.connect`."""
         return self.peers.connect(data)
+
+    def unlink(self, epoch: bytes, number: int, within_s: float) -> None:
+        """Close the link to a holder; see `Peers.unlink`."""
+        self.peers.unlink(epoch, number, within_s)
+
+    def linked(self, name: str) -> bool:
+        """Tell whether there is a link to a holder of this name."""
+        return self.peers.linked(name)
 
     def open(self, data: bytes) -> KVHandle:
         """Check a handle by itself, and return it.
@@ -142,7 +151,10 @@ class Receiver:
             ValueError: the runs do not have as many rows as there are tokens, or are not in the
                 pool.
         """
-        peer = self.peers.find(handle.epoch)
+        with self.peers.pulling(handle.epoch) as peer:
+            return self._pull(peer, handle, runs, first)
+
+    def _pull(self, peer: Peer, handle: KVHandle, runs: Runs, first: int) -> TransferReport:
         began = self._clock.monotonic()
         lease = RemoteLease(peer.link, handle, self._terms.layout.planes, self._clock)
         try:
@@ -240,8 +252,10 @@ class Receiver:
         return strategy, expected_s
 
     def close(self) -> None:
-        """Close the links to all holders."""
+        """Close the links to all holders, and let go of the pool and the staging buffers."""
         self.peers.close()
+        self._pool = arrays.like(self._pool, (0, 0, 0))
+        self._staging.close()
 
 
 def _check_number(handle: KVHandle, holder: Endpoint) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from pdserve.transfer import arrays
 from pdserve.transfer.arrays import Array
 from pdserve.transfer.clock import Clock
 from pdserve.transfer.protocol import Stuck, TransferError
@@ -72,6 +73,13 @@ class Staging:
                 if left <= 0:
                     raise TransferError("no staging buffer became free in time") from None
                 alive()
+
+    def close(self) -> None:
+        """Let go of the memory: no pull takes a buffer any more."""
+        with suppress(queue.Empty):
+            while True:
+                self._free.get_nowait()
+        self.memory = arrays.like(self.memory, (0, self.piece_bytes))
 
     def _give(self, taken: list[Array]) -> None:
         for buffer in taken:

@@ -63,7 +63,9 @@ def needs(deployment: Deployment, servers: Sequence[Server]) -> Needs:
         ),
         arena_mib=arena,
         shm_mib=sum(
-            len(list(processes(server))) * _MODEL_SHM_MIB + len(server.prefill) * shared
+            len(list(processes(server))) * _MODEL_SHM_MIB
+            # Each flexible instance may become a prefill.
+            + len({*server.prefill, *server.flexible}) * shared
             for server in deployment.servers
             if server.name in to_start
         ),

@@ -45,6 +45,7 @@ def tensorrt_llm(inventory: Inventory, needs: Needs, deployment: Deployment) -> 
         environment = inventory.process.environment
         yield from _backend(environment, deployment)
         yield from _statistics(environment, version)
+        yield from _flexible(deployment)
 
 
 def _unusable(version: str, why: str) -> Finding:
@@ -81,3 +82,21 @@ def _statistics(environment: Mapping[str, str], version: str) -> Iterator[Findin
             used="a connection to the internet, unless ~/.config/trtllm/do_not_track is there",
             mend="TRTLLM_NO_USAGE_STATS=1 in the servers' environment",
         )
+
+
+def _flexible(deployment: Deployment) -> Iterator[Finding]:
+    if not deployment.flexible:
+        return
+    fixed = len(deployment.instances("decode").keys() - deployment.flexible)
+    yield Finding(
+        about="flexible instances",
+        state="note",
+        found=", ".join(sorted(deployment.flexible)),
+        used="equal arguments in both roles; a change of roles has run with a fake only",
+        unused=(
+            "the overlap scheduler in decodes"
+            + (f", also in the {fixed} that keep their role" if fixed else "")
+            + ": the host's work between two steps adds to the time of each token"
+        ),
+        mend="a fixed role for every instance, if that costs too much: measure it with your model",
+    )

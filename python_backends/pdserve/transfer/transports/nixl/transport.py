@@ -111,6 +111,7 @@ class NixlTransport:
     def close(self) -> None:
         for link in list(self._links):
             link.close()
+        self._memories.clear()
         self._server = None
         if self._holder is not None:
             self._holder.close()
