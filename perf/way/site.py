@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 from collections.abc import AsyncGenerator
 from functools import partial
@@ -17,14 +18,16 @@ import numpy as np
 import tokenizers
 
 from pdserve import config
+from pdserve.control.assignment import FIRST, Assignment
 from pdserve.engines import build
 from pdserve.gateway.parameters import Parameters
 from pdserve.gateway.service import Part, Prompt, Service
 from pdserve.gateway.trace_context import Trace
+from pdserve.instances.assigned import Assigned
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.kv_exports import MAX_QUARANTINED
 from pdserve.instances.prefill import PrefillInstance
-from pdserve.instances.protocol import DecodeRole, PrefillRole, dispatch
+from pdserve.node import epoch
 from pdserve.observability.metrics import Registry
 from pdserve.rpc import messages
 from pdserve.rpc.client import Calls, Replies
@@ -53,8 +56,9 @@ _ASKED = Parameters(
 class MemoryChannel:
     """A channel to an instance in the same event loop; its messages are encoded as on the wire."""
 
-    def __init__(self, instance: PrefillRole | DecodeRole) -> None:
+    def __init__(self, instance: Assigned, number: int) -> None:
         self._instance = instance
+        self._number = number
         self._calls = Calls()
         self._answers = Answers(self._send)
 
@@ -67,7 +71,7 @@ class MemoryChannel:
         opened = Call(call, f"memory/{call}")
         self._answers.open(opened)
         send = partial(self._answers.reply, opened)
-        dispatch(self._instance, messages.decode_request(data), opened.stream, send)
+        self._instance.handle(self._number, messages.decode_request(data), opened.stream, send)
 
     def _send(self, call: str, data: bytes | None, _last: bool) -> None:
         if data is not None:
@@ -106,6 +110,11 @@ class Site:
             "prefill_0": _prefill(deployment, metrics),
             "decode_0": _decode(deployment, metrics),
         }
+        own = epoch.of(os.getpid())
+        self._assigned = {
+            name: Assigned(name, one.role, Assignment(FIRST, one.role), one, own, _keep)
+            for name, one in self._instances.items()
+        }
         for instance in self._instances.values():
             instance.start()
         self._rng = random.Random(1)
@@ -114,10 +123,13 @@ class Site:
             deployment,
             Vocabulary(tokenizers.Tokenizer(tokenizers.models.BPE())),
             build.longest(deployment),
-            lambda name, _server: MemoryChannel(self._instances[name]),
+            self._channel,
             metrics,
             self._rng,
         )
+
+    def _channel(self, name: str, _server: config.Server, number: int) -> MemoryChannel:
+        return MemoryChannel(self._assigned[name], number)
 
     def ask(self, request_id: str) -> AsyncGenerator[Part, None]:
         """Answer a prompt that shares no prefix with others."""
@@ -133,6 +145,10 @@ class Site:
         await self._service.close()
         for instance in self._instances.values():
             await instance.close()
+
+
+def _keep(_: Assignment) -> None:
+    """Do nothing: no assignment follows the first."""
 
 
 def _prefill(deployment: config.Deployment, metrics: Registry) -> PrefillInstance:

@@ -64,9 +64,10 @@ class InstanceEnded(InstanceError):
 
 
 class Drained(InstanceError):
-    """An instance gave up an accepted request, since its drain has a time limit.
+    """An instance serves no request under this assignment any more.
 
-    Another goes on with the request; clients never see this error.
+    It drains, or has another assignment; that is no failure. Another instance goes on with the
+    request, whose client never sees this error.
     """
 
     code = "DRAINED"

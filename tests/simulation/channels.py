@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Sequence
 
+    from pdserve.control.assignment import Assignment
+    from pdserve.instances.assigned import Assigned
     from pdserve.instances.decode import DecodeInstance
     from pdserve.instances.prefill import PrefillInstance
     from pdserve.rpc.messages import Reply, Request
@@ -69,22 +71,24 @@ class Life:
         process: Process,
         instance: PrefillInstance | DecodeInstance,
         memory: Holder | Receiver,
+        assigned: Assigned,
     ) -> None:
         self.process = process
         self.instance = instance
+        self.assigned = assigned
         self.memory = memory
         self._answers = Answers(self._send)
         self._keys = itertools.count()
         self._callers: dict[str, tuple[Connection, str]] = {}
 
-    def arrive(self, connection: Connection, call: str, data: bytes) -> None:
+    def arrive(self, connection: Connection, call: str, number: int, data: bytes) -> None:
         """Handle a request as the Triton model around an instance does."""
         ours = Call(f"{next(self._keys)}", f"{connection.id}/{call}")
         self._callers[ours.key] = connection, call
         self._answers.open(ours)
         reply = partial(self._reply, connection, ours)
         try:
-            submit(self.instance, messages.decode_request(data), reply)
+            submit(self.assigned, number, messages.decode_request(data), reply)
         except PDServeError as error:
             reply(Failed(error.code, str(error)), True)
 
@@ -93,7 +97,7 @@ class Life:
         for key, (caller, _) in list(self._callers.items()):
             if caller is connection:
                 for call in self._answers.abandon(key):
-                    self.instance.release(call, lambda _reply, _last: None)
+                    self.assigned.release(call, lambda _reply, _last: None)
 
     def _reply(self, connection: Connection, call: Call, reply: Reply, last: bool) -> None:
         if isinstance(reply, Busy):
@@ -111,8 +115,10 @@ class Life:
 class Worker:
     """The place of an instance, which stays the same from one life to the next."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, assignment: Assignment) -> None:
         self.name = name
+        self.assignment = assignment
+        """The assignment that it keeps from one life to the next."""
         self.life: Life | None = None
         self.unplugged = False
         """Nobody is told that it is gone: messages to it are never answered."""
@@ -174,7 +180,7 @@ class Connection:
         if self.life is None or not self._there:
             self.break_("connection refused" if self.life is None else "connection reset")
         else:
-            self.life.process.call(self.life.arrive, self, call, data)
+            self.life.process.call(self.life.arrive, self, call, self._wire.number, data)
 
     def _arrive_back(self, call: str, data: bytes) -> None:
         if self._open:
@@ -184,7 +190,10 @@ class Connection:
 class Wire:
     """A gateway's channel to a worker: what `GrpcChannel` is in a deployment."""
 
-    def __init__(self, loop: Loop, gateway: Process, worker: Worker, weather: Weather) -> None:
+    def __init__(
+        self, loop: Loop, gateway: Process, worker: Worker, weather: Weather, number: int
+    ) -> None:
+        self.number = number
         self.loop = loop
         self.gateway = gateway
         self.worker = worker

@@ -74,11 +74,11 @@ class Gateway:
             self._observed(),
         )
 
-    def _connect(self, name: str, _server: config.Server) -> Wire:
+    def _connect(self, name: str, _server: config.Server, number: int) -> Wire:
         world, before = self._world, self.wires.get(name)
         worker = world.workers.get(name)
         assert worker is not None
-        wire = Wire(world.loop, self.process, worker, world.weather)
+        wire = Wire(world.loop, self.process, worker, world.weather, number)
         wire.sent = partial(world.sent, self, wire)
         wire.got = partial(world.got, self, wire)
         wire.broke = partial(world.broke, self, wire)

@@ -45,20 +45,22 @@ def _time_goes_by(line: Any) -> None:
     line._timer = None
 
 
-def _made_anew(groups: Groups, deployment: config.Deployment, spec: config.Group) -> Group:
+def _made_anew(
+    groups: Groups, deployment: config.Deployment, spec: config.Group, numbers: Any
+) -> Group:
     if spec.name in groups._current:
         former = groups._current.pop(spec.name)
         former.retire()
         groups._retired.append(former)
-    return _GROUP(groups, deployment, spec)
+    return _GROUP(groups, deployment, spec, numbers)
 
 
 def _reached_anew(
-    groups: Groups, deployment: config.Deployment, role: config.Role, names: Any
+    groups: Groups, deployment: config.Deployment, role: config.Role, names: Any, numbers: Any
 ) -> Any:
     for key in [key for key in groups._instances if key[1] in names]:
         del groups._instances[key]
-    return _REACH(groups, deployment, role, names)
+    return _REACH(groups, deployment, role, names, numbers)
 
 
 _GROUP, _REACH = Groups._group, Groups._reach

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from pdserve.control.assignment import FIRST, Assignment
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.kv_exports import MAX_QUARANTINED
 from pdserve.instances.prefill import PrefillInstance
@@ -25,11 +26,12 @@ from pdserve.transfer.transports.shm import ShmTransport
 from tests.simulation.channels import Life, Worker
 from tests.simulation.loop import Loop, Process
 from tests.simulation.memory import Network, Transport, VirtualStaging
-from tests.unit.inprocess import EOS, Decode, Model, Prefill, model
+from tests.unit.inprocess import EOS, Decode, Model, Prefill, assigned, model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pdserve.config import Role
     from tests.simulation.plan import Plan
 
 STAGING = 8, 2048
@@ -49,8 +51,8 @@ class Workers:
     def __init__(self, plan: Plan, loop: Loop, begun: Callable[[Life], None]) -> None:
         self._begun = begun
         self.model = _model(msgspec.json.encode(plan.profile))
-        self.prefills = [Worker(f"prefill_{i}") for i in range(plan.prefills)]
-        self.decodes = [Worker(f"decode_{i}") for i in range(plan.decodes)]
+        self.prefills = [_worker("prefill", i) for i in range(plan.prefills)]
+        self.decodes = [_worker("decode", i) for i in range(plan.decodes)]
         self._plan = plan
         self._loop = loop
         self._by_name = {worker.name: worker for worker in self}
@@ -72,10 +74,16 @@ class Workers:
         """Begin a new life of a worker."""
         process = Process(self._loop, worker.name)
         made = self._prefill if worker in self.prefills else self._decode
-        worker.life = process.run(made, worker.name, process)
+        instance, memory = process.run(made, worker.name, process)
+
+        def keep(assignment: Assignment) -> None:
+            worker.assignment = assignment
+
+        one = assigned(worker.name, instance, worker.assignment, keep)
+        worker.life = Life(process, instance, memory, one)
         worker.unplugged = False
         self._begun(worker.life)
-        process.run(worker.life.instance.start)
+        process.run(one.start)
 
     async def kill(self, worker: Worker, silently: bool) -> Life | None:
         """End a worker's life, and return it; None: there was none."""
@@ -89,7 +97,7 @@ class Workers:
         """Keep a decode from reaching a prefill's memory for some seconds."""
         self._parted[prefill, decode] = self._loop.time() + seconds
 
-    def _prefill(self, name: str, process: Process) -> Life:
+    def _prefill(self, name: str, process: Process) -> tuple[PrefillInstance, Holder]:
         plan = self._plan
         slots = plan.prefill.slots + MAX_QUARANTINED
         region, ways = region_name(name), [ShmTransport()]
@@ -97,9 +105,9 @@ class Workers:
         self._holders[region] = name, process
         engine = Prefill(self.model)
         instance = PrefillInstance(name, self.model, engine, plan.prefill, holder, Registry())
-        return Life(process, instance, holder)
+        return instance, holder
 
-    def _decode(self, name: str, process: Process) -> Life:
+    def _decode(self, name: str, process: Process) -> tuple[DecodeInstance, Receiver]:
         plan, loop = self._plan, self._loop
 
         def cut(region: str) -> bool:
@@ -133,11 +141,15 @@ class Workers:
             # Calls run in threads of virtual time, so the threads of the pools are not needed.
             ThreadPoolExecutor,
         )
-        return Life(process, instance, receiver)
+        return instance, receiver
 
     @property
     def _terms(self) -> Terms:
         return Terms(self.model.fingerprint, self.model.layout, b"k" * 32, Sharding())
+
+
+def _worker(role: Role, number: int) -> Worker:
+    return Worker(f"{role}_{number}", Assignment(FIRST, role))
 
 
 @lru_cache(None)

@@ -25,12 +25,14 @@ import numpy as np
 from perf.baselines.policies import BoundScheduler
 
 from pdserve import config
+from pdserve.control.assignment import FIRST, Assignment
 from pdserve.engines.emulated import EmulatedDecode, EmulatedModel, EmulatedPrefill, Profile
 from pdserve.errors import InstanceError, PDServeError
+from pdserve.instances.assigned import Assigned
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.kv_exports import MAX_QUARANTINED
 from pdserve.instances.prefill import PrefillInstance
-from pdserve.instances.protocol import DecodeRole, PrefillRole, dispatch
+from pdserve.instances.protocol import DecodeRole, PrefillRole
 from pdserve.kvcache.arena import State as RangeState
 from pdserve.kvcache.sharding import sharding_for
 from pdserve.observability.catalogue import METRICS
@@ -125,7 +127,7 @@ class Link:
     and the messages that `lose` selects come from seeded generators.
     """
 
-    def __init__(self, name: str, instance: PrefillRole | DecodeRole, seed: int) -> None:
+    def __init__(self, name: str, instance: Assigned, seed: int, number: int = FIRST) -> None:
         self.requests: list[messages.Request] = []
         self.replies: list[tuple[str, Reply]] = []
         self.responses = 0
@@ -135,6 +137,8 @@ class Link:
         self.rng = random.Random(seed)
         self.calls = Calls()
         self.broken: str | None = None
+        self.number = number
+        """Number of the assignment that its messages are for."""
         self._name = name
         self._instance = instance
         self._answers = Answers(self._send)
@@ -170,7 +174,7 @@ class Link:
         self._answers.open(ours)
         reply = functools.partial(self._answers.reply, ours)
         try:
-            submit(self._instance, request, reply)
+            submit(self._instance, self.number, request, reply)
         except PDServeError as error:
             reply(Failed(error.code, str(error)), True)
 
@@ -210,12 +214,29 @@ class Link:
 
 
 def submit(
-    instance: PrefillRole | DecodeRole,
+    instance: Assigned,
+    number: int,
     request: messages.Request,
     send: Callable[[Reply, bool], None],
 ) -> None:
     """Do the work of the Triton model around an instance; a gateway has one connection."""
-    dispatch(instance, request, getattr(request, "gateway", ""), send)
+    instance.handle(number, request, getattr(request, "gateway", ""), send)
+
+
+def assigned(
+    name: str,
+    role: PrefillRole | DecodeRole,
+    assignment: Assignment | None = None,
+    keep: Callable[[Assignment], None] = lambda _: None,
+) -> Assigned:
+    """Put an instance of a fixed role under an assignment, the first one by default."""
+    assignment = assignment or Assignment(FIRST, role.role)
+    return Assigned(name, role.role, assignment, role, process(name), keep)
+
+
+def process(name: str) -> bytes:
+    """Return the epoch of the only process of an instance."""
+    return name.encode()[-8:].rjust(8, b"-")
 
 
 class Model(EmulatedModel):
@@ -352,6 +373,8 @@ class Site:
             )
             for i, (engine, receiver) in enumerate(zip(self.d_engines, self.receivers, strict=True))
         ]
+        self.assigned = {one._name: assigned(one._name, one) for one in self._engine_instances()}
+        """The instances under their assignments, by name."""
         if self.linked:
             for receiver in self.receivers:
                 for holder in self.holders:
@@ -372,8 +395,8 @@ class Site:
             await engine_instance.close()
 
     def _connect(self) -> None:
-        self.p_links = [Link(f"prefill_{i}", p, self.seed + i) for i, p in enumerate(self.p)]
-        self.d_links = [Link(f"decode_{i}", d, self.seed - i) for i, d in enumerate(self.d)]
+        self.p_links = [self._link(p._name, self.seed + i) for i, p in enumerate(self.p)]
+        self.d_links = [self._link(d._name, self.seed - i) for i, d in enumerate(self.d)]
         self.instances = [
             [Instance(f"{role}_{i}", link) for i, link in enumerate(links)]
             for role, links in (("prefill", self.p_links), ("decode", self.d_links))
@@ -390,6 +413,9 @@ class Site:
             decode=self.limits[1],
             rng=self.rng,
         )
+
+    def _link(self, name: str, seed: int) -> Link:
+        return Link(name, self.assigned[name], seed)
 
     def beside(self) -> Site:
         """Return another gateway over the same instances, with its own links and metrics."""

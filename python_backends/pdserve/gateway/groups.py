@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import MappingProxyType
 
-from pdserve import config
+from pdserve import config, errors
+from pdserve.control.assignment import ANY, FIRST
 from pdserve.observability.metrics import Registry
 from pdserve.rpc.client import Channel
+from pdserve.rpc.messages import Inspect, Inspected, Reassigned
 from pdserve.scheduling.instance import Instance
 from pdserve.scheduling.kv_links import KVLinks
 from pdserve.scheduling.request import Request
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.supervision import Background
 
-OpenChannel = Callable[[str, config.Server], Channel]
-_Key = tuple[config.Role, str, str, int]
-"""Key of an instance: role, name, and host and gRPC port of its server."""
+INSPECT_S = 1.0
+"""Seconds within which an instance says what it is."""
+
+OpenChannel = Callable[[str, config.Server, int], Channel]
+"""Opens a channel to an instance of a server, under the number of its assignment, or ANY."""
+Told = Callable[[str, Reassigned], None]
+"""Called with the name of an instance that has another assignment, or serves no more."""
+_Key = tuple[config.Role, str, str, int, int]
+"""Key of an instance: role, name, host and gRPC port of its server, and the number of its
+assignment. So all that is learned of an instance is of one assignment."""
+
+_NO_NUMBERS: Mapping[str, int] = MappingProxyType({})
 
 
 class Group:
@@ -97,7 +110,7 @@ class Groups:
 
     Args:
         gateway: name of the gateway's model, for the metrics.
-        connect: opens a channel to an instance of a server.
+        connect: opens a channel to an instance.
         rng: source of jitter.
         scheduler: makes the scheduler of a group.
     """
@@ -110,6 +123,8 @@ class Groups:
         rng: random.Random,
         scheduler: type[Scheduler] = Scheduler,
     ) -> None:
+        self.told: Told = lambda name, reply: None  # noqa: ARG005
+        """Called in the middle of a request's work, which it must not change."""
         self._gateway = gateway
         self._connect = connect
         self._metrics = metrics
@@ -119,14 +134,19 @@ class Groups:
         self._retired: list[Group] = []
         self._instances: dict[_Key, Instance] = {}
 
-    def take(self, deployment: config.Deployment) -> dict[str, Group]:
+    def take(
+        self, deployment: config.Deployment, numbers: Mapping[str, int] = _NO_NUMBERS
+    ) -> dict[str, Group]:
         """Return every group of a deployment by its name.
 
         A group that was there before goes on, with the instances that it has now. Instances that
         stay keep their channel. The others finish what they have begun: see ``sweep``.
+
+        Args:
+            numbers: numbers of the assignments that instances have, by name, where it is not FIRST.
         """
         groups = {
-            group.name: self._group(deployment, group)
+            group.name: self._group(deployment, group, numbers)
             for scenario in deployment.served
             for group in scenario.groups
         }
@@ -179,9 +199,11 @@ class Groups:
         for instance in self._instances.values():
             await instance.close()
 
-    def _group(self, deployment: config.Deployment, spec: config.Group) -> Group:
-        prefills = self._reach(deployment, "prefill", spec.prefill)
-        decodes = self._reach(deployment, "decode", spec.decode)
+    def _group(
+        self, deployment: config.Deployment, spec: config.Group, numbers: Mapping[str, int]
+    ) -> Group:
+        prefills = self._reach(deployment, "prefill", spec.prefill, numbers)
+        decodes = self._reach(deployment, "decode", spec.decode, numbers)
         current = self._current.get(spec.name)
         if current is not None:
             if current.instances != prefills | decodes:
@@ -209,14 +231,40 @@ class Groups:
         return Group(spec.name, prefills | decodes, scheduler, kv_links)
 
     def _reach(
-        self, deployment: config.Deployment, role: config.Role, names: tuple[str, ...]
+        self,
+        deployment: config.Deployment,
+        role: config.Role,
+        names: tuple[str, ...],
+        numbers: Mapping[str, int],
     ) -> dict[_Key, Instance]:
         servers = deployment.instances(role)
         found = {}
         for name in names:
-            server = servers[name]
-            key: _Key = role, name, server.host, server.grpc_port
-            if key not in self._instances:
-                self._instances[key] = Instance(name, self._connect(name, server))
-            found[key] = self._instances[key]
+            server, number = servers[name], numbers.get(name, FIRST)
+            key: _Key = role, name, server.host, server.grpc_port, number
+            if (instance := self._instances.get(key)) is None:
+                instance = Instance(name, self._connect(name, server, number))
+                instance.reassigned = partial(self._tell, name)
+                self._instances[key] = instance
+            elif instance.left:
+                instance.back()
+            found[key] = instance
         return found
+
+    def _tell(self, name: str, reply: Reassigned) -> None:
+        self.told(name, reply)
+
+    async def inspect(self, name: str, server: config.Server) -> Inspected | None:
+        """Ask an instance what it is, whatever its assignment; None: it does not answer.
+
+        The channel is closed afterwards, since an open stream would keep the instance's model from
+        being unloaded.
+        """
+        instance = Instance(name, self._connect(name, server, ANY))
+        try:
+            reply = await instance.ask(Inspect(instance.new_id()), INSPECT_S)
+        except errors.InstanceError:
+            return None
+        finally:
+            await instance.close()
+        return reply if isinstance(reply, Inspected) else None

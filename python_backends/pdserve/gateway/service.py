@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pdserve import config, errors
 from pdserve.gateway import parameters
+from pdserve.gateway.assignments import Assignments
 from pdserve.gateway.groups import Group, Groups, OpenChannel
 from pdserve.gateway.parameters import Parameters
 from pdserve.gateway.router import Asked, Router
@@ -86,14 +87,19 @@ class Service:
         self._longest = longest
         self._metrics = metrics
         self._groups = Groups(name, connect, metrics, rng, scheduler)
+        self.assignments = Assignments(self._groups, self._apply)
         self._open = 0
         """Number of clients' requests that are being served or wait."""
         self.take(deployment)
 
     def take(self, deployment: config.Deployment) -> None:
-        """Serve by this deployment from now on."""
-        groups = self._groups.take(deployment)
+        """Serve by this deployment from now on; assignments that have changed stay as they are."""
         self.deployment = deployment
+        self._apply()
+
+    def _apply(self) -> None:
+        """Serve by the deployment, with the assignments that its instances have now."""
+        deployment, groups = self.assignments.take(self.deployment)
         self._router: Router[Group] = Router(
             deployment.served,
             groups,

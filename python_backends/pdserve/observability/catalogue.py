@@ -189,7 +189,7 @@ RETRIES = Counter(
     _phase_reason,
     "retries",
     "A retry is counted by phase (offer, prefill, decode) and reason: error if an instance failed, "
-    "busy if no decode had room for a computed prompt in time.",
+    "busy if no decode had room for a computed prompt in time, drained if an instance has left.",
 )
 RELOADS = Counter(
     "pdserve_reloads_total",

@@ -127,9 +127,9 @@ class Candidates:
     def busy(self) -> Iterator[Instance]:
         """Yield the instances that are not offered requests before something becomes free there."""
         self._renew()
-        yield from self._refusing
+        yield from (one for one in self._refusing if not one.left)
         for instance in self._full:
-            if instance not in self._told and instance not in self._refusing:
+            if instance not in self._told and instance not in self._refusing and not instance.left:
                 yield instance
 
     def opens(self, now: float) -> Iterator[float]:
@@ -222,7 +222,11 @@ class Candidates:
             if instance.suspects_from:
                 self._later[instance] = None
             closed = instance.breaker.closed
-            tried = None if closed else (instance.breaker.reopens, self._members[instance])
+            tried = (
+                None
+                if closed or instance.left
+                else (instance.breaker.reopens, self._members[instance])
+            )
             self._failed.put(instance, tried)
             free = self._takes_offers(instance) and not self._is_busy(instance)
             self._order.put(instance, self._key(instance) if free and closed else None)
@@ -233,7 +237,7 @@ class Candidates:
         return self._load(load), load.refused, load.asked, self._members[instance]
 
     def _takes_offers(self, instance: Instance) -> bool:
-        return self._offers.get(instance, 0) < self._batch
+        return not instance.left and self._offers.get(instance, 0) < self._batch
 
     def _is_busy(self, instance: Instance) -> bool:
         # An instance that this gateway fills by itself would only refuse: it is watched at once.

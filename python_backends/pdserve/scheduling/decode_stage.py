@@ -256,6 +256,8 @@ class DecodeStage:
             await asyncio.wait_for(
                 self._kv_links.connect_now(prefill, decode), min(left, LINK_WAIT_S)
             )
+        except errors.Drained:
+            raise
         except (errors.InstanceError, asyncio.TimeoutError) as error:
             self.not_handed_over(prefill.name, decode.name)
             self._check_reach(prefill)
@@ -292,6 +294,8 @@ class DecodeStage:
         until = request.ends_by if told else request.deadline
         try:
             taken = await offer(request, decode, message, until)
+        except errors.Drained:
+            raise
         except errors.InstanceError:
             self._kv_links.forget(decode)
             self._prefixes.forget(decode.name)

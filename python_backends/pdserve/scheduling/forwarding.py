@@ -42,7 +42,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 Offer = Callable[[Instance, bool], Awaitable[T | None]]
 """Offers the request to an instance, in a hurry if others wait; returns None if the instance is
-busy. Raises InstanceError."""
+busy. Raises InstanceError; Drained: the instance has left, or another that the request needs."""
 
 
 class Forwarding(Generic[T]):
@@ -190,6 +190,10 @@ class Forwarding(Generic[T]):
             instance.load.offer(asyncio.get_running_loop().time())
             try:
                 taken = await offer(instance, bool(self._queue))
+            except errors.Drained:
+                if not instance.left:  # another instance that the request needs has left
+                    raise
+                continue
             except errors.InstanceError as error:
                 self._failure = error
                 continue
@@ -294,7 +298,7 @@ class Forwarding(Generic[T]):
         for _ in self.instances if self._lookers else ():
             self._next = (self._next + 1) % len(self.instances)
             instance = self.instances[self._next]
-            if instance.breaker.closed:
+            if instance.breaker.closed and not instance.left:
                 yield instance
 
     def _time_to_look(self) -> None:
@@ -310,6 +314,8 @@ class Forwarding(Generic[T]):
                 if len(self._watching) >= WATCHES:  # other instances have their turn
                     break
                 self._tell(instance)  # it may be free all the same: ask it again
+        except errors.Drained:
+            pass  # it is offered nothing any more
         except errors.InstanceError as error:
             self._failure = error
             instance.failed()

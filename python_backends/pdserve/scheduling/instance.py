@@ -18,6 +18,7 @@ from pdserve.rpc.messages import (
     Freed,
     NotConnected,
     Prefilled,
+    Reassigned,
     Release,
     Reply,
     Tokens,
@@ -57,6 +58,7 @@ class Call:
 
         Raises:
             InstanceError: the instance failed, or was silent for ``timeout`` seconds.
+            Drained: it serves nothing under this assignment any more.
             Suspected: the instance has ended, and the request is not retried.
             Late: ``until`` has passed.
         """
@@ -75,10 +77,10 @@ class Call:
         if isinstance(reply, Prefilled | Tokens):
             self.stay.progress()
         self.stay.answered = True
-        self._instance.heard(reply)
-        self.done = isinstance(reply, Busy | Failed | NotConnected) or (
+        self.done = isinstance(reply, Busy | Failed | NotConnected | Reassigned) or (
             isinstance(reply, Tokens) and bool(reply.finish_reason)
         )
+        self._instance.heard(reply)
         return reply
 
     def blame(self) -> None:
@@ -129,6 +131,10 @@ class Instance:
         self.breaker = CircuitBreaker(self._changed)
         self.room = Room(self._changed)
         """Free slots and KV blocks, if this is a decode."""
+        self.left = False
+        """True if it serves nothing under its assignment any more, as far as it has told."""
+        self.reassigned: Callable[[Reassigned], None] = lambda _: None
+        """Called when it has told that."""
         self._channel = channel
         self._ids = f"{uuid.uuid4().hex}-{name}"
         self._asked = itertools.count()
@@ -142,8 +148,24 @@ class Instance:
         self.suspects_from = until
         self._changed()
 
+    def back(self) -> None:
+        """Note that it serves again under its assignment."""
+        self.left = False
+        self._changed()
+
     def heard(self, reply: Reply) -> None:
-        """Note what a reply says of the instance itself."""
+        """Note what a reply says of the instance itself.
+
+        Raises:
+            Drained: it serves nothing under this assignment any more.
+        """
+        if isinstance(reply, Reassigned):
+            self.left = True
+            self._changed()
+            self.reassigned(reply)
+            raise errors.Drained(
+                f"{self.name} is {reply.phase.value} with assignment {reply.assignment.number}"
+            )
         if (
             isinstance(reply, Busy | Freed | Accepted | Tokens | Connected)
             and reply.room is not None
@@ -163,12 +185,15 @@ class Instance:
 
         Raises:
             InstanceError: no reply came within ``timeout`` seconds.
+            Drained: see ``heard``.
         """
         replies = self._channel.open(request.id, request)
         try:
-            return await replies.get(timeout)
+            reply = await replies.get(timeout)
         finally:
             self._channel.forget(request.id)
+        self.heard(reply)
+        return reply
 
     async def watch(self, gateway: str, timeout: float) -> bool:
         """Wait until something has become free there.
@@ -179,6 +204,7 @@ class Instance:
 
         Raises:
             InstanceError: the instance cannot be reached any more.
+            Drained: see ``heard``.
         """
         watch = Watch(self.new_id(), gateway, self.room.told)
         replies = self._channel.open(watch.id, watch)

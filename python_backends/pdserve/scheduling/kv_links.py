@@ -223,7 +223,6 @@ class KVLinks:
         loop = asyncio.get_running_loop()
         began = loop.time()
         connected = await decode.ask(Connect(decode.new_id(), endpoint), CONNECT_S)
-        decode.heard(connected)
         ours = self._owns_names(prefill, decode)
         if not isinstance(connected, Connected):
             reason = getattr(connected, "message", f"{connected}")

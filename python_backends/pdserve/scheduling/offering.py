@@ -52,6 +52,7 @@ async def offer(
 
     Raises:
         InstanceError: the instance failed or did not answer; whatever it may hold is released.
+        Drained: it serves nothing under this assignment any more.
         Suspected: the instance has ended, and the request is not retried.
         Late: ``until`` (``loop.time()``) has passed.
     """
@@ -68,6 +69,8 @@ async def offer(
         elif not isinstance(reply, NotConnected):
             answer = Answer.ACCEPTED
     except BaseException as error:
+        if isinstance(error, errors.Drained):
+            answer = Answer.REASSIGNED
         if isinstance(error, errors.Late) and loop.time() - began > KEPT_S:
             call.blame()
         call.close()
@@ -86,5 +89,7 @@ def failure(reply: messages.Reply) -> errors.PDServeError:
         for kind in (errors.InvalidRequest, errors.Unavailable, errors.Cancelled):
             if reply.code == kind.code:
                 return kind(reply.message)
+        if reply.code == errors.Drained.code:
+            return errors.Drained(reply.message)
         return errors.InstanceError(reply.message)
     return errors.InstanceError(f"unexpected {type(reply).__name__} from an instance")

@@ -190,6 +190,8 @@ class PrefillStage:
         except errors.Late as error:
             what = self.forwarding.all_failed() or f"no answer of {prefill.name}"
             raise late(what, request) from error
+        except errors.Drained:
+            raise
         except errors.InstanceError:
             self._metrics.add(catalogue.RETRIES, 1, phase="offer", reason="error")
             self._kv_links.forget(prefill)
@@ -223,7 +225,9 @@ class PrefillStage:
                     raise errors.InstanceError(f"{prefill.name}: the handle was lost on the way")
                 return Computed(prefill, call, reply, handle, decode, self.forwarding)
             error = failure(reply)
-            if isinstance(error, errors.InstanceError):
+            if isinstance(error, errors.Drained):
+                pass
+            elif isinstance(error, errors.InstanceError):
                 call.blame()
             elif isinstance(error, errors.Unavailable):
                 error = late("no first token", request)

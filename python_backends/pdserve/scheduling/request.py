@@ -71,6 +71,8 @@ FinishReason = Literal["stop", "length", ""]
 class Answer(enum.Enum):
     ACCEPTED = enum.auto()
     BUSY = enum.auto()
+    REASSIGNED = enum.auto()
+    """It serves nothing under this assignment any more."""
     FAILED = enum.auto()
 
 
@@ -130,6 +132,8 @@ class Request:
     arrived: float = 0.0
     promise: Promise = field(default_factory=lambda: Promise(None, 0), repr=False)
     """Room in a decode that is promised to it."""
+    moves: int = 0
+    """Number of times that it has gone on elsewhere since an instance has left it."""
     held_back: bool = False
     """True if its first token is held back until a decode has accepted it."""
     waiting_since: float = 0.0

@@ -30,6 +30,9 @@ from pdserve.scheduling.rooms import KNOWN_S, Rooms
 
 ATTEMPTS = 4
 """Number of pairs that may take a request: one that fails again and again is at fault itself."""
+MOVES = 16
+"""Number of times that a request goes on elsewhere since an instance has left it, which is no
+attempt; after one more it ends. An instance leaves once in minutes."""
 
 
 class Scheduler:
@@ -137,7 +140,8 @@ class Scheduler:
 
         Raises:
             InvalidRequest: no instance can ever hold the request.
-            Unavailable: no prefill or no decode accepted it within the limit.
+            Unavailable: no prefill or no decode accepted it within the limit; or MOVES instances
+                have left it.
             InstanceError: an instance failed and no other could go on.
             Suspected: two instances have ended while they served it.
         """
@@ -177,11 +181,18 @@ class Scheduler:
                 self._metrics.add(catalogue.RETRIES, 1, phase="decode", reason="busy")
                 request.again(asyncio.get_running_loop().time())
                 continue
+            except errors.Drained as error:
+                reason = "drained"
+                if request.moves >= MOVES:
+                    raise errors.Unavailable(f"{MOVES} instances have left: {error}") from error
+                request.moves += 1
+                request.attempts -= 1
             except errors.InstanceError:
+                reason = "error"
                 if request.attempts >= ATTEMPTS or not self._budget.spend():
                     raise
             phase = "decode" if request.output else "prefill"
-            self._metrics.add(catalogue.RETRIES, 1, phase=phase, reason="error")
+            self._metrics.add(catalogue.RETRIES, 1, phase=phase, reason=reason)
             request.again(asyncio.get_running_loop().time())
 
     async def _attempt(self, request: Request) -> AsyncGenerator[Chunk, None]:
@@ -259,10 +270,7 @@ class Scheduler:
                 while isinstance(reply, Accepted):
                     reply = await call.reply(self._stall_s, request.ends_by)
                 if not isinstance(reply, Tokens):
-                    error = failure(reply)
-                    if isinstance(error, errors.InstanceError):
-                        self._refused(request, taken, computed)
-                    raise error
+                    raise self._refused(request, taken, computed, failure(reply))
                 if begun + reply.start != request.output_tokens:
                     raise errors.InstanceError(
                         f"{decode.name} sent token {begun + reply.start} "
@@ -304,9 +312,24 @@ class Scheduler:
             self._decode_stage.handed_over(computed.prefill.name, taken.instance.name)
             computed.transferred()
 
-    def _refused(self, request: Request, taken: Offered, computed: Computed | None) -> None:
-        """Note that the decode has failed at this request, or could not pull its KV cache."""
+    def _refused(
+        self,
+        request: Request,
+        taken: Offered,
+        computed: Computed | None,
+        error: errors.PDServeError,
+    ) -> errors.PDServeError:
+        """Note that the decode has refused to go on; return why.
+
+        If it is no choice of its own, it has failed at this request, or could not pull its KV
+        cache, unless that has left with its prefill.
+        """
+        if isinstance(error, errors.Drained) or not isinstance(error, errors.InstanceError):
+            return error
         if computed is not None and request.state is State.TRANSFERRING:
+            if computed.prefill.left:
+                return errors.Drained(f"{computed.prefill.name} has left: {error}")
             self._decode_stage.not_handed_over(computed.prefill.name, taken.instance.name)
         else:
             taken.call.blame()
+        return error

@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors
 from pdserve.config.reloading import DeploymentFile, changes, taken_over
+from pdserve.control.assignment import ANY
 from pdserve.engines import build, checkpoint
 from pdserve.gateway import parameters, tracing
 from pdserve.gateway.parameters import Parameters
@@ -206,7 +207,9 @@ class GatewayModel(ABC):
         )
         self._publisher = Publisher(self._metrics, pb_utils.MetricFamily, self._service.show)
         self._always.start(
-            self._publisher.run(), repeat("the look at the deployment", self._reload)
+            self._publisher.run(),
+            repeat("the look at the deployment", self._reload),
+            self._service.assignments.follow(),
         )
 
     async def _reload(self) -> float:
@@ -233,10 +236,11 @@ class GatewayModel(ABC):
         if lines:
             log(f"{self._name}: deployment: {what}: {'; '.join(lines)}")
 
-    def _channel(self, name: str, server: config.Server) -> Channel:
+    def _channel(self, name: str, server: config.Server, number: int) -> Channel:
         if self.deployment.gateway.channel == "bls":
-            return BlsChannel(pb_utils, name, self._key, BLS_THREADS)
-        return GrpcChannel(f"{server.host}:{server.grpc_port}", name, self._key)
+            threads = 1 if number == ANY else BLS_THREADS
+            return BlsChannel(pb_utils, name, self._key, threads, number)
+        return GrpcChannel(f"{server.host}:{server.grpc_port}", name, self._key, number)
 
     def _lose(self, notice: str) -> Any:
         """Handle a watchdog's notice of a process that is gone, or its check of this gateway.

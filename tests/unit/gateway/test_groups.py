@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from pdserve import config
+from pdserve.control.assignment import ANY
 from pdserve.errors import PDServeError
 from pdserve.gateway.groups import Group, Groups
 from pdserve.gateway.router import Scenario
@@ -33,20 +34,18 @@ class ConnectedGroups:
     """A gateway's groups over the instances of a site, and the channels that it has opened."""
 
     def __init__(self, site: Site, scheduler: type[Scheduler] = Scheduler) -> None:
-        self._instances = {
-            f"{role}_{i}": instance
-            for role, instances in (("prefill", site.p), ("decode", site.d))
-            for i, instance in enumerate(instances)
-        }
+        self._instances = site.assigned
         self.links: dict[str, Link] = {}
         """The latest channel to each instance."""
         self.opened: list[str] = []
         self.groups = Groups("gateway", self._connect, site.metrics, random.Random(1), scheduler)
 
-    def _connect(self, name: str, server: config.Server) -> Link:
-        self.opened.append(name)
-        self.links[name] = Link(name, self._instances[name], seed=len(self.opened))
-        return self.links[name]
+    def _connect(self, name: str, server: config.Server, number: int) -> Link:
+        link = Link(name, self._instances[name], len(self.opened), number)
+        if number != ANY:
+            self.opened.append(name)
+            self.links[name] = link
+        return link
 
     @property
     def closed(self) -> set[str]:
@@ -266,7 +265,7 @@ async def test_a_loss_is_heard_at_every_place_of_an_instance() -> None:
     """A request on the instance's former address would otherwise wait until it has stalled."""
     channels: list[SilentChannel] = []
 
-    def connect(name: str, server: config.Server) -> SilentChannel:
+    def connect(name: str, server: config.Server, number: int) -> SilentChannel:
         channels.append(SilentChannel())
         return channels[-1]
 
