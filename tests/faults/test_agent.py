@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator
 
+import msgspec
 import psutil
 import pytest
 
@@ -32,6 +34,8 @@ pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 SLOW_S = 2.0
 """Seconds to load a model, within which its agent is killed."""
+numbers = itertools.count(FIRST + 1)
+"""Numbers of the assignments of ``either``."""
 DRAINS = (Phase.DRAINING, Phase.DRAINED)
 repeated = pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.full)])
 
@@ -39,7 +43,10 @@ repeated = pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.ma
 @pytest.fixture(scope="module")
 def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("agent")
-    with watched(controlled(all_in_one(folder)), folder) as started:
+    deployment = controlled(all_in_one(folder))
+    (spec,) = deployment.servers
+    more = msgspec.structs.replace(spec, prefill=(*spec.prefill, "either"), flexible=("either",))
+    with watched(msgspec.structs.replace(deployment, servers=(more,)), folder) as started:
         yield started
 
 
@@ -57,11 +64,12 @@ def desires(server: Running) -> Desires:
 def test_it_reports_what_its_instances_say(server: Running, desires: Desires) -> None:
     one = server.servers[0]
     wait_until(lambda: desires.seen("decode_1") is not None, on_this_machine(5))
-    for name in ("prefill_0", "decode_1"):
+    kinds = {"prefill_0": "prefill", "decode_1": "decode", "either": "flexible"}
+    for name, kind in kinds.items():
         seen = desires.seen(name)
         assert seen is not None
         assert (seen.state, seen.server, seen.address) == ("ready", one.spec.name, one.grpc)
-        assert seen.kind == name.partition("_")[0]
+        assert seen.kind == kind
     (agent,) = desires.agents()
     assert agent.pid == watchers.pid(one.folder)
     assert agent.servers == (one.spec.name,)
@@ -78,6 +86,20 @@ def test_an_instance_leaves_and_comes_back(server: Running, desires: Desires) ->
         back_s = desires.make("decode_1", FIRST, "decode")
         time.sleep(1)
     print(f"\nleft after {left_s:.2f} s, came back after {back_s:.2f} s")
+    assert not load.lost
+    assert not load.wrong
+    assert repairs(one) == repaired, said(one)
+
+
+def test_an_instance_takes_the_other_role_under_load(server: Running, desires: Desires) -> None:
+    one = server.servers[0]
+    repaired = repairs(one)
+    with Load(server, rate=4, tokens=40) as load:
+        time.sleep(1)
+        for role in ("decode", "prefill"):
+            switched_s = desires.make("either", next(numbers), role)
+            print(f"\na {role} after {switched_s:.2f} s")
+            time.sleep(2)
     assert not load.lost
     assert not load.wrong
     assert repairs(one) == repaired, said(one)
