@@ -38,14 +38,14 @@ class InstanceModels:
                 watchdog.set_duty(name, Duty.ABSENT)
 
     def presence(self, name: str) -> Presence:
-        if self._watchdog.repairs(name):
+        gone, there = self._watched.life(name) is Life.GONE, (self._repository / name).exists()
+        missed = self._watchdog.duty(name) is not Duty.ABSENT
+        if gone and not (there or missed):
+            return Presence.ABSENT
+        # If it is missed, the watchdog finds that at its next look, and tells the gateways.
+        if self._watchdog.repairs(name) or (gone and missed):
             return Presence.BUSY
-        if self._watched.life(name) is not Life.GONE:
-            return Presence.LOADED
-        if self._watchdog.duty(name) is not Duty.ABSENT:
-            return Presence.BUSY  # the watchdog finds it at its next look, and tells the gateways
-        there = (self._repository / name).exists()
-        return Presence.UNLOADED if there else Presence.ABSENT
+        return Presence.UNLOADED if gone else Presence.LOADED
 
     def epoch(self, name: str) -> bytes | None:
         return self._watched.epoch(name)
@@ -75,6 +75,8 @@ class InstanceModels:
             raise InstanceError(f"{name} is not loaded: {error}") from error
 
     async def unload(self, name: str) -> None:
+        if self._watchdog.repairs(SERVER):
+            raise InstanceError(f"the server of {name} is being repaired")
         self._watchdog.set_duty(name, Duty.ABSENT)
         self._channels.drop(name)
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pdserve.config import Deployment
-from pdserve.errors import InstanceError
+from pdserve.errors import Drained, InstanceError
 from pdserve.node.assignments import Assignments
 from pdserve.rpc.client import Channel, Replies
 from pdserve.rpc.messages import (
@@ -22,6 +22,7 @@ from pdserve.rpc.messages import (
     DecodeRequest,
     Describe,
     Described,
+    Failed,
     NotConnected,
     Prefilled,
     PrefillRequest,
@@ -40,10 +41,6 @@ PROMPT = (1).to_bytes(4, "little")
 TENANT = "probe"
 
 R = TypeVar("R", bound=Reply)
-
-
-class _Reassigned(Exception):
-    """The instance has another assignment, or serves no request under the one that it has."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,8 @@ class Probes:
             if role == "prefill":
                 return await self._prefill(instance)
             return role == "decode" and await self._decode(instance)
-        except _Reassigned:
+        except Drained:
+            self._busy.pop(instance, None)
             return False
 
     async def _prefill(self, instance: str) -> bool:
@@ -154,12 +152,11 @@ class Probes:
     async def _computed(self, instance: str, replies: Replies) -> Prefilled | None:
         limit = self._limits.first_token_s
         try:
-            reply = await asyncio.wait_for(self._end(replies), limit)
+            reply = await asyncio.wait_for(self._end(instance, replies), limit)
         except asyncio.TimeoutError as error:  # it has only reported its acceptance
             raise InstanceError(f"{instance} computed no token within {limit:g} s") from error
         if isinstance(reply, Prefilled | Busy):
             return None if isinstance(reply, Busy) else reply
-        self._check_number(instance, reply)
         raise InstanceError(f"{instance} answered {reply} to a prompt")
 
     async def _computes(self, instance: str, shown: bool) -> bool:
@@ -192,7 +189,7 @@ class Probes:
             min_interval_ms=0,
         )
         with self._asked(decode, request) as replies:
-            reply = await self._end(replies)
+            reply = await self._end(decode, replies)
         if isinstance(reply, NotConnected):
             # The next probe will tell; a pair that cannot be connected has not failed.
             with contextlib.suppress(InstanceError):
@@ -201,19 +198,19 @@ class Probes:
             return False
         if isinstance(reply, Tokens | Busy):
             return await self._computes(decode, isinstance(reply, Tokens))
-        self._check_number(decode, reply)
         raise InstanceError(f"{decode} answered {reply} to a KV cache of {prefill}")
 
-    def _check_number(self, instance: str, reply: Reply) -> None:
-        """Raises _Reassigned: that is what the reply says."""
-        if isinstance(reply, Reassigned):
-            self._assignments.take(instance, reply.assignment)
-            raise _Reassigned
+    async def _end(self, instance: str, replies: Replies) -> Reply:
+        """Return the first reply that is neither an acceptance nor tokens with more to come.
 
-    async def _end(self, replies: Replies) -> Reply:
-        """Return the first reply that is neither an acceptance nor tokens with more to come."""
+        Raises Drained: the instance has another assignment, or serves no more.
+        """
         while True:
             reply = await replies.get(self._limits.reply_s)
+            if isinstance(reply, Reassigned):
+                self._assignments.take(instance, reply.assignment)
+            if isinstance(reply, Reassigned) or _drained(reply):
+                raise Drained(f"{instance} serves no more under this assignment")
             unfinished = isinstance(reply, Tokens) and not reply.finish_reason
             if not isinstance(reply, Accepted) and not unfinished:
                 return reply
@@ -253,3 +250,7 @@ class Probes:
 
     def _id(self) -> str:
         return f"{self._stream}-{next(self._ids)}"
+
+
+def _drained(reply: Reply) -> bool:
+    return isinstance(reply, Failed) and reply.code == Drained.code

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import pytest
 
 from pdserve.config import Deployment, Gateway, Group, Prefill, Scenario, Server, Transfer
-from pdserve.control.assignment import FIRST, Assignment, Role
+from pdserve.control.assignment import ANY, FIRST, Assignment, Role
 from pdserve.errors import InstanceError
 from pdserve.node.assignments import Assignments
 from pdserve.node.probes import Limits, Probes
-from pdserve.rpc.messages import Connect, DecodeRequest, PrefillRequest
-from tests.unit.inprocess import Link, Site, virtual
+from pdserve.rpc.messages import Assign, Connect, DecodeRequest, Drain, PrefillRequest, Request
+from tests.unit.inprocess import Link, Site, process, virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,13 @@ def probes(site: Site) -> Probes:
     async def steps(instance: str) -> float:
         return site.total("pdserve_steps_total", instance=instance)
 
-    return Probes(links(site).__getitem__, known, steps, LIMITS)
+    def channel(name: str) -> Link:
+        link = links(site)[name]
+        if (assignment := known.of(name)) is not None:
+            link.number = assignment.number
+        return link
+
+    return Probes(channel, known, steps, LIMITS)
 
 
 @virtual
@@ -200,3 +206,30 @@ async def test_given_up_it_leaves_nothing_behind(tmp_path: Path) -> None:
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(probe.computes("decode_0"), limit)
             await site.idle(2)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@virtual
+async def test_an_instance_that_drains_or_is_reassigned_has_not_failed(
+    tmp_path: Path, role: Literal["prefill", "decode"]
+) -> None:
+    async with Site(tmp_path) as site:
+        probe, name = probes(site), f"{role}_0"
+        ask = probe.computes
+
+        def control(request: Request) -> None:
+            site.assigned[name].handle(ANY, request, "agent", lambda *_: None)
+
+        assert await ask(name)
+        control(Drain("drain", process(name), 1, 60.0))
+        for _ in range(8):  # for longer than a busy instance may make no step
+            assert not await ask(name)
+            assert not await probe.alive(name)
+            await asyncio.sleep(LIMITS.idle_s / 4)
+        wanted = Assignment(2, role)
+        control(Assign("assign", process(name), 1, wanted))
+        assert not await ask(name), "it learns the number"
+        for _ in range(3):  # a decode is connected anew
+            done = await ask(name)
+        assert done
+        await site.idle()
