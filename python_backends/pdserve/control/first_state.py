@@ -11,20 +11,21 @@ from pdserve.control.records import DesiredGroup
 def assignments(deployment: Deployment) -> dict[str, Assignment]:
     """Return the first assignment of every instance.
 
-    A spare has no group, and no role either if it can have both.
+    Its group is the one that has it; a spare has none, and no role either if it can have both. An
+    instance that several groups share has none, too, and keeps its role.
     """
-    homes = {
-        name: group.name
-        for scenario in deployment.served
-        for group in scenario.groups
-        for name in (*group.prefill, *group.decode)
-    }
+    homes: dict[str, list[str]] = {}
+    for scenario in deployment.served:
+        for group in scenario.groups:
+            for name in (*group.prefill, *group.decode):
+                homes.setdefault(name, []).append(group.name)
     found = {}
     for role in ROLES:
         for name in deployment.instances(role):
-            group = homes.get(name, "")
-            unassigned = not group and name in deployment.flexible
-            found[name] = Assignment(FIRST, "none" if unassigned else role, group)
+            own = homes.get(name, [])
+            unassigned = not own and name in deployment.flexible
+            in_group = own[0] if len(own) == 1 else ""
+            found[name] = Assignment(FIRST, "none" if unassigned else role, in_group)
     return found
 
 

@@ -49,11 +49,9 @@ def virtually(limit_s: float = 3600.0) -> Callable[..., Callable[..., None]]:
 
 def deployment(prefills: int, decodes: int, **control: Any) -> Deployment:
     """Return one server with a gateway and flexible instances ``p0``, ``d0`` and so on."""
-    server = Server(
-        "local",
-        prefill=tuple(f"p{number}" for number in range(prefills)),
-        decode=tuple(f"d{number}" for number in range(decodes)),
-    )
+    prefill = tuple(f"p{number}" for number in range(prefills))
+    decode = tuple(f"d{number}" for number in range(decodes))
+    server = Server("local", prefill=prefill, decode=decode, flexible=(*prefill, *decode))
     section = Control("test", **{"ratio": "act", **control})
     return Deployment("m", (server,), decode=Decode(slots=SLOTS), control=section)
 

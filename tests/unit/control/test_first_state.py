@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from pdserve.config import Control, Deployment, Group, Scenario, Server
 from pdserve.control import first_state
 from pdserve.control.assignment import FIRST, Assignment
@@ -13,9 +15,15 @@ def test_every_instance_has_the_group_of_the_file_and_a_spare_none() -> None:
     deployment = Deployment("m", (SERVER,), control=Control("chat", spares=("prefill_1",)))
     assert first_state.assignments(deployment) == {
         "prefill_0": Assignment(FIRST, "prefill", "default"),
-        "prefill_1": Assignment(FIRST, "none"),
+        "prefill_1": Assignment(FIRST, "prefill"),
         "decode_0": Assignment(FIRST, "decode", "default"),
     }
+
+
+def test_a_flexible_spare_has_no_role() -> None:
+    server = replace(SERVER, flexible=("prefill_1",))
+    deployment = Deployment("m", (server,), control=Control("chat", spares=("prefill_1",)))
+    assert first_state.assignments(deployment)["prefill_1"] == Assignment(FIRST, "none")
 
 
 def test_groups_of_scenarios() -> None:
