@@ -78,7 +78,7 @@ def serving(scale: Scale, shape: str, *, each: int, baseline: bool) -> Iterator[
         server = SuiteServer(asked, Path(run), (BASELINE,) if baseline else ())
         fleet.start([server], held=True, timeout_s=START_S, progress=lambda *_: None)
         try:
-            fleet.watch([server], held=False)
+            fleet.watch([server])
             running = Running(server.http, server.grpc, server.metrics, asked, [server])
             wait_until(lambda: _linked(running), LINKED_S, lambda: "links are not made")
             yield running

@@ -73,7 +73,7 @@ def watched(deployment: Deployment, folder: Path) -> Iterator[Running]:
 def whole(running: Running) -> Iterator[None]:
     """At the end, wait until all is in service and has its watchdog."""
     yield
-    fleet.watch(running.servers, held=False)
+    fleet.watch(running.servers)
     wait_until(
         lambda: all(watchers.reported(one.folder) and one.ready() for one in running.servers),
         on_this_machine(2 * RESTARTED_S),

@@ -85,7 +85,7 @@ def test_no_request_waits_for_an_instance_without_memory(tmp_path: Path) -> None
     """20 times, with between 0 and 8 MiB left: whatever breaks is repaired."""
     rng = random.Random(0)
     with running(deployment(tmp_path), tmp_path) as server:
-        fleet.watch(server.servers, held=False)
+        fleet.watch(server.servers)
         with whole(server):
             pass
         for number in range(20):

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.alone]
 @pytest.fixture
 def fragile(tmp_path: Path) -> Iterator[Running]:
     with running(all_in_one(tmp_path), tmp_path, dying.models(tmp_path)) as started:
-        fleet.watch(started.servers, held=False)
+        fleet.watch(started.servers)
         with whole(started):
             pass
         yield started

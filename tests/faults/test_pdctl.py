@@ -191,7 +191,7 @@ def test_a_second_up_joins_the_first(launched: Launched) -> None:
 def test_a_watchdog_that_comes_while_the_server_loads_waits(launched: Launched) -> None:
     first = launched.loading()
     pid = launched.server.pid
-    watchers.start(launched.server.folder, held=False)()
+    watchers.start(launched.server.folder)()
     time.sleep(2)
     launched.go()
     assert "both is ready" in first.communicate(timeout=120)[0]

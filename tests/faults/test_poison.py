@@ -41,7 +41,7 @@ def fragile(tmp_path: Path) -> Iterator[Running]:
         gateway=Gateway(stall_s=STALL_S, ttft_limit_ms=60_000),
     )
     with running(deployment, tmp_path, dying.models(tmp_path)) as started:
-        fleet.watch(started.servers, held=False)
+        fleet.watch(started.servers)
         with whole(started):
             pass
         yield started

@@ -194,9 +194,9 @@ def test_a_dead_watchdog_takes_nothing_with_it(one_server: Running) -> None:
     wait_until(lambda: watchers.pid(one.folder) is None, 2)
     assert status(one)["watchdog"] is None
     assert serves(one_server)
-    fleet.watch(one_server.servers, held=False)
+    fleet.watch(one_server.servers)
     wait_until(lambda: watchers.reported(one.folder) is not None, on_this_machine(5))
-    fleet.watch(one_server.servers, held=False)
+    fleet.watch(one_server.servers)
     with slow_to_load(one, "decode_0"):
         stub(one, "decode_0").kill()
         wait_until(lambda: not one.ready(), on_this_machine(KNOWN_S))

@@ -135,7 +135,7 @@ def another_clock(server: Running, seconds: float) -> Iterator[None]:
     watchers.end(one.folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(shift))
-        fleet.watch(server.servers, held=False)
+        fleet.watch(server.servers)
     report = one.folder / "watch.json"
 
     def shifted() -> bool:
@@ -145,7 +145,7 @@ def another_clock(server: Running, seconds: float) -> Iterator[None]:
     wait_until(shifted, on_this_machine(10), report.read_text)
     yield
     watchers.end(one.folder)
-    fleet.watch(server.servers, held=False)
+    fleet.watch(server.servers)
     wait_until(lambda: watchers.reported(one.folder) is not None, on_this_machine(10))
 
 
@@ -289,5 +289,5 @@ def test_no_watchdog_is_left(server: Running) -> None:
     assert watchers.pid(one.folder) is None
     watchers.end(one.folder)
     assert not psutil.pid_exists(found) or psutil.Process(found).status() == "zombie"
-    fleet.watch(server.servers, held=False)
+    fleet.watch(server.servers)
     assert watchers.pid(one.folder) is not None

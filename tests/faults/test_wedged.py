@@ -38,7 +38,7 @@ def test_an_engine_that_does_not_come_to_an_end(tmp_path: Path) -> None:
     with running(deployment, tmp_path) as server:
         one = server.servers[0]
         before = stub(one, "prefill_0")
-        fleet.watch(server.servers, held=False)
+        fleet.watch(server.servers)
         wait_until(lambda: "prefill_0 is repaired" in said(one), 30)
         assert "prefill_0 has failed: no answer within 1 s, 2 times in a row" in said(one)
         assert stub(one, "prefill_0") != before

@@ -17,7 +17,16 @@ SECTIONS = {
     "transfer": config.Transfer,
     "gateway": config.Gateway,
     "servers[]": config.Server,
+    "control": config.Control,
 }
+INNER = {
+    "transfer.network": config.Network,
+    "control.etcd": config.Etcd,
+    "control.groups.GROUP": config.GroupBounds,
+    "control.tides[]": config.Tide,
+    "control.tides[].hours[]": config.Hours,
+}
+"""Sections within sections."""
 ELSEWHERE = {"model", "scenarios"}
 """Fields of the file itself; the fields of scenarios are described in docs/scenarios.md."""
 
@@ -45,7 +54,7 @@ def named() -> set[str]:
 
 
 def fields() -> set[str]:
-    sections = {**SECTIONS, "transfer.network": config.Network}
+    sections = {**SECTIONS, **INNER}
     inside = {"transfer.network"}
     return {
         f"{section}.{field}"

@@ -69,8 +69,8 @@ def _wait_ready(server: Server, held: bool | None, timeout_s: float, progress: P
             server.start(held=held)
 
 
-def watch(servers: Sequence[Server], *, held: bool, wanted: bool = True) -> None:
-    """Watch the servers from now on, each by a separate watchdog; see watchers.py.
+def watch(servers: Sequence[Server], *, wanted: bool = True) -> None:
+    """Have the servers watched from now on; see watchers.py.
 
     Args:
         wanted: False: they are meant to run without, which is recorded for ``status``. A server
@@ -86,7 +86,7 @@ def watch(servers: Sequence[Server], *, held: bool, wanted: bool = True) -> None
                 records.note(server.folder, msgspec.structs.replace(started, watched=wanted))
             except OSError as error:  # the watchdog itself needs no space on the disk
                 _log.warning("%s: %s", error.filename, error.strerror)
-    begun = [watchers.start(server.folder, held=held) for server in servers if wanted]
+    begun = [watchers.start(server.folder) for server in servers if wanted]
     for wait in begun:
         wait()
 

@@ -68,6 +68,14 @@ def server_process(token: str) -> psutil.Process | None:
     return None
 
 
+def environment(token: str) -> dict[str, str]:
+    """Return the environment with which the server of a token was started; empty: it has ended."""
+    process = server_process(token)
+    with contextlib.suppress(psutil.Error):
+        return {} if process is None else process.environ()
+    return {}
+
+
 def regions(token: str) -> list[Path]:
     """Return the shared memory of a server, Triton's own and that of its models."""
     return sorted(SHM.glob(f"{token}-*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ Triton's own parsing of a request needs more of it for some requests than for ot
 """
 Limit = tuple[int, int]
 """Soft and hard limit."""
+_one_at_a_time = threading.Lock()
 
 
 @contextmanager
@@ -26,16 +28,17 @@ def raised() -> Iterator[dict[str, str]]:
     Yields:
         variables for its environment.
     """
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    stack = resource.getrlimit(resource.RLIMIT_STACK)
-    wanted = stack_limit(stack, room=_has_room())
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
-        resource.setrlimit(resource.RLIMIT_STACK, wanted)
-        yield {STACK_VARIABLE: f"{stack[0]}"} if wanted != stack else {}
-    finally:
-        resource.setrlimit(resource.RLIMIT_STACK, stack)
-        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    with _one_at_a_time:  # they are those of the whole process
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        stack = resource.getrlimit(resource.RLIMIT_STACK)
+        wanted = stack_limit(stack, room=_has_room())
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
+            resource.setrlimit(resource.RLIMIT_STACK, wanted)
+            yield {STACK_VARIABLE: f"{stack[0]}"} if wanted != stack else {}
+        finally:
+            resource.setrlimit(resource.RLIMIT_STACK, stack)
+            resource.setrlimit(resource.RLIMIT_NOFILE, files)
 
 
 def stack_limit(given: Limit, *, room: bool) -> Limit:

@@ -1,8 +1,10 @@
-"""Reads from a server's log what happened at its start."""
+"""Reads from a server's log what happened at its start, and follows that of its watchdog."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from pathlib import Path
 
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
 _FAILED = re.compile(r"failed to load '([^']+)' version \d+: (.*)\"$", re.MULTILINE)
@@ -43,3 +45,20 @@ def relevant(text: str) -> list[str]:
         return lines
     errors = [line for line in _ERROR.findall(text) if not any(word in line for word in _NOISE)]
     return (errors or text.rstrip().splitlines())[-LINES:]
+
+
+class Following:
+    """What is added to a file from now on."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._at = file.stat().st_size if file.exists() else 0
+
+    def new(self) -> str:
+        """Return what has been added since the last call; nothing if it cannot be read."""
+        with contextlib.suppress(OSError), self._file.open("rb") as opened:
+            opened.seek(self._at)
+            data = opened.read()
+            self._at += len(data)
+            return data.decode(errors="replace")
+        return ""

@@ -12,8 +12,11 @@ import msgspec
 from pdctl import private
 from pdserve.config import Deployment, Server, names
 from pdserve.errors import DeploymentError
+from pdserve.node.reconcile import Kind
 
 GATEWAY_MODELS = names.GATEWAY_MODELS
+INSTANCES: tuple[Kind, ...] = ("prefill", "decode", "flexible")
+"""Templates of instances."""
 _NAME = re.compile(r'^name:\s*"[^"]*"', re.MULTILINE)
 
 
@@ -43,15 +46,23 @@ def render(deployment: Deployment, server: Server, source: Path, target: Path) -
     shutil.rmtree(target, ignore_errors=True)
     private.folder(target)  # before anything is written there
     for name, template in models(server):
-        if not (source / template / "config.pbtxt").is_file():
-            raise DeploymentError(f"{source / template}: no config.pbtxt for the model {name}")
-        shutil.copytree(
-            source / template, target / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
-        config = target / name / "config.pbtxt"
-        text, found = _NAME.subn(f'name: "{name}"', config.read_text())
-        if found != 1:
-            raise DeploymentError(f"{source / template / 'config.pbtxt'}: needs one line name")
-        config.write_text(text)
+        write(name, source / template, target / name)
     private.write(target / "deployment.yaml", msgspec.yaml.encode(deployment))
+    private.tree(target)
+
+
+def write(name: str, template: Path, target: Path) -> None:
+    """Write one model to a folder that does not exist.
+
+    Raises:
+        DeploymentError: ``template`` is no model.
+    """
+    if not (template / "config.pbtxt").is_file():
+        raise DeploymentError(f"{template}: no config.pbtxt for the model {name}")
+    shutil.copytree(template, target, ignore=shutil.ignore_patterns("__pycache__"))
+    config = target / "config.pbtxt"
+    text, found = _NAME.subn(f'name: "{name}"', config.read_text())
+    if found != 1:
+        raise DeploymentError(f"{template / 'config.pbtxt'}: needs one line name")
+    config.write_text(text)
     private.tree(target)

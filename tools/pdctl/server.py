@@ -44,6 +44,7 @@ from pdserve import config
 from pdserve.config import Deployment
 from pdserve.config import Server as Spec
 from pdserve.errors import DeploymentError
+from pdserve.node import epoch
 from pdserve.transfer import key as kv_key
 
 OLD_LOGS = ("log.old", "log.old.2", "log.old.3")
@@ -74,6 +75,8 @@ class Server(Endpoint):
         self.file = str(file.resolve()) if file is not None else ""
         self.folder = run.resolve() / spec.name
         self.log = self.folder / "log"
+        self.inherited: dict[str, str] = {}
+        """Environment of its latest start, which it has again if it is started again."""
         self._source = source
         self._token: str | None = None
         """The mark of the start by this process."""
@@ -195,6 +198,7 @@ class Server(Endpoint):
                 self._token = self.token
                 footprint.erase([self.token], grace_s=0)
             else:
+                watchers.end(self.folder)  # it would start what is cleaned up
                 self.clean()
             spec = self.actual
             ports.check(spec)
@@ -219,8 +223,7 @@ class Server(Endpoint):
                         self.deployment.gateway.max_prompt_bytes,
                     ),
                     cwd=self.folder,
-                    env=triton.environment(found, token)
-                    | network.variables(self.deployment)
+                    env=(self.inherited or self._environment(found, token))
                     | variables
                     | {kv_key.VARIABLE: str(keys.copy(self.folder))},
                     stdin=subprocess.DEVNULL,
@@ -230,6 +233,9 @@ class Server(Endpoint):
                     # Ctrl-C is handled by pdctl, which then stops the server
                     start_new_session=True,
                 )
+
+    def _environment(self, found: triton.Triton, token: str) -> dict[str, str]:
+        return triton.environment(found, token) | network.variables(self.deployment)
 
     def _make_folder(self) -> None:
         private.folder(self.folder.parent)
@@ -248,7 +254,10 @@ class Server(Endpoint):
         }
         key = keys.find(Path(given.transfer.key_file), running)
         private.write(keys.copy(self.folder), key)
-        started = records.Started(self.file, given.model, given.transfer.key_file, self.spec)
+        boot = epoch.boot()
+        started = records.Started(
+            self.file, given.model, given.transfer.key_file, self.spec, boot=boot
+        )
         records.note(self.folder, started)
         private.write(self.folder / "key", secrets.token_hex(16).encode())
         self._token = footprint.new_token(self.spec.name)

@@ -26,6 +26,8 @@ class Started(Struct, frozen=True):
     spec: Server
     watched: bool = True
     """True if it is meant to have a watchdog."""
+    boot: str = ""
+    """Names the time since the machine was started, in which it was; see `pdserve.node.epoch`."""
 
     def other(self, deployment: Deployment, spec: Server, file: str) -> str:
         """Describe how this is of another deployment; empty: it is of the same.

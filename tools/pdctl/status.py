@@ -12,6 +12,7 @@ from pdctl.errors import ServerError
 from pdctl.repository import models
 from pdctl.server import Server
 from pdserve import connections
+from pdserve.node.health import State
 
 _SAMPLE = re.compile(r"^(pdserve_\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
 
@@ -24,7 +25,8 @@ def status(server: Server) -> dict[str, Any]:
     A server of another host is asked at its ports, and is ready, unhealthy or unreachable.
 
     Keys: server, state, pid, model and engine (by which it runs), watchdog (its report; None: there
-    is none), unwatched (it is meant to run without), http, grpc, metrics, models (name to state),
+    is none), unwatched (it is meant to run without), http, grpc, metrics, models (name to state;
+    ``absent``: it is not to be there),
     versions (of a model that has several, each one's state), values (the pdserve_* series without
     the buckets of histograms).
     """
@@ -60,7 +62,11 @@ def status(server: Server) -> dict[str, Any]:
     except (ServerError, OSError):
         silent = "unreachable" if pid is None else "starting"
         return found | {"state": "unhealthy" if server.ready() else silent}
-    healthy = all(state == "READY" for state in found["models"].values())
+    things = (watchdog or {}).get("things", {})
+    for name, state in found["models"].items():
+        if state != "READY" and things.get(name, {}).get("state") == State.ABSENT.value:
+            found["models"][name] = "absent"
+    healthy = all(state in ("READY", "absent") for state in found["models"].values())
     return found | {"state": "ready" if healthy else "unhealthy"}
 
 

@@ -40,6 +40,11 @@ class Stubs:
         self._missing = gone
         return lives
 
+    def life(self, thing: str) -> Life:
+        """Return the state of one process."""
+        life = _life(self._found.get(thing))
+        return self.look()[thing] if life is Life.GONE else life
+
     def kill(self, model: str) -> None:
         """End the process of a model, if it has one."""
         process = self._found.get(model)

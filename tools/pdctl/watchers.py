@@ -1,9 +1,7 @@
-"""The watchdogs of servers: each a process of its own, ``python -m pdctl.watch FOLDER``.
+"""Which servers of a run folder are watched, each by a task of the agent; see agents.py.
 
-In the server's folder are ``watch`` (its process id; locked as long as it runs), ``watch.json``
-(its report) and ``watch.log``. It works even if none of them can be written, since its environment
-names its server, too. A watchdog may be killed at any moment: the server continues, and the next
-watchdog needs nothing from it.
+In a server's folder are ``watch`` (there as long as the server is to be watched; locked by the
+agent as long as it watches it), ``watch.json`` (the report of its watchdog) and ``watch.log``.
 """
 
 from __future__ import annotations
@@ -11,165 +9,197 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
-from pdctl import footprint, locks
+from pdctl import agents, footprint, locks
+from pdctl import started as records
+from pdctl.agents import END_S
 from pdctl.errors import ServerError
+from pdserve.node import epoch
 
-END_S = 5.0
 BEGIN_S = 60.0
-"""Seconds for a new one to begin: it imports much, and the machine may be busy."""
-BEGUN = "PDCTL_BEGUN"
-"""Environment variable with the descriptor through which it reports that it has begun."""
-MARK = "PDCTL_WATCHES"
-"""Environment variable with the folder, and the token of the server's start."""
+"""Seconds for a watchdog to begin: the agent imports much, and the machine may be busy."""
+STARTS = 3
+"""Number of agents that are started for it: one may be about to end, since it had nothing to do."""
+LOOK_S = 0.01
 
 
-def start(folder: Path, *, held: bool) -> Callable[[], None]:
-    """Start the watchdog of a server's folder; do nothing if there is one.
-
-    Args:
-        held: show its log here, too.
+def start(folder: Path) -> Callable[[], None]:
+    """Have the server of a folder watched; do nothing if it is.
 
     Returns:
-        A function that waits until it has begun, and raises ServerError if it does not.
+        A function that waits until it is watched, and raises ServerError if that does not happen.
 
     Raises:
-        ServerError: it cannot be started.
+        ServerError: there is no agent, and none can be started.
     """
     try:
-        lock = locks.opened(folder / "watch")
+        os.close(locks.opened(folder / "watch"))
     except OSError as error:
         raise ServerError(f"no watchdog: {error.filename}: {error.strerror}") from error
-    try:
-        while pid(folder) is None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # another command only asks, or was faster
-            return _started(folder, lock, held)
-    finally:
-        os.close(lock)
-    return lambda: None
+    return partial(_wait, folder, agents.start(folder.parent))
 
 
-def _started(folder: Path, lock: int, held: bool) -> Callable[[], None]:
-    begun, told = os.pipe()
-    try:
-        # The lock belongs to the open file, and so to the child from now on.
-        child = subprocess.Popen(
-            [sys.executable, "-m", "pdctl.watch", str(folder)],
-            env={**os.environ, MARK: _mark(folder), BEGUN: str(told)},
-            stdin=subprocess.DEVNULL,
-            stdout=None if held else subprocess.DEVNULL,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock, told],
-            start_new_session=True,  # Ctrl-C is handled by pdctl, which then ends it
-        )
-    finally:
-        os.close(told)
-    with contextlib.suppress(OSError):  # its mark also identifies it, though more slowly
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(child.pid).encode(), 0)
-
-    def wait() -> None:
-        with os.fdopen(begun, "rb") as file:
-            ready, _, _ = select.select([file], [], [], BEGIN_S)
-            if not ready or not file.read(1):
-                how = "has ended at once" if ready else f"has not begun within {BEGIN_S:g} s"
+def _wait(folder: Path, child: int | None) -> None:
+    run = folder.parent
+    starts = 1 if child is not None else 0
+    deadline = time.monotonic() + BEGIN_S
+    while not _locked(folder / "watch"):
+        if agents.pid(run) is None and not _locked(folder / "watch"):
+            if starts == STARTS:
                 raise ServerError(
-                    f"the watchdog of {folder.name} (process {child.pid}) {how}: see "
-                    f"{folder / 'watch.log'}"
+                    f"the watchdog of {folder.name} (process {child}) has ended at once: see "
+                    f"{run / 'agent.log'}"
                 )
-
-    return wait
-
-
-def begun() -> None:
-    """Report that the watchdog has begun; called by the watchdog."""
-    # Children of the watchdog are no watchdogs; its own environment stays visible to others.
-    os.environ.pop(MARK, None)
-    told = os.environ.pop(BEGUN, None)
-    if told is not None:
-        with contextlib.suppress(OSError):  # no command waits for it any more
-            os.write(int(told), b".")
-            os.close(int(told))
+            child = agents.start(run) or child
+            starts += 1
+        if time.monotonic() > deadline:
+            raise ServerError(
+                f"the watchdog of {folder.name} has not begun within {BEGIN_S:g} s: see "
+                f"{folder / 'watch.log'}"
+            )
+        time.sleep(LOOK_S)
 
 
 def end(folder: Path) -> None:
-    """End the watchdog of a folder and wait for its end. Raises: ServerError: it does not end."""
-    deadline = time.monotonic() + END_S
-    while found := _all(folder):
-        if time.monotonic() > deadline:
-            numbers = ", ".join(str(process.pid) for process in found)
-            raise ServerError(f"the watchdog of {folder.name} (process {numbers}) does not end")
-        for process in found:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        time.sleep(0.01)
+    """Have the server of a folder watched no more, and wait until it is not.
+
+    An agent that does not let go of it is killed, and another one is started for its other servers.
+    An agent that has nothing else to watch has ended afterwards, too.
+
+    Raises:
+        ServerError: the agent does not end.
+    """
+    run, leaving = folder.parent, folder / "watch.leaving"
+    try:
+        (folder / "watch").replace(leaving)
+    except FileNotFoundError:
+        pass  # or somebody else has done so, and it is being left
+    except OSError:  # then it cannot be asked
+        agents.end(run)
+        return
+    if not _until(lambda: not _locked(leaving)):
+        agents.end(run)
+        if any(wanted(run)):
+            agents.start(run)
+    leaving.unlink(missing_ok=True)
+    if not _until(lambda: any(wanted(run)) or not _leaves(run)):
+        agents.end(run)
 
 
-def _all(folder: Path) -> list[psutil.Process]:
-    """Return those that hold the lock of a folder, and those that watch it without the lock."""
-    found = _marked(folder)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if (locked := pid(folder)) is not None and locked not in {one.pid for one in found}:
-            found.append(psutil.Process(locked))
-    return found
+def _leaves(run: Path) -> bool:
+    """Tell whether there is an agent that ends as soon as it has nothing to watch."""
+    return any(map(agents.leaves, agents.every(run)))
+
+
+def wanted(run: Path, but: Collection[Path] = ()) -> Iterator[Path]:
+    """Yield the folder of each server of a run folder that is to be watched.
+
+    Whether it runs is for its watchdog to see; but a server that was started before the machine was
+    is started by a command, or never.
+
+    Args:
+        but: folders that are left out.
+    """
+    for file in run.glob("*/watch"):
+        folder = file.parent
+        if folder not in but and footprint.token(folder) is not None:
+            started = records.noted(folder)
+            if started is not None and started.boot == epoch.boot():
+                yield folder
+
+
+class Hold:
+    """Says, as long as an agent watches a server, whether it is still to be watched."""
+
+    def __init__(self, file: Path, descriptor: int) -> None:
+        self._file = file
+        self._number = os.fstat(descriptor).st_ino
+
+    def wanted(self) -> bool:
+        try:
+            return self._file.stat().st_ino == self._number
+        except FileNotFoundError:
+            return False
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Hold | None]:
+    """Lock a server for the agent that watches it; None: somebody else has locked it."""
+    file = folder / "watch"
+    descriptor = os.open(file, os.O_RDONLY)
+    hold = None
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold = Hold(file, descriptor)
+        yield hold
+    finally:
+        os.close(descriptor)
 
 
 def pid(folder: Path) -> int | None:
-    """Return the process that watches the server of a folder; None: there is none.
+    """Return the agent that watches the server of a folder; None: it is not watched.
 
     Raises:
-        ServerError: one is being started, and does not begin in time.
+        ServerError: it is watched by an unknown process.
     """
     deadline = time.monotonic() + END_S
-    while time.monotonic() < deadline:
-        try:
-            with (folder / "watch").open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-        except FileNotFoundError:
-            return None
-        except BlockingIOError:
-            with contextlib.suppress(OSError, ValueError, psutil.Error):
-                found = psutil.Process(int((folder / "watch").read_text()))
-                if found.environ().get(MARK) == _mark(folder):
-                    return found.pid
-            # It is just being started, or its number could not be written.
-            if marked := _marked(folder):
-                return marked[0].pid
-            time.sleep(0.001)
-    raise ServerError(f"{folder / 'watch'}: locked by an unknown process")
+    while _locked(folder / "watch"):
+        if (found := agents.pid(folder.parent)) is not None:
+            return found
+        if without_lock := agents.every(folder.parent):
+            return without_lock[0].pid
+        if time.monotonic() > deadline:
+            raise ServerError(f"{folder / 'watch'}: locked by an unknown process")
+        time.sleep(LOOK_S)
+    return None
 
 
 def watched(folder: Path) -> bool:
-    """Tell whether the server of a folder has a watchdog, or is about to have one."""
+    """Tell whether the server of a folder is watched, or about to be."""
     try:
-        return pid(folder) is not None
+        about_to_be = (folder / "watch").exists() and agents.pid(folder.parent) is not None
     except ServerError:
         return True
+    return about_to_be or _locked(folder / "watch")
+
+
+def _locked(file: Path) -> bool:
+    """Tell whether an agent has locked a file of a server's folder."""
+    with contextlib.suppress(FileNotFoundError), file.open() as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _until(done: Callable[[], bool]) -> bool:
+    """Wait for it, END_S at most; return whether it is so."""
+    deadline = time.monotonic() + END_S
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK_S)
+    return True
 
 
 def report(folder: Path, state: dict[str, Any]) -> None:
-    """Write the watchdog's report; called by the watchdog. Raises: OSError."""
+    """Write the report of a server's watchdog; called by the agent. Raises: OSError."""
     new = folder / "watch.new"
     new.write_bytes(msgspec.json.format(msgspec.json.encode({"pid": os.getpid(), **state})))
     new.replace(folder / "watch.json")
 
 
 def reported(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a running watchdog with its ``pid``; None: there is none yet."""
+    """Return the report of a running watchdog with its agent's ``pid``; None: there is none yet."""
     found = pid(folder)
     try:
         state: dict[str, Any] = msgspec.json.decode((folder / "watch.json").read_bytes())
@@ -188,12 +218,3 @@ def repairing(folder: Path) -> str:
             if health["state"] in ("failed", "repairing")
         )
     return ""
-
-
-def _mark(folder: Path) -> str:
-    return f"{folder}:{footprint.token(folder)}"
-
-
-def _marked(folder: Path) -> list[psutil.Process]:
-    """Return every process that watches the latest start of the server of a folder."""
-    return footprint.carrying(MARK, [_mark(folder)])

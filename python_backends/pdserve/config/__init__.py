@@ -1,6 +1,7 @@
 """The configuration of a deployment: its file as types, read and checked."""
 
 from pdserve.config.backend_models import TritonModel
+from pdserve.config.control import Control, Etcd, GroupBounds, Hours, Tide
 from pdserve.config.deployment import (
     EXTERNAL_LEASE_S,
     Decode,
@@ -24,11 +25,15 @@ __all__ = [
     "EXTERNAL_LEASE_S",
     "GATEWAY_MODELS",
     "ROLES",
+    "Control",
     "Decode",
     "Deployment",
     "Engine",
+    "Etcd",
     "Gateway",
     "Group",
+    "GroupBounds",
+    "Hours",
     "Network",
     "Prefill",
     "Role",
@@ -36,6 +41,7 @@ __all__ = [
     "SamplingDefaults",
     "Scenario",
     "Server",
+    "Tide",
     "Transfer",
     "TransportName",
     "TritonModel",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from pdserve.config import addresses, backend_models, flexible
+from pdserve.config import addresses, backend_models, control_checks, flexible
 from pdserve.config.deployment import Deployment, Group
 from pdserve.config.llm_options import LlmOptions
 from pdserve.config.names import GATEWAY_MODELS, ROLES, Role
@@ -15,12 +15,13 @@ def problems(deployment: Deployment) -> Iterator[str]:
     groups = [group for scenario in deployment.scenarios for group in scenario.groups]
     yield from _clashes(deployment, groups)
     yield from addresses.problems(deployment.servers)
+    spares = deployment.control.spares if deployment.control else ()
     for role in ROLES:
         instances = deployment.instances(role)
         if not instances:
             yield f"no server has a {role} instance; at least 1 is needed"
         if deployment.scenarios:
-            yield from _misplaced(role, instances, groups)
+            yield from _misplaced(role, instances, groups, spares)
     yield from _misfit(deployment)
     yield from flexible.problems(deployment)
     slots, batch = deployment.prefill.slots, deployment.prefill.batch
@@ -31,6 +32,8 @@ def problems(deployment: Deployment) -> Iterator[str]:
             yield f"scenario {scenario.name}: every group's share is 0; at least 1 must have one"
     scenarios = [scenario.name for scenario in deployment.served]
     default = deployment.gateway.default_scenario
+    if deployment.control:
+        yield from control_checks.problems(deployment, deployment.control)
     if default not in scenarios:
         yield f"gateway.default_scenario: {default} is none of: {', '.join(scenarios)}"
 
@@ -86,8 +89,13 @@ def _external_misfit(deployment: Deployment, instances: dict[str, Role]) -> Iter
             yield f"engine.gpus: {name} has {len(gpus)}; a {role} has {ranks} ranks"
 
 
-def _misplaced(role: Role, instances: Collection[str], groups: Iterable[Group]) -> Iterator[str]:
-    """Yield the instances of a role that are not in exactly one group, and names of no instance."""
+def _misplaced(
+    role: Role, instances: Collection[str], groups: Iterable[Group], spares: Collection[str]
+) -> Iterator[str]:
+    """Yield the instances of a role that are not in exactly one group, and names of no instance.
+
+    A spare is in none.
+    """
     homes: dict[str, str] = {}
     for group in groups:
         for name in getattr(group, role):
@@ -98,5 +106,5 @@ def _misplaced(role: Role, instances: Collection[str], groups: Iterable[Group]) 
                 yield f"{role} {name} is in the groups {homes[name]} and {group.name}"
             homes[name] = group.name
     for name in instances:
-        if name not in homes:
+        if name not in homes and name not in spares:
             yield f"{role} {name} is in no group; with scenarios, every instance is in one"

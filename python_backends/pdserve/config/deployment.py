@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from pdserve.config import addresses
 from pdserve.config.backend_models import TritonModel
+from pdserve.config.control import MARGIN_S, QUIET_S, Control
 from pdserve.config.llm_options import LlmArguments, LlmOptions
 from pdserve.config.names import ROLES, Role
 
@@ -252,7 +253,10 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     gateway: Gateway = Gateway()
     transfer: Transfer = Transfer()
     scenarios: tuple[Scenario, ...] = ()
-    """If empty, there is one scenario, the default, whose one group has every instance."""
+    """If empty, there is one scenario, the default, whose one group has every instance that is no
+    spare."""
+    control: Control | None = None
+    """None: the deployment is static."""
 
     def __post_init__(self) -> None:
         if self.engine.external and self.prefill.lease_s is None:
@@ -264,7 +268,10 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
         """Return the scenarios, the implicit one included."""
         if self.scenarios:
             return self.scenarios
-        prefills, decodes = (tuple(self.instances(role)) for role in ROLES)
+        spares = self.control.spares if self.control else ()
+        prefills, decodes = (
+            tuple(name for name in self.instances(role) if name not in spares) for role in ROLES
+        )
         everyone = Group("default", prefills, decodes)
         return (Scenario(self.gateway.default_scenario, (everyone,)),)
 
@@ -278,6 +285,22 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
             ("nixl",) if len({addresses.machine(s.host) for s in self.servers}) > 1 else ()
         )
         return (*gpu, "shm", *far)
+
+    @property
+    def count(self) -> int:
+        """Return the number of instances of both roles."""
+        return sum(len(self.instances(role)) for role in ROLES)
+
+    @property
+    def least_drain_s(self) -> float:
+        """Return the time for which an instance that leaves may still hold a KV cache."""
+        return self.prefill.kept_s + QUIET_S
+
+    @property
+    def drain_s(self) -> float:
+        """Return ``control.drain_s``, or its default."""
+        given = self.control.drain_s if self.control else None
+        return self.least_drain_s + MARGIN_S if given is None else given
 
     def ranks(self, role: Role) -> int:
         """Return the number of GPUs of one TensorRT-LLM instance."""

@@ -49,9 +49,18 @@ def load(path: Path) -> Deployment:
         engine = msgspec.structs.replace(engine, profile=absolute(engine.profile))
     transfer = deployment.transfer
     transfer = msgspec.structs.replace(transfer, key_file=absolute(transfer.key_file))
+    control = deployment.control
+    if control and control.etcd:
+        files = ("ca", "certificate", "key", "password_file")
+        given = {name: value for name in files if (value := getattr(control.etcd, name))}
+        etcd = msgspec.structs.replace(
+            control.etcd, **{name: absolute(value) for name, value in given.items()}
+        )
+        control = msgspec.structs.replace(control, etcd=etcd)
     return msgspec.structs.replace(
         deployment,
         model=absolute(deployment.model),
         engine=engine,
         transfer=transfer,
+        control=control,
     )

@@ -56,12 +56,20 @@ class DeploymentFile:
 def taken_over(running: Deployment, wanted: Deployment) -> Deployment:
     """Return what running gateways apply of another deployment; the rest waits for a restart."""
     gateway = {name: getattr(wanted.gateway, name) for name in _GATEWAY}
+    same = _store(running) == _store(wanted)
     return msgspec.structs.replace(
         running,
         servers=wanted.servers,
         scenarios=wanted.scenarios,
         gateway=msgspec.structs.replace(running.gateway, **gateway),
+        control=wanted.control if same else running.control,
     )
+
+
+def _store(deployment: Deployment) -> object:
+    """Return what says where the control plane's state is; it does not move while servers run."""
+    control = deployment.control
+    return control and (control.id, control.etcd)
 
 
 def changes(before: Deployment, after: Deployment) -> list[str]:

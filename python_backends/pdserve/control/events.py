@@ -18,6 +18,7 @@ What = Literal[
     "drain",  # an operator drains a member
     "found",  # a member serves again that was lost or drained
     "short",  # what should happen cannot: no spare, the budget
+    "file",  # what the deployment's file adds, or has no more, was taken up
     "volume",  # equation (2) says that a group is, or is not, needed
 ]
 

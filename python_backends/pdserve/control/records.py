@@ -14,6 +14,9 @@ from msgspec import Meta, Struct
 
 from pdserve.control.assignment import Assignment
 
+CONTROL = "control/"
+IDENTITY = f"{CONTROL}identity"
+DESIRED = "desired/"
 DESIRED_INSTANCES = "desired/instances/"
 DESIRED_GROUPS = "desired/groups/"
 OBSERVED_INSTANCES = "observed/instances/"
@@ -31,6 +34,15 @@ Label = Annotated[str, Meta(max_length=128)]
 Text = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 T = TypeVar("T", bound=Struct)
+
+
+class Identity(Struct, frozen=True, forbid_unknown_fields=True):
+    """Whose store it is."""
+
+    id: Label
+    """``control.id`` of its deployment."""
+    key: Label
+    """Fingerprint of the deployment's key."""
 
 
 class Phase(Enum):
@@ -75,6 +87,13 @@ class Pin(Struct, frozen=True, forbid_unknown_fields=True):
 
     prefills: Count
     decodes: Count
+
+
+class DrainOrder(Struct, frozen=True, forbid_unknown_fields=True):
+    """An operator's order to drain an instance, and to keep it so."""
+
+    since: Annotated[float, Meta(ge=0)]
+    """Seconds since 1970."""
 
 
 class Lent(Struct, frozen=True, forbid_unknown_fields=True):

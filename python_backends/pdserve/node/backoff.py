@@ -16,11 +16,14 @@ class Backoff:
     def __init__(self) -> None:
         self._pause = 0.0
         self._ended = -math.inf
+        self.tries = 0
+        """Repairs since it was last healthy for CALM_S."""
 
     def pause(self, now: float) -> float:
         """Return the seconds to wait before a repair that is needed ``now`` (``loop.time()``)."""
         if now - self._ended >= CALM_S:
-            self._pause = 0.0
+            self._pause, self.tries = 0.0, 0
+        self.tries += 1
         pause = self._pause
         self._pause = min(max(FIRST_S, 2 * pause), MOST_S)
         return pause

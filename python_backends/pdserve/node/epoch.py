@@ -25,5 +25,10 @@ def of(pid: int) -> bytes:
     stat = Path(f"/proc/{pid}/stat").read_text()
     # The second field is the name in parentheses, which may contain blanks and parentheses itself.
     started = stat.rpartition(")")[2].split()[_START_TIME - 3]
-    name = f"{_BOOT_ID.read_text().strip()} {pid} {started}"
+    name = f"{boot()} {pid} {started}"
     return hashlib.blake2b(name.encode(), digest_size=EPOCH_BYTES).digest()
+
+
+def boot() -> str:
+    """Return a name of the time since this machine was started. Raises OSError."""
+    return _BOOT_ID.read_text().strip()

@@ -18,6 +18,8 @@ class State(enum.Enum):
            └─────┬─────┘
                  ▼
               FAILED ◄──► REPAIRING ──► HEALTHY
+
+        any ──► DRAINING ──► ABSENT ──► HEALTHY      as is desired of it
     """
 
     HEALTHY = "healthy"
@@ -25,6 +27,10 @@ class State(enum.Enum):
     FAILED = "failed"
     """Taken out of service; the repair waits for the pause between two repairs."""
     REPAIRING = "repairing"
+    DRAINING = "draining"
+    """Not probed."""
+    ABSENT = "absent"
+    """There is nothing to watch."""
 
 
 class Life(enum.Enum):

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import itertools
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from pdserve.config import Deployment
-from pdserve.errors import InstanceError
+from pdserve.errors import Drained, InstanceError
+from pdserve.node.assignments import Assignments
 from pdserve.rpc.client import Channel, Replies
 from pdserve.rpc.messages import (
     Accepted,
@@ -21,9 +22,11 @@ from pdserve.rpc.messages import (
     DecodeRequest,
     Describe,
     Described,
+    Failed,
     NotConnected,
     Prefilled,
     PrefillRequest,
+    Reassigned,
     Release,
     Released,
     Reply,
@@ -66,7 +69,8 @@ class Probes:
 
     Args:
         channel: returns the channel to an instance.
-        prefills: returns the names of the current prefills.
+        assignments: says which prefills there are; an instance that has another assignment is noted
+            there, and has not failed.
         steps: returns how many forwards or steps of its model an instance has made so far.
         limits: time limits of replies and steps.
     """
@@ -74,12 +78,12 @@ class Probes:
     def __init__(
         self,
         channel: Callable[[str], Channel],
-        prefills: Callable[[], Sequence[str]],
+        assignments: Assignments,
         steps: Callable[[str], Awaitable[float]],
         limits: Limits,
     ) -> None:
         self._channel = channel
-        self._prefills = prefills
+        self._assignments = assignments
         self._steps = steps
         self._limits = limits
         self._busy: dict[str, tuple[float, float]] = {}
@@ -97,22 +101,40 @@ class Probes:
         await self._ask(instance, Release(self._id()), Released)
         return False
 
-    async def prefill(self, instance: str) -> bool:
-        """Compute one token; False: the prefill is busy. Raises InstanceError if it has failed."""
+    async def computes(self, instance: str) -> bool:
+        """Check that an instance does what its role is.
+
+        False: it could not be seen, since it is busy, has no role or another one than was known, or
+        no prefill has anything to decode.
+
+        Raises:
+            InstanceError: it has failed.
+        """
+        assignment = self._assignments.of(instance)
+        role = "none" if assignment is None else assignment.role
+        try:
+            if role == "prefill":
+                return await self._prefill(instance)
+            return role == "decode" and await self._decode(instance)
+        except Drained:
+            self._busy.pop(instance, None)
+            return False
+
+    async def _prefill(self, instance: str) -> bool:
+        """Compute one token; False: the prefill is busy."""
         request = self._prompt(only=True)
         with self._asked(instance, request) as replies:
             computed = await self._computed(instance, replies)
         return await self._computes(instance, computed is not None)
 
-    async def decode(self, instance: str) -> bool:
+    async def _decode(self, instance: str) -> bool:
         """Decode one token after a prefill's.
 
         False: the decode is busy, or no prefill has one to give.
-
-        Raises:
-            InstanceError: the decode has failed.
         """
-        prefills = self._prefills()
+        prefills = self._assignments.prefills(instance)
+        if not prefills:
+            return False
         prefill = prefills[next(self._turns) % len(prefills)]
         request = self._prompt(only=False)
         with self._asked(prefill, request) as replies:
@@ -130,7 +152,7 @@ class Probes:
     async def _computed(self, instance: str, replies: Replies) -> Prefilled | None:
         limit = self._limits.first_token_s
         try:
-            reply = await asyncio.wait_for(self._end(replies), limit)
+            reply = await asyncio.wait_for(self._end(instance, replies), limit)
         except asyncio.TimeoutError as error:  # it has only reported its acceptance
             raise InstanceError(f"{instance} computed no token within {limit:g} s") from error
         if isinstance(reply, Prefilled | Busy):
@@ -161,13 +183,13 @@ class Probes:
             first_token=computed.token,
             handle=computed.handle,
             sampling=Sampling(),
-            salt=TENANT,
+            tenant=TENANT,
             max_tokens=2,
             ignore_eos=True,
             min_interval_ms=0,
         )
         with self._asked(decode, request) as replies:
-            reply = await self._end(replies)
+            reply = await self._end(decode, replies)
         if isinstance(reply, NotConnected):
             # The next probe will tell; a pair that cannot be connected has not failed.
             with contextlib.suppress(InstanceError):
@@ -178,10 +200,17 @@ class Probes:
             return await self._computes(decode, isinstance(reply, Tokens))
         raise InstanceError(f"{decode} answered {reply} to a KV cache of {prefill}")
 
-    async def _end(self, replies: Replies) -> Reply:
-        """Return the first reply that is neither an acceptance nor tokens with more to come."""
+    async def _end(self, instance: str, replies: Replies) -> Reply:
+        """Return the first reply that is neither an acceptance nor tokens with more to come.
+
+        Raises Drained: the instance has another assignment, or serves no more.
+        """
         while True:
             reply = await replies.get(self._limits.reply_s)
+            if isinstance(reply, Reassigned):
+                self._assignments.take(instance, reply.assignment)
+            if isinstance(reply, Reassigned) or _drained(reply):
+                raise Drained(f"{instance} serves no more under this assignment")
             unfinished = isinstance(reply, Tokens) and not reply.finish_reason
             if not isinstance(reply, Accepted) and not unfinished:
                 return reply
@@ -214,10 +243,14 @@ class Probes:
             id=self._id(),
             prompt=PROMPT,
             sampling=Sampling(),
-            salt=TENANT,
+            tenant=TENANT,
             deadline_ms=self._limits.first_token_s * 1e3,
             only=only,
         )
 
     def _id(self) -> str:
         return f"{self._stream}-{next(self._ids)}"
+
+
+def _drained(reply: Reply) -> bool:
+    return isinstance(reply, Failed) and reply.code == Drained.code

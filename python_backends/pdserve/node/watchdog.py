@@ -11,11 +11,18 @@ from typing import Protocol
 
 from pdserve.errors import PDServeError
 from pdserve.node.health import Health, Life, State
+from pdserve.node.reconcile import Duty
 
 SERVER = "server"
 """Name of the server itself among the things; every other thing is a model, by its name."""
 LOOK_S = 0.1
 STOPPED_S = 1.0
+
+_STATES = {
+    Duty.REPAIRED: State.HEALTHY,
+    Duty.DRAINING: State.DRAINING,
+    Duty.ABSENT: State.ABSENT,
+}
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +77,8 @@ class Watchdog:
 
     A model that cannot be loaded is tried again and again, with pauses (see ``Backoff``), while the
     rest of its server serves. If the server itself does not respond, or the load does not end
-    within ``load_s`` seconds, the server is restarted.
+    within ``load_s`` seconds, the server is restarted. A model that drains is only withdrawn if its
+    process ends, and one that should be absent is not looked at (``set_duty``).
 
     Args:
         whole: models whose failure is repaired by a restart of the server.
@@ -86,6 +94,7 @@ class Watchdog:
         load_s: float,
     ) -> None:
         self.health = {thing: Health() for thing in (SERVER, *models)}
+        self._duties = dict.fromkeys(self.health, Duty.REPAIRED)
         self._ward = ward
         self._checks = checks
         self._whole = whole
@@ -125,20 +134,39 @@ class Watchdog:
                 self._trouble(f"{work}", error)
             await asyncio.sleep(LOOK_S)
 
+    def repairs(self, thing: str) -> bool:
+        """Tell whether a thing, or the whole server, is being repaired."""
+        return SERVER in self._repairs or thing in self._repairs
+
+    def duty(self, model: str) -> Duty:
+        return self._duties[model]
+
+    def set_duty(self, model: str, duty: Duty) -> None:
+        """Say what is to be done for a model from now on; its repair ends if it is given up."""
+        if self._duties[model] is duty:
+            return
+        self._duties[model] = duty
+        if duty is not Duty.REPAIRED and (repair := self._repairs.get(model)):
+            repair.cancel()
+        self._stopped.pop(model, None)
+        self._to(model, _STATES[duty], "")
+
     # ----------------------------------------------------------------- noticing
 
     async def _look(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             for thing, life in self._ward.look().items():
-                if life is Life.STOPPED and not self._in_repair(thing):
+                if self._duties[thing] is Duty.ABSENT:
+                    continue
+                if life is Life.STOPPED and not self.repairs(thing):
                     since = self._stopped.setdefault(thing, loop.time())
                     if loop.time() - since >= STOPPED_S:
-                        self._failed(thing, f"its process has been stopped for {STOPPED_S:g} s")
+                        self.fail(thing, f"its process has been stopped for {STOPPED_S:g} s")
                     continue
                 self._stopped.pop(thing, None)
                 if life is Life.GONE:
-                    self._failed(thing, "its process is gone")
+                    self.fail(thing, "its process is gone")
             await asyncio.sleep(LOOK_S)
 
     async def _ask(self, check: Check) -> None:
@@ -162,7 +190,7 @@ class Watchdog:
                 health.to(State.LATE, now())
                 if misses == check.misses:
                     misses = 0
-                    self._failed(check.thing, f"{problem}, {check.misses} times in a row")
+                    self.fail(check.thing, f"{problem}, {check.misses} times in a row")
             else:
                 misses = 0
                 health.answered = now()
@@ -198,20 +226,18 @@ class Watchdog:
             self._dismissed.set_exception(reason)
 
     def _life(self, thing: str) -> tuple[int, int] | None:
-        """Return a number of a thing's current life; None: it is being repaired."""
-        if self._in_repair(thing):
+        """Return a number of a thing's current life; None: it is repaired now, or not probed."""
+        if self.repairs(thing) or self._duties[thing] is not Duty.REPAIRED:
             return None
         return self.health[SERVER].repairs, self.health[thing].repairs
 
-    def _in_repair(self, thing: str) -> bool:
-        return SERVER in self._repairs or thing in self._repairs
-
     # ---------------------------------------------------------------- repairing
 
-    def _failed(self, thing: str, reason: str) -> None:
-        if self._in_repair(thing):
+    def fail(self, thing: str, reason: str) -> None:
+        """Have a thing repaired that has failed for this reason, unless it is already."""
+        if self.repairs(thing):
             return
-        if thing in self._whole:
+        if thing in self._whole and self._duties[thing] is Duty.REPAIRED:
             thing, reason = SERVER, f"{thing}: {reason}"
         if thing == SERVER:
             for repair in self._repairs.values():
@@ -227,6 +253,8 @@ class Watchdog:
         health = self.health[thing]
         while True:
             await self._withdraw(thing)
+            if self._duties[thing] is not Duty.REPAIRED:
+                return
             if pause := health.backoff.pause(loop.time()):
                 _log.warning("%s: next try in %g s", thing, pause)
                 await asyncio.sleep(pause)
@@ -264,10 +292,12 @@ class Watchdog:
             return
         if error is not None:
             what = "too slow" if isinstance(error, asyncio.TimeoutError) else repr(error)
-            self._failed(SERVER, f"the repair of {thing} has failed: {what}")
+            self.fail(SERVER, f"the repair of {thing} has failed: {what}")
             return
+        if self._duties[thing] is Duty.DRAINING:
+            self.set_duty(thing, Duty.ABSENT)
         for restored in self.health if thing == SERVER else (thing,):
-            self._to(restored, State.HEALTHY, self.health[restored].reason)
+            self._to(restored, _STATES[self._duties[restored]], self.health[restored].reason)
 
     def _to(self, thing: str, state: State, reason: str) -> None:
         self.health[thing].reason = reason

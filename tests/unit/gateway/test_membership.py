@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from pdserve import config
+from pdserve.control import first_state
 from pdserve.control.assignment import FIRST, Assignment
 from pdserve.control.records import DesiredGroup, DesiredInstance, Phase
 from pdserve.gateway.membership import Known, Membership, effective
-from pdserve.node.first_assignments import first_assignments
 
 SERVER = config.Server("local", prefill=("p0", "p1", "p2"), decode=("d0", "d1"))
 AWAY = config.Server("away", prefill=("p3",), decode=("d2", "d3"), grpc_port=9)
@@ -44,7 +44,7 @@ def told(name: str, number: int, role: Any, group: str, phase: Phase) -> Members
 def test_without_any_assignment_the_deployment_stays_as_it_is() -> None:
     membership = Membership()
     assert effective(TWO, membership.known, membership.groups) is TWO
-    for name, assignment in first_assignments(TWO).items():
+    for name, assignment in first_state.assignments(TWO).items():
         membership.told(name, assignment, Phase.SERVING)
         membership.desired({name: DesiredInstance(assignment)}, {})
     assert effective(TWO, membership.known, membership.groups) is TWO
@@ -148,7 +148,7 @@ def test_the_first_assignments_name_the_group_unless_several_have_the_instance()
         "both", (config.Group("a", ("p0",), ("d0",)), config.Group("b", ("p1",), ("d0",)))
     )
     deployment = config.Deployment(model="m", servers=(SERVER,), scenarios=(shared,))
-    assert first_assignments(deployment) == {
+    assert first_state.assignments(deployment) == {
         "p0": Assignment(1, "prefill", "a"),
         "p1": Assignment(1, "prefill", "b"),
         "p2": Assignment(1, "prefill", ""),

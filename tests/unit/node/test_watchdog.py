@@ -13,6 +13,7 @@ import pytest
 from pdserve.errors import InstanceError
 from pdserve.node.backoff import CALM_S, Backoff
 from pdserve.node.health import Life, State
+from pdserve.node.reconcile import Duty
 from pdserve.node.watchdog import LOOK_S, SERVER, STOPPED_S, Check, Dismissed, NotRestored, Watchdog
 from tests.unit.inprocess import virtual
 
@@ -364,3 +365,75 @@ def test_pauses_double_and_are_forgotten_after_a_calm() -> None:
     assert pauses == [0, 1, 2, 4, 8, 16, 32, 60, 60]
     assert backoff.pause(at + CALM_S - 0.1) == 60
     assert backoff.pause(at + CALM_S) == 0
+
+
+class TestDuties:
+    """What is desired of an instance; see `pdserve.node.reconcile`."""
+
+    @virtual
+    async def test_what_drains_is_neither_asked_nor_repaired(self) -> None:
+        server = FakeServer()
+        async with watched(server, ["one"]) as watchdog:
+            watchdog.set_duty("one", Duty.DRAINING)
+            asked = len(server.times("ask", "one"))
+            server.silent.add("one")
+            await asyncio.sleep(100)
+            assert len(server.times("ask", "one")) <= asked + 1
+            assert not server.times("withdraw", "one")
+            assert watchdog.health["one"].state is State.DRAINING
+
+    @virtual
+    async def test_what_ends_while_it_drains_is_withdrawn_once(self) -> None:
+        """Those who wait for it must hear of it; whether it comes back is not for the watchdog.
+
+        A stopped one would make Triton abort.
+        """
+        for model, life in itertools.product(("one", "front"), (Life.GONE, Life.STOPPED)):
+            server = FakeServer()
+            async with watched(server) as watchdog:
+                watchdog.set_duty(model, Duty.DRAINING)
+                server.lives[model] = life
+                await asyncio.sleep(20)
+                assert len(server.times("withdraw", model)) == 1
+                assert not server.times("restore", model)
+                assert not server.times("withdraw", SERVER)
+                assert watchdog.health[model].state is State.ABSENT
+
+    @virtual
+    async def test_what_is_absent_is_not_missed_until_it_is_repaired_again(self) -> None:
+        server = FakeServer()
+        async with watched(server, ["one"]) as watchdog:
+            watchdog.set_duty("one", Duty.ABSENT)
+            server.lives["one"] = Life.GONE
+            await asyncio.sleep(20)
+            assert not server.times("withdraw", "one")
+            watchdog.set_duty("one", Duty.REPAIRED)
+            await asyncio.sleep(1)
+            assert server.times("restore", "one")
+            assert watchdog.health["one"].state is State.HEALTHY
+
+    @virtual
+    async def test_a_repair_ends_when_it_is_not_wanted_any_more(self) -> None:
+        server = FakeServer()
+        server.broken["one"] = NotRestored("no weights")
+        async with watched(server) as watchdog:
+            server.lives["one"] = Life.GONE
+            await asyncio.sleep(20)
+            tries = len(server.times("restore", "one"))
+            assert tries > 3
+            assert watchdog.health["one"].backoff.tries >= 3
+            watchdog.set_duty("one", Duty.ABSENT)
+            await asyncio.sleep(20)
+            assert len(server.times("restore", "one")) == tries
+            assert not watchdog.repairs("one")
+
+    @virtual
+    async def test_a_restart_of_the_server_leaves_absent_what_is_absent(self) -> None:
+        server = FakeServer()
+        async with watched(server) as watchdog:
+            watchdog.set_duty("one", Duty.ABSENT)
+            server.lives[SERVER] = Life.GONE
+            await asyncio.sleep(10)
+            assert server.times("restore", SERVER)
+            assert watchdog.health["one"].state is State.ABSENT
+            assert watchdog.health["two"].state is State.HEALTHY

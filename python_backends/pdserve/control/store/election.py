@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from pdserve.control.store.errors import Fenced, LeaseLost, StoreError
 from pdserve.control.store.protocol import Compare, Delete, Entry, Put, Store
+from pdserve.control.store.waiting import within
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ async def kept_alive(store: Store, lease: int, ttl_s: float) -> None:
     while (now := clock.time()) < until:
         with suppress(asyncio.TimeoutError):
             try:
-                await asyncio.wait_for(store.keep_alive(lease), until - now)
+                await within(store.keep_alive(lease), until - now)
                 until = now + ttl_s
             except LeaseLost as error:
                 _log.warning("%s", error)

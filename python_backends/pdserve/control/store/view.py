@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 from pdserve.control.store.errors import StoreError
 from pdserve.control.store.keys import check_prefix
 from pdserve.control.store.protocol import KeyChange, Store
+from pdserve.control.store.waiting import within
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class View(Generic[T]):
         async with aclosing(changes):  # type: ignore[type-var]
             while (rest := until - clock.time()) > 0:
                 try:
-                    self._change(await asyncio.wait_for(anext(changes), rest))
+                    self._change(await within(anext(changes), rest))
                 except asyncio.TimeoutError:
                     return
                 self._hear()

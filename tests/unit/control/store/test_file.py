@@ -261,3 +261,17 @@ async def test_two_writers_of_the_same_generation(tmp_path: Path) -> None:
         assert [one for one in outcomes if one == 1] == [1]
         assert len([one for one in outcomes if isinstance(one, Fenced)]) == 4
         assert await store.transact([Compare("desired", "value", b"\0")], []) is not None
+
+
+@real
+async def test_a_view_that_is_cancelled_ends(tmp_path: Path) -> None:
+    """Also if the store answers at that very moment."""
+    async with opened(tmp_path) as store:
+        for number in range(30):
+            view = View(store, "a/", lambda _, value: value)
+            following = asyncio.create_task(view.run())
+            await view.known.wait()
+            await asyncio.sleep(POLL_S * (0.9 + 0.01 * number))  # it looks again about now
+            following.cancel()
+            assert (await asyncio.wait([following], timeout=2))[0]
+            assert following.cancelled()

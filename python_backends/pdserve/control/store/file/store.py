@@ -13,6 +13,7 @@ from pdserve.control.store.errors import StoreError, StoreUnreachable
 from pdserve.control.store.file.database import BUSY_S, Database
 from pdserve.control.store.keys import check_prefix, check_transaction
 from pdserve.control.store.protocol import Compare, Delete, KeyChange, Lease, Listing, Put
+from pdserve.control.store.waiting import within
 
 _log = logging.getLogger(__name__)
 
@@ -131,6 +132,6 @@ class FileStore:
         except RuntimeError as error:  # how a pool says that it has been shut down
             raise StoreUnreachable(f"store {self._folder}: it has been closed") from error
         try:
-            return await asyncio.wait_for(future, CALL_S)
+            return await within(future, CALL_S)
         except asyncio.TimeoutError:
             raise StoreUnreachable(f"store {self._folder}: no answer within {CALL_S} s") from None
