@@ -23,6 +23,8 @@ INNER = {
     "transfer.network": config.Network,
     "control.etcd": config.Etcd,
     "control.groups.GROUP": config.GroupBounds,
+    "control.tides[]": config.Tide,
+    "control.tides[].hours[]": config.Hours,
 }
 """Sections within sections."""
 ELSEWHERE = {"model", "scenarios"}

@@ -15,13 +15,25 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from pdctl import fleet, links, paths, private, probe, ratio, starting, watchers
+from pdctl import (
+    control_commands,
+    controlled,
+    fleet,
+    links,
+    paths,
+    private,
+    probe,
+    ratio,
+    starting,
+    watchers,
+)
 from pdctl.chat import Question, ask
 from pdctl.console import err, out
 from pdctl.doctor import examination
 from pdctl.doctor.report import report
 from pdctl.errors import ServerError
 from pdctl.log import Following
+from pdctl.options import File, Json, Only
 from pdctl.output import Output
 from pdctl.overview import page
 from pdctl.reload import Reload, differing, plan
@@ -47,17 +59,6 @@ INT32, UINT64 = (1 << 31) - 1, (1 << 64) - 1
 """The largest numbers that the tensors of a request hold."""
 DAY_S = 86400.0
 
-File = Annotated[
-    Path,
-    typer.Option(
-        "--file", "-f", help="Deployment file.", show_default="deployment.yaml of the checkout"
-    ),
-]
-Only = Annotated[
-    str | None,
-    typer.Option("--server", help="Only this server of the deployment.", show_default="all"),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Timeout = Annotated[
     float | None,
     typer.Option(
@@ -104,8 +105,11 @@ def up(
             out.print(f"{server.spec.name} runs already (process {pid})")
             for line in differing(server):
                 out.print(line, markup=False)
+    deployment = servers[0].deployment
+    controlled.check(deployment)
     starting.start(servers, keep=False, timeout=timeout)
     fleet.watch(servers, wanted=watch)
+    controlled.begin(deployment, held=False)
 
 
 @app.command()
@@ -113,9 +117,13 @@ def serve(
     file: File = paths.DEPLOYMENT, only: Only = None, timeout: Timeout = None, watch: Watched = True
 ) -> None:
     """Start the servers and stay until Ctrl-C; they end when this command ends."""
-    with starting.held(_servers(file, only), timeout) as servers:
+    found = _servers(file, only)
+    deployment = found[0].deployment
+    controlled.check(deployment)
+    with starting.held(found, timeout) as servers:
         logs = [Following(server.folder / "watch.log") for server in servers]
         fleet.watch(servers, wanted=watch)
+        controlled.begin(deployment, held=True)
         try:
             out.print("Ctrl-C ends it.")
             while True:
@@ -127,6 +135,7 @@ def serve(
                 time.sleep(0.5)
         except Interrupted:
             out.print("stopping the servers ...")
+            controlled.end(deployment)
 
 
 @app.command()
@@ -134,6 +143,8 @@ def down(file: File = paths.DEPLOYMENT, only: Only = None) -> None:
     """Stop the servers, and remove their processes and shared memory."""
     servers = _servers(file, only, left=True)
     pids = {server.spec.name: server.pid for server in servers}
+    if only is None:
+        controlled.end(servers[0].deployment)
     fleet.stop(servers)
     for name, pid in pids.items():
         out.print(f"{name} " + (f"stopped (process {pid})" if pid else "was not running"))
@@ -305,6 +316,7 @@ def reload_command(
     if not check:
         for one in reloads:
             one.begin()
+        controlled.give(servers[0].deployment)
         for one in reloads:
             one.wait()
 
@@ -321,6 +333,9 @@ def render_command(file: File = paths.DEPLOYMENT, as_json: Json = False) -> None
         for server in servers:
             names = ", ".join(name for name, _ in models(server.spec))
             out.print(f"{server.spec.name}: {server.repository} ({names})")
+
+
+control_commands.add_to(app)
 
 
 def _servers(file: Path, only: str | None = None, *, left: bool = False) -> list[Server]:

@@ -47,6 +47,24 @@ async def gateway(address: str, model: str, notice: str) -> bool:
     return False
 
 
+async def reached(address: str, notice: str) -> bool:
+    """Ask the gateway ``pdserve`` whether an instance answers it.
+
+    Args:
+        notice: a question of ``pdserve.node.failure_notice``, encoded.
+
+    Raises:
+        InstanceError: the gateway does not say.
+    """
+    request = service_pb2.ModelInferRequest(model_name="pdserve")
+    _add(request, "text_input", "BYTES", _bytes(b"a"))
+    request.parameters["failure_notice"].string_param = notice
+    response = await _streamed(address, request)
+    names = (output.name for output in response.outputs)
+    outputs = dict(zip(names, response.raw_output_contents, strict=True))
+    return bytes(outputs["finish_reason"][4:]) == b"stop"
+
+
 async def answer(address: str, within_s: float) -> dict[str, Any]:
     """Get two tokens of ``pdserve``, one of a prefill and one of a decode; return the ``stats``.
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
 from pdserve import config
-from pdserve.control.ratio import Advice, Observation, advise
+from pdserve.control.assignment import FIRST, Role
+from pdserve.control.cluster import Counters, Line, Load
+from pdserve.control.ratio import Advice, advise
+from pdserve.control.window import WINDOW_S, Window, observation, take
 from pdserve.control.work import Work, decode_rate, prefill_rate
 
 SAMPLES = 13
-"""Number of samples in a window: what waits is averaged over them."""
+"""Number of samples in a window: as many ticks as the controller's have, and one."""
 COMMON = {"busy_s": "pdserve_busy_seconds_total", "slot_s": "pdserve_slot_seconds_total"}
 """Counters of both roles, by the fields of ``Work``."""
+PREFILLS = {"completed": "pdserve_prefill_seconds_count"}
 DECODES = {
     "completed": "pdserve_decode_seconds_count",
     "steps": "pdserve_steps_total",
@@ -84,63 +87,49 @@ def _ratio(
     group: config.Group,
     samples: Sequence[Sample],
 ) -> Ratio:
-    prefill_work, decode_work = _prefilled(samples, group.prefill), _decoded(samples, group.decode)
-    waiting, of = "pdserve_waiting_requests", {"group": group.name}
-    waiting_decode = sum(one.total(waiting, role="decode", **of) for one in samples) / len(samples)
-    leased = sum(
-        one.total("pdserve_kv_leases", instance=name, state="leased")
-        for one in samples
-        for name in group.prefill
-    )
-    seen = Observation(
-        prefills=len(group.prefill),
-        decodes=len(group.decode),
-        decode_slots=deployment.decode.slots,
-        prefill_work=prefill_work,
-        decode_work=decode_work,
-        waiting=sum(one.total(waiting, role="prefill", **of) for one in samples) / len(samples),
-        leased=waiting_decode + leased / len(samples),
-        oldest_s=max(samples[-1].values("pdserve_oldest_waiting_seconds", **of), default=0.0),
-        limit_s=(scenario.ttft_limit_ms or deployment.gateway.ttft_limit_ms) / 1e3,
-    )
+    roles: dict[str, Role] = dict.fromkeys(group.prefill, "prefill")
+    roles |= dict.fromkeys(group.decode, "decode")
+    window = Window()
+    for at, one in enumerate(samples):
+        # The ticks are all of one length, whatever it is: they only have to fit in a window.
+        load = _load(one, group, at * WINDOW_S / len(samples))
+        window = take(window, load, roles, cold=(), keep=True)
+    limit_s = (scenario.ttft_limit_ms or deployment.gateway.ttft_limit_ms) / 1e3
+    slots = deployment.decode.slots
+    seen = observation(window, len(group.prefill), len(group.decode), slots, limit_s)
     return Ratio(
         scenario=scenario.name,
         group=group.name,
         prefills=seen.prefills,
         decodes=seen.decodes,
-        prefill_per_s=prefill_rate(prefill_work),
-        decode_per_s=decode_rate(decode_work, seen.decode_slots),
+        prefill_per_s=prefill_rate(seen.prefill_work),
+        decode_per_s=decode_rate(seen.decode_work, slots),
         advice=advise(seen),
     )
 
 
-def _prefilled(samples: Sequence[Sample], names: Sequence[str]) -> Work:
-    counters = {"completed": "pdserve_prefill_seconds_count"}
-    return _work(samples, names, COMMON | counters)
-
-
-def _decoded(samples: Sequence[Sample], names: Sequence[str]) -> Work:
-    local_s = "pdserve_local_prefill_seconds_sum"
-    work = _work(samples, names, COMMON | DECODES)
-    local = _work(samples, names, {"busy_s": local_s})
-    return replace(work, busy_s=max(0.0, work.busy_s - local.busy_s))
-
-
-def _work(samples: Sequence[Sample], names: Sequence[str], counters: Mapping[str, str]) -> Work:
-    """Return what instances did between the first and the last sample.
-
-    A counter that has become smaller belongs to an instance that was restarted: what it did between
-    these two samples is left out.
-    """
-    found = Work()
-    for name, (before, after) in itertools.product(names, itertools.pairwise(samples)):
-        grown = {
-            field: after.total(counter, instance=name) - before.total(counter, instance=name)
-            for field, counter in counters.items()
-        }
-        if min(grown.values()) >= 0:
-            found += Work(**grown)
-    return found
+def _load(sample: Sample, group: config.Group, at: float) -> Load:
+    """Return what a sample says of a group."""
+    counters: dict[str, Counters | None] = {}
+    for names, extra in ((group.prefill, PREFILLS), (group.decode, DECODES)):
+        for name in names:
+            found = {
+                field: sample.total(series, instance=name)
+                for field, series in (COMMON | extra).items()
+            }
+            # What a decode computed for prompts of its own is no work of a decode.
+            local_s = sample.total("pdserve_local_prefill_seconds_sum", instance=name)
+            work = Work(**found | {"busy_s": max(0.0, found["busy_s"] - local_s)})
+            leased = sample.total("pdserve_kv_leases", instance=name, state="leased")
+            counters[name] = Counters(FIRST, work, leased)
+    of = {"group": group.name}
+    line = Line(
+        waiting=sample.total("pdserve_waiting_requests", role="prefill", **of),
+        waiting_decode=sample.total("pdserve_waiting_requests", role="decode", **of),
+        oldest_s=max(sample.values("pdserve_oldest_waiting_seconds", **of), default=0.0),
+        routed=sample.total("pdserve_routed_requests_total", **of),
+    )
+    return Load(at, counters, {"": line})
 
 
 def table(found: Sequence[Ratio]) -> Table:

@@ -17,9 +17,9 @@ from pdctl.instance_models import InstanceModels
 from pdctl.instances import Instances
 from pdctl.repository import INSTANCES
 from pdctl.watched_server import WatchedServer
+from pdserve.control import first_state
 from pdserve.node import failure_notice, heartbeat
 from pdserve.node.assignments import Assignments
-from pdserve.node.first_assignments import first_assignments
 from pdserve.node.liveness import Liveness, Read
 from pdserve.node.probes import Limits, Probes
 from pdserve.node.watchdog import SERVER, Check, Dismissed, Watchdog
@@ -44,7 +44,7 @@ async def watch(watched: WatchedServer, control: HostControl | None) -> None:
     """
     await watched.begun()
     limits = Limits.of(watched.deployment)
-    assignments = Assignments(first_assignments(watched.deployment))
+    assignments = Assignments(first_state.assignments(watched.deployment))
     channels = Channels(watched, assignments)
     probes = Probes(channels, assignments, watched.steps, limits)
     watchdog = Watchdog(

@@ -1,7 +1,7 @@
 """The configuration of a deployment: its file as types, read and checked."""
 
 from pdserve.config.backend_models import TritonModel
-from pdserve.config.control import Bounds, Control, Etcd, GroupBounds
+from pdserve.config.control import Control, Etcd, GroupBounds, Hours, Tide
 from pdserve.config.deployment import (
     EXTERNAL_LEASE_S,
     Decode,
@@ -25,7 +25,6 @@ __all__ = [
     "EXTERNAL_LEASE_S",
     "GATEWAY_MODELS",
     "ROLES",
-    "Bounds",
     "Control",
     "Decode",
     "Deployment",
@@ -34,6 +33,7 @@ __all__ = [
     "Gateway",
     "Group",
     "GroupBounds",
+    "Hours",
     "Network",
     "Prefill",
     "Role",
@@ -41,6 +41,7 @@ __all__ = [
     "SamplingDefaults",
     "Scenario",
     "Server",
+    "Tide",
     "Transfer",
     "TransportName",
     "TritonModel",

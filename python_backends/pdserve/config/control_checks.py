@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdserve.config.control import QUIET_S, Control
+from pdserve.config.control import QUIET_S, Control, GroupBounds
 from pdserve.config.deployment import Deployment, Group
 from pdserve.config.names import ROLES
 
@@ -18,6 +18,12 @@ def problems(deployment: Deployment, control: Control) -> Iterator[str]:
     for group in groups.values():
         yield from _outside(control, group)
     yield from _spares(deployment, control, groups)
+    yield from _tides(control, groups)
+    if control.budget is not None and control.budget < deployment.count:
+        yield (
+            f"control.budget: {control.budget}; the deployment loads {deployment.count} instances "
+            "at first"
+        )
     if deployment.drain_s <= deployment.least_drain_s:
         yield (
             f"control.drain_s: {deployment.drain_s:g}; allowed: more than "
@@ -37,15 +43,34 @@ def _outside(control: Control, group: Group) -> Iterator[str]:
         return
     where = f"control.groups.{group.name}"
     for role in ROLES:
-        first, of = len(getattr(group, role)), bounds.of(role)
-        if not of.at_least(first) <= first <= (of.most or first):
-            yield (
-                f"{where}.{role}: the group has {first} at first; its bounds are "
-                f"{of.at_least(first)} to {of.most or 'any number'}"
-            )
+        first = len(getattr(group, role))
+        if first < (least := bounds.least(role, first)):
+            yield f"{where}.least_{role}: {least}; the group has {first} at first"
     every = len(group.prefill) + len(group.decode)
     if bounds.most is not None and every > bounds.most:
         yield f"{where}.most: {bounds.most}; the group has {every} instances at first"
+
+
+def _tides(control: Control, groups: dict[str, Group]) -> Iterator[str]:
+    """Yield the tides that cannot be."""
+    whole: set[str] = set()
+    for number, tide in enumerate(control.tides):
+        where = f"control.tides[{number}]"
+        group = groups.get(tide.group)
+        if group is None:
+            yield f"{where}.group: there is no {tide.group}; there are: {', '.join(groups)}"
+            continue
+        if tide.to == tide.group:
+            yield f"{where}.to: {tide.to} is the group itself; allowed: another group, or a pool"
+        if tide.group in whole:
+            yield f"{where}.group: the whole group {tide.group} goes by another tide already"
+        if tide.whole:
+            whole.add(tide.group)
+        for role in ROLES:
+            gone, first = getattr(tide, role) or 0, len(getattr(group, role))
+            least = control.groups.get(group.name, GroupBounds()).least(role, first)
+            if gone > first - least:
+                yield f"{where}.{role}: {gone}; allowed: 0 to {first - least}, of {first} at first"
 
 
 def _spares(deployment: Deployment, control: Control, groups: dict[str, Group]) -> Iterator[str]:

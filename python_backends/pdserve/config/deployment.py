@@ -287,6 +287,11 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
         return (*gpu, "shm", *far)
 
     @property
+    def count(self) -> int:
+        """Return the number of instances of both roles."""
+        return sum(len(self.instances(role)) for role in ROLES)
+
+    @property
     def least_drain_s(self) -> float:
         """Return the time for which an instance that leaves may still hold a KV cache."""
         return self.prefill.kept_s + QUIET_S

@@ -24,6 +24,10 @@ OBSERVED_AGENTS = "observed/agents/"
 TRANSACTIONS = "transactions/"
 """One at most for each group."""
 PINS = "pins/"
+DRAINS = "drains/"
+"""By instance; an operator drains it as long as there is one."""
+LENT = "lent/"
+"""By instance."""
 EVENTS = "events/"
 
 Label = Annotated[str, Meta(max_length=128)]
@@ -76,6 +80,33 @@ class DesiredGroup(Struct, frozen=True, forbid_unknown_fields=True):
 
     scenario: Label
     share: Annotated[float, Meta(ge=0)] = 1.0
+
+
+class Pin(Struct, frozen=True, forbid_unknown_fields=True):
+    """The ratio that an operator has set for a group."""
+
+    prefills: Count
+    decodes: Count
+
+
+class DrainOrder(Struct, frozen=True, forbid_unknown_fields=True):
+    """An operator's order to drain an instance, and to keep it so."""
+
+    since: Annotated[float, Meta(ge=0)]
+    """Seconds since 1970."""
+
+
+class Lent(Struct, frozen=True, forbid_unknown_fields=True):
+    """An instance that has gone to a pool with the tide, and comes back."""
+
+    home: Label
+    """Its group."""
+    to: Label
+    """The pool: another group, or a name outside the deployment."""
+    role: Literal["prefill", "decode"]
+    """What it is at home."""
+    share: Annotated[float, Meta(ge=0)] = 0.0
+    """If its whole group has gone: the group's share when it serves; else 0."""
 
 
 class ObservedInstance(Struct, frozen=True, forbid_unknown_fields=True):

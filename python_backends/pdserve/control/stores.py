@@ -18,12 +18,12 @@ from pdserve.errors import DeploymentError
 
 
 def folder(control: Control, run: Path) -> Path:
-    """Return the folder of a store in a file.
+    """Return the folder of a store in a file; no server can have its name.
 
     Args:
         run: the folder with the servers' folders.
     """
-    return run / "control" / control.id
+    return run / f"control-{control.id}"
 
 
 async def opened(control: Control, run: Path) -> Store:

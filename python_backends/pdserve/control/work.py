@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass
 
 SPREAD = 0.1
@@ -29,7 +31,28 @@ class Work:
     """Sum of its steps' times, each multiplied by the step's number of sequences."""
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+        return Work(*map(operator.add, self._values, other._values))
+
+    def __sub__(self, other: Work) -> Work:
+        """Return what was done between two readings of the same counters."""
+        return Work(*map(operator.sub, self._values, other._values))
+
+    @property
+    def plausible(self) -> bool:
+        """Tell whether it can have been done: a counter that was reset makes it negative."""
+        return all(0 <= value < math.inf for value in self._values)
+
+    @property
+    def _values(self) -> tuple[float, ...]:
+        return (
+            self.completed,
+            self.busy_s,
+            self.slot_s,
+            self.steps,
+            self.sequences,
+            self.sequences_squared,
+            self.sequence_s,
+        )
 
 
 def prefill_rate(work: Work) -> float | None:

@@ -121,6 +121,12 @@ class Service:
         """Note that a process of an instance is gone; see ``Groups.lose``."""
         self._groups.lose(instance, epoch)
 
+    async def reaches(self, instance: str) -> bool:
+        """Tell whether an instance of the deployment answers this gateway."""
+        servers = self.deployment.instances("prefill") | self.deployment.instances("decode")
+        server = servers.get(instance)
+        return server is not None and await self._groups.inspect(instance, server) is not None
+
     async def close(self) -> None:
         """Close the channels; no request is served any more."""
         await self._groups.close()

@@ -1,5 +1,7 @@
 """The message by which a watchdog tells the gateways that a process of an instance is gone.
 
+A controller asks by the same message whether an instance answers the gateway.
+
 It is sealed with the deployment's key, since otherwise anyone who reaches a gateway's port could
 break all work of an instance. Repeated, it has no effect: it names one process, and a gateway that
 has had a reply from another one since ignores it. So it needs no clock and no memory.
@@ -26,6 +28,15 @@ class FailureNotice(Struct, frozen=True, array_like=True):
 
 ALIVE = FailureNotice("", bytes(EPOCH_BYTES))
 """A notice of no instance: a gateway that answers it is alive."""
+
+
+def question(instance: str) -> FailureNotice:
+    """Return a notice of no process: a gateway says whether the instance answers it."""
+    return FailureNotice(instance, bytes(EPOCH_BYTES))
+
+
+def is_question(notice: FailureNotice) -> bool:
+    return notice.instance != "" and notice.epoch == bytes(EPOCH_BYTES)
 
 
 def encode(notice: FailureNotice, key: bytes) -> str:

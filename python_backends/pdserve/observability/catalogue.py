@@ -80,6 +80,18 @@ def _strategy(strategy: str) -> tuple[str]:
     return (strategy,)
 
 
+def _what(what: str) -> tuple[str]:
+    return (what,)
+
+
+def _outcome(outcome: str) -> tuple[str]:
+    return (outcome,)
+
+
+def _group_role_state(group: str, role: str, state: str) -> tuple[str, str, str]:
+    return group, role, state
+
+
 def _link(prefill: str, decode: str, transport: str, detail: str) -> tuple[str, str, str, str]:
     return prefill, decode, transport, detail
 
@@ -355,6 +367,60 @@ KV_LINK_FALLBACK = Gauge(
     _link,
     "0 or 1",
     "This is 1 if the decode reaches the prefill over a network without RDMA.",
+)
+
+# The controller, at a port of its own.
+CONTROL_LEADER = Gauge(
+    "pdserve_control_leader",
+    _none,
+    "0 or 1",
+    "This is 1 if this controller leads; of all controllers of a deployment one does.",
+)
+CONTROL_STORE_AGE = Gauge(
+    "pdserve_control_store_age_seconds",
+    _none,
+    "seconds",
+    "The store has answered this controller so long ago; -1: it has not, or it does not lead.",
+)
+CONTROL_GENERATION = Gauge(
+    "pdserve_control_generation",
+    _none,
+    "writes",
+    "Desired state has been written this many times.",
+)
+CONTROL_EVENTS = Counter(
+    "pdserve_control_events_total",
+    _what,
+    "events",
+    "An event is counted by what it was, as `pdctl events` names it; hold says why a ratio is not "
+    "changed.",
+)
+CONTROL_INSTANCES = Gauge(
+    "pdserve_control_instances",
+    _group_role_state,
+    "instances",
+    "The group has this many instances of this role in this state: desired, or serving, which is "
+    "those of them that say so.",
+)
+CONTROL_TURNS = Counter(
+    "pdserve_control_turns_total",
+    _outcome,
+    "turns",
+    "A look at the store is counted by its outcome: nothing was to be written, written, fenced (it "
+    "had changed meanwhile, or another one leads), unreachable, or failed.",
+)
+CONTROL_TURN = Summary(
+    "pdserve_control_turn_seconds",
+    _none,
+    "seconds",
+    "This is the time of one look at the store, with the decision and its write.",
+)
+CONTROL_SCRAPES = Counter(
+    "pdserve_control_scrapes_total",
+    _outcome,
+    "pages",
+    "A metrics page of a server is counted by its outcome: read, or unknown if the server did not "
+    "answer.",
 )
 
 METRICS: dict[str, Metric[Any]] = {

@@ -29,13 +29,13 @@ class Pairs(Generic[V]):
 
     def pop(self, pair: Pair) -> V | None:
         """Remove the value of a pair and return it; None: it had none."""
-        if pair not in self.known:
-            return None
-        for one, other in (pair, pair[::-1]):
-            del self._others[one][other]
-            if not self._others[one]:
-                del self._others[one]
-        return self.known.pop(pair)
+        value = self.known.pop(pair, None)
+        if value is not None and pair[::-1] not in self.known:  # the roles of both may have changed
+            for one, other in (pair, pair[::-1]):
+                del self._others[one][other]
+                if not self._others[one]:
+                    del self._others[one]
+        return value
 
     def others(self, name: str) -> Collection[str]:
         """Return the names of the instances that form a pair with this one that has a value."""

@@ -21,6 +21,7 @@ from pdserve.config.reloading import DeploymentFile, changes, taken_over
 from pdserve.control.assignment import ANY
 from pdserve.engines import build, checkpoint
 from pdserve.gateway import parameters, tracing
+from pdserve.gateway.desired import Desired
 from pdserve.gateway.parameters import Parameters
 from pdserve.gateway.service import Part, Prompt, Service
 from pdserve.gateway.trace_context import Trace
@@ -61,6 +62,7 @@ class GatewayModel(ABC):
     def initialize(self, args: dict[str, str]) -> None:
         stub.prepare()
         self._file = DeploymentFile(backend.deployment_path(args))
+        self._run = backend.folder(args).resolve().parent
         self.deployment = self._file.deployment
         self.vocabulary = self.read(Path(self.deployment.model))
         self._end_ids = checkpoint.known_eos_ids(Path(self.deployment.model))
@@ -137,7 +139,7 @@ class GatewayModel(ABC):
         """Serve a request, and return the last response. Raises whatever has failed."""
         given = backend.parameters(request)
         if (notice := given.get("failure_notice")) is not None:
-            return self._lose(str(notice))
+            return await self._noticed(str(notice))
         with self._service.admitted():
             self._heartbeat.turned(0)  # a burst is one pass of the loop
             self._heartbeat.worked(0)
@@ -211,6 +213,9 @@ class GatewayModel(ABC):
             repeat("the look at the deployment", self._reload),
             self._service.assignments.follow(),
         )
+        if (control := self.deployment.control) is not None:
+            take = self._service.assignments.desired
+            self._always.start(Desired(control, self._run, self._key, take).run())
 
     async def _reload(self) -> float:
         """Apply the deployment if its file has changed; return the seconds until the next check."""
@@ -242,13 +247,18 @@ class GatewayModel(ABC):
             return BlsChannel(pb_utils, name, self._key, threads, number)
         return GrpcChannel(f"{server.host}:{server.grpc_port}", name, self._key, number)
 
-    def _lose(self, notice: str) -> Any:
-        """Handle a watchdog's notice of a process that is gone, or its check of this gateway.
+    async def _noticed(self, notice: str) -> Any:
+        """Handle a notice of a process that is gone, a question, or a check of this gateway.
 
         Raises:
-            InvalidRequest: the notice is not from a watchdog of this deployment.
+            InvalidRequest: the notice is not from this deployment.
         """
         told = failure_notice.decode(notice, self._key)
+        if failure_notice.is_question(told):
+            answers = await self._service.reaches(told.instance)
+            return pb_utils.InferenceResponse(
+                [backend.text("finish_reason", "stop")] if answers else [self._unfinished]
+            )
         self._service.lose(told.instance, told.epoch)
         return pb_utils.InferenceResponse([self._unfinished])
 

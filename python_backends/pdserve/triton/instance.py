@@ -13,13 +13,13 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pdserve import config, errors
+from pdserve.control import first_state
 from pdserve.control.assignment import FIRST, Assignment
 from pdserve.instances.assigned import Assigned
 from pdserve.instances.protocol import DecodeRole, PrefillRole
 from pdserve.instances.role_factory import RoleFactory
 from pdserve.node import epoch
 from pdserve.node.assignment_file import ASSIGNMENTS, AssignmentFile
-from pdserve.node.first_assignments import first_assignments
 from pdserve.node.probes import Limits
 from pdserve.observability import catalogue
 from pdserve.observability.metrics import Registry
@@ -87,7 +87,7 @@ class InstanceModel:
             return kept
         # A reload may have taken it out of the deployment.
         unknown = Assignment(FIRST, "none" if self.kind == "flexible" else self.kind)
-        return first_assignments(deployment).get(self._name, unknown)
+        return first_state.assignments(deployment).get(self._name, unknown)
 
     async def _make(self, assignment: Assignment) -> PrefillRole | DecodeRole | None:
         """Make the role instance in another thread: heartbeats and metrics go on meanwhile."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pdserve import config
 from pdserve.config.control import QUIET_S
 from pdserve.config.reloading import taken_over
 from pdserve.errors import DeploymentError
@@ -25,6 +26,12 @@ FILE: dict[str, Any] = {
         }
     ],
 }
+
+
+def tide(**fields: Any) -> dict[str, Any]:
+    """Return a tide that is valid without these fields."""
+    night = {"start": "22:00", "end": "06:00"}
+    return {"group": "default", "to": "training", "hours": [night], **fields}
 
 
 def problem(folder: Path, **control: Any) -> str:
@@ -77,15 +84,22 @@ def test_a_spare_is_in_no_group(tmp_path: Path) -> None:
         ({"spares": ["decode_0", "decode_1"]}, "every decode is one"),
         ({"groups": {"chat": {}}}, "there is no group chat; there are: default"),
         (
-            {"groups": {"default": {"prefill": {"least": 4}}}},
-            "control.groups.default.prefill: the group has 3 at first; its bounds are 4 to",
-        ),
-        (
-            {"groups": {"default": {"decode": {"most": 1}}}},
-            "control.groups.default.decode: the group has 2 at first; its bounds are 2 to 1",
+            {"groups": {"default": {"least_prefill": 4}}},
+            "control.groups.default.least_prefill: 4; the group has 3 at first",
         ),
         ({"groups": {"default": {"most": 4}}}, "most: 4; the group has 5 instances at first"),
-        ({"groups": {"default": {"decode": {"least": 3, "most": 2}}}}, "least is 3 and most 2"),
+        ({"budget": 4}, "control.budget: 4; the deployment loads 5 instances at first"),
+        ({"tides": [tide(group="other")]}, "tides[0].group: there is no other; there are: default"),
+        ({"tides": [tide(to="default")]}, "tides[0].to: default is the group itself"),
+        ({"tides": [tide(), tide()]}, "tides[1].group: the whole group default goes by another"),
+        ({"tides": [tide(prefill=2)]}, "tides[0].prefill: 2; allowed: 0 to 1, of 3 at first"),
+        ({"tides": [tide(decode=1)]}, "tides[0].decode: 1; allowed: 0 to 0, of 2 at first"),
+        ({"tides": [tide(prefill=0)]}, "prefill and decode are both 0"),
+        ({"tides": [tide(volume=True)]}, "one of hours and volume"),
+        ({"tides": [tide(hours=[])]}, "one of hours and volume"),
+        ({"tides": [tide(hours=[{"start": "24:00", "end": "06:00"}])]}, "24:00"),
+        ({"tides": [tide(hours=[{"start": "06:00", "end": "06:00"}])]}, "start and end are both"),
+        ({"tides": [tide(hours=[{"start": "1:00", "end": "06:00"}])]}, "1:00"),
         ({"ratio": "always"}, "'always' is not allowed; allowed: act, advise, never"),
         ({"id": "Chat"}, "Chat"),
         ({"etcd": {"endpoints": []}}, "control.etcd.endpoints"),
@@ -101,6 +115,21 @@ def test_a_spare_is_in_no_group(tmp_path: Path) -> None:
 )
 def test_errors_name_what_is_wrong(tmp_path: Path, control: dict[str, Any], named: str) -> None:
     assert named in problem(tmp_path, **control)
+
+
+def test_hours_are_read_as_they_are_written(tmp_path: Path) -> None:
+    file = tmp_path / "deployment.yaml"
+    load(tmp_path, FILE)
+    text = file.read_text() + (
+        "control: {id: chat, tides: [{group: default, to: training, prefill: 1, "
+        "hours: [{start: 22:00, end: 06:30, days: [sat, sun]}]}]}\n"
+    )
+    file.write_text(text)
+    control = config.load(file).control
+    assert control
+    assert control.tides == (
+        config.Tide("default", "training", (config.Hours("22:00", "06:30", ("sat", "sun")),), 1),
+    )
 
 
 def test_files_of_etcd_are_relative_to_the_deployment(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pdserve.node.first_assignments import first_assignments
 
 from pdserve import config
 from pdserve.control.assignment import FIRST, Assignment
 from pdserve.control.records import DesiredGroup, DesiredInstance, Phase
 from pdserve.gateway.membership import Known, Membership, effective
-from pdserve.node.first_assignments import first_assignments
 
 SERVER = config.Server("local", prefill=("p0", "p1", "p2"), decode=("d0", "d1"))
 AWAY = config.Server("away", prefill=("p3",), decode=("d2", "d3"), grpc_port=9)
