@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from pdserve.control import first_state
 from pdserve.instances.decode import DecodeInstance
 from pdserve.instances.kv_exports import MAX_QUARANTINED
 from pdserve.instances.prefill import PrefillInstance
 from pdserve.kvcache.sharding import Sharding
-from pdserve.node.first_assignments import first_assignments
 from pdserve.observability.metrics import Registry
 from pdserve.transfer.consumer.probe import Probe
 from pdserve.transfer.consumer.receiver import Receiver
@@ -51,7 +51,7 @@ class Workers:
     def __init__(self, plan: Plan, loop: Loop, begun: Callable[[Life], None]) -> None:
         self._begun = begun
         self.model = _model(msgspec.json.encode(plan.profile))
-        first = first_assignments(plan.deployment())
+        first = first_state.assignments(plan.deployment())
         prefills, decodes = plan.names.by_role["prefill"], plan.names.by_role["decode"]
         self.prefills = [Worker(name, first[name]) for name in prefills]
         self.decodes = [Worker(name, first[name]) for name in decodes]

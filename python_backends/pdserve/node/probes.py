@@ -183,7 +183,7 @@ class Probes:
             first_token=computed.token,
             handle=computed.handle,
             sampling=Sampling(),
-            tenant=TENANT,
+            salt=TENANT,
             max_tokens=2,
             ignore_eos=True,
             min_interval_ms=0,
@@ -243,7 +243,7 @@ class Probes:
             id=self._id(),
             prompt=PROMPT,
             sampling=Sampling(),
-            tenant=TENANT,
+            salt=TENANT,
             deadline_ms=self._limits.first_token_s * 1e3,
             only=only,
         )
