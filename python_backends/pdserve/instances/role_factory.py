@@ -50,6 +50,8 @@ class RoleFactory:
         self.engine: Timed | None = None
         """Engine of the present instance; None: there is no instance, or its engine batches by
         itself, so that it has no call to wait for."""
+        self._used = False
+        """True once a role was made."""
         self._rates: Rates = {}
         """Measured by one decode, for the next one."""
         self._lent: Lent | None = None
@@ -72,8 +74,10 @@ class RoleFactory:
             DeploymentError: there is not enough memory.
         """
         self.engine = None
-        self._metrics.drop(instance=self._name)
-        self._metrics.drop(decode=self._name)
+        if self._used:  # the gauges of a former process are set to 0 instead, and stay so
+            self._metrics.drop(instance=self._name)
+            self._metrics.drop(decode=self._name)
+        self._used = True
         if role == "none":
             return None
         if self._lent is not None:
