@@ -26,7 +26,7 @@ INSPECT_S = 1.0
 
 OpenChannel = Callable[[str, config.Server, int], Channel]
 """Opens a channel to an instance of a server, under the number of its assignment, or ANY."""
-Told = Callable[[str, Reassigned], None]
+Told = Callable[[str, Reassigned | Inspected], None]
 """Called with the name of an instance that has another assignment, or serves no more."""
 _Key = tuple[config.Role, str, str, int, int]
 """Key of an instance: role, name, host and gRPC port of its server, and the number of its
