@@ -92,9 +92,15 @@ class Plan:
             gateway=self.gateway,
             transfer=config.Transfer(strategy=STRATEGIES[self.layered]),
             scenarios=scenarios,
+            control=config.Control("simulated") if self.moves else None,
         )
         assert not list(checks.problems(made))
         return made
+
+    @property
+    def moves(self) -> bool:
+        """Return whether instances get other assignments."""
+        return any(fault.kind == "move" for fault in self.faults)
 
     @property
     def fair(self) -> bool:

@@ -17,8 +17,11 @@ ASK_S = 0.2
 """Interval at which an instance that does not serve as it should is asked what it is."""
 ASKED = 64
 """Maximum number of instances that are asked at once."""
+TURN_S = 1.0
+"""Interval at which one of the instances that serve is asked, in turn, where the control plane may
+have given it another assignment."""
 IDLE_S = 60.0
-"""Interval of the looks while there is none to ask."""
+"""Interval of the looks where it cannot, while there is none to ask."""
 
 
 class Assignments:
@@ -36,6 +39,8 @@ class Assignments:
         """True if the groups are not what the membership says yet."""
         self._asking = asyncio.Event()
         """Set when there is an instance to ask."""
+        self._turn_at = 0.0
+        """Time (``loop.time()``) of the next turn."""
         groups.told = self.told
 
     def take(self, deployment: config.Deployment) -> tuple[config.Deployment, dict[str, Group]]:
@@ -70,7 +75,8 @@ class Assignments:
     async def follow(self) -> None:
         """Ask the instances that do not serve as they should what they are, until cancelled.
 
-        So a gateway without a store learns when one serves again, and under which assignment.
+        So a gateway without a store learns when one serves again, and under which assignment. The
+        others are asked in turn.
         """
         await repeat("asking instances for their assignments", self._ask, self._asking)
 
@@ -85,4 +91,9 @@ class Assignments:
         for name, reply in zip(some, replies, strict=True):
             if reply is not None:
                 self.told(name, reply)
-        return ASK_S if some else IDLE_S
+        if self._deployment.control is None:
+            return ASK_S if some else IDLE_S
+        if (now := asyncio.get_running_loop().time()) >= self._turn_at:
+            self._turn_at = now + TURN_S
+            await self._groups.inspect_next()
+        return ASK_S if some else TURN_S

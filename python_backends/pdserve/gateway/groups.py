@@ -26,7 +26,7 @@ INSPECT_S = 1.0
 
 OpenChannel = Callable[[str, config.Server, int], Channel]
 """Opens a channel to an instance of a server, under the number of its assignment, or ANY."""
-Told = Callable[[str, Reassigned], None]
+Told = Callable[[str, Reassigned | Inspected], None]
 """Called with the name of an instance that has another assignment, or serves no more."""
 _Key = tuple[config.Role, str, str, int, int]
 """Key of an instance: role, name, host and gRPC port of its server, and the number of its
@@ -134,6 +134,7 @@ class Groups:
         self._current: dict[str, Group] = {}
         self._retired: list[Group] = []
         self._instances: dict[_Key, Instance] = {}
+        self._turns = itertools.count()
 
     def take(
         self, deployment: config.Deployment, numbers: Mapping[str, int] = _NO_NUMBERS
@@ -271,3 +272,19 @@ class Groups:
         finally:
             await instance.close()
         return reply if isinstance(reply, Inspected) else None
+
+    async def inspect_next(self) -> None:
+        """Ask the next of all members of groups what it is, in turn, and tell what it says.
+
+        A member that no request reaches would otherwise never refuse one.
+        """
+        members = [one for group in self._current.values() for one in group.instances.values()]
+        if not members:
+            return
+        instance = members[next(self._turns) % len(members)]
+        try:
+            reply = await instance.ask(Inspect(instance.new_id()), INSPECT_S)
+        except errors.InstanceError:
+            return  # requests and probes notice it
+        if isinstance(reply, Inspected):
+            self.told(instance.name, reply)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from pdserve import config
 from pdserve.control.assignment import ANY, Assignment
-from pdserve.gateway.assignments import ASK_S, Assignments
+from pdserve.gateway.assignments import ASK_S, TURN_S, Assignments
 from pdserve.rpc.messages import Assign, DecodeRequest, Drain, Inspected, PrefillRequest, Resume
 from pdserve.scheduling.kv_links import JOIN_S, ROUND_S
 from pdserve.scheduling.ramp import RAMP_S
@@ -33,13 +34,20 @@ B = config.Group("b", ("prefill_2",), ("decode_2",))
 
 
 class Controlled:
-    """A gateway without a store, and the control of its instances."""
+    """A gateway without a store, and the control of its instances.
 
-    def __init__(self, site: Site, *groups: config.Group) -> None:
+    Args:
+        turns: the gateway also asks instances of which nothing has told it anything.
+    """
+
+    def __init__(self, site: Site, *groups: config.Group, turns: bool = False) -> None:
         self.connected = ConnectedGroups(site)
         self.assignments = Assignments(self.connected.groups, self._take)
         self._site = site
         self._deployment = deployment(*groups)
+        if turns:
+            control = config.Control("moves")
+            self._deployment = msgspec.structs.replace(self._deployment, control=control)
         self.changes = 0
         self._take()
         self._following = asyncio.create_task(self.assignments.follow())
@@ -288,6 +296,20 @@ async def test_a_gateway_is_told_once_and_asks_no_more_often_than_it_must(tmp_pa
         assert control.changes <= 3
         await asyncio.sleep(5.0)
         assert len(links["prefill_0"].of(PrefillRequest)) == refused[0]
+        await control.close()
+
+
+@virtual
+async def test_a_move_that_no_request_meets_is_noticed(tmp_path: Path) -> None:
+    """A decode leaves a group that serves nobody: each member is asked in turn."""
+    async with Site(tmp_path, prefills=3, decodes=3, profile=TIMES) as site:
+        control = Controlled(site, A, B, turns=True)
+        await asyncio.sleep(ROUND_S)
+        control.drain("decode_1")
+        control.assign("decode_1", 2, "b")
+        await asyncio.sleep(6 * TURN_S + ASK_S)
+        assert control.members("a") == {"prefill_0", "prefill_1", "decode_0"}
+        assert control.members("b") == {"prefill_2", "decode_2", "decode_1"}
         await control.close()
 
 
