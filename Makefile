@@ -8,7 +8,7 @@ SLOWEST := --durations=15
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-full fuzz lint format bench bench-transfer bench-scheduling
-.PHONY: control-model gpu-wheels gpu-setup test-gpu bench-gpu clean
+.PHONY: bench-control control-model gpu-wheels gpu-setup test-gpu bench-gpu clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-transfer: setup ## Measure KV transfers by every strategy, against memcpy 
 
 bench-scheduling: setup ## Compare scheduling policies, on servers with emulated engines
 	@$(BIN)/python -m perf.scheduling $(ARGS)
+
+bench-control: setup ## Compare the ratio controller with fixed ratios, on servers with emulated engines
+	@$(BIN)/python -m perf.control $(ARGS)
 
 gpu-wheels: setup ## Gather what the GPU suite needs where there is torch, and no package index
 	@$(BIN)/python tools/gpu_wheels.py $(ARGS)

@@ -43,13 +43,17 @@ class Result:
         source = f" {document['source']}" if "source" in document else ""
         return f"{file}: {', '.join(parts)}.{source}"
 
+    def budgets(self) -> list[Budget]:
+        """Return the measured values, in the order of the file."""
+        return msgspec.convert(self.results["budgets"], list[Budget])
+
     def budget(self, what: str) -> Budget:
         """Return the measured value of this name.
 
         Raises:
             KeyError: the file has none.
         """
-        for one in msgspec.convert(self.results["budgets"], list[Budget]):
+        for one in self.budgets():
             if one.what == what:
                 return one
         raise KeyError(f"{self.name}.json has no {what!r}")

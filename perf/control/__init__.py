@@ -1,0 +1,1 @@
+"""The ratio controller beside fixed ratios, on real servers: `python -m perf.control`."""
