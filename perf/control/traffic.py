@@ -23,7 +23,7 @@ WINDOW_S = WINDOW_SCALED_S / SCALE
 """The controller's window, in seconds."""
 SETTLE_S = 2 * WINDOW_S
 """Seconds at the beginning that are not counted: the controller's first window fills."""
-LOAD = 0.85
+LOAD = 0.8
 """Rate of requests, as a part of what the best ratio serves of A, of B, or of half of each."""
 TTFT_LIMIT_S = 1.0
 TPOT_LIMIT_S = 0.05
@@ -41,7 +41,7 @@ STEP_SCALED_S = 2 * 60.0
 """When the step comes."""
 
 Weight = Callable[[float], float]
-"""Share of requests of kind B, by the seconds after what is not counted."""
+"""Share of requests of kind B, by the seconds after what is not counted, negative before."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Traffic:
         chains: list[Chain] = []
         due = rng.expovariate(self.rate)
         while due < SETTLE_S + self.seconds:
-            weight = self.weight(max(0.0, due - SETTLE_S))
+            weight = self.weight(due - SETTLE_S)
             kind = mixes.B if rng.random() < weight else mixes.A
             chains.append([_ask(rng, kind, due)])
             due += rng.expovariate(self.rate)
@@ -102,7 +102,7 @@ def tide(period_scaled_s: float, prefills: Sequence[int]) -> Traffic:
     period = period_scaled_s / SCALE
 
     def weight(t: float) -> float:
-        return min(1.0, max(0.0, 0.5 + math.sin(2 * math.pi * t / period) / math.sqrt(3)))
+        return min(1.0, max(0.0, 0.5 + math.sin(2 * math.pi * max(0.0, t) / period) / math.sqrt(3)))
 
     return Traffic("tide", weight, period, prefills)
 

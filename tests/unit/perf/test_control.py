@@ -58,7 +58,7 @@ def test_the_best_ratios_lie_apart_by_at_most_four_instances() -> None:
 def test_the_rate_is_below_what_the_best_ratio_serves_of_any_mix() -> None:
     rate = traffic.stationary(600, (4,)).rate
     worst = min(mixes.capacity(mixes.best(n / 40), n / 40) for n in range(41))
-    assert 0.9 * worst < rate < 0.97 * worst, "above, a best ratio would not be enough"
+    assert 0.8 * worst < rate < 0.95 * worst, "above, a best ratio would not be enough"
 
 
 def test_every_setting_gets_the_same_requests_and_every_repeat_others() -> None:
@@ -85,6 +85,7 @@ def test_the_tide_passes_each_mix_and_dwells_at_the_pure_ones() -> None:
     assert tide.seconds == 600 / SCALE
     weights = [tide.weight(tide.seconds * n / 1000) for n in range(1001)]
     assert weights[0] == pytest.approx(0.5) == weights[-1]
+    assert tide.weight(-5.0) == pytest.approx(0.5), "what is not counted is half of each"
     assert statistics.fmean(weights) == pytest.approx(0.5, abs=1e-3)
     for pure in (0.0, 1.0):
         assert weights.count(pure) / 1000 == pytest.approx(1 / 6, abs=0.01)
@@ -105,6 +106,8 @@ def test_the_square_wave_is_shorter_than_the_window() -> None:
     assert set(weights) == {0.0, 1.0}
     assert statistics.fmean(weights) == pytest.approx(0.5)
     assert sum(a != b for a, b in itertools.pairwise(weights)) >= 5
+    period = traffic.SQUARE_SCALED_S / SCALE
+    assert square.weight(-0.25 * period) == 1.0, "it goes on before the time that is counted"
 
 
 def test_instances_are_spread_over_both_servers() -> None:
