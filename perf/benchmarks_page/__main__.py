@@ -18,7 +18,15 @@ from typing import Annotated
 import typer
 
 from pdctl.paths import ROOT
-from perf.benchmarks_page import endurance, engine, headline, request_path, scheduling, transfer
+from perf.benchmarks_page import (
+    endurance,
+    engine,
+    headline,
+    request_path,
+    role_switch,
+    scheduling,
+    transfer,
+)
 from perf.benchmarks_page.result import Result
 
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
@@ -50,6 +58,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gateways": scheduling.gateways,
     "costs": scheduling.costs,
     "group costs": scheduling.group_costs,
+    "role switch": role_switch.role_switch,
     "soak": endurance.soak,
     "repairs": endurance.repairs,
     "gateway faults": endurance.gateways,

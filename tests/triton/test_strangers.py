@@ -18,7 +18,7 @@ from pdserve.control.assignment import FIRST
 from pdserve.rpc import messages
 from pdserve.rpc.channels.grpc import GrpcChannel
 from pdserve.rpc.messages import Describe, Described, Failed, PrefillRequest, Release, Released
-from pdserve.rpc.seal import Seal, Unsealed
+from pdserve.rpc.seal import MAC_BYTES, NUMBER_BYTES, Seal, Unsealed
 from pdserve.sampling import Sampling
 from pdserve.transfer import key
 from tests.clients import Refused, generate, metrics
@@ -78,7 +78,10 @@ def test_a_stranger_is_told_nothing(emulated_server: Running, model: str) -> Non
         message,
         messages.encode(Describe("stranger")),
         sealed[:-1],
-        sealed[:20] + b"\0" + sealed[21:],
+        *(
+            sealed[:at] + bytes([sealed[at] ^ 1]) + sealed[at + 1 :]
+            for at in (0, MAC_BYTES, MAC_BYTES + NUMBER_BYTES)
+        ),
         Seal(secret(emulated_server.deployment), "prefill_0").close(message, FIRST),
         Seal(secrets.token_bytes(32), model).close(message, FIRST),
     ]
