@@ -25,7 +25,7 @@ from pdserve.rpc.messages import (
 REPLY_S = 5.0
 """Seconds for the answer to a message that changes nothing else."""
 UNLINK_S = 10.0
-"""Seconds for a decode to close a link, pulls in progress included."""
+"""Seconds for a decode to close a link, pulls in progress included (`kv_imports.UNLINK_S`)."""
 ASSIGN_S = 30.0
 """Seconds in which the memory of one role is given back and that of the other is taken."""
 _NO_PROCESS = ("is not found", "is not at ready state", "is not healthy")
@@ -48,19 +48,19 @@ class InstanceCalls:
         self._once = once
 
     async def inspect(self, name: str) -> Inspected:
-        return await _ask(self._channel(name), Inspect(_id()), Inspected, REPLY_S)
+        return await ask(self._channel(name), Inspect(new_id()), Inspected, REPLY_S)
 
     async def drain(self, name: str, known: Inspected, within_s: float) -> Inspected:
-        drain = Drain(_id(), known.epoch, known.assignment.number, within_s)
-        return await _ask(self._channel(name), drain, Inspected, REPLY_S)
+        drain = Drain(new_id(), known.epoch, known.assignment.number, within_s)
+        return await ask(self._channel(name), drain, Inspected, REPLY_S)
 
     async def resume(self, name: str, known: Inspected) -> Inspected:
-        resume = Resume(_id(), known.epoch, known.assignment.number)
-        return await _ask(self._channel(name), resume, Inspected, REPLY_S)
+        resume = Resume(new_id(), known.epoch, known.assignment.number)
+        return await ask(self._channel(name), resume, Inspected, REPLY_S)
 
     async def assign(self, name: str, known: Inspected, wanted: Assignment) -> Inspected:
-        assign = Assign(_id(), known.epoch, known.assignment.number, wanted)
-        return await _ask(self._channel(name), assign, Inspected, ASSIGN_S)
+        assign = Assign(new_id(), known.epoch, known.assignment.number, wanted)
+        return await ask(self._channel(name), assign, Inspected, ASSIGN_S)
 
     async def unlink(self, prefill: str, known: Inspected, decodes: Collection[str]) -> None:
         """Have decodes close their links to the memory of a prefill.
@@ -70,7 +70,7 @@ class InstanceCalls:
         """
         number, memory = known.assignment.number, known.memory
         answers = await asyncio.gather(
-            *(self._unlink(name, Unlink(_id(), prefill, memory, number)) for name in decodes),
+            *(self._unlink(name, Unlink(new_id(), prefill, memory, number)) for name in decodes),
             return_exceptions=True,
         )
         silent = []
@@ -85,7 +85,7 @@ class InstanceCalls:
     async def _unlink(self, decode: str, unlink: Unlink) -> None:
         channel = self._once(decode)
         try:
-            await _ask(channel, unlink, Unlinked, UNLINK_S)
+            await ask(channel, unlink, Unlinked, UNLINK_S)
         except InstanceError as error:
             # The links of a process end with it.
             if not any(said in str(error) for said in _NO_PROCESS):
@@ -94,7 +94,12 @@ class InstanceCalls:
             await channel.close()
 
 
-async def _ask(channel: Channel, request: Request, wanted: type[R], limit_s: float) -> R:
+async def ask(channel: Channel, request: Request, wanted: type[R], limit_s: float) -> R:
+    """Return the reply to a message.
+
+    Raises:
+        InstanceError: it is of another kind, or none came in time.
+    """
     replies = channel.open(request.id, request)
     try:
         reply = await replies.get(limit_s)
@@ -105,5 +110,6 @@ async def _ask(channel: Channel, request: Request, wanted: type[R], limit_s: flo
     return reply
 
 
-def _id() -> str:
+def new_id() -> str:
+    """Return an id that no other message has."""
     return uuid.uuid4().hex

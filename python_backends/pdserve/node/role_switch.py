@@ -20,41 +20,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
 
 from pdserve.control.assignment import Assignment
 from pdserve.control.records import Phase
 from pdserve.errors import InstanceError, PDServeError
+from pdserve.node.instance_calls import ASSIGN_S, REPLY_S, UNLINK_S, ask, new_id
 from pdserve.rpc.client import Channel
-from pdserve.rpc.messages import (
-    Assign,
-    Drain,
-    Inspect,
-    Inspected,
-    Reply,
-    Request,
-    Resume,
-    Unlink,
-    Unlinked,
-)
+from pdserve.rpc.messages import Assign, Drain, Inspect, Inspected, Resume, Unlink, Unlinked
 
-REPLY_S = 5.0
-"""Seconds for the answer to a message that changes nothing else."""
-UNLINK_S = 10.0
-"""Seconds for a decode to close a link, pulls in progress included (`kv_imports.UNLINK_S`)."""
-ASSIGN_S = 30.0
-"""Seconds in which the memory of one role is given back and that of the other is taken."""
 SETTLE_S = 10.0
 """Seconds after the end of a drain in which what was given up is let go of; the longest is a KV
 cache whose reader has fallen silent (`lease_manager.QUIET_S`)."""
 LOOK_S = 0.02
 """Interval of the looks at what a draining instance still holds."""
-
-R = TypeVar("R", bound=Reply)
 
 
 class Step(Enum):
@@ -111,6 +92,7 @@ class RoleSwitch:
     ) -> None:
         self._name = instance
         self._channel = channel
+        self._own = channel(instance)
         self._decodes = [name for name in decodes if name != instance]
         self._within_s = within_s
         self.step = Step.INSPECT
@@ -124,7 +106,7 @@ class RoleSwitch:
         loop = asyncio.get_running_loop()
         try:
             began = loop.time()
-            before = await self._ask(self._name, Inspect(_id()), Inspected, REPLY_S)
+            before = await ask(self._own, Inspect(new_id()), Inspected, REPLY_S)
             if before.assignment == wanted:
                 self._check(before, wanted)
                 return Switched(before, before, 0.0, 0.0, 0.0)
@@ -144,9 +126,9 @@ class RoleSwitch:
         if at is not Step.INSPECT:
             self.step = Step.RESUME
             with contextlib.suppress(InstanceError):  # it is lost, and no longer ours to repair
-                await self._ask(
-                    self._name,
-                    Resume(_id(), before.epoch, before.assignment.number),
+                await ask(
+                    self._own,
+                    Resume(new_id(), before.epoch, before.assignment.number),
                     Inspected,
                     REPLY_S,
                 )
@@ -157,8 +139,8 @@ class RoleSwitch:
     async def _drain(self, present: Inspected) -> Inspected:
         self.step = Step.DRAIN
         number = present.assignment.number
-        drain = Drain(_id(), present.epoch, number, self._within_s)
-        found = await self._ask(self._name, drain, Inspected, REPLY_S)
+        drain = Drain(new_id(), present.epoch, number, self._within_s)
+        found = await ask(self._own, drain, Inspected, REPLY_S)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._within_s + SETTLE_S
         while found.phase is not Phase.DRAINED:
@@ -166,7 +148,7 @@ class RoleSwitch:
                 held = f"{found.phase.value}, {found.used} slots and {found.leases} leases are held"
                 raise NotSwitched(self._name, self.step, held)
             await asyncio.sleep(LOOK_S)
-            found = await self._ask(self._name, Inspect(_id()), Inspected, REPLY_S)
+            found = await ask(self._own, Inspect(new_id()), Inspected, REPLY_S)
             if (found.epoch, found.assignment.number) != (present.epoch, number):
                 raise NotSwitched(self._name, self.step, "it has another process or assignment")
         return found
@@ -178,9 +160,9 @@ class RoleSwitch:
         number = prefill.assignment.number
         answers = await asyncio.gather(
             *(
-                self._ask(
-                    decode,
-                    Unlink(_id(), self._name, prefill.memory, number),
+                ask(
+                    self._channel(decode),
+                    Unlink(new_id(), self._name, prefill.memory, number),
                     Unlinked,
                     UNLINK_S,
                 )
@@ -199,10 +181,10 @@ class RoleSwitch:
 
     async def _assign(self, present: Inspected, wanted: Assignment) -> Inspected:
         self.step = Step.ASSIGN
-        assign = Assign(_id(), present.epoch, present.assignment.number, wanted)
-        await self._ask(self._name, assign, Inspected, ASSIGN_S)
+        assign = Assign(new_id(), present.epoch, present.assignment.number, wanted)
+        await ask(self._own, assign, Inspected, ASSIGN_S)
         self.step = Step.VERIFY
-        found = await self._ask(self._name, Inspect(_id()), Inspected, REPLY_S)
+        found = await ask(self._own, Inspect(new_id()), Inspected, REPLY_S)
         self._check(found, wanted)
         return found
 
@@ -211,18 +193,3 @@ class RoleSwitch:
         if (found.assignment, found.phase) != (wanted, serving):
             why = f"it has {found.assignment}, and is {found.phase.value}"
             raise NotSwitched(self._name, self.step, why)
-
-    async def _ask(self, name: str, request: Request, wanted: type[R], limit_s: float) -> R:
-        channel = self._channel(name)
-        replies = channel.open(request.id, request)
-        try:
-            reply = await replies.get(limit_s)
-        finally:
-            channel.forget(request.id)
-        if not isinstance(reply, wanted):
-            raise InstanceError(f"{name} answered {reply} to {type(request).__name__}")
-        return reply
-
-
-def _id() -> str:
-    return uuid.uuid4().hex

@@ -12,7 +12,8 @@ import pytest
 from pdserve.control.assignment import Assignment
 from pdserve.control.records import Phase
 from pdserve.errors import InstanceError
-from pdserve.node.role_switch import REPLY_S, SETTLE_S, NotSwitched, RoleSwitch, Step
+from pdserve.node.instance_calls import REPLY_S
+from pdserve.node.role_switch import SETTLE_S, NotSwitched, RoleSwitch, Step
 from pdserve.rpc.client import Calls, Replies
 from pdserve.rpc.messages import (
     Assign,
