@@ -36,7 +36,7 @@ def section() -> config.Control:
 
 
 class Control:
-    """What a controller has decided.
+    """The decisions of a controller.
 
     Args:
         run: the folder of the servers' folders.

@@ -37,7 +37,7 @@ class Used(Struct):
     servers: float
     client: float
     machine: float
-    """Of all processes, those of others included."""
+    """The cores that all processes used, those of others included."""
 
 
 class Point(Struct):
@@ -62,7 +62,7 @@ class Point(Struct):
     """Share of good requests among those that were sent in each `BIN_S` seconds."""
     changes: list[Change]
     events: list[str]
-    """What the controller has told of its decisions."""
+    """The events of the controller."""
     used: Used
 
 

@@ -46,7 +46,7 @@ Weight = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Traffic:
-    """What arrives in one run.
+    """The requests of one run.
 
     Args:
         seconds: how long requests arrive, after the time that is not counted.

@@ -36,7 +36,7 @@ class Agents:
 
     world: World
     desired: dict[str, DesiredInstance]
-    """What they see of the store; it stays while that is gone."""
+    """Their view of the store; it stays while that is gone."""
     times: Times = field(default_factory=Times)
     gone: set[str] = field(default_factory=set)
     """Hosts whose agent is dead."""

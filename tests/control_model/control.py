@@ -50,7 +50,7 @@ class Controller:
     down_until: float = 0.0
     """No controller runs before this time, or none can write."""
     lie: Lie = lambda load: load
-    """What becomes of a sample on its way."""
+    """The change that a sample suffers on its way."""
     on_write: Callable[[dict[str, Struct | None]], bool] = lambda writes: True
     """Called before each write; False: it does not succeed."""
     soon: bool = False

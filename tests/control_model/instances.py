@@ -32,7 +32,7 @@ class Instance:
         """When the agent has ended what it does with it."""
         self.drain_until = float("inf")
         self.queue: deque[Request] = deque()
-        """Of a prefill: what it computes, the first one now."""
+        """The requests that a prefill computes, the first one now."""
         self.leased: deque[Request] = deque()
         """Of a prefill: computed, and waiting for a decode."""
         self.running: list[tuple[float, int, Request]] = []

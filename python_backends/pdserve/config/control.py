@@ -108,7 +108,7 @@ class Tide(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Control(Struct, frozen=True, forbid_unknown_fields=True):
-    """What the control plane may do, and where it keeps its state."""
+    """The bounds of the control plane, and the place of its state."""
 
     id: Name
     """Identifies the deployment in its store; no other one may have it there."""

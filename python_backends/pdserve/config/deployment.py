@@ -41,7 +41,7 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
     prefill: tuple[Name, ...] = ()
     decode: tuple[Name, ...] = ()
     flexible: tuple[Name, ...] = ()
-    """Those of its instances that may change roles while they run; the list in which one stands
+    """The instances of it that may change roles while they run; the list in which one stands
     is its first role. The others keep their role."""
 
     def __post_init__(self) -> None:

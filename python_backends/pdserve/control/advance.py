@@ -27,7 +27,7 @@ Writes = dict[str, Struct | None]
 
 @dataclass(frozen=True, slots=True)
 class Advanced:
-    """What a transaction has become."""
+    """A transaction after the steps that were due."""
 
     transaction: Transaction
     writes: Writes

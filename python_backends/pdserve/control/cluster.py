@@ -13,7 +13,7 @@ from pdserve.control.work import Work
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What an instance has counted since its process started, for the role that it has now."""
+    """The counts of an instance since its process started, for the role that it has now."""
 
     number: int
     """Number of the assignment under which it counts."""
@@ -24,7 +24,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What waits at one gateway for one group."""
+    """The requests that wait at one gateway for one group."""
 
     waiting: float
     """Requests that wait for a prefill."""
@@ -43,9 +43,9 @@ class Load:
     at: float
     """When it was taken, in seconds by the same clock as ``Cluster.now``."""
     instances: Mapping[str, Counters | None]
-    """By member; None: its server did not answer."""
+    """The counters of each member; None: its server did not answer."""
     gateways: Mapping[str, Line | None]
-    """By gateway, each that routes to this group; None: it did not answer."""
+    """The line at each gateway that routes to this group; None: it did not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Member:
     desired: DesiredInstance | None
     """None: an agent has reported an instance of which nothing is desired yet."""
     observed: ObservedInstance | None
-    """What was reported last, also while its agent is gone; None: nothing ever."""
+    """The last report, also while its agent is gone; None: nothing ever."""
     agent: bool = True
     """Its host's agent is alive."""
     failed_since: float | None = None
@@ -142,7 +142,7 @@ class Cluster:
     members: Mapping[str, Member]
     groups: Mapping[str, Group]
     transactions: Mapping[str, Transaction] = field(default_factory=dict)
-    """By group, as stored."""
+    """The stored transaction of each group that has one."""
 
     def of(self, group: str, role: Role | None = None) -> list[Member]:
         """Return the members of a group, or those of one role, in the order of their names."""

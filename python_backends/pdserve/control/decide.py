@@ -53,7 +53,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """What follows from what is known."""
+    """The result of one call of `decide`."""
 
     writes: tuple[Write, ...]
     """All in one fenced write, at most `MOST_WRITES`; no key twice."""

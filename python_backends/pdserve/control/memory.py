@@ -10,13 +10,13 @@ from pdserve.control.window import Window
 
 @dataclass(frozen=True, slots=True)
 class GroupMemory:
-    """What is remembered of one group."""
+    """The memory of one group."""
 
     window: Window = field(default_factory=Window)
     changed_at: float | None = None
     """When a transaction was last seen to change it; None: not yet."""
     direction: int = 0
-    """Of its last change of ratio: 1 if it got more prefills, -1 if fewer; 0: none is known."""
+    """Direction of its last change of ratio: 1: more prefills, -1: fewer, 0: none is known."""
     wish: int = 0
     """Direction that the last ticks have asked for."""
     wished: int = 0
@@ -38,9 +38,9 @@ class Memory:
 
     groups: Mapping[str, GroupMemory] = field(default_factory=dict)
     serving_since: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    """By instance: the number under which it serves, and since when."""
+    """The number under which each instance serves, and since when."""
     not_before: Mapping[str, float] = field(default_factory=dict)
-    """By instance that did not become what it should: when it is tried again."""
+    """For each instance that did not become what it should: when it is tried again."""
     short: frozenset[str] = frozenset()
     """Members whose loss was told, while there is no spare."""
 

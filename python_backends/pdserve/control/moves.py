@@ -21,7 +21,7 @@ GRACE_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """What a move's next step depends on besides its instance."""
+    """The circumstances of a move, on which its next step depends besides its instance."""
 
     now: float
     policy: Policy

@@ -72,7 +72,7 @@ class Policy:
     ratio: Literal["never", "advise", "act"] = "act"
     """``advise``: the change is an event, and nothing is written."""
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
-    """By group; a group that is not named here has those of ``Bounds()``."""
+    """The bounds of groups, by name; a group that is not named has those of ``Bounds()``."""
     tides: tuple[Tide, ...] = ()
     budget: int | None = None
     """Largest number of instances that are loaded at once in the whole deployment; None: any."""

@@ -33,7 +33,7 @@ REVERSAL_S = 2 * WINDOW_S
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What follows for the ratio of one group."""
+    """The verdict on the ratio of one group."""
 
     memory: GroupMemory
     transaction: Transaction | None = None
@@ -125,7 +125,7 @@ class _Shape:
     prefills: list[Member]
     decodes: list[Member]
     able: list[Member]
-    """Those that may change now."""
+    """The members that may change now."""
     limits: Limits
 
 

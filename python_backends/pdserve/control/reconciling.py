@@ -31,7 +31,7 @@ class First:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What is to be written, by its key (None: deleted), and why, in sentences."""
+    """The records to write, by key (None: deleted), and why, in sentences."""
 
     writes: dict[str, Struct | None] = field(default_factory=dict)
     why: list[str] = field(default_factory=list)

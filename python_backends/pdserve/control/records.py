@@ -46,7 +46,7 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Phase(Enum):
-    """What an instance does with requests (``pdserve.instances.assigned``).
+    """The phase of an instance: what it does with requests (``pdserve.instances.assigned``).
 
     ::
 
@@ -67,7 +67,7 @@ class Phase(Enum):
 
 
 class DesiredInstance(Struct, frozen=True, forbid_unknown_fields=True):
-    """What an instance should be."""
+    """The desired state of an instance."""
 
     assignment: Assignment
     state: Literal["serving", "draining", "absent"] = "serving"
@@ -104,13 +104,13 @@ class Lent(Struct, frozen=True, forbid_unknown_fields=True):
     to: Label
     """The pool: another group, or a name outside the deployment."""
     role: Literal["prefill", "decode"]
-    """What it is at home."""
+    """Its desired state at home."""
     share: Annotated[float, Meta(ge=0)] = 0.0
     """If its whole group has gone: the group's share when it serves; else 0."""
 
 
 class ObservedInstance(Struct, frozen=True, forbid_unknown_fields=True):
-    """What an agent knows of an instance: what the instance itself answered last."""
+    """The report of an agent on an instance: what the instance itself answered last."""
 
     host: Label
     """The agent's name."""

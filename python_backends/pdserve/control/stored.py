@@ -42,13 +42,13 @@ class Stored:
     """The records of a deployment, each kind by the name of its instance, group or agent."""
 
     generation: int = 0
-    """Of the desired state; 0: none has been written yet."""
+    """Generation of the desired state; 0: none has been written yet."""
     desired: dict[str, DesiredInstance] = field(default_factory=dict)
     groups: dict[str, DesiredGroup] = field(default_factory=dict)
     observed: dict[str, ObservedInstance] = field(default_factory=dict)
-    """What was reported last, also by agents that are gone."""
+    """The last reports, also by agents that are gone."""
     agents: dict[str, ObservedAgent] = field(default_factory=dict)
-    """Those that are alive."""
+    """The agents that are alive."""
     transactions: dict[str, Transaction] = field(default_factory=dict)
     pins: dict[str, Pin] = field(default_factory=dict)
     drains: dict[str, DrainOrder] = field(default_factory=dict)

@@ -29,7 +29,7 @@ Moment = Annotated[float, Meta(ge=0)]
 
 
 class Step(Enum):
-    """What a move waits for."""
+    """The step of a move: what it waits for."""
 
     UNPUBLISH = "unpublish"
     """Gateways send nothing new to its group, and what waited there has gone."""

@@ -22,7 +22,7 @@ OUT_S, IN_S = 300.0, 30.0
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """What a scenario needs, and has."""
+    """The instances that a scenario needs, and those that it has."""
 
     arrivals: float
     """Requests per second."""

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Desired:
-    """What the store says should be.
+    """The desired state in the store.
 
     Args:
         run: the folder with the servers' folders.

@@ -19,14 +19,14 @@ from pdserve.control.records import DesiredGroup, DesiredInstance, Phase
 
 
 class Known(NamedTuple):
-    """What is known of an instance."""
+    """The knowledge of one instance."""
 
     assignment: Assignment
     wanted: bool = True
     """False: it shall not serve."""
     phase: Phase | None = None
-    """What it has told last of itself under this assignment; UNASSIGNED also if it has another one
-    still; None: it has told nothing."""
+    """The phase that it has told last under this assignment; UNASSIGNED also if it still has
+    another one; None: it has told nothing."""
 
     @property
     def serves(self) -> bool:
@@ -39,7 +39,7 @@ class Known(NamedTuple):
 
 
 class Membership:
-    """What one gateway knows of the instances that are not as deployment.yaml says, by name."""
+    """A gateway's knowledge of the instances that are not as deployment.yaml says, by name."""
 
     def __init__(self) -> None:
         self.known: dict[str, Known] = {}

@@ -46,7 +46,7 @@ class Presence(Enum):
 
 
 class Action(Enum):
-    """What is done next."""
+    """The action that comes next."""
 
     NOTHING = "nothing"
     """It is as desired, or nothing is desired of it, or it cannot be so (see ``reason``)."""
@@ -66,7 +66,7 @@ class Action(Enum):
 
 
 class Duty(Enum):
-    """What the watchdog has to do for an instance.
+    """The duty of the watchdog towards an instance.
 
     ::
 
@@ -83,17 +83,17 @@ class Duty(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What an agent knows of one of its instances."""
+    """The knowledge of an agent of one of its instances."""
 
     presence: Presence
     kind: Kind
     assignment: Assignment | None = None
-    """As the present process has said; None: it has not been asked since the last action."""
+    """The answer of the present process; None: it has not been asked since the last action."""
     phase: Phase = Phase.UNASSIGNED
     unlinked: bool = False
     """No decode has a link to its memory any more, or it has no such memory."""
     late: bool = False
-    """What has been waited for, an answer or an end, has not come in its time."""
+    """True if an answer or an end that was waited for has not come in its time."""
 
 
 @dataclass(frozen=True, slots=True)

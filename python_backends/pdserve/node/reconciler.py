@@ -91,11 +91,11 @@ class Reconciler:
         self._drain_s = drain_s
         self._told = told
         self._fresh = False
-        """Whether ``known`` is younger than the last action."""
+        """True if ``known`` is younger than the last action."""
         self._unlinked = (b"", 0)
         """Memory and number whose links have been closed."""
         self._waits: tuple[Action, float] | None = None
-        """What is waited for, and since when (``loop.time()``)."""
+        """The thing that is waited for, and since when (``loop.time()``)."""
         self._failures = 0
         self._did = Next(Action.NOTHING)
 

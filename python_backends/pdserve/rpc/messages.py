@@ -338,7 +338,7 @@ class Reassigned(Struct, frozen=True, tag="reassigned"):
 
 
 class Inspected(Struct, frozen=True, tag="inspected"):
-    """What an instance is, and what it holds."""
+    """The assignment and phase of an instance, and what it holds."""
 
     assignment: Assignment
     phase: Phase
