@@ -96,7 +96,7 @@ class Reconciler:
         """Memory and number whose links have been closed."""
         self._waits: tuple[Action, float] | None = None
         """The thing that is waited for, and since when (``loop.time()``)."""
-        self._failures = 0
+        self._retry_s = RETRY_S
         self._did = Next(Action.NOTHING)
 
     @property
@@ -148,14 +148,13 @@ class Reconciler:
             self._wait(found.action, found.action in (Action.INSPECT, Action.UNLINK))
             self.reason = f"{found.action.value}: {error}"
             self._fresh = False
-            self._failures += 1
-            pause_s: float = RETRY_S * 2 ** (self._failures - 1)
-            return min(pause_s, MOST_RETRY_S)
+            pause_s, self._retry_s = self._retry_s, min(2 * self._retry_s, MOST_RETRY_S)
+            return pause_s
         if found.action is Action.INSPECT:
             if self._waits is not None and self._waits[0] is Action.INSPECT:
                 self._waits = None
             return 0.0
-        self._failures = 0
+        self._retry_s = RETRY_S
         self._wait(found.action, found.action is Action.WAIT and seen.phase is Phase.UNASSIGNED)
         self.reason = found.reason
         if found.action is Action.NOTHING:

@@ -221,6 +221,25 @@ async def test_who_keeps_a_link_is_named_and_nothing_is_given_back() -> None:
 
 
 @virtual
+async def test_the_reason_is_still_told_after_thousands_of_failures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def load(_: str) -> None:
+        raise InstanceError("no weights")
+
+    monkeypatch.setattr("pdserve.node.reconciler.MOST_RETRY_S", 1e-3)
+    host = Host("decode", Assignment(3, "decode"))
+    host.there = Presence.UNLOADED
+    monkeypatch.setattr(host, "load", load)
+    agent = Agent(host)
+    agent.want(host.kept)
+    await asyncio.sleep(4.0)
+    assert agent.one.tries > 3000
+    assert agent.one.reason == "load: no weights"
+    await agent.kill()
+
+
+@virtual
 async def test_one_that_leaves_does_not_wait_for_a_silent_decode() -> None:
     """Its process ends, and its memory is nobody else's."""
     host = Host("prefill", PREFILL)
