@@ -73,15 +73,16 @@ class Outlook:
         if control.ratio == "never" and not any(tide.volume for tide in control.tides):
             self.loads = {}
             return TICK_S
-        began = self._clock()
+        loop = asyncio.get_running_loop()
+        at, until = self._clock(), loop.time() + TICK_S
         pages = await self._scrape(deployment)
         for page in pages.values():
             outcome = "unknown" if page is None else "read"
             self._metrics.add(catalogue.CONTROL_SCRAPES, 1, outcome=outcome)
         if self.stored is not None:
-            self.loads = loads(deployment, pages, observer.members(self.stored), began)
+            self.loads = loads(deployment, pages, observer.members(self.stored), at)
             self.changed.set()
-        return max(0.0, began + TICK_S - self._clock())
+        return max(0.0, until - loop.time())  # the time of day may be set back
 
     async def _ask(self) -> float:
         """Probe the instances whose agent is gone; returns the seconds until the next time."""
