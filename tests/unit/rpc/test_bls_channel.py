@@ -12,8 +12,8 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from pdserve.errors import InstanceError
 from pdserve.rpc.channels.bls import BlsChannel, loaded
-from pdserve.rpc.client import NoAnswer
 from pdserve.rpc.messages import Describe
 from tests.unit.inprocess import real
 
@@ -57,11 +57,13 @@ async def test_no_call_is_made_before_the_own_model_has_been_loaded() -> None:
     pb_utils: Any = mock.Mock(InferenceRequest=request, TritonModelException=ValueError)
     may_call = asyncio.Event()
     channel = BlsChannel(pb_utils, "decode_0", b"k" * 32, 1, may_call)
-    replies = channel.open("a", Describe("a"))
-    with pytest.raises(NoAnswer):
-        await replies.get(0.1)
-    assert made == []
+    with pytest.raises(InstanceError, match="decode_0: this model is not loaded yet"):
+        await channel.open("a", Describe("a")).get(1.0)
     may_call.set()
+    await asyncio.sleep(0.1)
+    assert made == []  # none has waited for that
+    channel.forget("a")
+    channel.open("b", Describe("b"))
     await asyncio.sleep(0.1)
     assert made == ["decode_0"]
     await channel.close()

@@ -54,7 +54,7 @@ class BlsChannel:
 
     Args:
         key: key of the deployment, with which messages are sealed.
-        may_call: set once calls may be sent; see ``loaded``. Those before wait for it.
+        may_call: set once calls may be sent; see ``loaded``. Those before fail.
         number: number of the assignment that the instance has, or ANY.
     """
 
@@ -79,9 +79,10 @@ class BlsChannel:
         self._closed = False
 
     def open(self, call: str, request: Request) -> Replies:
-        if self._closed:
+        if self._closed or not self._may_call.is_set():
+            why = "the channel is closed" if self._closed else "this model is not loaded yet"
             replies = self._calls.open(call)
-            replies.fail(InstanceError(f"{self._model}: the channel is closed"))
+            replies.fail(InstanceError(f"{self._model}: {why}"))
             return replies
         sealed = self._seal.close(messages.encode(request), self._number)
         task = asyncio.create_task(self._run(call, sealed))
@@ -107,7 +108,6 @@ class BlsChannel:
     async def _run(self, call: str, payload: bytes) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await self._may_call.wait()
             request = self._pb.InferenceRequest(
                 model_name=self._model,
                 request_id=f"{self._stream}/{call}",
